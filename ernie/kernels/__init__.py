@@ -1,0 +1,117 @@
+"""The operations that decide the speed of the family: their names, shapes, dtypes and meaning.
+
+Every function here is a thin call of the implementation picked for the tensors' device
+(`ernie.kernels.dispatch`). `ernie.kernels.reference` holds the same functions in plain torch and is
+their definition: tests compare every other implementation with it, and it is what runs where nothing
+better exists. `report()` tells which implementation each operation uses, and why.
+
+Legend of the shape letters:
+    T  tokens of the flat batch          D  hidden size
+    H  query heads    G  key/value heads (H % G == 0)    d  head width
+    I, O  input and output width of a product            E  experts
+    N  rows of a grouped product         V  vocabulary    S  segments (sequences) of a packed row
+    B  blocks of the paged cache         P  positions of one block
+
+All operations take float32 or bfloat16 activations. Sums (products, norms, softmax) are accumulated in
+float32 whatever the inputs are. Results have the dtype of the activations. "Differentiable" operations
+have a backward pass for every floating point tensor they take.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ernie.kernels.dispatch import pick, report
+
+__all__ = [
+    "attend_packed",
+    "attend_paged",
+    "grouped_linear",
+    "linear",
+    "report",
+    "rms_norm",
+    "rotate",
+    "swiglu",
+    "write_cache",
+]
+
+
+def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """`x @ weight.T + bias`, `(T, O)` in x's dtype; weights may be bfloat16 under float32 activations.
+
+    Differentiable in x, and in weight and bias where they require it.
+    """
+    return pick("linear", x_TI.device)(x_TI, weight_OI, bias_O)
+
+
+def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    """Rows sorted by expert: the first `counts[0]` rows times expert 0's weight, and so on; `(N, O)`.
+
+    `counts_E` is int64 and sums to N. Differentiable in x and weight.
+    """
+    return pick("grouped_linear", x_NI.device)(x_NI, weight_EOI, counts_E)
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """`weight * (x / sqrt(mean(x**2) + eps))`: statistics in float32, rounded to x's dtype before the
+    product with weight (Source: transformers and PaddleFormers, which agree).
+
+    Differentiable.
+    """
+    return pick("rms_norm", x_TD.device)(x_TD, weight_D, eps)
+
+
+def rotate(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor) -> Tensor:
+    """Interleaved rotary embedding: pair `(x[2i], x[2i+1])` turned by the angle of `cos[:, i], sin[:, i]`.
+
+    `cos` and `sin` are float32 `(T, d/2)`; the rotation is done in float32. Differentiable in x.
+    """
+    return pick("rotate", x_THd.device)(x_THd, cos_Tp, sin_Tp)
+
+
+def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
+    """`silu(gate) * up`, `(T, I)`. Differentiable. Inputs may be column slices of one wider tensor."""
+    return pick("swiglu", gate_TI.device)(gate_TI, up_TI)
+
+
+def attend_packed(
+    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, cu_seqlens_S1: Tensor, scale: float
+) -> Tensor:
+    """Causal attention inside each segment of a packed row; `(T, H, d)`.
+
+    `cu_seqlens` is int32 `(S + 1,)`, begins with 0 and ends with T: segment s is rows
+    `cu_seqlens[s]:cu_seqlens[s+1]`. Query head h reads key/value head `h // (H // G)`. Softmax in
+    float32. Differentiable in q, k, v.
+    """
+    return pick("attend_packed", q_THd.device)(q_THd, k_TGd, v_TGd, cu_seqlens_S1, scale)
+
+
+def attend_paged(
+    q_THd: Tensor,
+    k_cache_BPGd: Tensor,
+    v_cache_BPGd: Tensor,
+    tables_SM: Tensor,
+    cu_seqlens_S1: Tensor,
+    lens_S: Tensor,
+    scale: float,
+) -> Tensor:
+    """Causal attention of the newest tokens of S sequences over their paged cache; `(T, H, d)`.
+
+    Sequence s owns query rows `cu_seqlens[s]:cu_seqlens[s+1]`, which are the *last* ones of its `lens[s]`
+    tokens; their keys and values are in the cache already. Token j of sequence s lies in block
+    `tables[s, j // P]` at offset `j % P`. `tables`, `cu_seqlens`, `lens` are int32; entries of `tables`
+    past the last used block are never read. A sequence may have no query rows. Not differentiable.
+    """
+    return pick("attend_paged", q_THd.device)(
+        q_THd, k_cache_BPGd, v_cache_BPGd, tables_SM, cu_seqlens_S1, lens_S, scale
+    )
+
+
+def write_cache(
+    k_TGd: Tensor, v_TGd: Tensor, k_cache_BPGd: Tensor, v_cache_BPGd: Tensor, slots_T: Tensor
+) -> None:
+    """Store each token's key and value at its slot (`block * P + offset`, int64); negative slots are skipped.
+
+    Values are converted to the cache's dtype. In place, not differentiable.
+    """
+    pick("write_cache", k_TGd.device)(k_TGd, v_TGd, k_cache_BPGd, v_cache_BPGd, slots_T)
