@@ -1,0 +1,67 @@
+"""Grouped-query attention, and the seam through which training and serving differ.
+
+Legend: T tokens of the flat batch, D hidden size, H query heads, G key/value heads, d head width.
+
+The layer makes queries, keys and values and hands them to `attend`; what a query may look at, and
+where old keys are kept, is the business of whoever runs the model:
+
+    training        packed_causal(cu_seqlens)          segments of a packed row
+    plain decoding  GrowingCache (ernie.generate)      one sequence, keys appended
+    serving         PagedAttend (fastdeploy.engine)    many sequences, blocks of a pool
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor, nn
+
+from ernie import kernels
+from ernie.config import ErnieConfig
+from ernie.layers import Linear
+from ernie.rope import Rotary
+
+
+class Attend(Protocol):
+    """How queries look at keys. q `(T, H, d)`, k and v `(T, G, d)`, already rotated; returns `(T,
+    H, d)`.
+    """
+
+    def __call__(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, *, layer: int) -> Tensor: ...
+
+
+def packed_causal(cu_seqlens_S1: Tensor) -> Attend:
+    """Causal attention inside each segment of a packed row; no cache.
+
+    `cu_seqlens` is int32 `(S + 1,)`: segment s is tokens `cu_seqlens[s]:cu_seqlens[s + 1]`.
+    """
+
+    def attend(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, *, layer: int) -> Tensor:
+        del layer  # nothing is remembered between layers
+        return kernels.attend_packed(q_THd, k_TGd, v_TGd, cu_seqlens_S1, q_THd.shape[-1] ** -0.5)
+
+    return attend
+
+
+class Attention(nn.Module):
+    """Projections and rotary embedding around `attend`; key/value head j serves query heads j*g ..
+    j*g+g-1.
+    """
+
+    def __init__(self, config: ErnieConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = config.head_dim
+        h, bias = config.hidden_size, config.use_bias
+        self.q_proj = Linear(h, config.q_size, bias=bias)
+        self.k_proj = Linear(h, config.kv_size, bias=bias)
+        self.v_proj = Linear(h, config.kv_size, bias=bias)
+        self.o_proj = Linear(config.q_size, h, bias=bias)
+
+    def forward(self, x_TD: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+        q_THd, k_TGd, v_TGd = (
+            proj(x_TD).unflatten(-1, (-1, self.head_dim))
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q_THd, k_TGd = kernels.rotate(q_THd, *rotary), kernels.rotate(k_TGd, *rotary)
+        return self.o_proj(attend(q_THd, k_TGd, v_TGd, layer=self.layer).flatten(-2))

@@ -1,0 +1,79 @@
+"""The plain generator: one sequence, one token at a time, nothing clever. The engine's oracle.
+
+Every setting of the serving engine must give, at temperature 0, the tokens that this module gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ernie import kernels
+from ernie.model import ErnieModel
+
+
+class GrowingCache:
+    """An `attend` that remembers: keys and values of one sequence, appended call by call, one store
+    a layer.
+    """
+
+    def __init__(self) -> None:
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+
+    def __call__(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, *, layer: int) -> Tensor:
+        for store, new in ((self.keys, k_TGd), (self.values, v_TGd)):
+            store[layer] = torch.cat((store[layer], new)) if layer in store else new
+        keys_nGd, values_nGd = self.keys[layer], self.values[layer]
+        # The growing cache is one block of n positions: the paged operation with the simplest of
+        # tables.
+        whole = torch.zeros(1, 1, dtype=torch.int32, device=q_THd.device)
+        rows = torch.tensor([0, len(q_THd)], dtype=torch.int32, device=q_THd.device)
+        length = torch.tensor([len(keys_nGd)], dtype=torch.int32, device=q_THd.device)
+        scale = q_THd.shape[-1] ** -0.5
+        return kernels.attend_paged(
+            q_THd, keys_nGd[None], values_nGd[None], whole, rows, length, scale
+        )
+
+
+@torch.no_grad()
+def generate(
+    model: ErnieModel,
+    prompt_ids: Sequence[int],
+    *,
+    max_tokens: int,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_ids: Sequence[int] = (),
+) -> Iterator[int]:
+    """Yield new token ids until one of `stop_ids` (which is yielded too) or `max_tokens`.
+
+    `temperature` 0 takes the most likely token, the smallest id among equals.
+    """
+    cache, generator = GrowingCache(), torch.Generator(model.device).manual_seed(seed)
+    new_ids, position = list(prompt_ids), 0
+    for _ in range(max_tokens):
+        ids_T = torch.tensor(new_ids, device=model.device)
+        positions = torch.arange(position, position + len(new_ids), device=model.device)
+        logits_V = model.head(model.hidden(ids_T, positions, cache)[-1:])[0]
+        position += len(new_ids)
+        token = choose(logits_V, temperature, top_p, generator)
+        yield token
+        if token in stop_ids:
+            return
+        new_ids = [token]
+
+
+def choose(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:
+    """One token: argmax at temperature 0, else a draw from the smallest set of tokens with mass
+    `top_p`.
+    """
+    if temperature == 0:
+        return int(logits_V.argmax())
+    probs_V, order_V = (logits_V / temperature).softmax(-1).sort(descending=True, stable=True)
+    outside = probs_V.cumsum(0) - probs_V >= top_p  # the first token is always inside
+    probs_V = probs_V.masked_fill(outside, 0.0)
+    return int(order_V[probs_V.multinomial(1, generator=generator)])

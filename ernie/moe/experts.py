@@ -1,0 +1,27 @@
+"""The routed experts of one bank, stacked: two tensors instead of thousands of little ones.
+
+Legend: E experts, M expert size, D hidden size, N (token, choice) pairs sorted by expert.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ernie import kernels
+
+
+class Experts(nn.Module):
+    """E SwiGLU networks. `gate_up_proj` is `(E, 2M, D)` with the gate's rows first, `down_proj`
+    `(E, D, M)`.
+    """
+
+    def __init__(self, num_experts: int, hidden_size: int, expert_size: int) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * expert_size, hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, hidden_size, expert_size))
+
+    def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
+        """Rows sorted by expert, `counts[e]` of them for expert e; returns `(N, D)`."""
+        gate_NM, up_NM = kernels.grouped_linear(x_ND, self.gate_up_proj, counts_E).chunk(2, dim=-1)
+        return kernels.grouped_linear(kernels.swiglu(gate_NM, up_NM), self.down_proj, counts_E)

@@ -1,0 +1,60 @@
+"""Which experts a token goes to, and with which weights.
+
+Legend: T tokens, D hidden size, E experts of one bank, K chosen experts per token.
+
+    p = softmax(W x)                     float32, over the experts of the token's own bank
+    chosen = top-k of (p + bias)         the bias steers the *choice* only
+    weight = p[chosen] / sum p[chosen]   the bias is not in the weight
+
+The correction bias is not trained by gradient: balancing moves it after each optimizer step
+(`ernie.moe.balance`), which evens the load without a loss term that bends the model.
+Source: PaddleFormers `topk_gate`, transformers `Ernie4_5_MoeTopKRouter`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ernie.config import ErnieConfig
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One bank's decision for T tokens, and what the balance losses need to know of it."""
+
+    experts_TK: Tensor  # int64, indices of the chosen experts
+    weights_TK: Tensor  # float32, positive, each row sums to 1
+    probs_TE: Tensor  # float32 softmax over all experts, before the bias
+    logits_TE: Tensor  # float32
+
+    @property
+    def load_E(self) -> Tensor:
+        """How many (token, choice) pairs each expert got, int64 `(E,)`."""
+        return torch.bincount(self.experts_TK.flatten(), minlength=self.probs_TE.shape[1])
+
+
+class Router(nn.Module):
+    """The gate of one bank of experts; `weight` is `(E, D)` and always float32."""
+
+    def __init__(self, config: ErnieConfig, num_experts: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(
+            torch.empty(num_experts, config.hidden_size, dtype=torch.float32)
+        )
+        assert config.moe_k is not None
+        self.top_k = config.moe_k
+        self.norm_min = config.moe_norm_min
+
+    def forward(self, x_TD: Tensor, bias_E: Tensor) -> Routing:
+        # Float32 from here on, also under bfloat16 activations: a rounded logit picks another
+        # expert.
+        logits_TE = F.linear(x_TD.float(), self.weight.float())
+        probs_TE = logits_TE.softmax(-1)
+        experts_TK = (probs_TE.detach() + bias_E).topk(self.top_k, dim=-1).indices
+        chosen_TK = probs_TE.gather(-1, experts_TK)
+        weights_TK = chosen_TK / chosen_TK.sum(-1, keepdim=True).clamp(min=self.norm_min)
+        return Routing(experts_TK, weights_TK, probs_TE, logits_TE)
