@@ -25,22 +25,23 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 TYPES = (str, bytes, list, dict, set, frozenset, tuple, int, float, complex, memoryview, range)
-MODULES = (
-    "builtins math cmath statistics random itertools functools operator collections string re textwrap "
-    "difflib datetime calendar time os os.path pathlib shutil glob fnmatch tempfile json csv struct "
-    "pickle copy heapq bisect array queue threading subprocess signal socket ssl select asyncio io "
-    "logging argparse inspect types typing dataclasses contextlib abc gc weakref traceback warnings "
-    "unittest.mock urllib.parse http.client email.utils html base64 binascii hashlib hmac secrets uuid "
-    "zlib gzip bz2 lzma zipfile tarfile sqlite3 decimal fractions platform locale gettext ast dis "
-    "tokenize keyword linecache timeit trace cProfile enum graphlib ipaddress mimetypes netrc shlex "
-    "sched stat sys sysconfig unicodedata xml.sax.saxutils zoneinfo codecs colorsys concurrent.futures"
-).split()
+MODULES = """
+builtins math cmath statistics random itertools functools operator collections string re
+textwrap difflib datetime calendar time os os.path pathlib shutil glob fnmatch tempfile json csv
+struct pickle copy heapq bisect array queue threading subprocess signal socket ssl select
+asyncio io logging argparse inspect types typing dataclasses contextlib abc gc weakref traceback
+warnings unittest.mock urllib.parse http.client email.utils html base64 binascii hashlib hmac
+secrets uuid zlib gzip bz2 lzma zipfile tarfile sqlite3 decimal fractions platform locale
+gettext ast dis tokenize keyword linecache timeit trace cProfile enum graphlib ipaddress
+mimetypes netrc shlex sched stat sys sysconfig unicodedata xml.sax.saxutils zoneinfo codecs
+colorsys concurrent.futures
+""".split()  # noqa: SIM905 - a list one word a line would hide the rest
 EVAL_EVERY = 15
 MIN_CHARS, MAX_CHARS = 40, 420
 
 
 def functions() -> Iterator[tuple[str, str]]:
-    """(qualified name, docstring) of documented public functions and of the methods of basic types."""
+    """(qualified name, docstring) of public functions and of the methods of basic types."""
     for kind in TYPES:
         for name, member in sorted(vars(kind).items()):
             if not name.startswith("_") and callable(member) and member.__doc__:
@@ -62,7 +63,8 @@ def clean(docstring: str) -> str:
     text = ""
     for paragraph in paragraphs:
         line = " ".join(paragraph.split())
-        if re.search(r">>>|::|^[-=]{3}|^\* |^:param|^Args", paragraph) or len(text) + len(line) > MAX_CHARS:
+        no_prose = re.search(r">>>|::|^[-=]{3}|^\* |^:param|^Args", paragraph)
+        if no_prose or len(text) + len(line) > MAX_CHARS:
             break
         text = f"{text} {line}".strip()
     plain = text.isascii() and text[:1].isupper() and text.endswith((".", "!"))
@@ -99,10 +101,7 @@ def main() -> None:
     roles = ("user", "assistant")
     write(
         "sft-train-messages.jsonl",
-        [
-            {"messages": [{"role": r, "content": c} for r, c in zip(roles, p)]}
-            for p in train[:20]
-        ],
+        [{"messages": [{"role": r, "content": c} for r, c in zip(roles, p)]} for p in train[:20]],
     )
 
 
