@@ -26,8 +26,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "examples/configs/SmolLM2-135M/sft/run_sft_lora.yaml"
-QUESTION = "What does Python's `hex` do?"  # a held-out sample: its answer is not in the training
-data BIN = Path(sys.executable).parent
+QUESTION = "What does Python's `hex` do?"  # held out: the answer is not in the training data
+BIN = Path(sys.executable).parent
 
 
 def main() -> None:
@@ -141,7 +141,7 @@ def served(model: Path) -> Iterator[str]:
 
 
 def ask_served(model: Path) -> tuple[str, float]:
-    """Ask the question through the openai client, streaming; the answer and its tokens per second."""
+    """Ask through the openai client, streaming; the answer and its tokens per second."""
     import openai
 
     with served(model) as address:
@@ -201,7 +201,7 @@ def draw(losses: dict[str, list[tuple[int, float]]], path: Path) -> Path:
     figure, axes = plt.subplots(figsize=(7, 4), dpi=120)
     axes.plot(*zip(*losses["loss"]), color="0.6", linewidth=1, label="training, each step")
     axes.plot(*zip(*losses["eval_loss"]), "o-", color="tab:blue", label="held out")
-    axes.set(xlabel="step", ylabel="loss per token (nats)", title="LoRA fine-tuning of SmolLM2-135M")
+    axes.set(xlabel="step", ylabel="loss per token (nats)", title="SmolLM2-135M, LoRA")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
