@@ -126,22 +126,24 @@ def write_record(
     record = {
         "question": question, "command": command, "date": date.today().isoformat(),
         "commit": _commit(), "machine": where, "settings": dict(settings),
-        "results": dict(results), "reading": reading,
+        "results": dict(results), "table": [list(row) for row in table], "reading": reading,
     }  # fmt: skip
     stem = RESULTS / f"{what}_{short}-{where['threads']}t_{date.today():%Y-%m}"
     RESULTS.mkdir(exist_ok=True)
     stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
-    header, *rows = table
     lines = [
-        f"# {question}", "", reading, "",
-        "| " + " | ".join(header) + " |", "|" + "---|" * len(header),
-        *("| " + " | ".join(row) + " |" for row in rows), "",
+        f"# {question}", "", reading, "", markdown(table), "",
         f"Command: `{command}`  ", f"Date: {record['date']}, commit {record['commit']}  ",
         f"Machine: {json.dumps(where)}  ", f"Settings: {json.dumps(record['settings'])}", "",
     ]  # fmt: skip
     stem.with_suffix(".md").write_text("\n".join(lines))
-    print("\n".join(lines[4 : 6 + len(rows)]), file=sys.stderr)
+    print(markdown(table), file=sys.stderr)
     print(json.dumps(record))
+
+
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    header, *rows = ("| " + " | ".join(row) + " |" for row in table)
+    return "\n".join([header, "|" + "---|" * len(table[0]), *rows])
 
 
 def _commit() -> str:

@@ -116,3 +116,9 @@ def test_no_pickle_anywhere() -> None:
         assert not re.search(r"\bimport pickle\b|torch\.(load|save)\(|allow_pickle=True", source), (
             name
         )
+
+
+def test_readme_numbers_are_those_of_the_records() -> None:
+    command = [sys.executable, "benchmarks/tables.py", "--check"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
