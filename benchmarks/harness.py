@@ -33,7 +33,7 @@ Numbers = dict[str, float]
 def take_turns(
     script: str, sides: Sequence[str], rounds: int, arguments: Sequence[str] = ()
 ) -> dict[str, Numbers]:
-    """Median of every number of every side over `rounds` processes each, in turn: A B C A B C ..."""
+    """Medians of every side's numbers over `rounds` processes each, in turn: A B C A B C ..."""
     seen: dict[str, list[Numbers]] = {side: [] for side in sides}
     for _ in range(rounds):
         for side in sides:

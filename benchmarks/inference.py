@@ -75,7 +75,7 @@ def run_transformers(folder: str, dtype: str) -> dict[str, float]:
 
 
 def measure(new_tokens) -> dict[str, float]:
-    """The three numbers, given a function that makes `count` new tokens for each prompt of a batch."""
+    """The three numbers, by a function that makes `count` new tokens for each prompt of a batch."""
     new_tokens(prompts(1, 64), 4)  # warm-up: kernels compiled, memory touched
     one = prompts(1, PROMPT)
     first_s = min(seconds_of(lambda: new_tokens(one, 1)) for _ in range(2))

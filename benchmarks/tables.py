@@ -20,7 +20,7 @@ BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.S)
 
 
 def newest(what: str) -> dict:
-    """The newest record of a benchmark; the README shows one machine, the last that was measured."""
+    """The newest record of a benchmark: the README shows the machine that was measured last."""
     records = [json.loads(path.read_text()) for path in RESULTS.glob(f"{what}_*.json")]
     if not records:
         raise SystemExit(f"no record {what}_*.json in {RESULTS}; run the benchmark first")
@@ -33,8 +33,8 @@ def rendered(text: str) -> str:
         machine = record["machine"]
         source = (
             f"{machine['cpu']}, {machine['threads']} threads, "
-            f"{machine['read_gb_per_s']} GB/s read, {machine['float32_gflop_per_s']} GFLOP/s float32; "
-            f"{record['date']}; `{record['command']}`"
+            f"{machine['read_gb_per_s']} GB/s read, "
+            f"{machine['float32_gflop_per_s']} GFLOP/s float32; {record['date']}; `{record['command']}`"
         )
         table = markdown(record["table"])
         return f"{match[1]}\n{table}\n\n{record['reading']}  \n_{source}_\n{match[3]}"
