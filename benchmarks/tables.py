@@ -34,7 +34,8 @@ def rendered(text: str) -> str:
         source = (
             f"{machine['cpu']}, {machine['threads']} threads, "
             f"{machine['read_gb_per_s']} GB/s read, "
-            f"{machine['float32_gflop_per_s']} GFLOP/s float32; {record['date']}; `{record['command']}`"
+            f"{machine['float32_gflop_per_s']} GFLOP/s float32; "
+            f"{record['date']}; `{record['command']}`"
         )
         table = markdown(record["table"])
         return f"{match[1]}\n{table}\n\n{record['reading']}  \n_{source}_\n{match[3]}"
