@@ -161,8 +161,8 @@ def read_tokenizers(path: Path, declared: Declared) -> Vocabulary:
     decoders = _decoder_types(spec.get("decoder"))
     if not decoders or decoders - _KNOWN_DECODERS:
         raise TokenizerError(
-            f"{path} has the decoder {sorted(decoders)}; known are byte-level BPE ('ByteLevel') and "
-            "SentencePiece with byte fallback ('Replace' or 'Metaspace', 'ByteFallback', 'Fuse')"
+            f"{path} has the decoder {sorted(decoders)}; known are those of byte-level BPE "
+            "('ByteLevel') and of SentencePiece ('Replace' or 'Metaspace', 'ByteFallback', 'Fuse')"
         )
     byte_level = "ByteLevel" in decoders
 
@@ -313,8 +313,9 @@ _BYTE_BY_CHARACTER = _byte_by_character()
 
 
 def _bytes_of_byte_level(token: str) -> bytes:
-    values = [_BYTE_BY_CHARACTER.get(c) for c in token]
-    return token.encode() if None in values else bytes(values)
+    if not _BYTE_BY_CHARACTER.keys() >= set(token):
+        return token.encode()
+    return bytes(_BYTE_BY_CHARACTER[c] for c in token)
 
 
 def _with_hidden_pieces(proto: bytes, indices: set[int]) -> bytes:

@@ -1,7 +1,8 @@
-"""Tokenizer folders for the tests: tiny ones trained here on a text, and SmolLM2's from its GGUF file.
+"""Tokenizer folders for the tests: tiny ones trained here on a text, and SmolLM2's from its GGUF
+file.
 
-`sentencepiece_folder` is ERNIE's kind (SentencePiece BPE, byte fallback, single digits, no space in front,
-ERNIE's special tokens); `byte_level_folder` is the kind of SmolLM2 (byte-level BPE, ChatML).
+`sentencepiece_folder` is ERNIE's kind (SentencePiece BPE, byte fallback, single digits, no space in
+front, ERNIE's special tokens); `byte_level_folder` is the kind of SmolLM2 (byte-level BPE, ChatML).
 """
 
 from __future__ import annotations
@@ -21,8 +22,20 @@ def add(a, b): return a + b  # two spaces, brackets [1, 2, 3] and <tags> appear 
 语言模型把文字切成小块,再把小块变成数字。今天天气很好,我们去公园散步吧。
 Prices rose by 12.5% in 2023 and fell by 7.25% in 2024. Nice to meet you, my friend.
 """
-ERNIE_SPECIAL = ("<|end_of_sentence|>", "<|begin_of_sentence|>", "<|IMAGE_PLACEHOLDER|>", "<mask:1>")
-THINKING_SPECIAL = ("<|im_start|>", "<|im_end|>", "<think>", "</think>", "<response>", "</response>")
+ERNIE_SPECIAL = (
+    "<|end_of_sentence|>",
+    "<|begin_of_sentence|>",
+    "<|IMAGE_PLACEHOLDER|>",
+    "<mask:1>",
+)
+THINKING_SPECIAL = (
+    "<|im_start|>",
+    "<|im_end|>",
+    "<think>",
+    "</think>",
+    "<response>",
+    "</response>",
+)
 CHATML = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful AI assistant.<|im_end|>\n' }}{% endif %}"
@@ -38,7 +51,9 @@ def write_json(path: Path, value: object) -> None:
 def sentencepiece_folder(
     folder: Path, *, thinking: bool = False, normalization: str = "identity", **options: object
 ) -> Path:
-    """Train a SentencePiece model; half of the special tokens are found in text by the library itself."""
+    """Train a SentencePiece model; half of the special tokens are found in text by the library
+    itself.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     special = ERNIE_SPECIAL + (THINKING_SPECIAL if thinking else ())
     corpus = folder / "corpus.txt"
@@ -76,8 +91,12 @@ def sentencepiece_folder(
     return folder
 
 
-def save_byte_level(folder: Path, vocab: dict, merges: list, special: list[str], config: dict) -> Path:
-    """Write tokenizer.json of a byte-level BPE with SmolLM2's pre-tokenizer, and tokenizer_config.json."""
+def save_byte_level(
+    folder: Path, vocab: dict, merges: list, special: list[str], config: dict
+) -> Path:
+    """Write tokenizer.json of a byte-level BPE with SmolLM2's pre-tokenizer, and
+    tokenizer_config.json.
+    """
     library = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
     return _finish_byte_level(folder, library, special, config)
 
