@@ -418,6 +418,12 @@ def resolved(run: Run, device: str) -> Run:
     return dataclasses.replace(run, model=model, training=training, optimisation=optimisation)
 
 
+def changed(run: Run) -> dict[str, Any]:
+    """The keys whose value is not the default."""
+    defaults = Run().flat()
+    return {key: value for key, value in run.flat().items() if value != defaults[key]}
+
+
 def to_yaml(run: Run) -> str:
     import yaml
 

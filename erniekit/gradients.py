@@ -64,7 +64,8 @@ class Gradients:
     @torch.no_grad()
     def _take(self, parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
+        if gradient is None:  # all of it went straight into the sum
+            return
         total = self._sums.get(id(parameter))
         if total is None:
             self._sums[id(parameter)] = gradient.to(self._dtypes[id(parameter)])
