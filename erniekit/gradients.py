@@ -66,11 +66,9 @@ class Gradients:
         gradient, parameter.grad = parameter.grad, None
         if gradient is None:  # all of it went straight into the sum
             return
-        total = self._sums.get(id(parameter))
-        if total is None:
-            self._sums[id(parameter)] = gradient.to(self._dtypes[id(parameter)])
-        else:
-            total.add_(gradient)
+        is_first = id(parameter) not in self._sums
+        total = self.sum_of(parameter)
+        total.copy_(gradient) if is_first else total.add_(gradient)
 
 
 class _AddRows(torch.autograd.Function):

@@ -24,12 +24,12 @@ from torch import Tensor
 from ernie.model import ErnieModel
 from ernie.moe import balance
 from ernie.moe.layer import MoE
+from erniekit import memory
 from erniekit.config import Optimisation
 from erniekit.data.loader import Batch
 from erniekit.data.pack import Cursor
 from erniekit.gradients import Gradients
 from erniekit.losses import Flat, Loss
-from erniekit.metrics import peak_memory_gib
 from erniekit.optim import AdamW, clip_scale, learning_rate_at
 
 log = logging.getLogger("erniekit")
@@ -132,7 +132,7 @@ def _step(parts: Parts, window: list[Batch], progress: Progress) -> dict[str, An
         "num_trained_tokens": num_trained,
         "total_tokens": progress.total_tokens,
         "epoch": round(progress.cursor.position / parts.epoch_size, 4),
-        "peak_memory_gib": peak_memory_gib(parts.model.device),
+        "peak_memory_gib": memory.peak_gib(parts.model.device),
         **extra,
         **({} if is_finite else {"skipped": True}),
     }

@@ -13,12 +13,8 @@ from __future__ import annotations
 import json
 import math
 import os
-import resource
-import sys
 from pathlib import Path
 from typing import Any
-
-import torch
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -58,14 +54,6 @@ def _finite(record: dict[str, Any]) -> dict[str, Any]:
     """JSON has no nan: such a number is written as null."""
     bad = {k: None for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
     return record | bad
-
-
-def peak_memory_gib(device: torch.device) -> float:
-    """Most memory used so far: of the device on a GPU, resident of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return kib * (1 if sys.platform != "darwin" else 1 / 1024) / 2**20
 
 
 def line(record: dict[str, Any], num_steps: int) -> str:

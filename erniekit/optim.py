@@ -98,7 +98,7 @@ def _layer_factor(name: str, num_layers: int, bound: float) -> float:
 
 
 class AdamW:
-    """AdamW over named parameters. State appears with a parameter's first gradient.
+    """AdamW over named parameters. All state is made at once, so that memory does not grow later.
 
     `moment_dtype` bfloat16 halves the state; its rounding is random and without bias, and repeats
     exactly, since it depends only on (seed, step, parameter, element).
@@ -116,7 +116,7 @@ class AdamW:
         self.moment_dtype = torch.bfloat16 if o.use_lowprecision_moment else torch.float32
         self.seed = seed
         self.num_updates = 0
-        self.state: dict[str, dict[str, Tensor]] = {}
+        self.state = {name: self._new_state(p) for name, p in self.parameters.items()}
 
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor], learning_rate: float, scale: float) -> None:
@@ -126,7 +126,7 @@ class AdamW:
             if name not in gradients:
                 continue
             parameter, treatment = self.parameters[name], self.treatments[name]
-            state = self._state_of(name)
+            state = self.state[name]
             original = state.get("original", parameter.data)
             kernels.adamw_step(
                 original,
@@ -145,16 +145,13 @@ class AdamW:
             if original.dtype != parameter.dtype:
                 parameter.copy_(original)
 
-    def _state_of(self, name: str) -> dict[str, Tensor]:
-        if name not in self.state:
-            parameter = self.parameters[name]
-            self.state[name] = {
-                key: torch.zeros_like(parameter, dtype=self.moment_dtype)
-                for key in ("moment", "square")
-            }
-            if parameter.dtype != torch.float32:
-                self.state[name]["original"] = parameter.detach().float()
-        return self.state[name]
+    def _new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        state = {
+            key: torch.zeros_like(parameter, dtype=self.moment_dtype) for key in ("moment", "square")
+        }
+        if parameter.dtype != torch.float32:
+            state["original"] = parameter.detach().float()
+        return state
 
     def tensors(self) -> dict[str, Tensor]:
         """The state by `<parameter>.<moment|square|original>`, for a checkpoint."""
@@ -166,7 +163,7 @@ class AdamW:
         for key, tensor in tensors.items():
             name, _, part = key.rpartition(".")
             assert name in self.parameters, name
-            self.state.setdefault(name, {})[part] = tensor.to(self.parameters[name].device)
+            self.state[name][part].copy_(tensor)
 
 
 def clip_scale(norm: float, max_norm: float) -> float:

@@ -27,7 +27,7 @@ from ernie.checkpoint.hub import resolve
 from ernie.kernels import report
 from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer
-from erniekit import checkpoint, losses, lora, metrics
+from erniekit import checkpoint, losses, lora, memory, metrics
 from erniekit.build import build_model, lora_of, trained_parameters
 from erniekit.config import Run, changed, resolved, to_yaml
 from erniekit.data.dialogue import Encoder
@@ -46,6 +46,7 @@ STOPPED = {signal.SIGTERM: 0, signal.SIGINT: 130}
 def run(run: Run, device: str) -> int:
     """Train as `run` says; returns the exit code of the process."""
     run = resolved(run, device)
+    memory.map_large_tensors()
     with checkpoint.locked(run.output):
         if run.training.overwrite_output_dir:
             _clear(run.output)
