@@ -62,10 +62,12 @@ class JinjaSegments:
 
         def text(num_messages: int, prompt: bool) -> str:
             return template.text(
-                messages=messages[:num_messages],
-                tools=tools or None,
-                add_generation_prompt=prompt,
-                **options,
+                {
+                    **options,
+                    "messages": messages[:num_messages],
+                    "tools": tools or None,
+                    "add_generation_prompt": prompt,
+                }
             )
 
         whole = text(len(messages), dialogue.add_generation_prompt)
