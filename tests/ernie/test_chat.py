@@ -11,7 +11,6 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ernie import chat_sandbox
 from ernie.chat import (
     LLM,
     THINKING,
@@ -19,6 +18,7 @@ from ernie.chat import (
     ChatError,
     ChatTemplate,
     one_answer_each,
+    sandbox,
     stop_ids,
 )
 from ernie.tokenizer import Tokenizer
@@ -360,8 +360,8 @@ def test_bad_template_is_refused_when_loaded(folders, tmp_path, source, message)
     ],
 )
 def test_bad_template_is_stopped_when_rendered(folders, tmp_path, monkeypatch, source, message):
-    monkeypatch.setattr(chat_sandbox, "MAX_SECONDS", 0.1)
-    monkeypatch.setattr(chat_sandbox, "MAX_CHARACTERS", 10_000)
+    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.1)
+    monkeypatch.setattr(sandbox, "MAX_CHARACTERS", 10_000)
     path = jinja_folder(tmp_path, source, folders("byte_level"))
     with pytest.raises(ChatError, match=message):
         ChatTemplate.for_folder(path).render(DIALOGUE)

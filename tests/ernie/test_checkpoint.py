@@ -166,7 +166,9 @@ def paddle_by_hand(model: ErnieModel) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("root", PADDLE.roots)
 @pytest.mark.parametrize("kind", ["tiny-moe", "tiny-dense"])
 def test_paddle_layout_against_one_written_by_hand(kind, root, tmp_path):
-    model = random_model(kind, 14, torch.bfloat16, **({"use_bias": True} if "dense" in kind else {}))
+    model = random_model(
+        kind, 14, torch.bfloat16, **({"use_bias": True} if "dense" in kind else {})
+    )
     stored = {
         name.replace("ernie.", root + ".", 1): tensor
         for name, tensor in paddle_by_hand(model).items()

@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from ernie.chat_messages import ChatError, Dialogue, Segment, written_differently
-from ernie.chat_sandbox import JinjaTemplate, StandIns
+from ernie.chat.messages import ChatError, Dialogue, Segment, written_differently
+from ernie.chat.sandbox import JinjaTemplate, StandIns
 from ernie.tokenizer import Tokenizer
 
 

@@ -31,7 +31,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ernie.chat_messages import ChatError
+from ernie.chat.messages import ChatError
 
 MAX_SECONDS = 5.0
 MAX_CHARACTERS = 1 << 24

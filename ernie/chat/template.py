@@ -24,22 +24,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ernie.chat_builtin import llm_segments, thinking_segments
-from ernie.chat_folder import JinjaSegments, folder_sources
-from ernie.chat_messages import ChatError, Dialogue, Segment, checked_message
+from ernie.chat.builtin import llm_segments, thinking_segments
+from ernie.chat.folder import JinjaSegments, folder_sources
+from ernie.chat.messages import ChatError, Dialogue, Segment, checked_message
 from ernie.tokenizer import Tokenizer
-
-__all__ = [
-    "LLM",
-    "THINKING",
-    "UNTRAINED",
-    "ChatError",
-    "ChatTemplate",
-    "Encoded",
-    "Segment",
-    "one_answer_each",
-    "stop_ids",
-]
 
 UNTRAINED = -100  # the label that cross-entropy leaves out
 # What ends a turn in the templates of the family, besides the tokenizer's own eos.
