@@ -1,6 +1,6 @@
 """Chat messages to token ids, for a server's prompts and for training samples alike.
 
-`template` is the front; `messages` checks what comes in, `builtin` holds the family's own templates,
+`template` is the front; `messages` checks what comes in, `builtin` holds the family's own,
 `folder` finds those of a model folder and `sandbox` runs them.
 """
 
