@@ -26,7 +26,7 @@ from torch import Tensor
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pdparams")
 MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors format
-CHUNK_BYTES = 32 * 2**20  # what is read at a time, and so the memory a load needs on top
+CHUNK_BYTES = 8 * 2**20  # what is read at a time, and so the memory a load needs on top
 
 DTYPES = {
     "BF16": torch.bfloat16,
