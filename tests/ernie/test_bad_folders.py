@@ -1,4 +1,4 @@
-"""Every way a model folder can be wrong: refused in one sentence that names the file and the tensor.
+"""Every way a model folder can be wrong: refused in a sentence that names file and tensor.
 
 Also the hub, as far as it can be tested where there is none.
 """

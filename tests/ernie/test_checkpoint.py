@@ -1,4 +1,4 @@
-"""Loading and saving against transformers, in all layouts, bit for bit where bits must not change."""
+"""Loading and saving against transformers, in all layouts, to the bit where bits must stay."""
 
 from __future__ import annotations
 
