@@ -15,7 +15,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from torch import Tensor
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pdparams")
 MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors format
-CHUNK_BYTES = 32 * 2**20  # what is read at a time, and so the memory a load needs on top
+CHUNK_BYTES = 8 * 2**20  # what is read at a time, and so the memory a load needs on top
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -282,13 +282,15 @@ def write_folder(
     tensors: Iterable[tuple[str, Tensor]],
     *,
     texts: Mapping[str, str],
+    copy_files: Callable[[Path], None] | None = None,
     max_shard_bytes: int,
 ) -> None:
     """Write tensors (in the order of `planned`, one in memory at a time) and text files.
 
-    All is written and synced under temporary names first and renamed at the end, `config.json` last
-    and after the old one is gone: at every moment the folder holds the old checkpoint, the new one,
-    or none that could be loaded. Weight files of an earlier save are removed.
+    `copy_files` puts further files into the folder it is given. All is written to a hidden folder
+    and synced first, then renamed, `config.json` last and after the old one is gone: at every
+    moment the folder holds the old checkpoint, the new one, or none that could be loaded. Weight
+    files of an earlier save are removed.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -298,15 +300,18 @@ def write_folder(
         total = sum(p.num_bytes for p in planned)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         texts = {INDEX: json.dumps(index, indent=2) + "\n", **texts}
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as hidden:
+    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as name:
+        hidden = Path(name)
         stream = iter(tensors)
         for name, part in shards.items():
-            _write_file(Path(hidden) / name, part, stream)
+            _write_file(hidden / name, part, stream)
+        if copy_files is not None:
+            copy_files(hidden)
         for name, text in texts.items():
-            with open(Path(hidden) / name, "w", encoding="utf-8") as file:
-                file.write(text)
-                _sync(file)
-        _commit(folder, Path(hidden), [*shards, *texts])
+            (hidden / name).write_text(text, encoding="utf-8")
+        for file in hidden.iterdir():
+            _sync(file)
+        _commit(folder, hidden)
 
 
 def _assign(planned: Sequence[Planned], max_shard_bytes: int) -> dict[str, list[Planned]]:
@@ -344,22 +349,21 @@ def _write_file(path: Path, part: Sequence[Planned], stream: Iterator[tuple[str,
             raw = value.detach().to("cpu", tensor.dtype).contiguous().view(-1).view(torch.uint8)
             file.seek(8 + len(header) + places[name][0])
             file.write(memoryview(raw.numpy()))
-        _sync(file)
 
 
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
-def _commit(folder: Path, hidden: Path, names: Sequence[str]) -> None:
+def _commit(folder: Path, hidden: Path) -> None:
+    names = [file.name for file in hidden.iterdir()]
     (folder / "config.json").unlink(missing_ok=True)
     for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
         old.unlink(missing_ok=True)
     for name in sorted(names, key="config.json".__eq__):
         os.replace(hidden / name, folder / name)
-    directory = os.open(folder, os.O_RDONLY)  # renames are durable once the folder is synced
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)
+    _sync(folder)  # makes the renames durable
