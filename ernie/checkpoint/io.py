@@ -53,7 +53,7 @@ def load(
     log.info("%s: %d tensors in layout %r", folder, len(tensors), layout.name)
     for name, tensor in convert.native_tensors(units, tensors, template, device):
         _place(model, name, tensor)
-    model.tokenizer = tokenizer
+    model.tokenizer, model.layout = tokenizer, layout.name
     model.generation_config = _generation_config(folder)
     return model
 
