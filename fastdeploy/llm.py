@@ -23,7 +23,7 @@ from fastdeploy.engine.request import RequestMetrics, TokenOutput
 from fastdeploy.engine.text import Sample
 from fastdeploy.errors import RequestError
 from fastdeploy.outputs import Completions, RequestOutput
-from fastdeploy.sampling import SamplingParams
+from fastdeploy.sampling import SamplingParams, filled
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 
@@ -41,6 +41,7 @@ class LLM:
         loaded = load(config, in_memory)
         self.engine, self.config = loaded.engine, loaded.config
         self.tokenizer, self.template = loaded.tokenizer, loaded.template
+        self.defaults = loaded.defaults
         self.ids = itertools.count()
 
     def generate(
@@ -106,7 +107,8 @@ class LLM:
         use_tqdm: bool,
         stream: bool,
     ) -> list[RequestOutput] | Iterator[list[RequestOutput | None]]:
-        params = _params_of(sampling_params, len(prompts), stream)
+        given = _params_of(sampling_params, len(prompts), stream)
+        params = [filled(one, self.defaults) for one in given]
         for (_, ids), one in zip(prompts, params):
             self.engine.check(ids, one)
             if one.stop and self.tokenizer is None:

@@ -8,8 +8,8 @@ refused, never ignored. Imports no torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from fastdeploy.errors import RequestError
@@ -185,6 +185,33 @@ class SamplingParams:
         ):
             if getattr(self, name) != unset:
                 raise RequestError(f"{name} is not available; {instead}", param=name)
+
+
+# Settings that a request may leave to the model's generation_config.json.
+_RECOMMENDED = (
+    "temperature",
+    "top_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+
+
+def recommended(generation_config: Mapping[str, Any]) -> dict[str, float]:
+    """The settings of a model's generation_config.json that stand in where a request has None.
+
+    Raises RequestError for a value out of range.
+    """
+    found = {name: generation_config.get(name) for name in _RECOMMENDED}
+    found = {name: value for name, value in found.items() if value is not None}
+    SamplingParams(**found)
+    return found
+
+
+def filled(params: SamplingParams, defaults: Mapping[str, float]) -> SamplingParams:
+    """`params` with `defaults` in place of what is None."""
+    missing = {name: v for name, v in defaults.items() if getattr(params, name) is None}
+    return replace(params, **missing) if missing else params
 
 
 def _may_be_none(name: str) -> bool:

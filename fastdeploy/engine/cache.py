@@ -19,7 +19,7 @@ from fastdeploy.engine.batch import Batch
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """Keys and values of every layer, each `(L, B, P, G, d)`. Uninitialised: writes precede reads."""
+    """Keys and values of every layer, each `(L, B, P, G, d)`; uninitialised until written."""
 
     keys_LBPGd: Tensor
     values_LBPGd: Tensor

@@ -15,6 +15,7 @@ from ernie.model import ErnieModel
 from ernie.settings import ConfigError
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
+from fastdeploy.sampling import recommended
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class Loaded:
     config: EngineConfig  # resolved
     tokenizer: Tokenizer | None
     template: ChatTemplate | None  # None where the folder has none
+    defaults: dict[str, float]  # sampling settings that the model's folder recommends
 
 
 def load(config: EngineConfig, model: ErnieModel | None = None) -> Loaded:
@@ -44,9 +46,10 @@ def load(config: EngineConfig, model: ErnieModel | None = None) -> Loaded:
     config = config.resolved(
         max_positions=model.config.max_position_embeddings, device_type=model.device.type
     )
-    ends = stop_ids(tokenizer) if tokenizer else frozenset({model.config.eos_token_id})
+    ends = stop_ids(tokenizer) if tokenizer else model.config.eos_token_ids
     engine = Engine(model, config, ends)
-    return Loaded(engine, config, tokenizer, _template(config, tokenizer))
+    defaults = recommended(getattr(model, "generation_config", None) or {})
+    return Loaded(engine, config, tokenizer, _template(config, tokenizer), defaults)
 
 
 def pick_device(name: str) -> torch.device:
