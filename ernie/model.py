@@ -13,7 +13,7 @@ checkpoints, with the experts of a layer stacked into two tensors.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -100,6 +100,7 @@ class ErnieModel(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer: Tokenizer | None = None
+        self.generation_config: dict[str, Any] | None = None  # as in the folder it was loaded from
         with torch.device(device):
             self.model = Trunk(config)
             tied = config.tie_word_embeddings

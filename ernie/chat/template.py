@@ -1,0 +1,190 @@
+"""Chat messages to token ids: one code path for a server's prompts and for training samples.
+
+A template turns messages into *segments*. The text of the template itself is trusted: control
+tokens it spells become their ids. The content of messages is not: whatever it spells, it stays
+text. Text is encoded in one piece between two *cuts*: before everything the model writes (an answer
+begins where the prompt of the server ended) and around control tokens. Hence the invariant that
+tests hold for every template here:
+
+    encode(messages[:i], add_generation_prompt=True).token_ids
+        is a prefix of  encode(messages[:i + 1], add_generation_prompt=False).token_ids
+
+      <|begin_of_sentence|>User: Hi\\nAssistant: | Hello!<|end_of_sentence|>User: ...
+                                          cut ^
+
+Messages are those of the OpenAI API; the key "label" (1 if missing) says whether an answer is
+trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from ernie.chat.builtin import llm_segments, thinking_segments
+from ernie.chat.folder import JinjaSegments, folder_sources
+from ernie.chat.messages import ChatError, Dialogue, Segment, checked_message
+from ernie.tokenizer import Tokenizer
+
+UNTRAINED = -100  # the label that cross-entropy leaves out
+# What ends a turn in the templates of the family, besides the tokenizer's own eos.
+END_TOKENS = ("<|end_of_sentence|>", "<|im_end|>")
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Token ids and, for each, the label of that same position (not shifted), `UNTRAINED` for none.
+
+    A label differs from its id in one place: the `<|end_of_sentence|>` after a trained answer is
+    labelled with eos, which is what the model is to say there and what the server stops at, while
+    the dialogue goes on with `<|end_of_sentence|>`. Source: ERNIEKit's data pipeline.
+    """
+
+    token_ids: list[int]
+    labels: list[int]
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """How a model wants a dialogue written. Choose one with `for_folder`, or `LLM`, `THINKING`."""
+
+    name: str
+    _segments: Callable[[Dialogue], list[Segment]]
+    _required: tuple[str, ...] = ()
+
+    @classmethod
+    def for_folder(cls, path: str | Path, tokenizer: Tokenizer | None = None) -> ChatTemplate:
+        """The template in a model folder, else the built-in one that its special tokens belong to.
+
+        Looked for in chat_template.jinja, then in tokenizer_config.json. Raises ChatError for one
+        that does not compile, and where there is none and the tokenizer has the tokens of neither
+        built-in one.
+        """
+        folder = Path(path)
+        tokenizer = tokenizer or Tokenizer.from_folder(folder)
+        sources, where = folder_sources(folder)
+        if sources:
+            return cls(where, JinjaSegments(sources, where, tokenizer, stop_ids(tokenizer)))
+        for template in (LLM, THINKING):
+            if all(tokenizer.id_of(token) is not None for token in template._required):
+                return template
+        raise ChatError(
+            f"{folder} has no chat template, and its tokenizer has neither {LLM._required} nor "
+            f"{THINKING._required}; put the model's chat_template.jinja there"
+        )
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        /,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **options: Any,
+    ) -> list[Segment]:
+        """The dialogue as segments, whose texts joined are the rendered text.
+
+        With `add_generation_prompt` it is a prompt, and nothing in it is trained. Without, it is a
+        sample: the answers whose message has no "label" of 0 are. `options` reach the template
+        (`chat_template_kwargs` of the servers). Raises ChatError naming the message at fault.
+        """
+        checked = [checked_message(f"messages[{i}]", message) for i, message in enumerate(messages)]
+        if not checked:
+            raise ChatError("messages is empty; a dialogue needs at least one message")
+        trained = frozenset(
+            i
+            for i, message in enumerate(checked)
+            if message["role"] == "assistant" and message.pop("label", 1)
+        )
+        return self._segments(
+            Dialogue(
+                checked,
+                [dict(tool) for tool in tools or ()],
+                add_generation_prompt,
+                options,
+                frozenset() if add_generation_prompt else trained,
+            )
+        )
+
+    def encode(
+        self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], /, **arguments: Any
+    ) -> Encoded:
+        """`render(messages, **arguments)` as token ids and labels."""
+        for token in self._required:
+            if tokenizer.id_of(token) is None:
+                raise ChatError(
+                    f"the {self.name} template needs the token {token}, which the tokenizer lacks"
+                )
+        encoded = _encoded(tokenizer, self.render(messages, **arguments))
+        return replace(encoded, labels=_with_eos(tokenizer, encoded.labels))
+
+
+def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
+    """The ids at which generation ends: every eos of the folder, and the templates' end tokens."""
+    ends = (tokenizer.id_of(token) for token in END_TOKENS)
+    return tokenizer.eos_ids | {i for i in ends if i is not None}
+
+
+def one_answer_each(messages: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
+    """One sample for each trained answer, which ends with it; the answers before are context.
+
+    For templates that write an answer differently once the dialogue goes on (thoughts are dropped),
+    where training all answers of one sample would teach a form the model never has to produce.
+    """
+    samples = []
+    for i, message in enumerate(messages):
+        if message.get("role") == "assistant" and message.get("label", 1):
+            samples.append([{**m, "label": 0} for m in messages[:i]] + [{**message, "label": 1}])
+    return samples
+
+
+def _encoded(tokenizer: Tokenizer, segments: Sequence[Segment]) -> Encoded:
+    token_ids: list[int] = []
+    labels: list[int] = []
+    pending: list[str] = []  # plain text since the last cut
+    is_trained = False
+
+    def put(ids: list[int]) -> None:
+        token_ids.extend(ids)
+        labels.extend(ids if is_trained else [UNTRAINED] * len(ids))
+
+    def cut() -> None:
+        put(tokenizer.encode("".join(pending)))
+        pending.clear()
+
+    for segment in segments:
+        if segment.starts_answer or segment.is_trained != is_trained:
+            cut()
+        is_trained = segment.is_trained
+        if not segment.is_trusted:
+            pending.append(segment.text)
+            continue
+        for piece in tokenizer.split_control(segment.text):
+            if isinstance(piece, int):
+                cut()
+                put([piece])
+            else:
+                pending.append(piece)
+    cut()
+    return Encoded(token_ids, labels)
+
+
+def _with_eos(tokenizer: Tokenizer, labels: list[int]) -> list[int]:
+    """Labels with `<|end_of_sentence|>` replaced by eos; refuses answers that end on no stop."""
+    stops = stop_ids(tokenizer)
+    for here, after in pairwise([*labels, UNTRAINED]):
+        if here != UNTRAINED and after == UNTRAINED and here not in stops:
+            raise ChatError(
+                f"a trained answer ends with {tokenizer.token_of(here)!r}, which is no stop token; "
+                "a model trained on it would not learn to stop"
+            )
+    end = tokenizer.id_of("<|end_of_sentence|>")
+    eos = tokenizer.eos_id
+    return [eos if i == end and eos is not None else i for i in labels]
+
+
+LLM = ChatTemplate("ERNIE 4.5", llm_segments, ("<|begin_of_sentence|>", "<|end_of_sentence|>"))
+THINKING = ChatTemplate("ERNIE 4.5 Thinking", thinking_segments, ("<|im_start|>", "<|im_end|>"))

@@ -1,0 +1,204 @@
+"""Loading and saving a model: a folder with `config.json`, safetensors files and a tokenizer.
+
+`load` checks headers first, then fills a model that was built without memory, one tensor at a time;
+`save` writes tensors as they are converted. Both need the weights once, plus one chunk or tensor.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from ernie.checkpoint import convert
+from ernie.checkpoint.folder import CheckpointError, Stored, read_folder, write_folder
+from ernie.checkpoint.hub import resolve
+from ernie.checkpoint.layouts import LAYOUTS, MTP_MARK
+from ernie.config import ErnieConfig
+from ernie.model import ErnieModel
+
+if TYPE_CHECKING:
+    from ernie.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+MAX_SHARD_BYTES = 5 * 10**9
+
+
+def load(
+    path_or_name: str | Path,
+    dtype: torch.dtype | None = torch.bfloat16,
+    device: torch.device | str = "cpu",
+) -> ErnieModel:
+    """A model with its weights, from a folder in any known layout or from a name on the hub.
+
+    Weights are converted to `dtype` (None: as the embedding is stored); routers stay float32.
+    `tokenizer` and `generation_config` are set where the folder has them. Raises CheckpointError
+    or ConfigError, before anything large is read unless a value itself is bad.
+    """
+    folder = resolve(path_or_name)
+    config = _readable_config(folder)
+    tensors = read_folder(folder)
+    config, tensors = _agree_on_mtp(config, tensors)
+    tokenizer = _tokenizer(folder, config)
+    model = ErnieModel(config, dtype=dtype or _stored_dtype(tensors), device="meta")
+    template = dict(model.named_parameters())
+    layout, units = convert.detect(tensors, template)
+    log.info("%s: %d tensors in layout %r", folder, len(tensors), layout.name)
+    for name, tensor in convert.native_tensors(units, tensors, template, device):
+        _place(model, name, tensor)
+    model.tokenizer = tokenizer
+    model.generation_config = _generation_config(folder)
+    return model
+
+
+def save(
+    model: ErnieModel,
+    path: str | Path,
+    layout: str = "pt",
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a model in the layout "pt", "paddle" or "transformers", with its tokenizer.
+
+    One file up to `max_shard_bytes`, numbered files with an index above. An interrupted save
+    leaves no folder that loads as something else. Raises CheckpointError for an unknown layout or
+    a parameter that the layout has no place for.
+    """
+    parameters = dict(model.named_parameters())
+    write(
+        path,
+        model.config,
+        parameters,
+        parameters.__getitem__,
+        layout=layout,
+        tokenizer=model.tokenizer,
+        generation_config=model.generation_config,
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def write(
+    path: str | Path,
+    config: ErnieConfig,
+    template: Mapping[str, Tensor],
+    native: Callable[[str], Tensor],
+    *,
+    layout: str,
+    tokenizer: Tokenizer | None = None,
+    generation_config: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """`save` for a model that need not exist as a whole.
+
+    `template` gives names, shapes and dtypes of the parameters; `native` makes each tensor when its
+    turn comes.
+    """
+    if layout not in LAYOUTS:
+        raise CheckpointError(f"layout {layout!r} is not known; use one of {', '.join(LAYOUTS)}")
+    table = LAYOUTS[layout]
+    units = convert.plan(template, table, table.roots[0])
+    dtype = str(template["model.embed_tokens.weight"].dtype).removeprefix("torch.")
+    texts = {"config.json": _json(_config_dict(config, table.dtype_key, dtype))}
+    if generation_config is not None:
+        texts["generation_config.json"] = _json(generation_config)
+    if tokenizer is not None:
+        tokenizer.save(path)
+    write_folder(
+        path,
+        convert.planned(units, template),
+        convert.stored_tensors(units, native),
+        texts=texts,
+        max_shard_bytes=max_shard_bytes,
+    )
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _config_dict(config: ErnieConfig, dtype_key: str, dtype: str) -> dict[str, Any]:
+    # auto_map names Python files, which are never written here.
+    dropped = ("dtype", "torch_dtype", "auto_map")
+    kept = {k: v for k, v in config.to_dict().items() if k not in dropped}
+    return {**kept, dtype_key: dtype}
+
+
+def _readable_config(folder: Path) -> ErnieConfig:
+    config = ErnieConfig.from_folder(folder)
+    if "auto_map" in config.extra:
+        log.info("%s: auto_map names code of the folder, which is never run", folder)
+    if "quantization_config" in config.extra:
+        raise CheckpointError(
+            f"{folder / 'config.json'} has a quantization_config; load the unquantised model"
+        )
+    return config
+
+
+def _agree_on_mtp(
+    config: ErnieConfig, tensors: dict[str, Stored]
+) -> tuple[ErnieConfig, dict[str, Stored]]:
+    """Other programs drop the multi-token-prediction block, or its count in config.json."""
+    block = {name for name in tensors if MTP_MARK in name}
+    depth = config.num_nextn_predict_layers
+    if depth and not block:
+        log.warning(
+            "config.json says num_nextn_predict_layers=%d but the files hold no such block: "
+            "loaded without multi-token prediction",
+            depth,
+        )
+        config = dataclasses.replace(config, num_nextn_predict_layers=0)
+    if block and not depth:
+        log.warning(
+            "%d tensors of a multi-token-prediction block (%s, ...) are left out: config.json does "
+            "not say num_nextn_predict_layers",
+            len(block),
+            min(block),
+        )
+        tensors = {name: stored for name, stored in tensors.items() if name not in block}
+    return config, tensors
+
+
+def _stored_dtype(tensors: Mapping[str, Stored]) -> torch.dtype:
+    found = (s.dtype for name, s in tensors.items() if name.endswith(".embed_tokens.weight"))
+    return next(found, torch.bfloat16)
+
+
+def _tokenizer(folder: Path, config: ErnieConfig) -> Tokenizer | None:
+    from ernie.tokenizer import Tokenizer
+
+    if not Tokenizer.exists(folder):
+        return None
+    tokenizer = Tokenizer.from_folder(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise CheckpointError(
+            f"the tokenizer in {folder} has ids up to {tokenizer.vocab_size - 1}, but config.json "
+            f"says vocab_size={config.vocab_size}; it belongs to another model"
+        )
+    return tokenizer
+
+
+def _generation_config(folder: Path) -> dict[str, Any] | None:
+    path = folder / "generation_config.json"
+    if not path.is_file():
+        return None
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); fetch it again") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}; it must hold an object")
+    return value
+
+
+def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
+    home, _, leaf = name.rpartition(".")
+    module = model.get_submodule(home)
+    trained = getattr(module, leaf).requires_grad
+    setattr(module, leaf, nn.Parameter(tensor, requires_grad=trained))

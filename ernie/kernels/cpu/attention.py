@@ -1,0 +1,164 @@
+"""`attend_packed` and `attend_paged` on the CPU, without a matrix of scores.
+
+The kernels take head widths that are multiples of 16 up to 512 (all released models: 128); other
+widths run in plain torch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ernie.kernels import reference
+from ernie.kernels.cpu.build import DTYPES, library
+
+
+def attend_packed(
+    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, cu_seqlens_S1: Tensor, scale: float
+) -> Tensor:
+    if not _fits(q_THd):
+        return reference.attend_packed(q_THd, k_TGd, v_TGd, cu_seqlens_S1, scale)
+    if q_THd.dtype != torch.float32:
+        q, k, v = q_THd.float(), k_TGd.float(), v_TGd.float()
+        return attend_packed(q, k, v, cu_seqlens_S1, scale).to(q_THd.dtype)
+    assert cu_seqlens_S1.dtype == torch.int32 and int(cu_seqlens_S1[-1]) == len(q_THd)
+    if torch.is_grad_enabled() and (
+        q_THd.requires_grad or k_TGd.requires_grad or v_TGd.requires_grad
+    ):
+        return _AttendPacked.apply(q_THd, k_TGd, v_TGd, cu_seqlens_S1, scale)
+    return _forward(_rows(q_THd), _rows(k_TGd), _rows(v_TGd), cu_seqlens_S1, scale, None)
+
+
+def attend_paged(
+    q_THd: Tensor,
+    k_cache_BPGd: Tensor,
+    v_cache_BPGd: Tensor,
+    tables_SM: Tensor,
+    cu_seqlens_S1: Tensor,
+    lens_S: Tensor,
+    scale: float,
+) -> Tensor:
+    """A sequence's result depends, to the bit, on its own tokens only: not on the batch, nor on how
+    the blocks are numbered (but a chunk of more than 16 queries is computed in another order than
+    few)."""
+    if not _fits(q_THd) or k_cache_BPGd.dtype not in DTYPES:
+        return reference.attend_paged(
+            q_THd, k_cache_BPGd, v_cache_BPGd, tables_SM, cu_seqlens_S1, lens_S, scale
+        )
+    q = _rows(q_THd.float())
+    _, heads, width = q.shape
+    _, positions, groups, _ = k_cache_BPGd.shape
+    assert k_cache_BPGd.is_contiguous() and v_cache_BPGd.is_contiguous()
+    assert tables_SM.dtype == cu_seqlens_S1.dtype == lens_S.dtype == torch.int32
+    tables = tables_SM if tables_SM.stride(1) == 1 else tables_SM.contiguous()
+    out = q.new_empty(q.shape)
+    library().ernie_attend_paged(
+        q.data_ptr(),
+        q.stride(0),
+        k_cache_BPGd.data_ptr(),
+        v_cache_BPGd.data_ptr(),
+        DTYPES[k_cache_BPGd.dtype],
+        tables.data_ptr(),
+        tables.stride(0),
+        cu_seqlens_S1.data_ptr(),
+        lens_S.data_ptr(),
+        len(lens_S),
+        positions,
+        heads,
+        groups,
+        width,
+        scale,
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out.to(q_THd.dtype)
+
+
+class _AttendPacked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float) -> Tensor:
+        q, k, v = _rows(q), _rows(k), _rows(v)
+        lse_TH = q.new_empty(q.shape[:2])
+        out = _forward(q, k, v, bounds, scale, lse_TH)
+        ctx.save_for_backward(q, k, v, bounds, out, lse_TH)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, bounds, out, lse_TH = ctx.saved_tensors
+        grad = grad.contiguous()
+        parts = _parts_of_a_group(bounds, q.shape[1], k.shape[1])
+        dq, delta_TH = q.new_empty(q.shape), torch.empty_like(lse_TH)
+        dk, dv = k.new_empty(2, parts, *k.shape)
+        library().ernie_attend_packed_backward(
+            q.data_ptr(),
+            q.stride(0),
+            k.data_ptr(),
+            k.stride(0),
+            v.data_ptr(),
+            v.stride(0),
+            out.data_ptr(),
+            grad.data_ptr(),
+            lse_TH.data_ptr(),
+            bounds.data_ptr(),
+            len(bounds) - 1,
+            q.shape[1],
+            k.shape[1],
+            k.shape[2],
+            ctx.scale,
+            parts,
+            delta_TH.data_ptr(),
+            dq.data_ptr(),
+            dk.data_ptr(),
+            dv.data_ptr(),
+            torch.get_num_threads(),
+        )
+        return dq, dk.sum(0), dv.sum(0), None, None
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float, lse_TH: Tensor | None
+) -> Tensor:
+    out = q.new_empty(q.shape)
+    library().ernie_attend_packed(
+        q.data_ptr(),
+        q.stride(0),
+        k.data_ptr(),
+        k.stride(0),
+        v.data_ptr(),
+        v.stride(0),
+        bounds.data_ptr(),
+        len(bounds) - 1,
+        q.shape[1],
+        k.shape[1],
+        k.shape[2],
+        scale,
+        out.data_ptr(),
+        None if lse_TH is None else lse_TH.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _parts_of_a_group(bounds: Tensor, heads: int, groups: int) -> int:
+    """Into how many parts the backward pass splits the query heads of a group: work for every
+    thread.
+
+    One segment and one group are one piece of work unless the longest segment would then be more
+    than a thread's fair share. Each part costs memory for its own gradient of keys and values.
+    """
+    work = bounds.diff().double().square()
+    longest_share = float(work.max() / work.sum().clamp(min=1)) / groups
+    return heads // groups if longest_share * torch.get_num_threads() > 0.5 else 1
+
+
+def _fits(q_THd: Tensor) -> bool:
+    return q_THd.shape[-1] % 16 == 0 and 0 < q_THd.shape[-1] <= 512
+
+
+def _rows(x_THd: Tensor) -> Tensor:
+    """x itself where each token's heads are contiguous (as in a column slice), else a copy."""
+    _, _, width = x_THd.shape
+    whole = x_THd.stride(2) == 1 and x_THd.stride(1) == width
+    return x_THd if whole else x_THd.contiguous()

@@ -1,0 +1,163 @@
+"""The compiled library: found or built at the first use, loaded with ctypes, started on torch's
+threads.
+
+The sources are plain C++17 behind a C interface, so a build needs a compiler and nothing else:
+neither torch's headers nor Python's. The result is kept in the user's cache folder under a name
+that hashes the sources, the compiler and the flags; one library holds one instruction set. What
+cannot be built or loaded is a `BuildError` with one sentence.
+
+`ERNIE_CPU_ISA=scalar|avx2|avx512` asks for a lower instruction set than the processor's best
+("scalar" is the compiler's baseline: SSE2 or NEON).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import stat
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+SOURCES = Path(__file__).parent
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-fno-math-errno")
+# By instruction set, lowest first, and by the name that torch gives to the processor's best.
+ISA_FLAGS = {
+    "scalar": (),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
+}
+ISA_BY_CAPABILITY = {"AVX2": "avx2", "AVX512": "avx512"}
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of vec.h
+
+# Arguments of each function of the C interface: p pointer, l long, i int, f float.
+SIGNATURES = {
+    "linear": "plpipppllll" + "i",
+    "rms_norm": "plpifppll" + "i",
+    "rms_norm_backward": "pplpipppll" + "li",
+    "rotate": "plppfplll" + "i",
+    "swiglu": "plplpll" + "i",
+    "swiglu_backward": "pplplppll" + "i",
+    "write_cache": "plplppipll",
+    "attend_packed": "plplplpllllfpp" + "i",
+    "attend_packed_backward": "plplplppppllllflpppp" + "i",
+    "attend_paged": "plppiplpplllllfp" + "i",
+    "adamw": "ppippilp" + "i",
+}
+C_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float}
+
+
+class BuildError(RuntimeError):
+    """The library cannot be built or loaded here; the message is one sentence that says why."""
+
+
+@cache
+def isa() -> str:
+    """The instruction set in use: what `ERNIE_CPU_ISA` asks for, else the processor's best."""
+    best = ISA_BY_CAPABILITY.get(torch.backends.cpu.get_cpu_capability(), "scalar")
+    asked = os.environ.get("ERNIE_CPU_ISA", best)
+    usable = list(ISA_FLAGS)[: list(ISA_FLAGS).index(best) + 1]
+    if asked not in usable:
+        raise BuildError(f"ERNIE_CPU_ISA={asked} cannot run here; use one of {', '.join(usable)}")
+    return asked
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The loaded library, built if need be. Raises `BuildError`."""
+    runtime = ctypes.CDLL(
+        None
+    )  # symbols of the process: torch has loaded its OpenMP runtime globally
+    if not hasattr(runtime, "GOMP_parallel"):
+        raise BuildError("torch's OpenMP runtime does not export GOMP_parallel on this platform")
+    loaded = ctypes.CDLL(str(_built()))
+    for name, codes in SIGNATURES.items():
+        function = getattr(loaded, f"ernie_{name}")
+        function.argtypes = [C_TYPES[code] for code in codes]
+        function.restype = None
+    loaded.ernie_start.argtypes = [ctypes.c_void_p]
+    loaded.ernie_start.restype = None
+    loaded.ernie_start(ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p))
+    return loaded
+
+
+def _built() -> Path:
+    compiler, flags = _compiler(), (*FLAGS, *ISA_FLAGS[isa()])
+    files = sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])
+    status = compiler.stat()
+    identity = [str(compiler), str(status.st_size), str(status.st_mtime_ns), *flags]
+    digest = hashlib.sha256("\0".join(identity).encode())
+    for file in files:
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    target = _cache_folder() / f"{isa()}-{digest.hexdigest()[:20]}.so"
+    if not target.exists():
+        _compile(compiler, flags, [file for file in files if file.suffix == ".cpp"], target)
+    return target
+
+
+def _compiler() -> Path:
+    asked = os.environ.get("CXX")
+    for name in (asked,) if asked else COMPILERS:
+        if found := shutil.which(name):
+            return Path(found).resolve()
+    if asked:
+        raise BuildError(f"the C++ compiler named by CXX={asked} was not found")
+    raise BuildError(f"no C++ compiler was found: install one of {', '.join(COMPILERS)} or set CXX")
+
+
+def _cache_folder() -> Path:
+    """The user's cache folder, or one of their own among the temporary files where home is
+    read-only."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    for folder in (home / "ernie/kernels", Path(tempfile.gettempdir()) / f"ernie-{os.getuid()}"):
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError:
+            continue
+        status = folder.stat()
+        # A library from a folder that others may write to would be theirs to choose.
+        private = status.st_uid == os.getuid() and not status.st_mode & (
+            stat.S_IWGRP | stat.S_IWOTH
+        )
+        if private and os.access(folder, os.W_OK):
+            return folder
+    raise BuildError(f"neither {home} nor {tempfile.gettempdir()} can keep the compiled library")
+
+
+def _compile(compiler: Path, flags: tuple[str, ...], sources: list[Path], target: Path) -> None:
+    """Build in a folder of our own and rename: several processes may do this at once."""
+    with tempfile.TemporaryDirectory(dir=target.parent) as work:
+        objects = [f"{work}/{source.stem}.o" for source in sources]
+        only_object = [flag for flag in flags if flag != "-shared"]
+        compilers = [
+            _start([str(compiler), *only_object, "-c", str(source), "-o", made])
+            for source, made in zip(sources, objects)
+        ]
+        for process in compilers:
+            _finish(process)
+        _finish(_start([str(compiler), "-shared", *objects, "-o", f"{work}/library.so"]))
+        os.replace(f"{work}/library.so", target)
+
+
+def _start(command: list[str]) -> subprocess.Popen:
+    try:
+        return subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+    except OSError as error:
+        raise BuildError(f"the C++ compiler {command[0]} cannot be run: {error}") from error
+
+
+def _finish(process: subprocess.Popen) -> None:
+    messages = process.communicate()[1]
+    if process.returncode:
+        errors = [line for line in messages.splitlines() if "error" in line]
+        reason = errors[0][:300] if errors else f"exit status {process.returncode}"
+        raise BuildError(f"the C++ compiler {process.args[0]} failed: {reason}")

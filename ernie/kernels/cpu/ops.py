@@ -1,0 +1,42 @@
+"""What the CPU does better than plain torch: see `ernie.kernels` for shapes and meaning.
+
+Kernels take float32 activations; weights may be bfloat16, caches bfloat16 or float16. Bfloat16
+activations are computed in float32 and rounded at the end. The same inputs and the same instruction
+set give the same bits, whatever the number of threads and whatever else is in the batch, except
+where a docstring says otherwise.
+"""
+
+from __future__ import annotations
+
+from ernie.kernels.cpu.attention import attend_packed, attend_paged
+from ernie.kernels.cpu.build import BuildError, isa, library
+from ernie.kernels.cpu.pointwise import adamw_step, rms_norm, rotate, swiglu, write_cache
+from ernie.kernels.cpu.products import grouped_linear, linear
+
+__all__ = [
+    "adamw_step",
+    "attend_packed",
+    "attend_paged",
+    "available",
+    "detail",
+    "grouped_linear",
+    "linear",
+    "rms_norm",
+    "rotate",
+    "swiglu",
+    "write_cache",
+]
+
+
+def available() -> str:
+    """Empty when the library is there (it is built here, at the first call), else why not."""
+    try:
+        library()
+    except BuildError as error:
+        return str(error)
+    return ""
+
+
+def detail() -> str:
+    """The instruction set, for `ernie.kernels.report`."""
+    return isa()

@@ -1,0 +1,243 @@
+// Normalisation, rotation, gating, cache writes and the optimizer's step: one pass over memory each.
+#include <cmath>
+
+#include "threads.h"
+#include "vec.h"
+
+namespace {
+
+constexpr long TASK_FLOATS = 16 * 1024;  // less than this is not worth a second thread
+
+// body(first_row, rows) over blocks of whole rows.
+template <class Body>
+void for_rows(int threads, long rows, long width, const Body &body) {
+    const long block = width < TASK_FLOATS ? TASK_FLOATS / (width ? width : 1) : 1;
+    parallel_for(threads, (rows + block - 1) / block, [&](long i) {
+        const long first = i * block;
+        body(first, rows - first < block ? rows - first : block);
+    });
+}
+
+// body(i, load, store) for each vector of a row; the last one is partial.
+struct Whole {
+    template <class T>
+    vf get(const T *p) const { return load(p); }
+    template <class T>
+    void put(T *p, vf v) const { store(p, v); }
+};
+struct Partial {
+    long lanes;
+    template <class T>
+    vf get(const T *p) const { return load_first(p, lanes); }
+    template <class T>
+    void put(T *p, vf v) const { store_first(p, v, lanes); }
+};
+template <class Body>
+ERNIE_INLINE void for_vectors(long width, const Body &body) {
+    long i = 0;
+    for (; i + VL <= width; i += VL) body(i, Whole{});
+    if (i < width) body(i, Partial{width - i});
+}
+
+template <class W>
+void rms_norm(const float *x, long ldx, const W *weight, float eps, float *out, float *rstd, long rows,
+              long width, int threads) {
+    for_rows(threads, rows, width, [&](long first, long count) {
+        for (long t = first; t < first + count; t++) {
+            const float *row = x + t * ldx;
+            vf squares = {};
+            for_vectors(width, [&](long i, auto part) {
+                const vf v = part.get(row + i);
+                squares = fma(v, v, squares);
+            });
+            const float r = 1.0f / std::sqrt(sum(squares) / width + eps);
+            if (rstd) rstd[t] = r;
+            for_vectors(width, [&](long i, auto part) {
+                part.put(out + t * width + i, part.get(row + i) * splat(r) * part.get(weight + i));
+            });
+        }
+    });
+}
+
+template <class W>
+void rms_norm_backward(const float *grad, const float *x, long ldx, const W *weight, const float *rstd, float *dx,
+                       float *dweight, long rows, long width, long block, int threads) {
+    parallel_for(threads, (rows + block - 1) / block, [&](long index) {
+        const long first = index * block, last = first + block < rows ? first + block : rows;
+        float *sums = dweight ? dweight + index * width : nullptr;
+        if (sums) memset(sums, 0, width * sizeof(float));
+        for (long t = first; t < last; t++) {
+            const float *g = grad + t * width, *row = x + t * ldx;
+            const float r = rstd[t];
+            vf products = {};
+            for_vectors(width, [&](long i, auto part) {
+                const vf dy_x = part.get(g + i) * part.get(row + i);
+                products = fma(dy_x, part.get(weight + i), products);
+                if (sums) part.put(sums + i, fma(dy_x, splat(r), part.get(sums + i)));
+            });
+            const float mean = sum(products) * r * r / width;
+            for_vectors(width, [&](long i, auto part) {
+                const vf scaled = part.get(g + i) * part.get(weight + i);
+                part.put(dx + t * width + i, (scaled - part.get(row + i) * splat(mean)) * splat(r));
+            });
+        }
+    });
+}
+
+template <class T>
+void write_rows(const float *from, long ld, T *cache, const int64_t *slots, long tokens, long width) {
+    for (long t = 0; t < tokens; t++)
+        if (slots[t] >= 0)
+            for_vectors(width, [&](long i, auto part) {
+                part.put(cache + slots[t] * width + i, part.get(from + t * ld + i));
+            });
+}
+
+// --- AdamW ---------------------------------------------------------------------------------------------
+
+ERNIE_INLINE vf root(vf v) {
+#if defined(__AVX512F__)
+    return _mm512_sqrt_ps(v);
+#elif defined(__AVX2__)
+    return _mm256_sqrt_ps(v);
+#else
+    for (int i = 0; i < VL; i++) v[i] = std::sqrt(v[i]);
+    return v;
+#endif
+}
+
+// 32 random bits of an element: 16 for each moment. The twin is reference._rounding_bits.
+// Source: the finaliser of MurmurHash3 over a multiplicative counter.
+ERNIE_INLINE vu random_bits(long element, uint32_t key) {
+    vu lane;
+    for (int i = 0; i < VL; i++) lane[i] = i;
+    vu h = (lane + (uint32_t)element) * 0x9e3779b1u + ((uint32_t)(element >> 32) * 0x85ebca6bu + key);
+    h = (h ^ h >> 16) * 0x85ebca6bu;
+    h = (h ^ h >> 13) * 0xc2b2ae35u;
+    return h ^ h >> 16;
+}
+ERNIE_INLINE void put_rounded(float *p, vf v, vu, long lanes) {
+    lanes == VL ? store(p, v) : store_first(p, v, lanes);
+}
+ERNIE_INLINE void put_rounded(bf16 *p, vf v, vu random, long lanes) {
+    bf16 rounded[VL];
+    store_halves(rounded, (as_bits(v) + random) >> 16);
+    memcpy(p, rounded, lanes * sizeof(bf16));
+}
+
+struct Update {  // the constants of a step; see reference.adamw_step
+    float decay, step_size, beta1, rest1, beta2, rest2, root_scale, eps, grad_scale;
+    uint32_t key;
+};
+
+template <class G, class M>
+void adamw(float *p, const G *grad, M *moment, M *square, long count, const Update &u, int threads) {
+    for_rows(threads, (count + VL - 1) / VL, VL, [&](long first, long vectors) {
+        const long begin = first * VL, end = begin + vectors * VL < count ? begin + vectors * VL : count;
+        for_vectors(end - begin, [&](long i, auto part) {
+            i += begin;
+            const long lanes = count - i < VL ? count - i : VL;
+            const vf g = part.get(grad + i) * splat(u.grad_scale);
+            const vf m = part.get(moment + i) * splat(u.beta1) + g * splat(u.rest1);
+            const vf v = part.get(square + i) * splat(u.beta2) + g * g * splat(u.rest2);
+            const vf step = m * splat(u.step_size) / (root(v) * splat(u.root_scale) + splat(u.eps));
+            part.put(p + i, part.get(p + i) * splat(u.decay) - step);
+            const vu random = random_bits(i, u.key);
+            put_rounded(moment + i, m, random & 0xffffu, lanes);
+            put_rounded(square + i, v, random >> 16, lanes);
+        });
+    });
+}
+
+}  // namespace
+
+// x (T, D) with row stride ldx; weight (D); out (T, D); rstd (T) or null.
+extern "C" void ernie_rms_norm(const float *x, long ldx, const void *weight, int dtype, float eps, float *out,
+                               float *rstd, long rows, long width, int threads) {
+    if (dtype == BFLOAT16)
+        rms_norm(x, ldx, static_cast<const bf16 *>(weight), eps, out, rstd, rows, width, threads);
+    else
+        rms_norm(x, ldx, static_cast<const float *>(weight), eps, out, rstd, rows, width, threads);
+}
+
+// dweight (ceil(T / block), D), one row for each block of rows, or null: the caller adds them up.
+extern "C" void ernie_rms_norm_backward(const float *grad, const float *x, long ldx, const void *weight, int dtype,
+                                        const float *rstd, float *dx, float *dweight, long rows, long width,
+                                        long block, int threads) {
+    if (dtype == BFLOAT16)
+        rms_norm_backward(grad, x, ldx, static_cast<const bf16 *>(weight), rstd, dx, dweight, rows, width,
+                          block, threads);
+    else
+        rms_norm_backward(grad, x, ldx, static_cast<const float *>(weight), rstd, dx, dweight, rows, width,
+                          block, threads);
+}
+
+// x (T, H, d) with row stride ldx -> out (T, H, d); cos and sin (T, d / 2); `sign` -1 turns back.
+extern "C" void ernie_rotate(const float *x, long ldx, const float *cos, const float *sin, float sign, float *out,
+                             long tokens, long heads, long width, int threads) {
+    for_rows(threads, tokens, heads * width, [&](long first, long count) {
+        for (long t = first; t < first + count; t++)
+            for (long h = 0; h < heads; h++) {
+                const float *from = x + t * ldx + h * width;
+                float *to = out + (t * heads + h) * width;
+                const float *c = cos + t * (width / 2), *s = sin + t * (width / 2);
+                for (long i = 0; i < width / 2; i++) {
+                    const float even = from[2 * i], odd = from[2 * i + 1], turn = sign * s[i];
+                    to[2 * i] = even * c[i] - odd * turn;
+                    to[2 * i + 1] = odd * c[i] + even * turn;
+                }
+            }
+    });
+}
+
+// gate and up (T, I) with row strides; out (T, I).
+extern "C" void ernie_swiglu(const float *gate, long ldg, const float *up, long ldu, float *out, long rows,
+                             long width, int threads) {
+    for_rows(threads, rows, width, [&](long first, long count) {
+        for (long t = first; t < first + count; t++)
+            for_vectors(width, [&](long i, auto part) {
+                const vf g = part.get(gate + t * ldg + i);
+                part.put(out + t * width + i, g * sigmoid(g) * part.get(up + t * ldu + i));
+            });
+    });
+}
+
+extern "C" void ernie_swiglu_backward(const float *grad, const float *gate, long ldg, const float *up, long ldu,
+                                      float *dgate, float *dup, long rows, long width, int threads) {
+    for_rows(threads, rows, width, [&](long first, long count) {
+        for (long t = first; t < first + count; t++)
+            for_vectors(width, [&](long i, auto part) {
+                const vf dy = part.get(grad + t * width + i), g = part.get(gate + t * ldg + i);
+                const vf s = sigmoid(g), silu = g * s;
+                part.put(dup + t * width + i, dy * silu);
+                const vf slope = s + silu * (splat(1.0f) - s);
+                part.put(dgate + t * width + i, dy * part.get(up + t * ldu + i) * slope);
+            });
+    });
+}
+
+// k and v (T, width) with row strides; caches (slots, width) of float32 or bfloat16.
+extern "C" void ernie_write_cache(const float *k, long ldk, const float *v, long ldv, void *k_cache, void *v_cache,
+                                  int dtype, const int64_t *slots, long tokens, long width) {
+    if (dtype == BFLOAT16) {
+        write_rows(k, ldk, static_cast<bf16 *>(k_cache), slots, tokens, width);
+        write_rows(v, ldv, static_cast<bf16 *>(v_cache), slots, tokens, width);
+    } else {
+        write_rows(k, ldk, static_cast<float *>(k_cache), slots, tokens, width);
+        write_rows(v, ldv, static_cast<float *>(v_cache), slots, tokens, width);
+    }
+}
+
+extern "C" void ernie_adamw(float *p, const void *grad, int grad_dtype, void *moment, void *square,
+                            int moment_dtype, long count, const Update *update, int threads) {
+    const auto with_grad = [&](auto *g) {
+        if (moment_dtype == BFLOAT16)
+            adamw(p, g, static_cast<bf16 *>(moment), static_cast<bf16 *>(square), count, *update, threads);
+        else
+            adamw(p, g, static_cast<float *>(moment), static_cast<float *>(square), count, *update, threads);
+    };
+    if (grad_dtype == BFLOAT16)
+        with_grad(static_cast<const bf16 *>(grad));
+    else
+        with_grad(static_cast<const float *>(grad));
+}

@@ -1,0 +1,237 @@
+"""Norm, rotation, gate, cache writes and AdamW on the CPU: one pass over memory each, little
+saved."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ernie.kernels import reference
+from ernie.kernels.cpu.build import DTYPES, library
+
+NORM_BLOCK = 32  # rows whose gradients of the weight are added up in one place
+
+
+def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    if x_TD.dtype != torch.float32 or weight_D.dtype == torch.float16:
+        return reference.rms_norm(x_TD, weight_D, eps)
+    if torch.is_grad_enabled() and (x_TD.requires_grad or weight_D.requires_grad):
+        return _RmsNorm.apply(x_TD, weight_D, eps)
+    return _rms_norm(_rows(x_TD), weight_D, eps, None)
+
+
+def rotate(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor) -> Tensor:
+    if x_THd.dtype != torch.float32:
+        return rotate(x_THd.float(), cos_Tp, sin_Tp).to(x_THd.dtype)
+    if torch.is_grad_enabled() and x_THd.requires_grad:
+        return _Rotate.apply(x_THd, cos_Tp, sin_Tp)
+    return _rotate(x_THd, cos_Tp, sin_Tp, 1.0)
+
+
+def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
+    if gate_TI.dtype != torch.float32 or up_TI.dtype != torch.float32:
+        return reference.swiglu(gate_TI, up_TI)
+    if torch.is_grad_enabled() and (gate_TI.requires_grad or up_TI.requires_grad):
+        return _SwiGLU.apply(gate_TI, up_TI)
+    return _swiglu(_rows(gate_TI), _rows(up_TI))
+
+
+def write_cache(
+    k_TGd: Tensor, v_TGd: Tensor, k_cache_BPGd: Tensor, v_cache_BPGd: Tensor, slots_T: Tensor
+) -> None:
+    if k_TGd.dtype != torch.float32 or k_cache_BPGd.dtype == torch.float16:
+        return reference.write_cache(k_TGd, v_TGd, k_cache_BPGd, v_cache_BPGd, slots_T)
+    assert k_cache_BPGd.is_contiguous() and v_cache_BPGd.is_contiguous()
+    assert slots_T.dtype == torch.int64
+    k_TW, v_TW, slots_T = k_TGd.flatten(1), v_TGd.flatten(1), slots_T.contiguous()
+    library().ernie_write_cache(
+        k_TW.data_ptr(),
+        k_TW.stride(0),
+        v_TW.data_ptr(),
+        v_TW.stride(0),
+        k_cache_BPGd.data_ptr(),
+        v_cache_BPGd.data_ptr(),
+        DTYPES[k_cache_BPGd.dtype],
+        slots_T.data_ptr(),
+        k_TW.shape[0],
+        k_TW.shape[1],
+    )
+    return None
+
+
+class Update(ctypes.Structure):
+    """The constants of one optimizer step, in the order of `struct Update` in pointwise.cpp."""
+
+    _fields_ = [(name, ctypes.c_float) for name in reference.AdamWConstants._fields] + [
+        ("key", ctypes.c_uint32)
+    ]
+
+
+def adamw_step(
+    parameter_N: Tensor,
+    gradient_N: Tensor,
+    moment_N: Tensor,
+    square_N: Tensor,
+    *,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float = 1.0,
+    seed: int = 0,
+) -> None:
+    tensors = (parameter_N, gradient_N, moment_N, square_N)
+    assert parameter_N.dtype == torch.float32 and moment_N.dtype == square_N.dtype
+    assert all(t.is_contiguous() and t.numel() == parameter_N.numel() for t in tensors)
+    constants = reference.adamw_constants(
+        learning_rate, beta1, beta2, eps, weight_decay, step, grad_scale
+    )
+    library().ernie_adamw(
+        parameter_N.data_ptr(),
+        gradient_N.data_ptr(),
+        DTYPES[gradient_N.dtype],
+        moment_N.data_ptr(),
+        square_N.data_ptr(),
+        DTYPES[moment_N.dtype],
+        parameter_N.numel(),
+        ctypes.addressof(update := Update(*constants, reference.rounding_key(seed, step))),
+        torch.get_num_threads(),
+    )
+    del update  # it had to live until here
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        x_TD = _rows(x_TD)
+        rstd_T = x_TD.new_empty(len(x_TD))
+        ctx.save_for_backward(x_TD, weight_D, rstd_T)
+        return _rms_norm(x_TD, weight_D, eps, rstd_T)
+
+    @staticmethod
+    def backward(ctx, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, weight_D, rstd_T = ctx.saved_tensors
+        grad_TD = grad_TD.contiguous()
+        weight_D = weight_D.contiguous()
+        num_rows, width = x_TD.shape
+        dx = torch.empty_like(grad_TD)
+        blocks = -(-num_rows // NORM_BLOCK)
+        dweight = x_TD.new_empty(blocks, width) if ctx.needs_input_grad[1] else None
+        library().ernie_rms_norm_backward(
+            grad_TD.data_ptr(),
+            x_TD.data_ptr(),
+            x_TD.stride(0),
+            weight_D.data_ptr(),
+            DTYPES[weight_D.dtype],
+            rstd_T.data_ptr(),
+            dx.data_ptr(),
+            None if dweight is None else dweight.data_ptr(),
+            num_rows,
+            width,
+            NORM_BLOCK,
+            torch.get_num_threads(),
+        )
+        return dx, None if dweight is None else dweight.sum(0).to(weight_D.dtype), None
+
+
+class _Rotate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor) -> Tensor:
+        ctx.save_for_backward(cos_Tp, sin_Tp)
+        return _rotate(x_THd, cos_Tp, sin_Tp, 1.0)
+
+    @staticmethod
+    def backward(ctx, grad_THd: Tensor) -> tuple[Tensor | None, ...]:
+        return _rotate(grad_THd, *ctx.saved_tensors, -1.0), None, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, gate_TI: Tensor, up_TI: Tensor) -> Tensor:
+        gate_TI, up_TI = _rows(gate_TI), _rows(up_TI)
+        ctx.save_for_backward(gate_TI, up_TI)
+        return _swiglu(gate_TI, up_TI)
+
+    @staticmethod
+    def backward(ctx, grad_TI: Tensor) -> tuple[Tensor, Tensor]:
+        gate_TI, up_TI = ctx.saved_tensors
+        grad_TI = grad_TI.contiguous()
+        dgate, dup = torch.empty_like(grad_TI), torch.empty_like(grad_TI)
+        library().ernie_swiglu_backward(
+            grad_TI.data_ptr(),
+            gate_TI.data_ptr(),
+            gate_TI.stride(0),
+            up_TI.data_ptr(),
+            up_TI.stride(0),
+            dgate.data_ptr(),
+            dup.data_ptr(),
+            grad_TI.shape[0],
+            grad_TI.shape[1],
+            torch.get_num_threads(),
+        )
+        return dgate, dup
+
+
+def _rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, rstd_T: Tensor | None) -> Tensor:
+    weight_D = weight_D.contiguous()
+    num_rows, width = x_TD.shape
+    out_TD = x_TD.new_empty(num_rows, width)
+    library().ernie_rms_norm(
+        x_TD.data_ptr(),
+        x_TD.stride(0),
+        weight_D.data_ptr(),
+        DTYPES[weight_D.dtype],
+        eps,
+        out_TD.data_ptr(),
+        None if rstd_T is None else rstd_T.data_ptr(),
+        num_rows,
+        width,
+        torch.get_num_threads(),
+    )
+    return out_TD
+
+
+def _rotate(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor, sign: float) -> Tensor:
+    tokens, heads, width = x_THd.shape
+    if x_THd.stride(2) != 1 or x_THd.stride(1) != width:
+        x_THd = x_THd.contiguous()
+    cos_Tp, sin_Tp = cos_Tp.contiguous(), sin_Tp.contiguous()
+    assert cos_Tp.dtype == sin_Tp.dtype == torch.float32
+    out_THd = x_THd.new_empty(x_THd.shape)
+    library().ernie_rotate(
+        x_THd.data_ptr(),
+        x_THd.stride(0),
+        cos_Tp.data_ptr(),
+        sin_Tp.data_ptr(),
+        sign,
+        out_THd.data_ptr(),
+        tokens,
+        heads,
+        width,
+        torch.get_num_threads(),
+    )
+    return out_THd
+
+
+def _swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
+    num_rows, width = gate_TI.shape
+    out_TI = gate_TI.new_empty(num_rows, width)
+    library().ernie_swiglu(
+        gate_TI.data_ptr(),
+        gate_TI.stride(0),
+        up_TI.data_ptr(),
+        up_TI.stride(0),
+        out_TI.data_ptr(),
+        num_rows,
+        width,
+        torch.get_num_threads(),
+    )
+    return out_TI
+
+
+def _rows(x_TI: Tensor) -> Tensor:
+    return x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()

@@ -1,0 +1,145 @@
+"""`linear` and `grouped_linear` on the CPU: float32 rows times float32 or bfloat16 weights.
+
+Forward, each weight is read once in its own dtype for up to about a hundred rows, and the result of
+a row does not depend, to the bit, on the rows computed with it. Backward, the products are torch's
+float32 ones; bfloat16 weights are converted block by block into a buffer that is kept.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ernie.kernels.cpu.build import DTYPES, library
+
+BLOCK_WEIGHTS = 4 * 1024 * 1024  # weights converted at a time: 16 MiB of float32
+_buffers = threading.local()
+
+
+def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    if x_TI.dtype != torch.float32:
+        return linear(x_TI.float(), weight_OI, bias_O).to(x_TI.dtype)
+    if torch.is_grad_enabled() and (
+        x_TI.requires_grad
+        or weight_OI.requires_grad
+        or (bias_O is not None and bias_O.requires_grad)
+    ):
+        return _Linear.apply(x_TI, weight_OI, bias_O)
+    return _product(x_TI, weight_OI, bias_O, None)
+
+
+def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    if x_NI.dtype != torch.float32:
+        return grouped_linear(x_NI.float(), weight_EOI, counts_E).to(x_NI.dtype)
+    if torch.is_grad_enabled() and (x_NI.requires_grad or weight_EOI.requires_grad):
+        return _GroupedLinear.apply(x_NI, weight_EOI, counts_E)
+    return _product(x_NI, weight_EOI, None, counts_E)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        # The rows are kept only for the gradient of the weight: LoRA saves them all.
+        ctx.save_for_backward(x_TI if ctx.needs_input_grad[1] else None, weight_OI)
+        ctx.bias_dtype = None if bias_O is None else bias_O.dtype
+        return _product(x_TI, weight_OI, bias_O, None)
+
+    @staticmethod
+    def backward(ctx, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
+        x_TI, weight_OI = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        return (
+            _grad_rows(grad_TO, weight_OI) if need_x else None,
+            (grad_TO.T @ x_TI).to(weight_OI.dtype) if need_weight else None,
+            grad_TO.sum(0).to(ctx.bias_dtype) if need_bias else None,
+        )
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+        ctx.save_for_backward(x_NI if ctx.needs_input_grad[1] else None, weight_EOI)
+        ctx.counts = counts_E.tolist()
+        return _product(x_NI, weight_EOI, None, counts_E)
+
+    @staticmethod
+    def backward(ctx, grad_NO: Tensor) -> tuple[Tensor | None, ...]:
+        x_NI, weight_EOI = ctx.saved_tensors
+        need_x, need_weight, _ = ctx.needs_input_grad
+        groups = grad_NO.split(ctx.counts)
+        grad_x = grad_weight = None
+        if need_x:
+            grad_x = grad_NO.new_empty(len(grad_NO), weight_EOI.shape[2])
+            for rows, weight, out in zip(groups, weight_EOI, grad_x.split(ctx.counts)):
+                if len(rows):
+                    _grad_rows(rows, weight, out)
+        if need_weight:
+            grad_weight = torch.zeros_like(weight_EOI)
+            for expert, (grad, rows) in enumerate(zip(groups, x_NI.split(ctx.counts))):
+                if len(rows):
+                    grad_weight[expert] = grad.T @ rows
+        return grad_x, grad_weight, None
+
+
+def _product(
+    x_NI: Tensor, weight: Tensor, bias_O: Tensor | None, counts_E: Tensor | None
+) -> Tensor:
+    """Rows times `weight (O, I)`, or `(E, O, I)` with counts."""
+    num_rows, width = x_NI.shape
+    outputs = weight.shape[-2]
+    assert weight.shape[-1] == width, f"x is {tuple(x_NI.shape)}, weight {tuple(weight.shape)}"
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        weight = weight.float()
+    weight = weight.contiguous()
+    if x_NI.stride(1) != 1:
+        x_NI = x_NI.contiguous()
+    if bias_O is not None:
+        bias_O = bias_O.float().contiguous()
+    if counts_E is not None:
+        assert counts_E.dtype == torch.int64 and len(counts_E) == len(weight)
+        counts_E = counts_E.contiguous()
+    out_NO = x_NI.new_empty(num_rows, outputs)
+    library().ernie_linear(
+        x_NI.data_ptr(),
+        x_NI.stride(0),
+        weight.data_ptr(),
+        DTYPES[weight.dtype],
+        None if bias_O is None else bias_O.data_ptr(),
+        out_NO.data_ptr(),
+        None if counts_E is None else counts_E.data_ptr(),
+        1 if counts_E is None else len(counts_E),
+        num_rows,
+        width,
+        outputs,
+        torch.get_num_threads(),
+    )
+    return out_NO
+
+
+def _grad_rows(grad_TO: Tensor, weight_OI: Tensor, out_TI: Tensor | None = None) -> Tensor:
+    """`grad @ weight` in float32."""
+    if out_TI is None:
+        out_TI = grad_TO.new_empty(len(grad_TO), weight_OI.shape[1])
+    if weight_OI.dtype == torch.float32:
+        return torch.mm(grad_TO, weight_OI, out=out_TI)
+    for first, block in _float_blocks(weight_OI):
+        columns = grad_TO[:, first : first + len(block)]
+        if first:
+            out_TI.addmm_(columns, block)
+        else:
+            torch.mm(columns, block, out=out_TI)
+    return out_TI
+
+
+def _float_blocks(weight_OI: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """(first row, float32 copy) of blocks of rows; a copy is valid until the next one."""
+    width = weight_OI.shape[1]
+    if not hasattr(_buffers, "weights"):
+        _buffers.weights = torch.empty(BLOCK_WEIGHTS)
+    num_rows = max(1, BLOCK_WEIGHTS // width)
+    for first in range(0, len(weight_OI), num_rows):
+        block = weight_OI[first : first + num_rows]
+        yield first, _buffers.weights[: block.numel()].view(block.shape).copy_(block)

@@ -1,0 +1,317 @@
+"""Every kernel against its definition in `ernie.kernels.reference`, on each instruction set found
+here."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from ernie import kernels
+from ernie.kernels import dispatch, reference
+from ernie.kernels.cpu import build, ops
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
+def isas_found() -> list[str]:
+    names = list(build.ISA_FLAGS)
+    return names[: names.index(build.isa()) + 1]
+
+
+def forget() -> None:
+    for cached in (build.isa, build.library, dispatch._chosen, dispatch._modules):
+        cached.cache_clear()
+
+
+@pytest.fixture
+def fresh():
+    """The choices that are made once per process, made anew in the test and after it."""
+    forget()
+    yield
+    forget()
+
+
+@pytest.fixture(params=isas_found())
+def isa(request, monkeypatch, fresh):
+    monkeypatch.setenv("ERNIE_CPU_ISA", request.param)
+    forget()
+    if reason := ops.available():
+        pytest.skip(reason)
+    return request.param
+
+
+def rand(*shape: int, dtype: torch.dtype = F32, grad: bool = False) -> torch.Tensor:
+    return torch.randn(shape).to(dtype).requires_grad_(grad)
+
+
+def sliced(rows: int, width: int, at: int = 3) -> torch.Tensor:
+    """Columns of a wider tensor."""
+    return rand(rows, 2 * width + at)[:, at : at + width].requires_grad_()
+
+
+def bounds(*lengths: int) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def counts(*rows: int) -> torch.Tensor:
+    return torch.tensor(rows)
+
+
+def angles(tokens: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    turn = torch.randn(tokens, width // 2) * 3
+    return turn.cos(), turn.sin()
+
+
+def qkv(tokens: int, heads: int, groups: int, width: int, one_tensor: bool = False) -> tuple:
+    if one_tensor:
+        wide = rand(tokens, (heads + 2 * groups) * width)
+        parts = wide.split([heads * width, groups * width, groups * width], 1)
+        return tuple(p.unflatten(1, (-1, width)).detach().requires_grad_() for p in parts)
+    return tuple(rand(tokens, n, width, grad=True) for n in (heads, groups, groups))
+
+
+# Operation and arguments; tensors that require grad have their gradients compared, too.
+CASES = {
+    "linear one row": lambda: ("linear", rand(1, 96), rand(40, 96, dtype=BF16)),
+    "linear odd": lambda: ("linear", rand(7, 77, grad=True), rand(13, 77, grad=True), rand(13)),
+    "linear odd bf16": lambda: ("linear", rand(23, 77, grad=True), rand(15, 77, dtype=BF16)),
+    "linear bf16 trained": lambda: (
+        "linear",
+        rand(5, 64, grad=True),
+        rand(9, 64, dtype=BF16, grad=True),
+        rand(9, dtype=BF16, grad=True),
+    ),
+    "linear narrow": lambda: ("linear", rand(3, 5), rand(2, 5, dtype=BF16)),
+    "linear slice": lambda: ("linear", sliced(9, 128), rand(33, 128)),
+    "linear many rows": lambda: ("linear", rand(300, 512, grad=True), rand(70, 512, dtype=BF16)),
+    "linear bf16 rows": lambda: ("linear", rand(4, 64, dtype=BF16), rand(9, 64, dtype=BF16)),
+    "linear f16 weight": lambda: ("linear", rand(4, 64), rand(9, 64, dtype=F16)),
+    "linear no rows": lambda: ("linear", rand(0, 64, grad=True), rand(9, 64, grad=True)),
+    "grouped": lambda: (
+        "grouped_linear",
+        rand(12, 40, grad=True),
+        rand(5, 18, 40, grad=True),
+        counts(1, 0, 7, 4, 0),
+    ),
+    "grouped bf16": lambda: (
+        "grouped_linear",
+        rand(90, 64, grad=True),
+        rand(3, 22, 64, dtype=BF16),
+        counts(60, 29, 1),
+    ),
+    "grouped empty": lambda: (
+        "grouped_linear",
+        rand(0, 16, grad=True),
+        rand(2, 8, 16, grad=True),
+        counts(0, 0),
+    ),
+    "rms_norm": lambda: ("rms_norm", rand(70, 100, grad=True), rand(100, grad=True), 1e-5),
+    "rms_norm bf16 weight": lambda: (
+        "rms_norm",
+        rand(3, 64, grad=True),
+        rand(64, dtype=BF16),
+        1e-5,
+    ),
+    "rms_norm slice": lambda: ("rms_norm", sliced(5, 33), rand(33, grad=True), 1e-6),
+    "rms_norm bf16": lambda: ("rms_norm", rand(5, 33, dtype=BF16), rand(33), 1e-6),
+    "rms_norm no rows": lambda: ("rms_norm", rand(0, 33, grad=True), rand(33, grad=True), 1e-6),
+    "rotate": lambda: ("rotate", rand(37, 3, 20, grad=True), *angles(37, 20)),
+    "rotate slice": lambda: ("rotate", qkv(9, 4, 2, 16, one_tensor=True)[1], *angles(9, 16)),
+    "rotate bf16": lambda: ("rotate", rand(9, 2, 16, dtype=BF16), *angles(9, 16)),
+    "swiglu": lambda: ("swiglu", rand(9, 1000, grad=True), rand(9, 1000, grad=True)),
+    "swiglu slices": lambda: ("swiglu", sliced(9, 37), sliced(9, 37, at=5)),
+    "swiglu large values": lambda: ("swiglu", rand(4, 64) * 100, rand(4, 64)),
+    "packed": lambda: ("attend_packed", *qkv(281, 4, 2, 64), bounds(10, 0, 70, 200, 1), 0.125),
+    "packed wide group": lambda: ("attend_packed", *qkv(150, 16, 2, 128), bounds(150), 0.09),
+    "packed one head each": lambda: ("attend_packed", *qkv(192, 3, 3, 16), bounds(65, 64, 63), 0.3),
+    "packed slices": lambda: ("attend_packed", *qkv(40, 6, 2, 32, True), bounds(17, 23), 0.2),
+    "packed odd width": lambda: ("attend_packed", *qkv(20, 2, 1, 12), bounds(20), 0.3),
+    "packed large scores": lambda: ("attend_packed", *qkv(90, 2, 1, 32), bounds(90), 20.0),
+    "packed empty": lambda: (
+        "attend_packed",
+        *(t.detach() for t in qkv(0, 2, 1, 32)),
+        bounds(0),
+        0.2,
+    ),
+}
+
+
+def tolerance(dtype: torch.dtype) -> dict[str, float]:
+    return {"rtol": 1.6e-2, "atol": 1e-2} if dtype == BF16 else {"rtol": 2e-5, "atol": 5e-5}
+
+
+def gradients(out: torch.Tensor, args: tuple) -> list[torch.Tensor]:
+    wanted = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+    if not wanted:
+        return []
+    weight = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype)
+    return list(torch.autograd.grad(out, wanted, weight))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernel_equals_its_definition(case, isa):
+    torch.manual_seed(0)
+    operation, *args = CASES[case]()
+    ours, theirs = (getattr(module, operation)(*args) for module in (ops, reference))
+    assert ours.dtype == theirs.dtype
+    torch.testing.assert_close(ours, theirs, **tolerance(ours.dtype))
+    for own, other in zip(gradients(ours, args), gradients(theirs, args)):
+        assert own.dtype == other.dtype
+        scale = max(1.0, float(other.abs().max())) if other.numel() else 1.0
+        torch.testing.assert_close(own / scale, other / scale, **tolerance(own.dtype))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_kernel_repeats_its_bits(case, isa):
+    torch.manual_seed(0)
+    operation, *args = CASES[case]()
+    runs = []
+    for _ in range(2):
+        out = getattr(ops, operation)(*args)
+        runs.append([out, *gradients(out, args)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("width", [77, 512])
+def test_linear_row_does_not_depend_on_other_rows(dtype, width, isa):
+    torch.manual_seed(0)
+    x, weight = rand(200, width), rand(70, width, dtype=dtype)
+    whole = ops.linear(x, weight)
+    for first, last in ((0, 1), (3, 7), (50, 137)):
+        assert torch.equal(ops.linear(x[first:last], weight), whole[first:last])
+    few = ops.grouped_linear(x[:9], torch.stack([weight, weight]), counts(4, 5))
+    assert torch.equal(few, whole[:9])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+@pytest.mark.parametrize(
+    "heads, groups, width, positions", [(8, 2, 64, 16), (3, 1, 16, 5), (4, 4, 128, 1)]
+)
+def test_paged_attention_equals_its_definition(dtype, heads, groups, width, positions, isa):
+    torch.manual_seed(0)
+    lens = torch.tensor([1, 17, 700, 40, 300, 5, 257], dtype=torch.int32)
+    cu_seqlens = bounds(1, 17, 1, 40, 16, 0, 3)
+    q = rand(int(cu_seqlens[-1]), heads, width)
+    k, v = (rand(300, positions, groups, width, dtype=dtype) for _ in range(2))
+    tables = torch.randint(0, 300, (len(lens), -(-700 // positions) + 1), dtype=torch.int32)
+    for s, length in enumerate(lens.tolist()):
+        tables[s, -(-length // positions) :] = 2**30  # never read
+    args = (k, v, tables, cu_seqlens, lens, 0.2)
+    ours = ops.attend_paged(q, *args)
+    torch.testing.assert_close(ours, reference.attend_paged(q, *args), rtol=1e-5, atol=1e-5)
+    assert torch.equal(ours, ops.attend_paged(q, *args))
+
+
+def test_paged_attention_does_not_depend_on_the_batch(isa):
+    torch.manual_seed(0)
+    k, v = rand(64, 16, 2, 32), rand(64, 16, 2, 32)
+    q, tables = rand(3, 4, 32), torch.randperm(63).view(3, 21).int()
+    lens = torch.tensor([330, 8, 257], dtype=torch.int32)
+    whole = ops.attend_paged(q, k, v, tables, bounds(1, 1, 1), lens, 0.2)
+    for s in range(3):
+        alone = ops.attend_paged(
+            q[s : s + 1], k, v, tables[s : s + 1], bounds(1), lens[s : s + 1], 0.2
+        )
+        assert torch.equal(alone, whole[s : s + 1])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_cache_write_equals_its_definition(dtype, isa):
+    torch.manual_seed(0)
+    wide = rand(6, 3 * 2 * 20)
+    k, v = (wide[:, at : at + 40].unflatten(1, (2, 20)) for at in (0, 40))
+    slots = torch.tensor([7, -1, 0, 19, -1, 3])
+    ours, theirs = ([rand(4, 5, 2, 20).zero_().to(dtype) for _ in range(2)] for _ in range(2))
+    ops.write_cache(k, v, *ours, slots)
+    reference.write_cache(k, v, *theirs, slots)
+    assert torch.equal(ours[0], theirs[0])
+    assert torch.equal(ours[1], theirs[1])
+
+
+ADAMW = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize("gradient", [F32, BF16])
+@pytest.mark.parametrize("moments", [F32, BF16])
+def test_adamw_equals_its_definition_bit_for_bit(gradient, moments, isa):
+    torch.manual_seed(0)
+    start = [rand(10_007), rand(10_007).to(moments) * 0, rand(10_007).to(moments) * 0]
+    ours, theirs = ([t.clone() for t in start] for _ in range(2))
+    for step in range(1, 6):
+        grad = rand(10_007, dtype=gradient) * 0.01
+        for module, (parameter, *state) in ((ops, ours), (reference, theirs)):
+            module.adamw_step(
+                parameter, grad, *state, **ADAMW, step=step, grad_scale=0.7, seed=12345
+            )
+    for name, own, other in zip(("parameter", "moment", "square"), ours, theirs):
+        assert torch.equal(own, other), f"{name}: {(own != other).sum()} of 10007 differ"
+
+
+def test_adamw_equals_torch():
+    torch.manual_seed(0)
+    parameter = torch.nn.Parameter(rand(501))
+    ours, moment, square = parameter.detach().clone(), torch.zeros(501), torch.zeros(501)
+    peer = torch.optim.AdamW([parameter], lr=1e-3, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
+    for step in range(1, 8):
+        parameter.grad = rand(501)
+        peer.step()
+        kernels.adamw_step(ours, parameter.grad, moment, square, **ADAMW, step=step)
+    torch.testing.assert_close(ours, parameter.detach(), rtol=1e-6, atol=1e-7)
+
+
+def test_bfloat16_moments_follow_small_updates_on_average():
+    # Each update of the square is 1/1000 of its final value: rounding to nearest would stop at a
+    # quarter.
+    size, steps = 8192, 1500
+    parameter, gradient = torch.zeros(size), torch.full((size,), 0.5)
+    moment, square = torch.zeros(size, dtype=BF16), torch.zeros(size, dtype=BF16)
+    rates = {**ADAMW, "beta2": 0.999, "learning_rate": 0.0}
+    for step in range(1, steps + 1):
+        kernels.adamw_step(parameter, gradient, moment, square, **rates, step=step, seed=3)
+    exact = 0.25 * (1 - 0.999**steps)
+    mean = float(square.double().mean())
+    assert abs(mean / exact - 1) < 2e-3, f"mean square {mean}, exact {exact}"
+
+
+@pytest.mark.parametrize("compiler", ["/nonexistent/c++", "false"])
+def test_without_a_compiler_plain_torch_runs_and_one_warning_says_why(
+    compiler, monkeypatch, caplog, fresh
+):
+    monkeypatch.setenv("CXX", compiler)
+    x, weight = rand(3, 8), rand(4, 8, dtype=BF16)
+    for _ in range(2):
+        assert torch.equal(kernels.linear(x, weight), reference.linear(x, weight))
+        kernels.swiglu(x, x)
+    assert len(caplog.records) == 1
+    assert compiler in caplog.text
+    assert all("reference" in line and compiler in line for line in kernels.report().values())
+
+
+def test_report_names_module_and_instruction_set(isa):
+    assert kernels.report()["linear"] == f"ernie.kernels.cpu.products [{isa}]"
+    assert set(kernels.report()) == set(dispatch.OPERATIONS) == set(kernels.__all__) - {"report"}
+
+
+def test_unknown_instruction_set_is_refused_by_name(monkeypatch, fresh):
+    monkeypatch.setenv("ERNIE_CPU_ISA", "avx9000")
+    assert "ERNIE_CPU_ISA=avx9000" in ops.available()
+    assert "scalar" in ops.available()
+
+
+def test_library_goes_to_the_temporary_folder_where_home_is_read_only(monkeypatch, tmp_path):
+    (tmp_path / "home").write_text("a file, so that no folder can be made in it")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert build._cache_folder().parent == tmp_path
+
+
+def test_only_torchs_openmp_runtime_is_loaded(isa):
+    ops.linear(rand(64, 512), rand(512, 512))
+    lines = Path("/proc/self/maps").read_text().splitlines()
+    runtimes = {line.split()[-1] for line in lines if "omp" in line.rpartition("/")[2]}
+    assert len(runtimes) == 1, runtimes
+    assert "torch" in runtimes.pop()
