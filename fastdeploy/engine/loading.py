@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from ernie.chat import ChatError, ChatTemplate, stop_ids
-from ernie.chat_folder import JinjaSegments
+from ernie.chat.folder import JinjaSegments
 from ernie.tokenizer import Tokenizer
 
 import ernie
