@@ -39,8 +39,7 @@ _TENSORS = {
     "blk.{i}.ffn_down.weight": "model.layers.{i}.mlp.down_proj.weight",
 }
 
-# Metadata of the network, without the architecture's name in front: our field, or None where it is
-# used in another way.
+# Metadata of the network, without the architecture's name in front, and our fields.
 _FIELDS = {
     "embedding_length": "hidden_size",
     "block_count": "num_hidden_layers",
@@ -51,10 +50,20 @@ _FIELDS = {
     "rope.freq_base": "rope_theta",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
     "attention.key_length": "head_dim",
-    "attention.value_length": None,
-    "rope.dimension_count": None,
-    "vocab_size": None,
 }
+# Understood as well: these must agree with the sizes above.
+_CHECKED = ("attention.value_length", "rope.dimension_count", "vocab_size")
+
+
+_NEEDED = (
+    "embedding_length",
+    "block_count",
+    "attention.head_count",
+    "feed_forward_length",
+    "attention.layer_norm_rms_epsilon",
+)
+_IDS = (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+_UNKNOWN = ("unk", "unknown")
 
 
 def import_gguf(
@@ -120,48 +129,40 @@ def _config(meta: Mapping[str, Any], tensors: Mapping[str, Any], source: str | P
             f"{source} holds a model of architecture {kind!r}; only "
             f"{' and '.join(ARCHITECTURES)} can be imported"
         )
-    ours = {k.removeprefix(f"{kind}."): v for k, v in meta.items() if k.startswith(f"{kind}.")}
-    for key, value in ours.items():
-        # Zero, false and "none" say that a feature is not used.
-        if key not in _FIELDS and value not in (0, False, "none"):
-            raise CheckpointError(
-                f"{source} says {kind}.{key} = {value!r}, which an ERNIE 4.5 dense network cannot "
-                "express; import another model"
-            )
-    sizes = {field: ours[key] for key, field in _FIELDS.items() if field and key in ours}
-    needed = [k for k, f in _FIELDS.items() if f and k not in ours and k in _NEEDED]
-    if needed or "model.embed_tokens.weight" not in tensors:
-        lacking = f"{kind}.{needed[0]}" if needed else "token_embd.weight"
-        raise CheckpointError(f"{source} lacks {lacking}; write the file anew")
+    said = {k.removeprefix(f"{kind}."): v for k, v in meta.items() if k.startswith(f"{kind}.")}
+    _refuse_features(kind, said, source)
+    lacking = [f"{kind}.{key}" for key in _NEEDED if key not in said]
+    lacking += ["token_embd.weight"] if "model.embed_tokens.weight" not in tensors else []
+    if lacking:
+        raise CheckpointError(f"{source} lacks {lacking[0]}; write the file anew")
+    sizes: dict[str, Any] = {ours: said[key] for key, ours in _FIELDS.items() if key in said}
     heads = sizes["num_attention_heads"]
     sizes.setdefault("num_key_value_heads", heads)
-    sizes.setdefault("head_dim", ours.get("rope.dimension_count", sizes["hidden_size"] // heads))
+    sizes.setdefault("head_dim", said.get("rope.dimension_count", sizes["hidden_size"] // heads))
     sizes.setdefault("rope_theta", 10000.0)
     # Stored as float32: 9.99999974e-06 was written for 1e-05.
     for name in ("rms_norm_eps", "rope_theta"):
         sizes[name] = float(f"{sizes[name]:.6g}")
     for key in ("attention.value_length", "rope.dimension_count"):
-        if ours.get(key, sizes["head_dim"]) != sizes["head_dim"]:
+        if said.get(key, sizes["head_dim"]) != sizes["head_dim"]:
             raise CheckpointError(
-                f"{source} says {kind}.{key} = {ours[key]} beside heads of {sizes['head_dim']}; "
+                f"{source} says {kind}.{key} = {said[key]} beside heads of {sizes['head_dim']}; "
                 "heads must be rotated as a whole and equally wide"
             )
-    return ErnieConfig(
-        **sizes,
-        vocab_size=int(tensors["model.embed_tokens.weight"].shape[1]),
-        tie_word_embeddings="lm_head.weight" not in tensors,
-        **{f"{name}_token_id": meta.get(f"tokenizer.ggml.{key}_token_id") for name, key in _IDS},
-    )
+    sizes["vocab_size"] = int(tensors["model.embed_tokens.weight"].shape[1])
+    sizes["tie_word_embeddings"] = "lm_head.weight" not in tensors
+    sizes |= {f"{name}_token_id": None for name, _ in _IDS} | _generation_config(meta)
+    return ErnieConfig(**sizes)
 
 
-_NEEDED = (
-    "embedding_length",
-    "block_count",
-    "attention.head_count",
-    "feed_forward_length",
-    "attention.layer_norm_rms_epsilon",
-)
-_IDS = (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
+def _refuse_features(kind: str, said: Mapping[str, Any], source: str | Path) -> None:
+    for key, value in said.items():
+        # Zero, false and "none" say that a feature is not used.
+        if key not in (*_FIELDS, *_CHECKED) and value not in (0, False, "none"):
+            raise CheckpointError(
+                f"{source} says {kind}.{key} = {value!r}, which an ERNIE 4.5 dense network cannot "
+                "express; import another model"
+            )
 
 
 def _check(template: Mapping[str, Tensor], tensors: Mapping[str, Any], source: str | Path) -> None:
@@ -201,16 +202,15 @@ _CONTROL, _USER_DEFINED = 3, 4  # token types of GGUF
 def _tokenizer_files(meta: Mapping[str, Any], source: str | Path) -> dict[str, str]:
     """tokenizer.json, and tokenizer_config.json with the chat template."""
     tokens = meta.get("tokenizer.ggml.tokens", [])
-    ids = {
-        name: meta[f"tokenizer.ggml.{key}_token_id"]
-        for name, key in (*_IDS, ("unk", "unknown"))
-        if f"tokenizer.ggml.{key}_token_id" in meta
-    }
+    ids = {name: meta.get(f"tokenizer.ggml.{key}_token_id") for name, key in (*_IDS, _UNKNOWN)}
+    for name, i in ids.items():
+        if i is not None and not 0 <= i < len(tokens):
+            raise CheckpointError(f"{source} says {name} is token {i} of {len(tokens)} tokens")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
         "add_bos_token": bool(meta.get("tokenizer.ggml.add_bos_token", False)),
-        **{f"{name}_token": tokens[i] for name, i in ids.items() if i < len(tokens)},
+        **{f"{name}_token": tokens[i] for name, i in ids.items() if i is not None},
     }
     if "tokenizer.chat_template" in meta:
         settings["chat_template"] = meta["tokenizer.chat_template"]
@@ -229,7 +229,7 @@ def _byte_level_bpe(meta: Mapping[str, Any], source: str | Path) -> str:
     from tokenizers import AddedToken, Tokenizer, decoders, models
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
-    splits = {
+    splits: dict[str, list[Any]] = {
         "gpt-2": [ByteLevel(add_prefix_space=False)],
         "smollm": [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)],
     }
@@ -239,9 +239,11 @@ def _byte_level_bpe(meta: Mapping[str, Any], source: str | Path) -> str:
             f"the tokenizer of {source} is of kind {kind!r}, {pre!r}; only byte-level BPE "
             f"('gpt2') with the splits {' and '.join(map(repr, splits))} can be imported"
         )
-    tokens = meta["tokenizer.ggml.tokens"]
+    tokens = meta.get("tokenizer.ggml.tokens", [])
     ids = {token: i for i, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ")) for merge in meta["tokenizer.ggml.merges"]]
+    if len(ids) != len(tokens):
+        raise CheckpointError(f"{source} lists a token twice; write the file anew")
+    merges = [tuple(merge.split(" ")) for merge in meta.get("tokenizer.ggml.merges", [])]
     for merge in merges:
         if len(merge) != 2 or not {*merge, "".join(merge)} <= ids.keys():
             raise CheckpointError(

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ernie.checkpoint import convert
-from ernie.checkpoint.folder import CheckpointError, Stored, read_folder, write_folder
+from ernie.checkpoint.folder import CheckpointError, Stored, read_folder
 from ernie.checkpoint.hub import resolve
 from ernie.checkpoint.layouts import LAYOUTS, MTP_MARK
+from ernie.checkpoint.writer import write_folder
 from ernie.config import ErnieConfig
 from ernie.model import ErnieModel
 

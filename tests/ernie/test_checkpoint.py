@@ -295,7 +295,7 @@ def test_interrupted_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ernie.checkpoint.folder._sync", full)
+    monkeypatch.setattr("ernie.checkpoint.writer._sync", full)
     with pytest.raises(OSError, match="No space left"):
         ernie.save(random_model("tiny-dense", 25), tmp_path)
     assert {f.name for f in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
