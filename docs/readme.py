@@ -49,11 +49,13 @@ def tree(package: str) -> str:
     lines = [f"{package}/"]
     for path in sorted((ROOT / package).rglob("*"), key=_order):
         depth = len(path.relative_to(ROOT).parts) - 1
-        if path.is_dir() and any(path.rglob("*.py")) and path.name != "__pycache__":
+        if path.is_dir() and any(p.name != "__init__.py" for p in path.rglob("*.py")):
             lines.append(f"{'  ' * depth}{path.name}/")
         elif path.suffix == ".py" and path.name != "__init__.py":
             lines.append(f"{'  ' * depth}{path.name:<{28 - 2 * depth}}{sentence(path)}")
-    body = "\n".join(line[:WIDTH].rstrip() for line in lines)
+    body = "\n".join(
+        line if len(line) <= WIDTH else line[:WIDTH].rsplit(" ", 1)[0] for line in lines
+    )
     return f"```text\n{body}\n```\n"
 
 
@@ -67,7 +69,7 @@ def _order(path: Path) -> tuple:
 
 def sentence(path: Path) -> str:
     text = " ".join((ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").split())
-    return re.split(r"(?<=[a-z`)])[.:;](?: |$)", text, maxsplit=1)[0]
+    return re.split(r"(?<=[\w`)])[.;](?: |$)", text, maxsplit=1)[0]
 
 
 def main() -> None:

@@ -33,7 +33,7 @@ ROWS = {
 
 
 def pair(row: str, folder: Path, seed: int = 0) -> tuple[PreTrainedModel, ErnieModel]:
-    """A random transformers model, and ours as the real loader reads it from its folder; float32."""
+    """A random transformers model, and ours as the real loader reads its folder; float32."""
     make, sizes = ROWS[row]
     theirs = make(seed, **sizes)
     return theirs, ernie.load(saved(theirs, folder), dtype=torch.float32)
