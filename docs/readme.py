@@ -53,10 +53,16 @@ def tree(package: str) -> str:
             lines.append(f"{'  ' * depth}{path.name}/")
         elif path.suffix == ".py" and path.name != "__init__.py":
             lines.append(f"{'  ' * depth}{path.name:<{28 - 2 * depth}}{sentence(path)}")
-    body = "\n".join(
-        line if len(line) <= WIDTH else line[:WIDTH].rsplit(" ", 1)[0] for line in lines
-    )
+    body = "\n".join(map(shortened, lines))
     return f"```text\n{body}\n```\n"
+
+
+def shortened(line: str) -> str:
+    """At most WIDTH characters, cut where the sentence has a joint."""
+    if len(line) <= WIDTH:
+        return line
+    joint = max(line.rfind(mark, 40, WIDTH) for mark in (", ", ": "))
+    return line[: joint if joint > 0 else line.rfind(" ", 0, WIDTH)]
 
 
 def _order(path: Path) -> tuple:
