@@ -19,14 +19,8 @@ import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from ernie.vocabulary import (
-    Declared,
-    TokenizerError,
-    Vocabulary,
-    control_pattern,
-    read_sentencepiece,
-    read_tokenizers,
-)
+from ernie.special_tokens import Declared, TokenizerError, control_pattern
+from ernie.vocabulary import Vocabulary, read_sentencepiece, read_tokenizers
 
 __all__ = ["FILES", "Detokenizer", "Tokenizer", "TokenizerError"]
 

@@ -1,4 +1,4 @@
-"""The two file formats of a tokenizer, both read into a `Vocabulary`, and the files beside them.
+"""The two file formats of a tokenizer, both read into a `Vocabulary`.
 
 Refused: models other than BPE in tokenizer.json, files that contradict each other, and tokenizers
 that put a space in front of every text (a dialogue is encoded in parts; each part would get one).
@@ -10,7 +10,7 @@ import json
 import re
 import secrets
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,29 +18,10 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
-# Tags the templates of the family write. Files often mark them as ordinary (so that decoding shows
-# them), yet a user who types one must not open or close a thought or a tool call.
-_STRUCTURE = frozenset(
-    f"<{slash}{name}>"
-    for slash in ("", "/")
-    for name in (
-        "think",
-        "response",
-        "tool_call",
-        "tool_response",
-        "tool_output",
-        "tool_list",
-        "system_setting",
-        "global_setting",
-    )
-)
-_PIPED = re.compile(r"<\|[^|<>]+\|>")
+from ernie.special_tokens import Declared, TokenizerError, is_tag, read_json
+
 _KNOWN_DECODERS = {"ByteLevel", "Replace", "Metaspace", "ByteFallback", "Fuse", "Strip", "Sequence"}
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
-
-
-class TokenizerError(ValueError):
-    """Tokenizer files that are missing, broken or contradictory, or text that is not Unicode."""
 
 
 @dataclass
@@ -54,78 +35,13 @@ class Vocabulary:
     special: set[str]
 
 
-@dataclass
-class Declared:
-    """What the small JSON files beside the vocabulary say about special tokens."""
-
-    names: dict[str, str] = field(default_factory=dict)  # "eos_token" -> "</s>"
-    source: dict[str, str] = field(default_factory=dict)  # name -> the file that says so
-    special: set[str] = field(default_factory=set)
-    ordinary: set[str] = field(default_factory=set)  # added, and marked as not special
-    ids: dict[str, int] = field(default_factory=dict)
-    strips_left: set[str] = field(default_factory=set)
-    strips_right: set[str] = field(default_factory=set)
-    add_prefix_space: bool | None = None
-    eos_ids: frozenset[int] = frozenset()
-
-    @classmethod
-    def read(cls, folder: Path) -> Declared:
-        """tokenizer_config.json wins over special_tokens_map.json, which is the older way."""
-        declared = cls()
-        for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            declared._take_special(_read_json(folder / name), name)
-        for token, i in _read_json(folder / "added_tokens.json").items():
-            declared._take_id(token, i, folder / "added_tokens.json")
-        config_path = folder / "tokenizer_config.json"
-        config = _read_json(config_path)
-        for key, entry in config.get("added_tokens_decoder", {}).items():
-            declared._take_id(entry["content"], int(key), config_path)
-            declared.take_flags(entry)
-        prefix = config.get("add_prefix_space")
-        declared.add_prefix_space = prefix if isinstance(prefix, bool) else None
-        declared.eos_ids = _generation_eos_ids(folder / "generation_config.json")
-        return declared
-
-    def take_flags(self, entry: dict[str, Any]) -> None:
-        token = entry["content"]
-        (self.special if entry.get("special") else self.ordinary).add(token)
-        if entry.get("lstrip"):
-            self.strips_left.add(token)
-        if entry.get("rstrip"):
-            self.strips_right.add(token)
-
-    def _take_special(self, config: dict[str, Any], file: str) -> None:
-        for key, value in config.items():
-            if key in ("additional_special_tokens", "extra_special_tokens"):
-                values = value.values() if isinstance(value, dict) else value or ()
-                self.special.update(map(_content, values))
-            elif key.endswith("_token") and isinstance(value, (str, dict)):
-                self.names.setdefault(key, _content(value))
-                self.source.setdefault(key, file)
-                self.special.add(_content(value))
-
-    def _take_id(self, token: str, i: Any, path: Path) -> None:
-        if not isinstance(i, int) or i < 0:
-            raise TokenizerError(
-                f"{path}: token {token!r} has the id {i!r}; expected a number from 0"
-            )
-        if self.ids.setdefault(token, i) != i:
-            raise TokenizerError(f"{path}: token {token!r} has two ids, {self.ids[token]} and {i}")
-
-    def is_special(self, token: str) -> bool:
-        """Not shown to people: a file says so, or it is spelled `<|...|>` and no file objects."""
-        if token in self.special:
-            return True
-        return token not in self.ordinary and bool(_PIPED.fullmatch(token))
-
-
 def read_tokenizers(path: Path, declared: Declared) -> Vocabulary:
     """Read tokenizer.json, taking the control tokens out of the library's hands.
 
     Besides the list of added tokens, they go from the vocabulary and the merges too, where a
     conversion from SentencePiece can have left a way to merge one out of plain characters.
     """
-    spec = _read_json(path)
+    spec = read_json(path)
     model = spec.get("model") or {}
     vocab: dict[str, int] = model.get("vocab") or {}
     if model.get("type", "BPE") != "BPE" or not isinstance(vocab, dict) or not vocab:
@@ -138,7 +54,7 @@ def read_tokenizers(path: Path, declared: Declared) -> Vocabulary:
     ids = _joined_ids(path, vocab, {entry["content"]: entry["id"] for entry in added}, declared.ids)
     special = {token for token in ids if declared.is_special(token)}
     known = vocab.keys() | {entry["content"] for entry in added}
-    control = special | {token for token in ids if _is_tag(token) or token not in known}
+    control = special | {token for token in ids if is_tag(token) or token not in known}
 
     kept = [entry for entry in added if entry["content"] not in control]
     # The library numbers added tokens itself unless the vocabulary knows them.
@@ -197,7 +113,7 @@ def read_sentencepiece(path: Path, declared: Declared) -> Vocabulary:
     }
     ids = _joined_ids(path, {piece: i for i, piece in enumerate(pieces)}, declared.ids)
     special = hidden | {token for token in ids if declared.is_special(token)}
-    control = special | {token for token in ids if _is_tag(token) or ids[token] >= len(pieces)}
+    control = special | {token for token in ids if is_tag(token) or ids[token] >= len(pieces)}
     for name, index in (("bos_token", library.bos_id()), ("eos_token", library.eos_id())):
         if index >= 0:
             declared.names.setdefault(name, pieces[index])
@@ -217,10 +133,6 @@ def read_sentencepiece(path: Path, declared: Declared) -> Vocabulary:
     )
     _refuse_prefix_space(path, vocabulary)
     return vocabulary
-
-
-def _is_tag(token: str) -> bool:
-    return token in _STRUCTURE or bool(_PIPED.fullmatch(token))
 
 
 def _joined_ids(path: Path, *sources: dict[str, int]) -> dict[str, int]:
@@ -366,41 +278,3 @@ def _as_varint(value: int) -> bytes:
         value >>= 7
     out.append(value)
     return bytes(out)
-
-
-def control_pattern(control: set[str], declared: Declared) -> re.Pattern[str]:
-    """Matches one control token, the longest first, with the blanks that its entry says it
-    swallows.
-    """
-    alternatives = [
-        (r"\s*" if token in declared.strips_left else "")
-        + re.escape(token)
-        + (r"\s*" if token in declared.strips_right else "")
-        for token in sorted(control, key=len, reverse=True)
-    ]
-    return re.compile("|".join(alternatives) or r"(?!)")
-
-
-def _content(value: str | dict[str, Any]) -> str:
-    return value["content"] if isinstance(value, dict) else value
-
-
-def _generation_eos_ids(path: Path) -> frozenset[int]:
-    value = _read_json(path).get("eos_token_id")
-    values = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(i, int) and i >= 0 for i in values):
-        raise TokenizerError(f"{path}: eos_token_id is {value!r}; expected an id or a list of ids")
-    return frozenset(values)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise TokenizerError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} holds a JSON {type(value).__name__}; expected an object")
-    return value

@@ -370,7 +370,9 @@ def validate(run: Run) -> None:
             "it is the floor of the schedule"
         )
     if training.max_steps == 0 or training.max_steps < -1:
-        raise ConfigError(f"max_steps={training.max_steps} is no number of steps; give -1 or 1, 2..")
+        raise ConfigError(
+            f"max_steps={training.max_steps} is no number of steps; give -1 or 1, 2.."
+        )
     if run.is_lora and model.num_nextn_predict_layers:
         raise ConfigError(
             "num_nextn_predict_layers trains a block of the model itself; use fine_tuning: Full"

@@ -34,12 +34,10 @@ class Upcycle:
 
 
 def run_import_gguf(words: Sequence[str]) -> int:
-    import torch
-
     from ernie.checkpoint.gguf import import_gguf
 
     source, target, options = _read(words, ImportGguf)
-    import_gguf(source, target, layout=options.layout, dtype=getattr(torch, options.dtype))
+    import_gguf(source, target, **dataclasses.asdict(options))
     log.info("imported %s into %s", source, target)
     return 0
 

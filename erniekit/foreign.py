@@ -210,9 +210,7 @@ def separate(
     without_effect: list[str] = []
     for key, value in values.items():
         if key in _LATER and str(value) not in _LATER[key]:
-            raise ConfigError(
-                f"{key}={value} is not available yet; use {' or '.join(_LATER[key])}"
-            )
+            raise ConfigError(f"{key}={value} is not available yet; use {' or '.join(_LATER[key])}")
         if key in own:
             if value is not None:
                 kept[key] = value
@@ -221,7 +219,9 @@ def separate(
         elif key in NEUTRAL:
             if not _is_off(value, NEUTRAL[key]):
                 usable = " or ".join(map(str, NEUTRAL[key])) or "nothing"
-                raise ConfigError(f"{key}={value} is not available yet; leave it out or at {usable}")
+                raise ConfigError(
+                    f"{key}={value} is not available yet; leave it out or at {usable}"
+                )
         else:
             near = did_you_mean(key, (*own, *WITHOUT_EFFECT, *NEUTRAL))
             raise ConfigError(f"unknown key {key!r} in {origin}{near}")
@@ -231,7 +231,9 @@ def separate(
 def _is_off(value: Any, neutral: tuple[Any, ...]) -> bool:
     if value in (None, "", [], {}) or str(value).lower() in ("none", "null"):
         return True
-    return any(str(value).lower() in (str(n).lower(), str(float(n)) if _number(n) else "") for n in neutral)
+    return any(
+        str(value).lower() in (str(n).lower(), str(float(n)) if _number(n) else "") for n in neutral
+    )
 
 
 def _number(value: Any) -> bool:

@@ -143,7 +143,9 @@ def _head_loss(
     hidden_ND = model.model.norm(hidden_TD[trained])
     weight_VD = model.head_weight
     into = gradients.sum_of(weight_VD) if gradients and weight_VD.requires_grad else None
-    return ChunkedCrossEntropy.apply(hidden_ND, weight_VD, labels_T[trained], scale, chunk_size, into)
+    return ChunkedCrossEntropy.apply(
+        hidden_ND, weight_VD, labels_T[trained], scale, chunk_size, into
+    )
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

@@ -155,7 +155,9 @@ class AdamW:
 
     def tensors(self) -> dict[str, Tensor]:
         """The state by `<parameter>.<moment|square|original>`, for a checkpoint."""
-        return {f"{name}.{key}": t for name, state in self.state.items() for key, t in state.items()}
+        return {
+            f"{name}.{key}": t for name, state in self.state.items() for key, t in state.items()
+        }
 
     def load(self, tensors: Mapping[str, Tensor], num_updates: int) -> None:
         """Take over a state made by `tensors()`."""

@@ -75,7 +75,9 @@ def run_chat(run: Run) -> int:
     try:
         import openai
     except ImportError:
-        raise ConfigError("chat needs the openai package: pip install 'ernie-open[serve]'") from None
+        raise ConfigError(
+            "chat needs the openai package: pip install 'ernie-open[serve]'"
+        ) from None
 
     address = f"http://{run.server.host}:{run.server.port}/v1"
     client = openai.OpenAI(base_url=address, api_key="none", max_retries=0)

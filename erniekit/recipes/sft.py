@@ -334,7 +334,9 @@ class _Session:
             return
         tensors = {k: t.cpu().contiguous() for k, t in lora.adapter_tensors(self.model).items()}
         save_file(tensors, folder / lora.ADAPTER_FILE, metadata={"format": "pt"})
-        config = lora.adapter_config(self.model, lora_of(self.run), self.run.model.model_name_or_path)
+        config = lora.adapter_config(
+            self.model, lora_of(self.run), self.run.model.model_name_or_path
+        )
         checkpoint.replace_text(folder / lora.ADAPTER_CONFIG, config)
         if self.model.tokenizer is not None:
             self.model.tokenizer.save(folder)

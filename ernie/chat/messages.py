@@ -1,5 +1,4 @@
-"""What goes into a chat template and what comes out: checked messages, and segments of rendered
-text.
+"""What goes into a chat template and what comes out: checked messages, and segments of text.
 
 Messages are those of the OpenAI API. Refused, naming the message at fault: unknown roles, parts
 that are not text, tool calls whose arguments are not a JSON object.
@@ -31,9 +30,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Checked messages: `content` is a str, `tool_calls` is a list of {"name", "arguments":
-    object}.
-    """
+    """Checked messages and how to render them; `content` is a str in each."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]]
@@ -43,6 +40,7 @@ class Dialogue:
 
 
 def checked_message(where: str, message: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy with `content` as one string, arguments of tool calls as objects, no empty extras."""
     if not isinstance(message, Mapping):
         raise ChatError(f"{where} is {message!r}; expected an object with role and content")
     role = message.get("role")

@@ -7,8 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from ernie.chat_messages import ChatError, Dialogue, Segment, written_differently
-from ernie.chat_sandbox import JinjaTemplate, StandIns
+from ernie.chat.messages import ChatError, Dialogue, Segment, written_differently
+from ernie.chat.sandbox import JinjaTemplate, StandIns
 from ernie.tokenizer import Tokenizer
 
 
@@ -62,10 +62,12 @@ class JinjaSegments:
 
         def text(num_messages: int, prompt: bool) -> str:
             return template.text(
-                messages=messages[:num_messages],
-                tools=tools or None,
-                add_generation_prompt=prompt,
-                **options,
+                {
+                    **options,
+                    "messages": messages[:num_messages],
+                    "tools": tools or None,
+                    "add_generation_prompt": prompt,
+                }
             )
 
         whole = text(len(messages), dialogue.add_generation_prompt)

@@ -20,8 +20,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ernie.chat_messages import ChatError, Dialogue, Segment, written_differently
-from ernie.chat_sandbox import LEADING_THOUGHT
+from ernie.chat.messages import ChatError, Dialogue, Segment, written_differently
+from ernie.chat.sandbox import LEADING_THOUGHT
 
 
 def _own(text: str) -> Segment:

@@ -31,7 +31,7 @@ from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from ernie.chat_messages import ChatError
+from ernie.chat.messages import ChatError
 
 MAX_SECONDS = 5.0
 MAX_CHARACTERS = 1 << 24
@@ -39,32 +39,41 @@ MAX_CHARACTERS = 1 << 24
 # Stand-ins are drawn from supplementary private use plane A, which ordinary text does not contain.
 _STAND_INS = range(0xF0000, 0xFFFFE)
 LEADING_THOUGHT = re.compile(r"(\s*<think>)(.*?)(</think>)(.*)", re.DOTALL)
+# What an expression of a template can raise on messages its author did not think of.
+_TEMPLATE_FAULTS = (
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 _deadline: ContextVar[float] = ContextVar("deadline")
 
 
 class JinjaTemplate:
-    """One compiled template. `where` names its file in errors; `constants` are `bos_token` and so
-    on.
-    """
+    """One compiled template; `where` names it in errors, `constants` are `bos_token` and so on."""
 
     def __init__(self, source: str, where: str, constants: Mapping[str, str]):
         self._where = where
         self._constants = dict(constants)
         self._template = _compiled(source, where)
 
-    def text(self, **variables: Any) -> str:
+    def text(self, variables: Mapping[str, Any]) -> str:
         """The rendered text. Raises ChatError with the template's own words where it objects."""
         pieces, size = [], 0
         token = _deadline.set(time.monotonic() + MAX_SECONDS)
         try:
-            for piece in self._template.generate(self._constants | variables):
+            for piece in self._template.generate(self._constants | dict(variables)):
                 size += len(piece)
                 if size > MAX_CHARACTERS:
                     raise ChatError(f"{self._where} wrote more than {MAX_CHARACTERS} characters")
                 pieces.append(piece)
         except jinja2.TemplateError as error:
             raise ChatError(f"{self._where} refused the messages: {error}") from None
-        except (TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
+        except ChatError:
+            raise
+        except _TEMPLATE_FAULTS as error:
             raise ChatError(f"{self._where} fails on these messages: {error!r}") from None
         finally:
             _deadline.reset(token)

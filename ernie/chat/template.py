@@ -24,22 +24,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from ernie.chat_builtin import llm_segments, thinking_segments
-from ernie.chat_folder import JinjaSegments, folder_sources
-from ernie.chat_messages import ChatError, Dialogue, Segment, checked_message
+from ernie.chat.builtin import llm_segments, thinking_segments
+from ernie.chat.folder import JinjaSegments, folder_sources
+from ernie.chat.messages import ChatError, Dialogue, Segment, checked_message
 from ernie.tokenizer import Tokenizer
-
-__all__ = [
-    "LLM",
-    "THINKING",
-    "UNTRAINED",
-    "ChatError",
-    "ChatTemplate",
-    "Encoded",
-    "Segment",
-    "one_answer_each",
-    "stop_ids",
-]
 
 UNTRAINED = -100  # the label that cross-entropy leaves out
 # What ends a turn in the templates of the family, besides the tokenizer's own eos.
@@ -91,6 +79,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
+        /,
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
@@ -121,7 +110,7 @@ class ChatTemplate:
         )
 
     def encode(
-        self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], **arguments: Any
+        self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], /, **arguments: Any
     ) -> Encoded:
         """`render(messages, **arguments)` as token ids and labels."""
         for token in self._required:
@@ -134,9 +123,7 @@ class ChatTemplate:
 
 
 def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
-    """The ids at which generation ends: every eos of the folder, and the end tokens of the
-    templates.
-    """
+    """The ids at which generation ends: every eos of the folder, and the templates' end tokens."""
     ends = (tokenizer.id_of(token) for token in END_TOKENS)
     return tokenizer.eos_ids | {i for i in ends if i is not None}
 
@@ -186,9 +173,7 @@ def _encoded(tokenizer: Tokenizer, segments: Sequence[Segment]) -> Encoded:
 
 
 def _with_eos(tokenizer: Tokenizer, labels: list[int]) -> list[int]:
-    """Labels with `<|end_of_sentence|>` replaced by eos, after a check that trained answers end on
-    a stop.
-    """
+    """Labels with `<|end_of_sentence|>` replaced by eos; refuses answers that end on no stop."""
     stops = stop_ids(tokenizer)
     for here, after in pairwise([*labels, UNTRAINED]):
         if here != UNTRAINED and after == UNTRAINED and here not in stops:

@@ -1,0 +1,28 @@
+"""Chat messages to token ids, for a server's prompts and for training samples alike.
+
+`template` is the front; `messages` checks what comes in, `builtin` holds the family's own,
+`folder` finds those of a model folder and `sandbox` runs them.
+"""
+
+from ernie.chat.messages import ChatError, Segment
+from ernie.chat.template import (
+    LLM,
+    THINKING,
+    UNTRAINED,
+    ChatTemplate,
+    Encoded,
+    one_answer_each,
+    stop_ids,
+)
+
+__all__ = [
+    "LLM",
+    "THINKING",
+    "UNTRAINED",
+    "ChatError",
+    "ChatTemplate",
+    "Encoded",
+    "Segment",
+    "one_answer_each",
+    "stop_ids",
+]

@@ -1,0 +1,106 @@
+"""The flat batch of one step as tensors, built from a `Schedule`.
+
+Legend: T tokens of the batch, S requests (parts) in it, M blocks of the longest table, R rows of
+hidden states that need logits.
+
+The block tables live in one array with a row (seat) for each running request. A step writes only
+the blocks that are new in it, so building a batch costs the same however long the texts are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdeploy.engine.scheduler import Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Inputs of the model in one step. On a CPU the tensors share the builder's buffers: use them
+    before the next batch is built.
+    """
+
+    token_ids_T: Tensor  # int64
+    positions_T: Tensor  # int64
+    slots_T: Tensor  # int64, where each token's key and value go: block * block_size + offset
+    cu_seqlens_S1: Tensor  # int32, part s is tokens cu_seqlens[s]:cu_seqlens[s + 1]
+    lens_S: Tensor  # int32, tokens of each request in the cache once this step is done
+    tables_SM: Tensor  # int32, entries past a request's last block mean nothing
+    rows_R: Tensor  # int64, the tokens after which logits are wanted
+
+
+class BatchBuilder:
+    def __init__(
+        self,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_blocks: int,
+        block_size: int,
+        device: torch.device,
+    ) -> None:
+        self.block_size = block_size
+        self.device = device
+        self.tables = np.zeros((max_num_seqs, max_blocks), np.int32)
+        self.token_ids = np.zeros(max_num_batched_tokens, np.int64)
+        self.positions = np.zeros(max_num_batched_tokens, np.int64)
+        self.slots = np.zeros(max_num_batched_tokens, np.int64)
+        self.rows = np.zeros(max_num_batched_tokens, np.int64)
+        self.cu_seqlens = np.zeros(max_num_seqs + 1, np.int32)
+        self.lens = np.zeros(max_num_seqs, np.int32)
+        self.seats = np.zeros(max_num_seqs, np.int64)
+
+    def build(self, schedule: Schedule) -> Batch:
+        """The batch of a step that has at least one part."""
+        num_tokens = num_rows = num_blocks = 0
+        for s, part in enumerate(schedule.parts):
+            request, first = part.request, num_tokens
+            num_tokens += part.num_tokens
+            blocks = request.table.blocks
+            if part.new_blocks:
+                old = len(blocks) - len(part.new_blocks)
+                self.tables[request.seat, old : len(blocks)] = part.new_blocks
+            self._fill_tokens(slice(first, num_tokens), part.start, request.token_ids, blocks)
+            self.seats[s] = request.seat
+            self.cu_seqlens[s + 1] = num_tokens
+            self.lens[s] = part.start + part.num_tokens
+            if part.num_logits:
+                wanted = np.arange(num_tokens - part.num_logits, num_tokens)
+                self.rows[num_rows : num_rows + part.num_logits] = wanted
+                num_rows += part.num_logits
+            num_blocks = max(num_blocks, len(blocks))
+        num_parts = len(schedule.parts)
+        return Batch(
+            token_ids_T=self._tensor(self.token_ids[:num_tokens]),
+            positions_T=self._tensor(self.positions[:num_tokens]),
+            slots_T=self._tensor(self.slots[:num_tokens]),
+            cu_seqlens_S1=self._tensor(self.cu_seqlens[: num_parts + 1]),
+            lens_S=self._tensor(self.lens[:num_parts]),
+            tables_SM=self._tensor(self.tables[self.seats[:num_parts], :num_blocks]),
+            rows_R=self._tensor(self.rows[:num_rows]),
+        )
+
+    def _fill_tokens(
+        self, where: slice, start: int, token_ids: list[int], blocks: list[int]
+    ) -> None:
+        if where.stop - where.start == 1:  # most parts of most steps: plain integers are faster
+            self.token_ids[where.start] = token_ids[start]
+            self.positions[where.start] = start
+            block, offset = divmod(start, self.block_size)
+            self.slots[where.start] = blocks[block] * self.block_size + offset
+            return
+        end = start + where.stop - where.start
+        positions = np.arange(start, end)
+        self.token_ids[where] = token_ids[start:end]
+        self.positions[where] = positions
+        first = start // self.block_size
+        table = np.asarray(blocks[first : -(-end // self.block_size)])
+        block, offset = np.divmod(positions, self.block_size)
+        self.slots[where] = table[block - first] * self.block_size + offset
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)

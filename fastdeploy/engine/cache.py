@@ -1,0 +1,101 @@
+"""The paged key/value cache as tensors, and the `attend` that writes and reads it.
+
+Legend: L layers, B blocks of the pool, P positions of a block, G key/value heads, d head width,
+T tokens of the flat batch, H query heads.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ernie import kernels
+from ernie.config import ErnieConfig
+from fastdeploy.engine.batch import Batch
+
+
+@dataclass(frozen=True, slots=True)
+class KVCache:
+    """Keys and values of every layer, each `(L, B, P, G, d)`; uninitialised until written."""
+
+    keys_LBPGd: Tensor
+    values_LBPGd: Tensor
+
+    @classmethod
+    def allocate(
+        cls,
+        config: ErnieConfig,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> KVCache:
+        shape = (
+            config.num_hidden_layers,
+            num_blocks,
+            block_size,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        return cls(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2)))
+
+
+class PagedAttend:
+    """An `ernie.attention.Attend` over the cache: stores the new keys and values, then attends."""
+
+    def __init__(self, cache: KVCache, batch: Batch) -> None:
+        self.cache = cache
+        self.batch = batch
+
+    def __call__(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, *, layer: int) -> Tensor:
+        batch = self.batch
+        keys_BPGd, values_BPGd = self.cache.keys_LBPGd[layer], self.cache.values_LBPGd[layer]
+        kernels.write_cache(k_TGd, v_TGd, keys_BPGd, values_BPGd, batch.slots_T)
+        return kernels.attend_paged(
+            q_THd,
+            keys_BPGd,
+            values_BPGd,
+            batch.tables_SM,
+            batch.cu_seqlens_S1,
+            batch.lens_S,
+            q_THd.shape[-1] ** -0.5,
+        )
+
+
+def block_bytes(config: ErnieConfig, block_size: int, dtype: torch.dtype) -> int:
+    """Memory of one block: keys and values of all layers."""
+    width = config.num_key_value_heads * config.head_dim
+    return 2 * config.num_hidden_layers * block_size * width * dtype.itemsize
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that could be taken now: of the GPU, or of the host within its container's limit."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = _host_free_bytes()
+    limit, used = (_cgroup_bytes(name) for name in ("memory.max", "memory.current"))
+    return free if limit is None or used is None else min(free, limit - used)
+
+
+def _host_free_bytes() -> int:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            for line in lines:
+                if line.startswith("MemAvailable:"):
+                    return int(line.split()[1]) * 1024
+    except FileNotFoundError:
+        pass  # not Linux: half of what the machine has stands in for what is free
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+
+
+def _cgroup_bytes(name: str) -> int | None:
+    """A figure of this process's control group (version 2), None where there is no limit."""
+    try:
+        with open(f"/sys/fs/cgroup/{name}", encoding="ascii") as file:
+            text = file.read().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None

@@ -1,0 +1,57 @@
+"""What a user says in words, as token ids: chat prompts and bad words. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ernie.chat import ChatTemplate
+from ernie.tokenizer import Tokenizer
+
+from fastdeploy.errors import RequestError
+from fastdeploy.sampling import SamplingParams
+
+# Arguments of the rendering itself: a request may not set them through chat_template_kwargs.
+RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "tokenize", "chat_template"})
+
+
+def chat_prompt(
+    template: ChatTemplate | None,
+    tokenizer: Tokenizer | None,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]] | None,
+    options: Mapping[str, Any],
+) -> list[int]:
+    """Token ids of a conversation up to where the answer begins.
+
+    What the messages say stays text, even where it spells a control token. Raises RequestError, or
+    ChatError naming the message at fault.
+    """
+    if template is None or tokenizer is None:
+        raise RequestError(
+            "the model has no chat template; use completions, or start with chat_template",
+            param="messages",
+        )
+    for key in RESERVED & options.keys():
+        raise RequestError(
+            f"chat_template_kwargs sets {key!r}, which belongs to the request itself",
+            param="chat_template_kwargs",
+        )
+    return template.encode(tokenizer, messages, tools=tools, **options).token_ids
+
+
+def banned_ids(tokenizer: Tokenizer | None, params: SamplingParams) -> frozenset[int]:
+    """The tokens of `bad_words`, each as it stands and with a space in front."""
+    banned = set()
+    for word in params.bad_words or ():
+        if tokenizer is None:
+            raise RequestError("bad_words needs a tokenizer, and the model has none")
+        encoded = [tokenizer.encode(text) for text in (word, " " + word)]
+        single = [ids[0] for ids in encoded if len(ids) == 1]
+        if not single:
+            raise RequestError(
+                f"bad_words has {word!r}, which is several tokens; only single ones can be banned",
+                param="bad_words",
+            )
+        banned.update(single)
+    return frozenset(banned)

@@ -1,0 +1,129 @@
+"""A request: one text that grows, token by token, until something ends it.
+
+    known tokens      prompt, then what was generated      num_known
+    computed tokens   those whose keys and values are in the cache      num_computed
+
+There are no phases. Reading a prompt, going on after a preemption and generating are the same
+thing: computed tokens chase known tokens, and when they have caught up, a new token becomes known.
+
+What a user calls a request with `n` samples is n requests here; they find each other's prompt in
+the prefix cache. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import enum
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastdeploy.engine.blocks import Table
+from fastdeploy.errors import RequestError
+from fastdeploy.outputs import RequestMetrics, TokenLogprobs
+from fastdeploy.sampling import SamplingParams
+
+
+class Status(enum.Enum):
+    WAITING = "waiting"  # in the queue, without blocks; also after a preemption
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Request:
+    """State of one request in the engine. The scheduler owns it; the sampler keeps its notes."""
+
+    def __init__(
+        self,
+        request_id: str,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        seed: int,
+        max_model_len: int,
+        eos_ids: Iterable[int] = (),
+        banned_ids: Iterable[int] = (),
+        sample_index: int = 0,
+    ) -> None:
+        self.id = request_id
+        self.params = params
+        self.seed = (seed, sample_index)  # draws depend on it and on the position, on nothing else
+        self.token_ids = list(prompt_ids)
+        self.num_prompt = len(self.token_ids)
+        self.num_computed = 0
+        self.status = Status.WAITING
+        self.table = Table()
+        self.seat = -1  # while running: the row that is this request's in tensors of the runner
+        self.metrics = RequestMetrics(arrival_time=time.monotonic())
+        self.num_cached = 0  # prompt tokens that were in the cache when it was first admitted
+        self.num_preemptions = 0
+        self.prompt_logprobs: list[TokenLogprobs | None] = []
+        self.sampler_notes: Any = None
+        self.banned_ids = frozenset(banned_ids)
+        stops = frozenset(params.stop_token_ids or ())
+        self.stop_ids = stops if params.ignore_eos else stops | frozenset(eos_ids)
+        room = max_model_len - self.num_prompt
+        self.max_output = room if params.max_tokens is None else min(params.max_tokens, room)
+
+    @property
+    def num_known(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output(self) -> int:
+        return len(self.token_ids) - self.num_prompt
+
+    @property
+    def num_to_score(self) -> int:
+        """Prompt tokens whose log-probability is still wanted. The first one has none."""
+        if self.params.prompt_logprobs is None:
+            return 0
+        return self.num_prompt - max(1, len(self.prompt_logprobs))
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether the next token may be one that ends the text."""
+        return self.num_output + 1 >= self.params.min_tokens
+
+    def finish_reason(self) -> str | None:
+        """Why the text ends after its newest token, None when it goes on."""
+        if self.token_ids[-1] in self.stop_ids and self.num_output >= self.params.min_tokens:
+            return "stop"
+        return "length" if self.num_output >= self.max_output else None
+
+
+@dataclass(slots=True)
+class TokenOutput:
+    """News of one request: the token that became known in a step, or (`token` None) its abort."""
+
+    request_id: str
+    token: int | None
+    logprobs: TokenLogprobs | None
+    finish_reason: str | None
+    metrics: RequestMetrics
+    num_cached: int
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first token, if wanted
+
+
+def check_prompt(
+    prompt_ids: Sequence[int], vocab_size: int, max_model_len: int, min_tokens: int
+) -> None:
+    """Refuse a prompt that is empty, has ids outside the vocabulary or leaves no room for an
+    answer.
+    """
+    if not prompt_ids:
+        raise RequestError("the prompt is empty; it takes at least one token", param="prompt")
+    for token in prompt_ids:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise RequestError(
+                f"the prompt has {token!r}, which is not a token id below {vocab_size}",
+                param="prompt",
+            )
+    longest = max_model_len - max(1, min_tokens)
+    if len(prompt_ids) > longest:
+        raise RequestError(
+            f"the prompt has {len(prompt_ids)} tokens; max_model_len={max_model_len} leaves room "
+            f"for {max(longest, 0)} and an answer of {max(1, min_tokens)}; shorten it or raise "
+            "max_model_len",
+            param="prompt",
+        )

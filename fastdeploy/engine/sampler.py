@@ -1,0 +1,281 @@
+"""Chooses tokens from logits, for a whole batch at once.
+
+    raw logits -> penalties, biases, bans -> greedy rows: argmax
+                                          -> others: temperature, min_p, top_k, top_p, one draw
+
+A draw is the inverse of the cumulative distribution at one uniform number, which is made from the
+request's seed and the position of the token. So a seeded result does not depend on the neighbours
+in the batch, on chunking, or on a preemption in between. Log-probabilities are those of the raw
+logits.
+
+Legend: R rows of logits, r rows that are treated alike, V vocabulary, K candidates.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastdeploy.engine.request import Request
+from fastdeploy.engine.scheduler import Part
+from fastdeploy.outputs import Logprob, TokenLogprobs
+
+# The likeliest tokens among which a nucleus (top_p) is looked for first. Only where they do not
+# hold enough probability is the whole vocabulary sorted.
+NUM_CANDIDATES = 256
+MIN_TEMPERATURE = 1e-5  # below it the quotient could overflow; greedy to any precision
+
+
+@dataclass(slots=True)
+class Choice:
+    token: int
+    logprobs: TokenLogprobs | None
+
+
+class Sampler:
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    @torch.inference_mode()
+    def __call__(self, logits_RV: Tensor, parts: Sequence[Part]) -> list[Choice]:
+        """One choice for each part that chooses, in order; scores prompt tokens on the way.
+
+        Overwrites `logits_RV`.
+        """
+        rows, requests, row = [], [], 0
+        for part in parts:
+            if part.num_logits and part.request.num_to_score > 0:
+                self._score_prompt(logits_RV[row : row + part.num_logits], part)
+            row += part.num_logits
+            if part.chooses:
+                rows.append(row - 1)
+                requests.append(part.request)
+        if not requests:
+            return []
+        if len(rows) < len(logits_RV):
+            logits_RV = logits_RV[rows]
+        described = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
+        raw_rV = logits_RV[described] if described else None  # a copy, made before it is adjusted
+        tokens = self._choose(logits_RV, requests)
+        choices = [Choice(token, None) for token in tokens]
+        if raw_rV is not None:
+            scaled = _temperature_scaled(raw_rV, [requests[i] for i in described])
+            counts = [requests[i].params.logprobs or 0 for i in described]
+            for i, entry in zip(
+                described, describe(scaled, [tokens[i] for i in described], counts)
+            ):
+                choices[i].logprobs = entry
+        return choices
+
+    def _choose(self, logits_RV: Tensor, requests: Sequence[Request]) -> list[int]:
+        notes = [self._notes(request) for request in requests]
+        for row_V, note, request in zip(logits_RV, notes, requests):
+            if note is not None:
+                note.adjust(row_V, request)
+        drawn = [i for i, request in enumerate(requests) if not request.params.is_greedy]
+        if len(drawn) < len(requests):
+            tokens = logits_RV.argmax(-1).tolist()
+        else:
+            tokens = [0] * len(requests)
+        if drawn:
+            chosen = _draw_rows(logits_RV[drawn], [requests[i] for i in drawn])
+            for i, token in zip(drawn, chosen):
+                tokens[i] = token
+        for note, token in zip(notes, tokens):
+            if note is not None:
+                note.add(token)
+        return tokens
+
+    def _notes(self, request: Request) -> Notes | None:
+        if request.sampler_notes is None:
+            # False stands for "nothing to adjust", so that the question is asked once a request.
+            request.sampler_notes = (
+                Notes(request, self.vocab_size) if _needs_notes(request) else False
+            )
+        return request.sampler_notes or None
+
+    def _score_prompt(self, logits_nV: Tensor, part: Part) -> None:
+        """Append the log-probability of each prompt token that follows a token of the part."""
+        request = part.request
+        scores = request.prompt_logprobs
+        if not scores:
+            scores.append(None)  # nothing stands before the first token
+        # Positions that were scored before a preemption are skipped.
+        first = len(scores) - 1 - part.start
+        targets = request.token_ids[
+            len(scores) : min(part.start + part.num_tokens + 1, request.num_prompt)
+        ]
+        counts = [request.params.prompt_logprobs or 0] * len(targets)
+        scores += describe(logits_nV[first : first + len(targets)], targets, counts)
+
+
+class Notes:
+    """What the sampler knows of a request whose logits it adjusts: seen tokens, biases, bans."""
+
+    def __init__(self, request: Request, vocab_size: int) -> None:
+        params = request.params
+        self.presence = params.presence_penalty or 0.0
+        self.frequency = params.frequency_penalty or 0.0
+        self.repetition = params.repetition_penalty or 1.0
+        counts = dict.fromkeys(request.token_ids[: request.num_prompt], 0)
+        self.slot_by_token = {token: slot for slot, token in enumerate(counts)}
+        # Tokens seen and how often each was generated. Room for all there can be: grown in place.
+        room = min(vocab_size, len(counts) + request.max_output)
+        self.seen = torch.zeros(room, dtype=torch.int64)
+        self.seen[: len(counts)] = torch.tensor(list(counts))
+        self.generated = torch.zeros(room)
+        bias = params.logit_bias or {}
+        self.biased = torch.tensor(list(bias), dtype=torch.int64)
+        self.bias = torch.tensor(list(bias.values()), dtype=torch.float32)
+        self.banned = torch.tensor(sorted(request.banned_ids), dtype=torch.int64)
+        self.stops = torch.tensor(sorted(request.stop_ids), dtype=torch.int64)
+        for token in request.token_ids[request.num_prompt :]:
+            self.add(token)
+
+    def add(self, token: int) -> None:
+        slot = self.slot_by_token.setdefault(token, len(self.slot_by_token))
+        self.seen[slot] = token
+        self.generated[slot] += 1
+
+    def adjust(self, logits_V: Tensor, request: Request) -> None:
+        """Penalties (Source: the definitions of OpenAI, for repetition of CTRL), biases, bans."""
+        device = logits_V.device
+        seen = self.seen[: len(self.slot_by_token)].to(device)
+        counts = self.generated[: len(self.slot_by_token)].to(device)
+        values = logits_V[seen]
+        values = torch.where(values > 0, values / self.repetition, values * self.repetition)
+        logits_V[seen] = values - self.frequency * counts - self.presence * (counts > 0)
+        logits_V[self.biased.to(device)] += self.bias.to(device)
+        logits_V[self.banned.to(device)] = float("-inf")
+        if not request.may_stop:
+            logits_V[self.stops.to(device)] = float("-inf")
+
+
+def _needs_notes(request: Request) -> bool:
+    p = request.params
+    penalised = p.presence_penalty or p.frequency_penalty or p.repetition_penalty not in (None, 1)
+    must_go_on = p.min_tokens > 1 and request.stop_ids
+    return bool(penalised or p.logit_bias or request.banned_ids or must_go_on)
+
+
+def uniform(seed: tuple[int, int], position: int) -> float:
+    """A number in [0, 1) that depends on the seed, the sample's index and the position only."""
+    digest = hashlib.blake2b(struct.pack("<QQQ", *seed, position), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
+
+
+def _draw_rows(logits_rV: Tensor, requests: Sequence[Request]) -> list[int]:
+    def column(values: list, dtype: torch.dtype = torch.float64) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=logits_rV.device)
+
+    params = [request.params for request in requests]
+    temperature_r = column([1.0 if p.temperature is None else p.temperature for p in params])
+    min_p_r = column([p.min_p for p in params])
+    top_k_r = column([max(p.top_k, 0) for p in params], torch.int64)
+    top_p_r = column([1.0 if p.top_p is None else p.top_p for p in params])
+    uniform_r = column([uniform(r.seed, r.num_output) for r in requests])
+    return draw(logits_rV, temperature_r, min_p_r, top_k_r, top_p_r, uniform_r).tolist()
+
+
+def draw(
+    logits_rV: Tensor,
+    temperature_r: Tensor,
+    min_p_r: Tensor,
+    top_k_r: Tensor,
+    top_p_r: Tensor,
+    uniform_r: Tensor,
+) -> Tensor:
+    """One token a row; int64 `(r,)`.
+
+    `min_p` keeps tokens with at least that share of the likeliest one's probability; then `top_k`
+    (0 = all) keeps the k likeliest; then `top_p` keeps the fewest likeliest ones that together
+    reach that share of what is left. Settings are float64 (top_k int64), probabilities float32, and
+    sums of probabilities float64: in float32 a vocabulary of 100,000 adds up with an error that can
+    be seen.
+    """
+    scaled_rV = logits_rV / temperature_r.clamp_min(MIN_TEMPERATURE).float()[:, None]
+    if bool(min_p_r.any()):
+        floor_r1 = scaled_rV.amax(-1, keepdim=True) + min_p_r.log().float()[:, None]
+        scaled_rV = scaled_rV.masked_fill(scaled_rV < floor_r1, float("-inf"))
+    probs_rV = scaled_rV.softmax(-1)
+    restricted_r = (top_k_r > 0) | (top_p_r < 1)
+    if not bool(restricted_r.any()):
+        return _invert(probs_rV, uniform_r)
+    tokens_r = torch.empty_like(top_k_r)
+    free_r = ~restricted_r
+    if bool(free_r.any()):
+        tokens_r[free_r] = _invert(probs_rV[free_r], uniform_r[free_r])
+    few = max(NUM_CANDIDATES, int(top_k_r.max()))
+    settings = (top_k_r[restricted_r], top_p_r[restricted_r], uniform_r[restricted_r])
+    tokens_r[restricted_r] = _draw_restricted(probs_rV[restricted_r], *settings, few)
+    return tokens_r
+
+
+def _draw_restricted(
+    probs_rV: Tensor, top_k_r: Tensor, top_p_r: Tensor, uniform_r: Tensor, num_candidates: int
+) -> Tensor:
+    num_candidates = min(num_candidates, probs_rV.shape[-1])
+    top_rK, ids_rK = probs_rV.topk(num_candidates)
+    mass_rK = top_rK.double()
+    limit_r = torch.where(top_k_r > 0, top_k_r, num_candidates)
+    rank_K = torch.arange(num_candidates, device=probs_rV.device)
+    mass_rK = mass_rK.masked_fill(rank_K >= limit_r[:, None], 0.0)
+    whole_r = torch.where(top_k_r > 0, mass_rK.sum(-1), 1.0)
+    enough_r = torch.where(top_p_r < 1, top_p_r * whole_r, float("inf"))
+    before_rK = mass_rK.cumsum(-1) - mass_rK
+    kept_rK = mass_rK.masked_fill(before_rK >= enough_r[:, None], 0.0)
+    tokens_r = ids_rK.gather(-1, _invert(kept_rK, uniform_r)[:, None])[:, 0]
+    short_r = (top_k_r == 0) & (mass_rK.sum(-1) < enough_r)
+    if num_candidates < probs_rV.shape[-1] and bool(short_r.any()):
+        settings = (top_k_r[short_r], top_p_r[short_r], uniform_r[short_r])
+        everything = probs_rV.shape[-1]
+        tokens_r[short_r] = _draw_restricted(probs_rV[short_r], *settings, everything)
+    return tokens_r
+
+
+def _invert(weights_rK: Tensor, uniform_r: Tensor) -> Tensor:
+    """Where the cumulated weights pass `uniform` times their sum; never an index of weight 0."""
+    cumulated_rK = weights_rK.cumsum(-1, dtype=torch.float64)
+    target_r1 = uniform_r[:, None] * cumulated_rK[:, -1:]
+    return torch.searchsorted(cumulated_rK, target_r1, right=True)[:, 0].clamp_max(
+        weights_rK.shape[-1] - 1
+    )
+
+
+def describe(
+    logits_rV: Tensor, tokens: Sequence[int], num_top: Sequence[int]
+) -> list[TokenLogprobs]:
+    """Log-probability and rank of one token a row, and of the `num_top` likeliest (-1 = all)."""
+    if not tokens:
+        return []
+    logprobs_rV = logits_rV.float().log_softmax(-1)
+    own_r1 = logprobs_rV.gather(-1, torch.tensor(tokens, device=logits_rV.device)[:, None])
+    rank_r = (logprobs_rV > own_r1).sum(-1) + 1
+    vocab_size = logits_rV.shape[-1]
+    counts = [vocab_size if n < 0 else min(n, vocab_size) for n in num_top]
+    top_rK, ids_rK = logprobs_rV.topk(max(counts))
+    entries = []
+    own, ranks = own_r1[:, 0].tolist(), rank_r.tolist()
+    for i, (token, count) in enumerate(zip(tokens, counts)):
+        entry = {token: Logprob(own[i], ranks[i])}
+        likeliest = zip(ids_rK[i, :count].tolist(), top_rK[i, :count].tolist())
+        for rank, (other, logprob) in enumerate(likeliest, 1):
+            entry.setdefault(other, Logprob(logprob, rank))
+        entries.append(entry)
+    return entries
+
+
+def _temperature_scaled(logits_rV: Tensor, requests: Sequence[Request]) -> Tensor:
+    """Rows of requests that ask for it divided by their temperature, for `temp_scaled_logprobs`."""
+    wanted = [
+        (r.params.temperature or 1.0) if r.params.temp_scaled_logprobs else 1.0 for r in requests
+    ]
+    if all(value == 1.0 for value in wanted):
+        return logits_rV
+    divisor_r = torch.tensor(wanted, device=logits_rV.device).clamp_min(MIN_TEMPERATURE)
+    return logits_rV / divisor_r[:, None]

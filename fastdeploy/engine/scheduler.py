@@ -1,0 +1,210 @@
+"""Which tokens the next step computes: the policy of the engine, on one page.
+
+Every step has a budget of tokens. A running request asks for the tokens that it knows and has not
+computed; one that generates asks for one, one that reads its prompt for many and gets what the
+budget leaves (chunked prefill). Then waiting requests are admitted, first come, first served. When
+the cache is full, the request that was admitted last loses its blocks and returns to the head of
+the queue; what it generated is kept, and is computed again (preemption by recomputation).
+
+Integers only: no tensor is touched here, and no decision is taken anywhere else.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fastdeploy.engine.blocks import BlockManager
+from fastdeploy.engine.request import Request, Status
+
+# Log-probabilities of a prompt need logits at each of its positions: a vocabulary of floats a
+# token.
+MAX_SCORED_TOKENS = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """The tokens of one request in a step: `token_ids[start : start + num_tokens]`."""
+
+    request: Request
+    start: int  # computed before: the position of the first token of the part
+    num_tokens: int
+    # Blocks that joined the table in this step, its last ones. On admission that is the whole
+    # table.
+    new_blocks: list[int]
+    # Logits are wanted after so many of the last tokens: 0 when known tokens remain to be computed,
+    # 1 to choose the next token, and more where tokens of the prompt are scored.
+    num_logits: int
+    # Whether the last of these logits choose a new token.
+    chooses: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """One step: all that goes from the scheduler to the runner and the sampler."""
+
+    parts: list[Part] = field(default_factory=list)  # in the order of the flat batch
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(part.num_tokens for part in self.parts)
+
+
+class Scheduler:
+    def __init__(
+        self,
+        blocks: BlockManager,
+        *,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        chunked_prefill: bool = True,
+    ) -> None:
+        assert max_num_batched_tokens >= max_num_seqs, "each running request needs one token a step"
+        self.blocks = blocks
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.chunked_prefill = chunked_prefill
+        self.waiting: deque[Request] = deque()
+        self.running: list[Request] = []  # in order of admission
+        self.seats = list(reversed(range(max_num_seqs)))  # rows of the runner that are not taken
+        self.num_preemptions = 0
+        self.num_prompt_tokens = 0  # of requests when they were first admitted
+        self.num_hit_tokens = 0  # of these, found in the cache
+        self.refused: tuple[Request, int] | None = None  # with the number of free blocks there were
+
+    def add(self, request: Request) -> None:
+        self.waiting.append(request)
+
+    def schedule(self) -> Schedule:
+        """Decide the next step. Every request in it has its blocks when this returns."""
+        schedule = Schedule()
+        budget = self.max_num_batched_tokens
+        num_preempted = self.num_preemptions
+
+        position = 0
+        while position < len(self.running):
+            request = self.running[position]
+            # One token is kept for each request behind, so that no prompt ever stalls a stream.
+            most = budget - (len(self.running) - position - 1)
+            num_tokens = self._num_wanted(request, most)
+            if not self._make_room(request, request.num_computed + num_tokens):
+                break  # it was the last one left, and has preempted itself
+            schedule.parts.append(self._part(request, num_tokens))
+            budget -= num_tokens
+            position += 1
+
+        while self.waiting and self.seats and budget and self.num_preemptions == num_preempted:
+            num_tokens = self._admit(self.waiting[0], budget)
+            if not num_tokens:
+                break
+            request = self.waiting.popleft()
+            schedule.parts.append(self._part(request, num_tokens, admitted=True))
+            budget -= num_tokens
+        return schedule
+
+    def update(self, schedule: Schedule, chosen: Sequence[int]) -> list[Request]:
+        """Take the tokens that the step chose, one for each part that chooses, in order.
+
+        Returns the requests that got one. Finished ones have given back what they held.
+        """
+        tokens, grown = iter(chosen), []
+        for part in schedule.parts:
+            request = part.request
+            request.num_computed += part.num_tokens
+            if part.chooses:
+                request.token_ids.append(next(tokens))
+                grown.append(request)
+                if request.finish_reason():
+                    self.finish(request)
+        return grown
+
+    def finish(self, request: Request) -> None:
+        """Take a request out, wherever it is: it has ended, or nobody waits for it any more."""
+        if request.status is Status.RUNNING:
+            self._leave(request)
+            self.running.remove(request)
+        elif request.status is Status.WAITING:
+            self.waiting.remove(request)
+        request.status = Status.FINISHED
+
+    def check(self) -> None:
+        """Assert what holds between two steps; for tests."""
+        self.blocks.check([request.table for request in self.running])
+        taken = [request.seat for request in self.running] + self.seats
+        assert sorted(taken) == list(range(len(taken))), f"seats {taken}"
+        for request in self.running:
+            assert request.num_computed < request.num_known, f"{request.id} has nothing to compute"
+        assert all(not request.table.blocks for request in self.waiting)
+
+    def _num_wanted(self, request: Request, most: int) -> int:
+        if request.num_to_score > 0:
+            most = min(most, MAX_SCORED_TOKENS)
+        return min(request.num_known - request.num_computed, most)
+
+    def _make_room(self, request: Request, num_tokens: int) -> bool:
+        """Preempt from the back until the table can hold `num_tokens`; False if `request` had to
+        go.
+        """
+        while self.blocks.num_missing(request.table, num_tokens) > self.blocks.num_free:
+            victim = self.running.pop()
+            self._leave(victim)
+            victim.status = Status.WAITING
+            victim.num_computed = 0
+            victim.num_preemptions += 1
+            self.num_preemptions += 1
+            self.waiting.appendleft(victim)
+            if victim is request:
+                return False
+        return True
+
+    def _admit(self, request: Request, budget: int) -> int:
+        """Start a waiting request; returns how many tokens it computes first, 0 if it has to wait.
+
+        All its known tokens must find room, not only the first chunk: otherwise long prompts would
+        push each other out half-read.
+        """
+        if self.refused == (request, self.blocks.num_free):
+            return 0  # nothing has changed: do not search a long text for hits in every step
+        scores = request.num_to_score > 0
+        found = self.blocks.find(() if scores else request.token_ids)
+        num_cached = len(found.blocks) * self.blocks.block_size
+        rest = request.num_known - num_cached
+        if rest > budget and not self.chunked_prefill:
+            return 0
+        num_missing = self.blocks.num_missing(found, request.num_known)
+        if num_missing > self.blocks.num_free_without(found):
+            self.refused = (request, self.blocks.num_free)
+            return 0
+        self.blocks.adopt(found)
+        request.table = found
+        request.num_computed = num_cached
+        request.seat = self.seats.pop()
+        request.status = Status.RUNNING
+        self.running.append(request)
+        if request.metrics.inference_start_time is None:
+            request.metrics.inference_start_time = time.monotonic()
+            request.num_cached = num_cached
+            self.num_prompt_tokens += request.num_prompt
+            self.num_hit_tokens += num_cached
+        return self._num_wanted(request, budget)
+
+    def _part(self, request: Request, num_tokens: int, *, admitted: bool = False) -> Part:
+        start, end = request.num_computed, request.num_computed + num_tokens
+        added = self.blocks.grow(request.table, end)
+        self.blocks.name(request.table, request.token_ids, end)
+        chooses = end == request.num_known
+        scores = request.num_to_score > 0
+        return Part(
+            request=request,
+            start=start,
+            num_tokens=num_tokens,
+            new_blocks=list(request.table.blocks) if admitted else added,
+            num_logits=num_tokens if scores else int(chooses),
+            chooses=chooses,
+        )
+
+    def _leave(self, request: Request) -> None:
+        self.blocks.release(request.table)
+        self.seats.append(request.seat)
+        request.seat = -1

@@ -1,0 +1,123 @@
+"""What Prometheus reads at /metrics, under FastDeploy's names.
+
+Figures of the engine are read when somebody asks (`EngineFigures`); what happens to a request is
+recorded when it ends. No metric has a label that a client could choose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from fastdeploy.config import EngineConfig
+from fastdeploy.engine.core import Stats
+from fastdeploy.server.engine import Ended
+
+SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 900)
+TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
+RATIOS = (0.05, 0.1, 0.25, 0.5, 0.75, 1, 1.5, 2, 5, 10, 50)
+
+_HISTOGRAMS = {
+    "time_to_first_token_seconds": ("From arrival to the first token.", SECONDS),
+    "time_per_output_token_seconds": ("Mean time of a token after the first.", SECONDS),
+    "e2e_request_latency_seconds": ("From arrival to the end.", SECONDS),
+    "request_inference_time_seconds": ("From admission to the end.", SECONDS),
+    "request_queue_time_seconds": ("From arrival to admission.", SECONDS),
+    "request_prefill_time_seconds": ("From admission to the first token.", SECONDS),
+    "request_decode_time_seconds": ("From the first token to the end.", SECONDS),
+    "request_prompt_tokens": ("Tokens of the prompt.", TOKENS),
+    "request_generation_tokens": ("Tokens of the answer.", TOKENS),
+    "request_params_max_tokens": ("max_tokens of requests that set it.", TOKENS),
+    "request_token_ratio": ("Tokens of the answer for each one of the prompt.", RATIOS),
+}
+
+
+class EngineFigures(Collector):
+    def __init__(self, stats: Callable[[], Stats], config: EngineConfig) -> None:
+        self.stats, self.config = stats, config
+
+    def collect(self) -> Iterator[Metric]:
+        s, most = self.stats(), self.config.max_num_seqs
+        in_use = s.num_blocks - s.num_free_blocks
+        hits = s.num_hit_tokens / max(s.num_prompt_tokens, 1)
+        for name, text, value in (
+            ("num_requests_running", "Texts that are worked on.", s.num_running),
+            ("num_requests_waiting", "Texts in the queue.", s.num_waiting),
+            ("batch_size", "Texts of the step.", s.num_running),
+            ("max_batch_size", "Texts of a step at most.", most),
+            ("available_batch_size", "Texts that could join.", most - s.num_running),
+            ("max_gpu_block_num", "Blocks of the cache.", s.num_blocks),
+            ("free_gpu_block_num", "Blocks that nobody uses.", s.num_free_blocks),
+            ("available_gpu_block_num", "Blocks that can be taken.", s.num_free_blocks),
+            ("gpu_cache_usage_perc", "Share of blocks in use, 0 to 1.", in_use / s.num_blocks),
+            ("prefix_gpu_cache_token_num", "Prompt tokens found in the cache.", s.num_hit_tokens),
+            ("hit_token_rate", "Share of prompt tokens found in the cache.", hits),
+        ):
+            yield GaugeMetricFamily(f"fastdeploy:{name}", text, value)
+        for name, text, value in (
+            ("request_preempted", "Preemptions.", s.num_preemptions),
+            ("prompt_tokens", "Tokens of admitted prompts.", s.num_prompt_tokens),
+            ("generation_tokens", "Tokens generated.", s.num_generated_tokens),
+        ):
+            yield CounterMetricFamily(f"fastdeploy:{name}", text, value)
+
+
+class Metrics:
+    """The registry of one server: its own, so that two servers in a process do not meet."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter(
+            "fastdeploy:requests_number", "Requests received.", registry=self.registry
+        )
+        self.successes = Counter(
+            "fastdeploy:request_success", "Texts that ended.", ["reason"], registry=self.registry
+        )
+        self.histograms = {
+            name: Histogram(f"fastdeploy:{name}", text, buckets=buckets, registry=self.registry)
+            for name, (text, buckets) in _HISTOGRAMS.items()
+        }
+        facts = {
+            "block_size": str(config.block_size),
+            "max_model_len": str(config.max_model_len),
+            "enable_prefix_caching": str(config.enable_prefix_caching),
+        }
+        Gauge(
+            "fastdeploy:cache_config_info", "Settings.", list(facts), registry=self.registry
+        ).labels(**facts).set(1)
+        self.config = config
+
+    def watch(self, stats: Callable[[], Stats]) -> None:
+        """Read the engine's figures through `stats` from now on."""
+        self.registry.register(EngineFigures(stats, self.config))
+
+    def text(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def end(self, ended: Ended) -> None:
+        """Record a text that has ended."""
+        timing = ended.timing
+        self.successes.labels(reason=ended.finish_reason).inc()
+        arrival, end = timing.arrival_time, timing.finished_time
+        started, first = timing.inference_start_time, timing.first_token_time
+        assert end is not None and started is not None and first is not None, "ended, not begun"
+        values = {
+            "time_to_first_token_seconds": first - arrival,
+            "e2e_request_latency_seconds": end - arrival,
+            "request_inference_time_seconds": end - started,
+            "request_queue_time_seconds": started - arrival,
+            "request_prefill_time_seconds": first - started,
+            "request_decode_time_seconds": end - first,
+            "request_prompt_tokens": ended.num_prompt,
+            "request_generation_tokens": ended.num_output,
+            "request_token_ratio": ended.num_output / ended.num_prompt,
+        }
+        if ended.num_output > 1:
+            values["time_per_output_token_seconds"] = (end - first) / (ended.num_output - 1)
+        if ended.max_tokens is not None:
+            values["request_params_max_tokens"] = ended.max_tokens
+        for name, value in values.items():
+            self.histograms[name].observe(value)

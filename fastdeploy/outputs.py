@@ -1,0 +1,103 @@
+"""What the engine hands back: `RequestOutput` with its completions, log-probabilities and timings.
+
+Imports no torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(slots=True)
+class Logprob:
+    """Natural logarithm of a token's probability, its rank (1 = likeliest) and its own text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+TokenLogprobs = dict[int, Logprob]  # by token id: the token itself first, then the likeliest ones
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One sample of an answer. `finish_reason` is None while it grows, else stop, length or abort.
+
+    `text` ends before the stop string or the token that ended it, unless
+    `include_stop_str_in_output`; `token_ids` holds every token that was generated.
+    `stop_reason` is the stop string or stop token id that ended it, None for an end-of-text token.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: str | int | None = None
+
+    def extend(self, later: CompletionOutput) -> None:
+        """Append a later piece of the same sample."""
+        self.text += later.text
+        self.token_ids += later.token_ids
+        if later.logprobs is not None:
+            self.logprobs = (self.logprobs or []) + later.logprobs
+        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+
+
+class Completions(list[CompletionOutput]):
+    """The samples of a request, a list; fields of the first one also read directly: `.text`."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name in CompletionOutput.__dataclass_fields__ and self:
+            return getattr(self[0], name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
+
+@dataclass(slots=True)
+class RequestMetrics:
+    """When things happened to the first sample, in seconds of the monotonic clock."""
+
+    arrival_time: float
+    inference_start_time: float | None = None
+    first_token_time: float | None = None
+    finished_time: float | None = None
+
+    @property
+    def time_in_queue(self) -> float | None:
+        started = self.inference_start_time
+        return None if started is None else started - self.arrival_time
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """The answer to one prompt, whole or (when streaming) what is new since the last piece."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: Sequence[int]
+    outputs: Completions
+    finished: bool = False
+    metrics: RequestMetrics | None = None
+    num_cached_tokens: int = 0
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    error_code: int = 200
+    error_msg: str | None = None
+
+    def add(self, later: RequestOutput) -> None:
+        """Merge a later piece of the same request into this one."""
+        mine = {completion.index: completion for completion in self.outputs}
+        for completion in later.outputs:
+            if completion.index in mine:
+                mine[completion.index].extend(completion)
+            else:
+                self.outputs.append(completion)
+        self.outputs.sort(key=lambda completion: completion.index)
+        self.finished, self.metrics = later.finished, later.metrics
+        self.num_cached_tokens = later.num_cached_tokens
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)

@@ -1,0 +1,241 @@
+"""How tokens of one request are chosen and when they end: `SamplingParams`, checked when made.
+
+Field names, defaults and ranges are FastDeploy's; `stop` is matched on the text, not on tokens, so
+its strings may be long and may begin and end inside a token. Values that cannot be honoured are
+refused, never ignored. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from fastdeploy.errors import RequestError
+
+MAX_SEED = 922_337_203_685_477_580  # FastDeploy's bound, a digit short of 2**63
+MAX_SAMPLES = 128
+MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 32, 1024
+MAX_BIASED_TOKENS = 1024
+MAX_LOGPROBS = 20
+
+
+@dataclass(kw_only=True)
+class GuidedDecodingParams:
+    """Constraint on the form of the output: exactly one of the fields."""
+
+    json: str | dict | None = None
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    structural_tag: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [f.name for f in fields(self) if getattr(self, f.name) is not None]
+        if len(given) != 1:
+            raise RequestError(
+                f"guided decoding takes one of its fields, {len(given)} were given: {given}",
+                param="guided_decoding",
+            )
+
+
+@dataclass(kw_only=True)
+class SamplingParams:
+    """Settings of one request.
+
+    The next token is drawn from `softmax(logits / temperature)`, after penalties and biases,
+    restricted by `min_p`, then `top_k`, then `top_p`. Temperature 0 (or `top_k=1`, or `top_p=0`)
+    takes the most likely token, the smallest id among equals. With a `seed` the result depends on
+    prompt and settings only, not on what else the engine is doing.
+    """
+
+    n: int = 1
+    best_of: int | None = None
+    presence_penalty: float | None = None  # subtracted once from every token generated before
+    frequency_penalty: float | None = None  # subtracted for each time a token was generated before
+    repetition_penalty: float | None = (
+        None  # divides (multiplies, if negative) the logit of a token
+    )
+    temperature: float | None = None  # of prompt or output; None means 1
+    top_p: float | None = None
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    max_tokens: int | None = None  # None: as many as max_model_len leaves room for
+    reasoning_max_tokens: int | None = None
+    min_tokens: int = 1
+    logprobs: int | None = None  # log-probability of each token and of this many likeliest ones
+    prompt_logprobs: int | None = None
+    temp_scaled_logprobs: bool = False
+    top_p_normalized_logprobs: bool = False
+    bad_words: Sequence[str] | None = None  # each must be a single token, with or without a space
+    bad_words_token_ids: Sequence[int] | None = None
+    guided_decoding: GuidedDecodingParams | None = None
+    logit_bias: dict[int, float] | None = None
+    logits_processors_args: dict[str, Any] | None = None  # FastDeploy's way to say logit_bias
+
+    def __post_init__(self) -> None:
+        self.stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        if self.logits_processors_args:
+            self._take_processor_arguments()
+        self.validate()
+
+    def _take_processor_arguments(self) -> None:
+        arguments = dict(self.logits_processors_args or {})
+        bias = arguments.pop("logit_bias", None)
+        if arguments:
+            raise RequestError(
+                f"logits_processors_args has {sorted(arguments)}; only logit_bias is known",
+                param="logits_processors_args",
+            )
+        try:
+            self.logit_bias = {int(k): float(v) for k, v in (bias or {}).items()}
+        except (AttributeError, TypeError, ValueError):
+            raise TypeError("logit_bias must map token ids to numbers") from None
+
+    def validate(self) -> None:
+        """Raise RequestError, naming the field, for a value outside its range."""
+        self._integer("n", 1, MAX_SAMPLES)
+        self._integer("top_k", -1, None)
+        self._integer("seed", 0, MAX_SEED)
+        self._integer("max_tokens", 1, None)
+        self._integer("min_tokens", 0, None)
+        self._integer("logprobs", -1, MAX_LOGPROBS)
+        self._integer("prompt_logprobs", -1, MAX_LOGPROBS)
+        self._number("presence_penalty", -2, 2)
+        self._number("frequency_penalty", -2, 2)
+        self._number("repetition_penalty", 0, None, open_low=True)
+        self._number("temperature", 0, None)
+        self._number("top_p", 0, 1)
+        self._number("min_p", 0, 1)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}",
+                param="min_tokens",
+            )
+        self._lists()
+        self._not_offered()
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0 or self.top_k == 1 or self.top_p == 0
+
+    def _integer(self, name: str, low: int, high: int | None) -> None:
+        value = getattr(self, name)
+        if value is None and _may_be_none(name):
+            return
+        span = f"at least {low}" if high is None else f"from {low} to {high}"
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise RequestError(f"{name}={value!r} is not an integer; it takes {span}", param=name)
+        if value < low or (high is not None and value > high):
+            raise RequestError(f"{name}={value} is out of range; it takes {span}", param=name)
+
+    def _number(self, name: str, low: float, high: float | None, *, open_low: bool = False) -> None:
+        value = getattr(self, name)
+        if value is None and _may_be_none(name):
+            return
+        span = f"{'more than' if open_low else 'at least'} {low}"
+        span = span if high is None else f"from {low} to {high}"
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value):
+            raise RequestError(f"{name}={value!r} is not a number; it takes {span}", param=name)
+        if value < low or (high is not None and value > high) or (open_low and value == low):
+            raise RequestError(f"{name}={value} is out of range; it takes {span}", param=name)
+
+    def _lists(self) -> None:
+        _strings("stop", self.stop, MAX_STOP_STRINGS)
+        _strings("bad_words", self.bad_words, MAX_BIASED_TOKENS)
+        for name in ("stop_token_ids", "bad_words_token_ids"):
+            _token_ids(name, getattr(self, name))
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, dict):
+                raise RequestError("logit_bias must map token ids to numbers", param="logit_bias")
+            _token_ids("logit_bias", list(self.logit_bias))
+            for token, bias in self.logit_bias.items():
+                if not isinstance(bias, (int, float)) or not -100 <= bias <= 100:
+                    raise RequestError(
+                        f"logit_bias of token {token} is {bias!r}; it takes -100 to 100",
+                        param="logit_bias",
+                    )
+
+    def _not_offered(self) -> None:
+        if self.best_of not in (None, self.n):
+            raise RequestError(
+                f"best_of={self.best_of} differs from n={self.n}; ask for n samples and choose",
+                param="best_of",
+            )
+        for name, unset, instead in (
+            (
+                "guided_decoding",
+                None,
+                "leave it out; the form of the output is not constrained yet",
+            ),
+            ("reasoning_max_tokens", None, "use max_tokens, which bounds the whole answer"),
+            (
+                "top_p_normalized_logprobs",
+                False,
+                "use the log-probabilities of the whole vocabulary",
+            ),
+        ):
+            if getattr(self, name) != unset:
+                raise RequestError(f"{name} is not available; {instead}", param=name)
+
+
+# Settings that a request may leave to the model's generation_config.json.
+_RECOMMENDED = (
+    "temperature",
+    "top_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+
+
+def recommended(generation_config: Mapping[str, Any]) -> dict[str, float]:
+    """The settings of a model's generation_config.json that stand in where a request has None.
+
+    Raises RequestError for a value out of range.
+    """
+    found = {name: generation_config.get(name) for name in _RECOMMENDED}
+    found = {name: value for name, value in found.items() if value is not None}
+    SamplingParams(**found)
+    return found
+
+
+def filled(params: SamplingParams, defaults: Mapping[str, float]) -> SamplingParams:
+    """`params` with `defaults` in place of what is None."""
+    missing = {name: v for name, v in defaults.items() if getattr(params, name) is None}
+    return replace(params, **missing) if missing else params
+
+
+def _may_be_none(name: str) -> bool:
+    return SamplingParams.__dataclass_fields__[name].default is None
+
+
+def _strings(name: str, values: Sequence[str] | None, most: int) -> None:
+    if values is None:
+        return
+    if not isinstance(values, (list, tuple)) or len(values) > most:
+        raise RequestError(f"{name} takes a string or a list of up to {most} strings", param=name)
+    for value in values:
+        if not isinstance(value, str) or not 0 < len(value) <= MAX_STOP_CHARACTERS:
+            raise RequestError(
+                f"{name} has a member that is not a text of 1 to {MAX_STOP_CHARACTERS} characters",
+                param=name,
+            )
+
+
+def _token_ids(name: str, values: Sequence[int] | None) -> None:
+    if values is None:
+        return
+    if not isinstance(values, (list, tuple)) or len(values) > MAX_BIASED_TOKENS:
+        raise RequestError(f"{name} takes up to {MAX_BIASED_TOKENS} token ids", param=name)
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise RequestError(f"{name} has {value!r}, which is not a token id", param=name)

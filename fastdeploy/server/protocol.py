@@ -1,0 +1,234 @@
+"""What clients may send: the request bodies, read strictly, and their way into `SamplingParams`.
+
+Every field is in one of these groups:
+
+    offered      a field of a model below
+    harmless     metadata that cannot change the answer: accepted, unused (`HARMLESS`)
+    not offered  would change the answer and is not there: refused by name unless it asks for
+                 nothing (`NOT_OFFERED`)
+    unknown      refused when it looks like a misspelt field, else accepted and unused, as
+                 FastDeploy does; the server logs its name
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ernie.settings import did_you_mean
+from fastdeploy.errors import RequestError
+from fastdeploy.sampling import SamplingParams
+
+log = logging.getLogger("fastdeploy")
+
+HARMLESS = frozenset(
+    (
+        "user",
+        "metadata",
+        "store",
+        "service_tier",
+        "safety_identifier",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "request_id",
+        "parallel_tool_calls",
+        "collect_metrics",
+        "trace_context",
+    )
+)
+# With the values that ask for nothing.
+NOT_OFFERED: dict[str, tuple[Any, ...]] = {
+    "tools": (None, []),
+    "tool_choice": (None, "none", "auto"),
+    "functions": (None, []),
+    "function_call": (None, "none", "auto"),
+    "response_format": (None, {"type": "text"}),
+    "modalities": (None, ["text"]),
+    "audio": (None,),
+    "prediction": (None,),
+    "reasoning_effort": (None,),
+    "verbosity": (None,),
+    "web_search_options": (None,),
+    "suffix": (None, ""),
+    "structural_tag": (None,),
+    "guided_json": (None,),
+    "guided_regex": (None,),
+    "guided_choice": (None,),
+    "guided_grammar": (None,),
+    "chat_template": (None,),
+    "disable_chat_template": (None, False),
+    "mm_hashes": (None, []),
+    "completion_token_ids": (None, []),
+    "response_max_tokens": (None,),
+    "disaggregate_info": (None,),
+    "include_draft_logprobs": (None, False),
+    "max_streaming_response_tokens": (None, 1),
+    "use_beam_search": (None, False),
+    "priority": (None, 0),
+}
+MAX_NAMES_LOGGED = 100
+_logged: set[str] = set()
+
+
+class StreamOptions(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    include_usage: bool = True
+    continuous_usage_stats: bool = False
+
+
+class Common(BaseModel):
+    """Fields of both kinds of request. Ranges are checked by SamplingParams."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
+
+    model: str | None = "default"
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    max_tokens: int | None = None
+    n: int | None = None
+    best_of: int | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[int] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: int | None = None
+    prompt_logprobs: int | None = None
+    reasoning_max_tokens: int | None = None
+    temp_scaled_logprobs: bool | None = None
+    top_p_normalized_logprobs: bool | None = None
+    bad_words: list[str] | None = None
+    bad_words_token_ids: list[int] | None = None
+    logit_bias: dict[str, float] | None = None
+    logits_processors_args: dict[str, Any] | None = None
+    prompt_token_ids: list[int] | None = None
+    return_token_ids: bool | None = False
+
+    def sampling_params(self) -> SamplingParams:
+        """Raises RequestError naming the field that is out of range."""
+        known = SamplingParams.__dataclass_fields__.keys() & Common.model_fields.keys()
+        values = {name: getattr(self, name) for name in known}
+        values["logprobs"], values["max_tokens"] = self.num_logprobs(), self.most_tokens()
+        if self.logit_bias is not None:
+            values["logit_bias"] = {_token_id(k): v for k, v in self.logit_bias.items()}
+        try:
+            return SamplingParams(**{name: v for name, v in values.items() if v is not None})
+        except TypeError as error:
+            raise RequestError(str(error), param="logits_processors_args") from None
+
+    def num_logprobs(self) -> int | None:
+        raise NotImplementedError
+
+    def most_tokens(self) -> int | None:
+        return self.max_tokens
+
+
+class ChatRequest(Common):
+    messages: list[dict[str, Any]] | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = False
+    top_logprobs: int | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def num_logprobs(self) -> int | None:
+        if not self.logprobs:
+            if self.top_logprobs:
+                raise RequestError("top_logprobs needs logprobs=true", param="top_logprobs")
+            return None
+        return self.top_logprobs or 0
+
+    def most_tokens(self) -> int | None:
+        old, new = self.max_tokens, self.max_completion_tokens
+        if old is not None and new is not None and old != new:
+            raise RequestError(
+                f"max_tokens={old} and max_completion_tokens={new} differ; give one of them",
+                param="max_completion_tokens",
+            )
+        return old if new is None else new
+
+
+class CompletionRequest(Common):
+    prompt: str | list[int] | list[str] | list[list[int]] | None = None
+    echo: bool | None = False
+    logprobs: int | None = Field(default=None)
+
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+
+Body = TypeVar("Body", bound=Common)
+
+
+def read_json(body: bytes) -> dict[str, Any]:
+    """A JSON object. Refuses what JSON does not have (NaN, Infinity) and what cannot be text."""
+    try:
+        value = json.loads(body, parse_constant=_refuse_constant)
+        if b"\\u" in body:
+            json.dumps(value, ensure_ascii=False).encode()  # fails on half a surrogate pair
+    except RecursionError:
+        raise RequestError("the body is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise RequestError("the body has a lone surrogate; send whole characters") from None
+    except UnicodeDecodeError:
+        raise RequestError("the body is not UTF-8; send JSON in UTF-8") from None
+    except RequestError:
+        raise
+    except ValueError as error:  # bad syntax, or an integer of thousands of digits
+        raise RequestError(f"the body is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise RequestError(f"the body is a {type(value).__name__}; send a JSON object")
+    return value
+
+
+def parse(kind: type[Body], values: dict[str, Any]) -> Body:
+    """The request in a JSON object. Raises RequestError naming the field at fault."""
+    try:
+        body = kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        name = ".".join(str(part) for part in first["loc"][:1])
+        raise RequestError(f"{name}: {first['msg']}", param=name) from None
+    for name, value in (body.model_extra or {}).items():
+        _check_extra(kind, name, value)
+    if body.stream_options is not None and not body.stream:
+        raise RequestError("stream_options needs stream=true", param="stream_options")
+    if body.prompt_logprobs is not None and body.stream:
+        raise RequestError("prompt_logprobs cannot be streamed", param="prompt_logprobs")
+    return body
+
+
+def _check_extra(kind: type[Common], name: str, value: Any) -> None:
+    if name in HARMLESS:
+        return
+    if name in NOT_OFFERED:
+        if value not in NOT_OFFERED[name]:
+            raise RequestError(f"{name} is not available on this server; leave it out", param=name)
+        return
+    suggestion = did_you_mean(name, kind.model_fields)
+    if suggestion:
+        raise RequestError(f"unknown field {name[:64]!r}{suggestion}", param=name[:64])
+    if name not in _logged and len(_logged) < MAX_NAMES_LOGGED:
+        _logged.add(name)
+        log.warning("requests have a field %.64r, which is not known and has no effect", name)
+
+
+def _refuse_constant(name: str) -> None:
+    raise RequestError(f"the body has {name}, which is not JSON; send finite numbers")
+
+
+def _token_id(text: str) -> int:
+    if not text.isascii() or not text.isdigit():
+        raise RequestError(
+            f"logit_bias has the key {text[:64]!r}; keys are token ids", param="logit_bias"
+        )
+    return int(text)

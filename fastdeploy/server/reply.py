@@ -1,0 +1,145 @@
+"""What the answers of both endpoints share: collecting pieces, usage, OpenAI's form of errors."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from ernie.tokenizer import Tokenizer
+
+from fastdeploy.errors import RequestError
+from fastdeploy.outputs import CompletionOutput, Logprob, TokenLogprobs
+from fastdeploy.server.engine import Answer, Piece
+from fastdeploy.server.protocol import Common
+
+_KIND_BY_STATUS = {
+    401: ("authentication_error", "invalid_api_key"),
+    404: ("invalid_request_error", "not_found"),
+    429: ("rate_limit_error", "rate_limit_exceeded"),
+    500: ("server_error", "internal_error"),
+    503: ("server_error", "unavailable"),
+}
+
+
+def error_body(message: str, status: int, param: str | None = None) -> dict[str, Any]:
+    """`{"error": {message, type, param, code}}`."""
+    kind, code = _KIND_BY_STATUS.get(status, ("invalid_request_error", "invalid_value"))
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What an answer needs besides the pieces."""
+
+    model: str  # as it is called in answers
+    tokenizer: Tokenizer
+    num_top: int  # likeliest tokens to list with each token
+    n: int
+
+
+class Reply(ABC):
+    """One answer, sent whole or as a stream of events."""
+
+    id_prefix: str
+    object: str
+    chunk_object: str
+
+    def __init__(self, body: Common, answer: Answer, context: Context) -> None:
+        self.body, self.answer, self.context = body, answer, context
+        self.head = {
+            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
+            "object": self.chunk_object if body.stream else self.object,
+            "created": int(time.time()),
+            "model": context.model,
+        }
+        num_choices = len(answer.prompts) * context.n
+        self.completions = [CompletionOutput(i) for i in range(num_choices)]
+        self.num_cached = [0] * len(answer.prompts)
+        self.prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
+
+    async def whole(self) -> dict[str, Any]:
+        async for piece in self.answer.pieces():
+            self._take(piece)
+            self.completions[piece.choice].extend(piece.completion)
+        choices = [self.choice(completion) for completion in self.completions]
+        return {**self.head, "choices": choices, "usage": self.usage()}
+
+    async def events(self) -> AsyncIterator[dict[str, Any]]:
+        options = self.body.stream_options
+        with_usage = options is not None and options.include_usage
+        running_usage = with_usage and options is not None and options.continuous_usage_stats
+        empty_usage = {"usage": None} if with_usage else {}
+        try:
+            for choice in self.first_choices():
+                yield {**self.head, "choices": [choice], **empty_usage}
+            async for piece in self.answer.pieces():
+                self._take(piece)
+                # Usage counts tokens; text and log-probabilities are sent and not kept.
+                self.completions[piece.choice].token_ids += piece.completion.token_ids
+                choice = self.delta(piece)
+                if choice is not None:
+                    usage = {"usage": self.usage()} if running_usage else empty_usage
+                    yield {**self.head, "choices": [choice], **usage}
+        except RequestError as error:  # the engine has stopped, and headers are sent already
+            yield error_body(str(error), error.status, error.param)
+            return
+        if with_usage:
+            yield {**self.head, "choices": [], "usage": self.usage()}
+
+    @abstractmethod
+    def choice(self, completion: CompletionOutput) -> dict[str, Any]:
+        """A finished choice of a whole answer."""
+
+    @abstractmethod
+    def delta(self, piece: Piece) -> dict[str, Any] | None:
+        """The choice of an event; None where there is nothing to show yet."""
+
+    def first_choices(self) -> list[dict[str, Any]]:
+        """Choices of events that precede everything."""
+        return []
+
+    def usage(self) -> dict[str, Any]:
+        prompt = sum(len(ids) for ids in self.answer.prompts)
+        generated = sum(len(completion.token_ids) for completion in self.completions)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": generated,
+            "total_tokens": prompt + generated,
+            "prompt_tokens_details": {"cached_tokens": sum(self.num_cached)},
+        }
+
+    def extras(self, choice: int, completion: CompletionOutput) -> dict[str, Any]:
+        """Fields that `return_token_ids` and `prompt_logprobs` ask for."""
+        fields: dict[str, Any] = {}
+        if self.body.return_token_ids:
+            fields["prompt_token_ids"] = list(self.answer.prompts[choice // self.context.n])
+            fields["completion_token_ids"] = completion.token_ids
+        if self.body.prompt_logprobs is not None:
+            fields["prompt_logprobs"] = [
+                entry and {token: asdict(value) for token, value in entry.items()}
+                for entry in self.prompt_logprobs[choice]
+            ]
+        return fields
+
+    def has_news(self, completion: CompletionOutput) -> bool:
+        return bool(
+            completion.text
+            or completion.logprobs
+            or completion.finish_reason
+            or self.body.return_token_ids
+        )
+
+    def _take(self, piece: Piece) -> None:
+        if piece.choice % self.context.n == 0:  # later samples hit the blocks of the first
+            self.num_cached[piece.choice // self.context.n] = piece.num_cached
+        if piece.prompt_logprobs is not None:
+            self.prompt_logprobs[piece.choice] = piece.prompt_logprobs
+
+
+def likeliest(entry: TokenLogprobs, count: int) -> list[tuple[int, Logprob]]:
+    """The `count` likeliest tokens of an entry, likeliest first."""
+    return sorted(entry.items(), key=lambda item: -item[1].logprob)[:count]

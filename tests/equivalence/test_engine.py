@@ -1,0 +1,148 @@
+"""At temperature 0 the engine must give the plain generator's tokens, whatever its settings.
+
+One table of settings, and one test that runs every row on a dense and on a MoE model. Whatever the
+engine learns to do (a cache, a schedule, a draft, a kernel), it gets a row here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+
+from ernie.generate import generate
+from ernie.model import ErnieModel
+from ernie.models import TINY
+from fastdeploy.config import EngineConfig
+from fastdeploy.engine.core import Engine
+from fastdeploy.sampling import SamplingParams
+
+NUM_NEW = 24
+MAX_LEN = 96
+# Lengths around the borders of blocks and chunks; four of them begin alike.
+SHARED = [(7 * i + 3) % 97 for i in range(33)]
+PROMPTS = (
+    [5],
+    SHARED[:16],
+    [*SHARED, 11, 12],
+    [*SHARED, 13],
+    SHARED[:32],
+    [90 - i for i in range(15)],
+    [(5 * i) % 89 for i in range(64)],
+    [8, 8, 8, 8, 8, 8, 8, 8],
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    name: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    rounds: int = 1  # how often the prompts are run, one round after the other
+    staggered: bool = False  # a prompt arrives in every step instead of all before the first
+    hits: bool | None = None  # whether tokens must (not) have come from the prefix cache
+    preempts: bool = False  # whether requests must have been preempted
+
+
+ENOUGH = {"num_gpu_blocks_override": 200, "block_size": 8, "max_num_seqs": 8}
+ROWS = [
+    Row("as it comes", {}),
+    Row("one at a time", {**ENOUGH, "max_num_seqs": 1}),
+    Row("chunks of 1", {**ENOUGH, "max_num_seqs": 1, "max_num_batched_tokens": 1}),
+    Row("chunks of 8", {**ENOUGH, "max_num_batched_tokens": 8}),
+    Row("chunks of 13", {**ENOUGH, "max_num_batched_tokens": 13}),
+    Row("whole prompts", {**ENOUGH, "enable_chunked_prefill": False}),
+    Row("blocks of 1", {"block_size": 1, "num_gpu_blocks_override": 900}),
+    Row("blocks of 3", {"block_size": 3, "num_gpu_blocks_override": 300}),
+    Row("blocks of 64", {"block_size": 64, "num_gpu_blocks_override": 16}),
+    Row("arriving in turn", {**ENOUGH, "max_num_batched_tokens": 16}, staggered=True),
+    Row("no prefix cache", {**ENOUGH, "enable_prefix_caching": False}, rounds=2, hits=False),
+    Row("second round hits", ENOUGH, rounds=2, hits=True),
+    Row("hits in chunks", {**ENOUGH, "max_num_batched_tokens": 9}, rounds=2, hits=True),
+    Row("evictions", {**ENOUGH, "num_gpu_blocks_override": 26, "max_num_seqs": 2}, 3, hits=True),
+    Row("preempted", {**ENOUGH, "num_gpu_blocks_override": 14}, preempts=True),
+    Row(
+        "preempted, nothing cached",
+        {**ENOUGH, "num_gpu_blocks_override": 14, "enable_prefix_caching": False},
+        preempts=True,
+        hits=False,
+    ),
+    Row(
+        "preempted in small chunks",
+        {"block_size": 3, "num_gpu_blocks_override": 34, "max_num_batched_tokens": 10},
+        rounds=2,
+        preempts=True,
+    ),
+]
+
+
+@cache
+def model_and_answers(name: str) -> tuple[ErnieModel, list[list[int]]]:
+    """A random model whose logits are far apart, and the plain generator's answers."""
+    torch.manual_seed(0)
+    model = ErnieModel(TINY[name], dtype=torch.float32)
+    model.init_weights(seed=1, std=0.3)
+    return model, [list(generate(model, p, max_tokens=NUM_NEW)) for p in PROMPTS]
+
+
+def run(
+    engine: Engine, prompts: Sequence[list[int]], *, staggered: bool = False
+) -> list[list[int]]:
+    """Greedy answers to the prompts, with the books checked after every step."""
+    params = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True)
+    answers: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
+    waiting = [(str(i), prompt) for i, prompt in enumerate(prompts)]
+    while waiting or engine.has_work:
+        for request_id, prompt in waiting[:1] if staggered else waiting:
+            engine.add(request_id, prompt, params)
+        waiting = waiting[1:] if staggered else []
+        for output in engine.step():
+            answers[output.request_id].append(output.token)
+        engine.scheduler.check()
+    return list(answers.values())
+
+
+@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_greedy_tokens_equal_the_plain_generator(row: Row, name: str) -> None:
+    model, expected = model_and_answers(name)
+    config = EngineConfig(model=name, max_model_len=MAX_LEN, **row.settings)
+    config = config.resolved(max_positions=MAX_LEN, device_type="cpu")
+    engine = Engine(model, config)
+    for _ in range(row.rounds):
+        answers = run(engine, PROMPTS, staggered=row.staggered)
+        for i, (answer, wanted) in enumerate(zip(answers, expected)):
+            assert answer == wanted, f"prompt {i} differs at {first_difference(answer, wanted)}"
+    stats = engine.stats()
+    assert stats.num_free_blocks == stats.num_blocks, f"blocks are held by nobody: {stats}"
+    assert row.hits is None or (stats.num_hit_tokens > 0) == row.hits, f"{stats}"
+    assert (stats.num_preemptions > 0) == row.preempts, f"{stats}"
+
+
+@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
+def test_answers_differ_enough_for_the_table_to_mean_something(name: str) -> None:
+    _, expected = model_and_answers(name)
+    assert len({tuple(answer) for answer in expected}) == len(PROMPTS)
+    assert min(len(set(answer)) for answer in expected) > 5, "an answer runs in circles"
+
+
+def test_samples_of_one_prompt_share_its_blocks() -> None:
+    model, _ = model_and_answers("tiny-dense")
+    settings = {"block_size": 8, "num_gpu_blocks_override": 40, "max_model_len": 96}
+    config = EngineConfig(model="tiny", **settings).resolved(max_positions=96, device_type="cpu")
+    engine = Engine(model, config)
+    for i in range(4):
+        params = SamplingParams(max_tokens=2, n=4, seed=3)
+        engine.add(f"{i}", PROMPTS[6], params, sample_index=i)
+    engine.step()
+    stats = engine.stats()
+    # 64 tokens: seven full blocks are found by the other three, each adds the eighth and one more.
+    assert stats.num_hit_tokens == 3 * 56, f"{stats}"
+    assert stats.num_blocks - stats.num_free_blocks == 7 + 4, f"{stats}"
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
