@@ -2,7 +2,7 @@
 
     output_dir/checkpoint-120/
         model.safetensors, config.json, tokenizer   (Full)   or   adapter_*   (LoRA)
-        optimizer.safetensors                       AdamW's moments
+        optimizer/adamw.safetensors                 AdamW's moments
         trainer_state.json                          step, place in the data, counts, random state
         complete.json                               size and CRC-32 of each file above
 
@@ -31,7 +31,7 @@ from ernie.settings import ConfigError
 
 log = logging.getLogger("erniekit")
 
-OPTIMIZER_FILE = "optimizer.safetensors"
+OPTIMIZER_FILE = "optimizer/adamw.safetensors"  # not among the weights, which are all read
 STATE_FILE = "trainer_state.json"
 _MARKER = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -107,10 +107,13 @@ def save(
 
 
 def _seal(folder: Path) -> None:
-    files = sorted(path for path in folder.iterdir() if path.is_file())
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
         _flush(path)
-    sums = {path.name: (path.stat().st_size, _checksum(path)) for path in files}
+    sums = {
+        path.relative_to(folder).as_posix(): (path.stat().st_size, _checksum(path))
+        for path in files
+    }
     _write_text(folder / _MARKER, json.dumps({"files": sums}, indent=1) + "\n")
     _flush(folder)
 

@@ -67,7 +67,7 @@ VERBS = {
         "erniekit.convert:run_upcycle",
         (),
         "Turn a dense model into a mixture of experts that computes the same at first.",
-        "DENSE_FOLDER FOLDER [num_experts=8] [top_k=2] [num_shared_experts=1] "
+        "DENSE_FOLDER FOLDER [num_experts=8] [top_k=2] [num_shared_experts=2] "
         "[first_moe_layer=1] [seed=0] [layout=pt]",
     ),
     "version": Verb("", (), "Print the version."),

@@ -135,7 +135,9 @@ class Data:
 class Training:
     """Length of the run, and what happens when."""
 
-    output_dir: str = option("./output", "Folder of checkpoints, metrics and the final model.")
+    output_dir: str | None = option(
+        "./output", "Folder of checkpoints, metrics and the final model; none only to serve."
+    )
     overwrite_output_dir: bool = option(
         False, "Start anew and remove earlier checkpoints; otherwise the newest is resumed."
     )
@@ -246,6 +248,7 @@ class Export:
     max_shard_size: float = option(5.0, "Largest weight file, in GB.")
 
 
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "wsd")
 GROUPS = (Model, Data, Training, Optimisation, Generation, Server, Export)
 
 
@@ -278,6 +281,8 @@ class Run:
 
     @property
     def output(self) -> Path:
+        if self.training.output_dir is None:
+            raise ConfigError("output_dir is none; give a folder")
         return Path(self.training.output_dir)
 
 
@@ -364,6 +369,12 @@ def validate(run: Run) -> None:
             raise ConfigError(f"{key}={getattr(group, key)} is too small; give {low} or more")
     for split in ("train", "eval"):
         _check_sources(data, split)
+    schedule, _, steady = optimisation.lr_scheduler_type.partition(":")
+    if schedule not in SCHEDULES or (steady and not (schedule == "wsd" and steady.isdigit())):
+        raise ConfigError(
+            f"lr_scheduler_type={optimisation.lr_scheduler_type!r} is not known; use one of "
+            f"{', '.join(SCHEDULES)}, or wsd:<steady steps>"
+        )
     if optimisation.min_lr > optimisation.learning_rate:
         raise ConfigError(
             f"min_lr={optimisation.min_lr} is above learning_rate={optimisation.learning_rate}; "

@@ -27,7 +27,7 @@ class Upcycle:
 
     num_experts: int = option(8, "Routed experts of a layer.")
     top_k: int = option(2, "Experts of a token.")
-    num_shared_experts: int = option(1, "Shared experts of a layer.")
+    num_shared_experts: int = option(2, "Shared experts of a layer.")
     first_moe_layer: int = option(1, "First layer with experts.")
     seed: int = option(0, "Seed of the routers.")
     layout: str = option("pt", "Layout of the files.", choices=("pt", "paddle"))

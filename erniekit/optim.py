@@ -25,8 +25,7 @@ _LAYER = re.compile(r"\blayers\.(\d+)\.")
 def learning_rate_at(step: int, num_steps: int, o: Optimisation) -> float:
     """Learning rate of optimizer step `step`, counted from 0, of a run of `num_steps`.
 
-    Raises ConfigError's parent ValueError for an unknown schedule. Source: PaddleFormers'
-    schedules.
+    Source: PaddleFormers' schedules.
     """
     kind, _, steady = o.lr_scheduler_type.partition(":")
     warmup = warmup_steps(num_steps, o)

@@ -54,6 +54,8 @@ def served_model(run: Run) -> str:
     """
     from erniekit import checkpoint
 
+    if run.training.output_dir is None:
+        return run.model.model_name_or_path
     export, output = run.output / "export", run.output
     if (export / "config.json").is_file():
         return str(export)

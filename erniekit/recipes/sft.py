@@ -319,6 +319,7 @@ class _Session:
 
         def write(folder: Path) -> None:
             self._write_weights(folder)
+            (folder / checkpoint.OPTIMIZER_FILE).parent.mkdir()
             save_file(
                 {name: t.contiguous() for name, t in tensors.items()},
                 folder / checkpoint.OPTIMIZER_FILE,

@@ -1,0 +1,252 @@
+"""Steps that must be the same step: against transformers, and against ourselves cut differently."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+import ernie
+from ernie.attention import packed_causal
+from ernie.chat import UNTRAINED
+from ernie.model import ErnieModel
+from ernie.models import TINY
+from erniekit import losses
+from erniekit.config import Optimisation
+from erniekit.data.dialogue import Sample
+from erniekit.data.loader import Batch, batch_of
+from erniekit.data.pack import Cursor
+from erniekit.gradients import Gradients, SummedEmbedding
+from erniekit.loop import Parts, Progress, to_device, train
+from erniekit.lora import LoRA, add_lora, merge_lora
+from erniekit.optim import AdamW, treatments
+from erniekit.recompute import recompute
+from tests.helpers import hf_dense, hf_moe, saved
+
+CPU = torch.device("cpu")
+
+
+def samples(lengths: list[int], seed: int = 0, vocab_size: int = 199) -> list[Sample]:
+    """Random samples of which about a third is not trained."""
+    generator = torch.Generator().manual_seed(seed)
+    result = []
+    for n in lengths:
+        ids = torch.randint(0, vocab_size, (n + 1,), generator=generator)
+        labels = ids[1:].clone()
+        labels[: n // 3] = UNTRAINED
+        result.append(Sample(ids[:-1].tolist(), labels.tolist()))
+    return result
+
+
+def flat(rows: list[Sample]) -> losses.Flat:
+    return to_device(batch_of([rows], Cursor()), CPU)
+
+
+def gradients_of(model: ErnieModel, batches: list[losses.Flat], **options) -> dict[str, torch.Tensor]:
+    """Gradient of every parameter of the mean loss over the trained tokens of all batches."""
+    model.zero_grad(set_to_none=True)
+    scale = 1 / sum(int((b.labels_T != UNTRAINED).sum()) for b in batches)
+    for batch in batches:
+        losses.next_token(model, batch, scale=scale, **options).total.backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(ours: dict, theirs: dict, bound: float) -> None:
+    """Largest difference, relative to the largest value of the tensor, and its signed mean."""
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        gap = (ours[name] - expected) / expected.abs().max().clamp(min=1e-12)
+        worst, bias = gap.abs().max().item(), gap.mean().item()
+        assert worst < bound, f"{name} is off by {worst:.2e}, relative to its largest value"
+        assert abs(bias) < bound / 10, f"{name} is biased by {bias:.2e}"
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_loss_and_gradients_of_a_step_equal_transformers(kind: str, tmp_path: Path) -> None:
+    theirs = hf_dense() if kind == "dense" else hf_moe()
+    ours = ernie.load(saved(theirs, tmp_path), dtype=torch.float32)
+    (sample,) = samples([37])
+    labels = torch.tensor([UNTRAINED, *sample.labels[:-1]])  # transformers shifts by itself
+    reference = theirs(torch.tensor([sample.token_ids]), labels=labels[None], use_cache=False)
+    reference.loss.backward()
+
+    batch = flat([Sample(sample.token_ids[:-1], sample.labels[:-1])])
+    scale = 1 / int((batch.labels_T != UNTRAINED).sum())
+    value = losses.next_token(ours, batch, scale=scale, chunk_size=5).value
+    gap = abs(value.item() - reference.loss.item())
+    assert gap < 1e-4 * reference.loss.item(), f"loss {value.item()}, off by {gap:.2e}"
+    expected = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    assert_equal(gradients_of(ours, [batch], chunk_size=5), expected, 1e-4)
+
+
+@pytest.fixture(params=["tiny-dense", "tiny-moe"])
+def model(request) -> ErnieModel:
+    made = ErnieModel(TINY[request.param], dtype=torch.float32)
+    made.init_weights(seed=2)
+    return made
+
+
+def test_packed_samples_equal_separate_ones(model: ErnieModel) -> None:
+    rows = samples([9, 1, 23, 14])
+    separate = gradients_of(model, [flat([row]) for row in rows])
+    assert_equal(gradients_of(model, [flat(rows)]), separate, 1e-5)
+
+
+@pytest.mark.parametrize("granularity", ["full", "full_attn", "mlp"])
+def test_recomputing_changes_nothing(model: ErnieModel, granularity: str) -> None:
+    batch = flat(samples([9, 23]))
+    terms = losses.Terms(load_balance=0.1, z=0.1, orthogonal=0.1)
+    expected = gradients_of(model, [batch], terms=terms)
+    recompute(model, granularity)
+    got = gradients_of(model, [batch], terms=terms)
+    for name, value in expected.items():
+        assert torch.equal(got[name], value), f"{name} differs"
+
+
+def test_chunks_equal_full_cross_entropy(model: ErnieModel) -> None:
+    batch, hidden_size = flat(samples([40])), model.config.hidden_size
+    hidden = torch.randn(40, hidden_size, requires_grad=True)
+    trained = batch.labels_T != UNTRAINED
+    logits = hidden[trained] @ model.head_weight.T
+    expected = torch.nn.functional.cross_entropy(logits, batch.labels_T[trained])
+    want = torch.autograd.grad(expected, (hidden, model.head_weight))
+    for chunk_size in (1, 7, 1000):
+        loss = losses.ChunkedCrossEntropy.apply(
+            hidden[trained], model.head_weight, batch.labels_T[trained],
+            1 / int(trained.sum()), chunk_size, None,
+        )  # fmt: skip
+        got = torch.autograd.grad(loss, (hidden, model.head_weight))
+        torch.testing.assert_close(loss, expected, atol=1e-6, rtol=1e-6)
+        for a, b in zip(got, want):
+            torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+def test_multi_token_loss_looks_two_ahead_within_its_segment() -> None:
+    model = ErnieModel(TINY["tiny-moe"], dtype=torch.float32)
+    model.init_weights(seed=2)
+    rows = samples([6, 2, 9])
+    terms = losses.Terms(multi_token=0.3)
+    together = losses.next_token(model, flat(rows), scale=1.0, terms=terms).parts["mtp_loss"]
+    separate = [
+        losses.next_token(model, flat([row]), scale=1.0, terms=terms).parts["mtp_loss"] for row in rows
+    ]
+    torch.testing.assert_close(together, torch.stack(separate).sum(), atol=1e-4, rtol=1e-5)
+    # By hand, for one sample: position t with token t + 1 as input is to say token t + 2.
+    row = rows[2]
+    batch = flat([row])
+    attend = packed_causal(batch.cu_seqlens_S1)
+    hidden = model.hidden(batch.token_ids_T, batch.positions_T, attend)
+    after = model.hidden_after_next(batch.token_ids_T.roll(-1), hidden, batch.positions_T, attend)
+    wanted = torch.tensor([*row.labels[1:], UNTRAINED])
+    expected = torch.nn.functional.cross_entropy(model.head(after), wanted, reduction="sum")
+    torch.testing.assert_close(separate[2], 0.3 * expected, atol=1e-4, rtol=1e-5)
+
+
+# --- whole steps of the loop ---
+
+
+def trained(
+    model: ErnieModel, windows: list[list[Sample]], per_step: int, steps: int, **o
+) -> dict[str, torch.Tensor]:
+    """Weights after some steps of the real loop over batches of the given samples."""
+    o = Optimisation(**{"learning_rate": 1e-2, "lr_scheduler_type": "constant", **o})
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    dtype = torch.float32 if o.amp_master_grad in (None, True) else torch.bfloat16
+    gradients = Gradients(parameters, dtype, float32_for=(model.head_weight,))
+    if model.model.embed_tokens.weight.requires_grad:
+        model.model.embed_tokens = SummedEmbedding(model.model.embed_tokens, gradients)
+    rules = treatments(parameters, o, num_layers=model.config.num_hidden_layers)
+    optimizer = AdamW(parameters, rules, o, seed=3)
+    loss = partial(losses.next_token, gradients=gradients, chunk_size=16)
+    batches: list[Batch] = [batch_of([rows], Cursor()) for rows in windows]
+    parts = Parts(model, loss, optimizer, gradients, o, steps, per_step, 1, 0)
+    records: list[dict] = []
+    train(parts, iter(batches), Progress(), lambda record: bool(records.append(record)))
+    weights = {n: p.detach().clone() for n, p in parameters.items()}
+    return weights | {"losses": torch.tensor([r["loss"] for r in records])}
+
+
+def fresh(name: str) -> ErnieModel:
+    model = ErnieModel(TINY[name], dtype=torch.float32)
+    model.init_weights(seed=2)
+    return model
+
+
+@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
+def test_one_batch_of_eight_equals_eight_batches_of_one(name: str) -> None:
+    rows = samples([5, 30, 2, 17, 8, 11, 3, 21] * 3)
+    steps = [rows[i : i + 8] for i in range(0, 24, 8)]
+    # A large epsilon keeps AdamW from turning rounding of tiny gradients into whole steps.
+    at_once = trained(fresh(name), steps, 1, 3, adam_epsilon=1e-3)
+    in_eight = trained(fresh(name), [[row] for row in rows], 8, 3, adam_epsilon=1e-3)
+    assert_equal(in_eight, at_once, 1e-4)
+
+
+def test_a_full_step_equals_torch_adamw() -> None:
+    rows = samples([12, 20])
+    ours = trained(fresh("tiny-dense"), [rows] * 2, 1, 2, weight_decay=0.1, adam_epsilon=1e-4)
+    model = fresh("tiny-dense")
+    named = dict(model.named_parameters())
+    groups = [
+        {"params": [p for p in named.values() if p.dim() > 1], "weight_decay": 0.1},
+        {"params": [p for p in named.values() if p.dim() == 1], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, eps=1e-4)
+    for _ in range(2):
+        for name, gradient in gradients_of(model, [flat(rows)]).items():
+            named[name].grad = gradient
+        torch.nn.utils.clip_grad_norm_(named.values(), 1.0)
+        optimizer.step()
+    ours.pop("losses")
+    assert_equal(ours, {n: p.detach() for n, p in named.items()}, 1e-4)
+
+
+def test_bfloat16_sums_and_moments_stay_close_to_float32() -> None:
+    rows = [samples([24], seed=0)] * 30
+    exact = trained(fresh("tiny-dense"), rows, 1, 30, amp_master_grad=True)
+    lean = trained(
+        fresh("tiny-dense"), rows, 1, 30, amp_master_grad=False, use_lowprecision_moment=True
+    )
+    first, last = exact["losses"][0], exact["losses"][-1]
+    gap = (lean["losses"] - exact["losses"]).abs().max().item()
+    assert last < 0.7 * first, f"the loss only went from {first:.3f} to {last:.3f}"
+    assert gap < 0.05 * first, f"losses differ by up to {gap:.4f}"
+
+
+@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
+def test_merged_adapter_equals_adapter(name: str) -> None:
+    model = fresh(name)
+    plain = model.logits(range(20))
+    add_lora(model, LoRA(rank=4, alpha=8), seed=0)
+    assert torch.equal(model.logits(range(20)), plain), "a new adapter must change nothing"
+    for key, parameter in model.named_parameters():
+        if key.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=0.3)
+    adapted = model.logits(range(20))
+    assert (adapted - plain).abs().max() > 1e-2, "the adapter does nothing"
+    merge_lora(model)
+    worst = (model.logits(range(20)) - adapted).abs().max().item()
+    assert worst < 1e-4, f"merged logits are off by {worst:.2e}"
+    assert not any("lora" in key for key, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
+def test_adapter_gradients_equal_those_of_merged_weights(name: str) -> None:
+    """dB = scale * dW A' and dA = scale * B' dW, where dW is the gradient of the merged weight."""
+    model, rows = fresh(name), samples([9, 14])
+    add_lora(model, LoRA(rank=2, alpha=6), seed=0)
+    for key, parameter in model.named_parameters():
+        if key.endswith("lora_B"):
+            torch.nn.init.normal_(parameter, std=0.1)
+    got = gradients_of(model, [flat(rows)])
+    pairs = {n.removesuffix(".lora_A"): p for n, p in model.named_parameters() if "lora_A" in n}
+    others = {n.removesuffix(".lora_B"): p for n, p in model.named_parameters() if "lora_B" in n}
+    merge_lora(model)
+    model.requires_grad_(True)
+    weights = gradients_of(model, [flat(rows)])
+    for home, a in pairs.items():
+        dw = weights[home if home in weights else f"{home}.weight"]
+        want = {f"{home}.lora_B": 3 * dw @ a.mT, f"{home}.lora_A": 3 * others[home].mT @ dw}
+        assert_equal({k: got[k] for k in want}, want, 2e-4)

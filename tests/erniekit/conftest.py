@@ -1,0 +1,57 @@
+"""Tiny models with a tokenizer, and small data files, made once."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import ernie
+from ernie.models import TINY
+from ernie.tokenizer import Tokenizer
+from tests.helpers_tokenizer import sentencepiece_folder
+
+
+def write_lines(path: Path, records: list) -> Path:
+    path.write_text("".join(json.dumps(r) + "\n" for r in records), encoding="utf-8")
+    return path
+
+
+def dialogues(count: int, salt: str = "") -> list[dict]:
+    """Short dialogues of different lengths."""
+    return [
+        {"src": [f"What is {salt}{i}?"], "tgt": ["It is " + "one and " * (i % 7) + f"{i}."]}
+        for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A function from "tiny-dense" or "tiny-moe" to a folder with a random float32 model."""
+    root = tmp_path_factory.mktemp("models")
+
+    def folder(name: str) -> Path:
+        path = root / name
+        if not path.exists():
+            sentencepiece_folder(path)
+            tokenizer = Tokenizer.from_folder(path)
+            config = dataclasses.replace(TINY[name], vocab_size=tokenizer.vocab_size)
+            model = ernie.ErnieModel(config, dtype=torch.float32)
+            model.init_weights(seed=1)
+            model.tokenizer = tokenizer
+            ernie.save(model, path)
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """A folder with train.jsonl and eval.jsonl."""
+    root = tmp_path_factory.mktemp("data")
+    write_lines(root / "train.jsonl", dialogues(40))
+    write_lines(root / "eval.jsonl", dialogues(8, salt="about "))
+    return root

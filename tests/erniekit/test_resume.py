@@ -1,0 +1,150 @@
+"""A run that is killed and started again gives the same numbers, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from ernie.settings import ConfigError
+from erniekit import checkpoint
+from erniekit.cli import main
+
+ROOT = Path(__file__).parents[2]
+
+# Runs the real command, but dies by SIGKILL when `erniekit.<module>.<function>` is called for the
+# given time: in the middle of a step, of a save, of a log record.
+KILLER = """
+import os, signal, sys, importlib
+module, function, when = sys.argv[1:4]
+home = importlib.import_module(module)
+for part in function.split(".")[:-1]:
+    home = getattr(home, part)
+name, calls = function.split(".")[-1], 0
+real = getattr(home, name)
+def deadly(*arguments, **options):
+    global calls
+    calls += 1
+    if calls == int(when):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments, **options)
+setattr(home, name, deadly)
+from erniekit.cli import main
+sys.exit(main(sys.argv[4:]))
+"""
+
+
+def words(model: Path, data: Path, output: Path, **more: object) -> list[str]:
+    values = {
+        "model_name_or_path": model,
+        "train_dataset_path": data / "train.jsonl",
+        "eval_dataset_path": data / "eval.jsonl",
+        "output_dir": output,
+        "max_seq_len": 96,
+        "buffer_size": 7,
+        "max_steps": 12,
+        "save_steps": 4,
+        "evaluation_strategy": "steps",
+        "eval_steps": 5,
+        "gradient_accumulation_steps": 2,
+        "dataloader_num_workers": 1,
+        "learning_rate": 1e-2,
+        "warmup_steps": 2,
+    } | more
+    return ["train", *(f"{key}={value}" for key, value in values.items())]
+
+
+def killed(module: str, function: str, when: int, arguments: list[str]) -> None:
+    command = [sys.executable, "-c", KILLER, module, function, str(when), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+
+
+def curve(output: Path) -> list[tuple]:
+    lines = (output / "metrics.jsonl").read_text().splitlines()
+    keys = ("step", "loss", "grad_norm", "learning_rate", "num_tokens", "total_tokens", "eval_loss")
+    return [tuple(json.loads(line).get(key) for key in keys) for line in lines]
+
+
+@pytest.mark.parametrize("fine_tuning", ["LoRA", "Full"])
+def test_killed_twice_equals_unbroken(fine_tuning: str, tiny, data: Path, tmp_path: Path) -> None:
+    name = "tiny-moe" if fine_tuning == "Full" else "tiny-dense"
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    assert main(words(tiny(name), data, unbroken, fine_tuning=fine_tuning)) == 0
+
+    again = words(tiny(name), data, broken, fine_tuning=fine_tuning)
+    killed("erniekit.optim", "AdamW.step", 7, again)  # in step 7: three steps after a save
+    killed("erniekit.checkpoint", "_seal", 1, again)  # while it saves step 8
+    assert (broken / "checkpoint-8.partial").exists(), "it was to be killed within a save"
+    assert not (broken / "checkpoint-8").exists()
+    assert main(again) == 0
+
+    assert curve(broken) == curve(unbroken)
+    file = "adapter_model.safetensors" if fine_tuning == "LoRA" else "model.safetensors"
+    for part in (file, f"checkpoint-12/{file}", f"checkpoint-12/{checkpoint.OPTIMIZER_FILE}"):
+        ours, theirs = load_file(broken / part), load_file(unbroken / part)
+        assert ours.keys() == theirs.keys()
+        for key, tensor in theirs.items():
+            assert (ours[key] == tensor).all(), f"{part}: {key} differs"
+
+
+def test_sigterm_saves_and_the_next_start_goes_on(tiny, data: Path, tmp_path: Path) -> None:
+    arguments = words(tiny("tiny-dense"), data, tmp_path, max_steps=100_000, save_steps=100_000)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "erniekit.cli", *arguments],
+        cwd=ROOT, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait(60) == 0, rest
+    ((step, _),) = checkpoint.checkpoints(tmp_path)
+    arguments = words(tiny("tiny-dense"), data, tmp_path, max_steps=step + 2)
+    assert main(arguments) == 0
+    assert [row[0] for row in curve(tmp_path)] == list(range(step + 3))
+
+
+def test_every_flipped_byte_is_found_and_the_one_before_is_taken(
+    tiny, data: Path, tmp_path: Path, caplog
+) -> None:
+    assert main(words(tiny("tiny-dense"), data, tmp_path, max_steps=8)) == 0
+    newest = tmp_path / "checkpoint-8"
+    assert checkpoint.newest_good(tmp_path) == newest
+    for path in sorted(p for p in newest.rglob("*") if p.is_file()):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+        assert checkpoint.newest_good(tmp_path) == tmp_path / "checkpoint-4", path.name
+        path.write_bytes(whole)
+    assert checkpoint.newest_good(tmp_path) == newest
+
+
+def test_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
+    def write(folder: Path) -> None:
+        (folder / "weights").write_bytes(b"123")
+
+    def run_full(folder: Path) -> None:
+        write(folder)
+        raise OSError(28, "No space left on device")
+
+    checkpoint.save(tmp_path, 1, write, {}, 3)
+    with pytest.raises(ConfigError, match="ran full"):
+        checkpoint.save(tmp_path, 2, run_full, {}, 3)
+    with pytest.raises(ConfigError, match=f"needs {10**18:,} bytes"):
+        checkpoint.save(tmp_path, 2, write, {}, 10**18)
+    assert checkpoint.newest_good(tmp_path) == tmp_path / "checkpoint-1"
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+
+
+def test_second_trainer_in_a_folder_is_refused(tiny, data: Path, tmp_path: Path, capsys) -> None:
+    with checkpoint.locked(tmp_path):
+        assert main(words(tiny("tiny-dense"), data, tmp_path)) == 2
+    assert f"another run (process {os.getpid()})" in capsys.readouterr().err
