@@ -1,0 +1,265 @@
+"""Records to rows: formats, faults by line, cutting, mixing, packing."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ernie.chat import UNTRAINED, ChatTemplate
+from ernie.settings import ConfigError
+from ernie.tokenizer import Tokenizer
+from erniekit.config import Data
+from erniekit.data.dialogue import Encoder, Sample, read_dialogue
+from erniekit.data.loader import Stream, batch_of, survey
+from erniekit.data.mix import Mix
+from erniekit.data.pack import Cursor, Drawn, pack
+from erniekit.data.sources import DataError, open_source
+from tests.erniekit.conftest import dialogues, write_lines
+
+
+@pytest.fixture(scope="module")
+def encoder(tiny):
+    """A function from a row length to an encoder of the tiny model."""
+    folder = tiny("tiny-dense")
+    tokenizer = Tokenizer.from_folder(folder)
+    template = ChatTemplate.for_folder(folder, tokenizer)
+    return lambda max_tokens=512, **more: Encoder(tokenizer, template, max_tokens, **more)
+
+
+# --- files ---
+
+
+def test_lines_survive_a_byte_order_mark_crlf_and_blank_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"a": 1}\r\n\r\n   \n{"a": 2}\n\n{"a": "\xe4\xbd\xa0"}')
+    source = open_source(path)
+    found = [(source[i], source.where(i)) for i in range(len(source)) if i != 1]
+    assert found == [({"a": 1}, f"{path}:1"), ({"a": 2}, f"{path}:4"), ({"a": "你"}, f"{path}:6")]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.jsonl.gz", "a.json"])
+def test_every_container_gives_the_same_records(name: str, tmp_path: Path) -> None:
+    records, path = dialogues(5), tmp_path / name
+    text = "\n".join(map(json.dumps, records))
+    if name.endswith(".json"):
+        path.write_text(json.dumps(records, indent=1))
+    else:
+        path.write_bytes(gzip.compress(text.encode()) if name.endswith("gz") else text.encode())
+    source = open_source(path)
+    assert [source[i] for i in range(len(source))] == records
+
+
+def test_files_that_are_no_data_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text("\n\n")
+    packed = gzip.compress(b'{"a": 1}\n' * 1000)
+    (tmp_path / "cut.gz").write_bytes(packed[: len(packed) // 2])
+    (tmp_path / "cut.json").write_text('[{"a": 1},')
+    for name, words in (
+        ("none.jsonl", "there is no data file"),
+        ("empty.jsonl", "holds no records"),
+        ("cut.gz", "not a whole gzip file"),
+        ("cut.json", "begins like a JSON array"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            open_source(tmp_path / name)
+
+
+# --- formats ---
+
+
+def test_the_formats_say_the_same_dialogue() -> None:
+    turns = [("a?", "b."), ("c?", "d.")]
+    erniekit = {"src": ["a?", "c?"], "tgt": ["b.", "d."], "system": "s", "label": [0, 1]}
+    alpaca = {"instruction": "c?", "output": "d.", "history": [["a?", "b."]], "system": "s"}
+    messages: list[dict] = [{"role": "system", "content": "s"}]
+    for question, answer in turns:
+        messages.append({"role": "user", "content": question})
+        messages.append({"role": "assistant", "content": answer})
+
+    def plain(record: dict, kind: str) -> list[dict]:
+        return [
+            {k: v for k, v in m.items() if k != "label"}
+            for m in read_dialogue(record, kind).messages
+        ]
+
+    assert plain(erniekit, "erniekit") == plain(alpaca, "alpaca") == messages
+    assert plain({"messages": messages}, "messages") == messages
+    assert [m.get("label") for m in read_dialogue(erniekit, "erniekit").messages] == [
+        None, None, 0, None, 1,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "record", "words"),
+    [
+        ("erniekit", [1], "a list; expected an object"),
+        ("erniekit", {"src": ["a"]}, "tgt is missing"),
+        ("erniekit", {"src": ["a"], "tgt": [" "]}, r"tgt\[0\] is empty"),
+        ("erniekit", {"src": ["a"], "tgt": [3]}, r"tgt\[0\] is a int"),
+        ("erniekit", {"src": ["a", "b"], "tgt": ["c"]}, "2 src and 1 tgt"),
+        ("erniekit", {"src": ["a"], "tgt": ["c"], "system": 1}, "system is a int"),
+        ("erniekit", {"src": ["a"], "tgt": ["c"], "label": [1, 0]}, "expected a list of one"),
+        ("alpaca", {"instruction": "a"}, "output is missing"),
+        ("messages", {"messages": []}, "no messages"),
+        ("messages", {"messages": [{"role": "system", "content": "s"}]}, "no answer"),
+        ("messages", {"messages": [{"role": "user", "content": "s"}] * 2}, "in a row"),
+        ("messages", {"messages": [{"role": "assistant", "content": "s"}]}, "without a question"),
+    ],
+)
+def test_unusable_records_say_why(kind: str, record: object, words: str) -> None:
+    with pytest.raises(DataError, match=words):
+        read_dialogue(record, kind)
+
+
+# --- samples ---
+
+
+def test_labels_are_shifted_once_and_only_answers_are_trained(encoder) -> None:
+    record = {"src": ["Hello!", "a day"], "tgt": ["my friend", "It is sunny"], "label": [0, 1]}
+    (sample,) = encoder().samples(read_dialogue(record, "erniekit"))
+    tokenizer = encoder().tokenizer
+    trained = [label for label in sample.labels if label != UNTRAINED]
+    assert tokenizer.decode(trained[:-1]) == "It is sunny"
+    assert trained[-1] == tokenizer.eos_id
+    for i in range(len(sample) - 1):
+        assert sample.labels[i] in (UNTRAINED, sample.token_ids[i + 1])
+
+
+def test_too_long_dialogues_lose_their_oldest_whole_turns(encoder) -> None:
+    turns = [f"question {i}?" for i in range(9)]
+    record = {"src": turns, "tgt": ["It is sunny."] * 9, "system": "Be nice."}
+    (whole,) = encoder().samples(read_dialogue(record, "erniekit"))
+    for room in range(40, len(whole) + 2, 11):
+        cut = encoder(room)
+        (sample,) = cut.samples(read_dialogue(record, "erniekit"))
+        text = cut.tokenizer.decode(sample.token_ids)
+        dropped = cut.counts["turns dropped"]
+        kept = [turn for turn in turns if turn in text]
+        assert len(sample) < room
+        assert "Be nice." in text
+        assert kept == turns[dropped:]
+        assert sample.token_ids[0] == whole.token_ids[0], "the begin token must stay"
+    with pytest.raises(DataError, match="its last turn has"):
+        encoder(16).samples(read_dialogue(record, "erniekit"))
+
+
+def test_a_sample_without_trained_tokens_is_counted_not_trained(encoder, tmp_path: Path) -> None:
+    records = [*dialogues(60), {"src": ["a"], "tgt": ["b"], "label": [0]}]
+    path = write_lines(tmp_path / "a.jsonl", records)
+    stream = Stream(Data(train_dataset_path=(str(path),)), "train", encoder(), seed=0)
+    found = survey(stream, 1000)
+    assert (found.num_samples, found.num_bad) == (60, 1)
+    assert stream.faults.by_reason == {"no answer with label 1": 1}
+
+
+def test_one_answer_per_sample_splits_turns(encoder) -> None:
+    record = {"src": ["a", "b", "c"], "tgt": ["d", "e", "f"], "label": [1, 0, 1]}
+    samples = encoder(one_answer_per_sample=True).samples(read_dialogue(record, "erniekit"))
+    assert len(samples) == 2
+
+
+def test_broken_lines_are_named_and_too_many_end_the_run(encoder, tmp_path, caplog) -> None:
+    lines = [json.dumps(r) for r in dialogues(100)]
+    lines[40] = '{"src": ["a'
+    lines[70] = '{"src": [], "tgt": []}'
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines))
+
+    def survey_with(share: float):
+        data = Data(train_dataset_path=(str(path),), max_bad_data_share=share)
+        return survey(Stream(data, "train", encoder(), seed=0), 1000)
+
+    assert survey_with(0.02).num_bad == 2
+    assert f"{path}:41" in caplog.text
+    assert f"{path}:71: src is empty" in caplog.text
+    with pytest.raises(DataError, match="2 of 100 records cannot be used"):
+        survey_with(0.01)
+
+
+# --- mixing ---
+
+
+@pytest.mark.parametrize("strategy", ["random", "concat", "interleave_under", "interleave_over"])
+@pytest.mark.parametrize("start", [1, 37, 5000])
+def test_a_stream_entered_later_is_the_same_stream(strategy: str, start: int) -> None:
+    mix = Mix([7, 90], [0.3, 0.7], strategy=strategy, seed=5)
+    assert list(islice(mix.draws(start), 50)) == list(islice(mix.draws(), start, start + 50))
+
+
+def test_concat_takes_everything_once_and_shuffles_anew() -> None:
+    mix = Mix([5, 0, 8], [1, 0, 0.1], strategy="concat", seed=1)
+    epochs = list(islice(mix.draws(), 26))
+    everything = {(0, i) for i in range(5)} | {(2, i) for i in range(8)}
+    assert set(epochs[:13]) == set(epochs[13:]) == everything
+    assert epochs[:13] != epochs[13:]
+    ordered = Mix([3], [1.0], strategy="concat", shuffle=False)
+    assert [i for _, i in islice(ordered.draws(), 6)] == [0, 1, 2, 0, 1, 2]
+
+
+def test_interleaving_ends_with_the_first_or_the_last_file() -> None:
+    for strategy in ("interleave_under", "interleave_over"):
+        mix = Mix([10, 300, 6000], [0.5, 0.25, 0.25], strategy=strategy, seed=3)
+        epoch = list(islice(mix.draws(), mix.epoch_size))
+        counts = Counter(source for source, _ in epoch)
+        used_up = [counts[s] >= size for s, size in enumerate(mix.sizes)]
+        assert used_up == ([True, False, False] if strategy.endswith("under") else [True] * 3)
+        last = epoch[-1][0]
+        assert counts[last] == mix.sizes[last], "the epoch goes on after the deciding draw"
+        for source, size in enumerate(mix.sizes):
+            first = [i for s, i in epoch if s == source][:size]
+            assert len(set(first)) == len(first), "a record came twice within a pass"
+
+
+def test_random_mixing_follows_the_weights() -> None:
+    mix = Mix([1000, 1000, 50], [3, 1, 0], strategy="random", seed=2)
+    assert mix.epoch_size == 2000
+    counts = Counter(source for source, _ in islice(mix.draws(), 20_000))
+    assert counts[2] == 0
+    assert abs(counts[0] / 20_000 - 0.75) < 0.01
+
+
+# --- packing ---
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=60),
+    way=st.sampled_from(["sequential", "greedy", "separate"]),
+    buffer_size=st.integers(1, 9),
+    cut=st.integers(0, 60),
+)
+def test_packing_loses_and_mixes_nothing(lengths, way, buffer_size, cut) -> None:
+    samples = [Sample([i] * n, [i] * n) for i, n in enumerate(lengths)]
+    drawn = [Drawn(i // 2, i % 2, sample) for i, sample in enumerate(samples)]
+    rows = list(pack(drawn, 20, way=way, buffer_size=buffer_size))
+    packed = [sample for row, _ in rows for sample in row]
+    assert sorted(s.token_ids[0] for s in packed) == list(range(len(samples)))
+    assert all(sum(map(len, row)) <= 20 for row, _ in rows)
+    if way != "greedy":
+        assert packed == samples
+
+    # Going on from any cursor gives the remaining rows.
+    number = cut % len(rows)
+    cursor = rows[number][1]
+    rest = [d for d in drawn if (d.position, d.part) >= (cursor.position, cursor.part)]
+    again = list(pack(rest, 20, way=way, buffer_size=buffer_size))[cursor.rows :]
+    assert [row for row, _ in again] == [row for row, _ in rows[number + 1 :]]
+
+
+def test_batches_are_flat_and_padding_is_a_segment_of_its_own() -> None:
+    rows = [[Sample([1, 2, 3], [2, 3, 4]), Sample([5], [6])], [Sample([7, 8], [-100, 9])]]
+    batch = batch_of(rows, Cursor(), fixed_size=10)
+    assert batch.token_ids_T.tolist() == [1, 2, 3, 5, 7, 8, 0, 0, 0, 0]
+    assert batch.labels_T.tolist() == [2, 3, 4, 6, -100, 9, -100, -100, -100, -100]
+    assert batch.positions_T.tolist() == [0, 1, 2, 0, 0, 1, 0, 1, 2, 3]
+    assert batch.cu_seqlens_S1.tolist() == [0, 3, 4, 6, 10]
+    assert (batch.num_tokens, batch.num_trained) == (6, 5)
+    assert batch.cu_seqlens_S1.dtype == np.int32
