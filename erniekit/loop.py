@@ -131,7 +131,7 @@ def _step(parts: Parts, window: list[Batch], progress: Progress) -> dict[str, An
         "num_tokens": num_tokens,
         "num_trained_tokens": num_trained,
         "total_tokens": progress.total_tokens,
-        "epoch": round(progress.cursor.position / parts.epoch_size, 4),
+        "epoch": round(progress.cursor.num_records / parts.epoch_size, 4),
         "peak_memory_gib": memory.peak_gib(parts.model.device),
         **extra,
         **({} if is_finite else {"skipped": True}),

@@ -146,7 +146,8 @@ class AdamW:
 
     def _new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
         state = {
-            key: torch.zeros_like(parameter, dtype=self.moment_dtype) for key in ("moment", "square")
+            key: torch.zeros_like(parameter, dtype=self.moment_dtype)
+            for key in ("moment", "square")
         }
         if parameter.dtype != torch.float32:
             state["original"] = parameter.detach().float()

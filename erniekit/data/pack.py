@@ -24,6 +24,11 @@ class Cursor(NamedTuple):
     part: int = 0
     rows: int = 0
 
+    @property
+    def num_records(self) -> int:
+        """How many records have been begun before this place."""
+        return self.position + (self.part > 0)
+
 
 @dataclass(frozen=True)
 class Drawn:

@@ -44,7 +44,9 @@ def flat(rows: list[Sample]) -> losses.Flat:
     return to_device(batch_of([rows], Cursor()), CPU)
 
 
-def gradients_of(model: ErnieModel, batches: list[losses.Flat], **options) -> dict[str, torch.Tensor]:
+def gradients_of(
+    model: ErnieModel, batches: list[losses.Flat], **options
+) -> dict[str, torch.Tensor]:
     """Gradient of every parameter of the mean loss over the trained tokens of all batches."""
     model.zero_grad(set_to_none=True)
     scale = 1 / sum(int((b.labels_T != UNTRAINED).sum()) for b in batches)
@@ -130,7 +132,8 @@ def test_multi_token_loss_looks_two_ahead_within_its_segment() -> None:
     terms = losses.Terms(multi_token=0.3)
     together = losses.next_token(model, flat(rows), scale=1.0, terms=terms).parts["mtp_loss"]
     separate = [
-        losses.next_token(model, flat([row]), scale=1.0, terms=terms).parts["mtp_loss"] for row in rows
+        losses.next_token(model, flat([row]), scale=1.0, terms=terms).parts["mtp_loss"]
+        for row in rows
     ]
     torch.testing.assert_close(together, torch.stack(separate).sum(), atol=1e-4, rtol=1e-5)
     # By hand, for one sample: position t with token t + 1 as input is to say token t + 2.

@@ -1,0 +1,164 @@
+"""The commands on a tiny model: train, eval, export, and what they leave on disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import ernie
+from ernie.models import TINY
+from erniekit import losses, lora, serve
+from erniekit.cli import main
+from erniekit.config import run_from
+from erniekit.lora import LoRA, add_lora
+from tests.erniekit.conftest import dialogues, write_lines
+
+
+@pytest.fixture
+def words(tiny, data: Path, tmp_path: Path):
+    """A function from settings to the words of a short run; the model is tiny and dense."""
+
+    def make(**more: object) -> list[str]:
+        values = {
+            "model_name_or_path": tiny("tiny-dense"),
+            "train_dataset_path": data / "train.jsonl",
+            "eval_dataset_path": data / "eval.jsonl",
+            "output_dir": tmp_path / "out",
+            "max_seq_len": 96,
+            "max_steps": 15,
+            "learning_rate": 2e-2,
+            "evaluation_strategy": "steps",
+            "eval_steps": 5,
+            "save_strategy": "no",
+        } | more
+        return [f"{key}={value}" for key, value in values.items()]
+
+    return make
+
+
+def records(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
+@pytest.mark.parametrize("fine_tuning", ["Full", "LoRA"])
+def test_training_lowers_the_held_out_loss(fine_tuning, name, words, tiny, tmp_path: Path) -> None:
+    more = {"fine_tuning": fine_tuning, "model_name_or_path": tiny(name)}
+    assert main(["train", *words(**more)]) == 0
+    found = records(tmp_path / "out")
+    assert [r["step"] for r in found] == list(range(16))
+    held_out = {r["step"]: r["eval_loss"] for r in found if "eval_loss" in r}
+    assert list(held_out) == [0, 5, 10, 15]
+    assert held_out[15] < held_out[0] - 0.1, held_out
+
+    # `eval` reads the final model; Full weights were rounded to bfloat16 for it.
+    assert main(["eval", *words(**more)]) == 0
+    results = json.loads((tmp_path / "out/eval_results.json").read_text())
+    assert abs(results["eval_loss"] - held_out[15]) < 0.02
+    assert results["eval_ppl"] == pytest.approx(math.exp(results["eval_loss"]))
+
+
+def test_export_equals_base_plus_adapter(words, tiny, tmp_path: Path) -> None:
+    assert main(["train", *words(lora_rank=4, rslora="true")]) == 0
+    assert main(["export", *words()]) == 0
+    base, out = tiny("tiny-dense"), tmp_path / "out"
+    adapted = ernie.load(base, dtype=torch.float32)
+    add_lora(adapted, lora.read_adapter_config(out), seed=9)
+    lora.load_adapter(adapted, load_file(out / lora.ADAPTER_FILE), "the file")
+    merged = ernie.load(out / "export", dtype=torch.float32)
+    worst = (adapted.logits(range(30)) - merged.logits(range(30))).abs().max().item()
+    assert worst < 1e-4, f"merged logits are off by {worst:.2e}"
+    assert merged.tokenizer is not None
+    assert json.loads((out / "export/config.json").read_text())["torch_dtype"] == "float32"
+
+
+def test_adapter_files_have_the_names_that_peft_expects() -> None:
+    model = ernie.ErnieModel(TINY["tiny-dense"], dtype=torch.float32)
+    model.init_weights(seed=0)
+    pair = LoRA(rank=3, alpha=6, is_rank_stabilised=True)
+    add_lora(model, pair, seed=0)
+    shapes = {name: tuple(t.shape) for name, t in lora.adapter_tensors(model).items()}
+    layer = "base_model.model.model.layers.2"
+    assert shapes[f"{layer}.self_attn.q_proj.lora_A.weight"] == (3, 48)
+    assert shapes[f"{layer}.self_attn.q_proj.lora_B.weight"] == (96, 3)
+    assert shapes[f"{layer}.mlp.down_proj.lora_A.weight"] == (3, 88)
+    assert len(shapes) == 2 * 7 * 3
+    config = json.loads(lora.adapter_config(model, pair, "base"))
+    assert config["peft_type"] == "LORA" and config["use_rslora"] is True
+    assert config["r"] == 3 and config["lora_alpha"] == 6
+    projections = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert config["target_modules"] == projections
+
+
+def test_an_adapter_of_another_model_is_refused(words, tiny, tmp_path: Path, capsys) -> None:
+    assert main(["train", *words(max_steps=1)]) == 0
+    assert main(["export", *words(model_name_or_path=tiny("tiny-moe"))]) == 2
+    assert "this model and rank want" in capsys.readouterr().err
+
+
+def test_an_adapter_is_not_served_before_it_is_merged(words, tiny, tmp_path: Path, capsys) -> None:
+    assert main(["train", *words(max_steps=1)]) == 0
+    assert main(["server", *words()]) == 2
+    assert "merge it first" in capsys.readouterr().err
+    assert main(["export", *words()]) == 0
+    run = run_from(dict(word.split("=") for word in words()))
+    command = serve.server_command(run)
+    assert command[command.index("--model") + 1] == str(tmp_path / "out/export")
+
+
+def test_steps_that_are_not_finite_change_nothing_and_end_the_run(
+    words, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    real, calls = losses.next_token, []
+
+    def sometimes_nan(*arguments, **options):
+        loss = real(*arguments, **options)
+        calls.append(1)
+        if len(calls) % 2:
+            loss.total = loss.total * float("nan")
+        return loss
+
+    monkeypatch.setattr(losses, "next_token", sometimes_nan)
+    assert main(["train", *words(max_skipped_steps=3, evaluation_strategy="no")]) == 2
+    assert "4 steps had a loss or gradient that is not finite" in capsys.readouterr().err
+    found = records(tmp_path / "out")
+    assert [r["step"] for r in found if r.get("skipped")] == [1, 3, 5, 7]
+    assert all(math.isfinite(r["loss"]) for r in found[1::2])
+
+
+def test_overlap_of_training_and_evaluation_data_is_told(words, data, caplog) -> None:
+    logging.getLogger("erniekit").propagate = True
+    write_lines(data / "both.jsonl", [*dialogues(3), *dialogues(5, salt="of the ")])
+    with caplog.at_level(logging.WARNING):
+        arguments = words(eval_dataset_path=data / "both.jsonl", max_steps=-1, num_train_epochs=1)
+        from erniekit.launch import run_training
+
+        assert run_training(run_from(dict(word.split("=") for word in arguments))) == 0
+    assert "3 of 8 evaluation samples are also in the training data" in caplog.text
+
+
+def test_steps_are_counted_from_the_data(words, tmp_path: Path) -> None:
+    arguments = words(max_steps=-1, num_train_epochs=2, packing="false", batch_size=4)
+    assert main(["train", *arguments]) == 0
+    found = records(tmp_path / "out")
+    assert len(found) - 1 == 2 * 40 / 4
+    assert found[-1]["epoch"] == 2.0
+
+
+def test_random_weights_need_only_config_and_tokenizer(words, tiny, tmp_path: Path) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    for path in tiny("tiny-dense").iterdir():
+        if path.suffix != ".safetensors":
+            (folder / path.name).write_bytes(path.read_bytes())
+    arguments = words(
+        model_name_or_path=folder, continue_training="false", fine_tuning="Full", max_steps=2
+    )
+    assert main(["train", *arguments]) == 0
+    assert ernie.load(tmp_path / "out").config == ernie.load(tiny("tiny-dense")).config
