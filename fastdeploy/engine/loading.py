@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from ernie.chat import ChatError, ChatTemplate, stop_ids
-from ernie.chat_folder import JinjaSegments
-from ernie.tokenizer import Tokenizer
 
 import ernie
+from ernie.chat import ChatError, ChatTemplate, stop_ids
+from ernie.chat.folder import JinjaSegments
 from ernie.model import ErnieModel
 from ernie.settings import ConfigError
+from ernie.tokenizer import Tokenizer
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
 from fastdeploy.sampling import recommended
