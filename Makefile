@@ -21,6 +21,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 
 bench: $(VENV)/.dev
+	$(PIP) -e ".[bench]"
 	$(BIN)/python benchmarks/kernels_cpu.py
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/training.py

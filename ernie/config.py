@@ -260,7 +260,7 @@ class ErnieConfig:
             raise ConfigError(
                 f"{folder} holds no config.json; give the folder of a saved model"
             ) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(
                 f"{path} is not JSON ({error}); it must be the model's configuration"
             ) from None

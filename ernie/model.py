@@ -100,6 +100,7 @@ class ErnieModel(nn.Module):
         super().__init__()
         self.config = config
         self.tokenizer: Tokenizer | None = None
+        self.layout = "pt"  # of the files it was read from
         self.generation_config: dict[str, Any] | None = None  # as in the folder it was loaded from
         with torch.device(device):
             self.model = Trunk(config)

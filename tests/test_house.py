@@ -86,30 +86,6 @@ def test_light_modules_import_without_torch(name: str) -> None:
     assert done.returncode == 0, f"importing {name} also imports torch\n{done.stderr}"
 
 
-def readme_tree() -> list[str]:
-    """Paths named by the tree in the README, folders with a trailing slash."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = re.search(r"```text tree\n(.*?)```", text, re.S)
-    assert block, "README.md has no ```text tree block"
-    paths, folders = [], []
-    for line in block[1].splitlines():
-        if not (entry := re.match(r"( *)(\S+)", line)):
-            continue
-        depth = len(entry[1]) // 2
-        folders[depth:] = [entry[2]]
-        paths.append("".join(folders[: depth + 1]))
-    return paths
-
-
-def test_readme_tree_is_the_real_tree() -> None:
-    tree = readme_tree()
-    gone = [p for p in tree if not (ROOT / p).exists()]
-    assert not gone, f"README.md names what does not exist: {gone}"
-    real = {str(path.relative_to(ROOT)) for _, path in modules() if path.name != "__init__.py"}
-    unnamed = sorted(real - set(tree))
-    assert not unnamed, f"README.md does not name {unnamed}"
-
-
 def test_no_pickle_anywhere() -> None:
     for name, path in modules():
         source = path.read_text(encoding="utf-8")
@@ -118,7 +94,7 @@ def test_no_pickle_anywhere() -> None:
         )
 
 
-def test_readme_numbers_are_those_of_the_records() -> None:
-    command = [sys.executable, "benchmarks/tables.py", "--check"]
+def test_readme_tables_and_tree_are_up_to_date() -> None:
+    command = [sys.executable, "docs/readme.py", "--check"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,6 +1,7 @@
 """Checkpoints: the published layouts as tables, and what reads, writes and converts them.
 
-layouts.py   the key tables            folder.py   safetensors files of a folder, checked
-convert.py   their interpreter         io.py       load and save a model
-hub.py       names on the hub          gguf.py, upcycle.py   checkpoints made from other ones
+layouts.py   the key tables         folder.py   safetensors files of a folder, checked and read
+convert.py   their interpreter      writer.py   the same files written
+io.py        load and save          hub.py      names on the hub
+gguf.py, upcycle.py                 checkpoints made from other ones
 """

@@ -22,8 +22,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ernie.checkpoint.folder import CheckpointError, Planned, Stored
+from ernie.checkpoint.folder import CheckpointError, Stored
 from ernie.checkpoint.layouts import BLOCKS, LAYOUTS, Layout, Row
+from ernie.checkpoint.writer import Planned
 
 Shape = tuple[int, ...]
 Template = Mapping[str, Tensor]

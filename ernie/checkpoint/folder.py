@@ -1,5 +1,4 @@
-"""The safetensors files of a folder: their headers read and checked, their tensors read in slices
-and written one by one.
+"""The safetensors files of a folder: their headers read and checked, their tensors read in slices.
 
     8 bytes: length of the header | header, JSON: name -> dtype, shape, [start, end) | data
 
@@ -12,10 +11,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +23,7 @@ from torch import Tensor
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pdparams")
 MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors format
-CHUNK_BYTES = 32 * 2**20  # what is read at a time, and so the memory a load needs on top
+CHUNK_BYTES = 8 * 2**20  # what is read at a time, and so the memory a load needs on top
 
 DTYPES = {
     "BF16": torch.bfloat16,
@@ -34,7 +31,6 @@ DTYPES = {
     "F32": torch.float32,
     "U16": torch.bfloat16,  # old Paddle files keep the bits of bfloat16 in unsigned integers
 }
-_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 
 
@@ -68,7 +64,7 @@ class Stored:
             for first in range(0, self.shape[0], step):
                 count = min(step, self.shape[0] - first)
                 view = buffer[: count * row_bytes]
-                _read_exactly(file, memoryview(view.numpy()), self)
+                _read_exactly(file, view.numpy().data, self)
                 yield first, view.view(self.dtype).view(count, *self.shape[1:])
 
 
@@ -81,9 +77,6 @@ def _read_exactly(file: Any, target: memoryview, stored: Stored) -> None:
                 f"{stored.file} ended while {stored.name} was read; the file changed meanwhile"
             )
         done += count
-
-
-# --- reading ---
 
 
 def read_folder(folder: str | Path) -> dict[str, Stored]:
@@ -258,108 +251,3 @@ def _no_weights(folder: Path) -> str:
 
 def _some(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-
-
-# --- writing ---
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A tensor to be written."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def write_folder(
-    folder: str | Path,
-    planned: Sequence[Planned],
-    tensors: Iterable[tuple[str, Tensor]],
-    *,
-    texts: Mapping[str, str],
-    max_shard_bytes: int,
-) -> None:
-    """Write tensors (in the order of `planned`, one in memory at a time) and text files.
-
-    All is written and synced under temporary names first and renamed at the end, `config.json` last
-    and after the old one is gone: at every moment the folder holds the old checkpoint, the new one,
-    or none that could be loaded. Weight files of an earlier save are removed.
-    """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    shards = _assign(planned, max_shard_bytes)
-    if len(shards) > 1:
-        weight_map = {p.name: name for name, part in shards.items() for p in part}
-        total = sum(p.num_bytes for p in planned)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        texts = {INDEX: json.dumps(index, indent=2) + "\n", **texts}
-    with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as hidden:
-        stream = iter(tensors)
-        for name, part in shards.items():
-            _write_file(Path(hidden) / name, part, stream)
-        for name, text in texts.items():
-            with open(Path(hidden) / name, "w", encoding="utf-8") as file:
-                file.write(text)
-                _sync(file)
-        _commit(folder, Path(hidden), [*shards, *texts])
-
-
-def _assign(planned: Sequence[Planned], max_shard_bytes: int) -> dict[str, list[Planned]]:
-    parts: list[list[Planned]] = [[]]
-    size = 0
-    for tensor in planned:
-        if parts[-1] and size + tensor.num_bytes > max_shard_bytes:
-            parts.append([])
-            size = 0
-        parts[-1].append(tensor)
-        size += tensor.num_bytes
-    if len(parts) == 1:
-        return {"model.safetensors": parts[0]}
-    names = (f"model-{n:05d}-of-{len(parts):05d}.safetensors" for n in range(1, 1 + len(parts)))
-    return dict(zip(names, parts))
-
-
-def _write_file(path: Path, part: Sequence[Planned], stream: Iterator[tuple[str, Tensor]]) -> None:
-    # Wide dtypes lie first, so that every tensor is aligned; data is written where it belongs.
-    places, end = {}, 0
-    for tensor in sorted(part, key=lambda p: -p.dtype.itemsize):
-        places[tensor.name] = (end, end + tensor.num_bytes)
-        end += tensor.num_bytes
-    entries = {
-        p.name: {"dtype": _NAMES[p.dtype], "shape": p.shape, "data_offsets": places[p.name]}
-        for p in part
-    }
-    header = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
-    header += b" " * (-len(header) % 8)
-    with open(path, "wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
-        for tensor in part:
-            name, value = next(stream)
-            assert name == tensor.name and tuple(value.shape) == tensor.shape, (name, tensor)
-            raw = value.detach().to("cpu", tensor.dtype).contiguous().view(-1).view(torch.uint8)
-            file.seek(8 + len(header) + places[name][0])
-            file.write(memoryview(raw.numpy()))
-        _sync(file)
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _commit(folder: Path, hidden: Path, names: Sequence[str]) -> None:
-    (folder / "config.json").unlink(missing_ok=True)
-    for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
-        old.unlink(missing_ok=True)
-    for name in sorted(names, key="config.json".__eq__):
-        os.replace(hidden / name, folder / name)
-    directory = os.open(folder, os.O_RDONLY)  # renames are durable once the folder is synced
-    try:
-        os.fsync(directory)
-    finally:
-        os.close(directory)

@@ -37,13 +37,24 @@ def resolve(path_or_name: str | Path) -> Path:
 def _fetch(name: str) -> Path:
     import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(name, allow_patterns=list(PATTERNS)))
     except (RepositoryNotFoundError, HFValidationError) as error:
         reason = f"the hub has no such public repository ({type(error).__name__})"
-    except (httpx.HTTPError, OSError) as error:  # the library's own errors are OSErrors
+    except (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        httpx.HTTPError,
+        ConnectionError,
+        TimeoutError,
+    ) as error:
         reason = f"the hub cannot be reached from here ({type(error).__name__})"
     raise CheckpointError(
         f"{name} is neither a folder here nor could it be fetched: {reason}; download it on a "

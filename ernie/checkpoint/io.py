@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from ernie.checkpoint import convert
-from ernie.checkpoint.folder import CheckpointError, Stored, read_folder, write_folder
+from ernie.checkpoint.folder import CheckpointError, Stored, read_folder
 from ernie.checkpoint.hub import resolve
 from ernie.checkpoint.layouts import LAYOUTS, MTP_MARK
+from ernie.checkpoint.writer import write_folder
 from ernie.config import ErnieConfig
 from ernie.model import ErnieModel
 
@@ -53,7 +54,7 @@ def load(
     log.info("%s: %d tensors in layout %r", folder, len(tensors), layout.name)
     for name, tensor in convert.native_tensors(units, tensors, template, device):
         _place(model, name, tensor)
-    model.tokenizer = tokenizer
+    model.tokenizer, model.layout = tokenizer, layout.name
     model.generation_config = _generation_config(folder)
     return model
 
@@ -93,33 +94,33 @@ def write(
     layout: str,
     tokenizer: Tokenizer | None = None,
     generation_config: Mapping[str, Any] | None = None,
+    texts: Mapping[str, str] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
     """`save` for a model that need not exist as a whole.
 
     `template` gives names, shapes and dtypes of the parameters; `native` makes each tensor when its
-    turn comes.
+    turn comes. `texts` are further files, content by name.
     """
     if layout not in LAYOUTS:
         raise CheckpointError(f"layout {layout!r} is not known; use one of {', '.join(LAYOUTS)}")
     table = LAYOUTS[layout]
     units = convert.plan(template, table, table.roots[0])
     dtype = str(template["model.embed_tokens.weight"].dtype).removeprefix("torch.")
-    texts = {"config.json": _json(_config_dict(config, table.dtype_key, dtype))}
+    files = {**(texts or {}), "config.json": as_json(_config_dict(config, table.dtype_key, dtype))}
     if generation_config is not None:
-        texts["generation_config.json"] = _json(generation_config)
-    if tokenizer is not None:
-        tokenizer.save(path)
+        files["generation_config.json"] = as_json(generation_config)
     write_folder(
         path,
         convert.planned(units, template),
         convert.stored_tensors(units, native),
-        texts=texts,
+        texts=files,
+        copy_files=tokenizer.save if tokenizer else None,
         max_shard_bytes=max_shard_bytes,
     )
 
 
-def _json(value: Mapping[str, Any]) -> str:
+def as_json(value: Mapping[str, Any]) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -190,7 +191,7 @@ def _generation_config(folder: Path) -> dict[str, Any] | None:
         return None
     try:
         value = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON ({error}); fetch it again") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}; it must hold an object")

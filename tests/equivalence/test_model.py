@@ -5,78 +5,43 @@ The reference models are random and of odd shapes; every row of the table bends 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import (
-    Ernie4_5_MoeConfig,
-    Ernie4_5_MoeForCausalLM,
-    Ernie4_5Config,
-    Ernie4_5ForCausalLM,
-)
+from transformers import PreTrainedModel
 
+import ernie
 from ernie.attention import packed_causal
-from ernie.config import ErnieConfig
 from ernie.generate import generate
 from ernie.model import ErnieModel
 from ernie.moe.router import Routing
 from ernie.rope import rotary_tables
-
-DENSE = {
-    "num_hidden_layers": 3, "num_attention_heads": 6, "num_key_value_heads": 2,
-    "hidden_size": 48, "head_dim": 16, "intermediate_size": 88, "vocab_size": 199,
-}  # fmt: skip
-MOE = {
-    "num_hidden_layers": 4, "num_attention_heads": 5, "num_key_value_heads": 1,
-    "hidden_size": 40, "intermediate_size": 72, "vocab_size": 211, "moe_num_experts": 8, "moe_k": 3,
-    "moe_intermediate_size": 24, "moe_num_shared_experts": 2, "tie_word_embeddings": False,
-}  # fmt: skip
+from tests.helpers import hf_dense, hf_moe, saved
 
 ROWS = {
-    "dense": (Ernie4_5Config, DENSE),
-    "dense, every head its own key": (Ernie4_5Config, DENSE | {"num_key_value_heads": 6}),
-    "dense, untied, biased": (
-        Ernie4_5Config,
-        DENSE | {"tie_word_embeddings": False, "use_bias": True},
-    ),
-    "dense, wide head": (Ernie4_5Config, DENSE | {"head_dim": 64, "num_attention_heads": 2}),
-    "moe": (Ernie4_5_MoeConfig, MOE),
-    "moe, no shared expert": (Ernie4_5_MoeConfig, MOE | {"moe_num_shared_experts": 0}),
-    "moe, tied, one shared": (
-        Ernie4_5_MoeConfig,
-        MOE | {"moe_num_shared_experts": 1, "tie_word_embeddings": True},
-    ),
-    "moe, every second layer": (
-        Ernie4_5_MoeConfig,
-        MOE | {"moe_layer_interval": 2, "moe_layer_end_index": 2},
-    ),
-    "moe, all experts chosen": (Ernie4_5_MoeConfig, MOE | {"moe_k": 8}),
+    "dense": (hf_dense, {}),
+    "dense, every head its own key": (hf_dense, {"num_key_value_heads": 6}),
+    "dense, untied, biased": (hf_dense, {"tie_word_embeddings": False, "use_bias": True}),
+    "dense, wide head": (hf_dense, {"head_dim": 64, "num_attention_heads": 2}),
+    "moe": (hf_moe, {"tie_word_embeddings": False}),
+    "moe, no shared expert": (hf_moe, {"moe_num_shared_experts": 0}),
+    "moe, tied, one shared": (hf_moe, {"moe_num_shared_experts": 1}),
+    "moe, every second layer": (hf_moe, {"moe_layer_interval": 2, "moe_layer_end_index": 2}),
+    "moe, all experts chosen": (hf_moe, {"moe_k": 8}),
 }
 
 
-def pair(row: str, seed: int = 0) -> tuple[torch.nn.Module, ErnieModel]:
-    """A random transformers model and ours with the same weights, both float32."""
-    config_type, sizes = ROWS[row]
-    config = config_type(**sizes)
-    torch.manual_seed(seed)
-    moe = config_type is Ernie4_5_MoeConfig
-    theirs = (Ernie4_5_MoeForCausalLM if moe else Ernie4_5ForCausalLM)(config).float().eval()
-    for name, p in theirs.named_parameters():
-        # Larger than at initialisation, so that attention, routing and biases matter to the result.
-        p.data = p.data + 1 if "norm" in name and p.dim() == 1 else torch.randn_like(p) * 0.15
-    ours = ErnieModel(ErnieConfig.from_dict(config.to_dict()), dtype=torch.float32)
-    weights = {
-        k.replace("mlp.gate.moe_statics", "mlp.moe_statics"): v
-        for k, v in theirs.state_dict().items()
-    }
-    if config.tie_word_embeddings:
-        weights.pop("lm_head.weight")
-    ours.load_state_dict(weights)
-    return theirs, ours
+def pair(row: str, folder: Path, seed: int = 0) -> tuple[PreTrainedModel, ErnieModel]:
+    """A random transformers model, and ours as the real loader reads its folder; float32."""
+    make, sizes = ROWS[row]
+    theirs = make(seed, **sizes)
+    return theirs, ernie.load(saved(theirs, folder), dtype=torch.float32)
 
 
 @pytest.mark.parametrize("row", ROWS)
-def test_every_layer_and_the_logits_equal_transformers(row: str) -> None:
-    theirs, ours = pair(row)
+def test_every_layer_and_the_logits_equal_transformers(row: str, tmp_path: Path) -> None:
+    theirs, ours = pair(row, tmp_path)
     ids = torch.randint(0, 199, (41,))
     with torch.no_grad():
         reference = theirs(ids[None], output_hidden_states=True)
@@ -96,8 +61,8 @@ def test_every_layer_and_the_logits_equal_transformers(row: str) -> None:
 
 
 @pytest.mark.parametrize("row", ["dense", "moe"])
-def test_greedy_tokens_equal_transformers_over_64_tokens(row: str) -> None:
-    theirs, ours = pair(row, seed=1)
+def test_greedy_tokens_equal_transformers_over_64_tokens(row: str, tmp_path: Path) -> None:
+    theirs, ours = pair(row, tmp_path, seed=1)
     prompt = torch.randint(0, 199, (9,))
     reference = theirs.generate(
         prompt[None], max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0
@@ -105,8 +70,8 @@ def test_greedy_tokens_equal_transformers_over_64_tokens(row: str) -> None:
     assert list(generate(ours, prompt.tolist(), max_tokens=64)) == reference[0, 9:].tolist()
 
 
-def test_router_choices_equal_transformers() -> None:
-    theirs, ours = pair("moe")
+def test_router_choices_equal_transformers(tmp_path: Path) -> None:
+    theirs, ours = pair("moe", tmp_path)
     x = torch.randn(57, 40)
     with torch.no_grad():
         _, weights, chosen = theirs.model.layers[1].mlp.gate(x)
@@ -116,8 +81,8 @@ def test_router_choices_equal_transformers() -> None:
     torch.testing.assert_close(routing.weights_TK, weights, atol=1e-6, rtol=0)
 
 
-def test_correction_bias_steers_the_choice_but_not_the_weight() -> None:
-    _, ours = pair("moe")
+def test_correction_bias_steers_the_choice_but_not_the_weight(tmp_path: Path) -> None:
+    _, ours = pair("moe", tmp_path)
     gate, x = ours.model.layers[1].mlp.gate, torch.randn(20, 40)
     bias = torch.zeros(8)
     bias[5] = 10.0
@@ -130,8 +95,8 @@ def test_correction_bias_steers_the_choice_but_not_the_weight() -> None:
 
 
 @pytest.mark.parametrize("row", ["dense", "moe"])
-def test_packed_sequences_equal_separate_ones(row: str) -> None:
-    _, ours = pair(row)
+def test_packed_sequences_equal_separate_ones(row: str, tmp_path: Path) -> None:
+    _, ours = pair(row, tmp_path)
     parts = [torch.randint(0, 199, (n,)) for n in (7, 1, 19)]
     bounds = torch.tensor([0, 7, 8, 27], dtype=torch.int32)
     positions = torch.cat([torch.arange(len(p)) for p in parts])

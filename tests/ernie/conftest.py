@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import helpers_tokenizer as helpers
+from tests import helpers_tokenizer as helpers
 
 KINDS = (
     "sentencepiece",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from functools import cache
 
-import helpers_tokenizer as helpers
 import pytest
 import transformers
 from hypothesis import given, settings
@@ -22,6 +21,7 @@ from ernie.chat import (
     stop_ids,
 )
 from ernie.tokenizer import Tokenizer
+from tests import helpers_tokenizer as helpers
 
 ERNIE_JINJA = (
     "{{ cls_token }}{% for m in messages %}"

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 
-import helpers_tokenizer as helpers
 import pytest
 import sentencepiece
 import transformers
@@ -16,6 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from ernie.tokenizer import Detokenizer, Tokenizer, TokenizerError
+from tests import helpers_tokenizer as helpers
 
 TEXTS = (
     "",

@@ -1,9 +1,9 @@
 """What the CPU does better than plain torch: see `ernie.kernels` for shapes and meaning.
 
-Kernels take float32 activations; weights may be bfloat16, caches bfloat16 or float16. Bfloat16
-activations are computed in float32 and rounded at the end. The same inputs and the same instruction
-set give the same bits, whatever the number of threads and whatever else is in the batch, except
-where a docstring says otherwise.
+Kernels take float32 activations; weights may be bfloat16, caches bfloat16 or float16. With bfloat16
+activations, products, attention and rotation are computed in float32 and rounded at the end, the
+rest is the reference's. The same inputs, instruction set and number of threads give the same bits;
+the docstrings say where a row's bits do not depend on its batch either.
 """
 
 from __future__ import annotations

@@ -5,13 +5,14 @@
 // long context and no sequence's result depends on its neighbours; a last step joins the splits.
 //
 //   S sequences   B blocks of P positions   M width of the tables   G key/value heads   d head width
+#include <algorithm>
 #include <vector>
 
 #include "tiles.h"
 
 namespace {
 
-constexpr long SPLIT = 256;       // keys
+constexpr long SPLIT = 128;       // keys
 constexpr long FEW_QUERIES = 16;  // at most so many take the split path
 
 template <class T>
@@ -42,40 +43,57 @@ struct PagedKeys {  // for attend_tile: gathers a tile, block by block
     }
 };
 
-// Some keys of one sequence and group, for all its query rows (count * H / G).
+// Some keys of one sequence, for all its query rows in the order (group, query, head of the group). All
+// groups together, so that the cache is read as it lies: whole rows of G * d.
 struct Split {
-    long segment, group, first, count;
+    long segment, first, count;
     float *sums, *maxima, *totals;  // (rows, d), (rows), (rows): unnormalised
 };
+
+constexpr long AHEAD = 16;  // keys
 
 struct SplitSlot;
 struct JoinSlot;
 
 template <class T>
+ERNIE_INLINE void fetch(const T *row, long width) {  // into the second-level cache
+    for (long d = 0; d < width; d += 64 / (long)sizeof(T)) __builtin_prefetch(row + d, 0, 2);
+}
+
+template <class T>
 void run_split(const Shape &shape, const Cache<T> &cache, const int32_t *table, const float *q, long ldq,
                long queries, long length, const Split &split) {
     const long width = shape.width, share = shape.share(), rows = queries * share;
-    const long padded = padded_width<T>(width), offset = split.group * width;
-    float *packed = scratch<SplitSlot>(rows * (padded + SPLIT)), *scores = packed + rows * padded;
-    for (long i = 0; i < queries; i++)
-        for (long h = 0; h < share; h++)
-            pack_row<T>(q + i * ldq + (split.group * share + h) * width, width,
-                        packed + (i * share + h) * padded);
-    for (long j = 0; j < split.count; j += 4) {
-        const T *keys[4];
-        for (long r = 0; r < 4; r++) {
-            const long key = j + r < split.count ? j + r : split.count - 1;
-            keys[r] = cache.at(cache.k, table, offset, split.first + key);
+    const long padded = padded_width<T>(width);
+    float *packed = scratch<SplitSlot>(shape.groups * rows * (padded + SPLIT));
+    float *scores = packed + shape.groups * rows * padded;
+    for (long g = 0, row = 0; g < shape.groups; g++)
+        for (long i = 0; i < queries; i++)
+            for (long h = g * share; h < (g + 1) * share; h++, row++)
+                pack_row<T>(q + i * ldq + h * width, width, packed + row * padded);
+    for (long j = 0; j < split.count; j += 4)
+        for (long g = 0; g < shape.groups; g++) {
+            // The arithmetic hides no memory latency by itself: ask for later keys, and for the values.
+            for (long key = j; key < std::min(j + 4, split.count); key++) {
+                fetch(cache.at(cache.v, table, g * width, split.first + key), width);
+                if (key + AHEAD < split.count)
+                    fetch(cache.at(cache.k, table, g * width, split.first + key + AHEAD), width);
+            }
+            const T *keys[4];
+            for (long r = 0; r < 4; r++) {
+                const long key = j + r < split.count ? j + r : split.count - 1;
+                keys[r] = cache.at(cache.k, table, g * width, split.first + key);
+            }
+            balanced(rows, DOT_ROWS, [&](long m, long tile) {
+                float sums[DOT_ROWS][4];
+                m += g * rows;
+                dot_tile(tile, keys, 4 * cache.row, packed + m * padded, padded, width, sums);
+                for (long i = 0; i < tile; i++) memcpy(scores + (m + i) * SPLIT + j, sums[i], sizeof sums[i]);
+            });
         }
-        balanced(rows, DOT_ROWS, [&](long m, long tile) {
-            float sums[DOT_ROWS][4];
-            dot_tile(tile, keys, 4 * cache.row, packed + m * padded, padded, width, sums);
-            for (long i = 0; i < tile; i++) memcpy(scores + (m + i) * SPLIT + j, sums[i], sizeof sums[i]);
-        });
-    }
     const long vectors = (split.count + VL - 1) / VL;
-    for (long row = 0; row < rows; row++) {
-        const long seen = length - queries + row / share + 1 - split.first;
+    for (long row = 0; row < shape.groups * rows; row++) {
+        const long seen = length - queries + row % rows / share + 1 - split.first;
         split.maxima[row] = -INFINITY, split.totals[row] = 0;
         if (seen > 0)
             soften(scores + row * SPLIT, seen < split.count ? seen : split.count, vectors * VL, shape.scale,
@@ -86,27 +104,26 @@ void run_split(const Shape &shape, const Cache<T> &cache, const int32_t *table, 
     for (long j = 0, run; j < split.count; j += run) {
         const long left = cache.positions - (split.first + j) % cache.positions;
         run = left < split.count - j ? left : split.count - j;
-        outer_gemm(rows, width / VL, run, {scores + j, SPLIT, 1},
-                   cache.at(cache.v, table, offset, split.first + j), cache.row, split.sums, width, j > 0);
+        run = run < 16 ? run : 16;  // rows of all groups that fit the first-level cache
+        for (long g = 0; g < shape.groups; g++)
+            outer_gemm(rows, width / VL, run, {scores + g * rows * SPLIT + j, SPLIT, 1},
+                       cache.at(cache.v, table, g * width, split.first + j), cache.row,
+                       split.sums + g * rows * width, width, j > 0);
     }
 }
 
-// The splits of one sequence and group, joined into the rows of `out`.
-void join(const Shape &shape, const Split *splits, long count, long queries, float *out) {
-    const long width = shape.width, share = shape.share();
-    for (long row = 0; row < queries * share; row++) {
-        float maximum = -INFINITY, total = 0;
-        for (long s = 0; s < count; s++) maximum = std::max(maximum, splits[s].maxima[row]);
-        float *to = out + (row / share) * shape.heads * width + (row % share) * width;
-        for (long d = 0; d < width; d += VL) store(to + d, vf{});
-        for (long s = 0; s < count; s++) {
-            const float weight = std::exp(splits[s].maxima[row] - maximum);
-            total += weight * splits[s].totals[row];
-            for (long d = 0; d < width; d += VL)
-                store(to + d, fma(load(splits[s].sums + row * width + d), splat(weight), load(to + d)));
-        }
-        for (long d = 0; d < width; d += VL) store(to + d, load(to + d) / splat(total));
+// The `count` splits of a sequence, joined into one head's output for one query.
+void join(const Shape &shape, const Split *splits, long count, long row, float *out) {
+    float maximum = -INFINITY, total = 0;
+    for (long s = 0; s < count; s++) maximum = std::max(maximum, splits[s].maxima[row]);
+    for (long d = 0; d < shape.width; d += VL) store(out + d, vf{});
+    for (long s = 0; s < count; s++) {
+        const float weight = std::exp(splits[s].maxima[row] - maximum);
+        total += weight * splits[s].totals[row];
+        for (long d = 0; d < shape.width; d += VL)
+            store(out + d, fma(load(splits[s].sums + row * shape.width + d), splat(weight), load(out + d)));
     }
+    multiply(out, shape.width, 1.0f / total);
 }
 
 template <class T>
@@ -116,7 +133,7 @@ void attend(const Shape &shape, const Cache<T> &cache, long table_width, const f
     const long tile = queries_of_tile(shape);
     std::vector<Piece> pieces;
     std::vector<Split> splits;
-    std::vector<long> firsts;  // the first split of each sequence and group that has some
+    std::vector<long> firsts;  // the first split of each sequence that has some
     long floats = 0;
     for (long s = 0; s < sequences; s++) {
         const long queries = bounds[s + 1] - bounds[s];
@@ -124,18 +141,17 @@ void attend(const Shape &shape, const Cache<T> &cache, long table_width, const f
             for (long t = (queries + tile - 1) / tile - 1; t >= 0; t--)
                 for (long g = 0; g < groups; g++)
                     pieces.push_back({s, g, t * tile, queries - t * tile < tile ? queries - t * tile : tile});
-        else if (queries > 0)
-            for (long g = 0; g < groups; g++) {
-                firsts.push_back(splits.size());
-                for (long k = 0; k < lens[s]; k += SPLIT) {
-                    splits.push_back({s, g, k, lens[s] - k < SPLIT ? lens[s] - k : SPLIT, nullptr, nullptr, nullptr});
-                    floats += queries * share * (width + 2);
-                }
+        else if (queries > 0) {
+            firsts.push_back(splits.size());
+            for (long k = 0; k < lens[s]; k += SPLIT) {
+                splits.push_back({s, k, lens[s] - k < SPLIT ? lens[s] - k : SPLIT, nullptr, nullptr, nullptr});
+                floats += queries * shape.heads * (width + 2);
             }
+        }
     }
     float *memory = scratch<JoinSlot>(floats);
     for (Split &split : splits) {
-        const long rows = (bounds[split.segment + 1] - bounds[split.segment]) * share;
+        const long rows = (bounds[split.segment + 1] - bounds[split.segment]) * shape.heads;
         split.sums = memory, split.maxima = memory + rows * width, split.totals = split.maxima + rows;
         memory += rows * (width + 2);
     }
@@ -155,12 +171,14 @@ void attend(const Shape &shape, const Cache<T> &cache, long table_width, const f
                       bounds[s + 1] - bounds[s], lens[s], split);
         }
     });
-    firsts.push_back(splits.size());
-    parallel_for(firsts.size() > 8 ? shape.threads : 1, firsts.size() - 1, [&](long index) {
+    parallel_for(firsts.size() > 4 ? shape.threads : 1, firsts.size(), [&](long index) {
         const Split *first = &splits[firsts[index]];
-        const long s = first->segment;
-        join(shape, first, firsts[index + 1] - firsts[index], bounds[s + 1] - bounds[s],
-             out + (bounds[s] * shape.heads + first->group * share) * width);
+        const long s = first->segment, queries = bounds[s + 1] - bounds[s];
+        for (long g = 0, row = 0; g < groups; g++)
+            for (long i = 0; i < queries; i++)
+                for (long h = g * share; h < (g + 1) * share; h++, row++)
+                    join(shape, first, (lens[s] + SPLIT - 1) / SPLIT, row,
+                         out + ((bounds[s] + i) * shape.heads + h) * width);
     });
 }
 

@@ -24,6 +24,7 @@ struct Whole {
     vf get(const T *p) const { return load(p); }
     template <class T>
     void put(T *p, vf v) const { store(p, v); }
+    void put_halves(bf16 *p, vu v) const { store_halves(p, v); }
 };
 struct Partial {
     long lanes;
@@ -31,6 +32,11 @@ struct Partial {
     vf get(const T *p) const { return load_first(p, lanes); }
     template <class T>
     void put(T *p, vf v) const { store_first(p, v, lanes); }
+    void put_halves(bf16 *p, vu v) const {
+        bf16 padded[VL];
+        store_halves(padded, v);
+        memcpy(p, padded, lanes * sizeof(bf16));
+    }
 };
 template <class Body>
 ERNIE_INLINE void for_vectors(long width, const Body &body) {
@@ -116,13 +122,14 @@ ERNIE_INLINE vu random_bits(long element, uint32_t key) {
     h = (h ^ h >> 13) * 0xc2b2ae35u;
     return h ^ h >> 16;
 }
-ERNIE_INLINE void put_rounded(float *p, vf v, vu, long lanes) {
-    lanes == VL ? store(p, v) : store_first(p, v, lanes);
+// Rounding at random is adding random bits below the last one that is kept, and cutting there.
+template <class Part>
+ERNIE_INLINE void put_rounded(const Part &part, float *p, vf v, vu) {
+    part.put(p, v);
 }
-ERNIE_INLINE void put_rounded(bf16 *p, vf v, vu random, long lanes) {
-    bf16 rounded[VL];
-    store_halves(rounded, (as_bits(v) + random) >> 16);
-    memcpy(p, rounded, lanes * sizeof(bf16));
+template <class Part>
+ERNIE_INLINE void put_rounded(const Part &part, bf16 *p, vf v, vu random) {
+    part.put_halves(p, (as_bits(v) + random) >> 16);
 }
 
 struct Update {  // the constants of a step; see reference.adamw_step
@@ -136,15 +143,14 @@ void adamw(float *p, const G *grad, M *moment, M *square, long count, const Upda
         const long begin = first * VL, end = begin + vectors * VL < count ? begin + vectors * VL : count;
         for_vectors(end - begin, [&](long i, auto part) {
             i += begin;
-            const long lanes = count - i < VL ? count - i : VL;
             const vf g = part.get(grad + i) * splat(u.grad_scale);
             const vf m = part.get(moment + i) * splat(u.beta1) + g * splat(u.rest1);
             const vf v = part.get(square + i) * splat(u.beta2) + g * g * splat(u.rest2);
             const vf step = m * splat(u.step_size) / (root(v) * splat(u.root_scale) + splat(u.eps));
             part.put(p + i, part.get(p + i) * splat(u.decay) - step);
             const vu random = random_bits(i, u.key);
-            put_rounded(moment + i, m, random & 0xffffu, lanes);
-            put_rounded(square + i, v, random >> 16, lanes);
+            put_rounded(part, moment + i, m, random & 0xffffu);
+            put_rounded(part, square + i, v, random >> 16);
         });
     });
 }

@@ -75,7 +75,7 @@ static inline void dot_tile(
     for (long k = 0; k < whole; k += step) {
         const W *const rows[4] = {w0 + k, w1 + k, w2 + k, w3 + k};
         // Half as many bytes leave the hardware's prefetcher behind the arithmetic: ask for the next block.
-        if (parts > 1 && M > 1)
+        if (parts > 1 && (M > 1 || VL < 16))
             for (int r = 0; r < 4; r++) __builtin_prefetch(rows[r] + ahead);
         add(rows, x + k);
     }

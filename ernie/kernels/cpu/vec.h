@@ -74,9 +74,14 @@ ERNIE_INLINE vh load_halves(const void *p) {
     memcpy(&v, p, sizeof v);
     return v;
 }
-ERNIE_INLINE vf load(const bf16 *p) {
-    return as_float(__builtin_convertvector(load_halves(p), vu) << 16);
+ERNIE_INLINE vu widen(vh h) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    return (vu)_mm256_cvtepu16_epi32((__m128i)h);  // GCC 12 makes five instructions of the conversion
+#else
+    return __builtin_convertvector(h, vu);
+#endif
 }
+ERNIE_INLINE vf load(const bf16 *p) { return as_float(widen(load_halves(p)) << 16); }
 ERNIE_INLINE vf load(const f16 *p) {
 #if defined(__AVX512F__)
     return _mm512_cvtph_ps((__m256i)load_halves(p));
@@ -84,7 +89,7 @@ ERNIE_INLINE vf load(const f16 *p) {
     return _mm256_cvtph_ps((__m128i)load_halves(p));
 #else
     // Shifted into place the exponent is 112 too small; the product repairs it, subnormals included.
-    const vu h = __builtin_convertvector(load_halves(p), vu);
+    const vu h = widen(load_halves(p));
     const vf magnitude = as_float((h & 0x7fff) << 13) * splat(0x1p112f);
     const vu special = (vu)(magnitude >= splat(65536.0f)) & 0x7f800000u;  // infinities and NaN
     return as_float(as_bits(magnitude) | special | (h & 0x8000) << 16);
@@ -92,7 +97,12 @@ ERNIE_INLINE vf load(const f16 *p) {
 }
 ERNIE_INLINE void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
 ERNIE_INLINE void store_halves(bf16 *p, vu v) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+    const __m256i packed = _mm256_packus_epi32((__m256i)v, (__m256i)v);  // each lane of 128 bits by itself
+    const vh h = (vh)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+#else
     const vh h = __builtin_convertvector(v, vh);
+#endif
     memcpy(p, &h, sizeof h);
 }
 // Round to nearest, ties to even; a NaN stays one.

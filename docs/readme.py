@@ -1,0 +1,91 @@
+"""Fill the generated parts of README.md: result tables from the newest records, and the tree.
+
+    python docs/readme.py            write them
+    python docs/readme.py --check    exit with 1 when the README says something else
+
+So no number in the README is typed by hand, and the tree is the real one: an entry's words are the
+first sentence of its module. A test runs the check.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("ernie", "erniekit", "fastdeploy")
+BLOCK = re.compile(r"(<!-- (results|tree): (\S+) -->\n).*?(<!-- end -->)", re.S)
+WIDTH = 110
+
+
+def filled(text: str) -> str:
+    """The text with every block between `<!-- kind: name -->` and `<!-- end -->` made anew."""
+    makers = {"results": results, "tree": tree}
+    return BLOCK.sub(lambda m: f"{m[1]}\n{makers[m[2]](m[3])}\n{m[4]}", text)
+
+
+def results(what: str) -> str:
+    """Table, reading and origin of the newest record of a benchmark."""
+    records = {p: json.loads(p.read_text()) for p in RESULTS.glob(f"{what}_*.json")}
+    if not records:
+        raise SystemExit(f"no record {what}_*.json in {RESULTS}; run the benchmark first")
+    path, record = max(records.items(), key=lambda item: (item[1]["date"], item[0].name))
+    lines = path.with_suffix(".md").read_text().splitlines()
+    table = "\n".join(line for line in lines if line.startswith("|"))
+    where = record["machine"]
+    origin = (
+        f"{where['cpu']}, {where['threads']} threads, {where['read_gb_per_s']} GB/s read, "
+        f"{where['float32_gflop_per_s']} GFLOP/s float32; {record['date']}; `{record['command']}`"
+    )
+    return f"{table}\n\n{record['reading']}  \n_{origin}_\n"
+
+
+def tree(package: str) -> str:
+    """A package's files, each with the first sentence of its docstring."""
+    lines = [f"{package}/"]
+    for path in sorted((ROOT / package).rglob("*"), key=_order):
+        depth = len(path.relative_to(ROOT).parts) - 1
+        if path.is_dir() and any(p.name != "__init__.py" for p in path.rglob("*.py")):
+            lines.append(f"{'  ' * depth}{path.name}/")
+        elif path.suffix == ".py" and path.name != "__init__.py":
+            lines.append(f"{'  ' * depth}{path.name:<{28 - 2 * depth}}{sentence(path)}")
+    body = "\n".join(map(shortened, lines))
+    return f"```text\n{body}\n```\n"
+
+
+def shortened(line: str) -> str:
+    """At most WIDTH characters, cut where the sentence has a joint."""
+    if len(line) <= WIDTH:
+        return line
+    joint = max(line.rfind(mark, 40, WIDTH) for mark in (", ", ": "))
+    return line[: joint if joint > 0 else line.rfind(" ", 0, WIDTH)]
+
+
+def _order(path: Path) -> tuple:
+    """Files of a folder before its subfolders, both by name."""
+    parts = path.relative_to(ROOT).parts
+    if path.is_dir():
+        return tuple((1, part) for part in parts)
+    return (*((1, part) for part in parts[:-1]), (0, parts[-1]))
+
+
+def sentence(path: Path) -> str:
+    text = " ".join((ast.get_docstring(ast.parse(path.read_text("utf-8"))) or "").split())
+    return re.split(r"(?<=[\w`)])[.;](?: |$)", text, maxsplit=1)[0]
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text(encoding="utf-8")
+    new = filled(text)
+    if "--check" in sys.argv[1:]:
+        sys.exit("README.md is out of date; run python docs/readme.py" if new != text else 0)
+    readme.write_text(new, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

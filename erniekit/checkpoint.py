@@ -1,0 +1,180 @@
+"""Checkpoints of a run that survive being killed, filled disks and flipped bits.
+
+    output_dir/checkpoint-120/
+        model.safetensors, config.json, tokenizer   (Full)   or   adapter_*   (LoRA)
+        optimizer.safetensors                       AdamW's moments
+        trainer_state.json                          step, place in the data, counts, random state
+        complete.json                               size and CRC-32 of each file above
+
+A save is written to `checkpoint-120.partial`, every file and the folder are flushed to the disk, and
+only then it is renamed: a folder with the final name is whole. `complete.json` also tells whether it
+still is, so a damaged checkpoint is skipped (loudly) for the one before. One trainer at a time writes
+to a folder (`locked`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ernie.settings import ConfigError
+
+log = logging.getLogger("erniekit")
+
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "trainer_state.json"
+_MARKER = "complete.json"
+_NAME = re.compile(r"checkpoint-(\d+)")
+
+
+def checkpoints(output: Path) -> list[tuple[int, Path]]:
+    """(step, folder) of everything named like a checkpoint, oldest first."""
+    found = ((_NAME.fullmatch(path.name), path) for path in output.glob("checkpoint-*"))
+    return sorted((int(match[1]), path) for match, path in found if match)
+
+
+def newest_good(output: Path) -> Path | None:
+    """The newest checkpoint that is whole; damaged ones are named in warnings."""
+    for _, folder in reversed(checkpoints(output)):
+        damage = what_is_wrong(folder)
+        if not damage:
+            return folder
+        log.warning("SKIPPED the damaged checkpoint %s: %s", folder, damage)
+    return None
+
+
+def what_is_wrong(folder: Path) -> str:
+    """Why a checkpoint cannot be trusted; the empty string when it can."""
+    try:
+        files = json.loads((folder / _MARKER).read_text(encoding="utf-8"))["files"]
+    except FileNotFoundError:
+        return f"it has no {_MARKER}"
+    except (ValueError, KeyError, TypeError):
+        return f"{_MARKER} is damaged"
+    for name, (size, checksum) in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+        if _checksum(path) != checksum:
+            return f"{name} has changed since it was written"
+    return ""
+
+
+def save(
+    output: Path, step: int, write: Callable[[Path], None], state: dict[str, Any], num_bytes: int
+) -> Path:
+    """Make `checkpoint-<step>`: `write(folder)` writes the large files, `num_bytes` in all.
+
+    Raises ConfigError when the disk is full; what was there before is untouched.
+    """
+    final, partial = output / f"checkpoint-{step}", output / f"checkpoint-{step}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    free = shutil.disk_usage(output).free
+    if free < num_bytes:
+        raise ConfigError(
+            f"a checkpoint in {output} needs {num_bytes:,} bytes and {free:,} are free; make room "
+            "and start again: training goes on from the last checkpoint"
+        )
+    try:
+        partial.mkdir()
+        write(partial)
+        _write_text(partial / STATE_FILE, json.dumps(state, indent=1) + "\n")
+        _seal(partial)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise ConfigError(
+            f"the disk of {output} ran full while a checkpoint of {num_bytes:,} bytes was "
+            "written; earlier ones are intact: make room and start again"
+        ) from None
+    shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
+    partial.rename(final)
+    _flush(output)
+    return final
+
+
+def _seal(folder: Path) -> None:
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    for path in files:
+        _flush(path)
+    sums = {path.name: (path.stat().st_size, _checksum(path)) for path in files}
+    _write_text(folder / _MARKER, json.dumps({"files": sums}, indent=1) + "\n")
+    _flush(folder)
+
+
+def _checksum(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            value = zlib.crc32(block, value)
+    return value
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a small file so that a reader sees the old or the new one, whole."""
+    hidden = path.with_name(f".{path.name}.partial")
+    _write_text(hidden, text)
+    hidden.replace(path)
+
+
+def prune(output: Path, limit: int | None) -> None:
+    """Remove the oldest checkpoints beyond `limit`, and what killed saves have left."""
+    for path in output.glob("checkpoint-*.partial"):
+        shutil.rmtree(path)
+    if limit and limit > 0:
+        for _, folder in checkpoints(output)[:-limit]:
+            shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Hold the output folder, made if needed; raises ConfigError while another process does.
+
+    The lock dies with its process, however that ends.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"output_dir {output} cannot be made: {error.strerror}") from None
+    with (output / ".lock").open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise ConfigError(
+                f"another run (process {file.read().strip()}) is writing to {output}; wait for it "
+                "or give another output_dir"
+            ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

@@ -1,0 +1,169 @@
+"""The command `erniekit`: a table of verbs, one line of code each.
+
+    erniekit train run_sft.yaml learning_rate=1e-4 max_steps=20
+
+A verb is a function path, the settings it reads, and a sentence; `--help` is made from the fields of
+those settings. Nothing heavy is imported before a verb runs. What a user can cause ends in one
+sentence on stderr and exit status 2.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import sys
+from dataclasses import dataclass
+
+from ernie.settings import ConfigError, describe, did_you_mean
+from erniekit import config
+from erniekit.config import Data, Export, Generation, Model, Optimisation, Server, Training
+
+
+@dataclass(frozen=True)
+class Verb:
+    """`function` is "module:name" of a function of a `Run` or, for verbs with `usage`, of the
+    words that follow; `groups` are the settings its help shows.
+    """
+
+    function: str
+    groups: tuple[type, ...]
+    help: str
+    usage: str = ""
+
+
+VERBS = {
+    "train": Verb(
+        "erniekit.launch:run_training",
+        (Model, Data, Training, Optimisation),
+        "Train a model; started again, it goes on where it was.",
+    ),
+    "export": Verb(
+        "erniekit.export:export",
+        (Model, Training, Export),
+        "Merge a LoRA checkpoint of output_dir into its base, into output_dir/export.",
+    ),
+    "eval": Verb(
+        "erniekit.recipes.evaluation:evaluate_run",
+        (Model, Data, Training),
+        "Loss, perplexity and accuracy on the evaluation data; writes eval_results.json.",
+    ),
+    "server": Verb(
+        "erniekit.serve:run_server",
+        (Model, Training, Server),
+        "Serve the newest checkpoint of output_dir, or the model, over the OpenAI API.",
+    ),
+    "chat": Verb(
+        "erniekit.serve:run_chat",
+        (Server, Generation),
+        "Talk in the terminal to a running server; `clear` forgets, `exit` ends.",
+    ),
+    "import-gguf": Verb(
+        "erniekit.convert:run_import_gguf",
+        (),
+        "Turn a GGUF file of a Llama-shaped network into a model folder.",
+        "model.gguf FOLDER [layout=pt] [dtype=bfloat16]",
+    ),
+    "upcycle": Verb(
+        "erniekit.convert:run_upcycle",
+        (),
+        "Turn a dense model into a mixture of experts that computes the same at first.",
+        "DENSE_FOLDER FOLDER [num_experts=8] [top_k=2] [num_shared_experts=1] "
+        "[first_moe_layer=1] [seed=0] [layout=pt]",
+    ),
+    "version": Verb("", (), "Print the version."),
+    "help": Verb("", (), "Print this text."),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit status: 0, 2 for a mistake of the user, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = words.pop(0) if words else "help"
+    if name in ("help", "-h", "--help"):
+        print(usage())
+        return 0
+    if name in ("version", "--version"):
+        print(f"erniekit {_version()}")
+        return 0
+    if name not in VERBS:
+        print(f"erniekit: there is no command {name!r}{did_you_mean(name, VERBS)}", file=sys.stderr)
+        print(usage(), file=sys.stderr)
+        return 2
+    verb = VERBS[name]
+    if {"-h", "--help"} & set(words):
+        print(help_of(name))
+        return 0
+    _log_to_stdout()
+    try:
+        return _called(verb, words)
+    except ValueError as error:
+        if not _is_ours(error):
+            raise
+        print(f"erniekit {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\nerniekit {name}: stopped", file=sys.stderr)
+        return 130
+
+
+def _called(verb: Verb, words: list[str]) -> int:
+    module, _, function = verb.function.partition(":")
+    if verb.usage:
+        return getattr(importlib.import_module(module), function)(words)
+    if not words:
+        raise ConfigError("no settings were given; give a .yaml file, or key=value words")
+    run = config.read_run(words)
+    return getattr(importlib.import_module(module), function)(run)
+
+
+def _is_ours(error: ValueError) -> bool:
+    """Errors that a user can cause are subclasses of ValueError defined in this project."""
+    return type(error).__module__.partition(".")[0] in ("ernie", "erniekit")
+
+
+def usage() -> str:
+    rows = "\n".join(f"  {name:<12} {verb.help}" for name, verb in VERBS.items())
+    return (
+        "usage: erniekit COMMAND [FILE.yaml] [KEY=VALUE ...]\n\n"
+        f"{rows}\n\n`erniekit COMMAND --help` lists its settings."
+    )
+
+
+def help_of(name: str) -> str:
+    """The help text of a verb: its settings with defaults, from the fields themselves."""
+    verb = VERBS[name]
+    arguments = verb.usage or "[FILE.yaml] [KEY=VALUE ...]"
+    parts = [f"usage: erniekit {name} {arguments}\n\n{verb.help}"]
+    for group in verb.groups:
+        title = (group.__doc__ or "").strip().splitlines()[0]
+        parts.append(f"{group.__name__}: {title}\n{describe(group)}")
+    return "\n\n".join(parts)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("ernie-open")
+    except PackageNotFoundError:
+        return "unknown (not installed)"
+
+
+class _Lines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        return text if record.levelno < logging.WARNING else f"{record.levelname.lower()}: {text}"
+
+
+def _log_to_stdout() -> None:
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(_Lines())
+    for name, level in (("erniekit", logging.INFO), ("ernie", logging.WARNING)):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.setLevel(level)
+        logger.propagate = False
+
+
+if __name__ == "__main__":
+    sys.exit(main())

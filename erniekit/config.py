@@ -1,0 +1,432 @@
+"""The settings of a run: ERNIEKit's flat YAML keys as frozen dataclasses, one per subject.
+
+A file and `key=value` words become one flat dict; keys that ERNIEKit has but that mean nothing here
+are taken out and reported (`erniekit.foreign`); the rest is distributed over the groups by field
+name, checked (`validate`), and every "auto" is resolved into a *new* `Run` (`resolved`). The same
+fields make `--help`, the documentation tables and `run.yaml`.
+
+Imports no torch: `erniekit --help` must answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ernie.settings import ConfigError, fill, option, read_overrides, read_yaml
+from erniekit import foreign
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """Which model, and what of it is trained."""
+
+    model_name_or_path: str = option(
+        "", "Folder of a saved model (-PT or -Paddle layout), or its name on the hub."
+    )
+    stage: str = option("SFT", "What kind of training.", choices=("SFT",))
+    fine_tuning: str = option(
+        "LoRA", "Train small adapters beside frozen weights, or all.", choices=("LoRA", "Full")
+    )
+    lora: bool | None = option(None, "Older spelling of fine_tuning: true is LoRA, false Full.")
+    lora_rank: int = option(8, "Rank of the adapters.")
+    lora_alpha: float = option(-1, "Adapter scale is alpha / rank; -1: 2 x rank (4 with rslora).")
+    lora_path: str | None = option(None, "Folder of an adapter to start from.")
+    rslora: bool = option(False, "Scale adapters by alpha / sqrt(rank); for rank 64 and above.")
+    lora_plus_scale: float = option(1.0, "LoRA+: learning rate of the B matrices over that of A.")
+    rslora_plus: bool = option(False, "Short for rslora, lora_plus_scale 4 and lora_alpha 4.")
+    compute_type: str = option(
+        "bf16",
+        "Arithmetic of the run. On a CPU products are float32: LoRA keeps the frozen weights in "
+        "bfloat16, Full trains float32 weights and saves bfloat16 ones.",
+        choices=("bf16",),
+    )
+    continue_training: bool = option(
+        True, "Start from the model's weights; false: from random ones (needs only config.json)."
+    )
+    download_hub: str | None = option(
+        None, "Where a hub name is looked up.", choices=(None, "huggingface")
+    )
+    loss_subbatch_seqlen: int = option(
+        256, "Trained tokens that meet the vocabulary at once in the loss; less is less memory."
+    )
+    recompute: bool = option(
+        False, "Forget activations in the forward pass and compute them again in the backward one."
+    )
+    recompute_granularity: str = option(
+        "full",
+        "What is computed again: whole blocks (full), the attention layer (full_attn), its "
+        "product (core_attn; never stored here, so free), or the feed-forward half (mlp).",
+        choices=("full", "full_attn", "core_attn", "mlp"),
+    )
+    no_recompute_layers: tuple[int, ...] = option((), "Layers that keep their activations.")
+    moe_aux_loss_lambda: float = option(
+        1e-5, "Weight of the load balance loss (full training; not part of the reported loss)."
+    )
+    moe_orthogonal_loss_lambda: float = option(
+        0.0, "Weight of the router's orthogonality loss (full training; not reported as loss)."
+    )
+    moe_z_loss_lambda: float = option(
+        0.0, "Weight of the router's z-loss (full training; not part of the reported loss)."
+    )
+    moe_use_aux_free_update_coef: float = option(
+        0.001, "Step of the routing bias towards even load after each optimizer step (full only)."
+    )
+    num_nextn_predict_layers: int = option(
+        0, "Multi-token-prediction blocks to train along; the model must have them (full only)."
+    )
+    multi_token_pred_lambda: float = option(0.3, "Weight of the multi-token-prediction loss.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """Where samples come from and how they fill a batch."""
+
+    train_dataset_type: tuple[str, ...] = option(
+        ("erniekit",), "Format of each training file: erniekit, alpaca or messages; comma list."
+    )
+    train_dataset_path: tuple[str, ...] = option((), "Training files (.jsonl, .json, .gz); list.")
+    train_dataset_prob: tuple[float, ...] = option(
+        (1.0,), "Weight of each training file in mixing."
+    )
+    eval_dataset_type: tuple[str, ...] = option(
+        ("erniekit",), "Format of each evaluation file; comma list."
+    )
+    eval_dataset_path: tuple[str, ...] = option((), "Evaluation files; comma list.")
+    eval_dataset_prob: tuple[float, ...] = option(
+        (1.0,), "Weight of each evaluation file; 0 leaves it out, others are read whole."
+    )
+    max_seq_len: int = option(4096, "Tokens of a packed row; a dialogue is cut to fit.")
+    packing: bool = option(True, "Put several dialogues into one row; they never see each other.")
+    greedy_intokens: bool = option(
+        True, "Pack a buffer of dialogues by best room (true) or in their order (false)."
+    )
+    buffer_size: int = option(500, "Dialogues held for greedy packing.")
+    padding: bool = option(
+        False, "Fill every batch to batch_size x max_seq_len tokens, for steps of a fixed shape."
+    )
+    mix_strategy: str = option(
+        "random",
+        "How files are mixed: draws by weight (random), each once (concat), by weight until the "
+        "first (interleave_under) or every file (interleave_over) has been used up.",
+        choices=("random", "concat", "interleave_under", "interleave_over"),
+    )
+    random_shuffle: bool = option(True, "Shuffle each file anew in every epoch.")
+    num_samples_each_epoch: int = option(
+        6_000_000, "Draws in an epoch of random mixing; never more than there are records."
+    )
+    split_multi_turn: bool = option(
+        False, "One sample per trained answer, earlier thoughts dropped by the chat template."
+    )
+    max_bad_data_share: float = option(
+        0.02, "Share of unusable records above which training stops; they are always reported."
+    )
+    max_estimate_samples: int = option(
+        100_000, "Records read to find max_steps, to count faults and to compare with evaluation."
+    )
+    dataloader_num_workers: int = option(0, "Above 0: batches are prepared by a background thread.")
+    prefetch_factor: int = option(2, "Batches prepared ahead by each worker.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """Length of the run, and what happens when."""
+
+    output_dir: str = option("./output", "Folder of checkpoints, metrics and the final model.")
+    overwrite_output_dir: bool = option(
+        False, "Start anew and remove earlier checkpoints; otherwise the newest is resumed."
+    )
+    resume_from_checkpoint: str | None = option(
+        None, "Checkpoint folder to resume instead of the newest one of output_dir."
+    )
+    do_train: bool = option(True, "Train (false: only evaluate).")
+    do_eval: bool = option(True, "Evaluate during and after training where there is data for it.")
+    seed: int = option(42, "Seed of data order, new weights and rounding.")
+    device: str = option("auto", "cpu, gpu (or cuda); auto takes a GPU where there is one.")
+    batch_size: int = option(1, "Packed rows in one forward pass.")
+    gradient_accumulation_steps: int = option(1, "Forward passes of one optimizer step.")
+    num_train_epochs: float = option(1.0, "Passes over the data, where max_steps is -1.")
+    max_steps: int = option(-1, "Optimizer steps; -1: found by packing the data once.")
+    logging_steps: int = option(1, "A log line every so many steps; metrics.jsonl has every step.")
+    evaluation_strategy: str = option(
+        "no", "Evaluate every eval_steps, every epoch or never.", choices=("no", "steps", "epoch")
+    )
+    eval_steps: int | None = option(None, "Steps between evaluations; none: every 500.")
+    max_evaluate_steps: int = option(-1, "Batches of an evaluation; -1: all of them.")
+    save_strategy: str = option(
+        "steps", "Save every save_steps, every epoch or only at the end.",
+        choices=("no", "steps", "epoch"),
+    )  # fmt: skip
+    save_steps: int = option(500, "Steps between checkpoints.")
+    save_total_limit: int | None = option(None, "Checkpoints kept; none: all.")
+    max_skipped_steps: int = option(
+        10, "Steps with a loss or gradient that is not finite, before training stops."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optimisation:
+    """Learning rate, optimizer and the precision of what it remembers."""
+
+    learning_rate: float = option(5e-5, "Peak learning rate.")
+    min_lr: float = option(0.0, "Floor of the schedule.")
+    lr_scheduler_type: str = option(
+        "linear",
+        "Shape after warm-up: linear, cosine, constant, constant_with_warmup, polynomial, or "
+        "wsd:<steady steps> (wsd alone: steady for 0.9 of the steps).",
+    )
+    decay_function: str = option(
+        "half_life", "Decay of wsd: half_life or 1-sqrt.", choices=("half_life", "1-sqrt")
+    )
+    warmup_steps: int = option(0, "Linear warm-up, in steps.")
+    warmup_ratio: float = option(0.0, "Linear warm-up as a share of max_steps.")
+    decay_steps: int | None = option(None, "Steps until min_lr is reached; none: max_steps.")
+    num_cycles: float = option(0.5, "Cosine waves of the cosine schedule.")
+    lr_end: float = option(1e-7, "Last learning rate of the polynomial schedule.")
+    power: float = option(1.0, "Exponent of the polynomial schedule.")
+    optim: str = option(
+        "adamw", "Optimizer; both names are AdamW.", choices=("adamw", "adamw_custom")
+    )
+    adam_beta1: float = option(0.9, "Decay of the mean of gradients.")
+    adam_beta2: float = option(0.999, "Decay of the mean of squared gradients.")
+    adam_epsilon: float = option(1e-8, "Added to the root of the squared mean.")
+    weight_decay: float = option(0.0, "Decoupled decay of matrices; never of norms and biases.")
+    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm; 0: never.")
+    layerwise_lr_decay_bound: float = option(
+        1.0, "Learning rate factor of the lowest layer, rising linearly to 1 at the top."
+    )
+    moe_gate_lr_ratio: float | None = option(None, "Learning rate factor of the routers.")
+    amp_master_grad: bool | None = option(
+        None,
+        "Sum gradients in float32 (true) or bfloat16 (false). none: float32 for LoRA and on a "
+        "GPU; bfloat16 for Full on a CPU, except the vocabulary's.",
+    )
+    use_lowprecision_moment: bool | None = option(
+        None,
+        "Keep AdamW's moments in bfloat16, rounded at random without bias. none: only for Full "
+        "on a CPU, where it saves 4 bytes a weight.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """What `erniekit chat` asks of the server."""
+
+    max_new_tokens: int = option(1024, "Most tokens of an answer.")
+    min_tokens: int = option(0, "Fewest tokens of an answer.")
+    temperature: float = option(0.95, "Randomness; 0 takes the likeliest token.")
+    top_p: float = option(0.7, "Draw from the likeliest tokens that hold this much probability.")
+    frequency_penalty: float = option(0.0, "Penalty by count of a token's uses.")
+    presence_penalty: float = option(0.0, "Penalty for a token used before.")
+    repetition_penalty: float = option(1.0, "Factor against tokens used before.")
+    stream: bool = option(True, "Print words as they come.")
+    enable_thinking: bool = option(False, "Let a thinking model think first.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    """What `erniekit server` starts: a fastdeploy server on this machine."""
+
+    host: str = option("127.0.0.1", "Address to listen on.")
+    port: int = option(8188, "Port to listen on.")
+    max_model_len: int = option(2048, "Most tokens of prompt and answer together.")
+    max_num_seqs: int = option(8, "Requests computed at the same time.")
+    gpu_memory_utilization: float = option(0.9, "Share of the memory the server may take.")
+    block_size: int = option(64, "Tokens of a block of the key/value cache.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """What `erniekit export` writes."""
+
+    copy_tokenizer: bool = option(True, "Put the tokenizer beside the merged weights.")
+    max_shard_size: float = option(5.0, "Largest weight file, in GB.")
+
+
+GROUPS = (Model, Data, Training, Optimisation, Generation, Server, Export)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Every setting of a run. Groups are read as `run.data.max_seq_len`; see each group's fields."""
+
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    training: Training = field(default_factory=Training)
+    optimisation: Optimisation = field(default_factory=Optimisation)
+    generation: Generation = field(default_factory=Generation)
+    server: Server = field(default_factory=Server)
+    export: Export = field(default_factory=Export)
+    without_effect: tuple[str, ...] = ()
+
+    def flat(self) -> dict[str, Any]:
+        """All keys and values, in the order of the groups: the content of `run.yaml`."""
+        groups = (getattr(self, f.name) for f in dataclasses.fields(self))
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for group in groups
+            if dataclasses.is_dataclass(group)
+            for key, value in dataclasses.asdict(group).items()
+        }
+
+    @property
+    def is_lora(self) -> bool:
+        return self.model.fine_tuning == "LoRA"
+
+    @property
+    def output(self) -> Path:
+        return Path(self.training.output_dir)
+
+
+def read_run(words: Sequence[str]) -> Run:
+    """The run described by `[file.yaml] key=value ...`; `--key value` is understood too.
+
+    Raises ConfigError in one sentence for anything that does not fit.
+    """
+    words = list(words)
+    values: dict[str, Any] = {}
+    origin = "the command line"
+    if words and "=" not in words[0] and not words[0].startswith("-"):
+        origin = words.pop(0)
+        if Path(origin).suffix not in (".yaml", ".yml", ".json"):
+            raise ConfigError(f"{origin!r} is not a .yaml, .yml or .json file of settings")
+        values = read_yaml(origin)
+    return run_from(values | read_overrides(_undashed(words)), origin)
+
+
+def run_from(values: Mapping[str, Any], origin: str = "the settings") -> Run:
+    """A checked `Run` from a flat mapping of ERNIEKit's keys."""
+    own = {f.name for kind in GROUPS for f in dataclasses.fields(kind)}
+    values = {key: _respelt(key, value) for key, value in values.items()}
+    kept, without_effect = foreign.separate(values, own, origin)
+    lora = kept.get("lora")
+    groups = fill(GROUPS, kept, origin)
+    if groups[0].lora is not None:
+        groups[0] = _from_lora_key(groups[0], given="fine_tuning" in kept, lora=lora)
+    names = [f.name for f in dataclasses.fields(Run)][: len(GROUPS)]
+    run = Run(**dict(zip(names, groups)), without_effect=tuple(without_effect))
+    validate(run)
+    return run
+
+
+def _respelt(key: str, value: Any) -> Any:
+    """ERNIEKit's empty strings mean "not given"; YAML reads the strategy `no` as false."""
+    if key.endswith("_strategy") and value is False:
+        return "no"
+    return None if isinstance(value, str) and not value.strip() else value
+
+
+def _from_lora_key(model: Model, *, given: bool, lora: Any) -> Model:
+    wanted = "LoRA" if model.lora else "Full"
+    if given and model.fine_tuning != wanted:
+        raise ConfigError(
+            f"lora={lora} contradicts fine_tuning={model.fine_tuning}; give only fine_tuning"
+        )
+    return dataclasses.replace(model, fine_tuning=wanted, lora=None)
+
+
+def _undashed(words: list[str]) -> list[str]:
+    """`--key value` and `--key=value` as `key=value`."""
+    result, rest = [], iter(words)
+    for word in rest:
+        if not word.startswith("--") or "=" in word:
+            result.append(word.removeprefix("--"))
+            continue
+        value = next(rest, None)
+        if value is None:
+            raise ConfigError(f"{word} has no value; write {word.removeprefix('--')}=value")
+        result.append(f"{word.removeprefix('--')}={value}")
+    return result
+
+
+def validate(run: Run) -> None:
+    """Checks that concern more than one key, and ranges; raises ConfigError."""
+    model, data, training, optimisation = run.model, run.data, run.training, run.optimisation
+    for group, key, low in (
+        (model, "lora_rank", 1),
+        (model, "loss_subbatch_seqlen", 1),
+        (data, "max_seq_len", 8),
+        (data, "buffer_size", 1),
+        (data, "num_samples_each_epoch", 1),
+        (data, "max_estimate_samples", 1),
+        (training, "batch_size", 1),
+        (training, "gradient_accumulation_steps", 1),
+        (training, "logging_steps", 1),
+        (training, "save_steps", 1),
+        (training, "seed", 0),
+        (optimisation, "learning_rate", 0),
+        (optimisation, "warmup_steps", 0),
+    ):
+        if getattr(group, key) < low:
+            raise ConfigError(f"{key}={getattr(group, key)} is too small; give {low} or more")
+    for split in ("train", "eval"):
+        _check_sources(data, split)
+    if optimisation.min_lr > optimisation.learning_rate:
+        raise ConfigError(
+            f"min_lr={optimisation.min_lr} is above learning_rate={optimisation.learning_rate}; "
+            "it is the floor of the schedule"
+        )
+    if training.max_steps == 0 or training.max_steps < -1:
+        raise ConfigError(
+            f"max_steps={training.max_steps} is no number of steps; give -1 or 1, 2.."
+        )
+    if run.is_lora and model.num_nextn_predict_layers:
+        raise ConfigError(
+            "num_nextn_predict_layers trains a block of the model itself; use fine_tuning: Full"
+        )
+    if model.lora_path and not run.is_lora:
+        raise ConfigError("lora_path is an adapter to start from; it needs fine_tuning: LoRA")
+
+
+def _check_sources(data: Data, split: str) -> None:
+    kinds, paths, probs = (getattr(data, f"{split}_dataset_{x}") for x in ("type", "path", "prob"))
+    if paths and not len(kinds) == len(paths) == len(probs):
+        raise ConfigError(
+            f"{split}_dataset_type, _path and _prob have {len(kinds)}, {len(paths)} and "
+            f"{len(probs)} entries; give one of each per file"
+        )
+    for kind in kinds:
+        if kind not in ("erniekit", "alpaca", "messages", "chatml"):
+            raise ConfigError(
+                f"{split}_dataset_type={kind!r} is not known; use erniekit, alpaca or messages"
+            )
+    if paths and (min(probs) < 0 or sum(probs) <= 0):
+        raise ConfigError(f"{split}_dataset_prob={list(probs)} must be weights of 0 or more")
+
+
+def resolved(run: Run, device: str) -> Run:
+    """A new `Run` in which nothing is left to be decided, for a run on `device` (cpu or cuda)."""
+    model, training, optimisation = run.model, run.training, run.optimisation
+    if model.rslora_plus:
+        model = dataclasses.replace(
+            model, rslora_plus=False, rslora=True, lora_plus_scale=4.0, lora_alpha=4.0
+        )
+    if model.lora_alpha == -1:
+        alpha = 4.0 if model.rslora else 2.0 * model.lora_rank
+        model = dataclasses.replace(model, lora_alpha=alpha)
+    lean = not run.is_lora and device == "cpu"
+    if optimisation.amp_master_grad is None:
+        optimisation = dataclasses.replace(optimisation, amp_master_grad=not lean)
+    if optimisation.use_lowprecision_moment is None:
+        optimisation = dataclasses.replace(optimisation, use_lowprecision_moment=lean)
+    training = dataclasses.replace(
+        training,
+        device="gpu" if device == "cuda" else "cpu",
+        eval_steps=training.eval_steps or 500,
+    )
+    return dataclasses.replace(run, model=model, training=training, optimisation=optimisation)
+
+
+def changed(run: Run) -> dict[str, Any]:
+    """The keys whose value is not the default."""
+    defaults = Run().flat()
+    return {key: value for key, value in run.flat().items() if value != defaults[key]}
+
+
+def to_yaml(run: Run) -> str:
+    import yaml
+
+    return yaml.safe_dump(run.flat(), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,263 @@
+"""From files to batches: the stream of records, its faults, and the flat tensors of a step.
+
+    sources -> mix -> dialogues -> samples -> rows -> batches of flat tokens
+
+Legend: T tokens of the flat batch, S segments (samples).
+
+Records that cannot be used are never silent: each is logged (the first few in full), all are counted
+by reason, and a share of them above `max_bad_data_share` ends the run with `DataError`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import queue
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from ernie.chat import UNTRAINED
+from erniekit.config import Data
+from erniekit.data.dialogue import Encoder, Sample, read_dialogue
+from erniekit.data.mix import Mix
+from erniekit.data.pack import Cursor, Drawn, pack
+from erniekit.data.sources import DataError, open_source
+
+log = logging.getLogger("erniekit")
+
+_SHOWN = 5  # faults logged in full
+_ENOUGH = 200  # records after which the share of faults is judged
+
+
+@dataclass
+class Batch:
+    """Rows laid one after the other. Arrays here; `erniekit.loop` makes tensors of them."""
+
+    token_ids_T: np.ndarray  # int64
+    labels_T: np.ndarray  # int64, the token that follows, UNTRAINED where there is no loss
+    positions_T: np.ndarray  # int64, from 0 in every segment
+    cu_seqlens_S1: np.ndarray  # int32, bounds of the segments
+    cursor: Cursor  # how the stream goes on after this batch
+    num_tokens: int  # without padding
+    num_trained: int
+
+
+def batch_of(rows: list[list[Sample]], cursor: Cursor, *, fixed_size: int = 0) -> Batch:
+    """Flat arrays of some rows; with `fixed_size` filled up to that many tokens by one segment of
+    untrained zeros.
+    """
+    samples = [sample for row in rows for sample in row]
+    ids = np.concatenate([np.asarray(s.token_ids, np.int64) for s in samples])
+    labels = np.concatenate([np.asarray(s.labels, np.int64) for s in samples])
+    lengths = [len(s) for s in samples]
+    num_tokens, missing = len(ids), max(fixed_size - len(ids), 0)
+    if missing:
+        ids = np.pad(ids, (0, missing))
+        labels = np.pad(labels, (0, missing), constant_values=UNTRAINED)
+        lengths.append(missing)
+    return Batch(
+        ids,
+        labels,
+        np.concatenate([np.arange(n) for n in lengths]),
+        np.concatenate(([0], np.cumsum(lengths))).astype(np.int32),
+        cursor,
+        num_tokens,
+        int((labels != UNTRAINED).sum()),
+    )
+
+
+@dataclass
+class Faults:
+    """What could not be used, by reason."""
+
+    max_share: float
+    read: int = 0
+    by_reason: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def total(self) -> int:
+        return sum(self.by_reason.values())
+
+    def add(self, where: str, error: DataError) -> None:
+        reason = str(error).removeprefix(f"{where}: ")
+        self.by_reason[reason.split(";")[0]] += 1
+        if self.total <= _SHOWN:
+            log.warning("left out %s: %s", where, reason)
+        elif self.total == _SHOWN + 1:
+            log.warning("more records are left out; they are counted and reported at the end")
+
+    def judge(self, *, at_end: bool) -> None:
+        """Raises DataError when too large a share of the records cannot be used."""
+        judged = at_end or self.read >= _ENOUGH
+        if judged and self.total > self.max_share * self.read:
+            worst = ", ".join(f"{reason} ({n})" for reason, n in self.by_reason.most_common(3))
+            raise DataError(
+                f"{self.total} of {self.read} records cannot be used ({worst}); repair the data or "
+                f"raise max_bad_data_share={self.max_share}"
+            )
+
+
+class Stream:
+    """The records of a split as samples and rows. One per split; iterating starts anew."""
+
+    def __init__(self, data: Data, split: str, encoder: Encoder, *, seed: int) -> None:
+        kinds, paths, weights = (
+            getattr(data, f"{split}_dataset_{x}") for x in ("type", "path", "prob")
+        )
+        self.data, self.encoder = data, encoder
+        self.kinds = kinds
+        self.sources = [open_source(path) for path in paths]
+        training = split == "train"
+        self.way = "separate" if not data.packing else "sequential"
+        if training and data.packing and data.greedy_intokens:
+            self.way = "greedy"
+        self.mix = Mix(
+            [len(source) for source in self.sources],
+            weights,
+            strategy=data.mix_strategy if training else "concat",
+            shuffle=data.random_shuffle and training,
+            limit=data.num_samples_each_epoch,
+            seed=seed,
+        )
+        self.faults = Faults(data.max_bad_data_share)
+
+    @property
+    def epoch_size(self) -> int:
+        return self.mix.epoch_size
+
+    def samples(self, start: Cursor, end: int | None = None) -> Iterator[Drawn]:
+        """Samples of the records from `start` on, up to position `end` (without end if None)."""
+        length = None if end is None else max(end - start.position, 0)
+        draws = islice(self.mix.draws(start.position), length)
+        for position, (source, index) in enumerate(draws, start.position):
+            skipped = start.part if position == start.position else 0
+            for part, sample in enumerate(self._read(source, index)):
+                if part >= skipped:
+                    yield Drawn(position, part, sample)
+
+    def _read(self, source: int, index: int) -> list[Sample]:
+        self.faults.read += 1
+        try:
+            record = self.sources[source][index]
+            samples = self.encoder.samples(read_dialogue(record, self.kinds[source]))
+        except DataError as error:
+            self.faults.add(self.sources[source].where(index), error)
+            samples = []
+        self.faults.judge(at_end=False)
+        return samples
+
+    def rows(self, start: Cursor = Cursor(), end: int | None = None) -> Iterator[Any]:
+        """(row, cursor after it) from a cursor on."""
+        stream = self.samples(start._replace(rows=0), end)
+        size, capacity = self.data.buffer_size, self.data.max_seq_len
+        return islice(pack(stream, capacity, way=self.way, buffer_size=size), start.rows, None)
+
+    def batches(
+        self, batch_size: int, start: Cursor = Cursor(), end: int | None = None
+    ) -> Iterator[Batch]:
+        """Batches of `batch_size` rows; the last of a bounded stream may have fewer."""
+        fixed_size = batch_size * self.data.max_seq_len if self.data.padding else 0
+        rows = self.rows(start, end)
+        while group := list(islice(rows, batch_size)):
+            yield batch_of([row for row, _ in group], group[-1][1], fixed_size=fixed_size)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a dry pass over the first epoch found."""
+
+    epoch_size: int  # records of an epoch
+    num_records: int  # records read
+    num_samples: int
+    num_rows: int  # of the whole epoch; extrapolated when not all was read
+    num_tokens: int
+    num_trained: int
+    num_bad: int
+    digests: frozenset[bytes]  # of samples, to compare with another split
+
+    @property
+    def fill(self) -> float:
+        return self.num_tokens / max(self.num_rows, 1)
+
+
+def survey(stream: Stream, max_records: int) -> Survey:
+    """Read and pack one epoch (at most `max_records` of it) without training on it.
+
+    Raises DataError when too many records cannot be used, or none can.
+    """
+    epoch_size = stream.epoch_size
+    num_read = min(epoch_size, max_records)
+    digests, num_samples, num_rows, num_tokens, num_trained = set(), 0, 0, 0, 0
+    for row, _ in stream.rows(end=num_read):
+        num_rows += 1
+        num_samples += len(row)
+        for sample in row:
+            num_tokens += len(sample)
+            num_trained += sum(label != UNTRAINED for label in sample.labels)
+            digests.add(digest(sample))
+    stream.faults.judge(at_end=True)
+    if not num_rows:
+        raise DataError(f"none of the {num_read} records can be trained on; see the warnings above")
+    scale = epoch_size / num_read
+    return Survey(
+        epoch_size,
+        num_read,
+        num_samples,
+        round(num_rows * scale),
+        round(num_tokens * scale),
+        round(num_trained * scale),
+        stream.faults.total,
+        frozenset(digests),
+    )
+
+
+def digest(sample: Sample) -> bytes:
+    return hashlib.blake2b(np.asarray(sample.token_ids, np.int32).tobytes(), digest_size=8).digest()
+
+
+def prefetched(batches: Iterable[Batch], depth: int) -> Iterator[Batch]:
+    """The same batches, prepared ahead by a background thread; errors are raised where they are
+    met.
+    """
+    if not depth:
+        yield from batches
+        return
+    done, ready, stop = object(), queue.Queue(maxsize=depth), threading.Event()
+
+    def put(item: Any) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for batch in batches:
+                if not put((batch, None)):
+                    return
+            put((done, None))
+        except Exception as error:  # raised again by the consumer
+            put((done, error))
+
+    thread = threading.Thread(target=work, daemon=True, name="erniekit-data")
+    thread.start()
+    try:
+        while True:
+            item, error = ready.get()
+            if error is not None:
+                raise error
+            if item is done:
+                return
+            yield item
+    finally:
+        stop.set()
+        thread.join()

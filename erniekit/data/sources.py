@@ -1,0 +1,132 @@
+"""Files of records, read in any order: JSON lines, gzipped JSON lines, and JSON arrays.
+
+A file of JSON lines is mapped into memory and indexed by the offsets of its lines, so that shuffling
+costs 16 bytes a record and nothing is held that is not looked at. A gzipped file is first unpacked
+to an unnamed temporary file; a JSON array is read whole. A byte order mark, CRLF and blank lines are
+understood. Refuses what cannot be a data file at all (missing, empty, cut short); a record that
+cannot be used raises `DataError` when it is asked for, naming file and line.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import mmap
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol
+
+import numpy as np
+
+from ernie.settings import ConfigError
+
+_BOM = b"\xef\xbb\xbf"
+_WINDOW = 1 << 26  # bytes searched for line ends at once
+
+
+class DataError(ValueError):
+    """A record that cannot be trained on: one sentence with file, line and reason."""
+
+
+class Source(Protocol):
+    """Records of one file, by index. `where(i)` names file and line for messages."""
+
+    path: Path
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Any: ...
+
+    def where(self, index: int) -> str: ...
+
+
+def open_source(path: str | Path) -> Source:
+    """The records of a `.jsonl`, `.json` or `.gz` file; raises ConfigError where there are none."""
+    path = Path(path)
+    if not path.is_file():
+        raise ConfigError(f"there is no data file {path}; give the path of a .jsonl or .json file")
+    file = _unpacked(path) if path.suffix == ".gz" else path.open("rb")
+    head = file.read(4096).removeprefix(_BOM).lstrip()
+    file.seek(0)
+    source: Source = Array(path, file) if head.startswith(b"[") else Lines(path, file)
+    if not len(source):
+        raise ConfigError(f"{path} holds no records; it must hold one JSON object per line")
+    return source
+
+
+def _unpacked(path: Path) -> BinaryIO:
+    file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the source
+    try:
+        with gzip.open(path) as packed:
+            shutil.copyfileobj(packed, file)
+    except (EOFError, gzip.BadGzipFile) as error:
+        raise ConfigError(f"{path} is not a whole gzip file ({error}); copy it again") from None
+    file.seek(0)
+    return file
+
+
+class Lines:
+    """One JSON object per line, parsed when it is asked for."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path = path
+        self.starts, self.ends, self.numbers = _line_bounds(file)
+        self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if len(self) else b""
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def __getitem__(self, index: int) -> Any:
+        line = self.content[self.starts[index] : self.ends[index]]
+        try:
+            return json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{self.where(index)}: not UTF-8 text (byte {error.start}); save the file as UTF-8"
+            ) from None
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{self.where(index)}: not a JSON object ({error})") from None
+
+    def where(self, index: int) -> str:
+        return f"{self.path}:{self.numbers[index]}"
+
+
+class Array:
+    """A JSON array of objects, read whole; items are counted from 1."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path = path
+        try:
+            self.records = json.loads(file.read().removeprefix(_BOM).decode("utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ConfigError(f"{path} begins like a JSON array but is not one: {error}") from None
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.records[index]
+
+    def where(self, index: int) -> str:
+        return f"{self.path}, item {index + 1}"
+
+
+def _line_bounds(file: BinaryIO) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Start and end offset and line number of every line that is not blank."""
+    newlines, size = [], 0
+    while window := file.read(_WINDOW):
+        newlines.append(np.flatnonzero(np.frombuffer(window, np.uint8) == ord("\n")) + size)
+        size += len(window)
+    ends = np.concatenate((*newlines, [size])).astype(np.int64)
+    starts = np.concatenate(([0], ends[:-1] + 1)).astype(np.int64)
+    file.seek(0)
+    if file.read(3) == _BOM:
+        starts[0] = 3
+    # A line of fewer than three bytes may be blank but for a carriage return or a space.
+    kept = ends > starts
+    for i in np.flatnonzero(kept & (ends - starts < 3)):
+        file.seek(int(starts[i]))
+        kept[i] = bool(file.read(int(ends[i] - starts[i])).strip())
+    numbers = np.flatnonzero(kept) + 1
+    return starts[kept], ends[kept], numbers

@@ -1,0 +1,240 @@
+"""ERNIEKit's keys that are not settings here: accepted without effect, or refused by name.
+
+Two tables. `WITHOUT_EFFECT`: keys that steer PaddlePaddle (its fused kernels, launch, memory pools,
+file formats) or that describe what always happens here; any value is accepted and the run reports
+them in one line. `NEUTRAL`: keys of features that are not here yet; they are accepted at the values
+that switch the feature off, and refused otherwise in a sentence that says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from ernie.settings import ConfigError, did_you_mean
+
+# What happens instead, by key; the reason is for the reader of this table and of the docs.
+WITHOUT_EFFECT: dict[str, str] = {
+    # always done here
+    "release_grads": "gradients are always released after a step",
+    "use_sparse_head_and_loss_fn": "the head always sees only trained tokens",
+    "use_fused_head_and_loss_fn": "head and loss are always one chunked pass",
+    "use_recompute_loss_fn": "logits are never kept",
+    "use_attn_mask_start_row_indices": "attention always takes segment bounds",
+    "use_attn_mask_startend_row_indices": "attention always takes segment bounds",
+    "use_sparse_flash_attn": "segments never meet each other",
+    "encode_one_turn": "turns are always encoded by themselves",
+    "save_rng_states": "always saved",
+    "save_tokenizer": "always saved",
+    "logging_strategy": "logging_steps decides; metrics.jsonl has every step",
+    "disable_tqdm": "there is one line a step, no bar",
+    "logging_dir": "metrics.jsonl lies in output_dir",
+    "report_to": "metrics.jsonl lies in output_dir",
+    # PaddlePaddle's kernels and precision machinery
+    "use_flash_attention": "ernie.kernels picks",
+    "use_flash_attn_with_mask": "ernie.kernels picks",
+    "use_mem_eff_attn": "ernie.kernels picks",
+    "fuse_linear": "ernie.kernels picks",
+    "fuse_rope": "ernie.kernels picks",
+    "fuse_softmax_mask": "ernie.kernels picks",
+    "fuse_rms_norm": "ernie.kernels picks",
+    "fuse_swiglu": "ernie.kernels picks",
+    "fuse_gate_detach_matmul": "ernie.kernels picks",
+    "moe_gate": "one router",
+    "moe_group": "experts live in this process",
+    "moe_group_experts": "one router",
+    "moe_with_send_router_loss": "one process",
+    "use_recompute_moe": "recompute_granularity decides",
+    "use_recompute_mtp": "recompute_granularity decides",
+    "recompute_use_reentrant": "one way of recomputing",
+    "offload_recompute_inputs": "inputs stay where they are",
+    "bf16": "compute_type decides",
+    "fp16": "compute_type decides",
+    "fp16_opt_level": "compute_type decides",
+    "scale_loss": "only float16 needs it",
+    "amp_custom_white_list": "precision is per kernel",
+    "amp_custom_black_list": "precision is per kernel",
+    "weight_quantize_algo": "compute_type decides",
+    # memory management of PaddlePaddle
+    "offload_optim": "the optimizer stays on the device",
+    "tensorwise_offload_optimizer": "the optimizer stays on the device",
+    "optim_shard_num": "one optimizer file",
+    "pre_alloc_memory": "torch manages memory",
+    "gc_interval": "Python collects",
+    # one process
+    "sharding": "one process",
+    "sharding_parallel_config": "one process",
+    "sharding_comm_buffer_size_MB": "one process",
+    "tensor_parallel_config": "one process",
+    "tensor_parallel_output": "one process",
+    "pipeline_parallel_config": "one process",
+    "data_parallel_config": "one process",
+    "sequence_parallel_config": "one process",
+    "hybrid_parallel_topo_order": "one process",
+    "sequence_parallel": "one process",
+    "use_sp_callback": "one process",
+    "pp_seg_method": "one process",
+    "add_tail_layers": "one process",
+    "distributed_dataloader": "one process",
+    "pp_need_data": "one process",
+    "pp_need_data_degree": "one process",
+    "disable_pipeline_warmup": "one process",
+    # PaddlePaddle's checkpoint formats
+    "unified_checkpoint": "one checkpoint format",
+    "unified_checkpoint_config": "one checkpoint format",
+    "disable_ckpt_quant": "checkpoints are never quantised",
+    "ckpt_quant_stage": "checkpoints are never quantised",
+    "use_async_save": "saves are synchronous",
+    "ordered_save_group_size": "one process",
+    "save_sharding_stage1_model_include_freeze_params": "one process",
+    "save_sharded_model": "one checkpoint format",
+    "load_sharded_model": "one checkpoint format",
+    "save_checkpoint_format": "one checkpoint format",
+    "convert_from_hf": "the layout is recognised",
+    "save_to_hf": "the layout of the base model is kept",
+    "use_huggingface_model": "the layout is recognised",
+    "output_signal_dir": "Baidu's cluster",
+    "args_output_to_local": "run.yaml has them",
+    "hf_hub_id": "nothing is uploaded",
+    "mergekit_task_config": "unused by ERNIEKit too",
+    # leftovers of other stages and of ERNIEKit itself
+    "num_comparisons": "unused by ERNIEKit too",
+    "use_cls": "unused by ERNIEKit too",
+    "in_tokens_batching": "packing decides",
+    "dataset_name": "the type of each file decides",
+    "max_prompt_len": "only preference training cuts prompts",
+    "mask_out_eos_token": "only preference training masks it",
+    "eval_iters": "max_evaluate_steps decides",
+    "offset_alpha": "only preference training uses it",
+    "dropout_warmup_steps": "there is no dropout",
+    "global_batch_size": "batch_size x gradient_accumulation_steps",
+    "lr_scheduler": "lr_scheduler_type decides",
+    "sft_benchmark": "metrics.jsonl has the speed of every step",
+    "from_scratch": "continue_training decides",
+    "rope_3d": "the model's config.json decides",
+    "metrics_port": "metrics are served on port",
+    "engine_worker_queue_port": "the server has one port",
+    "use_warmup": "the server decides",
+    "kv_cache_ratio": "the server decides",
+    "load_choices": "the layout is recognised",
+    "stream_options": "usage is always asked for",
+    "apply_hadamard": "only fp8 uses it",
+    "hadamard_block_size": "only fp8 uses it",
+}
+
+# Key -> values that mean "off". Empty strings, none and lists thereof are always off.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "tensor_parallel_degree": (-1, 1),
+    "tensor_model_parallel_size": (-1, 1),
+    "pipeline_parallel_degree": (-1, 1),
+    "pipeline_model_parallel_size": (-1, 1),
+    "sharding_parallel_degree": (-1, 1),
+    "sharding_parallel_size": (-1, 1),
+    "data_parallel_degree": (-1, 1),
+    "expert_parallel_degree": (-1, 1),
+    "expert_model_parallel_size": (-1, 1),
+    "context_parallel_degree": (-1, 1),
+    "context_parallel_size": (-1, 1),
+    "sep_parallel_degree": (-1, 1),
+    "virtual_pp_degree": (1,),
+    "server_tp_degree": (-1, 1),
+    "use_expert_parallel": (False,),
+    "refined_recompute": (),
+    "use_global_causal_attn": (False,),
+    "use_template": (True,),
+    "dataset_type": ("iterable",),
+    "offline_dataset_path": (),
+    "input_dir": (),
+    "split": ("950,50",),
+    "text_dataset_path": (),
+    "text_dataset_prob": (),
+    "truncation_strategy": ("left",),
+    "attention_probs_dropout_prob": (0,),
+    "hidden_dropout_prob": (0,),
+    "moe_dropout_prob": (0,),
+    "moe_use_hard_gate": (False,),
+    "moe_use_aux_free": (True,),
+    "use_ortho_loss_callback": (False,),
+    "adaptive_norm_clip": (False,),
+    "token_balance_loss": (True, False),  # the loss is always normalised by the token count
+    "freeze_config": (),
+    "train_emb_only": (0, False),
+    "train_moe_only": (),
+    "vit_lr_ratio": (),
+    "visual_ld": (),
+    "do_predict": (False,),
+    "load_best_model_at_end": (False,),
+    "metric_for_best_model": (),
+    "greater_is_better": (),
+    "ignore_data_skip": (False,),
+    "skip_data_intervals": (),
+    "ignore_save_lr_and_optim": (False,),
+    "ignore_load_lr_and_optim": (False,),
+    "dpo_benchmark": (False,),
+    "loss_type": ("sigmoid",),
+    "beta": (0.1,),
+    "label_smoothing": (0,),
+    "pref_loss_ratio": (1,),
+    "sft_loss_ratio": (0,),
+    "simpo_gamma": (0.5,),
+    "dpop_lambda": (50,),
+    "normalize_logps": (True, False),
+    "reference_free": (False,),
+    "ref_model_update_steps": (-1,),
+    "quant_input_grad": (False,),
+    "quant_weight_grad": (False,),
+    "use_fp8": (False,),
+    "multimodal": (False,),
+    "vision_model_name_or_path": (),
+    "enable_mm": (False,),
+    "quantization": (),
+    "reasoning_parser": (),
+    "tool_call_parser": (),
+}
+
+_LATER = {
+    "stage": ("SFT",),
+    "compute_type": ("bf16",),
+    "optim": ("adamw", "adamw_custom"),
+}
+
+
+def separate(
+    values: Mapping[str, Any], own: Collection[str], origin: str
+) -> tuple[dict[str, Any], list[str]]:
+    """The values that are settings here, and the names of the keys without effect that were given.
+
+    Raises ConfigError for unknown keys and for features that are not here.
+    """
+    kept: dict[str, Any] = {}
+    without_effect: list[str] = []
+    for key, value in values.items():
+        if key in _LATER and str(value) not in _LATER[key]:
+            raise ConfigError(f"{key}={value} is not available yet; use {' or '.join(_LATER[key])}")
+        if key in own:
+            if value is not None:
+                kept[key] = value
+        elif key in WITHOUT_EFFECT:
+            without_effect.append(key)
+        elif key in NEUTRAL:
+            if not _is_off(value, NEUTRAL[key]):
+                usable = " or ".join(map(str, NEUTRAL[key])) or "nothing"
+                raise ConfigError(
+                    f"{key}={value} is not available yet; leave it out or at {usable}"
+                )
+        else:
+            near = did_you_mean(key, (*own, *WITHOUT_EFFECT, *NEUTRAL))
+            raise ConfigError(f"unknown key {key!r} in {origin}{near}")
+    return kept, without_effect
+
+
+def _is_off(value: Any, neutral: tuple[Any, ...]) -> bool:
+    if value in (None, "", [], {}) or str(value).lower() in ("none", "null"):
+        return True
+    return any(
+        str(value).lower() in (str(n).lower(), str(float(n)) if _number(n) else "") for n in neutral
+    )
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -1,0 +1,106 @@
+"""The sums of gradients of a step, kept apart from `parameter.grad`.
+
+A gradient is moved here the moment it is ready, added in the dtype of choice, and its float32 original
+is freed: with bfloat16 sums a backward pass never holds the float32 gradients of more than one layer.
+Two gradients as large as the vocabulary are not even formed: the loss adds the head's straight into
+its sum (`sum_of`), chunk by chunk, and the embedding adds only the rows it looked up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ernie.layers import Embedding
+
+
+class Gradients:
+    """Sums of gradients by parameter, from the first backward pass of a step to `release()`.
+
+    Sums are float32 or bfloat16 by `dtype`, but float32 for what is summed in many small parts
+    (`float32_for`).
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        dtype: torch.dtype,
+        *,
+        float32_for: tuple[nn.Parameter, ...] = (),
+    ) -> None:
+        self.parameters = dict(parameters)
+        self._dtypes = {id(p): dtype for p in self.parameters.values()}
+        self._dtypes |= {id(p): torch.float32 for p in float32_for if id(p) in self._dtypes}
+        self._sums: dict[int, Tensor] = {}
+        for parameter in self.parameters.values():
+            parameter.register_post_accumulate_grad_hook(self._take)
+
+    def sum_of(self, parameter: nn.Parameter) -> Tensor:
+        """The sum of a trained parameter's gradients, zeros when there was none yet."""
+        if id(parameter) not in self._sums:
+            dtype = self._dtypes[id(parameter)]
+            self._sums[id(parameter)] = torch.zeros_like(parameter, dtype=dtype)
+        return self._sums[id(parameter)]
+
+    def present(self) -> dict[str, Tensor]:
+        """Name and sum of every parameter that got a gradient."""
+        found = ((name, self._sums.get(id(p))) for name, p in self.parameters.items())
+        return {name: total for name, total in found if total is not None}
+
+    @torch.no_grad()
+    def norm(self) -> float:
+        """Length of all sums taken as one vector; inf or nan where one is."""
+        squares = [
+            torch.linalg.vector_norm(total, dtype=torch.float32).double().square()
+            for total in self.present().values()
+        ]
+        return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+
+    def release(self) -> None:
+        self._sums.clear()
+
+    @torch.no_grad()
+    def _take(self, parameter: Tensor) -> None:
+        gradient, parameter.grad = parameter.grad, None
+        if gradient is None:  # all of it went straight into the sum
+            return
+        total = self._sums.get(id(parameter))
+        if total is None:
+            self._sums[id(parameter)] = gradient.to(self._dtypes[id(parameter)])
+        else:
+            total.add_(gradient)
+
+
+class _AddRows(torch.autograd.Function):
+    """Embedding look-up whose backward adds rows to a sum instead of making a (V, D) gradient."""
+
+    @staticmethod
+    def forward(ctx, weight_VD: Tensor, ids_T: Tensor, gradients: Gradients) -> Tensor:
+        ctx.save_for_backward(ids_T)
+        ctx.weight, ctx.gradients = weight_VD, gradients
+        return nn.functional.embedding(ids_T, weight_VD)
+
+    @staticmethod
+    def backward(ctx, grad_TD: Tensor):
+        (ids_T,) = ctx.saved_tensors
+        total = ctx.gradients.sum_of(ctx.weight)
+        # Sequential on a CPU; on a GPU index_add_ is the one operation of a step whose order of
+        # additions is not fixed unless torch is told to be deterministic (`erniekit.launch` does).
+        total.index_add_(0, ids_T, grad_TD.to(total.dtype))
+        return None, None, None
+
+
+class SummedEmbedding(Embedding):
+    """An `Embedding` whose gradient goes into a `Gradients` by rows."""
+
+    def __init__(self, embedding: Embedding, gradients: Gradients) -> None:
+        nn.Module.__init__(self)
+        self.weight = embedding.weight
+        self.gradients = gradients
+
+    def forward(self, token_ids_T: Tensor) -> Tensor:
+        if not (torch.is_grad_enabled() and self.weight.requires_grad):
+            return super().forward(token_ids_T)
+        return _AddRows.apply(self.weight, token_ids_T, self.gradients)

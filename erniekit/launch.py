@@ -1,0 +1,49 @@
+"""From a configuration to the function that trains: this process, one device.
+
+`RECIPES` names the function of each stage. Several processes (NNODES, torchrun) are refused: a run
+that silently trained four copies would be worse than none.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+from ernie.settings import ConfigError
+from erniekit.config import Run
+
+RECIPES = {"SFT": "erniekit.recipes.sft"}
+
+
+def run_training(run: Run) -> int:
+    """Train (or, with do_train false, evaluate) as `run` says; returns the exit code."""
+    if not run.training.do_train:
+        from erniekit.recipes import evaluation
+
+        return evaluation.evaluate_run(run)
+    recipe = importlib.import_module(RECIPES[run.model.stage])
+    return recipe.run(run, device_of(run))
+
+
+def device_of(run: Run) -> str:
+    """cpu or cuda. Raises ConfigError for a device or a number of processes that is not here."""
+    import torch
+
+    for variable in ("NNODES", "WORLD_SIZE"):
+        if os.environ.get(variable, "1") not in ("", "1"):
+            raise ConfigError(
+                f"{variable}={os.environ[variable]} asks for several processes, which are not "
+                "available yet; unset it to train in one"
+            )
+    wanted = {"gpu": "cuda"}.get(run.training.device, run.training.device)
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted not in ("cpu", "cuda"):
+        raise ConfigError(f"device={run.training.device!r} is not known; use auto, cpu or gpu")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=gpu, but torch sees no GPU here; use device=cpu")
+    if wanted == "cuda":
+        # The one operation with a random order of additions must not make two runs differ.
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    return wanted

@@ -1,0 +1,167 @@
+"""The training loop: one function for every recipe. The method is the loss that is passed in.
+
+    window of batches -> loss and backward for each -> norm, clip, update -> record
+
+Losses are sums over tokens times one over the number of trained tokens of the *whole* window, so a
+step means the same however it is cut into batches. A step whose loss or gradient is not finite
+changes nothing but a counter.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ernie.model import ErnieModel
+from ernie.moe import balance
+from ernie.moe.layer import MoE
+from erniekit.config import Optimisation
+from erniekit.data.loader import Batch
+from erniekit.data.pack import Cursor
+from erniekit.gradients import Gradients
+from erniekit.losses import Flat, Loss
+from erniekit.metrics import peak_memory_gib
+from erniekit.optim import AdamW, clip_scale, learning_rate_at
+
+log = logging.getLogger("erniekit")
+
+
+class TrainingError(ValueError):
+    """Training cannot go on, and the user can do something about it."""
+
+
+@dataclass
+class Progress:
+    """What changes as training goes on, besides weights and optimizer; stored in checkpoints."""
+
+    step: int = 0
+    cursor: Cursor = field(default_factory=Cursor)
+    total_tokens: int = 0
+    skipped_steps: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Progress:
+        return cls(**{**values, "cursor": Cursor(*values["cursor"])})
+
+
+@dataclass
+class Parts:
+    """What a loop drives. `loss(model, batch, scale=, share=)` is the training method."""
+
+    model: ErnieModel
+    loss: Callable[..., Loss]
+    optimizer: AdamW
+    gradients: Gradients
+    optimisation: Optimisation
+    num_steps: int
+    batches_per_step: int
+    epoch_size: int
+    max_skipped_steps: int
+    bias_step: float = 0.0  # of the routing bias, per optimizer step
+
+
+def to_device(batch: Batch, device: torch.device) -> Flat:
+    arrays = (batch.token_ids_T, batch.labels_T, batch.positions_T, batch.cu_seqlens_S1)
+    return Flat(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
+
+
+def train(
+    parts: Parts,
+    batches: Iterator[Batch],
+    progress: Progress,
+    after_step: Callable[[dict[str, Any]], bool],
+) -> None:
+    """Steps until `num_steps`, or until `after_step(record)` answers that it is enough.
+
+    `progress` is moved along. Raises TrainingError when too many steps were not finite.
+    """
+    while progress.step < parts.num_steps:
+        start = time.monotonic()
+        window = list(islice(batches, parts.batches_per_step))
+        assert window, "the stream of training batches has no end"
+        record = _step(parts, window, progress)
+        record["seconds"] = time.monotonic() - start
+        record["tokens_per_second"] = record["num_tokens"] / record["seconds"]
+        if progress.skipped_steps > parts.max_skipped_steps:
+            after_step(record)
+            raise TrainingError(
+                f"{progress.skipped_steps} steps had a loss or gradient that is not finite (the "
+                f"last at step {progress.step}, data position {progress.cursor.position}); lower "
+                "learning_rate, check the data, or raise max_skipped_steps"
+            )
+        if after_step(record):
+            return
+
+
+def _step(parts: Parts, window: list[Batch], progress: Progress) -> dict[str, Any]:
+    learning_rate = learning_rate_at(progress.step, parts.num_steps, parts.optimisation)
+    num_trained = sum(batch.num_trained for batch in window)
+    loss, extra, loads = _backward(parts, window, 1 / num_trained)
+    norm = parts.gradients.norm()
+    is_finite = math.isfinite(loss) and math.isfinite(norm)
+    if is_finite:
+        scale = clip_scale(norm, parts.optimisation.max_grad_norm)
+        parts.optimizer.step(parts.gradients.present(), learning_rate, scale)
+        if parts.bias_step:
+            _balance(parts.model, loads, parts.bias_step)
+    parts.gradients.release()
+
+    num_tokens = sum(batch.num_tokens for batch in window)
+    progress.step += 1
+    progress.cursor = window[-1].cursor
+    progress.total_tokens += num_tokens
+    progress.skipped_steps += not is_finite
+    return {
+        "step": progress.step,
+        "loss": loss,
+        "learning_rate": learning_rate,
+        "grad_norm": norm,
+        "num_tokens": num_tokens,
+        "num_trained_tokens": num_trained,
+        "total_tokens": progress.total_tokens,
+        "epoch": round(progress.cursor.position / parts.epoch_size, 4),
+        "peak_memory_gib": peak_memory_gib(parts.model.device),
+        **extra,
+        **({} if is_finite else {"skipped": True}),
+    }
+
+
+def _backward(
+    parts: Parts, window: list[Batch], scale: float
+) -> tuple[float, dict[str, float], list[Tensor]]:
+    """Gradients of a window; its loss, what else is to be recorded, and each MoE layer's load."""
+    values: list[Tensor] = []
+    extra: dict[str, Tensor] = {}
+    loads: list[Tensor] = []
+    for batch in window:
+        flat = to_device(batch, parts.model.device)
+        loss = parts.loss(parts.model, flat, scale=scale, share=1 / len(window))
+        loss.total.backward()
+        values.append(loss.value)
+        for name, value in loss.parts.items():
+            extra[name] = extra.get(name, 0) + value
+        loads = [a + b for a, b in zip(loads, loss.loads_LE)] if loads else loss.loads_LE
+    numbers = {name: float(value) for name, value in extra.items()}
+    if loads:
+        busiest = [float(load.max() / load.float().mean()) for load in loads]
+        numbers["moe_max_over_mean"] = max(busiest)
+    return float(torch.stack(values).sum()), numbers, loads
+
+
+def _balance(model: ErnieModel, loads: list[Tensor], step_size: float) -> None:
+    layers = [block.mlp for block in model.model.layers if isinstance(block.mlp, MoE)]
+    for layer, load_E in zip(layers, loads, strict=True):
+        bias_E = layer.moe_statics.e_score_correction_bias[0]
+        balance.update_correction_bias(bias_E, load_E, step_size)

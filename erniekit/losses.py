@@ -1,0 +1,211 @@
+"""What training minimises, as functions of the model and a batch.
+
+`next_token` never holds the logits of a batch: trained positions meet the vocabulary a few at a time,
+and one pass gives loss and gradients (the softmax is computed once, in the forward pass, and the
+logits are overwritten by their gradient). Losses are *sums times `scale`*, where scale is one over
+the number of trained tokens of the whole optimizer step, so that 1 x 8 and 8 x 1 are the same step.
+
+Legend: T tokens of the batch, N trained tokens, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ernie import kernels
+from ernie.attention import packed_causal
+from ernie.chat import UNTRAINED
+from ernie.model import ErnieModel
+from ernie.moe import balance
+from ernie.moe.layer import MoE
+from ernie.moe.router import Routing
+from erniekit.gradients import Gradients
+
+
+@dataclass(frozen=True)
+class Flat:
+    """A batch on the device of the model."""
+
+    token_ids_T: Tensor
+    labels_T: Tensor
+    positions_T: Tensor
+    cu_seqlens_S1: Tensor
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Weights of what is added to the next-token loss; added to the gradient, not to its value."""
+
+    load_balance: float = 0.0
+    orthogonal: float = 0.0
+    z: float = 0.0
+    multi_token: float = 0.0
+
+
+@dataclass
+class Loss:
+    """`total` is to be differentiated; `value` is the next-token part alone, detached."""
+
+    total: Tensor
+    value: Tensor
+    parts: dict[str, Tensor]
+    loads_LE: list[Tensor]  # tokens per expert of each MoE layer
+
+
+def next_token(
+    model: ErnieModel,
+    batch: Flat,
+    *,
+    scale: float,
+    chunk_size: int = 256,
+    terms: Terms = Terms(),
+    share: float = 1.0,
+    gradients: Gradients | None = None,
+) -> Loss:
+    """Cross-entropy of every trained token, summed and multiplied by `scale`.
+
+    `share` is this batch's part of the optimizer step, by which the losses that are means over a
+    batch are weighted. With `gradients` the head's gradient is added to its sum there at once.
+    """
+    routings: list[Routing | None] = []
+    attend = packed_causal(batch.cu_seqlens_S1)
+    hidden_TD = model.hidden(batch.token_ids_T, batch.positions_T, attend, routings=routings)
+    value = _head_loss(model, hidden_TD, batch.labels_T, scale, chunk_size, gradients)
+    parts = {}
+    if terms.multi_token:
+        weighted = scale * terms.multi_token / len(model.model.mtp)
+        parts["mtp_loss"] = _multi_token(model, batch, hidden_TD, weighted, chunk_size, gradients)
+    routed = [routing for routing in routings if routing is not None]
+    parts |= {name: part * share for name, part in _routing_terms(model, routed, terms).items()}
+    total = value + torch.stack(list(parts.values())).sum() if parts else value
+    detached = {name: part.detach() for name, part in parts.items()}
+    return Loss(total, value.detach(), detached, [routing.load_E for routing in routed])
+
+
+def _routing_terms(model: ErnieModel, routed: list[Routing], terms: Terms) -> dict[str, Tensor]:
+    """Mean over the MoE layers of each wanted loss, times its weight."""
+    if not routed:
+        return {}
+    routers = [block.mlp.gate for block in model.model.layers if isinstance(block.mlp, MoE)]
+    values = {
+        "aux_loss": (terms.load_balance, lambda: map(balance.load_balance_loss, routed)),
+        "z_loss": (terms.z, lambda: map(balance.z_loss, routed)),
+        "orthogonal_loss": (
+            terms.orthogonal,
+            lambda: (balance.orthogonal_loss(router.weight) for router in routers),
+        ),
+    }
+    return {
+        name: weight * torch.stack(list(losses())).mean()
+        for name, (weight, losses) in values.items()
+        if weight
+    }
+
+
+def _multi_token(
+    model: ErnieModel,
+    batch: Flat,
+    hidden_TD: Tensor,
+    scale: float,
+    chunk_size: int,
+    gradients: Gradients | None,
+) -> Tensor:
+    """Loss of the token after next, summed over the prediction depths.
+
+    A position takes part where the token after next belongs to its own segment and is trained.
+    """
+    losses = []
+    token_ids_T, labels_T = batch.token_ids_T, batch.labels_T
+    attend = packed_causal(batch.cu_seqlens_S1)
+    ends = batch.cu_seqlens_S1[1:].long() - 1
+    for depth in range(len(model.model.mtp)):
+        token_ids_T, labels_T = token_ids_T.roll(-1), labels_T.roll(-1)
+        labels_T[ends] = UNTRAINED  # what was rolled in belongs to the next segment
+        hidden_TD = model.hidden_after_next(
+            token_ids_T, hidden_TD, batch.positions_T, attend, depth=depth
+        )
+        losses.append(_head_loss(model, hidden_TD, labels_T, scale, chunk_size, gradients))
+    return torch.stack(losses).sum()
+
+
+def _head_loss(
+    model: ErnieModel,
+    hidden_TD: Tensor,
+    labels_T: Tensor,
+    scale: float,
+    chunk_size: int,
+    gradients: Gradients | None,
+) -> Tensor:
+    trained = labels_T != UNTRAINED
+    hidden_ND = model.model.norm(hidden_TD[trained])
+    weight_VD = model.head_weight
+    into = gradients.sum_of(weight_VD) if gradients and weight_VD.requires_grad else None
+    return ChunkedCrossEntropy.apply(
+        hidden_ND, weight_VD, labels_T[trained], scale, chunk_size, into
+    )
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """`scale * sum_n -log softmax(W h_n)[target_n]`, logits `chunk_size` rows at a time, float32.
+
+    Gradients are formed in the forward pass. That of the weight is added to `into` (float32) when it
+    is given, for an upstream gradient of 1, and is otherwise returned like any other.
+    """
+
+    @staticmethod
+    def forward(
+        ctx,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        scale: float,
+        chunk_size: int,
+        into: Tensor | None,
+    ) -> Tensor:
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        grad_ND = torch.empty_like(hidden_ND) if wants_hidden else None
+        grad_VD = into
+        if wants_weight and into is None:
+            grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        frozen_VD = weight_VD.detach()
+        for start in range(0, len(hidden_ND), chunk_size):
+            rows = slice(start, start + chunk_size)
+            chunk_CD, targets_C = hidden_ND[rows].detach(), targets_N[rows, None]
+            with torch.enable_grad():  # for the input's gradient by the product's own backward
+                chunk_CD.requires_grad_(wants_hidden)
+                product_CV = kernels.linear(chunk_CD, frozen_VD)
+            # In place: logits, then probabilities, then the gradient of the logits.
+            logits_CV = product_CV.detach()
+            logits_CV = logits_CV if logits_CV.dtype == torch.float32 else logits_CV.float()
+            logits_CV -= logits_CV.amax(-1, keepdim=True)
+            chosen_C1 = logits_CV.gather(-1, targets_C)
+            sums_C1 = logits_CV.exp_().sum(-1, keepdim=True)
+            total += (sums_C1.log() - chosen_C1).sum()
+            if not (wants_hidden or wants_weight):
+                continue
+            logits_CV *= scale / sums_C1
+            logits_CV.scatter_add_(-1, targets_C, torch.full_like(chosen_C1, -scale))
+            grad_CV = logits_CV.to(product_CV.dtype)
+            if wants_hidden:
+                (grad_ND[rows],) = torch.autograd.grad(product_CV, chunk_CD, grad_CV)
+            if wants_weight:
+                grad_VD.addmm_(grad_CV.T.to(grad_VD.dtype), chunk_CD.detach().to(grad_VD.dtype))
+        ctx.is_summed = into is not None
+        ctx.save_for_backward(grad_ND, None if ctx.is_summed or not wants_weight else grad_VD)
+        return total * scale
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor):
+        grad_ND, grad_VD = ctx.saved_tensors
+        return (
+            None if grad_ND is None else grad_ND * upstream.to(grad_ND.dtype),
+            None if grad_VD is None else grad_VD * upstream,
+            None,
+            None,
+            None,
+            None,
+        )

@@ -1,0 +1,95 @@
+"""What a run tells: one log line a step, and `metrics.jsonl` with one object a step.
+
+    step 00120/01000 | loss 2.1034 | lr 2.9e-04 | grad 0.83 | 812 ms | 1,174 tok/s | 2.3 GiB
+
+A record has: step, loss, learning_rate, grad_norm, tokens_per_second, num_tokens and
+num_trained_tokens (of this step), total_tokens, seconds, epoch, peak_memory_gib; `skipped` where the
+step was; `moe_max_over_mean` and the router's losses for experts; eval_loss, eval_ppl, eval_accuracy
+and eval_tokens where the model was evaluated after it. Step 0 is the evaluation before training.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class Metrics:
+    """The record of a run on disk, appended step by step."""
+
+    def __init__(self, output: Path) -> None:
+        self.path = output / METRICS_FILE
+
+    def rewind(self, step: int) -> None:
+        """Drop records after `step` (and a half-written one), so that every step appears once."""
+        lines = []
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                if _step_of(line) is not None and _step_of(line) <= step:
+                    lines.append(line + "\n")
+        hidden = self.path.with_name(f".{self.path.name}.partial")
+        hidden.write_text("".join(lines), encoding="utf-8")
+        hidden.replace(self.path)
+
+    def write(self, record: dict[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(_finite(record)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no nan: such a number is written as null."""
+    bad = {k: None for k, v in record.items() if isinstance(v, float) and not math.isfinite(v)}
+    return record | bad
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory used so far: of the device on a GPU, resident of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return kib * (1 if sys.platform != "darwin" else 1 / 1024) / 2**20
+
+
+def line(record: dict[str, Any], num_steps: int) -> str:
+    """The log line of a step."""
+    width = max(len(str(num_steps)), 5)
+    parts = [
+        f"step {record['step']:0{width}d}/{num_steps:0{width}d}",
+        f"loss {record['loss']:.4f}",
+        f"lr {record['learning_rate']:.1e}",
+        f"grad {record['grad_norm']:.2f}",
+        f"{record['seconds'] * 1000:,.0f} ms",
+        f"{record['tokens_per_second']:,.0f} tok/s",
+        f"{record['peak_memory_gib']:.1f} GiB",
+    ]
+    if "moe_max_over_mean" in record:
+        parts.append(f"moe max/mean {record['moe_max_over_mean']:.2f}")
+    if record.get("skipped"):
+        parts.append("SKIPPED: not finite")
+    return " | ".join(parts)
+
+
+def eval_line(values: dict[str, float], step: int) -> str:
+    return (
+        f"eval at step {step} | loss {values['eval_loss']:.4f} | ppl {values['eval_ppl']:.2f} | "
+        f"accuracy {100 * values['eval_accuracy']:.1f} % | {values['eval_tokens']:,} tokens | "
+        f"{values['eval_seconds']:.1f} s"
+    )

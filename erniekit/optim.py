@@ -1,0 +1,176 @@
+"""AdamW, what it remembers, and the learning rate at each step.
+
+Parameters are grouped by what differs between them: decay (never for norms, biases and other
+vectors) and a factor on the learning rate (LoRA+, layers, routers). On a CPU the arithmetic is
+`ernie.kernels.adamw_step`, one pass over each tensor. A bfloat16 parameter (GPU) gets a float32
+original that is updated in its place, so that no update is too small to count.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ernie import kernels
+from erniekit.config import Optimisation
+
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
+
+
+def learning_rate_at(step: int, num_steps: int, o: Optimisation) -> float:
+    """Learning rate of optimizer step `step`, counted from 0, of a run of `num_steps`.
+
+    Raises ConfigError's parent ValueError for an unknown schedule. Source: PaddleFormers'
+    schedules.
+    """
+    kind, _, steady = o.lr_scheduler_type.partition(":")
+    warmup = warmup_steps(num_steps, o)
+    peak, floor = o.learning_rate, o.min_lr
+    if kind != "constant" and step < warmup:
+        return peak * step / warmup
+    length = (o.decay_steps or num_steps) - warmup
+    progress = min((step - warmup) / max(length, 1), 1.0)
+    if kind in ("constant", "constant_with_warmup"):
+        return peak
+    if kind == "linear":
+        return max(peak * (1 - progress), floor)
+    if kind == "cosine":
+        share = max(0.0, 0.5 * (1 + math.cos(2 * math.pi * o.num_cycles * progress)))
+        return floor + (peak - floor) * share
+    if kind == "polynomial":
+        return o.lr_end + (peak - o.lr_end) * (1 - progress) ** o.power
+    assert kind == "wsd", kind
+    steady_steps = int(steady) if steady else int(0.9 * num_steps) - warmup
+    return _decayed(step - warmup - steady_steps, num_steps - warmup - steady_steps, o)
+
+
+def _decayed(step: int, num_steps: int, o: Optimisation) -> float:
+    """Last part of `wsd`: from the peak at 0 to the floor at `num_steps`."""
+    progress = min(max(step, 0) / max(num_steps, 1), 1.0)
+    if o.decay_function == "1-sqrt":
+        share = 1 - math.sqrt(progress)
+    else:  # 0.05 ** progress, stretched to go from 1 to 0
+        share = (0.05**progress - 0.05) / 0.95
+    return o.min_lr + (o.learning_rate - o.min_lr) * share
+
+
+def warmup_steps(num_steps: int, o: Optimisation) -> int:
+    return o.warmup_steps or math.ceil(o.warmup_ratio * num_steps)
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """How one parameter is updated: factor on the learning rate, and weight decay."""
+
+    factor: float
+    weight_decay: float
+
+
+def treatments(
+    parameters: Mapping[str, nn.Parameter],
+    o: Optimisation,
+    *,
+    num_layers: int,
+    lora_plus_scale: float = 1.0,
+) -> dict[str, Treatment]:
+    """By name: vectors are not decayed; LoRA's B, low layers and routers have their own factors."""
+    result = {}
+    for name, parameter in parameters.items():
+        factor = lora_plus_scale if name.endswith("lora_B") else 1.0
+        if o.layerwise_lr_decay_bound != 1.0:
+            factor *= _layer_factor(name, num_layers, o.layerwise_lr_decay_bound)
+        if o.moe_gate_lr_ratio is not None and name.endswith("mlp.gate.weight"):
+            factor *= o.moe_gate_lr_ratio
+        result[name] = Treatment(factor, o.weight_decay if parameter.dim() > 1 else 0.0)
+    return result
+
+
+def _layer_factor(name: str, num_layers: int, bound: float) -> float:
+    """`bound` at the embedding, 1 at the head, linear over the layers between."""
+    layer = _LAYER.search(name)
+    depth = int(layer[1]) + 1 if layer else 0 if "embed_tokens" in name else num_layers + 1
+    return bound + (1 - bound) * depth / (num_layers + 1)
+
+
+class AdamW:
+    """AdamW over named parameters. State appears with a parameter's first gradient.
+
+    `moment_dtype` bfloat16 halves the state; its rounding is random and without bias, and repeats
+    exactly, since it depends only on (seed, step, parameter, element).
+    """
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        treatments: Mapping[str, Treatment],
+        o: Optimisation,
+        *,
+        seed: int,
+    ) -> None:
+        self.parameters, self.treatments, self.o = dict(parameters), dict(treatments), o
+        self.moment_dtype = torch.bfloat16 if o.use_lowprecision_moment else torch.float32
+        self.seed = seed
+        self.num_updates = 0
+        self.state: dict[str, dict[str, Tensor]] = {}
+
+    @torch.no_grad()
+    def step(self, gradients: Mapping[str, Tensor], learning_rate: float, scale: float) -> None:
+        """Update every parameter that has a gradient; gradients are multiplied with `scale`."""
+        self.num_updates += 1
+        for index, name in enumerate(self.parameters):
+            if name not in gradients:
+                continue
+            parameter, treatment = self.parameters[name], self.treatments[name]
+            state = self._state_of(name)
+            original = state.get("original", parameter.data)
+            kernels.adamw_step(
+                original,
+                gradients[name],
+                state["moment"],
+                state["square"],
+                learning_rate=learning_rate * treatment.factor,
+                beta1=self.o.adam_beta1,
+                beta2=self.o.adam_beta2,
+                eps=self.o.adam_epsilon,
+                weight_decay=treatment.weight_decay,
+                step=self.num_updates,
+                grad_scale=scale,
+                seed=(self.seed * 1_000_003 + index) & 0xFFFFFFFF,
+            )
+            if original.dtype != parameter.dtype:
+                parameter.copy_(original)
+
+    def _state_of(self, name: str) -> dict[str, Tensor]:
+        if name not in self.state:
+            parameter = self.parameters[name]
+            self.state[name] = {
+                key: torch.zeros_like(parameter, dtype=self.moment_dtype)
+                for key in ("moment", "square")
+            }
+            if parameter.dtype != torch.float32:
+                self.state[name]["original"] = parameter.detach().float()
+        return self.state[name]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state by `<parameter>.<moment|square|original>`, for a checkpoint."""
+        return {
+            f"{name}.{key}": t for name, state in self.state.items() for key, t in state.items()
+        }
+
+    def load(self, tensors: Mapping[str, Tensor], num_updates: int) -> None:
+        """Take over a state made by `tensors()`."""
+        self.num_updates = num_updates
+        for key, tensor in tensors.items():
+            name, _, part = key.rpartition(".")
+            assert name in self.parameters, name
+            self.state.setdefault(name, {})[part] = tensor.to(self.parameters[name].device)
+
+
+def clip_scale(norm: float, max_norm: float) -> float:
+    """What to multiply gradients of this norm with so that it is at most `max_norm` (0: no bound)."""
+    return max_norm / (norm + 1e-6) if max_norm and norm > max_norm else 1.0
