@@ -52,7 +52,7 @@ def tell_the_story(folder: Path, steps: int) -> None:
         print(f"{shown(base)} is there already")
     else:
         run("erniekit", "import-gguf", find_gguf(), base)
-    paths = [f"model_name_or_path={base}", f"output_dir={output}"]
+    paths = [f"model_name_or_path={shown(base)}", f"output_dir={shown(output)}"]
 
     title("2. What it answers before training")
     before, speed = ask_served(base)
@@ -79,9 +79,11 @@ def tell_the_story(folder: Path, steps: int) -> None:
     print(f"all of it took {time.monotonic() - start:.0f} s\n")
     print("Go on:")
     export = shown(output / "export")
-    print(f"  fastdeploy serve --model {export} --port 8000     serve it")
-    print(f"  erniekit train {CONFIG} max_steps=300 ...")
-    print("  erniekit help                                     everything else")
+    bin_folder = shown(BIN)
+    print(f"  source {bin_folder}/activate")
+    print(f"  fastdeploy serve --model {export} --port 8000")
+    print(f"  erniekit train {CONFIG} {' '.join(paths)} max_steps=300")
+    print("  erniekit help")
 
 
 def title(text: str) -> None:
@@ -148,8 +150,9 @@ def ask_served(model: Path) -> tuple[str, float]:
         client = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
         wait_until_ready(client, model.parent / "server.log")
         name = client.models.list().data[0].id
-        for _ in range(2):  # the first request warms up what is compiled or mapped on first use
-            answer, tokens, seconds = stream_answer(client, name)
+        # A first short request, so that the speed is not that of reading the weights from disk.
+        client.completions.create(model=name, prompt="Hello", max_tokens=1)
+        answer, tokens, seconds = stream_answer(client, name)
     return answer, tokens / seconds
 
 
