@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from functools import partial
 
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ernie.model import ErnieModel
@@ -22,7 +23,7 @@ from ernie.model import ErnieModel
 def recompute(model: ErnieModel, granularity: str, except_layers: Collection[int] = ()) -> None:
     """Make the blocks of `model` recompute, in place; names of parameters stay as they are."""
     for number, block in enumerate(model.model.layers):
-        parts = {"full": block, "full_attn": block.self_attn, "mlp": block.mlp}
+        parts: dict[str, nn.Module] = {"full": block, "full_attn": block.self_attn, "mlp": block.mlp}
         if number not in except_layers and granularity in parts:
             part = parts[granularity]
             # Nothing random happens in a block, so the generator need not be restored.

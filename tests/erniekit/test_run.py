@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 import ernie
 from ernie.models import TINY
-from erniekit import losses, lora, serve
+from erniekit import lora, losses, serve
 from erniekit.cli import main
 from erniekit.config import run_from
 from erniekit.lora import LoRA, add_lora
