@@ -53,10 +53,13 @@ def newest_good(output: Path) -> Path | None:
     return None
 
 
-def to_resume(output: Path, wanted: str | None) -> tuple[Path | None, dict[str, Any]]:
+def to_resume(
+    output: Path, wanted: str | None, fine_tuning: str
+) -> tuple[Path | None, dict[str, Any]]:
     """The checkpoint to go on from and its trainer_state.json; None and {} to start anew.
 
-    `wanted` names one instead of the newest; raises ConfigError when it is damaged.
+    `wanted` names one instead of the newest. Raises ConfigError when that is damaged, or when the
+    checkpoint is of the other kind of `fine_tuning`.
     """
     folder = Path(wanted) if wanted else newest_good(output)
     if wanted and (damage := what_is_wrong(Path(wanted))):
@@ -64,7 +67,13 @@ def to_resume(output: Path, wanted: str | None) -> tuple[Path | None, dict[str, 
     if folder is None:
         return None, {}
     log.info("resuming from %s", folder)
-    return folder, json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    if (before := state["settings"]["fine_tuning"]) != fine_tuning:
+        raise ConfigError(
+            f"{folder} is of a run with fine_tuning={before}, this one has "
+            f"{fine_tuning}; give another output_dir, or overwrite_output_dir=true"
+        )
+    return folder, state
 
 
 def what_is_wrong(folder: Path) -> str:

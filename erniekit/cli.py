@@ -35,7 +35,8 @@ VERBS = {
     "train": Verb(
         "erniekit.launch:run_training",
         (Model, Data, Training, Optimisation),
-        "Train a model; started again, it goes on where it was.",
+        "Train a model; started again, it goes on where it was. SIGTERM and Ctrl-C finish the step "
+        "and save first (exit status 0 and 130).",
     ),
     "export": Verb(
         "erniekit.export:export",

@@ -78,6 +78,7 @@ class Session:
             tensors = load_file(self.resumed / checkpoint.OPTIMIZER_FILE)
             self.optimizer.load(tensors, self.state["num_updates"])
             self.progress = Progress.from_dict(self.state["progress"])
+            _compare_settings(self.state["settings"], run)
             torch.set_rng_state(torch.tensor(self.state["rng"], dtype=torch.uint8))
         self.metrics = metrics.Metrics(run.output)
         self.metrics.rewind(self.progress.step if self.resumed else -1)
@@ -192,6 +193,7 @@ class Session:
             "num_updates": self.optimizer.num_updates,
             "progress": self.progress.to_dict(),
             "rng": torch.get_rng_state().tolist(),
+            "settings": self.run.flat(),
         }
         tensors = self.optimizer.tensors()
         kept = self.trained if self.run.is_lora else dict(self.model.named_parameters())
@@ -241,6 +243,19 @@ class Session:
         if self.run.is_lora:
             log.info("merge it into the base model with: erniekit export %s/run.yaml", output)
         return 0
+
+
+# Changing these between two starts changes nothing that has been computed.
+_HARMLESS = {"output_dir", "resume_from_checkpoint", "max_steps", "logging_steps", "save_steps"}
+
+
+def _compare_settings(before: dict[str, Any], run: Run) -> None:
+    """Warn that a resumed run is not what the unbroken one would have been."""
+    now = run.flat()
+    changed = [k for k in now if k not in _HARMLESS and now[k] != before.get(k, now[k])]
+    if changed:
+        told = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in changed)
+        log.warning("settings differ from those of the checkpoint: %s", told)
 
 
 def load_adapter(model: ernie.ErnieModel, run: Run, folder: Path) -> None:

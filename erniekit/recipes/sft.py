@@ -34,7 +34,9 @@ def run(run: Run, device: str) -> int:
         if run.training.overwrite_output_dir:
             checkpoint.remove_all(run.output)
         checkpoint.prune(run.output, None)
-        folder, state = checkpoint.to_resume(run.output, run.training.resume_from_checkpoint)
+        folder, state = checkpoint.to_resume(
+            run.output, run.training.resume_from_checkpoint, run.model.fine_tuning
+        )
         train_stream, eval_stream = _streams(run)
         num_steps = _num_steps(run, train_stream, eval_stream, state)
         checkpoint.replace_text(run.output / "run.yaml", to_yaml(run))
