@@ -41,6 +41,8 @@ def serve(argv: Sequence[str], program: str) -> int:
         from fastdeploy.server import app
 
         return app.serve(engine_config, server_config)
+    except KeyboardInterrupt:
+        return 130  # as shells say it; while the model was loading, or the server starting
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] not in ("fastapi", "uvicorn", "prometheus_client"):
             raise

@@ -79,8 +79,9 @@ class LLM:
             template = template_of(chat_template, self.tokenizer)
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
         tools = [tools] if isinstance(tools, Mapping) else tools
-        listed = [
-            (None, chat_prompt(template, self.tokenizer, turns, tools, chat_template_kwargs or {}))
+        options = chat_template_kwargs or {}
+        listed: list[tuple[str | None, list[int]]] = [
+            (None, chat_prompt(template, self.tokenizer, turns, tools, options))
             for turns in conversations
         ]
         return self._run(listed, sampling_params, use_tqdm, stream)
@@ -96,7 +97,7 @@ class LLM:
             if self.tokenizer is None:
                 raise RequestError("the model has no tokenizer; give the prompt as token ids")
             return prompt, self.tokenizer.encode(prompt)
-        if not isinstance(prompt, Sequence):
+        if not isinstance(prompt, list | tuple):
             raise TypeError(f"a prompt is a text, token ids or a dict, not {type(prompt).__name__}")
         return None, list(prompt)
 
@@ -116,16 +117,12 @@ class LLM:
         call = _Call(self, prompts, params)
         if stream:
             return call.pieces()
-        outputs: list[RequestOutput | None] = [None] * len(prompts)
+        pieces_by_prompt: list[list[RequestOutput]] = [[] for _ in prompts]
         for pieces in call.pieces(show_progress=use_tqdm and sys.stderr.isatty()):
-            for i, piece in enumerate(pieces):
+            for collected, piece in zip(pieces_by_prompt, pieces):
                 if piece is not None:
-                    whole = outputs[i]
-                    if whole is None:
-                        outputs[i] = piece
-                    else:
-                        whole.add(piece)
-        return [output for output in outputs if output is not None]
+                    collected.append(piece)
+        return [RequestOutput.joined(collected) for collected in pieces_by_prompt]
 
 
 class _Call:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 
@@ -39,13 +40,18 @@ class CompletionOutput:
     finish_reason: str | None = None
     stop_reason: str | int | None = None
 
-    def extend(self, later: CompletionOutput) -> None:
-        """Append a later piece of the same sample."""
-        self.text += later.text
-        self.token_ids += later.token_ids
-        if later.logprobs is not None:
-            self.logprobs = (self.logprobs or []) + later.logprobs
-        self.finish_reason, self.stop_reason = later.finish_reason, later.stop_reason
+    @classmethod
+    def joined(cls, pieces: Sequence[CompletionOutput]) -> CompletionOutput:
+        """The consecutive pieces of one sample as one."""
+        logprobs = [piece.logprobs for piece in pieces if piece.logprobs is not None]
+        return cls(
+            index=pieces[0].index,
+            text="".join(piece.text for piece in pieces),
+            token_ids=list(chain.from_iterable(piece.token_ids for piece in pieces)),
+            logprobs=list(chain.from_iterable(logprobs)) if logprobs else None,
+            finish_reason=pieces[-1].finish_reason,
+            stop_reason=pieces[-1].stop_reason,
+        )
 
 
 class Completions(list[CompletionOutput]):
@@ -87,17 +93,28 @@ class RequestOutput:
     error_code: int = 200
     error_msg: str | None = None
 
+    @classmethod
+    def joined(cls, pieces: Sequence[RequestOutput]) -> RequestOutput:
+        """The consecutive pieces of one request as one."""
+        first, last = pieces[0], pieces[-1]
+        by_index: dict[int, list[CompletionOutput]] = {}
+        for completion in chain.from_iterable(piece.outputs for piece in pieces):
+            by_index.setdefault(completion.index, []).append(completion)
+        outputs = Completions(CompletionOutput.joined(by_index[i]) for i in sorted(by_index))
+        scores = next((p.prompt_logprobs for p in pieces if p.prompt_logprobs is not None), None)
+        return dataclasses.replace(
+            first,
+            outputs=outputs,
+            finished=last.finished,
+            metrics=last.metrics,
+            prompt_logprobs=scores,
+        )
+
     def add(self, later: RequestOutput) -> None:
         """Merge a later piece of the same request into this one."""
-        mine = {completion.index: completion for completion in self.outputs}
-        for completion in later.outputs:
-            if completion.index in mine:
-                mine[completion.index].extend(completion)
-            else:
-                self.outputs.append(completion)
-        self.outputs.sort(key=lambda completion: completion.index)
-        self.finished, self.metrics = later.finished, later.metrics
-        self.num_cached_tokens = later.num_cached_tokens
+        whole = RequestOutput.joined([self, later])
+        for name in self.__dataclass_fields__:
+            setattr(self, name, getattr(whole, name))
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

@@ -202,15 +202,15 @@ def recommended(generation_config: Mapping[str, Any]) -> dict[str, float]:
 
     Raises RequestError for a value out of range.
     """
-    found = {name: generation_config.get(name) for name in _RECOMMENDED}
-    found = {name: value for name, value in found.items() if value is not None}
+    values = {name: generation_config.get(name) for name in _RECOMMENDED}
+    found: dict[str, Any] = {name: value for name, value in values.items() if value is not None}
     SamplingParams(**found)
     return found
 
 
 def filled(params: SamplingParams, defaults: Mapping[str, float]) -> SamplingParams:
     """`params` with `defaults` in place of what is None."""
-    missing = {name: v for name, v in defaults.items() if getattr(params, name) is None}
+    missing: dict[str, Any] = {n: v for n, v in defaults.items() if getattr(params, n) is None}
     return replace(params, **missing) if missing else params
 
 

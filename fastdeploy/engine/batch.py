@@ -90,8 +90,8 @@ class BatchBuilder:
         if where.stop - where.start == 1:  # most parts of most steps: plain integers are faster
             self.token_ids[where.start] = token_ids[start]
             self.positions[where.start] = start
-            block, offset = divmod(start, self.block_size)
-            self.slots[where.start] = blocks[block] * self.block_size + offset
+            block = blocks[start // self.block_size]
+            self.slots[where.start] = block * self.block_size + start % self.block_size
             return
         end = start + where.stop - where.start
         positions = np.arange(start, end)
@@ -99,8 +99,8 @@ class BatchBuilder:
         self.positions[where] = positions
         first = start // self.block_size
         table = np.asarray(blocks[first : -(-end // self.block_size)])
-        block, offset = np.divmod(positions, self.block_size)
-        self.slots[where] = table[block - first] * self.block_size + offset
+        numbers, offsets = np.divmod(positions, self.block_size)
+        self.slots[where] = table[numbers - first] * self.block_size + offsets
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.from_numpy(array).to(self.device)

@@ -47,6 +47,7 @@ class Engine:
     def __init__(
         self, model: ErnieModel, config: EngineConfig, eos_ids: Iterable[int] = ()
     ) -> None:
+        assert config.max_num_batched_tokens is not None, "the config is not resolved"
         self.config = config
         self.vocab_size = model.config.vocab_size
         self.eos_ids = frozenset(eos_ids)

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from ernie.chat import ChatError, ChatTemplate, stop_ids
-from ernie.chat.folder import JinjaSegments
-from ernie.tokenizer import Tokenizer
 
 import ernie
+from ernie.chat import ChatError, ChatTemplate, stop_ids
+from ernie.chat.folder import JinjaSegments, folder_sources
 from ernie.model import ErnieModel
 from ernie.settings import ConfigError
+from ernie.tokenizer import Tokenizer
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
 from fastdeploy.sampling import recommended
@@ -71,12 +71,13 @@ def _template(config: EngineConfig, tokenizer: Tokenizer | None) -> ChatTemplate
         return None
     if config.chat_template is not None:
         return template_of(config.chat_template, tokenizer)
-    folder = Path(config.tokenizer or config.model)
+    folder = tokenizer.files[0].parent
+    sources, _ = folder_sources(folder)
     try:
-        return ChatTemplate.for_folder(
-            folder if folder.is_dir() else tokenizer.files[0].parent, tokenizer
-        )
+        return ChatTemplate.for_folder(folder, tokenizer)
     except ChatError:
+        if sources:
+            raise
         return None  # a base model: completions work, and chat says what is missing
 
 

@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from ernie.chat import ChatError
-from ernie.tokenizer import Tokenizer, TokenizerError
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ernie.chat import ChatError
 from ernie.settings import ConfigError
+from ernie.tokenizer import Tokenizer, TokenizerError
 from fastdeploy.config import EngineConfig, ServerConfig
 from fastdeploy.engine.loading import Loaded, load
 from fastdeploy.errors import RequestError
@@ -195,7 +195,8 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(ChatError)
     @app.exception_handler(TokenizerError)
     async def user_error(_: Request, error: ValueError) -> Response:
-        return body(str(error), getattr(error, "status", 400), getattr(error, "param", None))
+        param = "messages" if isinstance(error, ChatError) else getattr(error, "param", None)
+        return body(str(error), getattr(error, "status", 400), param)
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:

@@ -30,7 +30,7 @@ class ChatReply(Reply):
 
     def first_choices(self) -> list[dict[str, Any]]:
         role = {"role": "assistant", "content": ""}
-        return [self._event(i, role, None) for i in range(len(self.completions))]
+        return [self._event(i, role, None) for i in range(len(self.num_generated))]
 
     def delta(self, piece: Piece) -> dict[str, Any] | None:
         completion = piece.completion

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from ernie.tokenizer import Tokenizer
-
 from fastdeploy.errors import RequestError
 from fastdeploy.outputs import CompletionOutput, TokenLogprobs
 from fastdeploy.server.engine import Piece
@@ -30,70 +29,60 @@ class CompletionReply(Reply):
     object = "text_completion"
     chunk_object = "text_completion"
 
+    body: CompletionRequest
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.begun: set[int] = set()  # choices of a stream whose echo has been sent
-        self.offsets = [0] * len(self.completions)  # characters of each choice described so far
+        self.offsets = [0] * len(self.num_generated)  # characters of each choice described so far
 
     def delta(self, piece: Piece) -> dict[str, Any] | None:
-        completion, index = piece.completion, piece.choice
-        text, entries = completion.text, completion.logprobs
-        if self.body.echo and index not in self.begun:
-            self.begun.add(index)
-            text, entries = self._echoed(index, completion)
-        elif not self.has_news(completion):
+        begins = bool(self.body.echo) and piece.choice not in self.begun
+        self.begun.add(piece.choice)
+        if not begins and not self.has_news(piece.completion):
             return None
-        return self._choice(index, text, entries, completion)
+        return self._choice(piece.choice, piece.completion, echo=begins)
 
     def choice(self, completion: CompletionOutput) -> dict[str, Any]:
-        text, entries = completion.text, completion.logprobs
-        if self.body.echo:
-            text, entries = self._echoed(completion.index, completion)
-        return self._choice(completion.index, text, entries, completion)
+        return self._choice(completion.index, completion, echo=bool(self.body.echo))
 
-    def _choice(
-        self,
-        index: int,
-        text: str,
-        entries: list[TokenLogprobs | None] | list[TokenLogprobs] | None,
-        completion: CompletionOutput,
-    ) -> dict[str, Any]:
+    def _choice(self, index: int, completion: CompletionOutput, *, echo: bool) -> dict[str, Any]:
+        prompt = self.answer.prompts[index // self.context.n] if echo else []
+        logprobs = None
+        if completion.logprobs is not None:
+            logprobs = Described(self.offsets[index])
+            for token, entry in zip(prompt, self.prompt_logprobs[index] if echo else ()):
+                logprobs.add(self.context.tokenizer.decode([token]), entry, self.context.num_top)
+            for entry in completion.logprobs:
+                own = next(iter(entry.values()))
+                logprobs.add(own.decoded_token or "", entry, self.context.num_top)
+            self.offsets[index] = logprobs.offset
         return {
             "index": index,
-            "text": text,
-            "logprobs": None if entries is None else self._logprobs(index, list(entries)),
+            "text": self.context.tokenizer.decode(prompt) + completion.text,
+            "logprobs": logprobs and logprobs.columns,
             "finish_reason": completion.finish_reason,
             **self.extras(index, completion),
         }
 
-    def _echoed(
-        self, index: int, completion: CompletionOutput
-    ) -> tuple[str, list[TokenLogprobs | None] | None]:
-        """Text and log-probabilities with those of the prompt in front."""
-        prompt = self.context.tokenizer.decode(self.answer.prompts[index // self.context.n])
-        if completion.logprobs is None:
-            return prompt + completion.text, None
-        return prompt + completion.text, [*self.prompt_logprobs[index], *completion.logprobs]
 
-    def _logprobs(self, index: int, entries: list[TokenLogprobs | None]) -> dict[str, Any]:
-        prompt = self.answer.prompts[index // self.context.n]
-        texts, values, tops, offsets = [], [], [], []
-        for entry in entries:
-            if entry is None:  # only the first token of an echoed prompt has none
-                texts.append(self.context.tokenizer.decode(prompt[:1]))
-                values.append(None)
-                tops.append(None)
-            else:
-                own = next(iter(entry.values()))
-                texts.append(own.decoded_token)
-                values.append(own.logprob)
-                best = likeliest(entry, self.context.num_top)
-                tops.append({value.decoded_token: value.logprob for _, value in best})
-            offsets.append(self.offsets[index])
-            self.offsets[index] += len(texts[-1] or "")
-        return {
-            "tokens": texts,
-            "token_logprobs": values,
-            "top_logprobs": tops,
-            "text_offset": offsets,
+class Described:
+    """Log-probabilities in OpenAI's older form: four columns with an entry for each token."""
+
+    def __init__(self, offset: int) -> None:
+        self.offset = offset
+        self.columns: dict[str, list[Any]] = {
+            "tokens": [],
+            "token_logprobs": [],
+            "top_logprobs": [],
+            "text_offset": [],
         }
+
+    def add(self, text: str, entry: TokenLogprobs | None, num_top: int) -> None:
+        """One token; `entry` is None for the first one of an echoed prompt."""
+        own = None if entry is None else next(iter(entry.values())).logprob
+        best = None if entry is None else likeliest(entry, num_top)
+        top = best and {value.decoded_token: value.logprob for _, value in best}
+        for column, value in zip(self.columns.values(), (text, own, top, self.offset)):
+            column.append(value)
+        self.offset += len(text)

@@ -66,9 +66,10 @@ class Answer:
     Whoever got it from `submit` must `close` it, whatever happens.
     """
 
-    def __init__(self, engine: ServerEngine, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, engine: ServerEngine, prompts: Sequence[Sequence[int]], n: int) -> None:
         self.engine = engine
         self.prompts = prompts
+        self.num_choices = len(prompts) * n
         self.samples: dict[str, tuple[int, Sample]] = {}  # open ones, by the engine's request id
         self.queue: asyncio.Queue[Piece | None] = asyncio.Queue()  # None: the engine has stopped
 
@@ -78,7 +79,7 @@ class Answer:
         Pieces that pile up while the client is slow are bounded by max_tokens of the samples.
         Raises EngineStopped.
         """
-        num_open = len(self.samples)
+        num_open = self.num_choices  # not len(samples): some may have ended before we listen
         while num_open:
             piece = await self.queue.get()
             if piece is None:
@@ -143,7 +144,7 @@ class ServerEngine:
         for prompt_ids in prompts:
             engine.check(prompt_ids, params)
         banned = banned_ids(self.loaded.tokenizer, params)
-        answer = Answer(self, prompts)
+        answer = Answer(self, prompts, params.n)
         self.answers.add(answer)
         for i, prompt_ids in enumerate(prompts):
             seed = engine.new_seed()
@@ -153,8 +154,8 @@ class ServerEngine:
                 choice = i * params.n + index
                 answer.samples[request_id] = choice, Sample(choice, params, self.loaded.tokenizer)
                 self.answer_by_id[request_id] = answer
-                settings = {"seed": seed, "sample_index": index, "banned_ids": banned}
-                self.inbox.put(partial(engine.add, request_id, prompt_ids, params, **settings))
+                add = partial(engine.add, request_id, prompt_ids, params, seed=seed)
+                self.inbox.put(partial(add, sample_index=index, banned_ids=banned))
         return answer
 
     def forget(self, answer: Answer) -> None:

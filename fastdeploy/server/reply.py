@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from ernie.tokenizer import Tokenizer
-
 from fastdeploy.errors import RequestError
 from fastdeploy.outputs import CompletionOutput, Logprob, TokenLogprobs
 from fastdeploy.server.engine import Answer, Piece
@@ -56,16 +55,16 @@ class Reply(ABC):
             "created": int(time.time()),
             "model": context.model,
         }
-        num_choices = len(answer.prompts) * context.n
-        self.completions = [CompletionOutput(i) for i in range(num_choices)]
+        self.num_generated = [0] * answer.num_choices  # tokens of each choice
         self.num_cached = [0] * len(answer.prompts)
         self.prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
 
     async def whole(self) -> dict[str, Any]:
+        pieces: list[list[CompletionOutput]] = [[] for _ in self.num_generated]
         async for piece in self.answer.pieces():
             self._take(piece)
-            self.completions[piece.choice].extend(piece.completion)
-        choices = [self.choice(completion) for completion in self.completions]
+            pieces[piece.choice].append(piece.completion)
+        choices = [self.choice(CompletionOutput.joined(collected)) for collected in pieces]
         return {**self.head, "choices": choices, "usage": self.usage()}
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
@@ -78,12 +77,10 @@ class Reply(ABC):
                 yield {**self.head, "choices": [choice], **empty_usage}
             async for piece in self.answer.pieces():
                 self._take(piece)
-                # Usage counts tokens; text and log-probabilities are sent and not kept.
-                self.completions[piece.choice].token_ids += piece.completion.token_ids
-                choice = self.delta(piece)
-                if choice is not None:
+                delta = self.delta(piece)
+                if delta is not None:
                     usage = {"usage": self.usage()} if running_usage else empty_usage
-                    yield {**self.head, "choices": [choice], **usage}
+                    yield {**self.head, "choices": [delta], **usage}
         except RequestError as error:  # the engine has stopped, and headers are sent already
             yield error_body(str(error), error.status, error.param)
             return
@@ -104,7 +101,7 @@ class Reply(ABC):
 
     def usage(self) -> dict[str, Any]:
         prompt = sum(len(ids) for ids in self.answer.prompts)
-        generated = sum(len(completion.token_ids) for completion in self.completions)
+        generated = sum(self.num_generated)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": generated,
@@ -134,6 +131,7 @@ class Reply(ABC):
         )
 
     def _take(self, piece: Piece) -> None:
+        self.num_generated[piece.choice] += len(piece.completion.token_ids)
         if piece.choice % self.context.n == 0:  # later samples hit the blocks of the first
             self.num_cached[piece.choice // self.context.n] = piece.num_cached
         if piece.prompt_logprobs is not None:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,14 +13,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import helpers_tokenizer
+from helpers_server import MAX_LEN, Server, start_server, stop_server
 
 import ernie
 from ernie.model import ErnieModel
 from ernie.models import TINY
 from fastdeploy import LLM
-
-ROOT = Path(__file__).parents[2]
-MAX_LEN = 256
 
 
 @pytest.fixture(scope="session")
@@ -45,37 +39,6 @@ def llm(folder: Path) -> LLM:
     return LLM(
         str(folder), dtype="float32", max_model_len=MAX_LEN, block_size=8, enable_logprob=True
     )
-
-
-@dataclass(frozen=True)
-class Server:
-    process: subprocess.Popen
-    url: str
-    greeting: list[str]
-
-
-def start_server(folder: Path, *flags: str) -> Server:
-    """The published command as a process; returns when it says where it listens."""
-    command = [sys.executable, "-m", "fastdeploy.entrypoints.openai.api_server"]
-    command += ["--model", str(folder), "--port", "0", "--dtype", "float32"]
-    command += ["--max-model-len", str(MAX_LEN), "--block-size", "8", *flags]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([p for p in sys.path if p])}
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
-    )
-    assert process.stdout is not None and process.stderr is not None
-    greeting = [process.stdout.readline()]
-    if " served at " not in greeting[0]:
-        process.kill()
-        pytest.fail(f"the server did not start: {greeting[0]}{process.stderr.read()}")
-    greeting.append(process.stdout.readline())
-    return Server(process, greeting[0].split(" served at ")[1].split()[0], greeting)
-
-
-def stop_server(server: Server) -> int:
-    server.process.send_signal(signal.SIGTERM)
-    server.process.communicate(timeout=20)
-    return server.process.returncode
 
 
 @pytest.fixture(scope="session")

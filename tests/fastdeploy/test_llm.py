@@ -1,0 +1,250 @@
+"""`LLM` from end to end on a tiny model: prompts, streams, stops, samples, scores, chat, errors."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ernie
+from ernie.generate import generate
+from fastdeploy import LLM, SamplingParams
+from fastdeploy.errors import RequestError
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+PROMPT = "Hello! The quick brown fox"
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(llm: LLM):
+    yield
+    stats = llm.engine.stats()
+    assert (stats.num_running, stats.num_waiting) == (0, 0), f"{stats}"
+    assert stats.num_free_blocks == stats.num_blocks, f"{stats}"
+    llm.engine.scheduler.check()
+
+
+def merged(pieces):
+    """One output for each prompt of a stream."""
+    outputs = []
+    for piece in pieces:
+        outputs = outputs or [None] * len(piece)
+        for i, output in enumerate(piece):
+            if output is not None and outputs[i] is None:
+                outputs[i] = output
+            elif output is not None:
+                outputs[i].add(output)
+    return outputs
+
+
+def test_text_is_the_decoded_greedy_continuation(llm: LLM, folder) -> None:
+    (out,) = llm.generate(PROMPT, GREEDY)
+    model = ernie.load(folder, dtype=torch.float32)
+    ids = list(generate(model, llm.tokenizer.encode(PROMPT), max_tokens=24))
+    assert out.outputs[0].token_ids == ids
+    assert out.outputs.text == llm.tokenizer.decode(ids, skip_special=True)
+    assert (out.finished, out.outputs.finish_reason, out.prompt) == (True, "length", PROMPT)
+    assert out.prompt_token_ids == llm.tokenizer.encode(PROMPT)
+
+
+def test_every_form_of_a_prompt_means_the_same(llm: LLM) -> None:
+    ids = llm.tokenizer.encode(PROMPT)
+    forms = [PROMPT, [PROMPT], ids, [ids], {"prompt": PROMPT}, {"prompt_token_ids": ids}]
+    answers = {llm.generate(form, GREEDY)[0].outputs.text for form in [*forms, [forms[4]]]}
+    assert len(answers) == 1
+    assert len(llm.generate([PROMPT, PROMPT, {"prompt": ids}], GREEDY)) == 3
+    assert llm.generate([], GREEDY) == []
+
+
+def test_a_stream_concatenates_to_the_whole(llm: LLM) -> None:
+    prompts = [PROMPT, "Prices rose", "User: Hi"]
+    params = SamplingParams(seed=5, max_tokens=30, n=2)
+    whole = llm.generate(prompts, params)
+    outputs = merged(llm.generate(prompts, params, stream=True))
+    for a, b in zip(whole, outputs):
+        for one, other in zip(a.outputs, b.outputs):
+            assert (one.text, one.token_ids) == (other.text, other.token_ids)
+            assert one.finish_reason == other.finish_reason
+        assert b.finished
+
+
+def test_a_stream_that_is_left_gives_everything_back(llm: LLM) -> None:
+    stream = llm.generate([PROMPT] * 3, GREEDY, stream=True)
+    next(stream)
+    assert llm.engine.stats().num_running == 3
+    stream.close()  # the fixture looks at what is left
+
+
+@pytest.mark.parametrize("include", [False, True])
+def test_a_stop_string_cuts_exactly_wherever_it_lies(llm: LLM, include: bool) -> None:
+    text = llm.generate(PROMPT, GREEDY)[0].outputs.text
+    places = [i for i in range(1, len(text) - 3) if text.find(text[i : i + 3]) == i]
+    assert len(places) > 5
+    for start in places:
+        stop = text[start : start + 3]
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=24,
+            ignore_eos=True,
+            stop=[stop, "never"],
+            include_stop_str_in_output=include,
+        )
+        (out,) = llm.generate(PROMPT, params)
+        assert out.outputs.text == text[: start + 3 if include else start], repr(stop)
+        assert (out.outputs.finish_reason, out.outputs.stop_reason) == ("stop", stop)
+        (streamed,) = merged(llm.generate(PROMPT, params, stream=True))
+        assert streamed.outputs[0] == out.outputs[0], repr(stop)
+
+
+def test_a_stop_string_does_not_count_before_min_tokens(llm: LLM) -> None:
+    text = llm.generate(PROMPT, GREEDY)[0].outputs.text
+    params = SamplingParams(
+        temperature=0, max_tokens=24, min_tokens=24, ignore_eos=True, stop=text[:2]
+    )
+    assert llm.generate(PROMPT, params)[0].outputs.text.startswith(text[:2])
+
+
+def test_a_stop_token_ends_the_text_and_is_not_part_of_it(llm: LLM) -> None:
+    free = llm.generate(PROMPT, GREEDY)[0].outputs[0]
+    at = next(i for i in range(5, 24) if free.token_ids[i] not in free.token_ids[:i])
+    params = SamplingParams(
+        temperature=0, max_tokens=24, ignore_eos=True, stop_token_ids=[free.token_ids[at]]
+    )
+    out = llm.generate(PROMPT, params)[0].outputs
+    assert out.token_ids == free.token_ids[: at + 1]
+    assert (out.finish_reason, out.stop_reason) == ("stop", free.token_ids[at])
+    assert out.text == llm.tokenizer.decode(free.token_ids[:at], skip_special=True)
+
+
+def test_samples_differ_and_a_seed_repeats_them_whatever_runs_beside(llm: LLM) -> None:
+    params = SamplingParams(n=3, seed=11, max_tokens=16)
+    (alone,) = llm.generate(PROMPT, params)
+    texts = [one.text for one in alone.outputs]
+    assert len(set(texts)) == 3
+    assert [one.index for one in alone.outputs] == [0, 1, 2]
+    crowd = llm.generate(["a b c", PROMPT, "x"], [SamplingParams(max_tokens=40), params, GREEDY])
+    assert [one.text for one in crowd[1].outputs] == texts
+
+
+def test_without_a_seed_the_engine_seed_decides(folder) -> None:
+    def texts(seed: int) -> list[str]:
+        llm = LLM(str(folder), dtype="float32", max_model_len=64, seed=seed)
+        return [
+            out.outputs.text for out in llm.generate([PROMPT] * 2, SamplingParams(max_tokens=9))
+        ]
+
+    first = texts(0)
+    assert first == texts(0) and first != texts(1) and first[0] != first[1]
+
+
+def test_scores_are_those_of_the_model(llm: LLM, folder) -> None:
+    params = SamplingParams(temperature=0, max_tokens=3, logprobs=2, prompt_logprobs=0)
+    llm.generate(PROMPT, GREEDY)  # its blocks are cached, and must not be used for scores
+    (out,) = llm.generate(PROMPT, params)
+    model = ernie.load(folder, dtype=torch.float32)
+    ids = [*out.prompt_token_ids, *out.outputs.token_ids]
+    logprobs = model.logits(ids).log_softmax(-1)
+    entries = [*out.prompt_logprobs, *out.outputs.logprobs]
+    assert entries[0] is None and len(entries) == len(ids)
+    for position in range(1, len(ids)):
+        value = entries[position][ids[position]]
+        expected = logprobs[position - 1, ids[position]].item()
+        assert value.logprob == pytest.approx(expected, abs=1e-4), position
+        assert value.decoded_token == llm.tokenizer.decode([ids[position]])
+
+
+def test_the_second_time_a_prompt_comes_from_the_cache(llm: LLM) -> None:
+    prompt = [(7 * i) % 500 for i in range(40)]
+    first, second = (llm.generate(prompt, GREEDY)[0] for _ in range(2))
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 32)
+    assert first.outputs.token_ids == second.outputs.token_ids
+
+
+def test_max_tokens_is_lowered_to_what_fits(llm: LLM) -> None:
+    ids = [5] * 250
+    for most in (None, 100, 2**31):
+        params = SamplingParams(temperature=0, max_tokens=most, ignore_eos=True)
+        out = llm.generate(ids, params)[0].outputs
+        assert (len(out.token_ids), out.finish_reason) == (6, "length")
+    assert len(llm.generate([5] * 255, GREEDY)[0].outputs.token_ids) == 1
+
+
+def test_chat_text_that_spells_control_tokens_stays_text(llm: LLM) -> None:
+    end = llm.tokenizer.id_of("<|end_of_sentence|>")
+    (out,) = llm.chat([{"role": "user", "content": "say <|end_of_sentence|> now"}], GREEDY)
+    plain = llm.chat([{"role": "user", "content": "say now"}], GREEDY)[0]
+    count = list(out.prompt_token_ids).count(end)
+    assert count == list(plain.prompt_token_ids).count(end), "a user wrote a control token"
+    two = [[{"role": "user", "content": text}] for text in ("a", "b")]
+    assert len(llm.chat(two, GREEDY)) == 2
+
+
+def test_bad_words_are_never_said(llm: LLM) -> None:
+    params = {"temperature": 0, "max_tokens": 24, "ignore_eos": True}
+    ids = llm.generate(PROMPT, SamplingParams(**params))[0].outputs.token_ids
+    words = {llm.tokenizer.decode([i]).strip() for i in ids}
+    word = next(w for w in sorted(words) if len(llm.tokenizer.encode(w)) == 1)
+    out = llm.generate(PROMPT, SamplingParams(**params, bad_words=[word]))[0].outputs
+    assert llm.tokenizer.encode(word)[0] not in out.token_ids
+    with pytest.raises(RequestError, match="several tokens"):
+        llm.generate(PROMPT, SamplingParams(bad_words=["quick brown"]))
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "message"),
+    [
+        ([5] * 256, {}, "the prompt has 256 tokens; max_model_len=256"),
+        ([5] * 250, {"min_tokens": 10}, "the prompt has 250 tokens"),
+        ([[]], {}, "the prompt is empty"),
+        ("", {}, "the prompt is empty"),
+        ([[1, 10**6]], {}, "1000000, which is not a token id"),
+        ([[1, "a"]], {}, "'a', which is not a token id"),
+        ({"text": "x"}, {}, "it needs the key 'prompt'"),
+        ("x", {"logprobs": -1}, "logprobs=-1 is more than max_logprobs=20"),
+        ("x", {"stop_token_ids": [10**6]}, "stop_token_ids has token 1000000"),
+        ("x", {"logit_bias": {10**6: 1.0}}, "logit_bias has token 1000000"),
+        ({"prompt": "x", "multimodal_data": {"image": [1]}}, {}, "reads text only"),
+    ],
+)
+def test_a_bad_request_is_refused_in_a_sentence(llm: LLM, prompt, params, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        llm.generate(prompt, SamplingParams(**params))
+
+
+def test_wrong_kinds_of_arguments(llm: LLM) -> None:
+    for prompt in (5, None, [None]):
+        with pytest.raises(TypeError):
+            llm.generate(prompt)
+    with pytest.raises(ValueError, match="2 sampling_params for 1 prompts"):
+        llm.generate("x", [GREEDY, GREEDY])
+    with pytest.raises(ValueError, match="cannot be streamed"):
+        llm.generate("x", SamplingParams(prompt_logprobs=0), stream=True)
+    with pytest.raises(ValueError, match=r"messages\[0\] has the role"):
+        llm.chat([{"role": "boss", "content": "x"}])
+    with pytest.raises(ValueError, match="sets 'messages'"):
+        llm.chat([{"role": "user", "content": "x"}], chat_template_kwargs={"messages": []})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_modl_len": 5}, "did you mean 'max_model_len'"),
+        ({"max_model_len": 10**6}, "more than the 512 positions"),
+        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 .* not available"),
+        ({"num_gpu_blocks_override": 2}, "the cache has 2 blocks"),
+        ({"max_num_batched_tokens": 4}, "less than max_num_seqs=8"),
+        ({"dtype": "float8"}, "use one of bfloat16, float32"),
+        ({"device": "abacus"}, "use cpu, cuda or auto"),
+        ({"chat_template": "/no/such/file"}, "neither Jinja text nor a file"),
+    ],
+)
+def test_a_wrong_option_is_refused_in_a_sentence(folder, options, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LLM(str(folder), **({"max_model_len": 256} | options))
+
+
+def test_logprobs_have_to_be_enabled(folder) -> None:
+    llm = LLM(
+        str(folder), max_model_len=64, tensor_parallel_size=1
+    )  # a flag at its default is fine
+    with pytest.raises(ValueError, match="start with enable_logprob"):
+        llm.generate("x", SamplingParams(logprobs=1))

@@ -1,0 +1,143 @@
+"""The scheduler alone, with tokens made up: every request ends, whatever arrives and however little
+room there is.
+"""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fastdeploy.engine.blocks import BlockManager
+from fastdeploy.engine.request import Request
+from fastdeploy.engine.scheduler import Schedule, Scheduler
+from fastdeploy.sampling import SamplingParams
+
+MAX_LEN, BLOCK_SIZE = 40, 4
+
+
+def make(num_blocks: int = 30, **settings: object) -> Scheduler:
+    options = {"max_num_seqs": 3, "max_num_batched_tokens": 8} | settings
+    return Scheduler(BlockManager(num_blocks, BLOCK_SIZE), **options)
+
+
+def request(name: str, prompt: int | list[int], output: int = 4, **params: object) -> Request:
+    ids = list(range(prompt)) if isinstance(prompt, int) else prompt
+    settings = SamplingParams(max_tokens=output, **params)
+    return Request(name, ids, settings, seed=0, max_model_len=MAX_LEN)
+
+
+def step(scheduler: Scheduler) -> tuple[Schedule, list[Request]]:
+    schedule = scheduler.schedule()
+    tokens = [7 for part in schedule.parts if part.chooses]
+    grown = scheduler.update(schedule, tokens)
+    scheduler.check()
+    return schedule, grown
+
+
+arrivals = st.lists(
+    st.tuples(st.integers(1, 30), st.integers(1, 10), st.integers(0, 6)), min_size=1, max_size=12
+)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    arrivals=arrivals,
+    num_blocks=st.integers(10, 16),
+    budget=st.integers(3, 20),
+    abort_every=st.integers(2, 9),
+)
+def test_every_request_ends_and_gives_everything_back(
+    arrivals: list[tuple[int, int, int]], num_blocks: int, budget: int, abort_every: int
+) -> None:
+    scheduler = make(num_blocks, max_num_batched_tokens=budget)
+    expected = {}
+    pending = []
+    for i, (prompt, output, at) in enumerate(sorted(arrivals, key=lambda a: a[2])):
+        one = request(str(i), prompt, output)
+        expected[one.id] = one
+        pending.append((at, one))
+    aborted = set()
+    for now in range(1000):
+        while pending and pending[0][0] <= now:
+            scheduler.add(pending.pop(0)[1])
+        if now % abort_every == abort_every - 1 and scheduler.running:
+            victim = scheduler.running[now % len(scheduler.running)]
+            scheduler.finish(victim)
+            aborted.add(victim.id)
+        if not (scheduler.waiting or scheduler.running):
+            if not pending:
+                break
+            continue
+        schedule, _ = step(scheduler)
+        assert schedule.parts, f"nothing to do in step {now}, but work is left"
+        assert schedule.num_tokens <= budget, f"{schedule.num_tokens} tokens in a step"
+    for one in expected.values():
+        made = f"{one.id} made {one.num_output} of {one.max_output} tokens"
+        assert one.id in aborted or one.num_output == one.max_output, made
+    assert scheduler.blocks.num_in_use == 0
+
+
+def test_a_long_prompt_does_not_stall_a_running_text() -> None:
+    scheduler = make(max_num_batched_tokens=8)
+    scheduler.add(request("stream", 2, output=10))
+    step(scheduler)
+    scheduler.add(request("long", 30))
+    tokens = []
+    for _ in range(5):
+        schedule, grown = step(scheduler)
+        assert "stream" in [one.id for one in grown]
+        tokens.append({part.request.id: part.num_tokens for part in schedule.parts})
+    assert tokens[0] == {"stream": 1, "long": 7}, tokens
+
+
+def test_a_scored_prompt_in_front_leaves_a_token_for_the_text_behind(monkeypatch) -> None:
+    monkeypatch.setattr("fastdeploy.engine.scheduler.MAX_SCORED_TOKENS", 3)
+    scheduler = make(max_num_batched_tokens=4)
+    scheduler.add(request("scored", 30, prompt_logprobs=0))
+    scheduler.add(request("stream", [50], output=20))
+    for _ in range(8):
+        schedule, grown = step(scheduler)
+        assert [part.num_tokens for part in schedule.parts] == [3, 1]
+        assert [one.id for one in grown] == ["stream"]
+
+
+def test_requests_are_admitted_first_come_first_served() -> None:
+    scheduler = make(num_blocks=10, max_num_batched_tokens=100)
+    for name, length in (("a", 20), ("big", list(range(50, 82))), ("small", [90])):
+        scheduler.add(request(name, length))
+    schedule, _ = step(scheduler)
+    assert [part.request.id for part in schedule.parts] == ["a"], "small must not overtake big"
+
+
+def test_the_newest_is_preempted_goes_to_the_head_and_keeps_its_tokens() -> None:
+    scheduler = make(num_blocks=10, max_num_batched_tokens=100, max_num_seqs=2)
+    old, new = request("old", 15, output=20), request("new", [60 + i for i in range(15)], output=20)
+    for one in (old, new):
+        scheduler.add(one)
+    scheduler.add(request("later", [99]))
+    while not scheduler.num_preemptions:
+        step(scheduler)
+    assert scheduler.waiting[0] is new
+    assert new.num_computed == 0 and new.num_output > 0 and not new.table.blocks
+    known = list(new.token_ids)
+    while scheduler.running or scheduler.waiting:
+        step(scheduler)
+    assert new.token_ids[: len(known)] == known
+    assert new.num_output == old.num_output == 20
+
+
+def test_a_finished_request_frees_its_blocks_in_the_same_step() -> None:
+    scheduler = make()
+    scheduler.add(request("one", 5, output=1))
+    step(scheduler)
+    assert scheduler.blocks.num_in_use == 0 and not scheduler.running
+
+
+def test_prompt_scores_limit_the_part_and_skip_the_cache() -> None:
+    scheduler = make(num_blocks=100, max_num_batched_tokens=1000)
+    scheduler.add(request("first", 30))
+    step(scheduler)
+    scheduler.add(request("scored", 30, prompt_logprobs=1))
+    schedule = scheduler.schedule()
+    part = schedule.parts[-1]
+    assert (part.start, part.num_tokens, part.num_logits) == (0, 30, 30)

@@ -1,0 +1,99 @@
+"""The command line of the server, and what may be imported without what."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from fastdeploy import cli
+
+HEAVY = ("torch", "fastapi", "uvicorn", "pydantic", "prometheus_client", "starlette", "openai")
+
+
+def run(code: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def test_the_engine_imports_without_web_libraries() -> None:
+    blocked = "; ".join(f"sys.modules[{name!r}] = None" for name in HEAVY if name != "torch")
+    done = run(
+        f"import sys; {blocked}; import importlib, pkgutil, fastdeploy, fastdeploy.engine as e\n"
+        "names = [m.name for m in pkgutil.iter_modules(e.__path__)]\n"
+        "assert 'core' in names and 'loading' in names\n"
+        "for name in names: importlib.import_module('fastdeploy.engine.' + name)\n"
+        "fastdeploy.LLM, fastdeploy.SamplingParams"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("verb", ["cli.main(['serve', '--help'])", "cli.main(['--help'])"])
+def test_help_needs_no_torch_and_lists_every_flag(verb: str) -> None:
+    done = run(
+        "import sys\nfrom fastdeploy import cli\n"
+        f"try: {verb}\nexcept SystemExit: pass\n"
+        f"loaded = [name for name in {HEAVY!r} if name in sys.modules]\n"
+        "assert not loaded, loaded"
+    )
+    assert done.returncode == 0, done.stderr
+    if "serve" in verb:
+        for kind in cli.KINDS:
+            for name in kind.__dataclass_fields__:
+                assert f"--{name.replace('_', '-')}" in done.stdout, name
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--model", "/no/such/model"], "/no/such/model"),
+        ([], "model is not set"),
+        (["--modle", "x"], "unknown flag '--modle'; did you mean '--model'?"),
+        (["--model", "x", "--max-modl-len", "5"], "did you mean '--max-model-len'?"),
+        (["--model", "x", "--port", "99999"], "port=99999 is not a port"),
+        (["--model", "x", "--port", "http"], "port='http'"),
+        (["--model", "x", "--host", "0.0.0.0"], "give an api_key"),
+        (["--model", "x", "--port", "1", "--port", "2"], "--port is given twice"),
+        (["--model", "x", "-tp", "2"], "tensor_parallel_size='2'"),
+        (["--model", "x", "--quantization=wint4"], "quantization='wint4'"),
+        (["--model", "x", "--enable-expert-parallel"], "enable_expert_parallel=True"),
+        (["--model", "x", "stray"], "'stray' belongs to no flag"),
+        (["--config", "/no/such.yaml"], "there is no file /no/such.yaml"),
+    ],
+)
+def test_a_wrong_start_is_one_sentence_and_exit_code_2(capsys, monkeypatch, flags, message) -> None:
+    monkeypatch.delenv("FD_API_KEY", raising=False)
+    assert cli.main(["serve", *flags]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1, error
+
+
+def test_a_port_that_is_taken(capsys, folder) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        assert cli.main(["serve", "--model", str(folder), "--port", port]) == 2
+    assert f"cannot listen on 127.0.0.1 port {port}" in capsys.readouterr().err
+
+
+def test_flags_win_over_the_file_and_the_file_over_the_environment(tmp_path, monkeypatch) -> None:
+    path = tmp_path / "serve.yaml"
+    path.write_text("model: a\nport: 5\nmax_num_seqs: 3\n")
+    monkeypatch.setenv("FD_API_KEY", "k1,k2")
+    values = cli.read_flags(["--config", str(path), "--port", "6"], "serve")
+    assert values == {"api_key": "k1,k2", "model": "a", "port": "6", "max_num_seqs": 3}
+    engine, server = cli.read_config(cli.KINDS, values, "the flags")
+    assert (engine.max_num_seqs, server.port, server.api_key) == (3, 6, ["k1", "k2"])
+
+
+def test_flags_of_features_to_come_are_accepted_at_their_default() -> None:
+    flags = ["--model", "x", "-tp", "1", "--splitwise-role", "mixed", "--workers=1"]
+    values = cli.read_flags(flags, "serve")
+    assert cli.read_config(cli.KINDS, values, "the flags")[0].model == "x"
+
+
+def test_an_unknown_command_is_told_the_known_one(capsys) -> None:
+    assert cli.main(["serv"]) == 2
+    assert "did you mean 'serve'" in capsys.readouterr().err
