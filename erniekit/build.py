@@ -1,7 +1,7 @@
 """The model of a run: read or made anew, with adapters, and with recomputation where wanted.
 
-Also what a configuration looks like for a hub name without reading anything, which lets every example
-file be checked on the meta device.
+Also what a configuration looks like for a hub name without reading anything, which lets every
+example file be checked on the meta device.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger("erniekit")
 
 
 def config_of(path_or_name: str) -> ErnieConfig:
-    """The network of a folder, or of a released model by its name on the hub (nothing is fetched)."""
+    """The network of a folder, or of a released model by its hub name; nothing is fetched."""
     if Path(path_or_name).is_dir():
         return ErnieConfig.from_folder(path_or_name)
     name = path_or_name.rpartition("/")[2].removesuffix("-Paddle").removesuffix("-PT")

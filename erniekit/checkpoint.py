@@ -6,10 +6,10 @@
         trainer_state.json                          step, place in the data, counts, random state
         complete.json                               size and CRC-32 of each file above
 
-A save is written to `checkpoint-120.partial`, every file and the folder are flushed to the disk, and
-only then it is renamed: a folder with the final name is whole. `complete.json` also tells whether it
-still is, so a damaged checkpoint is skipped (loudly) for the one before. One trainer at a time writes
-to a folder (`locked`).
+A save is written to `checkpoint-120.partial`, every file and the folder are flushed to the disk,
+and only then it is renamed: a folder with the final name is whole. `complete.json` also tells
+whether it still is, so a damaged checkpoint is skipped (loudly) for the one before. One trainer at
+a time writes to a folder (`locked`).
 """
 
 from __future__ import annotations
@@ -51,6 +51,29 @@ def newest_good(output: Path) -> Path | None:
             return folder
         log.warning("SKIPPED the damaged checkpoint %s: %s", folder, damage)
     return None
+
+
+def to_resume(
+    output: Path, wanted: str | None, fine_tuning: str
+) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint to go on from and its trainer_state.json; None and {} to start anew.
+
+    `wanted` names one instead of the newest. Raises ConfigError when that is damaged, or when the
+    checkpoint is of the other kind of `fine_tuning`.
+    """
+    folder = Path(wanted) if wanted else newest_good(output)
+    if wanted and (damage := what_is_wrong(Path(wanted))):
+        raise ConfigError(f"resume_from_checkpoint {wanted} cannot be used: {damage}")
+    if folder is None:
+        return None, {}
+    log.info("resuming from %s", folder)
+    state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+    if (before := state["settings"]["fine_tuning"]) != fine_tuning:
+        raise ConfigError(
+            f"{folder} is of a run with fine_tuning={before}, this one has "
+            f"{fine_tuning}; give another output_dir, or overwrite_output_dir=true"
+        )
+    return folder, state
 
 
 def what_is_wrong(folder: Path) -> str:
@@ -146,6 +169,11 @@ def replace_text(path: Path, text: str) -> None:
     hidden = path.with_name(f".{path.name}.partial")
     _write_text(hidden, text)
     hidden.replace(path)
+
+
+def remove_all(output: Path) -> None:
+    for _, folder in checkpoints(output):
+        shutil.rmtree(folder)
 
 
 def prune(output: Path, limit: int | None) -> None:

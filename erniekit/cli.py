@@ -2,8 +2,8 @@
 
     erniekit train run_sft.yaml learning_rate=1e-4 max_steps=20
 
-A verb is a function path, the settings it reads, and a sentence; `--help` is made from the fields of
-those settings. Nothing heavy is imported before a verb runs. What a user can cause ends in one
+A verb is a function path, the settings it reads, and a sentence; `--help` is made from the fields
+of those settings. Nothing heavy is imported before a verb runs. What a user can cause ends in one
 sentence on stderr and exit status 2.
 """
 
@@ -35,7 +35,8 @@ VERBS = {
     "train": Verb(
         "erniekit.launch:run_training",
         (Model, Data, Training, Optimisation),
-        "Train a model; started again, it goes on where it was.",
+        "Train a model; started again, it goes on where it was. SIGTERM and Ctrl-C finish the step "
+        "and save first (exit status 0 and 130).",
     ),
     "export": Verb(
         "erniekit.export:export",

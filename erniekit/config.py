@@ -254,7 +254,7 @@ GROUPS = (Model, Data, Training, Optimisation, Generation, Server, Export)
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Every setting of a run. Groups are read as `run.data.max_seq_len`; see each group's fields."""
+    """Every setting of a run, as in `run.data.max_seq_len`; see each group's fields."""
 
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
@@ -267,11 +267,10 @@ class Run:
 
     def flat(self) -> dict[str, Any]:
         """All keys and values, in the order of the groups: the content of `run.yaml`."""
-        groups = (getattr(self, f.name) for f in dataclasses.fields(self))
+        groups = [getattr(self, f.name) for f in dataclasses.fields(self)][: len(GROUPS)]
         return {
             key: list(value) if isinstance(value, tuple) else value
             for group in groups
-            if dataclasses.is_dataclass(group)
             for key, value in dataclasses.asdict(group).items()
         }
 

@@ -22,7 +22,7 @@ from erniekit.loop import to_device
 
 @torch.no_grad()
 def evaluate(model: ErnieModel, batches: Iterable[Batch], chunk_size: int) -> dict[str, float]:
-    """`eval_loss` (mean over tokens), `eval_ppl`, `eval_accuracy`, `eval_tokens`, `eval_seconds`."""
+    """eval_loss (mean over tokens), eval_ppl, eval_accuracy, eval_tokens and eval_seconds."""
     start, total, num_right, num_tokens = time.monotonic(), 0.0, 0, 0
     for batch in batches:
         flat = to_device(batch, model.device)

@@ -1,4 +1,4 @@
-"""`erniekit export`: an adapter merged into its base, as a model that anything can load and serve."""
+"""`erniekit export`: an adapter merged into its base, a model that anything can load and serve."""
 
 from __future__ import annotations
 

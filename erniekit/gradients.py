@@ -1,9 +1,9 @@
 """The sums of gradients of a step, kept apart from `parameter.grad`.
 
-A gradient is moved here the moment it is ready, added in the dtype of choice, and its float32 original
-is freed: with bfloat16 sums a backward pass never holds the float32 gradients of more than one layer.
-Two gradients as large as the vocabulary are not even formed: the loss adds the head's straight into
-its sum (`sum_of`), chunk by chunk, and the embedding adds only the rows it looked up.
+A gradient is moved here the moment it is ready, added in the dtype of choice, and its float32
+original is freed: with bfloat16 sums a backward pass never holds the float32 gradients of more than
+one layer. Two gradients as large as the vocabulary are not even formed: the loss adds the head's
+straight into its sum (`sum_of`), chunk by chunk, and the embedding adds only the rows it looked up.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class Gradients:
 
     @torch.no_grad()
     def _take(self, parameter: Tensor) -> None:
+        assert isinstance(parameter, nn.Parameter)
         gradient, parameter.grad = parameter.grad, None
         if gradient is None:  # all of it went straight into the sum
             return

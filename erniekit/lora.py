@@ -4,8 +4,8 @@
 
 Every attention and feed-forward projection gets a pair, and so does every routed expert (stacked,
 like the experts). Embedding, head, router and norms stay as they are. Files are those of the PEFT
-library for `Linear` layers, which loads them beside the same model in transformers; the stacked pairs
-of experts carry the same naming but are known to this module only.
+library for `Linear` layers, which loads them beside the same model in transformers; the stacked
+pairs of experts carry the same naming but are known to this module only.
 
 Legend: T tokens, N rows sorted by expert, E experts, I/O in/out width, r rank.
 """
@@ -119,7 +119,9 @@ def add_lora(model: ErnieModel, lora: LoRA, *, seed: int) -> None:
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
     for parent, name, child in list(_projections(model)):
-        wrapped = LoRALinear(child, lora) if isinstance(child, Linear) else LoRAExperts(child, lora)
+        wrapped = (
+            LoRAExperts(child, lora) if isinstance(child, Experts) else LoRALinear(child, lora)
+        )
         setattr(parent, name, wrapped)
         for key, parameter in wrapped.named_parameters():
             if key.endswith("lora_A"):
@@ -136,7 +138,7 @@ def merge_lora(model: ErnieModel) -> None:
                 setattr(parent, name, child.merge())
 
 
-def _projections(model: ErnieModel) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+def _projections(model: ErnieModel) -> Iterator[tuple[nn.Module, str, Linear | Experts]]:
     for block in model.model.layers:
         for parent in block.modules():
             for name, child in parent.named_children():

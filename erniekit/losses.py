@@ -1,9 +1,10 @@
 """What training minimises, as functions of the model and a batch.
 
-`next_token` never holds the logits of a batch: trained positions meet the vocabulary a few at a time,
-and one pass gives loss and gradients (the softmax is computed once, in the forward pass, and the
-logits are overwritten by their gradient). Losses are *sums times `scale`*, where scale is one over
-the number of trained tokens of the whole optimizer step, so that 1 x 8 and 8 x 1 are the same step.
+`next_token` never holds the logits of a batch: trained positions meet the vocabulary a few at a
+time, and one pass gives loss and gradients (the softmax is computed once, in the forward pass, and
+the logits are overwritten by their gradient). Losses are *sums times `scale`*, where scale is one
+over the number of trained tokens of the whole optimizer step, so that 1 x 8 and 8 x 1 are the same
+step.
 
 Legend: T tokens of the batch, N trained tokens, D hidden size, V vocabulary.
 """
@@ -151,8 +152,8 @@ def _head_loss(
 class ChunkedCrossEntropy(torch.autograd.Function):
     """`scale * sum_n -log softmax(W h_n)[target_n]`, logits `chunk_size` rows at a time, float32.
 
-    Gradients are formed in the forward pass. That of the weight is added to `into` (float32) when it
-    is given, for an upstream gradient of 1, and is otherwise returned like any other.
+    Gradients are formed in the forward pass. That of the weight is added to `into` (float32) when
+    it is given, for an upstream gradient of 1, and is otherwise returned like any other.
     """
 
     @staticmethod
@@ -190,9 +191,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             logits_CV *= scale / sums_C1
             logits_CV.scatter_add_(-1, targets_C, torch.full_like(chosen_C1, -scale))
             grad_CV = logits_CV.to(product_CV.dtype)
-            if wants_hidden:
+            if grad_ND is not None:
                 (grad_ND[rows],) = torch.autograd.grad(product_CV, chunk_CD, grad_CV)
-            if wants_weight:
+            if wants_weight and grad_VD is not None:
                 grad_VD.addmm_(grad_CV.T.to(grad_VD.dtype), chunk_CD.detach().to(grad_VD.dtype))
         ctx.is_summed = into is not None
         ctx.save_for_backward(grad_ND, None if ctx.is_summed or not wants_weight else grad_VD)

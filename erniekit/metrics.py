@@ -3,9 +3,10 @@
     step 00120/01000 | loss 2.1034 | lr 2.9e-04 | grad 0.83 | 812 ms | 1,174 tok/s | 2.3 GiB
 
 A record has: step, loss, learning_rate, grad_norm, tokens_per_second, num_tokens and
-num_trained_tokens (of this step), total_tokens, seconds, epoch, peak_memory_gib; `skipped` where the
-step was; `moe_max_over_mean` and the router's losses for experts; eval_loss, eval_ppl, eval_accuracy
-and eval_tokens where the model was evaluated after it. Step 0 is the evaluation before training.
+num_trained_tokens (of this step), total_tokens, seconds, epoch, peak_memory_gib; `skipped` where
+the step was; `moe_max_over_mean` and the router's losses for experts; eval_loss, eval_ppl,
+eval_accuracy and eval_tokens where the model was evaluated after it. Step 0 is the evaluation
+before training.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Metrics:
         lines = []
         if self.path.exists():
             for line in self.path.read_text(encoding="utf-8").splitlines():
-                if _step_of(line) is not None and _step_of(line) <= step:
+                if 0 <= _step_of(line) <= step:
                     lines.append(line + "\n")
         hidden = self.path.with_name(f".{self.path.name}.partial")
         hidden.write_text("".join(lines), encoding="utf-8")
@@ -43,11 +44,12 @@ class Metrics:
             os.fsync(file.fileno())
 
 
-def _step_of(line: str) -> int | None:
+def _step_of(line: str) -> int:
+    """-1 for a line that was cut short."""
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return None
+        return -1
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:

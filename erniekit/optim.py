@@ -169,5 +169,5 @@ class AdamW:
 
 
 def clip_scale(norm: float, max_norm: float) -> float:
-    """What to multiply gradients of this norm with so that it is at most `max_norm` (0: no bound)."""
+    """Factor for gradients of this norm that bounds it by `max_norm` (0: no bound)."""
     return max_norm / (norm + 1e-6) if max_norm and norm > max_norm else 1.0

@@ -18,13 +18,14 @@ from torch.utils.checkpoint import checkpoint
 
 from ernie.model import ErnieModel
 
+_PARTS = {"full": "", "full_attn": "self_attn", "mlp": "mlp"}  # of a block; "" is all of it
+
 
 def recompute(model: ErnieModel, granularity: str, except_layers: Collection[int] = ()) -> None:
     """Make the blocks of `model` recompute, in place; names of parameters stay as they are."""
     for number, block in enumerate(model.model.layers):
-        parts = {"full": block, "full_attn": block.self_attn, "mlp": block.mlp}
-        if number not in except_layers and granularity in parts:
-            part = parts[granularity]
+        if number not in except_layers and granularity in _PARTS:
+            part = block.get_submodule(_PARTS[granularity])
             # Nothing random happens in a block, so the generator need not be restored.
             again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
             part.forward = partial(again, part.forward)

@@ -4,10 +4,10 @@
     alpaca    {"instruction", "input"?, "output", "history"?: [[question, answer], ...], "system"?}
     messages  {"messages": [{"role", "content", "label"?, "tool_calls"?}, ...], "tools"?}
 
-Each becomes chat messages, and `ernie.chat` writes both these and a server's prompts, so that what is
-trained is what is served. A dialogue that is longer than a row loses its *oldest whole turns* (the
-system message stays); one whose last turn does not fit is left out. Nothing is cut inside a turn.
-`chatml` is another name of `messages`. Whatever cannot be used raises `DataError`.
+Each becomes chat messages, and `ernie.chat` writes both these and a server's prompts, so that what
+is trained is what is served. A dialogue that is longer than a row loses its *oldest whole turns*
+(the system message stays); one whose last turn does not fit is left out. Nothing is cut inside a
+turn. `chatml` is another name of `messages`. Whatever cannot be used raises `DataError`.
 """
 
 from __future__ import annotations
@@ -179,8 +179,9 @@ class Encoder:
         return samples
 
     def _sample(self, messages: list[dict[str, Any]], tools: Any) -> Sample:
-        for dropped, shorter in enumerate(_without_oldest_turns(messages)):
-            encoded = self._encoded(shorter, tools)
+        dropped = -1
+        for shorter in _without_oldest_turns(messages):
+            encoded, dropped = self._encoded(shorter, tools), dropped + 1
             if len(encoded.token_ids) <= self.max_tokens:
                 break
         else:

@@ -4,8 +4,8 @@
 
 Legend: T tokens of the flat batch, S segments (samples).
 
-Records that cannot be used are never silent: each is logged (the first few in full), all are counted
-by reason, and a share of them above `max_bad_data_share` ends the run with `DataError`.
+Records that cannot be used are never silent: each is logged (the first few in full), all are
+counted by reason, and a share of them above `max_bad_data_share` ends the run with `DataError`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import logging
 import queue
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -26,7 +26,7 @@ from ernie.chat import UNTRAINED
 from erniekit.config import Data
 from erniekit.data.dialogue import Encoder, Sample, read_dialogue
 from erniekit.data.mix import Mix
-from erniekit.data.pack import Cursor, Drawn, pack
+from erniekit.data.pack import START, Cursor, Drawn, pack
 from erniekit.data.sources import DataError, open_source
 
 log = logging.getLogger("erniekit")
@@ -152,14 +152,14 @@ class Stream:
         self.faults.judge(at_end=False)
         return samples
 
-    def rows(self, start: Cursor = Cursor(), end: int | None = None) -> Iterator[Any]:
+    def rows(self, start: Cursor = START, end: int | None = None) -> Iterator[Any]:
         """(row, cursor after it) from a cursor on."""
         stream = self.samples(start._replace(rows=0), end)
         size, capacity = self.data.buffer_size, self.data.max_seq_len
         return islice(pack(stream, capacity, way=self.way, buffer_size=size), start.rows, None)
 
     def batches(
-        self, batch_size: int, start: Cursor = Cursor(), end: int | None = None
+        self, batch_size: int, start: Cursor = START, end: int | None = None
     ) -> Iterator[Batch]:
         """Batches of `batch_size` rows; the last of a bounded stream may have fewer."""
         fixed_size = batch_size * self.data.max_seq_len if self.data.padding else 0
@@ -221,14 +221,15 @@ def digest(sample: Sample) -> bytes:
     return hashlib.blake2b(np.asarray(sample.token_ids, np.int32).tobytes(), digest_size=8).digest()
 
 
-def prefetched(batches: Iterable[Batch], depth: int) -> Iterator[Batch]:
+def prefetched(batches: Iterable[Batch], depth: int) -> Generator[Batch, None, None]:
     """The same batches, prepared ahead by a background thread; errors are raised where they are
     met.
     """
     if not depth:
         yield from batches
         return
-    done, ready, stop = object(), queue.Queue(maxsize=depth), threading.Event()
+    done, stop = object(), threading.Event()
+    ready: queue.Queue[Any] = queue.Queue(maxsize=depth)
 
     def put(item: Any) -> bool:
         while not stop.is_set():

@@ -5,9 +5,9 @@
     interleave_under  draw a file by weight until the first one is used up
     interleave_over   draw a file by weight until every one has been used up once
 
-Within a file records come without repetition, in a new order on every pass. The stream is a function
-of the seed alone and can be entered at any position at the price of drawing (not reading) what comes
-before, which is how training resumes. Memory is one permutation per file.
+Within a file records come without repetition, in a new order on every pass. The stream is a
+function of the seed alone and can be entered at any position at the price of drawing (not reading)
+what comes before, which is how training resumes. Memory is one permutation per file.
 """
 
 from __future__ import annotations

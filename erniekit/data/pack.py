@@ -1,9 +1,9 @@
 """Samples to rows: several dialogues in one row of at most `capacity` tokens, none cut, none lost.
 
-Three ways: `sequential` keeps the order and opens a new row when a sample does not fit; `greedy` holds
-a buffer of samples and puts each into the open row with the most room; `separate` is one sample a
-row. All work on a stream and say with every row how to go on after it (`Cursor`), which is what a
-checkpoint stores.
+Three ways: `sequential` keeps the order and opens a new row when a sample does not fit; `greedy`
+holds a buffer of samples and puts each into the open row with the most room; `separate` is one
+sample a row. All work on a stream and say with every row how to go on after it (`Cursor`), which is
+what a checkpoint stores.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ class Cursor(NamedTuple):
     def num_records(self) -> int:
         """How many records have been begun before this place."""
         return self.position + (self.part > 0)
+
+
+START = Cursor()
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """Files of records, read in any order: JSON lines, gzipped JSON lines, and JSON arrays.
 
-A file of JSON lines is mapped into memory and indexed by the offsets of its lines, so that shuffling
-costs 16 bytes a record and nothing is held that is not looked at. A gzipped file is first unpacked
-to an unnamed temporary file; a JSON array is read whole. A byte order mark, CRLF and blank lines are
-understood. Refuses what cannot be a data file at all (missing, empty, cut short); a record that
-cannot be used raises `DataError` when it is asked for, naming file and line.
+A file of JSON lines is mapped into memory and indexed by the offsets of its lines, so that
+shuffling costs 16 bytes a record and nothing is held that is not looked at. A gzipped file is first
+unpacked to an unnamed temporary file; a JSON array is read whole. A byte order mark, CRLF and blank
+lines are understood. Refuses what cannot be a data file at all (missing, empty, cut short); a
+record that cannot be used raises `DataError` when it is asked for, naming file and line.
 """
 
 from __future__ import annotations

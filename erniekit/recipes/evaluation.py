@@ -1,4 +1,4 @@
-"""Evaluation alone: the newest checkpoint of output_dir, or the base model, on the held-out data."""
+"""Evaluation alone: what training left in output_dir, or the base model, on held-out data."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from erniekit.evaluate import evaluate
 from erniekit.launch import device_of
 from erniekit.metrics import eval_line
 from erniekit.recipes import sft
+from erniekit.session import load_adapter
 
 log = logging.getLogger("erniekit")
 
@@ -51,7 +52,7 @@ def _model(run: Run, device: str, folder: Path | None) -> tuple[ernie.ErnieModel
     if not (folder / lora.ADAPTER_CONFIG).is_file():
         return ernie.load(folder, device=device), folder
     model = build_model(run, device)
-    sft.load_adapter(model, run, folder)
+    load_adapter(model, run, folder)
     return model, folder
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 from ernie.chat import ChatTemplate
 from ernie.tokenizer import Tokenizer
-
 from fastdeploy.errors import RequestError
 from fastdeploy.sampling import SamplingParams
 

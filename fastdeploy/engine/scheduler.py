@@ -161,8 +161,8 @@ class Scheduler:
     def _admit(self, request: Request, budget: int) -> int:
         """Start a waiting request; returns how many tokens it computes first, 0 if it has to wait.
 
-        All its known tokens must find room, not only the first chunk: otherwise long prompts would
-        push each other out half-read.
+        All its known tokens must find room, not only the first chunk, and so must the next block of
+        each running request: otherwise texts would push each other out again and again.
         """
         if self.refused == (request, self.blocks.num_free):
             return 0  # nothing has changed: do not search a long text for hits in every step
@@ -173,7 +173,7 @@ class Scheduler:
         if rest > budget and not self.chunked_prefill:
             return 0
         num_missing = self.blocks.num_missing(found, request.num_known)
-        if num_missing > self.blocks.num_free_without(found):
+        if num_missing + len(self.running) > self.blocks.num_free_without(found):
             self.refused = (request, self.blocks.num_free)
             return 0
         self.blocks.adopt(found)

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ernie.tokenizer import Detokenizer, Tokenizer
-
 from fastdeploy.engine.request import TokenOutput
 from fastdeploy.outputs import CompletionOutput, TokenLogprobs
 from fastdeploy.sampling import SamplingParams

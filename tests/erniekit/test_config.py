@@ -84,8 +84,14 @@ def test_flags_and_words_mean_the_same() -> None:
 
 
 def test_run_yaml_repeats_the_run(tmp_path: Path) -> None:
-    words = ["evaluation_strategy=no", "train_dataset_path=a,b", "train_dataset_type=alpaca,messages",
-             "train_dataset_prob=1,2", "no_recompute_layers=0,5", "rslora_plus=true"]  # fmt: skip
+    words = [
+        "evaluation_strategy=no",
+        "train_dataset_path=a,b",
+        "train_dataset_type=alpaca,messages",
+        "train_dataset_prob=1,2",
+        "no_recompute_layers=0,5",
+        "rslora_plus=true",
+    ]
     run = resolved(read_run(words), "cpu")
     path = tmp_path / "run.yaml"
     path.write_text(to_yaml(run))
@@ -174,5 +180,5 @@ def test_several_processes_are_refused(monkeypatch, capsys) -> None:
 
 
 def test_unknown_models_are_refused() -> None:
-    with pytest.raises(ConfigError, match="did you mean 'ERNIE-4.5-0.3B'"):
+    with pytest.raises(ConfigError, match=r"did you mean 'ERNIE-4\.5-0\.3B'"):
         config_of("baidu/ERNIE-4.5-0.3-Paddle")

@@ -144,6 +144,16 @@ def test_full_disk_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
 
 
+def test_resuming_with_other_settings_is_told_and_another_kind_refused(
+    tiny, data: Path, tmp_path: Path, capsys
+) -> None:
+    assert main(words(tiny("tiny-dense"), data, tmp_path, max_steps=2)) == 0
+    assert main(words(tiny("tiny-dense"), data, tmp_path, max_steps=3, learning_rate=1e-3)) == 0
+    assert "learning_rate 0.01 -> 0.001" in capsys.readouterr().out
+    assert main(words(tiny("tiny-dense"), data, tmp_path, fine_tuning="Full")) == 2
+    assert "fine_tuning=LoRA, this one has Full" in capsys.readouterr().err
+
+
 def test_second_trainer_in_a_folder_is_refused(tiny, data: Path, tmp_path: Path, capsys) -> None:
     with checkpoint.locked(tmp_path):
         assert main(words(tiny("tiny-dense"), data, tmp_path)) == 2
