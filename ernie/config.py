@@ -178,8 +178,8 @@ class ErnieConfig:
                 continue
             banks = zip(self.experts_per_bank, self.expert_sizes)
             if active:
-                text_experts = self.experts_per_bank[0]
-                routed = self.moe_k * 3 * h * self.expert_sizes[0] + text_experts * (h + 1)
+                router = self.experts_per_bank[0] * (h + 1)
+                routed = (self.moe_k or 0) * 3 * h * self.expert_sizes[0] + router
             else:
                 routed = sum(n * (3 * h * size + h + 1) for n, size in banks)
             total += attention + 2 * h + routed + (mlp(self.shared_size) if self.shared_size else 0)

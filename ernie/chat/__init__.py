@@ -4,7 +4,7 @@
 `folder` finds those of a model folder and `sandbox` runs them.
 """
 
-from ernie.chat.messages import ChatError, Segment
+from ernie.chat.messages import ChatError, NoTemplate, Segment
 from ernie.chat.template import (
     LLM,
     THINKING,
@@ -22,6 +22,7 @@ __all__ = [
     "ChatError",
     "ChatTemplate",
     "Encoded",
+    "NoTemplate",
     "Segment",
     "one_answer_each",
     "stop_ids",

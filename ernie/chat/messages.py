@@ -18,6 +18,10 @@ class ChatError(ValueError):
     """Messages or a chat template that cannot be rendered."""
 
 
+class NoTemplate(ChatError):
+    """A model folder without a chat template, which no built-in one fits: a base model."""
+
+
 @dataclass(frozen=True)
 class Segment:
     """A stretch of a rendered dialogue."""

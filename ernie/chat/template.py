@@ -26,7 +26,7 @@ from typing import Any
 
 from ernie.chat.builtin import llm_segments, thinking_segments
 from ernie.chat.folder import JinjaSegments, folder_sources
-from ernie.chat.messages import ChatError, Dialogue, Segment, checked_message
+from ernie.chat.messages import ChatError, Dialogue, NoTemplate, Segment, checked_message
 from ernie.tokenizer import Tokenizer
 
 UNTRAINED = -100  # the label that cross-entropy leaves out
@@ -60,21 +60,28 @@ class ChatTemplate:
         """The template in a model folder, else the built-in one that its special tokens belong to.
 
         Looked for in chat_template.jinja, then in tokenizer_config.json. Raises ChatError for one
-        that does not compile, and where there is none and the tokenizer has the tokens of neither
-        built-in one.
+        that does not compile, and NoTemplate where there is none and the tokenizer has the tokens
+        of neither built-in one.
         """
         folder = Path(path)
         tokenizer = tokenizer or Tokenizer.from_folder(folder)
         sources, where = folder_sources(folder)
         if sources:
-            return cls(where, JinjaSegments(sources, where, tokenizer, stop_ids(tokenizer)))
+            return cls.from_sources(sources, where, tokenizer)
         for template in (LLM, THINKING):
             if all(tokenizer.id_of(token) is not None for token in template._required):
                 return template
-        raise ChatError(
+        raise NoTemplate(
             f"{folder} has no chat template, and its tokenizer has neither {LLM._required} nor "
             f"{THINKING._required}; put the model's chat_template.jinja there"
         )
+
+    @classmethod
+    def from_sources(
+        cls, sources: Mapping[str, str], where: str, tokenizer: Tokenizer
+    ) -> ChatTemplate:
+        """Jinja texts by name, of which one is "default"; `where` names them in errors."""
+        return cls(where, JinjaSegments(sources, where, tokenizer, stop_ids(tokenizer)))
 
     def render(
         self,

@@ -8,8 +8,7 @@ from pathlib import Path
 import torch
 
 import ernie
-from ernie.chat import ChatError, ChatTemplate, stop_ids
-from ernie.chat.folder import JinjaSegments, folder_sources
+from ernie.chat import ChatTemplate, NoTemplate, stop_ids
 from ernie.model import ErnieModel
 from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer
@@ -71,13 +70,9 @@ def _template(config: EngineConfig, tokenizer: Tokenizer | None) -> ChatTemplate
         return None
     if config.chat_template is not None:
         return template_of(config.chat_template, tokenizer)
-    folder = tokenizer.files[0].parent
-    sources, _ = folder_sources(folder)
     try:
-        return ChatTemplate.for_folder(folder, tokenizer)
-    except ChatError:
-        if sources:
-            raise
+        return ChatTemplate.for_folder(tokenizer.files[0].parent, tokenizer)
+    except NoTemplate:
         return None  # a base model: completions work, and chat says what is missing
 
 
@@ -89,6 +84,4 @@ def template_of(text_or_path: str, tokenizer: Tokenizer) -> ChatTemplate:
         if not path.is_file():
             raise ConfigError(f"chat_template={text_or_path!r} is neither Jinja text nor a file")
         source, where = path.read_text(encoding="utf-8"), str(path)
-    return ChatTemplate(
-        where, JinjaSegments({"default": source}, where, tokenizer, stop_ids(tokenizer))
-    )
+    return ChatTemplate.from_sources({"default": source}, where, tokenizer)

@@ -160,4 +160,4 @@ def _finish(process: subprocess.Popen) -> None:
     if process.returncode:
         errors = [line for line in messages.splitlines() if "error" in line]
         reason = errors[0][:300] if errors else f"exit status {process.returncode}"
-        raise BuildError(f"the C++ compiler {process.args[0]} failed: {reason}")
+        raise BuildError(f"the C++ compiler failed: {reason}")

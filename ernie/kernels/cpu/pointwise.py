@@ -146,7 +146,8 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_THd: Tensor) -> tuple[Tensor | None, ...]:
-        return _rotate(grad_THd, *ctx.saved_tensors, -1.0), None, None
+        cos_Tp, sin_Tp = ctx.saved_tensors
+        return _rotate(grad_THd, cos_Tp, sin_Tp, -1.0), None, None
 
 
 class _SwiGLU(torch.autograd.Function):
