@@ -2,10 +2,10 @@
 
     pip install xllamacpp && python benchmarks/llama_cpp_parity.py
 
-Greedy, 64 tokens for each prompt. llama.cpp multiplies Q4_1 weights with activations that it rounds to
-8 bits, ours computes with float32 activations; so a second file is compared too, the same weights
-written as float32, where llama.cpp rounds no activations. Where the two part, the table shows how far
-apart our logits of the two candidates are.
+Greedy, 64 tokens for each prompt. llama.cpp multiplies Q4_1 weights with activations that it rounds
+to 8 bits, ours computes with float32 activations; so a second file is compared too, the same
+weights written as float32, where llama.cpp rounds no activations. Where the two part, the table
+shows how far apart our logits of the two candidates are.
 """
 
 from __future__ import annotations
@@ -72,10 +72,11 @@ def llama_cpp(path: Path, prompts: list[list[int]]) -> Iterator[list[int]]:
             "prompt": prompt,
             "n_predict": NUM_TOKENS,
             "temperature": 0.0,
-            "return_tokens": True,
+            "logprobs": 1,  # which brings the token ids along
             "cache_prompt": False,
         }
-        yield server.handle_completions(request)["tokens"]
+        (choice,) = server.handle_completions(request)["choices"]
+        yield [token["id"] for token in choice["logprobs"]["content"]]
 
 
 def main() -> None:
