@@ -24,7 +24,7 @@ import time
 from dataclasses import asdict, dataclass
 
 import torch
-from ceilings import HERE, Ceilings, ceilings, machine, seconds
+from ceilings import HERE, Ceilings, ceilings, machine, others_cpu_s, seconds
 from kernels_cpu_cases import CASES, Case
 
 HELD_BACK = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
@@ -84,6 +84,7 @@ def markdown(record: dict) -> str:
         f"- ceilings: {record['read_gb_per_s']} GB/s read, {record['update_gb_per_s']} GB/s for "
         f"y = x + 2 y, {record['fma_gflop_per_s']} GFLOP/s float32; torch's product of "
         f"2048 x 2048: {record['sgemm_gflop_per_s']} GFLOP/s",
+        f"- processors in use by other programs meanwhile: {record['cpus_used_by_others']}",
         "",
         "Ratio: the time of plain torch over ours. Of ceiling: the ideal time (bytes / bandwidth",
         "or operations / multiply-add rate, whichever is longer) over ours; what stays in a cache",
@@ -109,6 +110,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="the cases whose name contains this")
     arguments = parser.parse_args()
     torch.manual_seed(0)
+    began, others = time.perf_counter(), others_cpu_s()
     most = ceilings()
     square = torch.randn(2048, 2048)
     sgemm = 2 * 2048**3 / min(seconds(lambda: square @ square) for _ in range(9))
@@ -127,6 +129,7 @@ def main() -> None:
         "update_gb_per_s": round(most.update / 1e9, 1),
         "fma_gflop_per_s": round(most.rate / 1e9, 1),
         "sgemm_gflop_per_s": round(sgemm / 1e9, 1),
+        "cpus_used_by_others": round((others_cpu_s() - others) / (time.perf_counter() - began), 2),
         "reading": arguments.reading,
         "rows": [asdict(row) for row in rows],
     }

@@ -6,12 +6,14 @@
 
 namespace {
 
-constexpr long TASK_FLOATS = 16 * 1024;  // less than this is not worth a second thread
+constexpr long TASK_FLOATS = 16 * 1024;
+constexpr long SERIAL_FLOATS = 64 * 1024;  // up to here waking a second thread costs more than it brings
 
 // body(first_row, rows) over blocks of whole rows.
 template <class Body>
 void for_rows(int threads, long rows, long width, const Body &body) {
     const long block = width < TASK_FLOATS ? TASK_FLOATS / (width ? width : 1) : 1;
+    if (rows * width <= SERIAL_FLOATS) threads = 1;
     parallel_for(threads, (rows + block - 1) / block, [&](long i) {
         const long first = i * block;
         body(first, rows - first < block ? rows - first : block);
