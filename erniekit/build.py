@@ -55,8 +55,8 @@ def build_model(run: Run, device: str, weights_from: Path | None = None) -> erni
         add_lora(model, lora_of(run), seed=run.training.seed)
     else:
         _choose_trained(model, run)
-    if run.model.recompute:
-        recompute(model, run.model.recompute_granularity, run.model.no_recompute_layers)
+    granularity = run.model.recompute_granularity if run.model.recompute else None
+    recompute(model, granularity, run.model.no_recompute_layers)
     return model
 
 

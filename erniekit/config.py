@@ -51,7 +51,7 @@ class Model:
         None, "Where a hub name is looked up.", choices=(None, "huggingface")
     )
     loss_subbatch_seqlen: int = option(
-        256, "Trained tokens that meet the vocabulary at once in the loss; less is less memory."
+        128, "Trained tokens that meet the vocabulary at once in the loss; less is less memory."
     )
     recompute: bool = option(
         False, "Forget activations in the forward pass and compute them again in the backward one."

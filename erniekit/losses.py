@@ -61,7 +61,7 @@ def next_token(
     batch: Flat,
     *,
     scale: float,
-    chunk_size: int = 256,
+    chunk_size: int = 128,
     terms: Terms = Terms(),
     share: float = 1.0,
     gradients: Gradients | None = None,

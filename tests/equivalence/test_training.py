@@ -96,8 +96,8 @@ def test_packed_samples_equal_separate_ones(model: ErnieModel) -> None:
     assert_equal(gradients_of(model, [flat(rows)]), separate, 1e-5)
 
 
-@pytest.mark.parametrize("granularity", ["full", "full_attn", "mlp"])
-def test_recomputing_changes_nothing(model: ErnieModel, granularity: str) -> None:
+@pytest.mark.parametrize("granularity", [None, "full", "full_attn", "mlp"])
+def test_recomputing_changes_nothing(model: ErnieModel, granularity: str | None) -> None:
     batch = flat(samples([9, 23]))
     terms = losses.Terms(load_balance=0.1, z=0.1, orthogonal=0.1)
     expected = gradients_of(model, [batch], terms=terms)
