@@ -43,7 +43,7 @@ def recompute(
         if chosen not in ("full", "mlp"):
             for part in block.modules():
                 if isinstance(part, MLP):
-                    part.forward = partial(_without_product, part)
+                    part.forward = partial(_without_product, part)  # type: ignore[method-assign]
 
 
 def _without_product(mlp: MLP, x_TD: Tensor) -> Tensor:

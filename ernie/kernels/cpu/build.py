@@ -141,8 +141,8 @@ def _compile(compiler: Path, flags: tuple[str, ...], sources: list[Path], target
             for source, made in zip(sources, objects)
         ]
         for process in compilers:
-            _finish(process)
-        _finish(_start([str(compiler), "-shared", *objects, "-o", f"{work}/library.so"]))
+            _finish(process, compiler)
+        _finish(_start([str(compiler), "-shared", *objects, "-o", f"{work}/library.so"]), compiler)
         os.replace(f"{work}/library.so", target)
 
 
@@ -155,9 +155,9 @@ def _start(command: list[str]) -> subprocess.Popen:
         raise BuildError(f"the C++ compiler {command[0]} cannot be run: {error}") from error
 
 
-def _finish(process: subprocess.Popen) -> None:
+def _finish(process: subprocess.Popen, compiler: Path) -> None:
     messages = process.communicate()[1]
     if process.returncode:
         errors = [line for line in messages.splitlines() if "error" in line]
         reason = errors[0][:300] if errors else f"exit status {process.returncode}"
-        raise BuildError(f"the C++ compiler failed: {reason}")
+        raise BuildError(f"the C++ compiler {compiler} failed: {reason}")
