@@ -99,16 +99,16 @@ class Session:
         num_all = sum(p.numel() for p in self.model.parameters())
         num_trained = sum(p.numel() for p in self.trained.values())
         o = self.run.optimisation
+        first, last = self.progress.step + 1, self.num_steps
         log.info(
-            "training %s of %s parameters (%s) on %s; gradients %s, moments %s; steps %d to %d",
+            "training %s of %s parameters (%s) on %s; gradients %s, moments %s; %s",
             f"{num_trained:,}",
             f"{num_all:,}",
             self.run.model.fine_tuning,
             self.model.device,
             "float32" if o.amp_master_grad else "bfloat16",
             "bfloat16" if o.use_lowprecision_moment else "float32",
-            self.progress.step + 1,
-            self.num_steps,
+            f"steps {first} to {last}" if first <= last else f"all {last} steps are done",
         )
         modules = sorted(set(report(self.device).values()))
         log.info("kernels: %s", ", ".join(modules))
