@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
@@ -75,6 +76,7 @@ def peak_memory_gb() -> float:
     return kilobytes * (1 if sys.platform == "darwin" else 1024) / 1e9
 
 
+@cache
 def machine() -> dict[str, Any]:
     """The processor, its threads, and the two ceilings measured now: read bandwidth and float32
     product.
