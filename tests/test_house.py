@@ -25,7 +25,7 @@ FORBIDDEN = {
 LAYERS = (
     {"settings"},
     {"config", "models"},
-    {"kernels"},
+    {"kernels", "quant"},
     {"layers", "rope", "moe", "attention", "mtp"},
     {"model"},
     {"checkpoint", "generate"},
