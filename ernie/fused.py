@@ -16,7 +16,7 @@ arXiv:1909.08053).
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ernie import kernels
 from ernie.attention import Attend
 from ernie.config import ErnieConfig
-from ernie.kernels import Norm, PackedWeight
+from ernie.kernels import Norm, PackedWeight, QuantTensor
 from ernie.layers import MLP, Linear, RMSNorm
 from ernie.model import Block, ErnieModel
 from ernie.moe.layer import MoE
@@ -33,6 +33,7 @@ from ernie.quant.scheme import Scheme
 from ernie.rope import Rotary
 from ernie.settings import ConfigError
 
+Weight = Tensor | QuantTensor
 PLAIN = Scheme("none", dense=None, experts=None, head=None)
 
 
@@ -45,12 +46,18 @@ class Shard:
     sum_ranks: Callable[[Tensor], Tensor] = lambda x: x
     join_columns: Callable[[Tensor], Tensor] = lambda x: x  # (R, V / size) of each rank -> (R, V)
 
-    def of(self, weight: Tensor, dim: int, parts: int = 1) -> Tensor:
-        """This rank's share of `dim`, which holds `parts` stacked weights."""
+    def rows(self, weight: Weight, parts: int = 1) -> Weight:
+        """This rank's share of the outputs of `parts` stacked weights `(..., O, I)`."""
         if self.size == 1:
             return weight
-        pieces = [part.chunk(self.size, dim)[self.rank] for part in weight.chunk(parts, dim)]
-        return torch.cat(pieces, dim)
+        return stacked([w.chunk(self.size, -2)[self.rank] for w in weight.chunk(parts, -2)])
+
+    def columns(self, weight: Weight) -> Weight:
+        """This rank's share of the inputs of a weight `(..., O, I)`."""
+        return weight if self.size == 1 else weight.chunk(self.size, -1)[self.rank]
+
+    def elements(self, bias_O: Tensor) -> Tensor:
+        return bias_O.chunk(self.size)[self.rank]
 
     def own(self, x: Tensor) -> Tensor | None:
         """The residual, for the one rank that adds it to the sum."""
@@ -73,7 +80,7 @@ def fuse(model: ErnieModel, scheme: Scheme | None = None, shard: Shard = WHOLE) 
         trunk.layers[i] = _fused(block, scheme, shard)
     for predictor in trunk.mtp:
         predictor.block = _fused(predictor.block, scheme, shard)
-    weight = shard.of(model.head_weight.detach(), 0)
+    weight = shard.rows(model.head_weight)
     model.fused_head = FusedHead(trunk.norm, pack(weight, scheme.head), shard)
     model.lm_head = None
     return model
@@ -107,10 +114,19 @@ def check_shard(config: ErnieConfig, size: int) -> None:
             )
 
 
-def pack(weight: Tensor, bits: int | None, *, parts: int = 1) -> PackedWeight:
-    """A weight in the form that this device's fused operations read, quantised to `bits` first."""
-    weight = weight.detach()
-    return kernels.pack(kernels.quantize(weight, bits) if bits else weight, parts=parts)
+def pack(weight: Weight, bits: int | None, *, parts: int = 1) -> PackedWeight:
+    """A weight as this device's fused operations read it, quantised to `bits` if it is not yet."""
+    if isinstance(weight, Tensor):
+        weight = weight.detach()
+        weight = kernels.quantize(weight, bits) if bits else weight
+    return kernels.pack(weight, parts=parts)
+
+
+def stacked(weights: Sequence[Weight]) -> Weight:
+    """Weights `(..., O, I)`, one under another."""
+    if isinstance(weights[0], Tensor):
+        return torch.cat([w.detach() for w in weights if isinstance(w, Tensor)], -2)
+    return QuantTensor.cat([w for w in weights if isinstance(w, QuantTensor)])
 
 
 def _fused(block: nn.Module | Tensor, scheme: Scheme, shard: Shard) -> FusedBlock:
@@ -128,9 +144,9 @@ class FusedBlock(nn.Module):
         self.input_norm = _norm(block.input_layernorm)
         self.post_norm = _norm(block.post_attention_layernorm)
         heads = (attention.q_proj, attention.k_proj, attention.v_proj)
-        self.qkv = pack(torch.cat([shard.of(p.weight.detach(), 0) for p in heads]), scheme.dense)
+        self.qkv = pack(stacked([shard.rows(p.weight) for p in heads]), scheme.dense)
         self.qkv_bias = _stacked_bias(heads, shard)
-        self.out = pack(shard.of(attention.o_proj.weight, 1), scheme.dense)
+        self.out = pack(shard.columns(attention.o_proj.weight), scheme.dense)
         self.out_bias = attention.o_proj.bias if shard.rank == 0 else None
         self.num_kv_heads = attention.k_proj.weight.shape[0] // shard.size // self.head_dim
         mlp = block.mlp
@@ -185,8 +201,8 @@ class FusedMoE(nn.Module):
         self.bias = moe.moe_statics.e_score_correction_bias.detach()[0]
         self.top_k, self.norm_min = moe.gate.top_k, moe.gate.norm_min
         experts, bits = moe.experts, scheme.experts
-        self.gate_up = pack(shard.of(experts.gate_up_proj, 1, parts=2), bits, parts=2)
-        self.down = pack(shard.of(experts.down_proj, 2), bits)
+        self.gate_up = pack(shard.rows(experts.gate_up_proj, parts=2), bits, parts=2)
+        self.down = pack(shard.columns(experts.down_proj), bits)
         shared = moe.shared_experts
         if shared is not None and shared.gate_proj.bias is not None:
             raise ConfigError("shared experts with biases have no inference form; use_bias=false")
@@ -224,11 +240,10 @@ def _norm(norm: RMSNorm) -> Norm:
 
 
 def _stacked_bias(layers: tuple[Linear, ...], shard: Shard) -> Tensor | None:
-    biases = [shard.of(layer.bias.detach(), 0) for layer in layers if layer.bias is not None]
+    biases = [shard.elements(layer.bias.detach()) for layer in layers if layer.bias is not None]
     return torch.cat(biases) if biases else None
 
 
 def _pack_mlp(mlp: MLP, bits: int | None, shard: Shard) -> tuple[PackedWeight, PackedWeight]:
-    gate, up = (shard.of(p.weight.detach(), 0) for p in (mlp.gate_proj, mlp.up_proj))
-    down = shard.of(mlp.down_proj.weight, 1)
-    return pack(torch.cat((gate, up)), bits, parts=2), pack(down, bits)
+    gate_up = stacked([shard.rows(p.weight) for p in (mlp.gate_proj, mlp.up_proj)])
+    return pack(gate_up, bits, parts=2), pack(shard.columns(mlp.down_proj.weight), bits)

@@ -37,7 +37,8 @@ def load(config: EngineConfig, model: ErnieModel | None = None) -> Loaded:
     """
     device = pick_device(config.device)
     if model is None:
-        model = ernie.load(config.model, dtype=getattr(torch, config.dtype), device=device)
+        dtype = getattr(torch, config.dtype)
+        model = ernie.load(config.model, dtype=dtype, device=device, keep_integers=True)
     else:
         model = shallow_copy(model)  # the caller keeps the plain one
     tokenizer = Tokenizer.from_folder(config.tokenizer) if config.tokenizer else model.tokenizer
@@ -45,6 +46,11 @@ def load(config: EngineConfig, model: ErnieModel | None = None) -> Loaded:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} entries and the model's vocabulary "
             f"{model.config.vocab_size}; they do not belong together"
+        )
+    if config.quantization and "quantization_config" in model.config.extra:
+        raise ConfigError(
+            f"quantization={config.quantization} is asked for, but the folder's weights are "
+            "quantised already; leave it out"
         )
     model = fuse(model, read_scheme(config.quantization, has_experts=model.config.is_moe))
     config = config.resolved(
