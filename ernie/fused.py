@@ -162,9 +162,12 @@ class FusedBlock(nn.Module):
         qkv_TC = kernels.project(x_TD, self.qkv, self.qkv_bias, norm=self.input_norm)
         heads_TCd = qkv_TC.unflatten(-1, (-1, self.head_dim))
         num_turned = heads_TCd.shape[1] - self.num_kv_heads  # queries and keys, not values
-        turned_TCd = kernels.rotate(heads_TCd[:, :num_turned], *rotary)
-        q_THd, k_TGd = turned_TCd.split((num_turned - self.num_kv_heads, self.num_kv_heads), 1)
-        seen_THd = attend(q_THd, k_TGd, heads_TCd[:, num_turned:], layer=self.layer)
+        kernels.rotate_(heads_TCd[:, :num_turned], *rotary)
+        num_queries = num_turned - self.num_kv_heads
+        q_THd, k_TGd, v_TGd = heads_TCd.split(
+            (num_queries, self.num_kv_heads, self.num_kv_heads), 1
+        )
+        seen_THd = attend(q_THd, k_TGd, v_TGd, layer=self.layer)
         own_TD = self.shard.own(x_TD)
         out_TD = kernels.project(seen_THd.flatten(-2), self.out, self.out_bias, residual_TO=own_TD)
         return self.shard.sum_ranks(out_TD)

@@ -53,7 +53,6 @@ class PagedAttend:
     def __call__(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, *, layer: int) -> Tensor:
         batch = self.batch
         keys_BPGd, values_BPGd = self.cache.keys_LBPGd[layer], self.cache.values_LBPGd[layer]
-        kernels.write_cache(k_TGd, v_TGd, keys_BPGd, values_BPGd, batch.slots_T)
         return kernels.attend_paged(
             q_THd,
             keys_BPGd,
@@ -62,6 +61,7 @@ class PagedAttend:
             batch.cu_seqlens_S1,
             batch.lens_S,
             q_THd.shape[-1] ** -0.5,
+            (k_TGd, v_TGd, batch.slots_T),
         )
 
 
