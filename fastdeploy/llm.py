@@ -19,11 +19,11 @@ from typing import Any
 from ernie.model import ErnieModel
 from fastdeploy.config import EngineConfig, read_config
 from fastdeploy.engine.loading import load, template_of
-from fastdeploy.engine.prompt import banned_ids, chat_prompt
+from fastdeploy.engine.prompt import banned_sequences, chat_prompt
 from fastdeploy.engine.request import RequestMetrics, TokenOutput
 from fastdeploy.engine.text import Sample
 from fastdeploy.errors import RequestError
-from fastdeploy.outputs import Completions, RequestOutput
+from fastdeploy.outputs import Completions, RequestOutput, best
 from fastdeploy.sampling import SamplingParams, filled
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -147,7 +147,11 @@ class LLM:
             for collected, piece in zip(pieces_by_prompt, pieces):
                 if piece is not None:
                     collected.append(piece)
-        return [RequestOutput.joined(collected) for collected in pieces_by_prompt]
+        whole = [RequestOutput.joined(collected) for collected in pieces_by_prompt]
+        for output, one in zip(whole, params):
+            if one.num_samples > one.n:
+                output.outputs = Completions(best(output.outputs, one.n))
+        return whole
 
 
 class _Call:
@@ -156,7 +160,7 @@ class _Call:
     def __init__(self, llm: LLM, orders: list[_Order], params: list[SamplingParams]) -> None:
         self.llm, self.orders, self.params = llm, orders, params
         self.samples: dict[str, tuple[int, Sample]] = {}
-        self.num_open = [one.n for one in params]
+        self.num_open = [one.num_samples for one in params]
 
     def pieces(self, show_progress: bool = False) -> Iterator[list[RequestOutput | None]]:
         engine = self.llm.engine
@@ -182,7 +186,8 @@ class _Call:
         engine, tokenizer = self.llm.engine, self.llm.tokenizer
         params, order = self.params[position], self.orders[position]
         seed = engine.new_seed()
-        for index in range(params.n):
+        banned = banned_sequences(tokenizer, params)
+        for index in range(params.num_samples):
             name = f"{request_id}-{index}"
             engine.add(
                 name,
@@ -190,7 +195,7 @@ class _Call:
                 params,
                 seed=seed,
                 sample_index=index,
-                banned_ids=banned_ids(tokenizer, params),
+                banned=banned,
                 priority=order.priority,
                 cache_salt=order.cache_salt,
             )
@@ -253,6 +258,12 @@ def _params_of(given: Any, num_prompts: int, stream: bool) -> list[SamplingParam
     for params in given:
         if stream and params.prompt_logprobs is not None:
             raise RequestError("prompt_logprobs cannot be streamed; leave out one of the two")
+        if stream and params.num_samples > params.n:
+            raise RequestError(
+                f"best_of={params.best_of} with n={params.n} cannot be streamed: which samples are "
+                "the best is known at the end; leave out stream or best_of",
+                param="best_of",
+            )
     return list(given)
 
 

@@ -21,6 +21,7 @@ from fastdeploy.engine.request import Request, Status, TokenOutput, check_prompt
 from fastdeploy.engine.runner import Runner
 from fastdeploy.engine.sampler import Choice, Sampler
 from fastdeploy.engine.scheduler import Scheduler
+from fastdeploy.engine.thinking import ThinkTags
 from fastdeploy.errors import RequestError
 from fastdeploy.sampling import SamplingParams
 
@@ -45,12 +46,18 @@ class Engine:
     """A model with its cache. `config` must be resolved (see `EngineConfig.resolved`)."""
 
     def __init__(
-        self, model: ErnieModel, config: EngineConfig, eos_ids: Iterable[int] = ()
+        self,
+        model: ErnieModel,
+        config: EngineConfig,
+        eos_ids: Iterable[int] = (),
+        think_tags: ThinkTags | None = None,
     ) -> None:
         assert config.max_num_batched_tokens is not None, "the config is not resolved"
         self.config = config
         self.vocab_size = model.config.vocab_size
         self.eos_ids = frozenset(eos_ids)
+        self.think_tags = think_tags
+        self.early_stop = config.early_stop()
         num_blocks = num_cache_blocks(model, config)
         cache = KVCache.allocate(
             model.config, num_blocks, config.block_size, model.activation_dtype, model.device
@@ -85,7 +92,7 @@ class Engine:
         *,
         seed: int | None = None,
         sample_index: int = 0,
-        banned_ids: Iterable[int] = (),
+        banned: Iterable[Sequence[int]] = (),
         priority: int = 0,
         cache_salt: str | None = None,
     ) -> None:
@@ -93,6 +100,7 @@ class Engine:
 
         `seed` stands in for a missing `params.seed`; samples of one request share it. Lower
         `priority` runs first. Texts share cached blocks only with texts of the same `cache_salt`.
+        None of the token sequences in `banned` is generated.
         """
         if request_id in self.requests:
             raise RequestError(f"there is a request {request_id!r} already; choose another id")
@@ -106,10 +114,12 @@ class Engine:
             seed=self.new_seed() if seed is None else seed,
             max_model_len=self.config.max_model_len,
             eos_ids=self.eos_ids,
-            banned_ids=frozenset(banned_ids) | frozenset(params.bad_words_token_ids or ()),
+            banned=[*banned, *([token] for token in params.bad_words_token_ids or ())],
             sample_index=sample_index,
             priority=priority,
             cache_salt=cache_salt,
+            think_tags=self.think_tags,
+            early_stop=self.early_stop,
         )
         self.requests[request_id] = request
         self.scheduler.add(request)
@@ -125,6 +135,12 @@ class Engine:
                         f"{name} has token {token}; the vocabulary ends at {self.vocab_size - 1}",
                         param=name,
                     )
+        if params.reasoning_max_tokens is not None and self.think_tags is None:
+            raise RequestError(
+                "reasoning_max_tokens is given, but this model has no tags around its thoughts; "
+                "use max_tokens, which bounds the whole answer",
+                param="reasoning_max_tokens",
+            )
         for name in ("logprobs", "prompt_logprobs"):
             wanted = getattr(params, name)
             if wanted is None:
@@ -191,6 +207,7 @@ class Engine:
                 TokenOutput(
                     request_id=request.id,
                     token=choice.token,
+                    logprob=choice.logprob,
                     logprobs=choice.logprobs,
                     finish_reason=request.finish_reason(),
                     metrics=request.metrics,

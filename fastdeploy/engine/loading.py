@@ -14,6 +14,7 @@ from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
+from fastdeploy.engine.thinking import ThinkTags
 from fastdeploy.sampling import recommended
 
 
@@ -46,7 +47,8 @@ def load(config: EngineConfig, model: ErnieModel | None = None) -> Loaded:
         max_positions=model.config.max_position_embeddings, device_type=model.device.type
     )
     ends = stop_ids(tokenizer) if tokenizer else model.config.eos_token_ids
-    engine = Engine(model, config, ends)
+    tags = ThinkTags.of(tokenizer, config.think_stop_sentence)
+    engine = Engine(model, config, ends, tags)
     defaults = recommended(getattr(model, "generation_config", None) or {})
     return Loaded(engine, config, tokenizer, _template(config, tokenizer), defaults)
 

@@ -13,12 +13,15 @@ the prefix cache. Imports no torch.
 from __future__ import annotations
 
 import enum
+import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from fastdeploy.config import EarlyStop
 from fastdeploy.engine.blocks import Table, root_of
+from fastdeploy.engine.thinking import Thinking, ThinkTags
 from fastdeploy.errors import RequestError
 from fastdeploy.outputs import RequestMetrics, TokenLogprobs
 from fastdeploy.sampling import SamplingParams
@@ -42,10 +45,12 @@ class Request:
         seed: int,
         max_model_len: int,
         eos_ids: Iterable[int] = (),
-        banned_ids: Iterable[int] = (),
+        banned: Collection[Sequence[int]] = (),
         sample_index: int = 0,
         priority: int = 0,
         cache_salt: str | None = None,
+        think_tags: ThinkTags | None = None,
+        early_stop: EarlyStop | None = None,
     ) -> None:
         self.id = request_id
         self.params = params
@@ -64,7 +69,16 @@ class Request:
         self.num_preemptions = 0
         self.prompt_logprobs: list[TokenLogprobs | None] = []
         self.sampler_notes: Any = None
-        self.banned_ids = frozenset(banned_ids)
+        # Sequences that may not be generated: single tokens, and those of several.
+        self.banned_ids = frozenset(ids[0] for ids in banned if len(ids) == 1)
+        self.banned_runs = tuple(tuple(ids) for ids in banned if len(ids) > 1)
+        self.thinking = (
+            Thinking(think_tags, params.reasoning_max_tokens, self.token_ids)
+            if think_tags is not None and params.reasoning_max_tokens is not None
+            else None
+        )
+        self.early_stop = early_stop
+        self.num_sure = 0  # newest tokens in a row of which the model was sure
         stops = frozenset(params.stop_token_ids or ())
         self.stop_ids = stops if params.ignore_eos else stops | frozenset(eos_ids)
         room = max_model_len - self.num_prompt
@@ -90,10 +104,26 @@ class Request:
         """Whether the next token may be one that ends the text."""
         return self.num_output + 1 >= self.params.min_tokens
 
+    @property
+    def wants_logprob(self) -> bool:
+        """Whether somebody wants to know how likely each chosen token was."""
+        params = self.params
+        is_ranked = params.num_samples > params.n
+        return params.logprobs is not None or is_ranked or self.early_stop is not None
+
+    def watch(self, logprob: float) -> None:
+        """Take note of how likely the newest choice was, for early stops."""
+        if self.early_stop is not None:
+            is_sure = logprob > math.log(self.early_stop.threshold)
+            self.num_sure = self.num_sure + 1 if is_sure else 0
+
     def finish_reason(self) -> str | None:
         """Why the text ends after its newest token, None when it goes on."""
-        if self.token_ids[-1] in self.stop_ids and self.num_output >= self.params.min_tokens:
-            return "stop"
+        if self.num_output >= self.params.min_tokens:
+            if self.token_ids[-1] in self.stop_ids:
+                return "stop"
+            if self.early_stop is not None and self.num_sure >= self.early_stop.window_size:
+                return "repetition"
         return "length" if self.num_output >= self.max_output else None
 
 
@@ -103,8 +133,9 @@ class TokenOutput:
 
     request_id: str
     token: int | None
-    logprobs: TokenLogprobs | None
-    finish_reason: str | None
+    logprob: float | None  # of the token in the raw logits, where somebody wanted to know
+    logprobs: TokenLogprobs | None  # as the user asked for them
+    finish_reason: str | None  # stop, repetition, length or abort
     metrics: RequestMetrics
     num_cached: int
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first token, if wanted

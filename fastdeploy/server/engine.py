@@ -19,7 +19,7 @@ from functools import partial
 
 from fastdeploy.engine.core import Stats
 from fastdeploy.engine.loading import Loaded
-from fastdeploy.engine.prompt import banned_ids
+from fastdeploy.engine.prompt import banned_sequences
 from fastdeploy.engine.request import TokenOutput
 from fastdeploy.engine.text import Sample
 from fastdeploy.errors import RequestError
@@ -29,7 +29,7 @@ from fastdeploy.sampling import SamplingParams
 log = logging.getLogger("fastdeploy")
 
 SECONDS_BETWEEN_LINES = 5.0
-MAX_SAMPLES_PER_REQUEST = 1024  # prompts times n
+MAX_SAMPLES_PER_REQUEST = 1024  # prompts times samples of each
 
 
 class EngineStopped(RequestError):
@@ -41,7 +41,7 @@ class EngineStopped(RequestError):
 
 @dataclass(slots=True)
 class Piece:
-    """News of one choice of an answer: choice i is sample `i % n` of prompt `i // n`."""
+    """News of one sample: choice i is sample `i % num_samples` of prompt `i // num_samples`."""
 
     choice: int
     completion: CompletionOutput
@@ -66,10 +66,13 @@ class Answer:
     Whoever got it from `submit` must `close` it, whatever happens.
     """
 
-    def __init__(self, engine: ServerEngine, prompts: Sequence[Sequence[int]], n: int) -> None:
+    def __init__(
+        self, engine: ServerEngine, prompts: Sequence[Sequence[int]], num_samples: int
+    ) -> None:
         self.engine = engine
         self.prompts = prompts
-        self.num_choices = len(prompts) * n
+        self.num_samples = num_samples  # of each prompt
+        self.num_choices = len(prompts) * num_samples
         self.samples: dict[str, tuple[int, Sample]] = {}  # open ones, by the engine's request id
         self.queue: asyncio.Queue[Piece | None] = asyncio.Queue()  # None: the engine has stopped
 
@@ -142,24 +145,24 @@ class ServerEngine:
                 "allows; try again later",
                 status=429,
             )
-        if len(prompts) * params.n > MAX_SAMPLES_PER_REQUEST:
+        if len(prompts) * params.num_samples > MAX_SAMPLES_PER_REQUEST:
             raise RequestError(
-                f"{len(prompts)} prompts with n={params.n} are more than "
+                f"{len(prompts)} prompts with {params.num_samples} samples each are more than "
                 f"{MAX_SAMPLES_PER_REQUEST} texts; send them in several requests",
                 param="n",
             )
         for prompt_ids in prompts:
             engine.check(prompt_ids, params)
-        banned = banned_ids(self.loaded.tokenizer, params)
-        answer = Answer(self, prompts, params.n)
-        options = {"banned_ids": banned, "priority": priority, "cache_salt": cache_salt}
+        banned = banned_sequences(self.loaded.tokenizer, params)
+        answer = Answer(self, prompts, params.num_samples)
+        options = {"banned": banned, "priority": priority, "cache_salt": cache_salt}
         self.answers.add(answer)
         for i, prompt_ids in enumerate(prompts):
             seed = engine.new_seed()
-            for index in range(params.n):
+            for index in range(params.num_samples):
                 self.num_submitted += 1
                 request_id = str(self.num_submitted)
-                choice = i * params.n + index
+                choice = i * params.num_samples + index
                 answer.samples[request_id] = choice, Sample(choice, params, self.loaded.tokenizer)
                 self.answer_by_id[request_id] = answer
                 add = partial(engine.add, request_id, prompt_ids, params, seed=seed)
@@ -201,7 +204,7 @@ class ServerEngine:
         output.metrics.finished_time = output.metrics.finished_time or time.monotonic()
         ended = Ended(
             timing=output.metrics,
-            num_prompt=len(answer.prompts[choice // sample.params.n]),
+            num_prompt=len(answer.prompts[choice // answer.num_samples]),
             num_output=sample.num_tokens,
             finish_reason=completion.finish_reason or "abort",
             max_tokens=sample.params.max_tokens,

@@ -205,6 +205,12 @@ def parse(kind: type[Body], values: dict[str, Any]) -> Body:
         raise RequestError("stream_options needs stream=true", param="stream_options")
     if body.prompt_logprobs is not None and body.stream:
         raise RequestError("prompt_logprobs cannot be streamed", param="prompt_logprobs")
+    if body.stream and (body.best_of or 1) > (body.n or 1):
+        raise RequestError(
+            f"best_of={body.best_of} cannot be streamed: which samples are the best is known at "
+            "the end; leave out stream or best_of",
+            param="best_of",
+        )
     return body
 
 

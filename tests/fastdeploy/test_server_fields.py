@@ -1,4 +1,4 @@
-"""Keys of the server keep their texts apart in the prefix cache."""
+"""Fields that the server translates: who may share cached texts, the best of several samples."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
+from fastdeploy import LLM, SamplingParams
 from fastdeploy.config import EngineConfig, ServerConfig
 from fastdeploy.engine.loading import load
 from fastdeploy.server.app import create_app
@@ -55,3 +56,23 @@ def test_a_salt_that_is_none_is_refused_by_name(folder: Path, salt: object) -> N
     with client(folder, None) as session:
         answer = session.post("/v1/completions", json={"prompt": "a", "cache_salt": salt})
     assert answer.status_code == 400 and answer.json()["error"]["param"] == "cache_salt"
+
+
+def test_the_best_of_several_samples_are_returned(folder: Path) -> None:
+    llm = LLM(str(folder), **SETTINGS)
+    texts = ["Hello", "The dog"]
+    settings = {"seed": 6, "max_tokens": 12, "n": 2, "best_of": 5}
+    outputs = llm.generate(texts, SamplingParams(**settings))
+    with client(folder, None) as session:
+        body = {"prompt": texts, "echo": True, "return_token_ids": True, **settings}
+        answer = session.post("/v1/completions", json=body).json()
+        refused = session.post("/v1/completions", json=body | {"stream": True})
+    expected = [text + one.text for text, out in zip(texts, outputs) for one in out.outputs]
+    assert [choice["text"] for choice in answer["choices"]] == expected
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    prompts = [choice["prompt_token_ids"] for choice in answer["choices"]]
+    assert prompts == [out.prompt_token_ids for out in outputs for _ in range(2)]
+    made = answer["usage"]["completion_tokens"]
+    shown = sum(len(choice["completion_token_ids"]) for choice in answer["choices"])
+    assert made > 2 * shown, f"{made} tokens were made, {shown} shown"
+    assert refused.status_code == 400 and "cannot be streamed" in refused.text
