@@ -9,7 +9,9 @@ import torch
 
 import ernie
 from ernie.chat import ChatTemplate, NoTemplate, stop_ids
+from ernie.fused import fuse, shallow_copy
 from ernie.model import ErnieModel
+from ernie.quant.scheme import read_scheme
 from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer
 from fastdeploy.config import EngineConfig
@@ -37,12 +39,15 @@ def load(config: EngineConfig, model: ErnieModel | None = None) -> Loaded:
     device = pick_device(config.device)
     if model is None:
         model = ernie.load(config.model, dtype=getattr(torch, config.dtype), device=device)
+    else:
+        model = shallow_copy(model)  # the caller keeps the plain one
     tokenizer = Tokenizer.from_folder(config.tokenizer) if config.tokenizer else model.tokenizer
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} entries and the model's vocabulary "
             f"{model.config.vocab_size}; they do not belong together"
         )
+    model = fuse(model, read_scheme(config.quantization, has_experts=model.config.is_moe))
     config = config.resolved(
         max_positions=model.config.max_position_embeddings, device_type=model.device.type
     )
