@@ -166,6 +166,9 @@ class ServerConfig:
     )
     max_concurrency: int = option(512, "Requests in work or in the queue at the same time.")
     max_body_mib: int = option(32, "Size of a request body at most, in MiB.")
+    enable_control_api: bool = option(
+        False, "Let clients pause the engine, put it to sleep and change its weights."
+    )
     timeout_graceful_shutdown: int = option(
         0, "Seconds that running requests get to finish when the server is told to stop."
     )

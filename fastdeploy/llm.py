@@ -22,6 +22,7 @@ from fastdeploy.engine.loading import load, template_of
 from fastdeploy.engine.prompt import banned_sequences, chat_prompt
 from fastdeploy.engine.request import RequestMetrics, TokenOutput
 from fastdeploy.engine.text import Sample
+from fastdeploy.engine.weights import Source
 from fastdeploy.errors import RequestError
 from fastdeploy.outputs import Completions, RequestOutput, best
 from fastdeploy.sampling import SamplingParams, filled
@@ -48,7 +49,8 @@ class LLM:
 
     def __init__(self, model: str | ErnieModel, **options: Any) -> None:
         in_memory = model if isinstance(model, ErnieModel) else None
-        name = "in memory" if in_memory is not None else str(model)
+        self.folder = None if in_memory is not None else str(model)
+        name = self.folder or "in memory"
         (config,) = read_config([EngineConfig], {"model": name, **options}, "LLM(...)")
         loaded = load(config, in_memory)
         self.engine, self.config = loaded.engine, loaded.config
@@ -102,6 +104,30 @@ class LLM:
             for turns in conversations
         ]
         return self._run(listed, sampling_params, priority, use_tqdm, stream)
+
+    def pause(self, mode: str = "abort") -> None:
+        """See `Engine.pause`. Open streams end with the reason "abort"; those that are kept must
+        not be read before `resume`.
+        """
+        self.engine.pause(mode)
+
+    def resume(self) -> None:
+        self.engine.resume()
+
+    def sleep(self, level: int = 1) -> None:
+        """See `Engine.sleep`."""
+        self.engine.sleep(level)
+
+    def wake_up(self) -> None:
+        """See `Engine.wake_up`; freed weights are read again from the model's folder."""
+        self.engine.wake_up(self.folder)
+
+    def reset_prefix_cache(self) -> None:
+        self.engine.reset_prefix_cache()
+
+    def update_weights(self, source: Source) -> None:
+        """See `Engine.update_weights`: a folder, or published names and tensors."""
+        self.engine.update_weights(source)
 
     def _order(self, prompt: Prompt) -> _Order:
         salt = None

@@ -35,6 +35,7 @@ from fastdeploy.metrics import Metrics
 from fastdeploy.sampling import filled
 from fastdeploy.server.chat import ChatReply, chat_prompts
 from fastdeploy.server.completions import CompletionReply, completion_prompts
+from fastdeploy.server.control import add_control
 from fastdeploy.server.engine import ServerEngine, log_progress
 from fastdeploy.server.protocol import ChatRequest, Common, CompletionRequest, parse, read_json
 from fastdeploy.server.reply import Context, Reply, error_body
@@ -65,7 +66,7 @@ class Service:
     ) -> Response:
         """Serve one of the two generating endpoints."""
         self.metrics.requests.inc()
-        body = parse(kind, read_json(await self._read(request)))
+        body = parse(kind, read_json(await self.read(request)))
         if self.config.served_model_name and body.model != self.name:
             raise RequestError(
                 f"there is no model {str(body.model)[:200]!r} here; use {self.name!r}",
@@ -101,7 +102,7 @@ class Service:
             return None
         return json.dumps([key, body.cache_salt])
 
-    async def _read(self, request: Request) -> bytes:
+    async def read(self, request: Request) -> bytes:
         """The body, refused as soon as it is known to be too long."""
         most = self.config.max_body_mib * 2**20
         too_long = RequestError(
@@ -160,6 +161,9 @@ def create_app(loaded: Loaded, config: ServerConfig) -> FastAPI:
     @app.get("/v1/models")
     async def models() -> Response:
         return JSONResponse(service.models())
+
+    if config.enable_control_api:
+        add_control(app, service.engine, service.read)
 
     @app.get("/health")
     @app.api_route("/ping", methods=["GET", "POST"])

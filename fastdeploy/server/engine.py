@@ -9,6 +9,7 @@ reports goes to the event loop, once a step. Everything else in `server` lives o
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
 import queue
 import threading
@@ -17,6 +18,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from ernie.checkpoint.folder import CheckpointError
+from ernie.settings import ConfigError
 from fastdeploy.engine.core import Stats
 from fastdeploy.engine.loading import Loaded
 from fastdeploy.engine.prompt import banned_sequences
@@ -29,6 +32,7 @@ from fastdeploy.sampling import SamplingParams
 log = logging.getLogger("fastdeploy")
 
 SECONDS_BETWEEN_LINES = 5.0
+USER_ERRORS = (RequestError, CheckpointError, ConfigError)
 MAX_SAMPLES_PER_REQUEST = 1024  # prompts times samples of each
 
 
@@ -106,6 +110,8 @@ class ServerEngine:
         self.answers: set[Answer] = set()
         self.answer_by_id: dict[str, Answer] = {}
         self.num_submitted = 0
+        self.commands: set[concurrent.futures.Future[None]] = set()  # not yet obeyed
+        self.paused = False  # nothing is submitted; set before the engine is told
         self.failed = False
         self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -139,6 +145,8 @@ class ServerEngine:
         engine = self.loaded.engine
         if not self.is_alive:
             raise EngineStopped
+        if self.paused:
+            raise RequestError("the engine is paused; try again later", status=503)
         if len(self.answers) >= self.max_concurrency:
             raise RequestError(
                 f"{len(self.answers)} requests are in work already, as many as max_concurrency "
@@ -168,6 +176,35 @@ class ServerEngine:
                 add = partial(engine.add, request_id, prompt_ids, params, seed=seed)
                 self.inbox.put(partial(add, sample_index=index, **options))
         return answer
+
+    async def command(self, do: Callable[[], None]) -> None:
+        """Have the engine's thread do something between two steps; what the user did wrong in it
+        is raised here, anything else ends the thread.
+        """
+        if not self.is_alive:
+            raise EngineStopped
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self.commands.add(done)
+
+        def obey() -> None:
+            if not done.set_running_or_notify_cancel():
+                return
+            try:
+                do()
+            except Exception as error:
+                done.set_exception(error)
+                if not isinstance(error, USER_ERRORS):
+                    raise
+            else:
+                done.set_result(None)
+
+        self.inbox.put(obey)
+        try:
+            await asyncio.wrap_future(done)
+        except (CheckpointError, ConfigError) as error:
+            raise RequestError(str(error)) from None
+        finally:
+            self.commands.discard(done)
 
     def forget(self, answer: Answer) -> None:
         for request_id in answer.samples:
@@ -215,6 +252,9 @@ class ServerEngine:
         self.failed = True
         for answer in self.answers:
             answer.queue.put_nowait(None)
+        for command in self.commands:
+            if not command.done():
+                command.set_exception(EngineStopped())
 
     def _work(self) -> None:
         """The engine's thread: commands, then a step, and so on."""
