@@ -20,7 +20,7 @@ from fastdeploy.config import EngineConfig
 from fastdeploy.engine.batch import BatchBuilder
 from fastdeploy.engine.blocks import BlockManager
 from fastdeploy.engine.cache import KVCache, block_bytes, free_bytes
-from fastdeploy.engine.request import Request, Status, TokenOutput, check_prompt
+from fastdeploy.engine.request import Request, Status, TokenOutput, check_params, check_prompt
 from fastdeploy.engine.runner import Runner
 from fastdeploy.engine.sampler import Choice, Sampler
 from fastdeploy.engine.scheduler import Scheduler
@@ -147,33 +147,8 @@ class Engine:
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Raise RequestError if the engine cannot serve this prompt with these settings."""
         self._refuse_while_resting()
-        params.validate()
         check_prompt(prompt_ids, self.vocab_size, self.config.max_model_len, params.min_tokens)
-        for name in ("stop_token_ids", "bad_words_token_ids", "logit_bias"):
-            for token in getattr(params, name) or ():
-                if token >= self.vocab_size:
-                    raise RequestError(
-                        f"{name} has token {token}; the vocabulary ends at {self.vocab_size - 1}",
-                        param=name,
-                    )
-        if params.reasoning_max_tokens is not None and self.think_tags is None:
-            raise RequestError(
-                "reasoning_max_tokens is given, but this model has no tags around its thoughts; "
-                "use max_tokens, which bounds the whole answer",
-                param="reasoning_max_tokens",
-            )
-        for name in ("logprobs", "prompt_logprobs"):
-            wanted = getattr(params, name)
-            if wanted is None:
-                continue
-            if not self.config.enable_logprob:
-                raise RequestError(
-                    f"{name} is not enabled; start with enable_logprob (--enable-logprob)",
-                    param=name,
-                )
-            most = self.config.max_logprobs
-            if most >= 0 and (wanted > most or wanted < 0):
-                raise RequestError(f"{name}={wanted} is more than max_logprobs={most}", param=name)
+        check_params(params, self.vocab_size, self.config, thinks=self.think_tags is not None)
 
     def new_seed(self) -> int:
         """A seed for a request that names none; the sequence depends on the engine's own seed."""

@@ -19,7 +19,7 @@ from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastdeploy.config import EarlyStop
+from fastdeploy.config import EarlyStop, EngineConfig
 from fastdeploy.engine.blocks import Table, root_of
 from fastdeploy.engine.thinking import Thinking, ThinkTags
 from fastdeploy.errors import RequestError
@@ -163,3 +163,34 @@ def check_prompt(
             "max_model_len",
             param="prompt",
         )
+
+
+def check_params(
+    params: SamplingParams, vocab_size: int, config: EngineConfig, *, thinks: bool
+) -> None:
+    """Refuse settings that are out of range, or that this engine cannot honour."""
+    params.validate()
+    for name in ("stop_token_ids", "bad_words_token_ids", "logit_bias"):
+        for token in getattr(params, name) or ():
+            if token >= vocab_size:
+                raise RequestError(
+                    f"{name} has token {token}; the vocabulary ends at {vocab_size - 1}",
+                    param=name,
+                )
+    if params.reasoning_max_tokens is not None and not thinks:
+        raise RequestError(
+            "reasoning_max_tokens is given, but this model has no tags around its thoughts; "
+            "use max_tokens, which bounds the whole answer",
+            param="reasoning_max_tokens",
+        )
+    for name in ("logprobs", "prompt_logprobs"):
+        wanted = getattr(params, name)
+        if wanted is None:
+            continue
+        if not config.enable_logprob:
+            raise RequestError(
+                f"{name} is not enabled; start with enable_logprob (--enable-logprob)", param=name
+            )
+        most = config.max_logprobs
+        if most >= 0 and (wanted > most or wanted < 0):
+            raise RequestError(f"{name}={wanted} is more than max_logprobs={most}", param=name)
