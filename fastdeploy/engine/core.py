@@ -147,8 +147,8 @@ class Engine:
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Raise RequestError if the engine cannot serve this prompt with these settings."""
         self._refuse_while_resting()
-        check_prompt(prompt_ids, self.vocab_size, self.config.max_model_len, params.min_tokens)
         check_params(params, self.vocab_size, self.config, thinks=self.think_tags is not None)
+        check_prompt(prompt_ids, self.vocab_size, self.config.max_model_len, params.min_tokens)
 
     def new_seed(self) -> int:
         """A seed for a request that names none; the sequence depends on the engine's own seed."""
