@@ -8,11 +8,34 @@ other value is refused in a sentence. Imports no torch.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ernie.settings import ConfigError, fill, option, required
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EarlyStop:
+    """When a text that repeats itself is ended.
+
+    A model that runs in circles is sure of every next token: a text ends once `window_size` tokens
+    in a row had, in the raw logits, a probability of more than `threshold`.
+    """
+
+    enable_early_stop: bool = option(True, "False keeps the other values and does nothing.")
+    strategy: str = option("repetition", "What is looked for.", choices=("repetition",))
+    window_size: int = option(3000, "Tokens in a row that the model has to be sure of.")
+    threshold: float = option(0.99, "The probability above which it is.")
+
+    def __post_init__(self) -> None:
+        if self.window_size < 1:
+            raise ConfigError(f"window_size={self.window_size} is too small; it takes 1 or more")
+        if not 0 < self.threshold < 1:
+            raise ConfigError(
+                f"threshold={self.threshold} is not a probability between 0 and 1; try 0.99"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,6 +71,13 @@ class EngineConfig:
     enable_chunked_prefill: bool = option(True, "Read long prompts in pieces, between other texts.")
     enable_logprob: bool = option(False, "Allow requests to ask for log-probabilities.")
     max_logprobs: int = option(20, "Likeliest tokens a request may ask for; -1: no limit.")
+    think_stop_sentence: str | None = option(
+        None, "Text that ends a thought whose budget is used up; none: the closing tag alone."
+    )
+    enable_early_stop: bool = option(False, "End texts that repeat themselves.")
+    early_stop_config: dict | str | None = option(  # noqa: RUF009
+        None, "When they end, as JSON: strategy, window_size, threshold; given, it enables them."
+    )
 
     def __post_init__(self) -> None:
         for name in (
@@ -72,6 +102,29 @@ class EngineConfig:
             raise ConfigError(
                 f"max_logprobs={self.max_logprobs}; it takes -1 (no limit), 0 or more"
             )
+        self.early_stop()  # refuses what is wrong with it
+
+    def early_stop(self) -> EarlyStop | None:
+        """When texts end that repeat themselves, None for never. Raises ConfigError."""
+        values = self.early_stop_config
+        if values is None:
+            return EarlyStop() if self.enable_early_stop else None
+        if isinstance(values, str):
+            try:
+                values = json.loads(values)
+            except ValueError as error:
+                raise ConfigError(f"early_stop_config is not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(
+                f"early_stop_config is a {type(values).__name__}; it takes a JSON object"
+            )
+        (found,) = fill([EarlyStop], values, "early_stop_config")
+        if self.enable_early_stop and not found.enable_early_stop:
+            raise ConfigError(
+                "enable_early_stop is set, and early_stop_config says enable_early_stop=false; "
+                "leave out one of the two"
+            )
+        return found if found.enable_early_stop else None
 
     def resolved(self, *, max_positions: int, device_type: str) -> EngineConfig:
         """With the values that depend on model and device filled in; raises ConfigError if they
@@ -113,6 +166,9 @@ class ServerConfig:
     )
     max_concurrency: int = option(512, "Requests in work or in the queue at the same time.")
     max_body_mib: int = option(32, "Size of a request body at most, in MiB.")
+    enable_control_api: bool = option(
+        False, "Let clients pause the engine, put it to sleep and change its weights."
+    )
     timeout_graceful_shutdown: int = option(
         0, "Seconds that running requests get to finish when the server is told to stop."
     )
@@ -162,8 +218,6 @@ LATER: dict[str, tuple[Any, ...]] = {
     "guided_decoding_backend": ("off",),
     "guided_decoding_disable_any_whitespace": (False,),
     "logits_processors": (None,),
-    "enable_early_stop": (False,),
-    "early_stop_config": (None,),
     "load_choices": ("default_v1", "default"),
     "dynamic_load_weight": (False,),
     "load_strategy": ("normal",),

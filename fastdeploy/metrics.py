@@ -98,9 +98,11 @@ class Metrics:
         return generate_latest(self.registry)
 
     def end(self, ended: Ended) -> None:
-        """Record a text that has ended."""
+        """Record a text that has ended; one that was aborted early has no timings."""
         timing = ended.timing
         self.successes.labels(reason=ended.finish_reason).inc()
+        if timing.first_token_time is None and ended.finish_reason == "abort":
+            return
         arrival, end = timing.arrival_time, timing.finished_time
         started, first = timing.inference_start_time, timing.first_token_time
         assert end is not None and started is not None and first is not None, "ended, not begun"

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
+
+import torch
 
 from ernie.model import ErnieModel
 from ernie.settings import ConfigError
@@ -17,10 +20,12 @@ from fastdeploy.config import EngineConfig
 from fastdeploy.engine.batch import BatchBuilder
 from fastdeploy.engine.blocks import BlockManager
 from fastdeploy.engine.cache import KVCache, block_bytes, free_bytes
-from fastdeploy.engine.request import Request, Status, TokenOutput, check_prompt
+from fastdeploy.engine.request import Request, Status, TokenOutput, check_params, check_prompt
 from fastdeploy.engine.runner import Runner
 from fastdeploy.engine.sampler import Choice, Sampler
 from fastdeploy.engine.scheduler import Scheduler
+from fastdeploy.engine.thinking import ThinkTags
+from fastdeploy.engine.weights import HostCopy, Source, read_weights
 from fastdeploy.errors import RequestError
 from fastdeploy.sampling import SamplingParams
 
@@ -42,18 +47,37 @@ class Stats:
 
 
 class Engine:
-    """A model with its cache. `config` must be resolved (see `EngineConfig.resolved`)."""
+    """A model with its cache. `config` must be resolved (see `EngineConfig.resolved`).
+
+    Besides work there are three ways to rest, each a method: `pause` holds or ends what is running,
+    `sleep` gives memory back, `update_weights` changes the model.
+    """
 
     def __init__(
-        self, model: ErnieModel, config: EngineConfig, eos_ids: Iterable[int] = ()
+        self,
+        model: ErnieModel,
+        config: EngineConfig,
+        eos_ids: Iterable[int] = (),
+        think_tags: ThinkTags | None = None,
+        *,
+        rebuild: Callable[[ErnieModel], ErnieModel] = lambda model: model,
     ) -> None:
+        """`rebuild` makes the form of `model` from a plain one; needed to update weights."""
         assert config.max_num_batched_tokens is not None, "the config is not resolved"
         self.config = config
         self.vocab_size = model.config.vocab_size
         self.eos_ids = frozenset(eos_ids)
+        self.think_tags = think_tags
+        self.early_stop = config.early_stop()
+        self.rebuild = rebuild
+        self.device, self.dtype = model.device, model.model.embed_tokens.weight.dtype
         num_blocks = num_cache_blocks(model, config)
-        cache = KVCache.allocate(
-            model.config, num_blocks, config.block_size, model.activation_dtype, model.device
+        self.allocate = partial(
+            KVCache.allocate,
+            model.config,
+            block_size=config.block_size,
+            dtype=model.activation_dtype,
+            device=model.device,
         )
         builder = BatchBuilder(
             max_num_seqs=config.max_num_seqs,
@@ -62,7 +86,7 @@ class Engine:
             block_size=config.block_size,
             device=model.device,
         )
-        self.runner = Runner(model.eval(), cache, builder)
+        self.runner = Runner(model.eval(), self.allocate(num_blocks=num_blocks), builder)
         self.sampler = Sampler(self.vocab_size)
         self.blocks = BlockManager(
             num_blocks, config.block_size, caching=config.enable_prefix_caching
@@ -74,6 +98,9 @@ class Engine:
             chunked_prefill=config.enable_chunked_prefill,
         )
         self.requests: dict[str, Request] = {}
+        self.news: list[TokenOutput] = []  # aborts that the next step reports
+        self.paused = self.asleep = False
+        self.host_copy: HostCopy | None = None
         self.seeds = random.Random(config.seed)
         self.num_generated = self.num_steps = 0
 
@@ -85,11 +112,15 @@ class Engine:
         *,
         seed: int | None = None,
         sample_index: int = 0,
-        banned_ids: Iterable[int] = (),
+        banned: Iterable[Sequence[int]] = (),
+        priority: int = 0,
+        cache_salt: str | None = None,
     ) -> None:
         """Queue one sample of a request. Raises RequestError for what cannot be served.
 
-        `seed` stands in for a missing `params.seed`; samples of one request share it.
+        `seed` stands in for a missing `params.seed`; samples of one request share it. Lower
+        `priority` runs first. Texts share cached blocks only with texts of the same `cache_salt`.
+        None of the token sequences in `banned` is generated.
         """
         if request_id in self.requests:
             raise RequestError(f"there is a request {request_id!r} already; choose another id")
@@ -103,35 +134,21 @@ class Engine:
             seed=self.new_seed() if seed is None else seed,
             max_model_len=self.config.max_model_len,
             eos_ids=self.eos_ids,
-            banned_ids=frozenset(banned_ids) | frozenset(params.bad_words_token_ids or ()),
+            banned=[*banned, *([token] for token in params.bad_words_token_ids or ())],
             sample_index=sample_index,
+            priority=priority,
+            cache_salt=cache_salt,
+            think_tags=self.think_tags,
+            early_stop=self.early_stop,
         )
         self.requests[request_id] = request
         self.scheduler.add(request)
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Raise RequestError if the engine cannot serve this prompt with these settings."""
-        params.validate()
+        self._refuse_while_resting()
+        check_params(params, self.vocab_size, self.config, thinks=self.think_tags is not None)
         check_prompt(prompt_ids, self.vocab_size, self.config.max_model_len, params.min_tokens)
-        for name in ("stop_token_ids", "bad_words_token_ids", "logit_bias"):
-            for token in getattr(params, name) or ():
-                if token >= self.vocab_size:
-                    raise RequestError(
-                        f"{name} has token {token}; the vocabulary ends at {self.vocab_size - 1}",
-                        param=name,
-                    )
-        for name in ("logprobs", "prompt_logprobs"):
-            wanted = getattr(params, name)
-            if wanted is None:
-                continue
-            if not self.config.enable_logprob:
-                raise RequestError(
-                    f"{name} is not enabled; start with enable_logprob (--enable-logprob)",
-                    param=name,
-                )
-            most = self.config.max_logprobs
-            if most >= 0 and (wanted > most or wanted < 0):
-                raise RequestError(f"{name}={wanted} is more than max_logprobs={most}", param=name)
 
     def new_seed(self) -> int:
         """A seed for a request that names none; the sequence depends on the engine's own seed."""
@@ -142,18 +159,117 @@ class Engine:
         request = self.requests.pop(request_id, None)
         if request is not None:
             self.scheduler.finish(request)
+        self.news = [output for output in self.news if output.request_id != request_id]
 
     @property
     def has_work(self) -> bool:
-        return bool(self.requests)
+        """Whether `step` has something to do or to say."""
+        return bool(self.news or (self.requests and not self.paused and not self.asleep))
 
     def step(self) -> list[TokenOutput]:
-        """Compute one batch and return what became known in it."""
+        """Compute one batch and return what became known in it. Raises RequestError while the
+        engine rests.
+        """
+        if self.news:
+            outputs, self.news = self.news, []
+            return outputs
+        self._refuse_while_resting()
         schedule = self.scheduler.schedule()
         logits_RV = self.runner.run(schedule)
         choices = self.sampler(logits_RV, schedule.parts)
         grown = self.scheduler.update(schedule, [choice.token for choice in choices])
         return self._report(grown, choices)
+
+    def pause(self, mode: str = "abort") -> None:
+        """Refuse new requests until `resume`. Those there are: "abort" ends them, "keep" holds
+        them.
+        """
+        if mode not in ("abort", "keep"):
+            raise RequestError(f"mode={mode!r} is not known; use abort or keep", param="mode")
+        self.paused = True
+        for request in list(self.requests.values()) if mode == "abort" else ():
+            self.abort(request.id)
+            metrics, num_cached = request.metrics, request.num_cached
+            self.news.append(
+                TokenOutput(request.id, None, None, None, "abort", metrics, num_cached)
+            )
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        self.paused = False
+
+    def reset_prefix_cache(self) -> None:
+        """Forget the cached texts: nothing that was computed before is found again."""
+        self.blocks.forget()
+
+    def sleep(self, level: int = 1) -> None:
+        """Free the memory of the cache until `wake_up`, and that of the weights.
+
+        Level 1 keeps the weights in the host's memory, which on a CPU is where they are anyway.
+        Level 2 drops them: they come back from a folder. Held requests are computed again.
+        """
+        if level not in (1, 2):
+            raise RequestError(f"level={level!r} is not known; use 1 or 2", param="level")
+        self._refuse_while_running("sleep")
+        self._start_over()
+        self.runner.cache = self.allocate(num_blocks=0)
+        if level == 2:
+            model, self.host_copy = self.runner.model, None
+            self.runner.model = ErnieModel(model.config, dtype=self.dtype, device="meta")
+        elif self.device.type != "cpu" and self.has_weights and self.host_copy is None:
+            self.host_copy = HostCopy(self.runner.model)
+        self.asleep = True
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake_up(self, source: Source | None = None) -> None:
+        """End `sleep`. Weights that were freed, and not given anew by `update_weights`, are read
+        from `source`.
+        """
+        if not self.asleep:
+            return
+        if not self.has_weights:
+            if source is None:
+                raise RequestError("the weights are freed; give them back by update_weights first")
+            self.update_weights(source)
+        if self.host_copy is not None:
+            self.host_copy.restore()
+            self.host_copy = None
+        self.runner.cache = self.allocate(num_blocks=len(self.blocks.blocks))
+        self.asleep = False
+
+    @property
+    def has_weights(self) -> bool:
+        """False after `sleep(level=2)`, until they are given back."""
+        return self.runner.model.device.type != "meta"
+
+    def update_weights(self, source: Source) -> None:
+        """Go on with other weights, which `read_weights` describes; the engine must be paused or
+        have nothing to do. Held requests are computed again with the new weights.
+
+        Raises RequestError or CheckpointError, with everything as it was.
+        """
+        self._refuse_while_running("update_weights")
+        plain = read_weights(source, self.runner.model.config, self.dtype, self.device)
+        self.runner.model = self.rebuild(plain).eval()
+        self.host_copy = None
+        self._start_over()
+
+    def _start_over(self) -> None:
+        self.scheduler.preempt_all()
+        self.blocks.forget()
+
+    def _refuse_while_running(self, what: str) -> None:
+        if self.requests and not self.paused and not self.asleep:
+            raise RequestError(
+                f"{what} with {len(self.requests)} requests in work; pause first", status=409
+            )
+
+    def _refuse_while_resting(self) -> None:
+        if self.asleep:
+            raise RequestError("the engine sleeps; wake it up first", status=503)
+        if self.paused:
+            raise RequestError("the engine is paused; resume it first", status=503)
 
     def stats(self) -> Stats:
         blocks, scheduler = self.blocks, self.scheduler
@@ -186,6 +302,7 @@ class Engine:
                 TokenOutput(
                     request_id=request.id,
                     token=choice.token,
+                    logprob=choice.logprob,
                     logprobs=choice.logprobs,
                     finish_reason=request.finish_reason(),
                     metrics=request.metrics,

@@ -2,6 +2,7 @@
 
     raw logits -> penalties, biases, bans -> greedy rows: argmax
                                           -> others: temperature, min_p, top_k, top_p, one draw
+                                          -> tokens that a request is forced to take
 
 A draw is the inverse of the cumulative distribution at one uniform number, which is made from the
 request's seed and the position of the token. So a seeded result does not depend on the neighbours
@@ -24,17 +25,20 @@ from torch import Tensor
 from fastdeploy.engine.request import Request
 from fastdeploy.engine.scheduler import Part
 from fastdeploy.outputs import Logprob, TokenLogprobs
+from fastdeploy.sampling import SamplingParams
 
 # A nucleus (top_p) is looked for among so many of the likeliest tokens, and among 16 times as many
 # where these do not hold enough probability: sorting a whole vocabulary takes milliseconds.
 NUM_CANDIDATES = 256
+LEAST_LOGPROB = -9999.0  # stands for impossible: JSON has no infinity
 MIN_TEMPERATURE = 1e-5  # below it the quotient could overflow; greedy to any precision
 
 
 @dataclass(slots=True)
 class Choice:
     token: int
-    logprobs: TokenLogprobs | None
+    logprob: float | None = None  # in the raw logits, for requests that want it
+    logprobs: TokenLogprobs | None = None  # as `params.logprobs` asks for them
 
 
 class Sampler:
@@ -59,17 +63,11 @@ class Sampler:
             return []
         if len(rows) < len(logits_RV):
             logits_RV = logits_RV[rows]
-        described = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
-        raw_rV = logits_RV[described] if described else None  # a copy, made before it is adjusted
-        tokens = self._choose(logits_RV, requests)
-        choices = [Choice(token, None) for token in tokens]
+        wanted = [i for i, request in enumerate(requests) if request.wants_logprob]
+        raw_rV = logits_RV[wanted] if wanted else None  # a copy, made before it is adjusted
+        choices = [Choice(token) for token in self._choose(logits_RV, requests)]
         if raw_rV is not None:
-            scaled = _temperature_scaled(raw_rV, [requests[i] for i in described])
-            counts = [requests[i].params.logprobs or 0 for i in described]
-            for i, entry in zip(
-                described, describe(scaled, [tokens[i] for i in described], counts)
-            ):
-                choices[i].logprobs = entry
+            _add_logprobs(raw_rV, [requests[i] for i in wanted], [choices[i] for i in wanted])
         return choices
 
     def _choose(self, logits_RV: Tensor, requests: Sequence[Request]) -> list[int]:
@@ -86,6 +84,10 @@ class Sampler:
             chosen = _draw_rows(logits_RV[drawn], [requests[i] for i in drawn])
             for i, token in zip(drawn, chosen):
                 tokens[i] = token
+        for i, request in enumerate(requests):
+            if request.thinking is not None:
+                forced = request.thinking.forced(request.token_ids)
+                tokens[i] = tokens[i] if forced is None else forced
         for note, token in zip(notes, tokens):
             if note is not None:
                 note.add(token)
@@ -133,6 +135,7 @@ class Notes:
         self.biased = torch.tensor(list(bias), dtype=torch.int64)
         self.bias = torch.tensor(list(bias.values()), dtype=torch.float32)
         self.banned = torch.tensor(sorted(request.banned_ids), dtype=torch.int64)
+        self.runs = request.banned_runs
         self.stops = torch.tensor(sorted(request.stop_ids), dtype=torch.int64)
         for token in request.token_ids[request.num_prompt :]:
             self.add(token)
@@ -152,6 +155,12 @@ class Notes:
         logits_V[seen] = values - self.frequency * counts - self.presence * (counts > 0)
         logits_V[self.biased.to(device)] += self.bias.to(device)
         logits_V[self.banned.to(device)] = float("-inf")
+        for *begin, last in self.runs:
+            if (
+                request.token_ids[max(request.num_prompt, request.num_known - len(begin)) :]
+                == begin
+            ):
+                logits_V[last] = float("-inf")
         if not request.may_stop:
             logits_V[self.stops.to(device)] = float("-inf")
 
@@ -160,7 +169,8 @@ def _needs_notes(request: Request) -> bool:
     p = request.params
     penalised = p.presence_penalty or p.frequency_penalty or p.repetition_penalty not in (None, 1)
     must_go_on = p.min_tokens > 1 and request.stop_ids
-    return bool(penalised or p.logit_bias or request.banned_ids or must_go_on)
+    banned = request.banned_ids or request.banned_runs
+    return bool(penalised or p.logit_bias or banned or must_go_on)
 
 
 def uniform(seed: tuple[int, int], position: int) -> float:
@@ -246,13 +256,29 @@ def _invert(weights_rK: Tensor, uniform_r: Tensor) -> Tensor:
     )
 
 
+def _add_logprobs(raw_rV: Tensor, requests: Sequence[Request], choices: Sequence[Choice]) -> None:
+    """Say in each choice how likely it was, and describe it where the user wants that."""
+    tokens_r1 = torch.tensor([choice.token for choice in choices], device=raw_rV.device)[:, None]
+    logprobs_r = raw_rV.gather(-1, tokens_r1)[:, 0] - raw_rV.logsumexp(-1)
+    for request, choice, logprob in zip(requests, choices, logprobs_r.tolist()):
+        choice.logprob = logprob
+        request.watch(logprob)
+    described = [i for i, request in enumerate(requests) if request.params.logprobs is not None]
+    params = [requests[i].params for i in described]
+    shown_rV = _within_top_p(_temperature_scaled(raw_rV[described], params), params)
+    tokens = [choices[i].token for i in described]
+    entries = describe(shown_rV, tokens, [p.logprobs or 0 for p in params])
+    for i, entry in zip(described, entries):
+        choices[i].logprobs = entry
+
+
 def describe(
     logits_rV: Tensor, tokens: Sequence[int], num_top: Sequence[int]
 ) -> list[TokenLogprobs]:
     """Log-probability and rank of one token a row, and of the `num_top` likeliest (-1 = all)."""
     if not tokens:
         return []
-    logprobs_rV = logits_rV.float().log_softmax(-1)
+    logprobs_rV = logits_rV.float().log_softmax(-1).clamp_min(LEAST_LOGPROB)
     own_r1 = logprobs_rV.gather(-1, torch.tensor(tokens, device=logits_rV.device)[:, None])
     rank_r = (logprobs_rV > own_r1).sum(-1) + 1
     vocab_size = logits_rV.shape[-1]
@@ -269,12 +295,29 @@ def describe(
     return entries
 
 
-def _temperature_scaled(logits_rV: Tensor, requests: Sequence[Request]) -> Tensor:
+def _temperature_scaled(logits_rV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Rows of requests that ask for it divided by their temperature, for `temp_scaled_logprobs`."""
-    wanted = [
-        (r.params.temperature or 1.0) if r.params.temp_scaled_logprobs else 1.0 for r in requests
-    ]
+    wanted = [(p.temperature or 1.0) if p.temp_scaled_logprobs else 1.0 for p in params]
     if all(value == 1.0 for value in wanted):
         return logits_rV
     divisor_r = torch.tensor(wanted, device=logits_rV.device).clamp_min(MIN_TEMPERATURE)
     return logits_rV / divisor_r[:, None]
+
+
+def _within_top_p(logits_rV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Rows of requests that ask for it without the tokens outside their nucleus, for
+    `top_p_normalized_logprobs`: the fewest likeliest tokens that together reach `top_p`.
+    """
+    rows = [i for i, p in enumerate(params) if p.top_p_normalized_logprobs and p.top_p is not None]
+    if not rows:
+        return logits_rV
+    top_p_r1 = torch.tensor(
+        [params[i].top_p for i in rows], dtype=torch.float64, device=logits_rV.device
+    )
+    probs_rV, order_rV = logits_rV[rows].double().softmax(-1).sort(descending=True, stable=True)
+    outside_rV = probs_rV.cumsum(-1) - probs_rV >= top_p_r1[:, None]
+    outside_rV[:, 0] = False  # top_p = 0 means the likeliest
+    outside_rV = torch.zeros_like(outside_rV).scatter(-1, order_rV, outside_rV)
+    logits_rV = logits_rV.clone()
+    logits_rV[rows] = logits_rV[rows].masked_fill(outside_rV, float("-inf"))
+    return logits_rV

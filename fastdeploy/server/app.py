@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import json
 import logging
 import os
 import signal
@@ -34,6 +35,7 @@ from fastdeploy.metrics import Metrics
 from fastdeploy.sampling import filled
 from fastdeploy.server.chat import ChatReply, chat_prompts
 from fastdeploy.server.completions import CompletionReply, completion_prompts
+from fastdeploy.server.control import add_control
 from fastdeploy.server.engine import ServerEngine, log_progress
 from fastdeploy.server.protocol import ChatRequest, Common, CompletionRequest, parse, read_json
 from fastdeploy.server.reply import Context, Reply, error_body
@@ -64,7 +66,7 @@ class Service:
     ) -> Response:
         """Serve one of the two generating endpoints."""
         self.metrics.requests.inc()
-        body = parse(kind, read_json(await self._read(request)))
+        body = parse(kind, read_json(await self.read(request)))
         if self.config.served_model_name and body.model != self.name:
             raise RequestError(
                 f"there is no model {str(body.model)[:200]!r} here; use {self.name!r}",
@@ -79,7 +81,8 @@ class Service:
             prompts = completion_prompts(body, self.tokenizer)
             if body.echo and params.logprobs is not None:
                 params.prompt_logprobs = params.logprobs
-        answer = self.engine.submit(prompts, params)
+        salt = self._cache_salt(request, body)
+        answer = self.engine.submit(prompts, params, priority=body.priority or 0, cache_salt=salt)
         context = Context(self.name, self.tokenizer, params.logprobs or 0, params.n)
         reply = reply_kind(body, answer, context)
         if body.stream:
@@ -91,7 +94,15 @@ class Service:
         finally:
             answer.close()
 
-    async def _read(self, request: Request) -> bytes:
+    def _cache_salt(self, request: Request, body: Common) -> str | None:
+        """What keeps the cached texts of one tenant from another: its key, and what it adds."""
+        headers = dict(request.scope["headers"])  # as the gate has read them
+        key = headers[b"authorization"].decode() if self.config.api_key else None
+        if key is None and body.cache_salt is None:
+            return None
+        return json.dumps([key, body.cache_salt])
+
+    async def read(self, request: Request) -> bytes:
         """The body, refused as soon as it is known to be too long."""
         most = self.config.max_body_mib * 2**20
         too_long = RequestError(
@@ -150,6 +161,9 @@ def create_app(loaded: Loaded, config: ServerConfig) -> FastAPI:
     @app.get("/v1/models")
     async def models() -> Response:
         return JSONResponse(service.models())
+
+    if config.enable_control_api:
+        add_control(app, service.engine, service.read)
 
     @app.get("/health")
     @app.api_route("/ping", methods=["GET", "POST"])

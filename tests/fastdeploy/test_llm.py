@@ -8,7 +8,6 @@ import torch
 import ernie
 from ernie.generate import generate
 from fastdeploy import LLM, SamplingParams
-from fastdeploy.errors import RequestError
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 PROMPT = "Hello! The quick brown fox"
@@ -185,8 +184,6 @@ def test_bad_words_are_never_said(llm: LLM) -> None:
     word = next(w for w in sorted(words) if len(llm.tokenizer.encode(w)) == 1)
     out = llm.generate(PROMPT, SamplingParams(**params, bad_words=[word]))[0].outputs
     assert llm.tokenizer.encode(word)[0] not in out.token_ids
-    with pytest.raises(RequestError, match="several tokens"):
-        llm.generate(PROMPT, SamplingParams(bad_words=["quick brown"]))
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,10 @@ BAD: list[tuple[str, Any, str | None]] = [
     ("text", {"prompt": [5] * MAX_LEN}, "prompt"),
     ("text", {"prompt": ["a"] * 100, "n": 100}, "n"),
     ("text", {"prompt": "a", "suffix": "b"}, "suffix"),
-    ("text", {"prompt": "a", "best_of": 3}, "best_of"),
+    ("text", {"prompt": "a", "best_of": 3, "stream": True}, "best_of"),
+    ("text", {"prompt": "a", "best_of": 2, "n": 3}, "best_of"),
+    ("text", {"prompt": "a", "priority": 0.5}, "priority"),
+    ("chat", {"reasoning_max_tokens": 5}, "reasoning_max_tokens"),
 ]
 
 
