@@ -135,6 +135,17 @@ class BlockManager:
             table.content = self.blocks[known].content
             table.num_named = i + 1
 
+    def shrink(self, table: Table, num_tokens: int) -> None:
+        """Take back the blocks past those that hold `num_tokens` tokens; none of them has a
+        name.
+        """
+        while len(table.blocks) > -(-num_tokens // self.block_size):
+            i = table.blocks.pop()
+            self.blocks[i].num_users -= 1
+            assert self.blocks[i].num_users == 0 and self.blocks[i].key is None, self.blocks[i]
+            self.free[i] = None
+            self.free.move_to_end(i, last=False)  # empty: the first to be handed out
+
     def release(self, table: Table) -> None:
         """Give all blocks of `table` back and empty it.
 

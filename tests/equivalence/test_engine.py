@@ -7,7 +7,7 @@ engine learns to do (a cache, a schedule, a draft, a kernel), it gets a row here
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -77,13 +77,20 @@ ROWS = [
         preempts=True,
     ),
 ]
+DRAFTS = {
+    "n-gram": {"method": "ngram", "num_speculative_tokens": 4, "min_ngram_size": 1},
+}
+ROWS += [
+    replace(row, name=f"{row.name}, {name}", settings=row.settings | {"speculative_config": drafts})
+    for name, drafts in DRAFTS.items()
+    for row in ROWS
+]
 
 
 @cache
 def model_and_answers(name: str) -> tuple[ErnieModel, list[list[int]]]:
     """A random model whose logits are far apart, and the plain generator's answers."""
-    torch.manual_seed(0)
-    model = ErnieModel(TINY[name], dtype=torch.float32)
+    model = ErnieModel(replace(TINY[name], num_nextn_predict_layers=1), dtype=torch.float32)
     model.init_weights(seed=1, std=0.3)
     return model, [list(generate(model, p, max_tokens=NUM_NEW)) for p in PROMPTS]
 
@@ -120,6 +127,9 @@ def test_greedy_tokens_equal_the_plain_generator(row: Row, name: str) -> None:
     assert stats.num_free_blocks == stats.num_blocks, f"blocks are held by nobody: {stats}"
     assert row.hits is None or (stats.num_hit_tokens > 0) == row.hits, f"{stats}"
     assert (stats.num_preemptions > 0) == row.preempts, f"{stats}"
+    # A step of one token at most has no room for drafts.
+    drafts = "speculative_config" in row.settings and config.max_num_batched_tokens > 1
+    assert (stats.num_draft_tokens > 0) == drafts, f"{stats}"
 
 
 @pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])

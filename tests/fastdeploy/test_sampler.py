@@ -32,7 +32,7 @@ def part(one: Request) -> Part:
 
 def sample(logits_RV: Tensor, requests: list[Request]) -> list[int]:
     choices = Sampler(logits_RV.shape[-1])(logits_RV.clone(), [part(one) for one in requests])
-    return [choice.token for choice in choices]
+    return [choice.token for (choice,) in choices]
 
 
 def some_logits(seed: int = 0, rows: int = 1, scale: float = 2.0) -> Tensor:
@@ -191,13 +191,13 @@ def test_logprobs_are_those_of_the_raw_logits(num_top: int) -> None:
     logits = some_logits(rows=2)
     settings = {"temperature": 0.5, "top_k": 4, "presence_penalty": 1.0}
     plain, described = request(**settings), request(**settings, logprobs=num_top)
-    choices = Sampler(VOCAB)(logits.clone(), [part(plain), part(described)])
-    assert choices[0].logprobs is None
-    entry = choices[1].logprobs
+    (first,), (second,) = Sampler(VOCAB)(logits.clone(), [part(plain), part(described)])
+    assert first.logprobs is None
+    entry = second.logprobs
     expected_V = logits[1].double().log_softmax(-1)
     order = expected_V.argsort(descending=True).tolist()
-    wanted = {choices[1].token, *order[: VOCAB if num_top < 0 else num_top]}
-    assert set(entry) == wanted and next(iter(entry)) == choices[1].token
+    wanted = {second.token, *order[: VOCAB if num_top < 0 else num_top]}
+    assert set(entry) == wanted and next(iter(entry)) == second.token
     for token, value in entry.items():
         assert value.logprob == pytest.approx(expected_V[token].item(), abs=1e-5)
         assert value.rank == order.index(token) + 1
@@ -206,6 +206,6 @@ def test_logprobs_are_those_of_the_raw_logits(num_top: int) -> None:
 def test_temperature_scaled_logprobs() -> None:
     logits = some_logits()
     one = request(temperature=0.5, logprobs=0, temp_scaled_logprobs=True)
-    choice = Sampler(VOCAB)(logits.clone(), [part(one)])[0]
+    choice = Sampler(VOCAB)(logits.clone(), [part(one)])[0][0]
     expected = (logits[0] / 0.5).log_softmax(-1)[choice.token].item()
     assert choice.logprobs[choice.token].logprob == pytest.approx(expected, abs=1e-5)

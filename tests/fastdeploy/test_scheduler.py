@@ -28,10 +28,10 @@ def request(name: str, prompt: int | list[int], output: int = 4, **params: objec
 
 def step(scheduler: Scheduler) -> tuple[Schedule, list[Request]]:
     schedule = scheduler.schedule()
-    tokens = [7 for part in schedule.parts if part.chooses]
+    tokens = [[7] for part in schedule.parts if part.chooses]
     grown = scheduler.update(schedule, tokens)
     scheduler.check()
-    return schedule, grown
+    return schedule, [one for one, _ in grown]
 
 
 arrivals = st.lists(
