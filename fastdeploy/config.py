@@ -133,6 +133,11 @@ class EngineConfig:
             return None
         return read_speculation(self.speculative_config)
 
+    @property
+    def has_mtp(self) -> bool:
+        """Whether the model's MTP block runs."""
+        return self.speculation is not None and self.speculation.method == "mtp"
+
     def resolved(self, *, max_positions: int, device_type: str) -> EngineConfig:
         """With the values that depend on model and device filled in; raises ConfigError if they
         contradict each other.

@@ -61,8 +61,14 @@ class Engine:
         self.vocab_size = model.config.vocab_size
         self.eos_ids = frozenset(eos_ids)
         num_blocks = num_cache_blocks(model, config)
+        drafting_layers = int(config.has_mtp)
         cache = KVCache.allocate(
-            model.config, num_blocks, config.block_size, model.activation_dtype, model.device
+            model.config,
+            num_blocks,
+            config.block_size,
+            model.activation_dtype,
+            model.device,
+            drafting_layers=drafting_layers,
         )
         builder = BatchBuilder(
             max_num_seqs=config.max_num_seqs,
@@ -74,14 +80,18 @@ class Engine:
         self.runner = Runner(model.eval(), cache, builder)
         self.sampler = Sampler(self.vocab_size)
         self.blocks = BlockManager(
-            num_blocks, config.block_size, caching=config.enable_prefix_caching
+            num_blocks,
+            config.block_size,
+            caching=config.enable_prefix_caching,
+            reads_next=config.has_mtp,
         )
-        self.drafter = make_drafter(config.speculation)
+        self.drafter = make_drafter(config.speculation, self.runner)
         self.scheduler = Scheduler(
             self.blocks,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             chunked_prefill=config.enable_chunked_prefill,
+            num_ahead=config.speculation.num_speculative_tokens - 1 if config.has_mtp else 0,
         )
         self.requests: dict[str, Request] = {}
         self.seeds = random.Random(config.seed)
@@ -224,7 +234,12 @@ def num_cache_blocks(model: ErnieModel, config: EngineConfig) -> int:
     Raises ConfigError when they do not hold a single text of max_model_len.
     """
     per_text = -(-config.max_model_len // config.block_size)
-    size = block_bytes(model.config, config.block_size, model.activation_dtype)
+    size = block_bytes(
+        model.config,
+        config.block_size,
+        model.activation_dtype,
+        drafting_layers=int(config.has_mtp),
+    )
     if config.num_gpu_blocks_override is not None:
         num_blocks = config.num_gpu_blocks_override
         advice = f"use num_gpu_blocks_override={per_text} or more, or a smaller max_model_len"

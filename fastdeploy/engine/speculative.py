@@ -5,23 +5,44 @@ worth decides how fast a text grows and nothing else: the sampler keeps a draft 
 chosen that very token itself (see `sampler.py`).
 
     NgramDrafter    what followed the newest tokens when they stood in the text before
+    MTPDrafter      what the model's multi-token-prediction block makes of its last hidden state
+
+Legend: T tokens of the flat batch, S texts that are drafted for, D hidden size.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from ernie.settings import ConfigError
 from fastdeploy.config import Speculation
+from fastdeploy.engine.batch import Batch
+from fastdeploy.engine.cache import PagedAttend
 from fastdeploy.engine.request import Request, Status
+from fastdeploy.engine.runner import Runner
 from fastdeploy.engine.scheduler import Schedule
 
 Drafter = Callable[[Schedule], None]
 
 
-def make_drafter(speculation: Speculation | None) -> Drafter | None:
+def make_drafter(speculation: Speculation | None, runner: Runner) -> Drafter | None:
+    """Raises ConfigError if the model has not what it takes."""
     if speculation is None:
         return None
-    return NgramDrafter(speculation)
+    if speculation.method == "ngram":
+        return NgramDrafter(speculation)
+    depth = runner.model.config.num_nextn_predict_layers
+    if depth != 1:
+        raise ConfigError(
+            f"speculative_config has the method mtp, but the model has {depth} MTP blocks "
+            f"(num_nextn_predict_layers); it takes a model with 1, or the method ngram"
+        )
+    return MTPDrafter(runner, speculation.num_speculative_tokens)
 
 
 def num_allowed(request: Request, num_tokens: int) -> int:
@@ -82,3 +103,100 @@ def continuation(token_ids: Sequence[int], place: int | None, num_tokens: int) -
         return []
     period = len(token_ids) - place
     return [token_ids[place + i % period] for i in range(num_tokens)]
+
+
+@dataclass(frozen=True, slots=True)
+class Drafted:
+    """A text that MTP drafts for."""
+
+    request: Request
+    sequence: int  # which of the step's parts is its
+    row: int  # of its last known token but one, whose hidden state the step has computed
+    num_tokens: int  # to draft at most
+
+
+class MTPDrafter:
+    """Drafts with the model's MTP block, which has a layer of the paged cache to itself.
+
+    The block's entry at position t is made of the hidden state at t and of token t + 1. After a
+    step every computed token has a known successor, so one pass over the step's own batch fills the
+    layer exactly as far as the others are filled, and its last valid row is the first draft:
+
+        main layers   0 1 2 .. n-2        known tokens 0 .. n-1, the last one just chosen
+        MTP layer     0 1 2 .. n-2        row n-2: hidden state n-2 with token n-1, drafts token n
+
+    Each further draft takes the block's own output as the hidden state of the next position and
+    the draft before as its successor. Those entries, and those of drafts that are not accepted, lie
+    past the computed tokens and are overwritten by the pass after the next step.
+    """
+
+    def __init__(self, runner: Runner, num_tokens: int) -> None:
+        self.runner = runner
+        self.num_tokens = num_tokens
+
+    @torch.inference_mode()
+    def __call__(self, schedule: Schedule) -> None:
+        batch, hidden_TD = self.runner.batch, self.runner.hidden_TD
+        assert batch is not None and hidden_TD is not None, "a step goes before"
+        # Also where nobody is drafted for: the layer is filled for texts that may hit its blocks.
+        hidden_TD = self._block(next_ids(schedule), hidden_TD, batch)
+        texts = self._texts(schedule)
+        hidden_SD = hidden_TD[[text.row for text in texts]]
+        for depth in range(self.num_tokens):
+            kept = [i for i, text in enumerate(texts) if text.num_tokens > depth]
+            if not kept:
+                return
+            texts, hidden_SD = [texts[i] for i in kept], hidden_SD[kept]
+            if depth > 0:
+                tokens = [text.request.draft_ids[-1] for text in texts]
+                hidden_SD = self._block(tokens, hidden_SD, self._next_batch(batch, texts, depth))
+            tokens = self.runner.model.head(hidden_SD).argmax(-1).tolist()
+            for text, token in zip(texts, tokens):
+                text.request.draft_ids.append(token)
+
+    def _texts(self, schedule: Schedule) -> list[Drafted]:
+        texts, first, block_size = [], 0, self.runner.batches.block_size
+        for s, part in enumerate(schedule.parts):
+            request = part.request
+            if part.chooses and request.status is Status.RUNNING:
+                # The first draft writes nothing, the others need a place each.
+                places = len(request.table.blocks) * block_size - request.num_computed
+                count = min(num_allowed(request, self.num_tokens), 1 + places)
+                row = first + request.num_computed - 1 - part.start
+                texts.append(Drafted(request, s, row, count))
+            first += part.num_tokens
+        return texts
+
+    def _block(self, next_ids: list[int], hidden_TD: Tensor, batch: Batch) -> Tensor:
+        next_ids_T = torch.tensor(next_ids, device=hidden_TD.device)
+        attend = PagedAttend(self.runner.cache, batch)
+        return self.runner.model.hidden_after_next(next_ids_T, hidden_TD, batch.positions_T, attend)
+
+    def _next_batch(self, batch: Batch, texts: Sequence[Drafted], depth: int) -> Batch:
+        """One token a text: what stands so many positions past the last computed one."""
+        block_size = self.runner.batches.block_size
+        positions = [text.request.num_computed + depth - 1 for text in texts]
+        blocks = [t.request.table.blocks[p // block_size] for t, p in zip(texts, positions)]
+        slots = [b * block_size + p % block_size for b, p in zip(blocks, positions)]
+
+        def column(values: Sequence[int], like: Tensor) -> Tensor:
+            return torch.tensor(values, dtype=like.dtype, device=like.device)
+
+        return dataclasses.replace(
+            batch,
+            positions_T=column(positions, batch.positions_T),
+            slots_T=column(slots, batch.slots_T),
+            cu_seqlens_S1=column(range(len(texts) + 1), batch.cu_seqlens_S1),
+            lens_S=column([p + 1 for p in positions], batch.lens_S),
+            tables_SM=batch.tables_SM[[text.sequence for text in texts]],
+        )
+
+
+def next_ids(schedule: Schedule) -> list[int]:
+    """The token after each token of a step; 0 after drafts that were not accepted."""
+    ids: list[int] = []
+    for part in schedule.parts:
+        start, end = part.start + 1, part.start + part.num_tokens + 1
+        known = part.request.token_ids[start:end]
+        ids += known + [0] * (part.num_tokens - len(known))
+    return ids
