@@ -21,7 +21,7 @@ from fastdeploy.engine.request import Request, Status, TokenOutput, check_prompt
 from fastdeploy.engine.runner import Runner
 from fastdeploy.engine.sampler import Choice, Sampler
 from fastdeploy.engine.scheduler import Scheduler
-from fastdeploy.engine.speculative import make_drafter
+from fastdeploy.engine.speculative import make_drafter, num_ahead
 from fastdeploy.errors import RequestError
 from fastdeploy.sampling import SamplingParams
 
@@ -61,14 +61,13 @@ class Engine:
         self.vocab_size = model.config.vocab_size
         self.eos_ids = frozenset(eos_ids)
         num_blocks = num_cache_blocks(model, config)
-        drafting_layers = int(config.has_mtp)
         cache = KVCache.allocate(
             model.config,
             num_blocks,
             config.block_size,
             model.activation_dtype,
             model.device,
-            drafting_layers=drafting_layers,
+            drafting_layers=int(config.has_mtp),
         )
         builder = BatchBuilder(
             max_num_seqs=config.max_num_seqs,
@@ -91,7 +90,7 @@ class Engine:
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             chunked_prefill=config.enable_chunked_prefill,
-            num_ahead=config.speculation.num_speculative_tokens - 1 if config.has_mtp else 0,
+            num_ahead=num_ahead(config.speculation),
         )
         self.requests: dict[str, Request] = {}
         self.seeds = random.Random(config.seed)

@@ -58,7 +58,8 @@ class Sampler:
 
         Overwrites `logits_RV`.
         """
-        rows, choosing, row = [], [], 0
+        rows: list[int] = []
+        choosing, row = [], 0
         for part in parts:
             if part.num_logits and part.request.num_to_score > 0:
                 self._score_prompt(logits_RV[row : row + part.num_logits], part)

@@ -45,6 +45,13 @@ def make_drafter(speculation: Speculation | None, runner: Runner) -> Drafter | N
     return MTPDrafter(runner, speculation.num_speculative_tokens)
 
 
+def num_ahead(speculation: Speculation | None) -> int:
+    """Positions past the tokens of a step where the drafter writes to the cache, at most."""
+    if speculation is None or speculation.method == "ngram":
+        return 0
+    return speculation.num_speculative_tokens - 1
+
+
 def num_allowed(request: Request, num_tokens: int) -> int:
     """How many of `num_tokens` drafts could be of use: one token follows them in any case."""
     if request.status is not Status.RUNNING:
