@@ -97,14 +97,15 @@ class Sampler:
             row += len(part.draft_ids) + 1
 
     def _accepted(self, choices: list[Choice], parts: Sequence[Part]) -> list[list[Choice]]:
+        """Of the choices of each part: those that are its drafts, and the first that is not."""
         accepted, row = [], 0
         for part in parts:
-            num_accepted = 0
-            for choice, draft in zip(choices[row:], part.draft_ids):
+            num_kept = 1
+            for choice, draft in zip(choices[row : row + len(part.draft_ids)], part.draft_ids):
                 if choice.token != draft:
                     break
-                num_accepted += 1
-            accepted.append(choices[row : row + num_accepted + 1])
+                num_kept += 1
+            accepted.append(choices[row : row + num_kept])
             row += len(part.draft_ids) + 1
             note = self._notes(part.request)
             if note is not None:
