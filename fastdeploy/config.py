@@ -39,6 +39,60 @@ class EarlyStop:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Speculation:
+    """How the next tokens of a text are guessed, to be verified in one step."""
+
+    method: str = required("ngram: what followed earlier in the text; mtp: the model's MTP block.")
+    num_speculative_tokens: int = option(1, "Tokens that are guessed ahead, 1 to 5.")
+    max_ngram_size: int = option(5, "Newest tokens that are looked for in the text, at most.")
+    min_ngram_size: int = option(2, "Newest tokens that are looked for in the text, at least.")
+
+    def __post_init__(self) -> None:
+        if self.method not in ("ngram", "mtp"):
+            raise ConfigError(
+                f"method={self.method!r} in speculative_config is not available; use ngram or mtp"
+            )
+        if not 1 <= self.num_speculative_tokens <= 5:
+            raise ConfigError(
+                f"num_speculative_tokens={self.num_speculative_tokens} in speculative_config is "
+                "out of range; it takes 1 to 5"
+            )
+        if not 1 <= self.min_ngram_size <= self.max_ngram_size:
+            raise ConfigError(
+                f"min_ngram_size={self.min_ngram_size} and max_ngram_size={self.max_ngram_size} in "
+                "speculative_config fit no n-gram; they take 1 <= min_ngram_size <= max_ngram_size"
+            )
+
+
+# Other keys of FastDeploy's speculative_config, with the values that ask for nothing.
+LATER_SPECULATION: dict[str, tuple[Any, ...]] = {
+    "mtp_strategy": ("default",),
+    "num_model_steps": (None,),
+    "model": (None,),
+    "quantization": (None,),
+    "max_candidate_len": (None,),
+    "verify_window": (None,),
+    "verify_strategy": ("target_match",),
+    "accept_policy": ("normal",),
+    "suffix_decoding_max_tree_depth": (None,),
+    "suffix_decoding_max_cached_requests": (None,),
+    "suffix_decoding_max_spec_factor": (None,),
+    "suffix_decoding_min_token_prob": (None,),
+    "benchmark_mode": (False,),
+    "enf_gen_phase_tag": (False,),
+    "enable_draft_logprob": (False,),
+}
+
+
+def read_speculation(values: Mapping[str, Any]) -> Speculation:
+    """The keys of a `speculative_config`, checked. Raises ConfigError."""
+    values = _without_later(values, LATER_SPECULATION, "speculative_config")
+    if values.get("method") == "ngram_match":  # the name in some of FastDeploy's versions
+        values["method"] = "ngram"
+    return fill([Speculation], values, "speculative_config")[0]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """The model and how it is run."""
 
@@ -78,8 +132,12 @@ class EngineConfig:
     early_stop_config: dict | str | None = option(  # noqa: RUF009
         None, "When they end, as JSON: strategy, window_size, threshold; given, it enables them."
     )
+    speculative_config: dict | None = option(  # noqa: RUF009
+        None, 'Drafts, in JSON: {"method": "ngram", "num_speculative_tokens": 4}; or "mtp".'
+    )
 
     def __post_init__(self) -> None:
+        _ = self.speculation  # whose own checks speak
         for name in (
             "max_num_seqs",
             "block_size",
@@ -125,6 +183,18 @@ class EngineConfig:
                 "leave out one of the two"
             )
         return found if found.enable_early_stop else None
+
+    @property
+    def speculation(self) -> Speculation | None:
+        """`speculative_config`, read; None when nothing is drafted."""
+        if self.speculative_config is None:
+            return None
+        return read_speculation(self.speculative_config)
+
+    @property
+    def has_mtp(self) -> bool:
+        """Whether the model's MTP block runs."""
+        return self.speculation is not None and self.speculation.method == "mtp"
 
     def resolved(self, *, max_positions: int, device_type: str) -> EngineConfig:
         """With the values that depend on model and device filled in; raises ConfigError if they
@@ -239,7 +309,6 @@ LATER: dict[str, tuple[Any, ...]] = {
     "graph_optimization_config": (None,),
     "use_cudagraph": (False,),
     "plas_attention_config": (None,),
-    "speculative_config": (None,),
     "splitwise_role": ("mixed",),
     "router": (None,),
     "scheduler_name": ("local",),
@@ -260,16 +329,23 @@ def read_config(kinds: list[type], values: Mapping[str, Any], origin: str) -> li
 
     Raises ConfigError.
     """
+    return fill(kinds, _without_later(values, LATER, origin), origin)
+
+
+def _without_later(
+    values: Mapping[str, Any], later: Mapping[str, tuple[Any, ...]], origin: str
+) -> dict[str, Any]:
+    """`values` without the keys of `later`, whose values must be among those listed there."""
     kept = {}
     for key, value in values.items():
-        if key not in LATER:
+        if key not in later:
             kept[key] = value
-        elif not _asks_for_nothing(value, LATER[key]):
+        elif not _asks_for_nothing(value, later[key]):
             raise ConfigError(
                 f"{key}={value!r} in {origin} asks for something that is not available yet; "
-                f"leave it out or use {LATER[key][0]!r}"
+                f"leave it out or use {later[key][0]!r}"
             )
-    return fill(kinds, kept, origin)
+    return kept
 
 
 def _asks_for_nothing(value: Any, neutral: tuple[Any, ...]) -> bool:

@@ -24,7 +24,7 @@ from fastdeploy.engine.request import RequestMetrics, TokenOutput
 from fastdeploy.engine.text import Sample
 from fastdeploy.engine.weights import Source
 from fastdeploy.errors import RequestError
-from fastdeploy.outputs import Completions, RequestOutput, best
+from fastdeploy.outputs import CompletionOutput, Completions, RequestOutput, best
 from fastdeploy.sampling import SamplingParams, filled
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -228,6 +228,8 @@ class _Call:
             self.samples[name] = (position, Sample(index, params, tokenizer))
 
     def _take(self, output: TokenOutput, pieces: list[RequestOutput | None]) -> None:
+        if output.request_id not in self.samples:
+            return  # a stop string ended it at an earlier token of the same step
         position, sample = self.samples[output.request_id]
         completion = sample.push(output)
         if sample.finished:
@@ -238,6 +240,8 @@ class _Call:
         piece = pieces[position]
         if piece is None:
             piece = pieces[position] = self._piece(position, output.metrics, output.num_cached)
+        if piece.outputs and piece.outputs[-1].index == completion.index:  # of the same step
+            completion = CompletionOutput.joined([piece.outputs.pop(), completion])
         piece.outputs.append(completion)
         piece.finished = self.num_open[position] == 0
         if output.prompt_logprobs is not None:

@@ -57,12 +57,32 @@ class EngineFigures(Collector):
             ("hit_token_rate", "Share of prompt tokens found in the cache.", hits),
         ):
             yield GaugeMetricFamily(f"fastdeploy:{name}", text, value)
+        if self.config.speculative_config is not None:
+            yield from _speculation(s)
         for name, text, value in (
             ("request_preempted", "Preemptions.", s.num_preemptions),
             ("prompt_tokens", "Tokens of admitted prompts.", s.num_prompt_tokens),
             ("generation_tokens", "Tokens generated.", s.num_generated_tokens),
         ):
             yield CounterMetricFamily(f"fastdeploy:{name}", text, value)
+
+
+def _speculation(s: Stats) -> Iterator[Metric]:
+    rate = s.num_accepted_tokens / max(s.num_draft_tokens, 1)
+    # A step that verifies k drafts of a text gives it k + 1 tokens at most.
+    most = s.num_draft_tokens + s.num_drafts
+    efficiency = (s.num_accepted_tokens + s.num_drafts) / max(most, 1)
+    for name, text, value in (
+        ("draft_acceptance_rate", "Share of draft tokens that were accepted.", rate),
+        ("efficiency", "Tokens of steps with drafts, of as many as could be.", efficiency),
+    ):
+        yield GaugeMetricFamily(f"fastdeploy:spec_decode_{name}", text, value)
+    for name, text, value in (
+        ("num_draft_tokens", "Draft tokens that were verified.", s.num_draft_tokens),
+        ("num_accepted_tokens", "Draft tokens that were accepted.", s.num_accepted_tokens),
+        ("num_emitted_tokens", "Tokens generated, drafted or not.", s.num_generated_tokens),
+    ):
+        yield CounterMetricFamily(f"fastdeploy:spec_decode_{name}", text, value)
 
 
 class Metrics:

@@ -64,7 +64,7 @@ class BatchBuilder:
             if part.new_blocks:
                 old = len(blocks) - len(part.new_blocks)
                 self.tables[request.seat, old : len(blocks)] = part.new_blocks
-            self._fill_tokens(slice(first, num_tokens), part.start, request.token_ids, blocks)
+            self._fill_tokens(slice(first, num_tokens), part.start, part.token_ids, blocks)
             self.seats[s] = request.seat
             self.cu_seqlens[s + 1] = num_tokens
             self.lens[s] = part.start + part.num_tokens
@@ -88,14 +88,14 @@ class BatchBuilder:
         self, where: slice, start: int, token_ids: list[int], blocks: list[int]
     ) -> None:
         if where.stop - where.start == 1:  # most parts of most steps: plain integers are faster
-            self.token_ids[where.start] = token_ids[start]
+            self.token_ids[where.start] = token_ids[0]
             self.positions[where.start] = start
             block = blocks[start // self.block_size]
             self.slots[where.start] = block * self.block_size + start % self.block_size
             return
         end = start + where.stop - where.start
         positions = np.arange(start, end)
-        self.token_ids[where] = token_ids[start:end]
+        self.token_ids[where] = token_ids
         self.positions[where] = positions
         first = start // self.block_size
         table = np.asarray(blocks[first : -(-end // self.block_size)])

@@ -20,6 +20,8 @@ maps
 
 The dict hashes the key and then compares it, so two texts whose hashes collide cannot be mixed up;
 and as a content number is given out once, a parent's number stands for the whole text before it.
+Where the cache also holds what a layer made of each token *and the next one* (an MTP block), the
+key has the token after the block too, and a block is named once that is known.
 
 Texts with a *salt* hang under a root of their own, a number made from the salt by a cryptographic
 hash: who does not know the salt can neither find such blocks nor learn, by timing, that they exist.
@@ -62,8 +64,12 @@ class BlockManager:
     `num_free` first.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, caching: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, *, caching: bool = True, reads_next: bool = False
+    ) -> None:
+        """`reads_next`: what is cached for a token depends on the next token too."""
         self.block_size = block_size
+        self.num_key_tokens = block_size + reads_next
         self.caching = caching
         self.blocks = [Block() for _ in range(num_blocks)]
         # An ordered dict as a queue from which the middle can be taken: keys only.
@@ -94,7 +100,7 @@ class BlockManager:
         if not self.caching:
             return found
         for start in range(0, len(token_ids) - self.block_size, self.block_size):
-            tokens = tuple(token_ids[start : start + self.block_size])
+            tokens = tuple(token_ids[start : start + self.num_key_tokens])
             block = self.block_by_key.get((found.content, tokens))
             if block is None:
                 break
@@ -128,8 +134,11 @@ class BlockManager:
         """
         if not self.caching:
             return
+        num_extra = self.num_key_tokens - self.block_size
+        num_tokens = min(num_tokens, len(token_ids) - num_extra)
         for i in range(table.num_named, num_tokens // self.block_size):
-            tokens = tuple(token_ids[i * self.block_size : (i + 1) * self.block_size])
+            start = i * self.block_size
+            tokens = tuple(token_ids[start : start + self.num_key_tokens])
             key = (table.content, tokens)
             known = self.block_by_key.get(key)
             if known is None:
@@ -140,6 +149,17 @@ class BlockManager:
                 self.blocks[known].key, self.blocks[known].content = key, self.num_contents
             table.content = self.blocks[known].content
             table.num_named = i + 1
+
+    def shrink(self, table: Table, num_tokens: int) -> None:
+        """Take back the blocks past those that hold `num_tokens` tokens; none of them has a
+        name.
+        """
+        while len(table.blocks) > -(-num_tokens // self.block_size):
+            i = table.blocks.pop()
+            self.blocks[i].num_users -= 1
+            assert self.blocks[i].num_users == 0 and self.blocks[i].key is None, self.blocks[i]
+            self.free[i] = None
+            self.free.move_to_end(i, last=False)  # empty: the first to be handed out
 
     def release(self, table: Table) -> None:
         """Give all blocks of `table` back and empty it.
@@ -186,7 +206,7 @@ class BlockManager:
             assert block.key is None or self.block_by_key[block.key] == i, f"block {i}: {block}"
         for key, i in self.block_by_key.items():
             assert self.blocks[i].key == key, f"{key} leads to block {i}: {self.blocks[i]}"
-            assert len(key[1]) == self.block_size, key
+            assert len(key[1]) == self.num_key_tokens, key
 
 
 def root_of(salt: str | None) -> int:

@@ -24,6 +24,7 @@ from fastdeploy.engine.request import Request, Status, TokenOutput, check_params
 from fastdeploy.engine.runner import Runner
 from fastdeploy.engine.sampler import Choice, Sampler
 from fastdeploy.engine.scheduler import Scheduler
+from fastdeploy.engine.speculative import make_drafter, num_ahead
 from fastdeploy.engine.thinking import ThinkTags
 from fastdeploy.engine.weights import HostCopy, Source, read_weights
 from fastdeploy.errors import RequestError
@@ -44,6 +45,14 @@ class Stats:
     num_hit_tokens: int  # of these, found in the prefix cache
     num_generated_tokens: int
     num_steps: int
+    num_drafts: int  # how often drafts of a request were verified
+    num_draft_tokens: int  # tokens of these drafts
+    num_accepted_tokens: int  # of these, became known
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens that a request gained in a step that verified drafts for it, on average."""
+        return 1 + self.num_accepted_tokens / max(self.num_drafts, 1)
 
 
 class Engine:
@@ -78,6 +87,7 @@ class Engine:
             block_size=config.block_size,
             dtype=model.activation_dtype,
             device=model.device,
+            drafting_layers=int(config.has_mtp),
         )
         builder = BatchBuilder(
             max_num_seqs=config.max_num_seqs,
@@ -89,13 +99,18 @@ class Engine:
         self.runner = Runner(model.eval(), self.allocate(num_blocks=num_blocks), builder)
         self.sampler = Sampler(self.vocab_size)
         self.blocks = BlockManager(
-            num_blocks, config.block_size, caching=config.enable_prefix_caching
+            num_blocks,
+            config.block_size,
+            caching=config.enable_prefix_caching,
+            reads_next=config.has_mtp,
         )
+        self.drafter = make_drafter(config.speculation, self.runner)
         self.scheduler = Scheduler(
             self.blocks,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             chunked_prefill=config.enable_chunked_prefill,
+            num_ahead=num_ahead(config.speculation),
         )
         self.requests: dict[str, Request] = {}
         self.news: list[TokenOutput] = []  # aborts that the next step reports
@@ -177,7 +192,10 @@ class Engine:
         schedule = self.scheduler.schedule()
         logits_RV = self.runner.run(schedule)
         choices = self.sampler(logits_RV, schedule.parts)
-        grown = self.scheduler.update(schedule, [choice.token for choice in choices])
+        tokens = [[choice.token for choice in some] for some in choices]
+        grown = self.scheduler.update(schedule, tokens)
+        if self.drafter is not None:
+            self.drafter(schedule)
         return self._report(grown, choices)
 
     def pause(self, mode: str = "abort") -> None:
@@ -284,34 +302,41 @@ class Engine:
             num_hit_tokens=scheduler.num_hit_tokens,
             num_generated_tokens=self.num_generated,
             num_steps=self.num_steps,
+            num_drafts=scheduler.num_drafts,
+            num_draft_tokens=scheduler.num_draft_tokens,
+            num_accepted_tokens=scheduler.num_accepted_tokens,
         )
 
-    def _report(self, grown: Sequence[Request], choices: Sequence[Choice]) -> list[TokenOutput]:
+    def _report(
+        self, grown: Sequence[tuple[Request, int]], choices: Sequence[Sequence[Choice]]
+    ) -> list[TokenOutput]:
+        """A report for each token that became known: the first ones of a request's choices."""
         now, outputs = time.monotonic(), []
         self.num_steps += 1
-        self.num_generated += len(grown)
-        for request, choice in zip(grown, choices):
-            first = request.num_output == 1
+        for (request, num_taken), some in zip(grown, choices):
+            self.num_generated += num_taken
+            first = request.num_output == num_taken
             if first:
                 request.metrics.first_token_time = now
             if request.status is Status.FINISHED:
                 request.metrics.finished_time = now
                 del self.requests[request.id]
-            scores = request.params.prompt_logprobs is not None
-            outputs.append(
+            reports = [
                 TokenOutput(
                     request_id=request.id,
                     token=choice.token,
                     logprob=choice.logprob,
                     logprobs=choice.logprobs,
-                    finish_reason=request.finish_reason(),
+                    finish_reason=None,
                     metrics=request.metrics,
                     num_cached=request.num_cached,
-                    prompt_logprobs=(request.prompt_logprobs or [None])
-                    if first and scores
-                    else None,
                 )
-            )
+                for choice in some[:num_taken]
+            ]
+            reports[-1].finish_reason = request.finish_reason()
+            if first and request.params.prompt_logprobs is not None:
+                reports[0].prompt_logprobs = request.prompt_logprobs or [None]
+            outputs += reports
         return outputs
 
 
@@ -321,7 +346,12 @@ def num_cache_blocks(model: ErnieModel, config: EngineConfig) -> int:
     Raises ConfigError when they do not hold a single text of max_model_len.
     """
     per_text = -(-config.max_model_len // config.block_size)
-    size = block_bytes(model.config, config.block_size, model.activation_dtype)
+    size = block_bytes(
+        model.config,
+        config.block_size,
+        model.activation_dtype,
+        drafting_layers=int(config.has_mtp),
+    )
     if config.num_gpu_blocks_override is not None:
         num_blocks = config.num_gpu_blocks_override
         advice = f"use num_gpu_blocks_override={per_text} or more, or a smaller max_model_len"

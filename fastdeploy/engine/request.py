@@ -2,6 +2,7 @@
 
     known tokens      prompt, then what was generated      num_known
     computed tokens   those whose keys and values are in the cache      num_computed
+    drafts            guesses of what follows the known tokens, to be verified by the next step
 
 There are no phases. Reading a prompt, going on after a preemption and generating are the same
 thing: computed tokens chase known tokens, and when they have caught up, a new token becomes known.
@@ -58,6 +59,8 @@ class Request:
         self.token_ids = list(prompt_ids)
         self.num_prompt = len(self.token_ids)
         self.num_computed = 0
+        self.draft_ids: list[int] = []
+        self.drafter_notes: Any = None
         self.status = Status.WAITING
         self.priority = priority  # lower runs first
         self.arrival = 0  # number in the order of arrival; the scheduler gives it
@@ -100,9 +103,15 @@ class Request:
         return self.num_prompt - max(1, len(self.prompt_logprobs))
 
     @property
-    def may_stop(self) -> bool:
-        """Whether the next token may be one that ends the text."""
-        return self.num_output + 1 >= self.params.min_tokens
+    def max_len(self) -> int:
+        """Tokens of the text at most, prompt and answer together."""
+        return self.num_prompt + self.max_output
+
+    def may_stop(self, num_drafts: int = 0) -> bool:
+        """Whether the next token, or the one after so many drafts, may be one that ends the
+        text.
+        """
+        return self.num_output + num_drafts + 1 >= self.params.min_tokens
 
     @property
     def wants_logprob(self) -> bool:

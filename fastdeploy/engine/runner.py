@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ernie.model import ErnieModel
-from fastdeploy.engine.batch import BatchBuilder
+from fastdeploy.engine.batch import Batch, BatchBuilder
 from fastdeploy.engine.cache import KVCache, PagedAttend
 from fastdeploy.engine.scheduler import Schedule
 
@@ -16,6 +16,8 @@ class Runner:
         self.model = model
         self.cache = cache
         self.batches = batches
+        self.batch: Batch | None = None
+        self.hidden_TD: Tensor | None = None
 
     @torch.inference_mode()
     def run(self, schedule: Schedule) -> Tensor:
@@ -23,6 +25,7 @@ class Runner:
         batch = self.batches.build(schedule)
         attend = PagedAttend(self.cache, batch)
         hidden_TD = self.model.hidden(batch.token_ids_T, batch.positions_T, attend)
+        self.batch, self.hidden_TD = batch, hidden_TD  # for a drafter, until the next step
         if not len(batch.rows_R):
             return hidden_TD.new_empty(0, self.model.config.vocab_size, dtype=torch.float32)
         if len(batch.rows_R) < len(hidden_TD):

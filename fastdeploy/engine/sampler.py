@@ -9,6 +9,16 @@ request's seed and the position of the token. So a seeded result does not depend
 in the batch, on chunking, or on a preemption in between. Log-probabilities are those of the raw
 logits.
 
+Verification of drafts. Logits after the last known token and after each draft come together:
+
+    known tokens       ... x        drafts a b c        logits after x, a, b, c
+    chosen from them   a b f g      accepted a b, then f; g continues a text that is not there
+
+Each row is treated as if the drafts before it had been generated: a token is chosen from it exactly
+as it would be without drafts, with the same uniform number. Tokens are kept up to the first that is
+not its draft. So speculation changes no token at all, drawn or greedy, and the distribution is
+unchanged because the draws are.
+
 Legend: R rows of logits, r rows that are treated alike, V vocabulary, K candidates.
 """
 
@@ -46,52 +56,65 @@ class Sampler:
         self.vocab_size = vocab_size
 
     @torch.inference_mode()
-    def __call__(self, logits_RV: Tensor, parts: Sequence[Part]) -> list[Choice]:
-        """One choice for each part that chooses, in order; scores prompt tokens on the way.
+    def __call__(self, logits_RV: Tensor, parts: Sequence[Part]) -> list[list[Choice]]:
+        """The choices of each part that chooses, in order: its accepted drafts and one token more.
+        Scores prompt tokens on the way.
 
         Overwrites `logits_RV`.
         """
-        rows, requests, row = [], [], 0
+        rows: list[int] = []
+        choosing, row = [], 0
         for part in parts:
             if part.num_logits and part.request.num_to_score > 0:
                 self._score_prompt(logits_RV[row : row + part.num_logits], part)
             row += part.num_logits
             if part.chooses:
-                rows.append(row - 1)
-                requests.append(part.request)
-        if not requests:
+                rows += range(row - 1 - len(part.draft_ids), row)
+                choosing.append(part)
+        if not choosing:
             return []
         if len(rows) < len(logits_RV):
             logits_RV = logits_RV[rows]
+        # The request of each row, and how many drafts stand before the token it chooses.
+        requests = [part.request for part in choosing for _ in range(len(part.draft_ids) + 1)]
+        offsets = [i for part in choosing for i in range(len(part.draft_ids) + 1)]
         wanted = [i for i, request in enumerate(requests) if request.wants_logprob]
         raw_rV = logits_RV[wanted] if wanted else None  # a copy, made before it is adjusted
-        choices = [Choice(token) for token in self._choose(logits_RV, requests)]
-        if raw_rV is not None:
-            _add_logprobs(raw_rV, [requests[i] for i in wanted], [choices[i] for i in wanted])
-        return choices
-
-    def _choose(self, logits_RV: Tensor, requests: Sequence[Request]) -> list[int]:
-        notes = [self._notes(request) for request in requests]
-        for row_V, note, request in zip(logits_RV, notes, requests):
-            if note is not None:
-                note.adjust(row_V, request)
-        drawn = [i for i, request in enumerate(requests) if not request.params.is_greedy]
-        if len(drawn) < len(requests):
-            tokens = logits_RV.argmax(-1).tolist()
-        else:
-            tokens = [0] * len(requests)
-        if drawn:
-            chosen = _draw_rows(logits_RV[drawn], [requests[i] for i in drawn])
-            for i, token in zip(drawn, chosen):
-                tokens[i] = token
+        self._adjust(logits_RV, choosing)
+        tokens = _choose(logits_RV, requests, offsets)
         for i, request in enumerate(requests):
-            if request.thinking is not None:
+            if request.thinking is not None:  # which has no drafts
                 forced = request.thinking.forced(request.token_ids)
                 tokens[i] = tokens[i] if forced is None else forced
-        for note, token in zip(notes, tokens):
+        choices = [Choice(token) for token in tokens]
+        if raw_rV is not None:
+            _add_logprobs(raw_rV, [requests[i] for i in wanted], [choices[i] for i in wanted])
+        return self._accepted(choices, choosing)
+
+    def _adjust(self, logits_RV: Tensor, parts: Sequence[Part]) -> None:
+        row = 0
+        for part in parts:
+            note = self._notes(part.request)
             if note is not None:
-                note.add(token)
-        return tokens
+                note.adjust_rows(logits_RV[row:], part.request, part.draft_ids)
+            row += len(part.draft_ids) + 1
+
+    def _accepted(self, choices: list[Choice], parts: Sequence[Part]) -> list[list[Choice]]:
+        """Of the choices of each part: those that are its drafts, and the first that is not."""
+        accepted, row = [], 0
+        for part in parts:
+            num_kept = 1
+            for choice, draft in zip(choices[row : row + len(part.draft_ids)], part.draft_ids):
+                if choice.token != draft:
+                    break
+                num_kept += 1
+            accepted.append(choices[row : row + num_kept])
+            row += len(part.draft_ids) + 1
+            note = self._notes(part.request)
+            if note is not None:
+                for choice in accepted[-1]:
+                    note.add(choice.token)
+        return accepted
 
     def _notes(self, request: Request) -> Notes | None:
         if request.sampler_notes is None:
@@ -145,7 +168,23 @@ class Notes:
         self.seen[slot] = token
         self.generated[slot] += 1
 
-    def adjust(self, logits_V: Tensor, request: Request) -> None:
+    def adjust_rows(self, logits_RV: Tensor, request: Request, draft_ids: Sequence[int]) -> None:
+        """Adjust the logits after the known tokens, and those after each draft as if it and the
+        ones before it had been generated.
+        """
+        num_seen = len(self.slot_by_token)
+        ends = [*request.token_ids[request.num_prompt :], *draft_ids] if self.runs else []
+        for i in range(len(draft_ids) + 1):
+            if i:
+                self.add(draft_ids[i - 1])
+            self.adjust(logits_RV[i], may_stop=request.may_stop(i))
+            self._ban_runs(logits_RV[i], ends[: request.num_output + i])
+        for token in draft_ids:  # forget them again
+            self.generated[self.slot_by_token[token]] -= 1
+        while len(self.slot_by_token) > num_seen:
+            self.slot_by_token.popitem()
+
+    def adjust(self, logits_V: Tensor, *, may_stop: bool) -> None:
         """Penalties (Source: the definitions of OpenAI, for repetition of CTRL), biases, bans."""
         device = logits_V.device
         seen = self.seen[: len(self.slot_by_token)].to(device)
@@ -155,14 +194,14 @@ class Notes:
         logits_V[seen] = values - self.frequency * counts - self.presence * (counts > 0)
         logits_V[self.biased.to(device)] += self.bias.to(device)
         logits_V[self.banned.to(device)] = float("-inf")
-        for *begin, last in self.runs:
-            if (
-                request.token_ids[max(request.num_prompt, request.num_known - len(begin)) :]
-                == begin
-            ):
-                logits_V[last] = float("-inf")
-        if not request.may_stop:
+        if not may_stop:
             logits_V[self.stops.to(device)] = float("-inf")
+
+    def _ban_runs(self, logits_V: Tensor, generated_ids: Sequence[int]) -> None:
+        """Ban the last token of each sequence of which the others have just been generated."""
+        for *begin, last in self.runs:
+            if generated_ids[-len(begin) :] == begin:
+                logits_V[last] = float("-inf")
 
 
 def _needs_notes(request: Request) -> bool:
@@ -179,7 +218,22 @@ def uniform(seed: tuple[int, int], position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def _draw_rows(logits_rV: Tensor, requests: Sequence[Request]) -> list[int]:
+def _choose(logits_RV: Tensor, requests: Sequence[Request], offsets: Sequence[int]) -> list[int]:
+    """A token for each row; `offsets`: drafts between the known tokens of its request and it."""
+    drawn = [i for i, request in enumerate(requests) if not request.params.is_greedy]
+    if len(drawn) == len(requests):
+        return _draw_rows(logits_RV, requests, offsets)
+    tokens = logits_RV.argmax(-1).tolist()
+    if drawn:
+        chosen = _draw_rows(
+            logits_RV[drawn], [requests[i] for i in drawn], [offsets[i] for i in drawn]
+        )
+        for i, token in zip(drawn, chosen):
+            tokens[i] = token
+    return tokens
+
+
+def _draw_rows(logits_rV: Tensor, requests: Sequence[Request], offsets: Sequence[int]) -> list[int]:
     def column(values: list, dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=logits_rV.device)
 
@@ -188,7 +242,7 @@ def _draw_rows(logits_rV: Tensor, requests: Sequence[Request]) -> list[int]:
     min_p_r = column([p.min_p for p in params])
     top_k_r = column([max(p.top_k, 0) for p in params], torch.int64)
     top_p_r = column([1.0 if p.top_p is None else p.top_p for p in params])
-    uniform_r = column([uniform(r.seed, r.num_output) for r in requests])
+    uniform_r = column([uniform(r.seed, r.num_output + i) for r, i in zip(requests, offsets)])
     return draw(logits_rV, temperature_r, min_p_r, top_k_r, top_p_r, uniform_r).tolist()
 
 

@@ -8,11 +8,17 @@ the lowest priority loses its blocks and returns to its place in the queue; what
 kept, and is computed again (preemption by recomputation). A waiting request never pushes out a
 running one.
 
+What is left of the budget goes to drafts: guesses of what will follow the known tokens of a request
+(see `speculative.py`), computed along with them and verified by the sampler. A draft is no known
+token. It never costs another text a token or a block: it comes last, and blocks that were added for
+it are given back before the next step is decided.
+
 Integers only: no tensor is touched here, and no decision is taken anywhere else.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from bisect import insort
 from collections import deque
@@ -29,19 +35,27 @@ MAX_SCORED_TOKENS = 128
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The tokens of one request in a step: `token_ids[start : start + num_tokens]`."""
+    """The tokens of one request in a step: known ones from `start` on, then drafts."""
 
     request: Request
     start: int  # computed before: the position of the first token of the part
-    num_tokens: int
+    num_tokens: int  # drafts included
     # Blocks that joined the table in this step, its last ones. On admission that is the whole
     # table.
     new_blocks: list[int]
     # Logits are wanted after so many of the last tokens: 0 when known tokens remain to be computed,
-    # 1 to choose the next token, and more where tokens of the prompt are scored.
+    # 1 to choose the next token, one more for each draft, and more where tokens of the prompt are
+    # scored.
     num_logits: int
-    # Whether the last of these logits choose a new token.
+    # Whether the last of these logits (one, and one for each draft) choose new tokens.
     chooses: bool
+    draft_ids: Sequence[int] = ()
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The ids of its tokens, drafts included."""
+        known_ids = self.request.token_ids[self.start : self.start + self.num_tokens]
+        return [*known_ids, *self.draft_ids] if self.draft_ids else known_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +77,14 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         chunked_prefill: bool = True,
+        num_ahead: int = 0,
     ) -> None:
+        """`num_ahead`: positions past a step's tokens where whoever drafts the next ones writes."""
         assert max_num_batched_tokens >= max_num_seqs, "each running request needs one token a step"
         self.blocks = blocks
         self.max_num_batched_tokens = max_num_batched_tokens
         self.chunked_prefill = chunked_prefill
+        self.num_ahead = num_ahead
         self.waiting: deque[Request] = deque()  # in order of priority and arrival
         self.running: list[Request] = []  # in order of priority and admission
         self.num_arrivals = 0
@@ -75,6 +92,9 @@ class Scheduler:
         self.num_preemptions = 0
         self.num_prompt_tokens = 0  # of requests when they were first admitted
         self.num_hit_tokens = 0  # of these, found in the cache
+        self.num_drafts = 0  # parts with drafts
+        self.num_draft_tokens = 0
+        self.num_accepted_tokens = 0  # of these, became known
         self.refused: tuple[Request, int] | None = None  # with the number of free blocks there were
 
     def add(self, request: Request) -> None:
@@ -84,6 +104,8 @@ class Scheduler:
 
     def schedule(self) -> Schedule:
         """Decide the next step. Every request in it has its blocks when this returns."""
+        for request in self.running:
+            self.blocks.shrink(request.table, request.num_computed)
         schedule = Schedule()
         budget = self.max_num_batched_tokens
         num_preempted = self.num_preemptions
@@ -107,20 +129,32 @@ class Scheduler:
             request = self.waiting.popleft()
             schedule.parts.append(self._part(request, num_tokens, admitted=True))
             budget -= num_tokens
+        self._add_drafts(schedule.parts, budget)
         return schedule
 
-    def update(self, schedule: Schedule, chosen: Sequence[int]) -> list[Request]:
-        """Take the tokens that the step chose, one for each part that chooses, in order.
+    def update(
+        self, schedule: Schedule, chosen: Sequence[Sequence[int]]
+    ) -> list[tuple[Request, int]]:
+        """Take the tokens that the step chose, for each part that chooses, in order: its accepted
+        drafts and one more.
 
-        Returns the requests that got one. Finished ones have given back what they held.
+        Returns the requests that got some, and how many; none follows one that ends the text.
+        Finished requests have given back what they held.
         """
         tokens, grown = iter(chosen), []
         for part in schedule.parts:
             request = part.request
-            request.num_computed += part.num_tokens
+            request.num_computed += part.num_tokens - len(part.draft_ids)
             if part.chooses:
-                request.token_ids.append(next(tokens))
-                grown.append(request)
+                num_taken = _take(request, next(tokens))
+                request.draft_ids = []
+                request.num_computed += num_taken - 1
+                grown.append((request, num_taken))
+                if part.draft_ids:
+                    self.num_drafts += 1
+                    self.num_draft_tokens += len(part.draft_ids)
+                    self.num_accepted_tokens += num_taken - 1
+                self.blocks.name(request.table, request.token_ids, request.num_computed)
                 if request.finish_reason():
                     self.finish(request)
         return grown
@@ -169,6 +203,7 @@ class Scheduler:
         self._leave(victim)
         victim.status = Status.WAITING
         victim.num_computed = 0
+        victim.draft_ids = []
         victim.num_preemptions += 1
         self.num_preemptions += 1
         self._enqueue(victim)
@@ -223,6 +258,25 @@ class Scheduler:
             chooses=chooses,
         )
 
+    def _add_drafts(self, parts: list[Part], budget: int) -> None:
+        """Lengthen parts by the drafts of their requests, as far as budget and free blocks go."""
+        for i, part in enumerate(parts):
+            request, end = part.request, part.start + part.num_tokens
+            if not part.chooses or not (request.draft_ids or self.num_ahead):
+                continue
+            room = (len(request.table.blocks) + self.blocks.num_free) * self.blocks.block_size
+            draft_ids = request.draft_ids[: min(budget, room - end)]
+            budget -= len(draft_ids)
+            ahead = end + len(draft_ids) + self.num_ahead
+            added = self.blocks.grow(request.table, min(ahead, room, request.max_len))
+            parts[i] = dataclasses.replace(
+                part,
+                num_tokens=part.num_tokens + len(draft_ids),
+                new_blocks=part.new_blocks + added,
+                num_logits=part.num_logits + len(draft_ids),
+                draft_ids=draft_ids,
+            )
+
     def _leave(self, request: Request) -> None:
         self.blocks.release(request.table)
         self.seats.append(request.seat)
@@ -235,3 +289,12 @@ def _place_in_queue(request: Request) -> tuple[int, int]:
 
 def _priority(request: Request) -> int:
     return request.priority
+
+
+def _take(request: Request, token_ids: Sequence[int]) -> int:
+    """Append tokens until one ends the text; returns how many."""
+    for count, token in enumerate(token_ids, 1):
+        request.token_ids.append(token)
+        if request.finish_reason():
+            return count
+    return len(token_ids)

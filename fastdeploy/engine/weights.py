@@ -37,7 +37,7 @@ def read_weights(
     """
     if isinstance(source, Mapping):
         return _from_tensors(source, config, dtype, device)
-    model = ernie.load(source, dtype=dtype, device=device)
+    model = ernie.load(source, dtype=dtype, device=device, keep_integers=True)
     for field in dataclasses.fields(config):
         new, old = getattr(model.config, field.name), getattr(config, field.name)
         if field.compare and new != old:

@@ -7,7 +7,7 @@ engine learns to do (a cache, a schedule, a draft, a kernel), it gets a row here
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
@@ -88,13 +88,31 @@ ROWS = [
     ),
     Row("asleep now and then", ENOUGH, rounds=2, preempts=True, rests=True),
 ]
+DRAFTS = {
+    "n-gram": {"method": "ngram", "num_speculative_tokens": 4, "min_ngram_size": 1},
+    "MTP": {"method": "mtp", "num_speculative_tokens": 3},
+}
+WITH_DRAFTS = (
+    "as it comes",
+    "chunks of 8",
+    "blocks of 3",
+    "arriving in turn",
+    "second round hits",
+    "preempted",
+    "preempted in small chunks",
+)
+ROWS += [
+    replace(row, name=f"{row.name}, {name}", settings=row.settings | {"speculative_config": drafts})
+    for name, drafts in DRAFTS.items()
+    for row in ROWS
+    if row.name in WITH_DRAFTS
+]
 
 
 @cache
 def model_and_answers(name: str) -> tuple[ErnieModel, list[list[int]]]:
     """A random model whose logits are far apart, and the plain generator's answers."""
-    torch.manual_seed(0)
-    model = ErnieModel(TINY[name], dtype=torch.float32)
+    model = ErnieModel(replace(TINY[name], num_nextn_predict_layers=1), dtype=torch.float32)
     model.init_weights(seed=1, std=0.3)
     return model, [list(generate(model, p, max_tokens=NUM_NEW)) for p in PROMPTS]
 
@@ -135,6 +153,7 @@ def test_greedy_tokens_equal_the_plain_generator(row: Row, name: str) -> None:
     assert stats.num_free_blocks == stats.num_blocks, f"blocks are held by nobody: {stats}"
     assert row.hits is None or (stats.num_hit_tokens > 0) == row.hits, f"{stats}"
     assert (stats.num_preemptions > 0) == row.preempts, f"{stats}"
+    assert (stats.num_draft_tokens > 0) == ("speculative_config" in row.settings), f"{stats}"
 
 
 @pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])

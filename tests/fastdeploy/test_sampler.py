@@ -34,7 +34,7 @@ def part(one: Request) -> Part:
 
 def sample(logits_RV: Tensor, requests: list[Request]) -> list[int]:
     choices = Sampler(logits_RV.shape[-1])(logits_RV.clone(), [part(one) for one in requests])
-    return [choice.token for choice in choices]
+    return [choice.token for (choice,) in choices]
 
 
 def some_logits(seed: int = 0, rows: int = 1, scale: float = 2.0) -> Tensor:
@@ -193,13 +193,13 @@ def test_logprobs_are_those_of_the_raw_logits(num_top: int) -> None:
     logits = some_logits(rows=2)
     settings = {"temperature": 0.5, "top_k": 4, "presence_penalty": 1.0}
     plain, described = request(**settings), request(**settings, logprobs=num_top)
-    choices = Sampler(VOCAB)(logits.clone(), [part(plain), part(described)])
-    assert choices[0].logprobs is None
-    entry = choices[1].logprobs
+    (first,), (second,) = Sampler(VOCAB)(logits.clone(), [part(plain), part(described)])
+    assert first.logprobs is None
+    entry = second.logprobs
     expected_V = logits[1].double().log_softmax(-1)
     order = expected_V.argsort(descending=True).tolist()
-    wanted = {choices[1].token, *order[: VOCAB if num_top < 0 else num_top]}
-    assert set(entry) == wanted and next(iter(entry)) == choices[1].token
+    wanted = {second.token, *order[: VOCAB if num_top < 0 else num_top]}
+    assert set(entry) == wanted and next(iter(entry)) == second.token
     for token, value in entry.items():
         assert value.logprob == pytest.approx(expected_V[token].item(), abs=1e-5)
         assert value.rank == order.index(token) + 1
@@ -208,7 +208,7 @@ def test_logprobs_are_those_of_the_raw_logits(num_top: int) -> None:
 def test_temperature_scaled_logprobs() -> None:
     logits = some_logits()
     one = request(temperature=0.5, logprobs=0, temp_scaled_logprobs=True)
-    choice = Sampler(VOCAB)(logits.clone(), [part(one)])[0]
+    choice = Sampler(VOCAB)(logits.clone(), [part(one)])[0][0]
     expected = (logits[0] / 0.5).log_softmax(-1)[choice.token].item()
     assert choice.logprobs[choice.token].logprob == pytest.approx(expected, abs=1e-5)
 
@@ -222,7 +222,8 @@ def test_top_p_normalized_logprobs_add_up_within_the_nucleus(
     logits = some_logits(seed=2)
     settings = {"temp_scaled_logprobs": True, "top_p_normalized_logprobs": True, "logprobs": -1}
     one = request(temperature=temperature, top_p=top_p, **settings)
-    entry = Sampler(VOCAB)(logits.clone(), [part(one)])[0].logprobs
+    ((choice,),) = Sampler(VOCAB)(logits.clone(), [part(one)])
+    entry = choice.logprobs
     share = 1.0 if top_p is None else max(top_p, 1e-9)
     expected_V = kept_by_definition(logits[0], temperature, 0.0, 0, share)
     for token, value in entry.items():
@@ -245,7 +246,7 @@ def test_a_text_ends_when_the_model_was_sure_of_so_many_tokens_in_a_row() -> Non
 def test_the_logprob_of_a_choice_is_known_to_those_who_need_it() -> None:
     logits = some_logits(rows=3)
     requests = [request(), request(best_of=2), request(early_stop=EarlyStop())]
-    choices = Sampler(VOCAB)(logits.clone(), [part(one) for one in requests])
+    choices = [some[0] for some in Sampler(VOCAB)(logits.clone(), [part(r) for r in requests])]
     assert choices[0].logprob is None
     for row, choice in enumerate(choices[1:], 1):
         expected = logits[row].log_softmax(-1)[choice.token].item()
