@@ -12,6 +12,12 @@ Legend of the shape letters:
     N  rows of a grouped product         V  vocabulary    S  segments (sequences) of a packed row
     B  blocks of the paged cache         P  positions of one block
 
+Training calls the operations on plain tensors. Serving packs each weight once (`pack`, after
+`quantize` if it is to be small) and calls the fused operations `project`, `mlp` and `moe`, which
+take a norm before the product and a residual after it, so that nothing stands between two reads of
+weights. Products with integer weights round activations to 8 bits where that is the fast way (CPU;
+see `reference.rounded_rows`), and do not elsewhere.
+
 All operations take float32 or bfloat16 activations. Sums (products, norms, softmax) are accumulated
 in float32 whatever the inputs are. Results have the dtype of the activations. "Differentiable"
 operations have a backward pass for every floating point tensor they take.
@@ -22,13 +28,24 @@ from __future__ import annotations
 from torch import Tensor
 
 from ernie.kernels.dispatch import pick, report
+from ernie.kernels.weights import PackedWeight, QuantTensor
+
+Norm = tuple[Tensor, float]  # weight and eps of an RMS norm
 
 __all__ = [
+    "Norm",
+    "PackedWeight",
+    "QuantTensor",
     "adamw_step",
     "attend_packed",
     "attend_paged",
     "grouped_linear",
     "linear",
+    "mlp",
+    "moe",
+    "pack",
+    "project",
+    "quantize",
     "report",
     "rms_norm",
     "rotate",
@@ -122,6 +139,92 @@ def write_cache(
     Values are converted to the cache's dtype. In place, not differentiable.
     """
     pick("write_cache", k_TGd.device)(k_TGd, v_TGd, k_cache_BPGd, v_cache_BPGd, slots_T)
+
+
+def quantize(weight_OI: Tensor, bits: int) -> QuantTensor:
+    """A weight `(O, I)` or `(E, O, I)` in 8 or 4 bits; see `ernie.kernels.weights` for the formats.
+
+    8 bits: the scale of a channel is its largest magnitude / 127. 4 bits: the scale of a group is
+    the one with the least squared error among a few candidates.
+    """
+    return pick("quantize", weight_OI.device)(weight_OI, bits)
+
+
+def pack(weight: Tensor | QuantTensor, *, parts: int = 1) -> PackedWeight:
+    """The form in which this device's fused operations read a weight `(O, I)` or `(E, O, I)`.
+
+    `parts` is how many weights were stacked along O, where an operation takes them apart again (2
+    for the gate and up projections of `mlp` and `moe`, gate first). Gives the bits of the device's
+    own products: the result may share memory with `weight`.
+    """
+    data = weight.data if isinstance(weight, QuantTensor) else weight
+    return pick("pack", data.device)(weight, parts=parts)
+
+
+def project(
+    x_TI: Tensor,
+    weight: PackedWeight,
+    bias_O: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    residual_TO: Tensor | None = None,
+) -> Tensor:
+    """`residual + rms_norm(x) @ weight.T + bias`, each part if given; `(T, O)` in x's dtype.
+
+    A new tensor; not differentiable. A row's result does not depend on the rows beside it where
+    the weight is of integers.
+    """
+    return pick("project", x_TI.device)(x_TI, weight, bias_O, norm=norm, residual_TO=residual_TO)
+
+
+def mlp(
+    x_TD: Tensor,
+    gate_up: PackedWeight,
+    down: PackedWeight,
+    *,
+    norm: Norm | None = None,
+    residual_TD: Tensor | None = None,
+) -> Tensor:
+    """`residual + swiglu(gate(y), up(y)) @ down.T` with `y = rms_norm(x)`, the last two parts if
+    given; `(T, D)`.
+
+    `gate_up` was packed in two parts. Not differentiable.
+    """
+    return pick("mlp", x_TD.device)(x_TD, gate_up, down, norm=norm, residual_TD=residual_TD)
+
+
+def moe(
+    x_TD: Tensor,
+    router_ED: Tensor,
+    bias_E: Tensor,
+    gate_up: PackedWeight,
+    down: PackedWeight,
+    shared: tuple[PackedWeight, PackedWeight] | None,
+    *,
+    top_k: int,
+    norm_min: float,
+    norm: Norm | None = None,
+    residual_TD: Tensor | None = None,
+) -> Tensor:
+    """A whole mixture-of-experts layer over packed weights; `(T, D)`. Not differentiable.
+
+    With `y = rms_norm(x)`: `residual + sum over the chosen experts of weight * expert(y) +
+    shared(y)`. Routing as in `ernie.moe.router`: in float32, `p = softmax(router @ y)`, the `top_k`
+    of `p + bias` are chosen (the smaller index among equals), weights are their p over the sum of
+    these (at least `norm_min`). `gate_up` is `(E, 2M, D)` packed in two parts, `down` `(E, D, M)`.
+    """
+    return pick("moe", x_TD.device)(
+        x_TD,
+        router_ED,
+        bias_E,
+        gate_up,
+        down,
+        shared,
+        top_k=top_k,
+        norm_min=norm_min,
+        norm=norm,
+        residual_TD=residual_TD,
+    )
 
 
 def adamw_step(

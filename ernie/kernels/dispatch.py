@@ -30,6 +30,11 @@ OPERATIONS = (
     "attend_packed",
     "attend_paged",
     "write_cache",
+    "quantize",
+    "pack",
+    "project",
+    "mlp",
+    "moe",
     "adamw_step",
 )
 

@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ernie.kernels.weights import GROUP_SIZE, ROUNDED_GROUP, PackedWeight, QuantTensor
+
 
 def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     return F.linear(
@@ -86,6 +88,158 @@ def write_cache(
     kept = slots_T >= 0
     for new, cache in ((k_TGd, k_cache_BPGd), (v_TGd, v_cache_BPGd)):
         cache.flatten(0, 1)[slots_T[kept]] = new[kept].to(cache.dtype)
+
+
+def quantize(weight_OI: Tensor, bits: int) -> QuantTensor:
+    weight = weight_OI.float()
+    if bits == 8:
+        scale_O = weight.abs().amax(-1) / 127
+        data = (weight / _nonzero(scale_O)[..., None]).round().to(torch.int8)
+        return QuantTensor(8, data, scale_O, None, weight.shape[-1])
+    assert bits == 4, f"weights of {bits} bits"
+    in_size = weight.shape[-1]
+    groups_Ogn = F.pad(weight, (0, -in_size % GROUP_SIZE)).unflatten(-1, (-1, GROUP_SIZE))
+    best_Og = _group_scales(groups_Ogn)
+    channel_O = best_Og.abs().amax(-1) / 127
+    group_Og = (best_Og / _nonzero(channel_O)[..., None]).round().to(torch.int8)
+    scale_Og = _nonzero(group_Og.float() * channel_O[..., None])
+    integers = (groups_Ogn / scale_Og[..., None]).round().clamp(-8, 7).flatten(-2)
+    nibbles = (integers + 8).to(torch.uint8)
+    data = (nibbles[..., 0::2] | nibbles[..., 1::2] << 4)[..., : -(-in_size // 2)]
+    return QuantTensor(4, data.contiguous(), channel_O, group_Og, in_size)
+
+
+# The largest value of a group becomes this integer before its scale is fitted.
+EXTREMES = (-7.0, -7.5, -8.0, -8.5, -9.0, -9.5, 7.0, 7.5)
+
+
+def _group_scales(groups_Ogn: Tensor) -> Tensor:
+    """The scale of each group with the least squared error, of the candidates tried.
+
+    Integers q given, the best scale is `<w, q> / <q, q>`, and it leaves the error `<w, w> - <w,
+    q>**2 / <q, q>`.
+    """
+    place_Og1 = groups_Ogn.abs().argmax(-1, keepdim=True)
+    extreme_Og = groups_Ogn.gather(-1, place_Og1)[..., 0]
+    best_Og = torch.zeros_like(extreme_Og)
+    gain_Og = torch.zeros_like(extreme_Og)
+    for target in EXTREMES:
+        scale_Og = _nonzero(extreme_Og / target)
+        q_Ogn = (groups_Ogn / scale_Og[..., None]).round().clamp(-8, 7)
+        wq_Og, qq_Og = (groups_Ogn * q_Ogn).sum(-1), q_Ogn.square().sum(-1)
+        explained_Og = wq_Og.square() / _nonzero(qq_Og)
+        better_Og = explained_Og > gain_Og
+        best_Og = torch.where(better_Og, wq_Og / _nonzero(qq_Og), best_Og)
+        gain_Og = torch.where(better_Og, explained_Og, gain_Og)
+    return best_Og
+
+
+def _nonzero(x: Tensor) -> Tensor:
+    return torch.where(x == 0, 1.0, x)
+
+
+def pack(weight: Tensor | QuantTensor, *, parts: int = 1) -> PackedWeight:
+    """Kept as it is, under `weight` or as the fields of a QuantTensor."""
+    del parts  # stacked weights are sliced where they are used
+    if isinstance(weight, Tensor):
+        name, size = str(weight.dtype).removeprefix("torch."), weight.element_size()
+        return PackedWeight(tuple(weight.shape), name, weight.numel() * size, {"weight": weight})
+    tensors = {"data": weight.data, "channel_scale": weight.channel_scale}
+    if weight.group_scale is not None:
+        tensors["group_scale"] = weight.group_scale
+    return PackedWeight(weight.shape, f"int{weight.bits}", weight.num_bytes, tensors)
+
+
+def unpacked(weight: PackedWeight) -> Tensor | QuantTensor:
+    """What `pack` was given."""
+    t = weight.tensors
+    if "weight" in t:
+        return t["weight"]
+    bits = int(weight.format.removeprefix("int"))
+    group_scale = t.get("group_scale")
+    return QuantTensor(bits, t["data"], t["channel_scale"], group_scale, weight.shape[-1])
+
+
+def rounded_rows(x_TI: Tensor) -> Tensor:
+    """Rows as a product with integers takes them on a CPU: rounded to 8 bits, `ROUNDED_GROUP`
+    columns with one scale, their largest magnitude / 127."""
+    width = x_TI.shape[-1]
+    groups_Tgn = F.pad(x_TI.float(), (0, -width % ROUNDED_GROUP)).unflatten(-1, (-1, ROUNDED_GROUP))
+    most_Tg1 = groups_Tgn.abs().amax(-1, keepdim=True)
+    integers_Tgn = (groups_Tgn * (127 / _nonzero(most_Tg1))).round()
+    return (integers_Tgn * (most_Tg1 / 127)).flatten(-2)[..., :width]
+
+
+def _packed_linear(x_TI: Tensor, weight: PackedWeight, expert: int | None = None) -> Tensor:
+    """x times the weight (of one expert), in float32 where the weight is of integers."""
+    kept = unpacked(weight)
+    if isinstance(kept, Tensor):
+        return linear(x_TI, kept if expert is None else kept[expert])
+    values = kept.dequantized()
+    rows = rounded_rows(x_TI) if x_TI.device.type == "cpu" else x_TI.float()
+    return (rows @ (values if expert is None else values[expert]).T).to(x_TI.dtype)
+
+
+def project(
+    x_TI: Tensor,
+    weight: PackedWeight,
+    bias_O: Tensor | None = None,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    residual_TO: Tensor | None = None,
+) -> Tensor:
+    out_TO = _packed_linear(x_TI if norm is None else rms_norm(x_TI, *norm), weight)
+    if bias_O is not None:
+        out_TO = out_TO + bias_O.to(out_TO.dtype)
+    return out_TO if residual_TO is None else residual_TO + out_TO
+
+
+def mlp(
+    x_TD: Tensor,
+    gate_up: PackedWeight,
+    down: PackedWeight,
+    *,
+    norm: tuple[Tensor, float] | None = None,
+    residual_TD: Tensor | None = None,
+) -> Tensor:
+    out_TD = _feed_forward(x_TD if norm is None else rms_norm(x_TD, *norm), gate_up, down)
+    return out_TD if residual_TD is None else residual_TD + out_TD
+
+
+def _feed_forward(
+    x_TD: Tensor, gate_up: PackedWeight, down: PackedWeight, expert: int | None = None
+) -> Tensor:
+    gate_TM, up_TM = _packed_linear(x_TD, gate_up, expert).chunk(2, dim=-1)
+    return _packed_linear(swiglu(gate_TM, up_TM), down, expert)
+
+
+def moe(
+    x_TD: Tensor,
+    router_ED: Tensor,
+    bias_E: Tensor,
+    gate_up: PackedWeight,
+    down: PackedWeight,
+    shared: tuple[PackedWeight, PackedWeight] | None,
+    *,
+    top_k: int,
+    norm_min: float,
+    norm: tuple[Tensor, float] | None = None,
+    residual_TD: Tensor | None = None,
+) -> Tensor:
+    y_TD = x_TD if norm is None else rms_norm(x_TD, *norm)
+    probs_TE = (y_TD.float() @ router_ED.T).softmax(-1)
+    # A stable sort takes the smaller index among equals; topk promises nothing.
+    experts_TK = (probs_TE + bias_E).argsort(dim=-1, descending=True, stable=True)[:, :top_k]
+    weights_TK = probs_TE.gather(-1, experts_TK)
+    weights_TK = (weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=norm_min)).to(x_TD.dtype)
+    out_TKD = x_TD.new_zeros(*experts_TK.shape, x_TD.shape[-1])
+    for expert in experts_TK.unique().tolist():
+        token_N, choice_N = (experts_TK == expert).nonzero(as_tuple=True)
+        out_TKD[token_N, choice_N] = _feed_forward(y_TD[token_N], gate_up, down, expert)
+    out_TD = (out_TKD * weights_TK[..., None]).sum(1)
+    if shared is not None:
+        out_TD = out_TD + _feed_forward(y_TD, *shared)
+    return out_TD if residual_TD is None else residual_TD + out_TD
 
 
 class AdamWConstants(NamedTuple):
