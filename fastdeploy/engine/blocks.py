@@ -21,11 +21,16 @@ maps
 The dict hashes the key and then compares it, so two texts whose hashes collide cannot be mixed up;
 and as a content number is given out once, a parent's number stands for the whole text before it.
 
+Texts with a *salt* hang under a root of their own, a number made from the salt by a cryptographic
+hash: who does not know the salt can neither find such blocks nor learn, by timing, that they exist.
+Nothing is kept for a salt but the blocks themselves.
+
 Integers only: the tensors are in `cache.py`, the policy is in `scheduler.py`.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -78,13 +83,14 @@ class BlockManager:
         """Blocks that `table` lacks to hold `num_tokens` tokens."""
         return max(0, -(-num_tokens // self.block_size) - len(table.blocks))
 
-    def find(self, token_ids: Sequence[int]) -> Table:
-        """The longest run of blocks that hold the beginning of `token_ids`, as a table of its own.
+    def find(self, token_ids: Sequence[int], root: int = NO_PARENT) -> Table:
+        """The longest run of blocks under `root` that hold the beginning of `token_ids`, as a table
+        of its own.
 
         The last token is never part of it: somebody wants the logits after it, so it has to be
         computed. Nothing is taken yet; see `adopt`.
         """
-        found = Table()
+        found = Table(content=root)
         if not self.caching:
             return found
         for start in range(0, len(token_ids) - self.block_size, self.block_size):
@@ -150,6 +156,12 @@ class BlockManager:
                     self.free.move_to_end(i, last=False)  # empty: the first to be handed out
         table.blocks, table.num_named, table.content = [], 0, NO_PARENT
 
+    def forget(self) -> None:
+        """Make every block unfindable, those in use too; their users keep them."""
+        for i in self.block_by_key.values():
+            self.blocks[i].key = None
+        self.block_by_key.clear()
+
     def _take(self) -> int:
         """The block that was not used for the longest time; what was cached in it is forgotten."""
         i, _ = self.free.popitem(last=False)
@@ -175,3 +187,11 @@ class BlockManager:
         for key, i in self.block_by_key.items():
             assert self.blocks[i].key == key, f"{key} leads to block {i}: {self.blocks[i]}"
             assert len(key[1]) == self.block_size, key
+
+
+def root_of(salt: str | None) -> int:
+    """The content number under which texts of a salt begin; negative, where no block's is."""
+    if salt is None:
+        return NO_PARENT
+    digest = hashlib.blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    return -1 - int.from_bytes(digest, "little")

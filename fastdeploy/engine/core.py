@@ -86,10 +86,13 @@ class Engine:
         seed: int | None = None,
         sample_index: int = 0,
         banned_ids: Iterable[int] = (),
+        priority: int = 0,
+        cache_salt: str | None = None,
     ) -> None:
         """Queue one sample of a request. Raises RequestError for what cannot be served.
 
-        `seed` stands in for a missing `params.seed`; samples of one request share it.
+        `seed` stands in for a missing `params.seed`; samples of one request share it. Lower
+        `priority` runs first. Texts share cached blocks only with texts of the same `cache_salt`.
         """
         if request_id in self.requests:
             raise RequestError(f"there is a request {request_id!r} already; choose another id")
@@ -105,6 +108,8 @@ class Engine:
             eos_ids=self.eos_ids,
             banned_ids=frozenset(banned_ids) | frozenset(params.bad_words_token_ids or ()),
             sample_index=sample_index,
+            priority=priority,
+            cache_salt=cache_salt,
         )
         self.requests[request_id] = request
         self.scheduler.add(request)

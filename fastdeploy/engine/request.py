@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fastdeploy.engine.blocks import Table
+from fastdeploy.engine.blocks import Table, root_of
 from fastdeploy.errors import RequestError
 from fastdeploy.outputs import RequestMetrics, TokenLogprobs
 from fastdeploy.sampling import SamplingParams
@@ -44,6 +44,8 @@ class Request:
         eos_ids: Iterable[int] = (),
         banned_ids: Iterable[int] = (),
         sample_index: int = 0,
+        priority: int = 0,
+        cache_salt: str | None = None,
     ) -> None:
         self.id = request_id
         self.params = params
@@ -52,7 +54,10 @@ class Request:
         self.num_prompt = len(self.token_ids)
         self.num_computed = 0
         self.status = Status.WAITING
+        self.priority = priority  # lower runs first
+        self.arrival = 0  # number in the order of arrival; the scheduler gives it
         self.table = Table()
+        self.cache_root = root_of(cache_salt)
         self.seat = -1  # while running: the row that is this request's in tensors of the runner
         self.metrics = RequestMetrics(arrival_time=time.monotonic())
         self.num_cached = 0  # prompt tokens that were in the cache when it was first admitted

@@ -2,9 +2,11 @@
 
 Every step has a budget of tokens. A running request asks for the tokens that it knows and has not
 computed; one that generates asks for one, one that reads its prompt for many and gets what the
-budget leaves (chunked prefill). Then waiting requests are admitted, first come, first served. When
-the cache is full, the request that was admitted last loses its blocks and returns to the head of
-the queue; what it generated is kept, and is computed again (preemption by recomputation).
+budget leaves (chunked prefill). Then waiting requests are admitted by priority, and among equals
+first come, first served. When the cache is full, the request that was admitted last among those of
+the lowest priority loses its blocks and returns to its place in the queue; what it generated is
+kept, and is computed again (preemption by recomputation). A waiting request never pushes out a
+running one.
 
 Integers only: no tensor is touched here, and no decision is taken anywhere else.
 """
@@ -12,6 +14,7 @@ Integers only: no tensor is touched here, and no decision is taken anywhere else
 from __future__ import annotations
 
 import time
+from bisect import insort
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -65,8 +68,9 @@ class Scheduler:
         self.blocks = blocks
         self.max_num_batched_tokens = max_num_batched_tokens
         self.chunked_prefill = chunked_prefill
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # in order of admission
+        self.waiting: deque[Request] = deque()  # in order of priority and arrival
+        self.running: list[Request] = []  # in order of priority and admission
+        self.num_arrivals = 0
         self.seats = list(reversed(range(max_num_seqs)))  # rows of the runner that are not taken
         self.num_preemptions = 0
         self.num_prompt_tokens = 0  # of requests when they were first admitted
@@ -74,7 +78,9 @@ class Scheduler:
         self.refused: tuple[Request, int] | None = None  # with the number of free blocks there were
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        self.num_arrivals += 1
+        request.arrival = self.num_arrivals
+        self._enqueue(request)
 
     def schedule(self) -> Schedule:
         """Decide the next step. Every request in it has its blocks when this returns."""
@@ -128,6 +134,11 @@ class Scheduler:
             self.waiting.remove(request)
         request.status = Status.FINISHED
 
+    def preempt_all(self) -> None:
+        """Take the blocks of every running request away; all of them start anew."""
+        while self.running:
+            self._preempt_last()
+
     def check(self) -> None:
         """Assert what holds between two steps; for tests."""
         self.blocks.check([request.table for request in self.running])
@@ -136,6 +147,8 @@ class Scheduler:
         for request in self.running:
             assert request.num_computed < request.num_known, f"{request.id} has nothing to compute"
         assert all(not request.table.blocks for request in self.waiting)
+        assert list(self.waiting) == sorted(self.waiting, key=_place_in_queue)
+        assert self.running == sorted(self.running, key=_priority)
 
     def _num_wanted(self, request: Request, most: int) -> int:
         if request.num_to_score > 0:
@@ -147,16 +160,22 @@ class Scheduler:
         go.
         """
         while self.blocks.num_missing(request.table, num_tokens) > self.blocks.num_free:
-            victim = self.running.pop()
-            self._leave(victim)
-            victim.status = Status.WAITING
-            victim.num_computed = 0
-            victim.num_preemptions += 1
-            self.num_preemptions += 1
-            self.waiting.appendleft(victim)
-            if victim is request:
+            if self._preempt_last() is request:
                 return False
         return True
+
+    def _preempt_last(self) -> Request:
+        victim = self.running.pop()
+        self._leave(victim)
+        victim.status = Status.WAITING
+        victim.num_computed = 0
+        victim.num_preemptions += 1
+        self.num_preemptions += 1
+        self._enqueue(victim)
+        return victim
+
+    def _enqueue(self, request: Request) -> None:
+        insort(self.waiting, request, key=_place_in_queue)
 
     def _admit(self, request: Request, budget: int) -> int:
         """Start a waiting request; returns how many tokens it computes first, 0 if it has to wait.
@@ -167,7 +186,7 @@ class Scheduler:
         if self.refused == (request, self.blocks.num_free):
             return 0  # nothing has changed: do not search a long text for hits in every step
         scores = request.num_to_score > 0
-        found = self.blocks.find(() if scores else request.token_ids)
+        found = self.blocks.find(() if scores else request.token_ids, request.cache_root)
         num_cached = len(found.blocks) * self.blocks.block_size
         rest = request.num_known - num_cached
         if rest > budget and not self.chunked_prefill:
@@ -181,7 +200,7 @@ class Scheduler:
         request.num_computed = num_cached
         request.seat = self.seats.pop()
         request.status = Status.RUNNING
-        self.running.append(request)
+        insort(self.running, request, key=_priority)
         if request.metrics.inference_start_time is None:
             request.metrics.inference_start_time = time.monotonic()
             request.num_cached = num_cached
@@ -208,3 +227,11 @@ class Scheduler:
         self.blocks.release(request.table)
         self.seats.append(request.seat)
         request.seat = -1
+
+
+def _place_in_queue(request: Request) -> tuple[int, int]:
+    return request.priority, request.arrival
+
+
+def _priority(request: Request) -> int:
+    return request.priority

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import json
 import logging
 import os
 import signal
@@ -79,7 +80,8 @@ class Service:
             prompts = completion_prompts(body, self.tokenizer)
             if body.echo and params.logprobs is not None:
                 params.prompt_logprobs = params.logprobs
-        answer = self.engine.submit(prompts, params)
+        salt = self._cache_salt(request, body)
+        answer = self.engine.submit(prompts, params, priority=body.priority or 0, cache_salt=salt)
         context = Context(self.name, self.tokenizer, params.logprobs or 0, params.n)
         reply = reply_kind(body, answer, context)
         if body.stream:
@@ -90,6 +92,14 @@ class Service:
             return Response(status_code=499)  # nobody reads it
         finally:
             answer.close()
+
+    def _cache_salt(self, request: Request, body: Common) -> str | None:
+        """What keeps the cached texts of one tenant from another: its key, and what it adds."""
+        headers = dict(request.scope["headers"])  # as the gate has read them
+        key = headers[b"authorization"].decode() if self.config.api_key else None
+        if key is None and body.cache_salt is None:
+            return None
+        return json.dumps([key, body.cache_salt])
 
     async def _read(self, request: Request) -> bytes:
         """The body, refused as soon as it is known to be too long."""

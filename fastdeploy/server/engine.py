@@ -124,7 +124,14 @@ class ServerEngine:
     def stats(self) -> Stats:
         return self.loaded.engine.stats()
 
-    def submit(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Answer:
+    def submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> Answer:
         """Queue every sample of every prompt. Raises RequestError, having queued nothing."""
         engine = self.loaded.engine
         if not self.is_alive:
@@ -145,6 +152,7 @@ class ServerEngine:
             engine.check(prompt_ids, params)
         banned = banned_ids(self.loaded.tokenizer, params)
         answer = Answer(self, prompts, params.n)
+        options = {"banned_ids": banned, "priority": priority, "cache_salt": cache_salt}
         self.answers.add(answer)
         for i, prompt_ids in enumerate(prompts):
             seed = engine.new_seed()
@@ -155,7 +163,7 @@ class ServerEngine:
                 answer.samples[request_id] = choice, Sample(choice, params, self.loaded.tokenizer)
                 self.answer_by_id[request_id] = answer
                 add = partial(engine.add, request_id, prompt_ids, params, seed=seed)
-                self.inbox.put(partial(add, sample_index=index, banned_ids=banned))
+                self.inbox.put(partial(add, sample_index=index, **options))
         return answer
 
     def forget(self, answer: Answer) -> None:

@@ -67,7 +67,6 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "include_draft_logprobs": (None, False),
     "max_streaming_response_tokens": (None, 1),
     "use_beam_search": (None, False),
-    "priority": (None, 0),
 }
 MAX_NAMES_LOGGED = 100
 _logged: set[str] = set()
@@ -113,6 +112,8 @@ class Common(BaseModel):
     logits_processors_args: dict[str, Any] | None = None
     prompt_token_ids: list[int] | None = None
     return_token_ids: bool | None = False
+    priority: int | None = None  # lower runs first
+    cache_salt: str | None = Field(default=None, min_length=1, max_length=1024)
 
     def sampling_params(self) -> SamplingParams:
         """Raises RequestError naming the field that is out of range."""

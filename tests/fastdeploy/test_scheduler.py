@@ -22,8 +22,9 @@ def make(num_blocks: int = 30, **settings: object) -> Scheduler:
 
 def request(name: str, prompt: int | list[int], output: int = 4, **params: object) -> Request:
     ids = list(range(prompt)) if isinstance(prompt, int) else prompt
+    priority = params.pop("priority", 0)
     settings = SamplingParams(max_tokens=output, **params)
-    return Request(name, ids, settings, seed=0, max_model_len=MAX_LEN)
+    return Request(name, ids, settings, seed=0, max_model_len=MAX_LEN, priority=priority)
 
 
 def step(scheduler: Scheduler) -> tuple[Schedule, list[Request]]:
@@ -35,7 +36,9 @@ def step(scheduler: Scheduler) -> tuple[Schedule, list[Request]]:
 
 
 arrivals = st.lists(
-    st.tuples(st.integers(1, 30), st.integers(1, 10), st.integers(0, 6)), min_size=1, max_size=12
+    st.tuples(st.integers(1, 30), st.integers(1, 10), st.integers(0, 6), st.integers(-1, 1)),
+    min_size=1,
+    max_size=12,
 )
 
 
@@ -47,13 +50,13 @@ arrivals = st.lists(
     abort_every=st.integers(2, 9),
 )
 def test_every_request_ends_and_gives_everything_back(
-    arrivals: list[tuple[int, int, int]], num_blocks: int, budget: int, abort_every: int
+    arrivals: list[tuple[int, int, int, int]], num_blocks: int, budget: int, abort_every: int
 ) -> None:
     scheduler = make(num_blocks, max_num_batched_tokens=budget)
     expected = {}
     pending = []
-    for i, (prompt, output, at) in enumerate(sorted(arrivals, key=lambda a: a[2])):
-        one = request(str(i), prompt, output)
+    for i, (prompt, output, at, priority) in enumerate(sorted(arrivals, key=lambda a: a[2])):
+        one = request(str(i), prompt, output, priority=priority)
         expected[one.id] = one
         pending.append((at, one))
     aborted = set()
@@ -141,3 +144,51 @@ def test_prompt_scores_limit_the_part_and_skip_the_cache() -> None:
     schedule = scheduler.schedule()
     part = schedule.parts[-1]
     assert (part.start, part.num_tokens, part.num_logits) == (0, 30, 30)
+
+
+def test_lower_priorities_are_admitted_first_and_equal_ones_as_they_came() -> None:
+    scheduler = make(max_num_seqs=1, max_num_batched_tokens=100)
+    for i, priority in enumerate([0, 1, 0, -2, 1, -2]):
+        scheduler.add(request(f"{i}", [i], output=1, priority=priority))
+    order = []
+    while scheduler.waiting:
+        order += [one.id for one in step(scheduler)[1]]
+    assert order == ["3", "5", "0", "2", "1", "4"]
+
+
+def test_the_lowest_priority_is_preempted_though_it_was_admitted_first() -> None:
+    scheduler = make(num_blocks=10, max_num_batched_tokens=100)
+    low = request("low", [60 + i for i in range(11)], output=20, priority=5)
+    scheduler.add(low)
+    step(scheduler)
+    urgent = [request(f"{i}", [70 * i + j for j in range(7)], output=20) for i in range(2)]
+    for one in urgent:
+        scheduler.add(one)
+    while not scheduler.num_preemptions:
+        step(scheduler)
+    assert list(scheduler.waiting) == [low] and scheduler.running == urgent
+    while scheduler.running or scheduler.waiting:
+        step(scheduler)
+    assert low.num_output == 20
+
+
+def test_a_waiting_request_does_not_push_a_running_one_out() -> None:
+    scheduler = make(max_num_seqs=1)
+    scheduler.add(request("first", [1], output=5))
+    step(scheduler)
+    scheduler.add(request("urgent", [2], output=5, priority=-9))
+    assert [one.id for one in step(scheduler)[1]] == ["first"]
+
+
+def test_all_that_were_preempted_go_on_in_their_order() -> None:
+    scheduler = make(num_blocks=20, max_num_batched_tokens=100)
+    requests = [request(f"{i}", [60 * i + j for j in range(9)], output=6) for i in range(4)]
+    for one in requests:
+        scheduler.add(one)
+    step(scheduler)
+    scheduler.preempt_all()
+    scheduler.check()
+    assert list(scheduler.waiting) == requests and scheduler.blocks.num_in_use == 0
+    while scheduler.running or scheduler.waiting:
+        step(scheduler)
+    assert [one.num_output for one in requests] == [6] * 4
