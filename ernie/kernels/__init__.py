@@ -39,6 +39,7 @@ __all__ = [
     "adamw_step",
     "attend_packed",
     "attend_paged",
+    "expert",
     "grouped_linear",
     "linear",
     "mlp",
@@ -159,6 +160,11 @@ def pack(weight: Tensor | QuantTensor, *, parts: int = 1) -> PackedWeight:
     """
     data = weight.data if isinstance(weight, QuantTensor) else weight
     return pick("pack", data.device)(weight, parts=parts)
+
+
+def expert(weight_EOI: PackedWeight, index: int) -> PackedWeight:
+    """The weight `(O, I)` of one expert, as `project` takes it; shares the memory."""
+    return pick("expert", next(iter(weight_EOI.tensors.values())).device)(weight_EOI, index)
 
 
 def project(

@@ -32,6 +32,7 @@ OPERATIONS = (
     "write_cache",
     "quantize",
     "pack",
+    "expert",
     "project",
     "mlp",
     "moe",
