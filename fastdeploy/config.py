@@ -48,6 +48,9 @@ class EngineConfig:
     enable_chunked_prefill: bool = option(True, "Read long prompts in pieces, between other texts.")
     enable_logprob: bool = option(False, "Allow requests to ask for log-probabilities.")
     max_logprobs: int = option(20, "Likeliest tokens a request may ask for; -1: no limit.")
+    enable_lora: bool = option(False, "Load LoRA adapters, also while others are being served.")
+    max_loras: int = option(8, "Adapters in memory at the same time.")
+    max_lora_rank: int = option(64, "Rank of an adapter at most.")
 
     def __post_init__(self) -> None:
         for name in (
@@ -55,6 +58,8 @@ class EngineConfig:
             "block_size",
             "max_num_batched_tokens",
             "num_gpu_blocks_override",
+            "max_loras",
+            "max_lora_rank",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -110,6 +115,12 @@ class ServerConfig:
     )
     api_key: list[str] | None = option(  # noqa: RUF009
         None, "Bearer keys that are let in, separated by commas."
+    )
+    lora_modules: list[str] | None = option(  # noqa: RUF009
+        None, "Adapters to load at the start, NAME=FOLDER, separated by commas."
+    )
+    lora_root: str | None = option(
+        None, "Folder under which adapters may be loaded by HTTP; none: they may not."
     )
     max_concurrency: int = option(512, "Requests in work or in the queue at the same time.")
     max_body_mib: int = option(32, "Size of a request body at most, in MiB.")

@@ -11,9 +11,11 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from ernie.adapters import Adapter
 from ernie.model import ErnieModel
 from ernie.settings import ConfigError
 from fastdeploy.config import EngineConfig
+from fastdeploy.engine.adapters import Adapters
 from fastdeploy.engine.batch import BatchBuilder
 from fastdeploy.engine.blocks import BlockManager
 from fastdeploy.engine.cache import KVCache, block_bytes, free_bytes
@@ -63,6 +65,7 @@ class Engine:
             device=model.device,
         )
         self.runner = Runner(model.eval(), cache, builder)
+        self.adapters = Adapters(model, config)
         self.sampler = Sampler(self.vocab_size)
         self.blocks = BlockManager(
             num_blocks, config.block_size, caching=config.enable_prefix_caching
@@ -88,11 +91,13 @@ class Engine:
         banned_ids: Iterable[int] = (),
         priority: int = 0,
         cache_salt: str | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         """Queue one sample of a request. Raises RequestError for what cannot be served.
 
         `seed` stands in for a missing `params.seed`; samples of one request share it. Lower
-        `priority` runs first. Texts share cached blocks only with texts of the same `cache_salt`.
+        `priority` runs first. Texts share cached blocks only with texts of the same `cache_salt`
+        and the same `adapter` (one of `self.adapters`, None for the model as it is).
         """
         if request_id in self.requests:
             raise RequestError(f"there is a request {request_id!r} already; choose another id")
@@ -110,6 +115,7 @@ class Engine:
             sample_index=sample_index,
             priority=priority,
             cache_salt=cache_salt,
+            adapter=adapter,
         )
         self.requests[request_id] = request
         self.scheduler.add(request)
@@ -137,6 +143,22 @@ class Engine:
             most = self.config.max_logprobs
             if most >= 0 and (wanted > most or wanted < 0):
                 raise RequestError(f"{name}={wanted} is more than max_logprobs={most}", param=name)
+
+    def load_adapter(self, name: str, adapter: Adapter) -> None:
+        """Offer an adapter (see `Adapters.read`) under a name, from the next step on.
+
+        Raises RequestError if the name is taken, or if there are max_loras in memory already:
+        loaded, or unloaded and still in use.
+        """
+        in_use = {request.adapter for request in self.requests.values()} - {None}
+        self.adapters.add(name, adapter, in_use)
+
+    def unload_adapter(self, name: str) -> None:
+        """Offer an adapter no longer. Requests that have it finish with it, and then it is gone.
+
+        Raises RequestError if there is none of that name.
+        """
+        self.adapters.remove(name)
 
     def new_seed(self) -> int:
         """A seed for a request that names none; the sequence depends on the engine's own seed."""

@@ -22,7 +22,9 @@ class Runner:
         """Compute the tokens of a step; returns the wanted logits, float32 `(R, V)`, by part."""
         batch = self.batches.build(schedule)
         attend = PagedAttend(self.cache, batch)
-        hidden_TD = self.model.hidden(batch.token_ids_T, batch.positions_T, attend)
+        hidden_TD = self.model.hidden(
+            batch.token_ids_T, batch.positions_T, attend, adapters=batch.adapters
+        )
         if not len(batch.rows_R):
             return hidden_TD.new_empty(0, self.model.config.vocab_size, dtype=torch.float32)
         if len(batch.rows_R) < len(hidden_TD):
