@@ -16,7 +16,9 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+from ernie.adapters import Adapter
 from fastdeploy.engine.core import Stats
 from fastdeploy.engine.loading import Loaded
 from fastdeploy.engine.prompt import banned_ids
@@ -102,6 +104,8 @@ class ServerEngine:
         self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.answers: set[Answer] = set()
         self.answer_by_id: dict[str, Answer] = {}
+        self.orders: set[asyncio.Future[None]] = set()  # given to the thread, not yet obeyed
+        self.loading = asyncio.Lock()  # one adapter at a time, so that memory holds one too many
         self.num_submitted = 0
         self.failed = False
         self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -131,6 +135,7 @@ class ServerEngine:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        adapter: Adapter | None = None,
     ) -> Answer:
         """Queue every sample of every prompt. Raises RequestError, having queued nothing."""
         engine = self.loaded.engine
@@ -152,7 +157,12 @@ class ServerEngine:
             engine.check(prompt_ids, params)
         banned = banned_ids(self.loaded.tokenizer, params)
         answer = Answer(self, prompts, params.n)
-        options = {"banned_ids": banned, "priority": priority, "cache_salt": cache_salt}
+        options = {
+            "banned_ids": banned,
+            "priority": priority,
+            "cache_salt": cache_salt,
+            "adapter": adapter,
+        }
         self.answers.add(answer)
         for i, prompt_ids in enumerate(prompts):
             seed = engine.new_seed()
@@ -172,6 +182,43 @@ class ServerEngine:
             self.inbox.put(partial(self.loaded.engine.abort, request_id))
         answer.samples.clear()
         self.answers.discard(answer)
+
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        """Read an adapter while the engine works, and offer it from its next step on.
+
+        Raises RequestError and what reading raises.
+        """
+        engine = self.loaded.engine
+        async with self.loading:
+            engine.adapters.check_name(name)
+            adapter = await asyncio.to_thread(engine.adapters.read, folder)
+            await self._between_steps(partial(engine.load_adapter, name, adapter))
+
+    async def unload_adapter(self, name: str) -> None:
+        """See `Engine.unload_adapter`."""
+        await self._between_steps(partial(self.loaded.engine.unload_adapter, name))
+
+    async def _between_steps(self, action: Callable[[], None]) -> None:
+        """Let the engine's thread do something; raises the RequestError that it raises."""
+        if not self.is_alive:
+            raise EngineStopped
+        loop = asyncio.get_running_loop()
+        order: asyncio.Future[None] = loop.create_future()
+        self.orders.add(order)
+
+        def obey() -> None:
+            error = None
+            try:
+                action()
+            except RequestError as refusal:
+                error = refusal
+            loop.call_soon_threadsafe(_settle, order, error)
+
+        self.inbox.put(obey)
+        try:
+            await order
+        finally:
+            self.orders.discard(order)
 
     def _deliver(self, outputs: list[TokenOutput]) -> None:
         for output in outputs:
@@ -212,6 +259,8 @@ class ServerEngine:
         self.failed = True
         for answer in self.answers:
             answer.queue.put_nowait(None)
+        for order in self.orders:
+            _settle(order, EngineStopped())
 
     def _work(self) -> None:
         """The engine's thread: commands, then a step, and so on."""
@@ -236,6 +285,15 @@ class ServerEngine:
             if command is None:
                 return False
             command()
+
+
+def _settle(order: asyncio.Future[None], error: RequestError | None) -> None:
+    if order.done():
+        return  # its client has gone
+    if error is None:
+        order.set_result(None)
+    else:
+        order.set_exception(error)
 
 
 async def log_progress(engine: ServerEngine) -> None:
