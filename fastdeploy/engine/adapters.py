@@ -84,7 +84,7 @@ class Adapters:
     def add(self, name: str, adapter: Adapter, in_use: Set[Adapter]) -> None:
         """`in_use` are those that requests have."""
         self.check_name(name)
-        num_held = len(in_use.union(self.by_name.values()))
+        num_held = len(in_use | set(self.by_name.values()))
         if num_held >= self.config.max_loras:
             raise RequestError(
                 f"{num_held} adapters are in memory, as many as max_loras allows; unload one and "

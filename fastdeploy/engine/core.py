@@ -150,7 +150,7 @@ class Engine:
         Raises RequestError if the name is taken, or if there are max_loras in memory already:
         loaded, or unloaded and still in use.
         """
-        in_use = {request.adapter for request in self.requests.values()} - {None}
+        in_use = {r.adapter for r in self.requests.values() if r.adapter is not None}
         self.adapters.add(name, adapter, in_use)
 
     def unload_adapter(self, name: str) -> None:
