@@ -135,6 +135,9 @@ class EngineConfig:
     speculative_config: dict | None = option(  # noqa: RUF009
         None, 'Drafts, in JSON: {"method": "ngram", "num_speculative_tokens": 4}; or "mtp".'
     )
+    enable_lora: bool = option(False, "Load LoRA adapters, also while others are being served.")
+    max_loras: int = option(8, "Adapters in memory at the same time.")
+    max_lora_rank: int = option(64, "Rank of an adapter at most.")
 
     def __post_init__(self) -> None:
         _ = self.speculation  # whose own checks speak
@@ -143,6 +146,8 @@ class EngineConfig:
             "block_size",
             "max_num_batched_tokens",
             "num_gpu_blocks_override",
+            "max_loras",
+            "max_lora_rank",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -233,6 +238,12 @@ class ServerConfig:
     )
     api_key: list[str] | None = option(  # noqa: RUF009
         None, "Bearer keys that are let in, separated by commas."
+    )
+    lora_modules: list[str] | None = option(  # noqa: RUF009
+        None, "Adapters to load at the start, NAME=FOLDER, separated by commas."
+    )
+    lora_root: str | None = option(
+        None, "Folder under which adapters may be loaded by HTTP; none: they may not."
     )
     max_concurrency: int = option(512, "Requests in work or in the queue at the same time.")
     max_body_mib: int = option(32, "Size of a request body at most, in MiB.")

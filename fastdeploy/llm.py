@@ -16,6 +16,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ernie.adapters import Adapter
 from ernie.model import ErnieModel
 from fastdeploy.config import EngineConfig, read_config
 from fastdeploy.engine.loading import load, template_of
@@ -39,6 +40,7 @@ class _Order:
     token_ids: list[int]
     cache_salt: str | None = None
     priority: int = 0
+    adapter: Adapter | None = None
 
 
 class LLM:
@@ -66,17 +68,32 @@ class LLM:
         stream: bool = False,
         *,
         priority: int | Sequence[int] = 0,
+        lora: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput] | Iterator[list[RequestOutput | None]]:
         """Continue each prompt: a text, a list of token ids, `{"prompt": either}`, or a list of
         these. A dict may have a `cache_salt`, a text: cached blocks are shared only among prompts
         of the same salt. Prompts of a lower `priority` (one number, or one for each) run first.
+        `lora` is the name of a loaded adapter (or one for each), None the model as it is.
 
         Returns one output for each prompt, in order. With `stream` an iterator: each item is a list
         as long as the prompts, None where nothing is new, else an output that holds what is new.
         Raises RequestError (a ValueError) before anything is computed.
         """
         listed = [self._order(prompt) for prompt in _as_list(prompts)]
-        return self._run(listed, sampling_params, priority, use_tqdm, stream)
+        return self._run(listed, sampling_params, priority, lora, use_tqdm, stream)
+
+    def load_lora(self, name: str, folder: str) -> None:
+        """Read the adapter in `folder` (PEFT's format); `lora=name` then asks for it.
+
+        May be called between two items of a stream. Needs `enable_lora`. Raises ConfigError,
+        CheckpointError or RequestError, and then nothing has changed.
+        """
+        self.engine.adapters.check_name(name)
+        self.engine.load_adapter(name, self.engine.adapters.read(folder))
+
+    def unload_lora(self, name: str) -> None:
+        """Take an adapter away from new prompts; texts that are being written finish with it."""
+        self.engine.unload_adapter(name)
 
     def chat(
         self,
@@ -89,6 +106,7 @@ class LLM:
         stream: bool = False,
         *,
         priority: int | Sequence[int] = 0,
+        lora: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput] | Iterator[list[RequestOutput | None]]:
         """Answer one conversation (a list of messages) or several (a list of those); see
         `generate`.
@@ -103,7 +121,7 @@ class LLM:
             _Order(None, chat_prompt(template, self.tokenizer, turns, tools, options))
             for turns in conversations
         ]
-        return self._run(listed, sampling_params, priority, use_tqdm, stream)
+        return self._run(listed, sampling_params, priority, lora, use_tqdm, stream)
 
     def pause(self, mode: str = "abort") -> None:
         """See `Engine.pause`. Open streams end with the reason "abort"; those that are kept must
@@ -155,13 +173,17 @@ class LLM:
         orders: list[_Order],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         priority: int | Sequence[int],
+        lora: str | Sequence[str | None] | None,
         use_tqdm: bool,
         stream: bool,
     ) -> list[RequestOutput] | Iterator[list[RequestOutput | None]]:
         given = _params_of(sampling_params, len(orders), stream)
         params = [filled(one, self.defaults) for one in given]
-        for order, one, number in zip(orders, params, _priorities_of(priority, len(orders))):
+        names = _loras_of(lora, len(orders))
+        priorities = _priorities_of(priority, len(orders))
+        for order, one, number, name in zip(orders, params, priorities, names):
             order.priority = number
+            order.adapter = None if name is None else self.engine.adapters.get(name)
             self.engine.check(order.token_ids, one)
             if one.stop and self.tokenizer is None:
                 raise RequestError("stop needs a tokenizer, and the model has none", param="stop")
@@ -224,6 +246,7 @@ class _Call:
                 banned=banned,
                 priority=order.priority,
                 cache_salt=order.cache_salt,
+                adapter=order.adapter,
             )
             self.samples[name] = (position, Sample(index, params, tokenizer))
 
@@ -295,6 +318,19 @@ def _params_of(given: Any, num_prompts: int, stream: bool) -> list[SamplingParam
                 param="best_of",
             )
     return list(given)
+
+
+def _loras_of(given: Any, num_prompts: int) -> list[str | None]:
+    names = list(given) if isinstance(given, (list, tuple)) else [given] * num_prompts
+    if len(names) != num_prompts:
+        raise RequestError(
+            f"{len(names)} names of adapters for {num_prompts} prompts; give one, or one for each",
+            param="lora",
+        )
+    for name in names:
+        if name is not None and not isinstance(name, str):
+            raise RequestError(f"lora={name!r} is not the name of an adapter", param="lora")
+    return names
 
 
 def _priorities_of(given: Any, num_prompts: int) -> list[int]:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ernie.adapters import ActiveAdapters, Adapter
 from fastdeploy.engine.scheduler import Schedule
 
 
@@ -31,6 +32,7 @@ class Batch:
     lens_S: Tensor  # int32, tokens of each request in the cache once this step is done
     tables_SM: Tensor  # int32, entries past a request's last block mean nothing
     rows_R: Tensor  # int64, the tokens after which logits are wanted
+    adapters: ActiveAdapters | None  # and which tokens each one changes; None: nobody has one
 
 
 class BatchBuilder:
@@ -82,6 +84,22 @@ class BatchBuilder:
             lens_S=self._tensor(self.lens[:num_parts]),
             tables_SM=self._tensor(self.tables[self.seats[:num_parts], :num_blocks]),
             rows_R=self._tensor(self.rows[:num_rows]),
+            adapters=self._adapters(schedule),
+        )
+
+    def _adapters(self, schedule: Schedule) -> ActiveAdapters | None:
+        tokens_by_adapter: dict[Adapter, list[np.ndarray]] = {}
+        first = 0
+        for part in schedule.parts:
+            if part.request.adapter is not None:
+                tokens = np.arange(first, first + part.num_tokens)
+                tokens_by_adapter.setdefault(part.request.adapter, []).append(tokens)
+            first += part.num_tokens
+        if not tokens_by_adapter:
+            return None
+        groups = tokens_by_adapter.items()
+        return ActiveAdapters(
+            tuple((adapter, self._tensor(np.concatenate(tokens))) for adapter, tokens in groups)
         )
 
     def _fill_tokens(

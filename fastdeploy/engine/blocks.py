@@ -25,7 +25,8 @@ key has the token after the block too, and a block is named once that is known.
 
 Texts with a *salt* hang under a root of their own, a number made from the salt by a cryptographic
 hash: who does not know the salt can neither find such blocks nor learn, by timing, that they exist.
-Nothing is kept for a salt but the blocks themselves.
+Nothing is kept for a salt but the blocks themselves. Texts of an adapter have other keys and values
+than those of the model: each adapter in memory has roots of its own, too.
 
 Integers only: the tensors are in `cache.py`, the policy is in `scheduler.py`.
 """
@@ -209,9 +210,11 @@ class BlockManager:
             assert len(key[1]) == self.num_key_tokens, key
 
 
-def root_of(salt: str | None) -> int:
-    """The content number under which texts of a salt begin; negative, where no block's is."""
-    if salt is None:
+def root_of(salt: str | None, adapter: int = 0) -> int:
+    """The content number under which texts of a salt and an adapter (its serial number, 0 for
+    none) begin; negative, where no block's is. An empty salt is none for an adapter."""
+    if salt is None and not adapter:
         return NO_PARENT
-    digest = hashlib.blake2b(salt.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    data, owner = (salt or "").encode("utf-8", "surrogatepass"), adapter.to_bytes(8, "little")
+    digest = hashlib.blake2b(data, digest_size=16, person=owner).digest()
     return -1 - int.from_bytes(digest, "little")

@@ -14,9 +14,11 @@ from functools import partial
 
 import torch
 
+from ernie.adapters import Adapter
 from ernie.model import ErnieModel
 from ernie.settings import ConfigError
 from fastdeploy.config import EngineConfig
+from fastdeploy.engine.adapters import Adapters
 from fastdeploy.engine.batch import BatchBuilder
 from fastdeploy.engine.blocks import BlockManager
 from fastdeploy.engine.cache import KVCache, block_bytes, free_bytes
@@ -97,6 +99,7 @@ class Engine:
             device=model.device,
         )
         self.runner = Runner(model.eval(), self.allocate(num_blocks=num_blocks), builder)
+        self.adapters = Adapters(model, config)
         self.sampler = Sampler(self.vocab_size)
         self.blocks = BlockManager(
             num_blocks,
@@ -130,12 +133,14 @@ class Engine:
         banned: Iterable[Sequence[int]] = (),
         priority: int = 0,
         cache_salt: str | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         """Queue one sample of a request. Raises RequestError for what cannot be served.
 
         `seed` stands in for a missing `params.seed`; samples of one request share it. Lower
-        `priority` runs first. Texts share cached blocks only with texts of the same `cache_salt`.
-        None of the token sequences in `banned` is generated.
+        `priority` runs first. Texts share cached blocks only with texts of the same `cache_salt`
+        and the same `adapter` (one of `self.adapters`, None for the model as it is). None of the
+        token sequences in `banned` is generated.
         """
         if request_id in self.requests:
             raise RequestError(f"there is a request {request_id!r} already; choose another id")
@@ -155,6 +160,7 @@ class Engine:
             cache_salt=cache_salt,
             think_tags=self.think_tags,
             early_stop=self.early_stop,
+            adapter=adapter,
         )
         self.requests[request_id] = request
         self.scheduler.add(request)
@@ -164,6 +170,22 @@ class Engine:
         self._refuse_while_resting()
         check_params(params, self.vocab_size, self.config, thinks=self.think_tags is not None)
         check_prompt(prompt_ids, self.vocab_size, self.config.max_model_len, params.min_tokens)
+
+    def load_adapter(self, name: str, adapter: Adapter) -> None:
+        """Offer an adapter (see `Adapters.read`) under a name, from the next step on.
+
+        Raises RequestError if the name is taken, or if there are max_loras in memory already:
+        loaded, or unloaded and still in use.
+        """
+        in_use = {r.adapter for r in self.requests.values() if r.adapter is not None}
+        self.adapters.add(name, adapter, in_use)
+
+    def unload_adapter(self, name: str) -> None:
+        """Offer an adapter no longer. Requests that have it finish with it, and then it is gone.
+
+        Raises RequestError if there is none of that name.
+        """
+        self.adapters.remove(name)
 
     def new_seed(self) -> int:
         """A seed for a request that names none; the sequence depends on the engine's own seed."""

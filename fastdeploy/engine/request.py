@@ -18,7 +18,7 @@ import math
 import time
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastdeploy.config import EarlyStop, EngineConfig
 from fastdeploy.engine.blocks import Table, root_of
@@ -26,6 +26,9 @@ from fastdeploy.engine.thinking import Thinking, ThinkTags
 from fastdeploy.errors import RequestError
 from fastdeploy.outputs import RequestMetrics, TokenLogprobs
 from fastdeploy.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from ernie.adapters import Adapter
 
 
 class Status(enum.Enum):
@@ -52,6 +55,7 @@ class Request:
         cache_salt: str | None = None,
         think_tags: ThinkTags | None = None,
         early_stop: EarlyStop | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         self.id = request_id
         self.params = params
@@ -65,7 +69,8 @@ class Request:
         self.priority = priority  # lower runs first
         self.arrival = 0  # number in the order of arrival; the scheduler gives it
         self.table = Table()
-        self.cache_root = root_of(cache_salt)
+        self.adapter = adapter  # also once it is unloaded: a text is finished as it was begun
+        self.cache_root = root_of(cache_salt, adapter.serial if adapter else 0)
         self.seat = -1  # while running: the row that is this request's in tensors of the runner
         self.metrics = RequestMetrics(arrival_time=time.monotonic())
         self.num_cached = 0  # prompt tokens that were in the cache when it was first admitted

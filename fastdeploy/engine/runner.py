@@ -24,7 +24,9 @@ class Runner:
         """Compute the tokens of a step; returns the wanted logits, float32 `(R, V)`, by part."""
         batch = self.batches.build(schedule)
         attend = PagedAttend(self.cache, batch)
-        hidden_TD = self.model.hidden(batch.token_ids_T, batch.positions_T, attend)
+        hidden_TD = self.model.hidden(
+            batch.token_ids_T, batch.positions_T, attend, adapters=batch.adapters
+        )
         self.batch, self.hidden_TD = batch, hidden_TD  # for a drafter, until the next step
         if not len(batch.rows_R):
             return hidden_TD.new_empty(0, self.model.config.vocab_size, dtype=torch.float32)

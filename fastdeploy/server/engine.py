@@ -17,7 +17,9 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+from ernie.adapters import Adapter
 from ernie.checkpoint.folder import CheckpointError
 from ernie.settings import ConfigError
 from fastdeploy.engine.core import Stats
@@ -109,6 +111,7 @@ class ServerEngine:
         self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.answers: set[Answer] = set()
         self.answer_by_id: dict[str, Answer] = {}
+        self.loading = asyncio.Lock()  # one adapter at a time, so that memory holds one too many
         self.num_submitted = 0
         self.commands: set[concurrent.futures.Future[None]] = set()  # not yet obeyed
         self.paused = False  # nothing is submitted; set before the engine is told
@@ -140,6 +143,7 @@ class ServerEngine:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        adapter: Adapter | None = None,
     ) -> Answer:
         """Queue every sample of every prompt. Raises RequestError, having queued nothing."""
         engine = self.loaded.engine
@@ -163,7 +167,12 @@ class ServerEngine:
             engine.check(prompt_ids, params)
         banned = banned_sequences(self.loaded.tokenizer, params)
         answer = Answer(self, prompts, params.num_samples)
-        options = {"banned": banned, "priority": priority, "cache_salt": cache_salt}
+        options = {
+            "banned": banned,
+            "priority": priority,
+            "cache_salt": cache_salt,
+            "adapter": adapter,
+        }
         self.answers.add(answer)
         for i, prompt_ids in enumerate(prompts):
             seed = engine.new_seed()
@@ -212,6 +221,21 @@ class ServerEngine:
             self.inbox.put(partial(self.loaded.engine.abort, request_id))
         answer.samples.clear()
         self.answers.discard(answer)
+
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        """Read an adapter while the engine works, and offer it from its next step on.
+
+        Raises RequestError and what reading raises.
+        """
+        engine = self.loaded.engine
+        async with self.loading:
+            engine.adapters.check_name(name)
+            adapter = await asyncio.to_thread(engine.adapters.read, folder)
+            await self.command(partial(engine.load_adapter, name, adapter))
+
+    async def unload_adapter(self, name: str) -> None:
+        """See `Engine.unload_adapter`."""
+        await self.command(partial(self.loaded.engine.unload_adapter, name))
 
     def _deliver(self, outputs: list[TokenOutput]) -> None:
         for output in outputs:

@@ -168,6 +168,7 @@ class CompletionRequest(Common):
 
 
 Body = TypeVar("Body", bound=Common)
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def read_json(body: bytes) -> dict[str, Any]:
@@ -193,12 +194,7 @@ def read_json(body: bytes) -> dict[str, Any]:
 
 def parse(kind: type[Body], values: dict[str, Any]) -> Body:
     """The request in a JSON object. Raises RequestError naming the field at fault."""
-    try:
-        body = kind.model_validate(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        name = ".".join(str(part) for part in first["loc"][:1])
-        raise RequestError(f"{name}: {first['msg']}", param=name) from None
+    body = validated(kind, values)
     for name, value in (body.model_extra or {}).items():
         _check_extra(kind, name, value)
     if body.stream_options is not None and not body.stream:
@@ -212,6 +208,16 @@ def parse(kind: type[Body], values: dict[str, Any]) -> Body:
             param="best_of",
         )
     return body
+
+
+def validated(kind: type[Kind], values: dict[str, Any]) -> Kind:
+    """Fields, types and ranges. Raises RequestError naming the field at fault."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        name = ".".join(str(part) for part in first["loc"][:1])
+        raise RequestError(f"{name}: {first['msg']}", param=name) from None
 
 
 def _check_extra(kind: type[Common], name: str, value: Any) -> None:
