@@ -66,15 +66,28 @@ def fuse(model: ErnieModel, scheme: Scheme | None = None, shard: Shard = WHOLE) 
     One block at a time, so that both forms of the whole model never exist together. Raises
     ConfigError where a size cannot be shared out among the ranks.
     """
-    scheme = scheme or PLAIN
     check_shard(model.config, shard.size)
     trunk = model.model
     for i, block in enumerate(trunk.layers):
-        trunk.layers[i] = _fused(block, scheme, shard)
+        trunk.layers[i] = fused_block(block, scheme, shard)
     for predictor in trunk.mtp:
-        predictor.block = _fused(predictor.block, scheme, shard)
+        predictor.block = fused_block(predictor.block, scheme, shard)
+    return fuse_head(model, scheme, shard)
+
+
+def fused_block(
+    block: nn.Module | Tensor, scheme: Scheme | None = None, shard: Shard = WHOLE
+) -> FusedBlock:
+    """The inference form of one block. `ernie.load` takes it to swap blocks while it reads."""
+    assert isinstance(block, Block), f"{type(block).__name__} is not the plain form of a block"
+    return FusedBlock(block, scheme or PLAIN, shard)
+
+
+def fuse_head(model: ErnieModel, scheme: Scheme | None = None, shard: Shard = WHOLE) -> ErnieModel:
+    """Swap the head of a model whose blocks are swapped, in place; returns it."""
     weight = shard.of(model.head_weight.detach(), 0)
-    model.fused_head = FusedHead(trunk.norm, pack(weight, scheme.head), shard)
+    packed = pack(weight, (scheme or PLAIN).head)
+    model.fused_head = FusedHead(model.model.norm, packed, shard)
     model.lm_head = None
     return model
 
@@ -111,11 +124,6 @@ def pack(weight: Tensor, bits: int | None, *, parts: int = 1) -> PackedWeight:
     """A weight in the form that this device's fused operations read, quantised to `bits` first."""
     weight = weight.detach()
     return kernels.pack(kernels.quantize(weight, bits) if bits else weight, parts=parts)
-
-
-def _fused(block: nn.Module | Tensor, scheme: Scheme, shard: Shard) -> FusedBlock:
-    assert isinstance(block, Block), f"{type(block).__name__} is not the plain form of a block"
-    return FusedBlock(block, scheme, shard)
 
 
 class FusedBlock(nn.Module):

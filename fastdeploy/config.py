@@ -37,6 +37,9 @@ class EngineConfig:
     max_num_batched_tokens: int | None = option(
         None, "Tokens of one step at most; none: 512 on a CPU, 8192 on a GPU."
     )
+    tensor_parallel_size: int = option(
+        1, "Processes that share the work of every layer; on GPUs each takes one."
+    )
     block_size: int = option(64, "Positions of one block of the key/value cache.")
     gpu_memory_utilization: float = option(
         0.9, "Share of the free memory (of the GPU, or of the host) that the cache may take."
@@ -53,6 +56,7 @@ class EngineConfig:
         for name in (
             "max_num_seqs",
             "block_size",
+            "tensor_parallel_size",
             "max_num_batched_tokens",
             "num_gpu_blocks_override",
         ):
@@ -168,7 +172,6 @@ LATER: dict[str, tuple[Any, ...]] = {
     "dynamic_load_weight": (False,),
     "load_strategy": ("normal",),
     "rsync_config": (None,),
-    "tensor_parallel_size": (1,),
     "data_parallel_size": (1,),
     "local_data_parallel_id": (0,),
     "enable_expert_parallel": (False,),

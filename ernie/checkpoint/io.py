@@ -1,7 +1,8 @@
 """Loading and saving a model: a folder with `config.json`, safetensors files and a tokenizer.
 
 `load` checks headers first, then fills a model that was built without memory, one tensor at a time;
-`save` writes tensors as they are converted. Both need the weights once, plus one chunk or tensor.
+`save` writes tensors as they are converted. Both need the weights once, plus one chunk or tensor;
+`load` needs less where each block is swapped for something smaller as soon as it is there.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from ernie.checkpoint.hub import resolve
 from ernie.checkpoint.layouts import LAYOUTS, MTP_MARK
 from ernie.checkpoint.writer import write_folder
 from ernie.config import ErnieConfig
-from ernie.model import ErnieModel
+from ernie.model import Block, ErnieModel
 
 if TYPE_CHECKING:
     from ernie.tokenizer import Tokenizer
@@ -36,10 +37,13 @@ def load(
     path_or_name: str | Path,
     dtype: torch.dtype | None = torch.bfloat16,
     device: torch.device | str = "cpu",
+    *,
+    swap_block: Callable[[nn.Module], nn.Module] | None = None,
 ) -> ErnieModel:
     """A model with its weights, from a folder in any known layout or from a name on the hub.
 
-    Weights are converted to `dtype` (None: as the embedding is stored); routers stay float32.
+    Weights are converted to `dtype` (None: as the embedding is stored); routers stay float32. What
+    `swap_block` makes of a block takes its place before the next one is read.
     `tokenizer` and `generation_config` are set where the folder has them. Raises CheckpointError
     or ConfigError, before anything large is read unless a value itself is bad.
     """
@@ -52,8 +56,12 @@ def load(
     template = dict(model.named_parameters())
     layout, units = convert.detect(tensors, template)
     log.info("%s: %d tensors in layout %r", folder, len(tensors), layout.name)
+    block_by_last = _block_by_last_name(model, units) if swap_block else {}
     for name, tensor in convert.native_tensors(units, tensors, template, device):
         _place(model, name, tensor)
+        if swap_block and name in block_by_last:
+            block = block_by_last[name]
+            model.set_submodule(block, swap_block(model.get_submodule(block)))
     model.tokenizer, model.layout = tokenizer, layout.name
     model.generation_config = _generation_config(folder)
     return model
@@ -196,6 +204,14 @@ def _generation_config(folder: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}; it must hold an object")
     return value
+
+
+def _block_by_last_name(model: ErnieModel, units: Sequence[convert.Unit]) -> dict[str, str]:
+    """Names of the blocks, each by the parameter that is the last of its to be read."""
+    blocks = [path for path, module in model.named_modules() if isinstance(module, Block)]
+    order = [name for unit in units for name in unit.native]
+    last = {block: name for name in order for block in blocks if name.startswith(f"{block}.")}
+    return {name: block for block, name in last.items()}
 
 
 def _place(model: nn.Module, name: str, tensor: Tensor) -> None:

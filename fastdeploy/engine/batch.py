@@ -9,7 +9,7 @@ the blocks that are new in it, so building a batch costs the same however long t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -31,6 +31,9 @@ class Batch:
     lens_S: Tensor  # int32, tokens of each request in the cache once this step is done
     tables_SM: Tensor  # int32, entries past a request's last block mean nothing
     rows_R: Tensor  # int64, the tokens after which logits are wanted
+
+    def to(self, device: torch.device) -> Batch:
+        return Batch(*(getattr(self, f.name).to(device) for f in fields(self)))
 
 
 class BatchBuilder:

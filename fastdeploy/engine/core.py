@@ -11,12 +11,15 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import torch
+
 from ernie.model import ErnieModel
 from ernie.settings import ConfigError
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.batch import BatchBuilder
 from fastdeploy.engine.blocks import BlockManager
 from fastdeploy.engine.cache import KVCache, block_bytes, free_bytes
+from fastdeploy.engine.ranks import Ranks
 from fastdeploy.engine.request import Request, Status, TokenOutput, check_prompt
 from fastdeploy.engine.runner import Runner
 from fastdeploy.engine.sampler import Choice, Sampler
@@ -42,27 +45,42 @@ class Stats:
 
 
 class Engine:
-    """A model with its cache. `config` must be resolved (see `EngineConfig.resolved`)."""
+    """A model with its cache. `config` must be resolved (see `EngineConfig.resolved`).
+
+    With `ranks` the model is this rank's slice, and each of the others holds its own.
+    """
 
     def __init__(
-        self, model: ErnieModel, config: EngineConfig, eos_ids: Iterable[int] = ()
+        self,
+        model: ErnieModel,
+        config: EngineConfig,
+        eos_ids: Iterable[int] = (),
+        ranks: Ranks | None = None,
     ) -> None:
         assert config.max_num_batched_tokens is not None, "the config is not resolved"
         self.config = config
         self.vocab_size = model.config.vocab_size
         self.eos_ids = frozenset(eos_ids)
-        num_blocks = num_cache_blocks(model, config)
+        self.ranks = ranks
+        num_blocks = num_cache_blocks(model, config, ranks)
         cache = KVCache.allocate(
-            model.config, num_blocks, config.block_size, model.activation_dtype, model.device
+            model.config,
+            num_blocks,
+            config.block_size,
+            model.activation_dtype,
+            model.device,
+            num_ranks=ranks.size if ranks else 1,
         )
+        if ranks:
+            ranks.call("allocate", num_blocks=num_blocks, block_size=config.block_size)
         builder = BatchBuilder(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_blocks=-(-config.max_model_len // config.block_size),
             block_size=config.block_size,
-            device=model.device,
+            device=torch.device("cpu") if ranks else model.device,  # to be sent from there
         )
-        self.runner = Runner(model.eval(), cache, builder)
+        self.runner = Runner(model.eval(), cache, builder, ranks)
         self.sampler = Sampler(self.vocab_size)
         self.blocks = BlockManager(
             num_blocks, config.block_size, caching=config.enable_prefix_caching
@@ -147,6 +165,11 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self.requests)
 
+    @property
+    def is_alive(self) -> bool:
+        """False once a rank is lost, even before a step has met with it."""
+        return self.ranks is None or self.ranks.are_alive
+
     def step(self) -> list[TokenOutput]:
         """Compute one batch and return what became known in it."""
         schedule = self.scheduler.schedule()
@@ -198,7 +221,7 @@ class Engine:
         return outputs
 
 
-def num_cache_blocks(model: ErnieModel, config: EngineConfig) -> int:
+def num_cache_blocks(model: ErnieModel, config: EngineConfig, ranks: Ranks | None = None) -> int:
     """Blocks of the pool: as many as memory allows, but not more than all seats can ever fill.
 
     Raises ConfigError when they do not hold a single text of max_model_len.
@@ -209,7 +232,10 @@ def num_cache_blocks(model: ErnieModel, config: EngineConfig) -> int:
         num_blocks = config.num_gpu_blocks_override
         advice = f"use num_gpu_blocks_override={per_text} or more, or a smaller max_model_len"
     else:
-        memory = int(free_bytes(model.device) * config.gpu_memory_utilization)
+        free = free_bytes(model.device)
+        if ranks and model.device.type == "cuda":  # else all ranks take from the same memory
+            free = min(free, *ranks.call("free_bytes")) * ranks.size
+        memory = int(free * config.gpu_memory_utilization)
         num_blocks = min(memory // size, config.max_num_seqs * per_text)
         advice = f"free memory ({per_text * size / 2**30:.2f} GiB needed) or lower max_model_len"
     if num_blocks < per_text:

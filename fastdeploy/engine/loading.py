@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,13 +10,16 @@ import torch
 
 import ernie
 from ernie.chat import ChatTemplate, NoTemplate, stop_ids
-from ernie.fused import fuse, shallow_copy
+from ernie.checkpoint.hub import resolve
+from ernie.config import ErnieConfig
+from ernie.fused import WHOLE, Shard, check_shard, fuse, fuse_head, fused_block, shallow_copy
 from ernie.model import ErnieModel
 from ernie.quant.scheme import read_scheme
 from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
+from fastdeploy.engine.ranks import Ranks
 from fastdeploy.sampling import recommended
 
 
@@ -35,28 +39,78 @@ def load(config: EngineConfig, model: ErnieModel | None = None) -> Loaded:
 
     Raises ConfigError and the errors of `ernie.load`, each one sentence.
     """
-    device = pick_device(config.device)
-    if model is None:
-        model = ernie.load(config.model, dtype=getattr(torch, config.dtype), device=device)
-    else:
-        model = shallow_copy(model)  # the caller keeps the plain one
+    device = pick_device(config.device, config.tensor_parallel_size)
+    ranks = None
+    if config.tensor_parallel_size > 1:
+        model, ranks = _start_ranks(config, device, model)
+    elif model is None:
+        model = read_model(config, device)
+    else:  # the caller keeps the plain one
+        scheme = read_scheme(config.quantization, has_experts=model.config.is_moe)
+        model = fuse(shallow_copy(model), scheme)
+    try:
+        return _around(model, config, ranks)
+    except BaseException:
+        if ranks:
+            ranks.stop()
+        raise
+
+
+def read_model(config: EngineConfig, device: torch.device, shard: Shard = WHOLE) -> ErnieModel:
+    """The inference form of the model in a folder, of which only one block is ever whole."""
+    folder = resolve(config.model)
+    has_experts = ErnieConfig.from_folder(folder).is_moe
+    scheme = read_scheme(config.quantization, has_experts=has_experts)
+    model = ernie.load(
+        folder,
+        dtype=getattr(torch, config.dtype),
+        device=device,
+        swap_block=lambda block: fused_block(block, scheme, shard),
+    )
+    return fuse_head(model, scheme, shard)
+
+
+def _start_ranks(
+    config: EngineConfig, device: torch.device, model: ErnieModel | None
+) -> tuple[ErnieModel, Ranks]:
+    """Rank 0's slice and the other ranks, each with its own; all read at the same time."""
+    size = config.tensor_parallel_size
+    if model is not None:
+        raise ConfigError(
+            f"tensor_parallel_size={size} needs a folder that every process can read, not a model "
+            "in memory; save it first, or use tensor_parallel_size=1"
+        )
+    config = dataclasses.replace(config, model=str(resolve(config.model)))
+    check_shard(ErnieConfig.from_folder(config.model), size)
+    ranks = Ranks(config, device)
+    try:
+        model = read_model(config, ranks.group.device, ranks.group.shard)
+        ranks.connect()
+    except BaseException:
+        ranks.stop()
+        raise
+    return model, ranks
+
+
+def _around(model: ErnieModel, config: EngineConfig, ranks: Ranks | None) -> Loaded:
+    """The engine of a fused model, and the text around it."""
     tokenizer = Tokenizer.from_folder(config.tokenizer) if config.tokenizer else model.tokenizer
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} entries and the model's vocabulary "
             f"{model.config.vocab_size}; they do not belong together"
         )
-    model = fuse(model, read_scheme(config.quantization, has_experts=model.config.is_moe))
     config = config.resolved(
         max_positions=model.config.max_position_embeddings, device_type=model.device.type
     )
     ends = stop_ids(tokenizer) if tokenizer else model.config.eos_token_ids
-    engine = Engine(model, config, ends)
+    engine = Engine(model, config, ends, ranks)
     defaults = recommended(getattr(model, "generation_config", None) or {})
     return Loaded(engine, config, tokenizer, _template(config, tokenizer), defaults)
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, num_ranks: int = 1) -> torch.device:
+    """The device of rank 0. Raises ConfigError where there is no GPU for each rank."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -66,6 +120,12 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             f"device={name!r}, but there is no GPU that torch can use; use cpu or auto"
+        )
+    if device.type == "cuda" and (device.index or 0) + num_ranks > torch.cuda.device_count():
+        raise ConfigError(
+            f"tensor_parallel_size={num_ranks} with device={name!r} takes GPUs up to number "
+            f"{(device.index or 0) + num_ranks - 1}, but there are {torch.cuda.device_count()}; "
+            "use fewer ranks, or device=cpu"
         )
     return device
 
