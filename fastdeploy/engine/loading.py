@@ -42,7 +42,12 @@ def load(config: EngineConfig, model: ErnieModel | None = None) -> Loaded:
     device = pick_device(config.device, config.tensor_parallel_size)
     ranks = None
     if config.tensor_parallel_size > 1:
-        model, ranks = _start_ranks(config, device, model)
+        if model is not None:
+            raise ConfigError(
+                f"tensor_parallel_size={config.tensor_parallel_size} needs a folder that every "
+                "process can read, not a model in memory; save it first, or use 1"
+            )
+        model, ranks = start_ranks(config, device)
     elif model is None:
         model = read_model(config, device)
     else:  # the caller keeps the plain one
@@ -70,18 +75,13 @@ def read_model(config: EngineConfig, device: torch.device, shard: Shard = WHOLE)
     return fuse_head(model, scheme, shard)
 
 
-def _start_ranks(
-    config: EngineConfig, device: torch.device, model: ErnieModel | None
-) -> tuple[ErnieModel, Ranks]:
-    """Rank 0's slice and the other ranks, each with its own; all read at the same time."""
-    size = config.tensor_parallel_size
-    if model is not None:
-        raise ConfigError(
-            f"tensor_parallel_size={size} needs a folder that every process can read, not a model "
-            "in memory; save it first, or use tensor_parallel_size=1"
-        )
+def start_ranks(config: EngineConfig, device: torch.device) -> tuple[ErnieModel, Ranks]:
+    """Rank 0's slice and the other ranks, each with its own; all read at the same time.
+
+    Raises ConfigError, before a process is started, where a size cannot be shared out.
+    """
     config = dataclasses.replace(config, model=str(resolve(config.model)))
-    check_shard(ErnieConfig.from_folder(config.model), size)
+    check_shard(ErnieConfig.from_folder(config.model), config.tensor_parallel_size)
     ranks = Ranks(config, device)
     try:
         model = read_model(config, ranks.group.device, ranks.group.shard)

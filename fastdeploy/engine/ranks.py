@@ -59,6 +59,7 @@ class Group:
     def __init__(self, rank: int, size: int, device: torch.device, folder: str) -> None:
         self.rank, self.size, self.device = rank, size, device
         self.meeting_place = Path(folder) / "group"
+        self.backend: Any = None  # torch's stubs do not know what its groups can do
 
     @property
     def shard(self) -> Shard:
@@ -70,14 +71,12 @@ class Group:
         store = dist.FileStore(str(self.meeting_place), self.size)
         patience = timedelta(seconds=PATIENCE_S)
         store.set_timeout(patience)
-        self.backend: dist.Backend
-        if self.device.type == "cuda":
-            self.backend = dist.ProcessGroupNCCL(store, self.rank, self.size, patience)
-        else:
-            options = dist.ProcessGroupGloo._Options()
-            options._devices = [dist.ProcessGroupGloo.create_device(hostname="127.0.0.1")]
-            options._timeout = patience
-            self.backend = dist.ProcessGroupGloo(store, self.rank, self.size, options)
+        kind: Any = dist.ProcessGroupNCCL if self.device.type == "cuda" else dist.ProcessGroupGloo
+        options = kind.Options() if self.device.type == "cuda" else kind._Options()
+        options._timeout = patience
+        if self.device.type != "cuda":
+            options._devices = [kind.create_device(hostname="127.0.0.1")]
+        self.backend = kind(store, self.rank, self.size, options)
         self.sum_ranks(torch.zeros(1, device=self.device))
 
     def sum_ranks(self, x: Tensor) -> Tensor:
@@ -254,7 +253,7 @@ def _started_worker() -> tuple[subprocess.Popen, Connection]:
 def _abort_after(process: subprocess.Popen, group: Group) -> None:
     """A thread: NCCL does not notice that a peer has ended, and would keep us waiting for it."""
     process.wait()
-    if hasattr(group, "backend"):
+    if group.backend is not None:
         group.backend.abort()
 
 
