@@ -114,6 +114,9 @@ class EngineConfig:
     max_num_batched_tokens: int | None = option(
         None, "Tokens of one step at most; none: 512 on a CPU, 8192 on a GPU."
     )
+    tensor_parallel_size: int = option(
+        1, "Processes that share the work of every layer; on GPUs each takes one."
+    )
     block_size: int = option(64, "Positions of one block of the key/value cache.")
     gpu_memory_utilization: float = option(
         0.9, "Share of the free memory (of the GPU, or of the host) that the cache may take."
@@ -144,6 +147,7 @@ class EngineConfig:
         for name in (
             "max_num_seqs",
             "block_size",
+            "tensor_parallel_size",
             "max_num_batched_tokens",
             "num_gpu_blocks_override",
             "max_loras",
@@ -152,6 +156,12 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} is too small; it takes 1 or more")
+        if self.tensor_parallel_size > 1 and (self.enable_lora or self.has_mtp):
+            what = "enable_lora" if self.enable_lora else "speculation by mtp"
+            raise ConfigError(
+                f"{what} with tensor_parallel_size={self.tensor_parallel_size} is not available; "
+                "use tensor_parallel_size=1"
+            )
         if self.max_model_len < 2:
             raise ConfigError(
                 f"max_model_len={self.max_model_len} is too small; it takes 2 or more"
@@ -303,7 +313,6 @@ LATER: dict[str, tuple[Any, ...]] = {
     "dynamic_load_weight": (False,),
     "load_strategy": ("normal",),
     "rsync_config": (None,),
-    "tensor_parallel_size": (1,),
     "data_parallel_size": (1,),
     "local_data_parallel_id": (0,),
     "enable_expert_parallel": (False,),
