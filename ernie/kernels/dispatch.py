@@ -43,7 +43,7 @@ OPERATIONS = (
 # -> str`, a word for the report.
 BACKENDS = {
     "cpu": ("ernie.kernels.cpu.ops",),
-    "cuda": (),
+    "cuda": ("ernie.kernels.gpu.ops",),
 }
 
 
@@ -56,14 +56,12 @@ def report(device: str = "cpu") -> dict[str, str]:
     """What implements each operation on `device`, and why not something better: for logs and bug
     reports."""
     modules, refused = _modules(device)
-    details = {m.__name__.rpartition(".")[0]: f" [{m.detail()}]" for m in modules}
-    return {
-        name: function.__module__
-        + details.get(
-            function.__module__.rpartition(".")[0], "".join(f" ({why})" for why in refused)
-        )
-        for name, function in _chosen(device).items()
-    }
+    reasons = "".join(f" ({why})" for why in refused)
+    lines = {}
+    for name, function in _chosen(device).items():
+        owner = next((m for m in modules if hasattr(m, name)), None)
+        lines[name] = function.__module__ + (reasons if owner is None else f" [{owner.detail()}]")
+    return lines
 
 
 @cache

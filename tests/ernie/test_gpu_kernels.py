@@ -1,0 +1,161 @@
+"""Every GPU kernel against its definition in `ernie.kernels.reference`.
+
+Where there is a GPU the kernels are compiled and run there; elsewhere they run in Triton's
+interpreter, on a CPU.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+ON_GPU = torch.cuda.is_available()
+if not ON_GPU:
+    # Read by Triton when it is imported, so before anything here imports it.
+    os.environ["TRITON_INTERPRET"] = "1"
+
+from ernie.kernels import reference  # noqa: E402
+from ernie.kernels.gpu import ops  # noqa: E402
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+pytestmark = pytest.mark.gpu if ON_GPU else []
+
+
+@pytest.fixture(autouse=True)
+def device():
+    """Tensors are made where the kernels run."""
+    torch.manual_seed(0)
+    with torch.device("cuda" if ON_GPU else "cpu"):
+        yield
+
+
+def rand(*shape: int, dtype: torch.dtype = F32, grad: bool = False) -> torch.Tensor:
+    return torch.randn(shape).to(dtype).requires_grad_(grad)
+
+
+def sliced(rows: int, width: int, dtype: torch.dtype = F32) -> torch.Tensor:
+    """Columns of a wider tensor."""
+    return rand(rows, 2 * width + 3, dtype=dtype)[:, 3 : 3 + width].requires_grad_()
+
+
+def bounds(*lengths: int) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).int()
+
+
+def angles(tokens: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    turn = torch.randn(tokens, width // 2) * 3
+    return turn.cos(), turn.sin()
+
+
+POINTWISE = {
+    "norm": lambda t: ("rms_norm", rand(5, 33, dtype=t, grad=True), rand(33, grad=True), 1e-5),
+    "norm slice": lambda t: ("rms_norm", sliced(3, 64, t), rand(64, dtype=t, grad=True), 1e-6),
+    "norm no rows": lambda t: ("rms_norm", rand(0, 8, dtype=t, grad=True), rand(8), 1e-5),
+    "rotate": lambda t: ("rotate", rand(7, 3, 20, dtype=t, grad=True), *angles(7, 20)),
+    "rotate slice": lambda t: (
+        "rotate",
+        sliced(4, 64, t).detach().unflatten(1, (4, 16)).requires_grad_(),
+        *angles(4, 16),
+    ),
+    "swiglu": lambda t: ("swiglu", sliced(3, 37, t), sliced(3, 37, t)),
+    "swiglu wide": lambda t: (
+        "swiglu",
+        rand(2, 1500, dtype=t, grad=True),
+        rand(2, 1500, dtype=t, grad=True),
+    ),
+}
+
+
+def close(
+    ours: torch.Tensor, theirs: torch.Tensor, computed: torch.dtype, times: float = 1
+) -> None:
+    """Equal within rounding of the dtype in which they were computed, beside the largest value."""
+    assert ours.dtype == theirs.dtype
+    assert ours.shape == theirs.shape
+    if not theirs.numel():
+        return
+    scale = max(1.0, float(theirs.detach().abs().max()))
+    # The interpreter cuts numbers off to bfloat16 where a GPU rounds them.
+    limit = times * (2e-2 if computed == BF16 else 2e-5) * scale
+    error = float((ours.detach().float() - theirs.detach().float()).abs().max())
+    assert error <= limit, f"largest error {error:.3g}, allowed {limit:.3g}"
+
+
+def gradients(out: torch.Tensor, args: tuple) -> list[torch.Tensor]:
+    wanted = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+    weight = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype)
+    return list(torch.autograd.grad(out, wanted, weight)) if wanted else []
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("case", POINTWISE)
+def test_pointwise_kernel_equals_its_definition(case, dtype):
+    operation, *args = POINTWISE[case](dtype)
+    ours, theirs = (getattr(module, operation)(*args) for module in (ops, reference))
+    close(ours, theirs, dtype)
+    for own, other in zip(gradients(ours, args), gradients(theirs, args), strict=True):
+        close(own, other, dtype)
+
+
+@pytest.mark.parametrize("cache", [F32, BF16, F16])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_cache_write_equals_its_definition(cache, dtype):
+    wide = rand(6, 3 * 2 * 20, dtype=dtype)
+    k, v = (wide[:, at : at + 40].unflatten(1, (2, 20)) for at in (0, 40))
+    slots = torch.tensor([7, -1, 0, 19, -1, 3])
+    ours, theirs = ([torch.zeros(4, 5, 2, 20, dtype=cache) for _ in range(2)] for _ in range(2))
+    ops.write_cache(k, v, *ours, slots)
+    reference.write_cache(k, v, *theirs, slots)
+    for own, other in zip(ours, theirs):
+        torch.testing.assert_close(own, other, rtol=8e-3, atol=1e-3)
+
+
+def paged(dtype, cache, heads, groups, width, positions, lens, news):
+    """Arguments of attend_paged with blocks in any order and nonsense past the last ones."""
+    q = rand(sum(news), heads, width, dtype=dtype)
+    k, v = (rand(90, positions, groups, width, dtype=cache) for _ in range(2))
+    tables = torch.randint(0, 90, (len(lens), -(-max(lens) // positions) + 1), dtype=torch.int32)
+    for s, length in enumerate(lens):
+        tables[s, -(-length // positions) :] = 2**30
+    return q, k, v, tables, bounds(*news), torch.tensor(lens, dtype=torch.int32), 0.2
+
+
+PAGED = {
+    "decode": (8, 2, 16, 16, [1, 17, 530], [1, 1, 1]),
+    "decode, group of 5": (10, 2, 20, 3, [40, 300, 1], [1, 1, 1]),
+    "few and none": (4, 4, 16, 5, [40, 7, 270, 3], [5, 0, 2, 1]),
+    "few, group of 16": (16, 1, 16, 8, [12, 6], [3, 1]),
+    "prompts": (4, 1, 32, 16, [50, 70], [50, 41]),
+    "mixed": (10, 2, 16, 7, [300, 90, 5, 64], [1, 90, 0, 2]),
+    "padding of a graph": (4, 2, 16, 4, [9, 0, 0], [1, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("dtype, cache", [(F32, F32), (BF16, BF16), (F32, F16), (BF16, F16)])
+@pytest.mark.parametrize("case", PAGED)
+def test_paged_attention_equals_its_definition(case, dtype, cache):
+    args = paged(dtype, cache, *PAGED[case])
+    close(ops.attend_paged(*args), reference.attend_paged(*args), dtype)
+
+
+def test_decoded_token_does_not_depend_on_its_neighbours():
+    q, k, v, tables, _, lens, scale = paged(F32, F32, 4, 2, 16, 16, [530, 8, 257], [1, 1, 1])
+    whole = ops.attend_paged(q, k, v, tables, bounds(1, 1, 1), lens, scale)
+    for s in range(3):
+        mine = slice(s, s + 1)
+        alone = ops.attend_paged(q[mine], k, v, tables[mine], bounds(1), lens[mine], scale)
+        assert torch.equal(alone, whole[mine])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_packed_attention_equals_its_definition(dtype):
+    q = rand(23, 6, 16, dtype=dtype, grad=True)
+    k, v = (rand(23, 2, 16, dtype=dtype, grad=True) for _ in range(2))
+    args = (q, k, v, bounds(10, 0, 12, 1), 0.3)
+    ours, theirs = ops.attend_packed(*args), reference.attend_packed(*args)
+    close(ours, theirs, dtype)
+    for own, other in zip(gradients(ours, args), gradients(theirs, args), strict=True):
+        close(own, other, dtype)
