@@ -159,3 +159,48 @@ def test_packed_attention_equals_its_definition(dtype):
     close(ours, theirs, dtype)
     for own, other in zip(gradients(ours, args), gradients(theirs, args), strict=True):
         close(own, other, dtype)
+
+
+def packed(shape: tuple[int, ...], bits: int, dtype: torch.dtype) -> tuple:
+    """A weight as this device and as the reference packs it."""
+    weight = rand(*shape, dtype=dtype) / shape[-1] ** 0.5
+    kept = reference.quantize(weight, bits) if bits else weight
+    return ops.pack(kept), reference.pack(kept)
+
+
+def plain_rows(x: torch.Tensor) -> torch.Tensor:
+    return x.float()
+
+
+@pytest.fixture
+def unrounded(monkeypatch):
+    """The reference as it is on a GPU: activations are not rounded to 8 bits."""
+    monkeypatch.setattr(reference, "rounded_rows", plain_rows)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("bits", [0, 8, 4])
+@pytest.mark.parametrize(
+    "rows, outputs, width", [(1, 70, 1088), (3, 130, 96), (33, 65, 77), (140, 64, 64)]
+)
+def test_projection_equals_its_definition(rows, outputs, width, bits, dtype, unrounded):
+    ours, theirs = packed((outputs, width), bits, dtype)
+    x, residual = rand(rows, width, dtype=dtype), rand(rows, outputs, dtype=dtype)
+    bias, norm = rand(outputs), (rand(width, dtype=dtype), 1e-5)
+    for given in ((None, {}), (bias, {}), (bias, {"norm": norm, "residual_TO": residual})):
+        own, other = (
+            m.project(x, w, given[0], **given[1]) for m, w in ((ops, ours), (reference, theirs))
+        )
+        close(own, other, dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_mlp_equals_its_definition(bits, dtype, unrounded):
+    (up, up_r), (down, down_r) = packed((96, 64), bits, dtype), packed((64, 48), bits, dtype)
+    x, norm = rand(5, 64, dtype=dtype), (rand(64), 1e-5)
+    close(
+        ops.mlp(x, up, down, norm=norm, residual_TD=x),
+        reference.mlp(x, up_r, down_r, norm=norm, residual_TD=x),
+        dtype,
+    )

@@ -21,6 +21,9 @@ MODULE_BY_OPERATION = {
     "rotate": "pointwise",
     "swiglu": "pointwise",
     "write_cache": "pointwise",
+    "pack": "products",
+    "project": "products",
+    "mlp": "products",
     "attend_packed": "attention",
     "attend_paged": "attention",
 }
