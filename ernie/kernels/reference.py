@@ -229,7 +229,7 @@ def moe(
     y_TD = x_TD if norm is None else rms_norm(x_TD, *norm)
     probs_TE = (y_TD.float() @ router_ED.T).softmax(-1)
     # A stable sort takes the smaller index among equals; topk promises nothing.
-    experts_TK = (probs_TE + bias_E).argsort(-1, descending=True, stable=True)[:, :top_k]
+    experts_TK = (probs_TE + bias_E).argsort(dim=-1, descending=True, stable=True)[:, :top_k]
     weights_TK = probs_TE.gather(-1, experts_TK)
     weights_TK = (weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=norm_min)).to(x_TD.dtype)
     out_TKD = x_TD.new_zeros(*experts_TK.shape, x_TD.shape[-1])
