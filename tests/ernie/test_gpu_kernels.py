@@ -21,19 +21,18 @@ from ernie.kernels.gpu import ops  # noqa: E402
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
+DEVICE = "cuda" if ON_GPU else "cpu"  # tensors are made where the kernels run
+
 pytestmark = pytest.mark.gpu if ON_GPU else []
 
 
 @pytest.fixture(autouse=True)
-def device():
-    """Tensors are made where the kernels run."""
+def seeded():
     torch.manual_seed(0)
-    with torch.device("cuda" if ON_GPU else "cpu"):
-        yield
 
 
 def rand(*shape: int, dtype: torch.dtype = F32, grad: bool = False) -> torch.Tensor:
-    return torch.randn(shape).to(dtype).requires_grad_(grad)
+    return torch.randn(shape, device=DEVICE).to(dtype).requires_grad_(grad)
 
 
 def sliced(rows: int, width: int, dtype: torch.dtype = F32) -> torch.Tensor:
@@ -42,11 +41,11 @@ def sliced(rows: int, width: int, dtype: torch.dtype = F32) -> torch.Tensor:
 
 
 def bounds(*lengths: int) -> torch.Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).int()
+    return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
 
 
 def angles(tokens: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    turn = torch.randn(tokens, width // 2) * 3
+    turn = rand(tokens, width // 2) * 3
     return turn.cos(), turn.sin()
 
 
@@ -86,7 +85,7 @@ def close(
 
 def gradients(out: torch.Tensor, args: tuple) -> list[torch.Tensor]:
     wanted = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
-    weight = torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype)
+    weight = torch.linspace(-1, 1, out.numel(), device=DEVICE).view(out.shape).to(out.dtype)
     return list(torch.autograd.grad(out, wanted, weight)) if wanted else []
 
 
@@ -105,8 +104,8 @@ def test_pointwise_kernel_equals_its_definition(case, dtype):
 def test_cache_write_equals_its_definition(cache, dtype):
     wide = rand(6, 3 * 2 * 20, dtype=dtype)
     k, v = (wide[:, at : at + 40].unflatten(1, (2, 20)) for at in (0, 40))
-    slots = torch.tensor([7, -1, 0, 19, -1, 3])
-    ours, theirs = ([torch.zeros(4, 5, 2, 20, dtype=cache) for _ in range(2)] for _ in range(2))
+    slots = torch.tensor([7, -1, 0, 19, -1, 3], device=DEVICE)
+    ours, theirs = ([rand(4, 5, 2, 20, dtype=cache).zero_() for _ in range(2)] for _ in range(2))
     ops.write_cache(k, v, *ours, slots)
     reference.write_cache(k, v, *theirs, slots)
     for own, other in zip(ours, theirs):
@@ -117,10 +116,11 @@ def paged(dtype, cache, heads, groups, width, positions, lens, news):
     """Arguments of attend_paged with blocks in any order and nonsense past the last ones."""
     q = rand(sum(news), heads, width, dtype=dtype)
     k, v = (rand(90, positions, groups, width, dtype=cache) for _ in range(2))
-    tables = torch.randint(0, 90, (len(lens), -(-max(lens) // positions) + 1), dtype=torch.int32)
+    most = -(-max(lens) // positions) + 1
+    tables = torch.randint(0, 90, (len(lens), most), dtype=torch.int32, device=DEVICE)
     for s, length in enumerate(lens):
         tables[s, -(-length // positions) :] = 2**30
-    return q, k, v, tables, bounds(*news), torch.tensor(lens, dtype=torch.int32), 0.2
+    return q, k, v, tables, bounds(*news), torch.tensor(lens, dtype=torch.int32, device=DEVICE), 0.2
 
 
 PAGED = {
@@ -204,3 +204,67 @@ def test_mlp_equals_its_definition(bits, dtype, unrounded):
         reference.mlp(x, up_r, down_r, norm=norm, residual_TD=x),
         dtype,
     )
+
+
+MIXTURES = {  # tokens, experts, choices, hidden size, expert size, shared size
+    "one token": (1, 8, 3, 64, 32, 64),
+    "a pair each": (4, 8, 2, 48, 20, 0),
+    "sorted": (21, 6, 3, 64, 32, 32),
+    "one expert": (9, 1, 1, 32, 16, 0),
+}
+
+
+@pytest.mark.parametrize("bits, dtype", [(0, F32), (0, BF16), (8, F32), (8, BF16), (4, F32)])
+@pytest.mark.parametrize("case", MIXTURES)
+def test_mixture_of_experts_equals_its_definition(case, bits, dtype, unrounded):
+    tokens, experts, top_k, hidden, size, shared_size = MIXTURES[case]
+    x, norm = rand(tokens, hidden, dtype=dtype), (rand(hidden, dtype=dtype), 1e-5)
+    router, bias = rand(experts, hidden) / hidden**0.5, rand(experts) * 0.02
+    shapes = [(experts, 2 * size, hidden), (experts, hidden, size)]
+    shared = [(2 * shared_size, hidden), (hidden, shared_size)] if shared_size else []
+    ours, theirs = zip(*(packed(shape, bits, dtype) for shape in shapes + shared))
+    own, other = (
+        m.moe(
+            x, router, bias, w[0], w[1], tuple(w[2:]) or None,
+            top_k=top_k, norm_min=1e-12, norm=norm, residual_TD=x,
+        )
+        for m, w in ((ops, ours), (reference, theirs))
+    )  # fmt: skip
+    close(own, other, dtype)
+
+
+def test_equal_scores_choose_the_smaller_index():
+    from ernie.kernels.gpu.experts import _choose
+
+    probs = torch.tensor([[0.2, 0.3, 0.3, 0.2], [0.25] * 4], device=DEVICE)
+    chosen, weights = _choose(probs.log(), rand(4).zero_(), 3, 1e-12)
+    assert chosen.tolist() == [[1, 2, 0], [0, 1, 2]]
+    close(
+        weights, probs.gather(1, chosen.long()) / probs.gather(1, chosen.long()).sum(1, True), F32
+    )
+
+
+def test_pairs_are_sorted_stably():
+    from ernie.kernels.gpu.experts import sorted_by_expert
+
+    experts = torch.randint(0, 5, (300,), dtype=torch.int32, device=DEVICE)
+    order, ends = sorted_by_expert(experts, 7)
+    assert torch.equal(order.long(), experts.argsort(stable=True))
+    assert torch.equal(ends.long(), experts.bincount(minlength=7).cumsum(0))
+
+
+@pytest.mark.parametrize("dtype, weight", [(F32, F32), (BF16, BF16), (F32, BF16)])
+@pytest.mark.parametrize("rows", [(1, 0, 7, 4, 0), (40, 29, 1, 0, 20), (0, 0, 0, 0, 0)])
+def test_grouped_product_equals_its_definition(rows, dtype, weight):
+    x = rand(sum(rows), 40, dtype=dtype, grad=True)
+    args = (
+        x,
+        rand(5, 70, 40, dtype=weight, grad=weight == dtype),
+        torch.tensor(rows, device=DEVICE),
+    )
+    ours, theirs = ops.grouped_linear(*args), reference.grouped_linear(*args)
+    close(ours, theirs, dtype)
+    if not len(x):
+        return
+    for own, other in zip(gradients(ours, args), gradients(theirs, args), strict=True):
+        close(own, other, dtype)

@@ -24,6 +24,8 @@ MODULE_BY_OPERATION = {
     "pack": "products",
     "project": "products",
     "mlp": "products",
+    "moe": "experts",
+    "grouped_linear": "experts",
     "attend_packed": "attention",
     "attend_paged": "attention",
 }

@@ -185,7 +185,7 @@ def _launch(
         len(x) * copies, num_outputs, width, x.stride(0), data.stride(0) if num_experts > 1 else 0,
         per_output, per_column, 0 if residual is None else residual.stride(0), per_split,
         num_experts, EXPERTS=triton.next_power_of_2(num_experts), COPIES=copies, BITS=bits,
-        GATED=gated, SPLIT=num_splits > 1, WHOLE=width % block_k == 0,
+        GATED=gated, SPLIT=num_splits > 1, WHOLE=width % block_k == 0, FULL=num_outputs % 256 == 0,
         BLOCK_T=block_t, BLOCK_K=block_k,
     )  # fmt: skip
 
@@ -249,7 +249,7 @@ def _product(
     num_rows, num_outputs, width, x_stride, expert_stride, per_output, per_column,
     residual_stride, per_split, num_experts,
     EXPERTS: tl.constexpr, COPIES: tl.constexpr, BITS: tl.constexpr, GATED: tl.constexpr,
-    SPLIT: tl.constexpr, WHOLE: tl.constexpr,
+    SPLIT: tl.constexpr, WHOLE: tl.constexpr, FULL: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of outputs and rows; with SPLIT, the share of one part of the columns, unfinished.
@@ -271,9 +271,12 @@ def _product(
         row = tl.load(order + row)
     lane = tl.arange(0, BLOCK_O)
     OUTPUTS: tl.constexpr = BLOCK_O // 2 if GATED else BLOCK_O
-    column = tl.program_id(0) * OUTPUTS + lane % OUTPUTS
     total_outputs = num_outputs * 2 if GATED else num_outputs
-    source = tl.minimum(column, num_outputs - 1) + lane // OUTPUTS * num_outputs
+    column = tl.program_id(0) * OUTPUTS + (lane % OUTPUTS if GATED else lane)
+    # Lanes past the last output repeat it. Without any, the compiler sees one run of memory.
+    source = column if FULL else tl.minimum(column, num_outputs - 1)
+    if GATED:
+        source += lane // OUTPUTS * num_outputs
     acc = _sum(
         x + (row // COPIES).to(tl.int64) * x_stride, weight, group_scale,
         tl.cast(expert, tl.int64), source, total_outputs, width, expert_stride, per_output,
