@@ -12,7 +12,7 @@ checkpoints, with the experts of a layer stacked into two tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -102,6 +102,7 @@ class ErnieModel(nn.Module):
         self.tokenizer: Tokenizer | None = None
         self.layout = "pt"  # of the files it was read from
         self.generation_config: dict[str, Any] | None = None  # as in the folder it was loaded from
+        self.fused_head: Callable[[Tensor], Tensor] | None = None  # set by `ernie.fused`
         with torch.device(device):
             self.model = Trunk(config)
             tied = config.tie_word_embeddings
@@ -156,6 +157,8 @@ class ErnieModel(nn.Module):
 
     def head(self, hidden_TD: Tensor) -> Tensor:
         """Final norm and projection of hidden states to the vocabulary; `(T, V)`, float32."""
+        if self.fused_head is not None:
+            return self.fused_head(hidden_TD)
         return kernels.linear(self.model.norm(hidden_TD), self.head_weight).float()
 
     @property

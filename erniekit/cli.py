@@ -64,6 +64,12 @@ VERBS = {
         "Turn a GGUF file of a Llama-shaped network into a model folder.",
         "model.gguf FOLDER [layout=pt] [dtype=bfloat16]",
     ),
+    "quantize": Verb(
+        "erniekit.convert:run_quantize",
+        (),
+        "Write a model with weights of 8 or 4 bits, ready to serve.",
+        "FOLDER QUANTISED_FOLDER [quantization=wint8|wint4|wint4_all]",
+    ),
     "upcycle": Verb(
         "erniekit.convert:run_upcycle",
         (),

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ernie.settings import ConfigError, fill, option, read_overrides
 
@@ -51,7 +52,23 @@ def run_upcycle(words: Sequence[str]) -> int:
     return 0
 
 
-def _read(words: Sequence[str], kind: type) -> tuple[Path, Path, ImportGguf | Upcycle]:
+@dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """The form of the weights that are written."""
+
+    quantization: str = option("wint8", "Scheme: wint8, wint4, wint4_all, or a JSON object.")
+
+
+def run_quantize(words: Sequence[str]) -> int:
+    from ernie.checkpoint.quantized import write_quantized
+
+    source, target, options = _read(words, Quantize)
+    write_quantized(source, target, **dataclasses.asdict(options))
+    log.info("quantised %s into %s", source, target)
+    return 0
+
+
+def _read(words: Sequence[str], kind: type) -> tuple[Path, Path, Any]:
     """Two paths and `key=value` words."""
     paths = [word for word in words if "=" not in word]
     if len(paths) != 2:

@@ -25,6 +25,11 @@ class EngineConfig:
     dtype: str = option(
         "bfloat16", "Type of the weights in memory.", choices=("bfloat16", "float32")
     )
+    quantization: str | None = option(
+        None,
+        "Form of weights: wint8, wint4 (experts 4 bits, the rest 8; dense models 4), wint4_all, "
+        "or the published JSON object.",
+    )
     device: str = option("auto", "cpu, cuda, or auto: a GPU if there is one.")
     seed: int = option(0, "Origin of the seeds of requests that give none.")
     max_model_len: int = option(2048, "Tokens of a text at most, prompt and answer together.")
@@ -159,7 +164,6 @@ LATER: dict[str, tuple[Any, ...]] = {
     "logits_processors": (None,),
     "enable_early_stop": (False,),
     "early_stop_config": (None,),
-    "quantization": (None,),
     "load_choices": ("default_v1", "default"),
     "dynamic_load_weight": (False,),
     "load_strategy": ("normal",),

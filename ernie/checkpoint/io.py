@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ernie.checkpoint import convert
 from ernie.checkpoint.folder import CheckpointError, Stored, read_folder
 from ernie.checkpoint.hub import resolve
-from ernie.checkpoint.layouts import LAYOUTS, MTP_MARK
+from ernie.checkpoint.layouts import LAYOUTS, MTP_MARK, Layout
 from ernie.checkpoint.writer import write_folder
 from ernie.config import ErnieConfig
 from ernie.model import ErnieModel
@@ -36,27 +36,52 @@ def load(
     path_or_name: str | Path,
     dtype: torch.dtype | None = torch.bfloat16,
     device: torch.device | str = "cpu",
+    *,
+    keep_integers: bool = False,
 ) -> ErnieModel:
     """A model with its weights, from a folder in any known layout or from a name on the hub.
 
     Weights are converted to `dtype` (None: as the embedding is stored); routers stay float32.
+    Those of a quantised folder become what their integers stand for, or, with `keep_integers`,
+    QuantTensors, which `ernie.fused.fuse` understands and a plain forward pass does not.
     `tokenizer` and `generation_config` are set where the folder has them. Raises CheckpointError
     or ConfigError, before anything large is read unless a value itself is bad.
     """
     folder = resolve(path_or_name)
     config = _readable_config(folder)
-    tensors = read_folder(folder)
-    config, tensors = _agree_on_mtp(config, tensors)
     tokenizer = _tokenizer(folder, config)
-    model = ErnieModel(config, dtype=dtype or _stored_dtype(tensors), device="meta")
-    template = dict(model.named_parameters())
-    layout, units = convert.detect(tensors, template)
-    log.info("%s: %d tensors in layout %r", folder, len(tensors), layout.name)
-    for name, tensor in convert.native_tensors(units, tensors, template, device):
-        _place(model, name, tensor)
-    model.tokenizer, model.layout = tokenizer, layout.name
+    if "quantization_config" in config.extra:
+        from ernie.checkpoint.quantized import dequantize, read_quantized
+
+        model = read_quantized(folder, config, device)
+        if not keep_integers:
+            dequantize(model, dtype or model.model.embed_tokens.weight.dtype)
+    else:
+        config, tensors = _agree_on_mtp(config, read_folder(folder))
+        model = ErnieModel(config, dtype=dtype or stored_dtype(tensors), device="meta")
+        template = dict(model.named_parameters())
+        model.layout, weights = stored_weights(folder, tensors, template, device)
+        for name, tensor in weights:
+            place(model, name, tensor)
+    model.tokenizer = tokenizer
     model.generation_config = _generation_config(folder)
     return model
+
+
+def stored_weights(
+    folder: Path,
+    tensors: Mapping[str, Stored],
+    template: Mapping[str, Tensor],
+    device: torch.device | str,
+    layouts: Iterable[Layout] = tuple(LAYOUTS.values()),
+) -> tuple[str, Iterator[tuple[str, Tensor]]]:
+    """The layout of a folder, and its tensors by their native names, as `template` wants them.
+
+    Raises CheckpointError where names, shapes or kinds do not fit.
+    """
+    layout, units = convert.detect(tensors, template, layouts)
+    log.info("%s: %d tensors in layout %r", folder, len(tensors), layout.name)
+    return layout.name, convert.native_tensors(units, tensors, template, device)
 
 
 def save(
@@ -91,7 +116,7 @@ def write(
     template: Mapping[str, Tensor],
     native: Callable[[str], Tensor],
     *,
-    layout: str,
+    layout: str | Layout,
     tokenizer: Tokenizer | None = None,
     generation_config: Mapping[str, Any] | None = None,
     texts: Mapping[str, str] | None = None,
@@ -102,9 +127,9 @@ def write(
     `template` gives names, shapes and dtypes of the parameters; `native` makes each tensor when its
     turn comes. `texts` are further files, content by name.
     """
-    if layout not in LAYOUTS:
+    if isinstance(layout, str) and layout not in LAYOUTS:
         raise CheckpointError(f"layout {layout!r} is not known; use one of {', '.join(LAYOUTS)}")
-    table = LAYOUTS[layout]
+    table = LAYOUTS[layout] if isinstance(layout, str) else layout
     units = convert.plan(template, table, table.roots[0])
     dtype = str(template["model.embed_tokens.weight"].dtype).removeprefix("torch.")
     files = {**(texts or {}), "config.json": as_json(_config_dict(config, table.dtype_key, dtype))}
@@ -135,10 +160,6 @@ def _readable_config(folder: Path) -> ErnieConfig:
     config = ErnieConfig.from_folder(folder)
     if "auto_map" in config.extra:
         log.info("%s: auto_map names code of the folder, which is never run", folder)
-    if "quantization_config" in config.extra:
-        raise CheckpointError(
-            f"{folder / 'config.json'} has a quantization_config; load the unquantised model"
-        )
     return config
 
 
@@ -166,7 +187,7 @@ def _agree_on_mtp(
     return config, tensors
 
 
-def _stored_dtype(tensors: Mapping[str, Stored]) -> torch.dtype:
+def stored_dtype(tensors: Mapping[str, Stored]) -> torch.dtype:
     found = (s.dtype for name, s in tensors.items() if name.endswith(".embed_tokens.weight"))
     return next(found, torch.bfloat16)
 
@@ -198,7 +219,7 @@ def _generation_config(folder: Path) -> dict[str, Any] | None:
     return value
 
 
-def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
+def place(model: nn.Module, name: str, tensor: Tensor) -> None:
     home, _, leaf = name.rpartition(".")
     module = model.get_submodule(home)
     trained = getattr(module, leaf).requires_grad

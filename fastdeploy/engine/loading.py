@@ -9,7 +9,9 @@ import torch
 
 import ernie
 from ernie.chat import ChatTemplate, NoTemplate, stop_ids
+from ernie.fused import fuse, shallow_copy
 from ernie.model import ErnieModel
+from ernie.quant.scheme import read_scheme
 from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer
 from fastdeploy.config import EngineConfig
@@ -35,13 +37,22 @@ def load(config: EngineConfig, model: ErnieModel | None = None) -> Loaded:
     """
     device = pick_device(config.device)
     if model is None:
-        model = ernie.load(config.model, dtype=getattr(torch, config.dtype), device=device)
+        dtype = getattr(torch, config.dtype)
+        model = ernie.load(config.model, dtype=dtype, device=device, keep_integers=True)
+    else:
+        model = shallow_copy(model)  # the caller keeps the plain one
     tokenizer = Tokenizer.from_folder(config.tokenizer) if config.tokenizer else model.tokenizer
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} entries and the model's vocabulary "
             f"{model.config.vocab_size}; they do not belong together"
         )
+    if config.quantization and "quantization_config" in model.config.extra:
+        raise ConfigError(
+            f"quantization={config.quantization} is asked for, but the folder's weights are "
+            "quantised already; leave it out"
+        )
+    model = fuse(model, read_scheme(config.quantization, has_experts=model.config.is_moe))
     config = config.resolved(
         max_positions=model.config.max_position_embeddings, device_type=model.device.type
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from ernie.kernels.cpu.attention import attend_packed, attend_paged
 from ernie.kernels.cpu.build import BuildError, isa, library
+from ernie.kernels.cpu.fused import mlp, moe, pack, project, quantize
 from ernie.kernels.cpu.pointwise import adamw_step, rms_norm, rotate, swiglu, write_cache
 from ernie.kernels.cpu.products import grouped_linear, linear
 
@@ -21,6 +22,11 @@ __all__ = [
     "detail",
     "grouped_linear",
     "linear",
+    "mlp",
+    "moe",
+    "pack",
+    "project",
+    "quantize",
     "rms_norm",
     "rotate",
     "swiglu",

@@ -1,0 +1,249 @@
+"""The inference form of a model: the same network in four or five calls a layer.
+
+    qkv = project(norm(x))      one product for queries, keys and values
+    x   = x + project(attend)   the residual is added by the product that ends a sublayer
+    x   = x + mlp(norm(x))      a dense feed-forward block is one call, a mixture of experts too
+
+`fuse` swaps the blocks of a model that was loaded or trained, quantising weights on the way if a
+scheme says so. Values are those of the plain blocks up to rounding, `attend` is the same seam, and
+`ErnieModel.hidden` does not notice. The result cannot be trained, saved or sharded further.
+
+With several ranks each one holds a slice: query heads with their key/value heads, columns of every
+feed-forward block, rows of the head. Two sums a layer join them (Source: Megatron-LM,
+arXiv:1909.08053).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ernie import kernels
+from ernie.attention import Attend
+from ernie.config import ErnieConfig
+from ernie.kernels import Norm, PackedWeight, QuantTensor
+from ernie.layers import MLP, Linear, RMSNorm
+from ernie.model import Block, ErnieModel
+from ernie.moe.layer import MoE
+from ernie.quant.scheme import Scheme
+from ernie.rope import Rotary
+from ernie.settings import ConfigError
+
+Weight = Tensor | QuantTensor
+PLAIN = Scheme("none", dense=None, experts=None, head=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Which slice of every weight this process holds, and how the slices' results are joined."""
+
+    rank: int = 0
+    size: int = 1
+    sum_ranks: Callable[[Tensor], Tensor] = lambda x: x
+    join_columns: Callable[[Tensor], Tensor] = lambda x: x  # (R, V / size) of each rank -> (R, V)
+
+    def rows(self, weight: Weight, parts: int = 1) -> Weight:
+        """This rank's share of the outputs of `parts` stacked weights `(..., O, I)`."""
+        if self.size == 1:
+            return weight
+        return stacked([w.chunk(self.size, -2)[self.rank] for w in weight.chunk(parts, -2)])
+
+    def columns(self, weight: Weight) -> Weight:
+        """This rank's share of the inputs of a weight `(..., O, I)`."""
+        return weight if self.size == 1 else weight.chunk(self.size, -1)[self.rank]
+
+    def elements(self, bias_O: Tensor) -> Tensor:
+        return bias_O.chunk(self.size)[self.rank]
+
+    def own(self, x: Tensor) -> Tensor | None:
+        """The residual, for the one rank that adds it to the sum."""
+        return x if self.rank == 0 else None
+
+
+WHOLE = Shard()
+
+
+def fuse(model: ErnieModel, scheme: Scheme | None = None, shard: Shard = WHOLE) -> ErnieModel:
+    """Swap the blocks and the head of `model` for their inference form, in place; returns it.
+
+    One block at a time, so that both forms of the whole model never exist together. Raises
+    ConfigError where a size cannot be shared out among the ranks.
+    """
+    scheme = scheme or PLAIN
+    check_shard(model.config, shard.size)
+    trunk = model.model
+    for i, block in enumerate(trunk.layers):
+        trunk.layers[i] = _fused(block, scheme, shard)
+    for predictor in trunk.mtp:
+        predictor.block = _fused(predictor.block, scheme, shard)
+    weight = shard.rows(model.head_weight)
+    model.fused_head = FusedHead(trunk.norm, pack(weight, scheme.head), shard)
+    model.lm_head = None
+    return model
+
+
+def shallow_copy(model: ErnieModel) -> ErnieModel:
+    """A model of its own with the blocks of `model`: fusing it leaves `model` as it is."""
+    copied, trunk = copy.copy(model), copy.copy(model.model)
+    copied._modules, trunk._modules = dict(model._modules), dict(model.model._modules)
+    trunk.layers = nn.ModuleList(model.model.layers)
+    trunk.mtp = nn.ModuleList(copy.copy(predictor) for predictor in model.model.mtp)
+    for predictor in trunk.mtp:
+        predictor._modules = dict(predictor._modules)
+    copied.model = trunk
+    return copied
+
+
+def check_shard(config: ErnieConfig, size: int) -> None:
+    """Raise ConfigError unless every sliced size is a multiple of `size`."""
+    sizes = {
+        "num_key_value_heads": config.num_key_value_heads,
+        "intermediate_size": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+    }
+    if config.moe_k is not None:
+        sizes |= {"moe_intermediate_size": config.expert_sizes[0]}
+    for name, value in sizes.items():
+        if value % size:
+            raise ConfigError(
+                f"tensor_parallel_size={size} does not divide {name}={value}; use one that does"
+            )
+
+
+def pack(weight: Weight, bits: int | None, *, parts: int = 1) -> PackedWeight:
+    """A weight as this device's fused operations read it, quantised to `bits` if it is not yet."""
+    if isinstance(weight, Tensor):
+        weight = weight.detach()
+        weight = kernels.quantize(weight, bits) if bits else weight
+    return kernels.pack(weight, parts=parts)
+
+
+def stacked(weights: Sequence[Weight]) -> Weight:
+    """Weights `(..., O, I)`, one under another."""
+    if isinstance(weights[0], Tensor):
+        return torch.cat([w.detach() for w in weights if isinstance(w, Tensor)], -2)
+    return QuantTensor.cat([w for w in weights if isinstance(w, QuantTensor)])
+
+
+def _fused(block: nn.Module | Tensor, scheme: Scheme, shard: Shard) -> FusedBlock:
+    assert isinstance(block, Block), f"{type(block).__name__} is not the plain form of a block"
+    return FusedBlock(block, scheme, shard)
+
+
+class FusedBlock(nn.Module):
+    """A `Block` whose products are packed; call it like one."""
+
+    def __init__(self, block: Block, scheme: Scheme, shard: Shard) -> None:
+        super().__init__()
+        attention = block.self_attn
+        self.layer, self.head_dim, self.shard = attention.layer, attention.head_dim, shard
+        self.input_norm = _norm(block.input_layernorm)
+        self.post_norm = _norm(block.post_attention_layernorm)
+        heads = (attention.q_proj, attention.k_proj, attention.v_proj)
+        self.qkv = pack(stacked([shard.rows(p.weight) for p in heads]), scheme.dense)
+        self.qkv_bias = _stacked_bias(heads, shard)
+        self.out = pack(shard.columns(attention.o_proj.weight), scheme.dense)
+        self.out_bias = attention.o_proj.bias if shard.rank == 0 else None
+        self.num_kv_heads = attention.k_proj.weight.shape[0] // shard.size // self.head_dim
+        mlp = block.mlp
+        self.mlp = (
+            FusedMoE(mlp, scheme, shard) if isinstance(mlp, MoE) else FusedMLP(mlp, scheme, shard)
+        )
+
+    def forward(self, x_TD: Tensor, rotary: Rotary, attend: Attend) -> tuple[Tensor, None]:
+        return self.mlp(self.self_attention(x_TD, rotary, attend), self.post_norm), None
+
+    def self_attention(self, x_TD: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+        """The stream after the attention half."""
+        qkv_TC = kernels.project(x_TD, self.qkv, self.qkv_bias, norm=self.input_norm)
+        heads_TCd = qkv_TC.unflatten(-1, (-1, self.head_dim))
+        num_turned = heads_TCd.shape[1] - self.num_kv_heads  # queries and keys, not values
+        turned_TCd = kernels.rotate(heads_TCd[:, :num_turned], *rotary)
+        q_THd, k_TGd = turned_TCd.split((num_turned - self.num_kv_heads, self.num_kv_heads), 1)
+        seen_THd = attend(q_THd, k_TGd, heads_TCd[:, num_turned:], layer=self.layer)
+        own_TD = self.shard.own(x_TD)
+        out_TD = kernels.project(seen_THd.flatten(-2), self.out, self.out_bias, residual_TO=own_TD)
+        return self.shard.sum_ranks(out_TD)
+
+
+class FusedMLP(nn.Module):
+    """A dense feed-forward block with its norm and its residual."""
+
+    def __init__(self, mlp: MLP, scheme: Scheme, shard: Shard) -> None:
+        super().__init__()
+        self.shard = shard
+        self.gate_up, self.down = _pack_mlp(mlp, scheme.dense, shard)
+        self.gate_up_bias = _stacked_bias((mlp.gate_proj, mlp.up_proj), shard)
+        self.down_bias = mlp.down_proj.bias if shard.rank == 0 else None
+
+    def forward(self, x_TD: Tensor, norm: Norm) -> Tensor:
+        own_TD = self.shard.own(x_TD)
+        if self.gate_up_bias is None:
+            out_TD = kernels.mlp(x_TD, self.gate_up, self.down, norm=norm, residual_TD=own_TD)
+        else:  # no released model has biases: two calls are enough for them
+            both_TM = kernels.project(x_TD, self.gate_up, self.gate_up_bias, norm=norm)
+            hidden_TM = kernels.swiglu(*both_TM.chunk(2, dim=-1))
+            out_TD = kernels.project(hidden_TM, self.down, self.down_bias, residual_TO=own_TD)
+        return self.shard.sum_ranks(out_TD)
+
+
+class FusedMoE(nn.Module):
+    """A mixture-of-experts block with its norm and its residual."""
+
+    def __init__(self, moe: MoE, scheme: Scheme, shard: Shard) -> None:
+        super().__init__()
+        self.shard = shard
+        self.router = moe.gate.weight.detach().float()
+        self.bias = moe.moe_statics.e_score_correction_bias.detach()[0]
+        self.top_k, self.norm_min = moe.gate.top_k, moe.gate.norm_min
+        experts, bits = moe.experts, scheme.experts
+        self.gate_up = pack(shard.rows(experts.gate_up_proj, parts=2), bits, parts=2)
+        self.down = pack(shard.columns(experts.down_proj), bits)
+        shared = moe.shared_experts
+        if shared is not None and shared.gate_proj.bias is not None:
+            raise ConfigError("shared experts with biases have no inference form; use_bias=false")
+        self.shared = None if shared is None else _pack_mlp(shared, scheme.dense, shard)
+
+    def forward(self, x_TD: Tensor, norm: Norm) -> Tensor:
+        out_TD = kernels.moe(
+            x_TD,
+            self.router,
+            self.bias,
+            self.gate_up,
+            self.down,
+            self.shared,
+            top_k=self.top_k,
+            norm_min=self.norm_min,
+            norm=norm,
+            residual_TD=self.shard.own(x_TD),
+        )
+        return self.shard.sum_ranks(out_TD)
+
+
+class FusedHead:
+    """Final norm and projection to the vocabulary, float32 `(R, V)`."""
+
+    def __init__(self, norm: RMSNorm, weight: PackedWeight, shard: Shard) -> None:
+        self.norm, self.weight, self.shard = _norm(norm), weight, shard
+
+    def __call__(self, hidden_RD: Tensor) -> Tensor:
+        logits_RV = kernels.project(hidden_RD, self.weight, norm=self.norm).float()
+        return self.shard.join_columns(logits_RV)
+
+
+def _norm(norm: RMSNorm) -> Norm:
+    return norm.weight.detach(), norm.eps
+
+
+def _stacked_bias(layers: tuple[Linear, ...], shard: Shard) -> Tensor | None:
+    biases = [shard.elements(layer.bias.detach()) for layer in layers if layer.bias is not None]
+    return torch.cat(biases) if biases else None
+
+
+def _pack_mlp(mlp: MLP, bits: int | None, shard: Shard) -> tuple[PackedWeight, PackedWeight]:
+    gate_up = stacked([shard.rows(p.weight) for p in (mlp.gate_proj, mlp.up_proj)])
+    return pack(gate_up, bits, parts=2), pack(shard.columns(mlp.down_proj.weight), bits)
