@@ -19,7 +19,7 @@ if not ON_GPU:
 from ernie.kernels import reference  # noqa: E402
 from ernie.kernels.gpu import ops  # noqa: E402
 
-BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+BF16, F16, F32, I8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
 
 DEVICE = "cuda" if ON_GPU else "cpu"  # tensors are made where the kernels run
 
@@ -99,23 +99,38 @@ def test_pointwise_kernel_equals_its_definition(case, dtype):
         close(own, other, dtype)
 
 
-@pytest.mark.parametrize("cache", [F32, BF16, F16])
+@pytest.mark.parametrize("cache", [F32, BF16, F16, I8])
 @pytest.mark.parametrize("dtype", [F32, BF16])
 def test_cache_write_equals_its_definition(cache, dtype):
     wide = rand(6, 3 * 2 * 20, dtype=dtype)
     k, v = (wide[:, at : at + 40].unflatten(1, (2, 20)) for at in (0, 40))
-    slots = torch.tensor([7, -1, 0, 19, -1, 3], device=DEVICE)
-    ours, theirs = ([rand(4, 5, 2, 20, dtype=cache).zero_() for _ in range(2)] for _ in range(2))
+    k[4] = 0
+    slots = torch.tensor([7, -1, 0, 19, 2, 3], device=DEVICE)
+    row = reference.cache_width(20, cache)
+    ours, theirs = ([rand(4, 5, 2, row).zero_().to(cache) for _ in range(2)] for _ in range(2))
     ops.write_cache(k, v, *ours, slots)
     reference.write_cache(k, v, *theirs, slots)
     for own, other in zip(ours, theirs):
+        own, other = (reference._cached_values(c.flatten(0, 1)) for c in (own, other))
         torch.testing.assert_close(own, other, rtol=8e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_rotation_in_place_equals_its_definition(dtype):
+    wide = rand(5, 6, 16, dtype=dtype)
+    own, other = wide.clone()[:, :4], wide.clone()[:, :4]
+    ops.rotate_(own, *(tables := angles(5, 16)))
+    reference.rotate_(other, *tables)
+    close(own, other, dtype)
 
 
 def paged(dtype, cache, heads, groups, width, positions, lens, news):
     """Arguments of attend_paged with blocks in any order and nonsense past the last ones."""
     q = rand(sum(news), heads, width, dtype=dtype)
-    k, v = (rand(90, positions, groups, width, dtype=cache) for _ in range(2))
+    k, v = (
+        reference._cached_rows(rand(90 * positions, groups, width), cache).unflatten(0, (90, -1))
+        for _ in range(2)
+    )
     most = -(-max(lens) // positions) + 1
     tables = torch.randint(0, 90, (len(lens), most), dtype=torch.int32, device=DEVICE)
     for s, length in enumerate(lens):
@@ -134,11 +149,20 @@ PAGED = {
 }
 
 
-@pytest.mark.parametrize("dtype, cache", [(F32, F32), (BF16, BF16), (F32, F16), (BF16, F16)])
+@pytest.mark.parametrize("dtype, cache", [(F32, F32), (BF16, BF16), (F32, I8), (BF16, F16)])
 @pytest.mark.parametrize("case", PAGED)
 def test_paged_attention_equals_its_definition(case, dtype, cache):
     args = paged(dtype, cache, *PAGED[case])
     close(ops.attend_paged(*args), reference.attend_paged(*args), dtype)
+
+
+def test_paged_attention_stores_new_rows_first():
+    q, k, v, *rest = paged(F32, F32, 4, 2, 16, 4, [9, 4], [3, 1])
+    slots = torch.stack([rest[0][0, j // 4].long() * 4 + j % 4 for j in (6, 7, 8)])
+    slots = torch.cat([slots, rest[0][1, 0].long()[None] * 4 + 3])
+    new = (rand(4, 2, 16), rand(4, 2, 16), slots)
+    theirs = reference.attend_paged(q, k.clone(), v.clone(), *rest, new)
+    close(ops.attend_paged(q, k, v, *rest, new), theirs, F32)
 
 
 def test_decoded_token_does_not_depend_on_its_neighbours():

@@ -39,19 +39,20 @@ ISA_FLAGS = {
 ISA_BY_CAPABILITY = {"AVX2": "avx2", "AVX512": "avx512"}
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # enum Dtype of vec.h
+CACHE_DTYPES = {**DTYPES, torch.int8: 3}
 
 # Arguments of each function of the C interface: p pointer, l long, i int, f float.
 SIGNATURES = {
     "linear": "plpipppllll" + "i",
     "rms_norm": "plpifppll" + "i",
     "rms_norm_backward": "pplpipppll" + "li",
-    "rotate": "plppfplll" + "i",
+    "rotate": "plppfpllll" + "i",
     "swiglu": "plplpll" + "i",
     "swiglu_backward": "pplplppll" + "i",
-    "write_cache": "plplppipll",
+    "write_cache": "p",
     "attend_packed": "plplplpllllfpp" + "i",
     "attend_packed_backward": "plplplppppllllflpppp" + "i",
-    "attend_paged": "plppiplpplllllfp" + "i",
+    "attend_paged": "p",
     "adamw": "ppippilp" + "i",
     "packed_bytes": "p",
     "quantize": "pillippp" + "i",

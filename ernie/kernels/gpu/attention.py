@@ -9,7 +9,7 @@ stand in one tile, so a key is read once for all of them. How a sequence is cut 
 on its own length alone, so a decoded token's bits do not depend on its neighbours.
 
 Legend: T tokens, H query heads, G key/value heads, d head width, S sequences, M blocks of the
-longest table, B blocks of the cache, P positions of a block, C pieces of a sequence.
+longest table, B blocks of the cache, P positions of a block, r elements of a cached row.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ernie.kernels.gpu.language import dot, rows_of
+from ernie.kernels.gpu.language import converted, dot, rows_of
+from ernie.kernels.gpu.pointwise import scales_of, write_cache
 
 FEW_ROWS = 16  # of a tile (tokens x heads of a group) in which new tokens count as few
 MANY_ROWS = 128  # of a tile of a sequence with many
@@ -36,21 +37,24 @@ KEYS = tl.constexpr(64)  # keys of one step
 
 def attend_paged(
     q_THd: Tensor,
-    k_cache_BPGd: Tensor,
-    v_cache_BPGd: Tensor,
+    k_cache_BPGr: Tensor,
+    v_cache_BPGr: Tensor,
     tables_SM: Tensor,
     cu_seqlens_S1: Tensor,
     lens_S: Tensor,
     scale: float,
+    new: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    assert k_cache_BPGd.is_contiguous() and v_cache_BPGd.is_contiguous()
+    if new is not None:
+        write_cache(new[0], new[1], k_cache_BPGr, v_cache_BPGr, new[2])
+    caches = (k_cache_BPGr, v_cache_BPGr, scales_of(k_cache_BPGr), scales_of(v_cache_BPGr))
     q, num_sequences = rows_of(q_THd), len(lens_S)
     out = q.new_empty(q.shape)
     if not len(q):
         return out
-    group = q.shape[1] // k_cache_BPGd.shape[2]
+    group = q.shape[1] // k_cache_BPGr.shape[2]
     few_tokens = max(1, FEW_ROWS // group)
-    args = (q, k_cache_BPGd, v_cache_BPGd, tables_SM.contiguous(), cu_seqlens_S1, lens_S, scale)
+    args = (q, caches, tables_SM.contiguous(), cu_seqlens_S1, lens_S, scale)
     if len(q) <= few_tokens * num_sequences:
         _attend_few(*args, out, None)
     else:
@@ -111,11 +115,11 @@ def _attend_segments(
 
 
 def _attend_few(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, cu_seqlens: Tensor, lens: Tensor,
+    q: Tensor, caches: tuple, tables: Tensor, cu_seqlens: Tensor, lens: Tensor,
     scale: float, out: Tensor, most_tokens: int | None,
 ) -> None:  # fmt: skip
     num_tokens, num_heads, width = q.shape
-    positions, num_groups = k_cache.shape[1:3]
+    positions, num_groups = caches[0].shape[1:3]
     group, longest = num_heads // num_groups, tables.shape[1] * positions
     num_pieces = min(MAX_PIECES.value, max(1, triton.cdiv(longest, MIN_PIECE.value)))
     # Partial results stand in the order of tokens, or, where most tokens are not ours, by sequence.
@@ -125,7 +129,7 @@ def _attend_few(
     tops = q.new_empty(*partial, dtype=torch.float32)
     weights = torch.empty_like(tops)
     _pieces[(len(lens), num_groups, num_pieces)](
-        q, k_cache, v_cache, tables, cu_seqlens, lens, sums, tops, weights,
+        q, *caches, tables, cu_seqlens, lens, sums, tops, weights,
         scale, q.stride(0), tables.shape[1], positions, num_heads, num_groups, width,
         MOST_TOKENS=most_tokens, GROUP=group, ROWS=max(FEW_ROWS, _power_of_2(group)),
         WIDTH=max(16, _power_of_2(width)), num_warps=4, num_stages=3,
@@ -138,17 +142,17 @@ def _attend_few(
 
 
 def _attend_many(
-    q: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, cu_seqlens: Tensor, lens: Tensor,
+    q: Tensor, caches: tuple, tables: Tensor, cu_seqlens: Tensor, lens: Tensor,
     scale: float, out: Tensor, least_tokens: int,
 ) -> None:  # fmt: skip
     num_tokens, num_heads, width = q.shape
-    positions, num_groups = k_cache.shape[1:3]
+    positions, num_groups = caches[0].shape[1:3]
     group, num_sequences = num_heads // num_groups, len(lens)
     rows = max(MANY_ROWS, _power_of_2(group))
     # Each sequence begins a tile of its own: no more tiles than this, and the rest stop at once.
     most_tiles = num_tokens // (rows // group) + num_sequences
     _tiles[(most_tiles, num_groups)](
-        q, k_cache, v_cache, tables, cu_seqlens, lens, out,
+        q, *caches, tables, cu_seqlens, lens, out,
         num_sequences, least_tokens, scale, q.stride(0), tables.shape[1], positions, num_heads,
         num_groups, width,
         GROUP=group, ROWS=rows, WIDTH=max(16, _power_of_2(width)), num_warps=8, num_stages=3,
@@ -166,7 +170,7 @@ def _piece_size(length):
 
 @triton.jit
 def _look(
-    q, limit, first, end, k_cache, v_cache, table, scale, group,
+    q, limit, first, end, k_cache, v_cache, k_scales, v_scales, table, scale, group,
     positions: tl.constexpr, num_groups: tl.constexpr, width: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
@@ -179,17 +183,21 @@ def _look(
     weight = tl.zeros([ROWS], tl.float32)
     total = tl.zeros([ROWS, WIDTH], tl.float32)
     to_base_2 = scale * 1.4426950408889634
+    # A row of an int8 cache ends with its scale; the products are with the integers themselves.
+    size: tl.constexpr = width if k_scales is None else width + 4
     for begin in range(first, end, KEYS):
         key = begin + tl.arange(0, KEYS)
         there = key < end
         block = tl.load(table + key // positions, there, 0).to(tl.int64)
         row = (block * positions + key % positions) * num_groups + group
         k = tl.load(
-            k_cache + row[None, :] * width + at[:, None],
+            k_cache + row[None, :] * size + at[:, None],
             there[None, :] & (at[:, None] < width),
             0.0,
-        ).to(q.dtype)
-        scores = dot(q, k, tl.zeros([ROWS, KEYS], tl.float32)) * to_base_2
+        )
+        scores = dot(q, converted(k, q.dtype), tl.zeros([ROWS, KEYS], tl.float32)) * to_base_2
+        if k_scales is not None:
+            scores *= tl.load(k_scales + (row + 1) * (size // 4) - 1, there, 0.0)[None, :]
         scores = tl.where(key[None, :] < limit[:, None], scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1))
         # A row that has seen no key yet has no largest score; 0 in its place gives weights of 0.
@@ -197,19 +205,21 @@ def _look(
         shrink = tl.exp2(top - base)
         weights = tl.exp2(scores - base[:, None])
         v = tl.load(
-            v_cache + row[:, None] * width + at[None, :],
+            v_cache + row[:, None] * size + at[None, :],
             there[:, None] & (at[None, :] < width),
             0.0,
-        ).to(q.dtype)
-        total = dot(weights.to(q.dtype), v, total * shrink[:, None])
+        )
         weight = weight * shrink + tl.sum(weights, 1)
+        if v_scales is not None:
+            weights *= tl.load(v_scales + (row + 1) * (size // 4) - 1, there, 0.0)[None, :]
+        total = dot(weights.to(q.dtype), converted(v, q.dtype), total * shrink[:, None])
         top = new_top
     return total, top, weight
 
 
 @triton.jit
 def _pieces(
-    q, k_cache, v_cache, tables, cu_seqlens, lens, sums, tops, weights,
+    q, k_cache, v_cache, k_scales, v_scales, tables, cu_seqlens, lens, sums, tops, weights,
     scale, q_stride, table_stride, positions: tl.constexpr, num_heads: tl.constexpr,
     num_groups: tl.constexpr, width: tl.constexpr,
     MOST_TOKENS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -241,8 +251,8 @@ def _pieces(
             q + row[:, None] * q_stride + head[:, None] * width + at[None, :], here, 0.0
         )
         total, top, weight = _look(
-            q_rows, length - num_tokens + own + 1, first, end, k_cache, v_cache, table, scale,
-            group, positions, num_groups, width, ROWS, WIDTH,
+            q_rows, length - num_tokens + own + 1, first, end, k_cache, v_cache,
+            k_scales, v_scales, table, scale, group, positions, num_groups, width, ROWS, WIDTH,
         )  # fmt: skip
         place = ((place_0 + own).to(tl.int64) * num_heads + head) * tl.num_programs(2) + piece
         tl.store(sums + place[:, None] * width + at[None, :], total, here)
@@ -283,7 +293,7 @@ def _combine(
 
 @triton.jit
 def _tiles(
-    q, k_cache, v_cache, tables, cu_seqlens, lens, out,
+    q, k_cache, v_cache, k_scales, v_scales, tables, cu_seqlens, lens, out,
     num_sequences, least_tokens, scale, q_stride, table_stride, positions: tl.constexpr,
     num_heads: tl.constexpr, num_groups: tl.constexpr, width: tl.constexpr,
     GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
@@ -316,7 +326,7 @@ def _tiles(
     before = length - num_tokens
     total, _, weight = _look(
         q_rows, before + own + 1, 0, tl.minimum(before + token + TOKENS, length), k_cache, v_cache,
-        tables + tl.cast(sequence, tl.int64) * table_stride, scale,
+        k_scales, v_scales, tables + tl.cast(sequence, tl.int64) * table_stride, scale,
         group, positions, num_groups, width, ROWS, WIDTH,
     )  # fmt: skip
     mean = total / tl.where(weight == 0.0, 1.0, weight)[:, None]

@@ -19,6 +19,7 @@ from importlib.metadata import version
 MODULE_BY_OPERATION = {
     "rms_norm": "pointwise",
     "rotate": "pointwise",
+    "rotate_": "pointwise",
     "swiglu": "pointwise",
     "write_cache": "pointwise",
     "pack": "products",

@@ -3,7 +3,7 @@
 Rounding follows the reference step by step, so in the forward pass only the order of sums differs.
 
 Legend: T tokens, D hidden size, I width of an MLP, H heads, G key/value heads, d head width,
-p pairs of a head, B blocks of the cache, P positions of a block.
+p pairs of a head, B blocks of the cache, P positions of a block, r elements of a cached row.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from ernie.kernels.gpu.language import rows_of
 
 NORM_PROGRAMS = 264  # two for each multiprocessor of an H100, in the backward pass of the norm
 SWIGLU_BLOCK = 1024
+ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves no bits behind the point
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -29,21 +30,31 @@ def rotate(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor) -> Tensor:
     return _Rotate.apply(x_THd, cos_Tp, sin_Tp)
 
 
+def rotate_(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor) -> None:
+    assert x_THd[:1].is_contiguous(), "the heads of a token must stand side by side"
+    _turn(x_THd, cos_Tp, sin_Tp, x_THd, 1.0)
+
+
 def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
     return _SwiGLU.apply(gate_TI, up_TI)
 
 
 def write_cache(
-    k_TGd: Tensor, v_TGd: Tensor, k_cache_BPGd: Tensor, v_cache_BPGd: Tensor, slots_T: Tensor
+    k_TGd: Tensor, v_TGd: Tensor, k_cache_BPGr: Tensor, v_cache_BPGr: Tensor, slots_T: Tensor
 ) -> None:
-    assert k_cache_BPGd.is_contiguous() and v_cache_BPGd.is_contiguous()
-    k, v = rows_of(k_TGd), rows_of(v_TGd)
-    if num_tokens := len(slots_T):
-        width = k.shape[1] * k.shape[2]
-        _write_cache[(num_tokens,)](
-            k, v, k_cache_BPGd, v_cache_BPGd, slots_T, k.stride(0), v.stride(0),
-            width, BLOCK=triton.next_power_of_2(width),
+    k, v, (num_tokens, num_heads, width) = rows_of(k_TGd), rows_of(v_TGd), k_TGd.shape
+    if num_tokens:
+        _write_cache[(num_tokens, 2)](
+            k, v, k_cache_BPGr, v_cache_BPGr, scales_of(k_cache_BPGr), scales_of(v_cache_BPGr),
+            slots_T, k.stride(0), v.stride(0), num_heads, width, k_cache_BPGr.shape[-1],
+            triton.next_power_of_2(num_heads), triton.next_power_of_2(width),
         )  # fmt: skip
+
+
+def scales_of(cache_BPGr: Tensor) -> Tensor | None:
+    """A cache of int8 seen as float32: the last number of each row is its scale."""
+    assert cache_BPGr.is_contiguous()
+    return cache_BPGr.view(torch.float32) if cache_BPGr.dtype == torch.int8 else None
 
 
 class _RmsNorm(torch.autograd.Function):
@@ -80,20 +91,20 @@ class _Rotate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor) -> Tensor:
         ctx.save_for_backward(cos_Tp, sin_Tp)
-        return _rotated(x_THd, cos_Tp, sin_Tp, 1.0)
+        return _turn(rows_of(x_THd), cos_Tp, sin_Tp, x_THd.new_empty(x_THd.shape), 1.0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return _rotated(grads[0], *ctx.saved_tensors, -1.0), None, None
+        grad = rows_of(grads[0])
+        return _turn(grad, *ctx.saved_tensors, torch.empty_like(grad), -1.0), None, None
 
 
-def _rotated(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor, direction: float) -> Tensor:
-    x = rows_of(x_THd)
+def _turn(x: Tensor, cos_Tp: Tensor, sin_Tp: Tensor, out: Tensor, direction: float) -> Tensor:
+    """Write x turned to `out`, which may be x itself."""
     num_tokens, num_heads, width = x.shape
-    out = x.new_empty(x.shape)
     if num_tokens:
         _rotate[(num_tokens,)](
-            x, cos_Tp.contiguous(), sin_Tp.contiguous(), out, x.stride(0), direction,
+            x, cos_Tp.contiguous(), sin_Tp.contiguous(), out, x.stride(0), out.stride(0), direction,
             num_heads, width, triton.next_power_of_2(num_heads), triton.next_power_of_2(width),
         )  # fmt: skip
     return out
@@ -170,7 +181,7 @@ def _norm_backward(x, weight, scales, grad, dx, dw, x_stride, num_rows, width, B
 
 @triton.jit
 def _rotate(
-    x, cos, sin, out, x_stride, direction,
+    x, cos, sin, out, x_stride, out_stride, direction,
     num_heads, width, HEADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """All heads of one token. Heads are read whole, and pairs are taken apart in registers."""
@@ -184,7 +195,7 @@ def _rotate(
     c = tl.load(cos + token * pairs + pair, pair < pairs, 0.0)[None, :]
     s = tl.load(sin + token * pairs + pair, pair < pairs, 0.0)[None, :] * direction
     turned = tl.join(even * c - odd * s, odd * c + even * s)
-    tl.store(out + token * num_heads * width + place, tl.reshape(turned, [HEADS, WIDTH]), inside)
+    tl.store(out + token * out_stride + place, tl.reshape(turned, [HEADS, WIDTH]), inside)
 
 
 @triton.jit
@@ -215,16 +226,36 @@ def _swiglu_backward(
 
 @triton.jit
 def _write_cache(
-    k, v, k_cache, v_cache, slots, k_stride, v_stride, width, BLOCK: tl.constexpr
+    k, v, k_cache, v_cache, k_scales, v_scales, slots, k_stride, v_stride,
+    num_heads, width, row_size, HEADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
+    """The key, or the value, of one token: all heads."""
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
     if slot < 0:
         return
-    at = tl.arange(0, BLOCK)
-    inside = at < width
-    new_k = tl.load(k + token * k_stride + at, inside, 0.0)
-    new_v = tl.load(v + token * v_stride + at, inside, 0.0)
+    if tl.program_id(1) == 0:
+        _write(
+            k + token * k_stride, k_cache, k_scales, slot, num_heads, width, row_size, HEADS, WIDTH
+        )
+    else:
+        _write(
+            v + token * v_stride, v_cache, v_scales, slot, num_heads, width, row_size, HEADS, WIDTH
+        )
+
+
+@triton.jit
+def _write(
+    new, cache, scales, slot, num_heads, width, row_size, HEADS: tl.constexpr, WIDTH: tl.constexpr
+):
+    head, at = tl.arange(0, HEADS), tl.arange(0, WIDTH)
+    inside = (head < num_heads)[:, None] & (at < width)[None, :]
     # Through float32: there is no direct way between the two types of 16 bits.
-    tl.store(k_cache + slot * width + at, new_k.to(tl.float32), inside)
-    tl.store(v_cache + slot * width + at, new_v.to(tl.float32), inside)
+    values = tl.load(new + head[:, None] * width + at[None, :], inside, 0.0).to(tl.float32)
+    row = slot * num_heads + head
+    if scales is not None:
+        scale = tl.max(tl.abs(values), 1) / 127
+        tl.store(scales + (row + 1) * (row_size // 4) - 1, scale, head < num_heads)
+        values = values / tl.where(scale == 0.0, 1.0, scale)[:, None]
+        values = (values + ROUNDER) - ROUNDER
+    tl.store(cache + row[:, None] * row_size + at[None, :], values, inside)
