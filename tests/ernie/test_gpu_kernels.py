@@ -7,6 +7,9 @@ interpreter, on a CPU.
 from __future__ import annotations
 
 import os
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,8 +19,9 @@ if not ON_GPU:
     # Read by Triton when it is imported, so before anything here imports it.
     os.environ["TRITON_INTERPRET"] = "1"
 
-from ernie.kernels import reference  # noqa: E402
-from ernie.kernels.gpu import ops  # noqa: E402
+from ernie import kernels  # noqa: E402
+from ernie.kernels import dispatch, reference  # noqa: E402
+from ernie.kernels.gpu import attention, flash, ops  # noqa: E402
 
 BF16, F16, F32, I8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
 
@@ -292,3 +296,87 @@ def test_grouped_product_equals_its_definition(rows, dtype, weight):
         return
     for own, other in zip(gradients(ours, args), gradients(theirs, args), strict=True):
         close(own, other, dtype)
+
+
+def fake_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+    assert window_size == (-1, 0)
+    assert enable_gqa
+    assert cu_q is cu_k
+    assert max_q == max_k >= int(cu_q.diff().max())
+    return reference.attend_packed(q, k, v, cu_q, scale)
+
+
+def old_varlen(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False):
+    raise AssertionError("cannot scale, so it must not be called")
+
+
+def test_torchs_varlen_attention_is_used_where_it_can_do_the_work():
+    args = (rand(9, 4, 8), rand(9, 2, 8), rand(9, 2, 8), bounds(4, 5), 0.3)
+    adapted = attention.adapted_varlen(fake_varlen)
+    assert torch.equal(adapted(*args), reference.attend_packed(*args))
+    assert attention.adapted_varlen(old_varlen) is None
+
+
+def of_version_3(
+    q, k_cache, v_cache, *, cache_seqlens, page_table, cu_seqlens_q, max_seqlen_q, softmax_scale,
+    causal,
+):  # fmt: skip
+    assert causal
+    assert max_seqlen_q >= int(cu_seqlens_q.diff().max())
+    args = (q, k_cache, v_cache, page_table, cu_seqlens_q, cache_seqlens, softmax_scale)
+    return reference.attend_paged(*args) + 1  # so that a test sees who answered
+
+
+def of_version_2(
+    q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal=False, block_table=None
+):
+    assert causal
+    assert max_q >= int(cu_q.diff().max())
+    assert max_k >= int(cu_k.diff().max())
+    if block_table is None:
+        return reference.attend_packed(q, k, v, cu_q, softmax_scale) + 1
+    assert k.shape[1] % 256 == 0
+    lens = cu_k.diff()
+    return reference.attend_paged(q, k, v, block_table, cu_q, lens, softmax_scale) + 1
+
+
+@pytest.fixture(params=[2, 3])
+def installed(request, monkeypatch):
+    """A module that stands in for FlashAttention of a version."""
+    name = flash.VERSIONS[request.param][0]
+    module = ModuleType(name)
+    module.__spec__ = ModuleSpec(name, None)
+    module.flash_attn_varlen_func = of_version_2
+    module.flash_attn_with_kvcache = of_version_3
+    monkeypatch.setitem(sys.modules, name, module)
+    caches = (flash._found, dispatch._modules, dispatch._chosen)
+    for cached in caches:
+        cached.cache_clear()
+    yield request.param
+    for cached in caches:
+        cached.cache_clear()
+
+
+def test_flash_attention_is_picked_up_and_given_what_it_takes(installed):
+    assert flash.available() == ""
+    lines = kernels.report("cuda")
+    assert lines["attend_paged"] == f"ernie.kernels.gpu.flash [FlashAttention {installed}]"
+    assert lines["moe"].startswith("ernie.kernels.gpu.experts [triton")
+    packed = (rand(9, 4, 16, dtype=BF16), *(rand(9, 2, 16, dtype=BF16) for _ in range(2)))
+    packed = (*packed, bounds(4, 5), 0.3)
+    close(flash.attend_packed(*packed), reference.attend_packed(*packed) + 1, BF16)
+    for positions, taken in ((256, True), (16, installed == 3)):
+        paged_args = paged(BF16, BF16, 4, 2, 16, positions, [50, 70], [50, 41])
+        theirs = reference.attend_paged(*paged_args) + taken
+        close(flash.attend_paged(*paged_args), theirs, BF16)
+    decoding = paged(BF16, BF16, 4, 2, 16, 256, [50, 70], [1, 1])
+    close(flash.attend_paged(*decoding), reference.attend_paged(*decoding), BF16)
+
+
+def test_report_says_what_runs_on_a_gpu():
+    lines = kernels.report("cuda")
+    assert set(lines) == set(dispatch.OPERATIONS)
+    ours = {name for name, line in lines.items() if "reference" not in line}
+    assert ours == set(ops.MODULE_BY_OPERATION)
+    with pytest.raises(ValueError, match="cuda does not have here; leave it off"):
+        kernels.batch_invariant(True, "cuda")
