@@ -17,6 +17,7 @@ from fastdeploy.config import EngineConfig
 from fastdeploy.engine.batch import BatchBuilder
 from fastdeploy.engine.blocks import BlockManager
 from fastdeploy.engine.cache import KVCache, block_bytes, free_bytes
+from fastdeploy.engine.graphs import cuda_recorder
 from fastdeploy.engine.request import Request, Status, TokenOutput, check_prompt
 from fastdeploy.engine.runner import Runner
 from fastdeploy.engine.sampler import Choice, Sampler
@@ -63,6 +64,8 @@ class Engine:
             device=model.device,
         )
         self.runner = Runner(model.eval(), cache, builder)
+        if config.use_cudagraph:
+            self.runner.record_decoding(cuda_recorder())
         self.sampler = Sampler(self.vocab_size)
         self.blocks = BlockManager(
             num_blocks, config.block_size, caching=config.enable_prefix_caching

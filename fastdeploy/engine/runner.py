@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ernie.model import ErnieModel
-from fastdeploy.engine.batch import BatchBuilder
+from fastdeploy.engine.batch import Batch, BatchBuilder
 from fastdeploy.engine.cache import KVCache, PagedAttend
+from fastdeploy.engine.graphs import DecodeGraphs, FixedBatch, Record
 from fastdeploy.engine.scheduler import Schedule
 
 
@@ -16,15 +17,31 @@ class Runner:
         self.model = model
         self.cache = cache
         self.batches = batches
+        self.graphs: DecodeGraphs | None = None
+
+    @torch.inference_mode()
+    def record_decoding(self, record: Record) -> None:
+        """Have decode steps run as recordings; see `fastdeploy.engine.graphs`."""
+        inputs = FixedBatch(*self.batches.tables.shape, self.model.device)
+        self.graphs = DecodeGraphs(self.forward, inputs, record)
+        self.graphs.record_all()
 
     @torch.inference_mode()
     def run(self, schedule: Schedule) -> Tensor:
         """Compute the tokens of a step; returns the wanted logits, float32 `(R, V)`, by part."""
         batch = self.batches.build(schedule)
+        if self.graphs is not None and self.graphs.takes(batch):
+            return self.graphs.run(batch)[1]
+        return self.forward(batch)[1]
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Hidden states `(T, D)` and the wanted logits `(R, V)`."""
         attend = PagedAttend(self.cache, batch)
         hidden_TD = self.model.hidden(batch.token_ids_T, batch.positions_T, attend)
         if not len(batch.rows_R):
-            return hidden_TD.new_empty(0, self.model.config.vocab_size, dtype=torch.float32)
+            none_RV = hidden_TD.new_empty(0, self.model.config.vocab_size, dtype=torch.float32)
+            return hidden_TD, none_RV
+        wanted_RD = hidden_TD
         if len(batch.rows_R) < len(hidden_TD):
-            hidden_TD = hidden_TD[batch.rows_R]
-        return self.model.head(hidden_TD)
+            wanted_RD = hidden_TD[batch.rows_R]
+        return hidden_TD, self.model.head(wanted_RD)
