@@ -11,6 +11,13 @@ scheme says so. Values are those of the plain blocks up to rounding, `attend` is
 With several ranks each one holds a slice: query heads with their key/value heads, columns of every
 feed-forward block, rows of the head. Two sums a layer join them (Source: Megatron-LM,
 arXiv:1909.08053).
+
+Where LoRA adapters change rows of a batch, their pairs are added to the products, and a
+feed-forward block is taken apart where they change its inside. A batch without adapters pays
+nothing for them.
+
+Legend: as in `ernie.kernels`, and N rows of one adapter, K choices of a token, P pairs (row,
+choice) sorted by expert.
 """
 
 from __future__ import annotations
@@ -23,9 +30,11 @@ import torch
 from torch import Tensor, nn
 
 from ernie import kernels
+from ernie.adapters import UNCHANGED, Changes, LayerPairs, Pair
 from ernie.attention import Attend
 from ernie.config import ErnieConfig
 from ernie.kernels import Norm, PackedWeight, QuantTensor
+from ernie.kernels.reference import route
 from ernie.layers import MLP, Linear, RMSNorm
 from ernie.model import Block, ErnieModel
 from ernie.moe.layer import MoE
@@ -34,6 +43,7 @@ from ernie.rope import Rotary
 from ernie.settings import ConfigError
 
 Weight = Tensor | QuantTensor
+EXPERT_PRODUCTS = ("experts.gate_up", "experts.down")
 PLAIN = Scheme("none", dense=None, experts=None, head=None)
 
 
@@ -154,19 +164,29 @@ class FusedBlock(nn.Module):
             FusedMoE(mlp, scheme, shard) if isinstance(mlp, MoE) else FusedMLP(mlp, scheme, shard)
         )
 
-    def forward(self, x_TD: Tensor, rotary: Rotary, attend: Attend) -> tuple[Tensor, None]:
-        return self.mlp(self.self_attention(x_TD, rotary, attend), self.post_norm), None
+    def forward(
+        self, x_TD: Tensor, rotary: Rotary, attend: Attend, changes: Changes = UNCHANGED
+    ) -> tuple[Tensor, None]:
+        x_TD = self.self_attention(x_TD, rotary, attend, changes)
+        return self.mlp(x_TD, self.post_norm, changes), None
 
-    def self_attention(self, x_TD: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+    def self_attention(
+        self, x_TD: Tensor, rotary: Rotary, attend: Attend, changes: Changes = UNCHANGED
+    ) -> Tensor:
         """The stream after the attention half."""
         qkv_TC = kernels.project(x_TD, self.qkv, self.qkv_bias, norm=self.input_norm)
+        changes.add("qkv", qkv_TC, x_TD, self.input_norm)
         heads_TCd = qkv_TC.unflatten(-1, (-1, self.head_dim))
         num_turned = heads_TCd.shape[1] - self.num_kv_heads  # queries and keys, not values
-        turned_TCd = kernels.rotate(heads_TCd[:, :num_turned], *rotary)
-        q_THd, k_TGd = turned_TCd.split((num_turned - self.num_kv_heads, self.num_kv_heads), 1)
-        seen_THd = attend(q_THd, k_TGd, heads_TCd[:, num_turned:], layer=self.layer)
+        kernels.rotate_(heads_TCd[:, :num_turned], *rotary)
+        num_queries = num_turned - self.num_kv_heads
+        q_THd, k_TGd, v_TGd = heads_TCd.split(
+            (num_queries, self.num_kv_heads, self.num_kv_heads), 1
+        )
+        seen_TI = attend(q_THd, k_TGd, v_TGd, layer=self.layer).flatten(-2)
         own_TD = self.shard.own(x_TD)
-        out_TD = kernels.project(seen_THd.flatten(-2), self.out, self.out_bias, residual_TO=own_TD)
+        out_TD = kernels.project(seen_TI, self.out, self.out_bias, residual_TO=own_TD)
+        changes.add("out", out_TD, seen_TI)
         return self.shard.sum_ranks(out_TD)
 
 
@@ -180,14 +200,13 @@ class FusedMLP(nn.Module):
         self.gate_up_bias = _stacked_bias((mlp.gate_proj, mlp.up_proj), shard)
         self.down_bias = mlp.down_proj.bias if shard.rank == 0 else None
 
-    def forward(self, x_TD: Tensor, norm: Norm) -> Tensor:
-        own_TD = self.shard.own(x_TD)
-        if self.gate_up_bias is None:
-            out_TD = kernels.mlp(x_TD, self.gate_up, self.down, norm=norm, residual_TD=own_TD)
+    def forward(self, x_TD: Tensor, norm: Norm, changes: Changes = UNCHANGED) -> Tensor:
+        own_TD, weights = self.shard.own(x_TD), (self.gate_up, self.down)
+        if self.gate_up_bias is None and not changes.touch("gate_up", "down"):
+            out_TD = kernels.mlp(x_TD, *weights, norm=norm, residual_TD=own_TD)
         else:  # no released model has biases: two calls are enough for them
-            both_TM = kernels.project(x_TD, self.gate_up, self.gate_up_bias, norm=norm)
-            hidden_TM = kernels.swiglu(*both_TM.chunk(2, dim=-1))
-            out_TD = kernels.project(hidden_TM, self.down, self.down_bias, residual_TO=own_TD)
+            biases = self.gate_up_bias, self.down_bias
+            out_TD = _mlp_apart(x_TD, weights, biases, norm, own_TD, changes)
         return self.shard.sum_ranks(out_TD)
 
 
@@ -208,20 +227,63 @@ class FusedMoE(nn.Module):
             raise ConfigError("shared experts with biases have no inference form; use_bias=false")
         self.shared = None if shared is None else _pack_mlp(shared, scheme.dense, shard)
 
-    def forward(self, x_TD: Tensor, norm: Norm) -> Tensor:
-        out_TD = kernels.moe(
+    def forward(self, x_TD: Tensor, norm: Norm, changes: Changes = UNCHANGED) -> Tensor:
+        own_TD = self.shard.own(x_TD)
+        if changes.touch("gate_up", "down", *EXPERT_PRODUCTS):
+            out_TD = self._apart(x_TD, norm, changes)
+            # The order of the fused sum: experts, shared experts, residual.
+            out_TD = out_TD if own_TD is None else own_TD + out_TD
+        else:
+            out_TD = self._fused(x_TD, norm, self.shared, own_TD)
+        return self.shard.sum_ranks(out_TD)
+
+    def _fused(
+        self,
+        x_TD: Tensor,
+        norm: Norm,
+        shared: tuple[PackedWeight, PackedWeight] | None,
+        residual_TD: Tensor | None,
+    ) -> Tensor:
+        return kernels.moe(
             x_TD,
             self.router,
             self.bias,
             self.gate_up,
             self.down,
-            self.shared,
+            shared,
             top_k=self.top_k,
             norm_min=self.norm_min,
             norm=norm,
-            residual_TD=self.shard.own(x_TD),
+            residual_TD=residual_TD,
         )
-        return self.shard.sum_ranks(out_TD)
+
+    def _apart(self, x_TD: Tensor, norm: Norm, changes: Changes) -> Tensor:
+        """Without the residual. Rows whose experts are changed go through them by themselves."""
+        changed = [part for part in changes.parts if not part[1].keys().isdisjoint(EXPERT_PRODUCTS)]
+        if changed:
+            out_TD, is_other_T = torch.empty_like(x_TD), x_TD.new_ones(len(x_TD), dtype=torch.bool)
+            for rows_N, pairs in changed:
+                out_TD[rows_N] = self._experts(kernels.rms_norm(x_TD[rows_N], *norm), pairs)
+                is_other_T[rows_N] = False
+            if sum(len(rows_N) for rows_N, _ in changed) < len(x_TD):
+                out_TD[is_other_T] = self._fused(x_TD[is_other_T], norm, None, None)
+        else:
+            out_TD = self._fused(x_TD, norm, None, None)
+        if self.shared is None:
+            return out_TD
+        return _mlp_apart(x_TD, self.shared, (None, None), norm, out_TD, changes)
+
+    def _experts(self, y_ND: Tensor, pairs: LayerPairs) -> Tensor:
+        """The routed experts of rows that one adapter changes, `(N, D)`."""
+        experts_NK, weights_NK = route(y_ND, self.router, self.bias, self.top_k, self.norm_min)
+        order = experts_NK.flatten().argsort(stable=True)
+        counts_E = torch.bincount(experts_NK.flatten(), minlength=len(self.router))
+        sorted_PD = y_ND[order // self.top_k]
+        both_PM = _grouped(sorted_PD, self.gate_up, counts_E, pairs.get("experts.gate_up"))
+        hidden_PM = kernels.swiglu(*both_PM.chunk(2, dim=-1))
+        out_PD = torch.empty_like(sorted_PD)
+        out_PD[order] = _grouped(hidden_PM, self.down, counts_E, pairs.get("experts.down"))
+        return (out_PD.unflatten(0, experts_NK.shape) * weights_NK[..., None]).sum(1)
 
 
 class FusedHead:
@@ -233,6 +295,31 @@ class FusedHead:
     def __call__(self, hidden_RD: Tensor) -> Tensor:
         logits_RV = kernels.project(hidden_RD, self.weight, norm=self.norm).float()
         return self.shard.join_columns(logits_RV)
+
+
+def _mlp_apart(
+    x_TD: Tensor,
+    weights: tuple[PackedWeight, PackedWeight],
+    biases: tuple[Tensor | None, Tensor | None],
+    norm: Norm,
+    residual_TD: Tensor | None,
+    changes: Changes,
+) -> Tensor:
+    """`kernels.mlp` in its parts, with biases and adapters."""
+    both_TM = kernels.project(x_TD, weights[0], biases[0], norm=norm)
+    changes.add("gate_up", both_TM, x_TD, norm)
+    hidden_TM = kernels.swiglu(*both_TM.chunk(2, dim=-1))
+    out_TD = kernels.project(hidden_TM, weights[1], biases[1], residual_TO=residual_TD)
+    changes.add("down", out_TD, hidden_TM)
+    return out_TD
+
+
+def _grouped(x_PI: Tensor, weight_EOI: PackedWeight, counts_E: Tensor, pair: Pair | None) -> Tensor:
+    """Rows sorted by expert through their expert's weight and pair."""
+    groups = enumerate(x_PI.split(counts_E.tolist()))
+    parts = [kernels.project(x, kernels.expert(weight_EOI, e)) for e, x in groups if len(x)]
+    out_PO = torch.cat(parts)
+    return out_PO if pair is None else out_PO + pair.of_experts(x_PI, counts_E)
 
 
 def _norm(norm: RMSNorm) -> Norm:

@@ -1,4 +1,4 @@
-"""The verbs that make a model folder out of something else: import-gguf and upcycle."""
+"""The verbs that turn one kind of model file into another: import-gguf, export-gguf and upcycle."""
 
 from __future__ import annotations
 
@@ -23,6 +23,15 @@ class ImportGguf:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportGguf:
+    """How an exported model is written."""
+
+    dtype: str = option(
+        "f16", "Type of the weights.", choices=("f32", "f16", "bf16", "q8_0", "q4_0")
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Upcycle:
     """The mixture of experts to make."""
 
@@ -40,6 +49,15 @@ def run_import_gguf(words: Sequence[str]) -> int:
     source, target, options = _read(words, ImportGguf)
     import_gguf(source, target, **dataclasses.asdict(options))
     log.info("imported %s into %s", source, target)
+    return 0
+
+
+def run_export_gguf(words: Sequence[str]) -> int:
+    from ernie.checkpoint.gguf_export import export_gguf
+
+    source, target, options = _read(words, ExportGguf)
+    export_gguf(str(source), target, **dataclasses.asdict(options))
+    log.info("exported %s as %s", source, target)
     return 0
 
 

@@ -33,6 +33,7 @@ OPERATIONS = (
     "write_cache",
     "quantize",
     "pack",
+    "expert",
     "project",
     "mlp",
     "moe",

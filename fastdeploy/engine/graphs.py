@@ -61,6 +61,7 @@ class FixedBatch:
             lens_S=self.lens[:size],
             tables_SM=self.tables[:size],
             rows_R=self.rows[:size],
+            adapters=None,
         )
 
     def fill(self, batch: Batch, size: int) -> None:
@@ -94,10 +95,10 @@ class DecodeGraphs:
         self.sizes = sizes
 
     def takes(self, batch: Batch) -> bool:
-        """Whether every request of the step computes one token, and wants its logits."""
-        return bool(self.sizes) and (
-            len(batch.token_ids_T) == len(batch.lens_S) == len(batch.rows_R) <= self.sizes[-1]
-        )
+        """Whether every request of the step computes one token and wants its logits, and none has
+        an adapter."""
+        decodes = len(batch.token_ids_T) == len(batch.lens_S) == len(batch.rows_R)
+        return decodes and batch.adapters is None
 
     def run(self, batch: Batch) -> Result:
         """The step's results, in memory that the next one overwrites."""

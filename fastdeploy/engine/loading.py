@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
+from fastdeploy.engine.thinking import ThinkTags
 from fastdeploy.sampling import recommended
 
 
@@ -47,19 +49,28 @@ def load(config: EngineConfig, model: ErnieModel | None = None) -> Loaded:
             f"the tokenizer has {tokenizer.vocab_size} entries and the model's vocabulary "
             f"{model.config.vocab_size}; they do not belong together"
         )
+    model = served(model, config)
+    config = config.resolved(
+        max_positions=model.config.max_position_embeddings, device_type=model.device.type
+    )
+    ends = stop_ids(tokenizer) if tokenizer else model.config.eos_token_ids
+    tags = ThinkTags.of(tokenizer, config.think_stop_sentence)
+    engine = Engine(model, config, ends, tags, rebuild=partial(served, config=config))
+    defaults = recommended(getattr(model, "generation_config", None) or {})
+    return Loaded(engine, config, tokenizer, _template(config, tokenizer), defaults)
+
+
+def served(model: ErnieModel, config: EngineConfig) -> ErnieModel:
+    """The form in which the engine runs a plain model, whose blocks are swapped in place.
+
+    Raises ConfigError for a scheme that is not known, or that is asked of a quantised folder.
+    """
     if config.quantization and "quantization_config" in model.config.extra:
         raise ConfigError(
             f"quantization={config.quantization} is asked for, but the folder's weights are "
             "quantised already; leave it out"
         )
-    model = fuse(model, read_scheme(config.quantization, has_experts=model.config.is_moe))
-    config = config.resolved(
-        max_positions=model.config.max_position_embeddings, device_type=model.device.type
-    )
-    ends = stop_ids(tokenizer) if tokenizer else model.config.eos_token_ids
-    engine = Engine(model, config, ends)
-    defaults = recommended(getattr(model, "generation_config", None) or {})
-    return Loaded(engine, config, tokenizer, _template(config, tokenizer), defaults)
+    return fuse(model, read_scheme(config.quantization, has_experts=model.config.is_moe))
 
 
 def pick_device(name: str) -> torch.device:

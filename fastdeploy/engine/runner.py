@@ -17,6 +17,8 @@ class Runner:
         self.model = model
         self.cache = cache
         self.batches = batches
+        self.batch: Batch | None = None
+        self.hidden_TD: Tensor | None = None
         self.graphs: DecodeGraphs | None = None
 
     @torch.inference_mode()
@@ -30,14 +32,18 @@ class Runner:
     def run(self, schedule: Schedule) -> Tensor:
         """Compute the tokens of a step; returns the wanted logits, float32 `(R, V)`, by part."""
         batch = self.batches.build(schedule)
-        if self.graphs is not None and self.graphs.takes(batch):
-            return self.graphs.run(batch)[1]
-        return self.forward(batch)[1]
+        graphs = self.graphs
+        forward = graphs.run if graphs is not None and graphs.takes(batch) else self.forward
+        hidden_TD, logits_RV = forward(batch)
+        self.batch, self.hidden_TD = batch, hidden_TD  # for a drafter, until the next step
+        return logits_RV
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Hidden states `(T, D)` and the wanted logits `(R, V)`."""
         attend = PagedAttend(self.cache, batch)
-        hidden_TD = self.model.hidden(batch.token_ids_T, batch.positions_T, attend)
+        hidden_TD = self.model.hidden(
+            batch.token_ids_T, batch.positions_T, attend, adapters=batch.adapters
+        )
         if not len(batch.rows_R):
             none_RV = hidden_TD.new_empty(0, self.model.config.vocab_size, dtype=torch.float32)
             return hidden_TD, none_RV

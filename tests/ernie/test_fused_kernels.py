@@ -204,7 +204,7 @@ def test_quantize_equals_reference(isa, bits, dtype):
 
 
 def test_every_integer_comes_through(isa):
-    """Products with rows that pick out one column each, of weights with all integers of a format."""
+    """Rows that pick out one column each, of weights with all integers of a format."""
     width = 256
     for bits in (8, 4):
         data = torch.arange(-128, 128).to(torch.int8).repeat(20, 1)

@@ -56,7 +56,7 @@ def test_help_needs_no_torch_and_lists_every_flag(verb: str) -> None:
         (["--model", "x", "--host", "0.0.0.0"], "give an api_key"),
         (["--model", "x", "--port", "1", "--port", "2"], "--port is given twice"),
         (["--model", "x", "-tp", "2"], "tensor_parallel_size='2'"),
-        (["--model", "x", "--quantization=wint4"], "quantization='wint4'"),
+        (["--model", "x", "--swap-space=4"], "swap_space='4'"),
         (["--model", "x", "--enable-expert-parallel"], "enable_expert_parallel=True"),
         (["--model", "x", "stray"], "'stray' belongs to no flag"),
         (["--config", "/no/such.yaml"], "there is no file /no/such.yaml"),

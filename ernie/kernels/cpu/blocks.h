@@ -108,7 +108,7 @@ static void tile_int8(const uint8_t *block, const uint8_t *x, long stride, long 
         for (int m = 0; m < M; m++) add_scaled(sums[m], acc[m], splat(row(m)->scale));
     }
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++) out[m] = sums[m] * load_floats(block);
+    for (int m = 0; m < M; m++) out[m] = sums[m] * load_floats(reinterpret_cast<const float *>(block));
 }
 
 template <int M>
@@ -119,7 +119,7 @@ static void tile_int4(const uint8_t *block, const uint8_t *x, long stride, long 
     for (long g = 0; g < groups; g++, x += sizeof(RoundedFor4)) {
         const auto row = [&](int m) { return reinterpret_cast<const RoundedFor4 *>(x + m * stride); };
         Words total[M] = {};
-#pragma GCC unroll 2
+#pragma GCC unroll 1
         for (int half = 0; half < 2; half++, scales += LANES) {
             Words acc[M];
 #pragma GCC unroll 8
@@ -128,34 +128,28 @@ static void tile_int4(const uint8_t *block, const uint8_t *x, long stride, long 
             for (int u = half * 4; u < half * 4 + 4; u++, w += UNIT) {
                 __builtin_prefetch(w + AHEAD);
                 const Words unit = load_words(w);
-                const auto nibble = [&](int shift, int mask) {
-                    return each<Words>([&](int p) { return (vi)((vus)unit.v[p] >> shift) & mask; });
-                };
-#if defined(__AVX2__)
-                const Words low = nibble(0, 0x0f0f0f0f), high = nibble(4, 0x0f0f0f0f);
+                // Some of the nibbles, four to a lane (or two), times the codes of their columns.
+                const auto add = [&](int shift, int mask, int code) __attribute__((always_inline)) {
+                    const Words w = each<Words>([&](int p) { return (vi)((vus)unit.v[p] >> shift) & mask; });
 #pragma GCC unroll 8
-                for (int m = 0; m < M; m++) {
-                    const vi even = splat_word(row(m)->codes + u * 8), odd = splat_word(row(m)->codes + u * 8 + 4);
+                    for (int m = 0; m < M; m++) {
+                        const vi xm = splat_word(row(m)->codes + u * 8 + code);
 #pragma GCC unroll 4
-                    for (int p = 0; p < PARTS; p++) {
+                        for (int p = 0; p < PARTS; p++)
 #if defined(__AVX512VNNI__)
-                        acc[m].v[p] = add_dot4(acc[m].v[p], low.v[p], even);
-                        acc[m].v[p] = add_dot4(acc[m].v[p], high.v[p], odd);
+                            acc[m].v[p] = add_dot4(acc[m].v[p], w.v[p], xm);
+#elif defined(__AVX2__)
+                            // Sums of 16 columns stay within 16 * 8 * 127 of zero, in 16 bits.
+                            acc[m].v[p] = in_order(add_halves(acc[m].v[p], multiply_bytes(w.v[p], xm)));
 #else
-                        // Sums of 16 columns stay within 16 * 8 * 127 of zero, in 16 bits.
-                        acc[m].v[p] = add_halves(acc[m].v[p], multiply_bytes(low.v[p], even));
-                        acc[m].v[p] = add_halves(acc[m].v[p], multiply_bytes(high.v[p], odd));
+                            acc[m].v[p] += multiply_halves(w.v[p], xm);
 #endif
                     }
-                }
+                };
+#if defined(__AVX2__)
+                add(0, 0x0f0f0f0f, 0), add(4, 0x0f0f0f0f, 4);
 #else
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; i++) {
-                    const Words pair = nibble(4 * i, 0x000f000f);
-                    for (int m = 0; m < M; m++)
-                        for (int p = 0; p < PARTS; p++)
-                            acc[m].v[p] += multiply_halves(pair.v[p], splat_word(row(m)->codes + u * 8 + i * 2));
-                }
+                add(0, 0x000f000f, 0), add(4, 0x000f000f, 2), add(8, 0x000f000f, 4), add(12, 0x000f000f, 6);
 #endif
             }
 #if defined(__AVX2__) && !defined(__AVX512VNNI__)
@@ -172,7 +166,7 @@ static void tile_int4(const uint8_t *block, const uint8_t *x, long stride, long 
         for (int m = 0; m < M; m++) add_scaled(sums[m], total[m], splat(row(m)->scale));
     }
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++) out[m] = sums[m] * load_floats(block);
+    for (int m = 0; m < M; m++) out[m] = sums[m] * load_floats(reinterpret_cast<const float *>(block));
 }
 
 template <class W, int M>

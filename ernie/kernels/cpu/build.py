@@ -6,8 +6,8 @@ neither torch's headers nor Python's. The result is kept in the user's cache fol
 that hashes the sources, the compiler and the flags; one library holds one instruction set. What
 cannot be built or loaded is a `BuildError` with one sentence.
 
-`ERNIE_CPU_ISA=scalar|avx2|avx512|avx512vnni` asks for a lower instruction set than the processor's best
-("scalar" is the compiler's baseline: SSE2 or NEON).
+`ERNIE_CPU_ISA=scalar|avx2|avx512|avx512vnni` asks for a lower instruction set than the processor's
+best ("scalar" is the compiler's baseline: SSE2 or NEON).
 """
 
 from __future__ import annotations

@@ -43,11 +43,10 @@ void store_sum(float *to, long kept, Floats lanes, const float *bias, const floa
     if (kept == LANES) {
         if (bias) lanes = lanes + load_floats(bias);
         if (residual) lanes = load_floats(residual) + lanes;
-        memcpy(to, &lanes, sizeof lanes);
-        return;
+        return store(to, lanes);
     }
     float all[LANES];
-    memcpy(all, &lanes, sizeof all);
+    store(all, lanes);
     for (long i = 0; i < kept; i++) {
         if (bias) all[i] += bias[i];
         to[i] = residual ? residual[i] + all[i] : all[i];
@@ -67,10 +66,8 @@ void run_gate_up(const Task &task, const Weight &w, const Rows &x, float *hidden
             const uint8_t *from = x.row(task.first_row + m);
             tile(w.block(task.expert, b, 0), from, x.stride, w.groups(), gate);
             tile(w.block(task.expert, b, 1), from, x.stride, w.groups(), up);
-            for (long i = 0; i < rows; i++) {
-                const Floats h = gated(gate[i], up[i]);
-                memcpy(hidden + (task.first_row + m + i) * ldh + b * LANES, &h, sizeof h);
-            }
+            for (long i = 0; i < rows; i++)
+                store(hidden + (task.first_row + m + i) * ldh + b * LANES, gated(gate[i], up[i]));
         });
 }
 

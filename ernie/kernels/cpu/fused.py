@@ -154,7 +154,8 @@ def moe(
 ) -> Tensor:
     x = _floats(x_TD)
     num_rows, width = x.shape
-    for pair in ((gate_up, down), *((shared,) if shared else ())):
+    pairs = [(gate_up, down)] + ([shared] if shared else [])
+    for pair in pairs:
         _check_mlp(*pair, width)
     assert router_ED.shape == (gate_up.shape[0], width) and top_k <= len(router_ED)
     router, bias = router_ED.float().contiguous(), bias_E.float().contiguous()

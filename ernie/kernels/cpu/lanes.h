@@ -27,15 +27,16 @@ ERNIE_INLINE Lanes each(const Op &op) {
     return out;
 }
 
-ERNIE_INLINE Words load_words(const void *memory) {
-    Words w;
-    memcpy(&w, memory, sizeof w);
-    return w;
+// Vector by vector: GCC copies larger things through the stack.
+ERNIE_INLINE Words load_words(const uint8_t *memory) {
+    return each<Words>([&](int p) { return (vi)load_raw(memory + p * sizeof(vi)); });
 }
-ERNIE_INLINE Floats load_floats(const void *memory) {
-    Floats f;
-    memcpy(&f, memory, sizeof f);
-    return f;
+ERNIE_INLINE Floats load_floats(const float *memory) {
+    return each<Floats>([&](int p) { return load(memory + p * VL); });
+}
+ERNIE_INLINE void store(float *memory, const Floats &floats) {
+#pragma GCC unroll 4
+    for (int p = 0; p < PARTS; p++) store(memory + p * VL, floats.v[p]);
 }
 ERNIE_INLINE vi splat_word(const void *memory) {  // four bytes in every lane
     int32_t word;
@@ -88,6 +89,14 @@ ERNIE_INLINE vi multiply_bytes(vi bytes, vi signed_bytes) {
 }
 #endif
 ERNIE_INLINE vi add_halves(vi a, vi b) { return (vi)((vs)a + (vs)b); }
+
+// Keeps the compiler from putting off what it has to do for v: GCC would run out of registers.
+ERNIE_INLINE vi in_order(vi v) {
+#if defined(__AVX2__)
+    asm("" : "+x"(v));
+#endif
+    return v;
+}
 
 // Sixteen scales of 8 bits, as `multiply_halves` takes them to scale both halves, or only the low one.
 ERNIE_INLINE Words load_scales(const int8_t *scales, bool both_halves) {

@@ -49,7 +49,7 @@ def moe(
     experts_TK, weights_TK = _choose(y_TD.float() @ router_ED.T, bias_E, top_k, norm_min)
     pairs = experts_TK.flatten()
     if len(pairs) <= gate_up.shape[0]:
-        rows: dict[str, Tensor] = {"experts": pairs}
+        rows: dict[str, Any] = {"experts": pairs}
     else:
         order_N, ends_E = sorted_by_expert(pairs, gate_up.shape[0])
         rows = {"order": order_N, "ends_E": ends_E}

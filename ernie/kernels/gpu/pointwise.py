@@ -95,8 +95,8 @@ class _Rotate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        grad = rows_of(grads[0])
-        return _turn(grad, *ctx.saved_tensors, torch.empty_like(grad), -1.0), None, None
+        (cos_Tp, sin_Tp), grad = ctx.saved_tensors, rows_of(grads[0])
+        return _turn(grad, cos_Tp, sin_Tp, grad.new_empty(grad.shape), -1.0), None, None
 
 
 def _turn(x: Tensor, cos_Tp: Tensor, sin_Tp: Tensor, out: Tensor, direction: float) -> Tensor:
