@@ -126,6 +126,9 @@ class EngineConfig:
     )
     enable_prefix_caching: bool = option(True, "Reuse the cache of texts that begin alike.")
     enable_chunked_prefill: bool = option(True, "Read long prompts in pieces, between other texts.")
+    use_cudagraph: bool | None = option(
+        None, "Replay decode steps as recorded CUDA graphs; none: on a GPU yes, on a CPU no."
+    )
     enable_logprob: bool = option(False, "Allow requests to ask for log-probabilities.")
     max_logprobs: int = option(20, "Likeliest tokens a request may ask for; -1: no limit.")
     think_stop_sentence: str | None = option(
@@ -234,7 +237,11 @@ class EngineConfig:
                 f"without chunked prefill max_num_batched_tokens={tokens} must hold a "
                 f"whole prompt; use max_model_len={self.max_model_len} or more"
             )
-        return dataclasses.replace(self, max_num_batched_tokens=tokens)
+        graphs = self.use_cudagraph
+        if graphs and device_type != "cuda":
+            raise ConfigError(f"use_cudagraph needs a GPU, this is {device_type}; leave it out")
+        graphs = device_type == "cuda" if graphs is None else graphs
+        return dataclasses.replace(self, max_num_batched_tokens=tokens, use_cudagraph=graphs)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -327,7 +334,6 @@ LATER: dict[str, tuple[Any, ...]] = {
     "max_long_partial_prefills": (1,),
     "long_prefill_token_threshold": (0,),
     "graph_optimization_config": (None,),
-    "use_cudagraph": (False,),
     "plas_attention_config": (None,),
     "splitwise_role": ("mixed",),
     "router": (None,),

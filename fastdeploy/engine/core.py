@@ -22,6 +22,7 @@ from fastdeploy.engine.adapters import Adapters
 from fastdeploy.engine.batch import BatchBuilder
 from fastdeploy.engine.blocks import BlockManager
 from fastdeploy.engine.cache import KVCache, block_bytes, free_bytes
+from fastdeploy.engine.graphs import cuda_recorder
 from fastdeploy.engine.ranks import Ranks
 from fastdeploy.engine.request import Request, Status, TokenOutput, check_params, check_prompt
 from fastdeploy.engine.runner import Runner
@@ -127,6 +128,7 @@ class Engine:
         self.host_copy: HostCopy | None = None
         self.seeds = random.Random(config.seed)
         self.num_generated = self.num_steps = 0
+        self._record_decoding()
 
     def add(
         self,
@@ -263,6 +265,7 @@ class Engine:
             raise RequestError(f"level={level!r} is not known; use 1 or 2", param="level")
         self._refuse_while_running("sleep")
         self._start_over()
+        self.runner.graphs = None
         self.runner.cache = self.allocate(num_blocks=0)
         if level == 2:
             model, self.host_copy = self.runner.model, None
@@ -288,6 +291,7 @@ class Engine:
             self.host_copy = None
         self.runner.cache = self.allocate(num_blocks=len(self.blocks.blocks))
         self.asleep = False
+        self._record_decoding()
 
     @property
     def has_weights(self) -> bool:
@@ -305,6 +309,14 @@ class Engine:
         self.runner.model = self.rebuild(plain).eval()
         self.host_copy = None
         self._start_over()
+        if not self.asleep:
+            self._record_decoding()
+
+    def _record_decoding(self) -> None:
+        """Recordings hold the addresses of weights and cache: where these move, there are new
+        ones."""
+        if self.config.use_cudagraph and not self.ranks:
+            self.runner.record_decoding(cuda_recorder())
 
     def _start_over(self) -> None:
         self.scheduler.preempt_all()

@@ -8,6 +8,7 @@ from torch import Tensor
 from ernie.model import ErnieModel
 from fastdeploy.engine.batch import Batch, BatchBuilder
 from fastdeploy.engine.cache import KVCache, PagedAttend
+from fastdeploy.engine.graphs import DecodeGraphs, FixedBatch, Record
 from fastdeploy.engine.ranks import Ranks
 from fastdeploy.engine.scheduler import Schedule
 
@@ -28,6 +29,15 @@ class Runner:
         self.batch: Batch | None = None
         self.hidden_TD: Tensor | None = None
         self.ranks = ranks
+        self.graphs: DecodeGraphs | None = None
+
+    @torch.inference_mode()
+    def record_decoding(self, record: Record) -> None:
+        """Have decode steps run as recordings; see `fastdeploy.engine.graphs`."""
+        assert self.batches is not None and self.ranks is None, "one process records its steps"
+        inputs = FixedBatch(*self.batches.tables.shape, self.model.device)
+        self.graphs = DecodeGraphs(self.forward, inputs, record)
+        self.graphs.record_all()
 
     def run(self, schedule: Schedule) -> Tensor:
         """Compute the tokens of a step; returns the wanted logits, float32 `(R, V)`, by part."""
@@ -42,13 +52,22 @@ class Runner:
     @torch.inference_mode()
     def compute(self, batch: Batch) -> Tensor:
         """What every rank does with a batch; only rank 0 gets whole rows of logits."""
+        graphs = self.graphs
+        forward = graphs.run if graphs is not None and graphs.takes(batch) else self.forward
+        hidden_TD, logits_RV = forward(batch)
+        self.batch, self.hidden_TD = batch, hidden_TD  # for a drafter, until the next step
+        return logits_RV
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Hidden states `(T, D)` and the wanted logits `(R, V)`."""
         attend = PagedAttend(self.cache, batch)
         hidden_TD = self.model.hidden(
             batch.token_ids_T, batch.positions_T, attend, adapters=batch.adapters
         )
-        self.batch, self.hidden_TD = batch, hidden_TD  # for a drafter, until the next step
         if not len(batch.rows_R):
-            return hidden_TD.new_empty(0, self.model.config.vocab_size, dtype=torch.float32)
+            none_RV = hidden_TD.new_empty(0, self.model.config.vocab_size, dtype=torch.float32)
+            return hidden_TD, none_RV
+        wanted_RD = hidden_TD
         if len(batch.rows_R) < len(hidden_TD):
-            hidden_TD = hidden_TD[batch.rows_R]
-        return self.model.head(hidden_TD)
+            wanted_RD = hidden_TD[batch.rows_R]
+        return hidden_TD, self.model.head(wanted_RD)
