@@ -32,16 +32,22 @@ float largest_magnitude(const float *x, long count) {
     return largest(most);
 }
 
+ERNIE_INLINE void store_integers(int32_t *to, vf v) {
+    const vi integers = nearest(v);
+    memcpy(to, &integers, sizeof integers);
+}
+
 // --- 8 bits ----------------------------------------------------------------------------------------------
 
 void quantize8(const float *row, long width, int8_t *data, float *scale) {
     *scale = largest_magnitude(row, padded(width)) / 127;
     const vf divisor = splat(nonzero(*scale));
-    for (long k = 0; k < width; k += VL) {
-        int32_t integers[VL];
-        const vi q = nearest(load(row + k) / divisor);
-        memcpy(integers, &q, sizeof q);
-        for (long i = 0; i < std::min<long>(VL, width - k); i++) data[k + i] = (int8_t)integers[i];
+    for (long k = 0; k < width; k += GROUP) {
+        alignas(64) int32_t integers[GROUP];
+        alignas(64) int8_t bytes[GROUP];
+        for (long i = 0; i < GROUP; i += VL) store_integers(integers + i, load(row + k + i) / divisor);
+        for (long i = 0; i < GROUP; i++) bytes[i] = (int8_t)integers[i];
+        memcpy(data + k, bytes, std::min(GROUP, width - k));
     }
 }
 
@@ -51,15 +57,19 @@ ERNIE_INLINE vf nearest_nibble(const float *w, vf scale) {
     return vmin(vmax(rounded(load(w) / scale), splat(-8.0f)), splat(7.0f));
 }
 
+// The value of largest magnitude, the first one among equals.
+float extreme_of(const float *w) {
+    vf above = {}, below = {};
+    for (long k = 0; k < SCALED; k += VL) above = vmax(above, load(w + k)), below = vmax(below, -load(w + k));
+    const float positive = largest(above), negative = largest(below);
+    if (positive != negative) return positive > negative ? positive : -negative;
+    const float *first = std::find_if(w, w + SCALED - 1, [&](float v) { return std::fabs(v) == positive; });
+    return *first;
+}
+
 // The scale of 32 columns with the least squared error, of the candidates tried (see the reference).
 float group_scale(const float *w) {
-    const float top = largest_magnitude(w, SCALED);
-    float extreme = 0;
-    for (long k = 0; k < SCALED; k++)
-        if (std::fabs(w[k]) == top) {
-            extreme = w[k];
-            break;
-        }
+    const float extreme = extreme_of(w);
     float best = 0, gain = 0;
     for (const float target : {-7.0f, -7.5f, -8.0f, -8.5f, -9.0f, -9.5f, 7.0f, 7.5f}) {
         const vf scale = splat(nonzero(extreme / target));
@@ -86,15 +96,14 @@ void quantize4(const float *row, long width, float *best, uint8_t *data, float *
     for (long g = 0; g < groups; g++) {
         scales[g] = (int8_t)std::nearbyint(best[g] / nonzero(*channel));
         const vf scale = splat(nonzero(scales[g] * *channel));
-        uint8_t nibbles[SCALED];
-        for (long k = 0; k < SCALED; k += VL) {
-            int32_t integers[VL];
-            const vi q = nearest(nearest_nibble(row + g * SCALED + k, scale));
-            memcpy(integers, &q, sizeof q);
-            for (int i = 0; i < VL; i++) nibbles[k + i] = (uint8_t)(integers[i] + 8);
-        }
-        for (long k = 0; k < SCALED && g * SCALED + k < width; k += 2)
-            data[(g * SCALED + k) / 2] = (uint8_t)(nibbles[k] | nibbles[k + 1] << 4);
+        alignas(64) int32_t integers[SCALED];
+        uint8_t bytes[SCALED / 2];
+        for (long k = 0; k < SCALED; k += VL)
+            store_integers(integers + k, nearest_nibble(row + g * SCALED + k, scale) + splat(8.0f));
+        for (long i = 0; i < SCALED / 2; i++)
+            bytes[i] = (uint8_t)(integers[2 * i] | integers[2 * i + 1] << 4);
+        const long kept = std::min(SCALED, width - g * SCALED);
+        memcpy(data + g * SCALED / 2, bytes, (kept + 1) / 2);
     }
 }
 
@@ -123,19 +132,30 @@ struct Source {
     const int8_t *scales;
 };
 
+// Four words of four rows.
+ERNIE_INLINE void transpose(const uint8_t *rows, long row_size, uint8_t *out) {
+#if defined(__SSE2__)
+    const auto row = [&](int j) { return _mm_loadu_ps(reinterpret_cast<const float *>(rows + j * row_size)); };
+    __m128 a = row(0), b = row(1), c = row(2), d = row(3);
+    _MM_TRANSPOSE4_PS(a, b, c, d);
+    const auto put = [&](int u, __m128 v) { _mm_storeu_ps(reinterpret_cast<float *>(out + u * UNIT), v); };
+    put(0, a), put(1, b), put(2, c), put(3, d);
+#else
+    for (int j = 0; j < 4; j++)
+        for (int u = 0; u < 4; u++) memcpy(out + u * UNIT + j * 4, rows + j * row_size + u * 4, 4);
+#endif
+}
+
 // Sixteen rows of words, of which `kept` exist, become units.
 void interleave(const uint8_t *rows, long row_size, long kept, long units, uint8_t *out) {
-    const long whole = row_size / 4;
-    memset(out + whole * UNIT, 0, (units - whole) * UNIT);
-    for (long j = 0; j < LANES; j++) {
-        if (j >= kept) {
-            for (long u = 0; u < whole; u++) memset(out + u * UNIT + j * 4, 0, 4);
-            continue;
-        }
-        const uint8_t *row = rows + j * row_size;
-        for (long u = 0; u < whole; u++) memcpy(out + u * UNIT + j * 4, row + u * 4, 4);
-        memcpy(out + whole * UNIT + j * 4, row + whole * 4, row_size % 4);
-    }
+    const long fours = kept == LANES ? row_size / 16 * 4 : 0;
+    for (long u = 0; u < fours; u += 4)
+        for (long j = 0; j < LANES; j += 4)
+            transpose(rows + j * row_size + u * 4, row_size, out + u * UNIT + j * 4);
+    memset(out + fours * UNIT, 0, (units - fours) * UNIT);
+    for (long j = 0; j < kept; j++)
+        for (long byte = fours * 4; byte < row_size; byte += 4)
+            memcpy(out + byte / 4 * UNIT + j * 4, rows + j * row_size + byte, std::min(4L, row_size - byte));
 }
 
 void pack_block(const Weight &w, const Source &from, long first, long kept, uint8_t *out) {
