@@ -84,6 +84,8 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError(
             f"device={name!r}, but there is no GPU that torch can use; use cpu or auto"
         )
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # Triton starts its kernels on the current one
     return device
 
 
