@@ -1,33 +1,32 @@
 """What does speculation gain on real text: n-gram and MTP drafts on SmolLM2, on this CPU?
 
-    python benchmarks/speculation.py [--folder FOLDER] [--minutes 5] [--rounds 1]
+    python benchmarks/speculation.py [--folder FOLDER] [--minutes 8] [--rounds 3]
 
-The model is the imported SmolLM2 with an MTP block added, which is trained here first: the trunk is
-frozen, and the block learns the trunk's own distribution of the token after next on text that comes
-with this repository and with Python. `--folder` keeps the trained model, or takes what was kept.
+The model is the imported SmolLM2 with an MTP block, which is trained here first (see
+`speculation_block.py`). `--folder` keeps the trained model and every round that was measured, and
+goes on from there.
 
-Two sets of prompts: answers that copy from the prompt (code to be edited, a text to be condensed),
-and free ones. Greedy, one request at a time, then all of a set at once. Sides are the engine
-without speculation and with each method; a side's tokens must be the same as those of the first.
+Two sets of prompts: answers that copy from the prompt (code to be edited, a text to be repeated),
+and free ones. Greedy, one request at a time, then all of a set at once. The sides (the engine
+without speculation and with each method) take turns prompt by prompt in one process, and the best
+time over the rounds counts, so that a busy machine treats them alike. A side must say the same
+tokens as the first; and as a step with drafts computes all that one without computes, a step that
+took less time than that is a sign of a busy machine, and no record is written.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import inspect
 import json
-import pydoc_data.topics
-import random
 import shlex
 import tempfile
 import textwrap
-import time
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-from harness import ROOT, seconds_of, smollm2_gguf, take_turns, write_record
+from harness import seconds_of, smollm2_gguf, write_record
+from speculation_block import train
 
 QUESTION = __doc__.splitlines()[0]
 NUM_TOKENS = 64
@@ -39,11 +38,6 @@ SIDES: dict[str, dict[str, Any] | None] = {
     "MTP, 1 token": {"method": "mtp", "num_speculative_tokens": 1},
     "MTP, 2 tokens": {"method": "mtp", "num_speculative_tokens": 2},
 }
-# Training: tokens of a piece, pieces of a step, tokens of the trunk's distribution that are kept.
-LENGTH, BATCH, NUM_LIKELIEST = 256, 2, 32
-LEARNING_RATE = 3e-3
-SHARE_OF_TRUNK = 0.4  # of the time, for the frozen trunk; the rest trains the block
-HIDDEN_RMS = 38.0  # root mean square of SmolLM2's last hidden states
 
 
 def prompts() -> dict[str, list[str]]:
@@ -65,244 +59,134 @@ def prompts() -> dict[str, list[str]]:
     }
 
 
-# Training of the block
-
-
-def pieces(tokenizer, template) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids in pieces of LENGTH, to train on and held out."""
-
-    def chats(name: str) -> list[int]:
-        ids: list[int] = []
-        for line in (ROOT / "examples" / "data" / name).read_text().splitlines():
-            pair = json.loads(line)
-            turns = [{"role": "user", "content": pair["src"][0]}]
-            ids += template.encode(tokenizer, turns).token_ids
-            ids += tokenizer.encode(pair["tgt"][0] + "<|im_end|>\n")
-        return ids
-
-    def cut(ids: list[int]) -> list[list[int]]:
-        return [ids[i : i + LENGTH] for i in range(0, len(ids) - LENGTH + 1, LENGTH)]
-
-    topics = [pydoc_data.topics.topics[name] for name in sorted(pydoc_data.topics.topics)]
-    manual = cut(tokenizer.encode("\n\n".join(topics)))
-    held_out = manual[::40] + cut(chats("sft-eval.jsonl"))
-    train = [p for i, p in enumerate(manual) if i % 40] + cut(chats("sft-train.jsonl"))
-    random.Random(0).shuffle(train)
-    return train, held_out
-
-
-def with_block(folder: Path):
-    """The model of `folder` in float32 with an MTP block, all frozen but the block.
-
-    The block begins as a second last layer: its decoder layer is a copy of the trunk's last one,
-    and the projection passes the normed hidden state on at about the size that layer is used to.
+def measure(folder: Path) -> dict[str, Any]:
+    """One round: by set of prompts and side, seconds of each prompt and of all at once; steps,
+    drafts and tokens.
     """
     import torch
 
     import ernie
-
-    base = ernie.load(folder, dtype=torch.float32)
-    config = dataclasses.replace(base.config, num_nextn_predict_layers=1)
-    model = ernie.ErnieModel(config, dtype=torch.float32)
-    model.init_weights(seed=0)
-    model.load_state_dict(base.state_dict(), strict=False)
-    (mtp,) = model.model.mtp
-    mtp.block.load_state_dict(model.model.layers[-1].state_dict())
-    identity = torch.eye(config.hidden_size)
-    mtp.linear_proj.weight.data[:, config.hidden_size :] = HIDDEN_RMS * identity
-    model.requires_grad_(False)
-    mtp.requires_grad_(True)
-    return model, base.tokenizer
-
-
-def seen_by_trunk(model, ids: list[int]) -> dict:
-    """A piece with what the frozen trunk makes of it, computed once: hidden states, and the
-    likeliest next tokens with their shares.
-    """
-    import torch
-
-    from ernie.attention import packed_causal
-
-    ids_T = torch.tensor(ids)
-    whole = packed_causal(torch.tensor([0, LENGTH], dtype=torch.int32))
-    with torch.no_grad():
-        hidden_TD = model.hidden(ids_T, torch.arange(LENGTH), whole)
-        probs_TK, tokens_TK = model.head(hidden_TD).softmax(-1).topk(NUM_LIKELIEST)
-    shares_TK = probs_TK / probs_TK.sum(-1, keepdim=True)
-    return {"ids": ids_T, "hidden": hidden_TD, "shares": shares_TK, "tokens": tokens_TK}
-
-
-def loss_of(model, batch: list[dict]):
-    """Cross-entropy of the block with the trunk's distribution of the token after next, and how
-    often both have the same likeliest token.
-    """
-    import torch
-
-    from ernie.attention import packed_causal
-
-    flat = {name: torch.cat([piece[name] for piece in batch]) for name in batch[0]}
-    positions_T = torch.arange(LENGTH).repeat(len(batch))
-    attend = packed_causal(torch.arange(0, len(positions_T) + 1, LENGTH, dtype=torch.int32))
-    out_TD = model.hidden_after_next(flat["ids"].roll(-1), flat["hidden"], positions_T, attend)
-    kept = positions_T < LENGTH - 1  # the last token of a piece has no successor in it
-    scores_NV = model.head(out_TD[kept])
-    shares_NK, tokens_NK = (flat[name].roll(-1, 0)[kept] for name in ("shares", "tokens"))
-    wanted_N = (shares_NK * scores_NV.gather(-1, tokens_NK)).sum(-1)
-    agreed_N = scores_NV.argmax(-1) == tokens_NK[:, 0]
-    return (scores_NV.logsumexp(-1) - wanted_N).mean(), agreed_N.float().mean()
-
-
-def train(source: Path, target: Path, minutes: float) -> dict[str, float]:
-    """Train the block for so long, save the model; the numbers of the training."""
-    import torch
-
-    import ernie
-    from ernie.chat import ChatTemplate
-
-    model, tokenizer = with_block(source)
-    texts, held_out_texts = pieces(tokenizer, ChatTemplate.for_folder(source))
-    held_out = [seen_by_trunk(model, ids) for ids in held_out_texts]
-
-    def evaluated() -> tuple[float, float]:
-        with torch.no_grad():
-            losses, agreed = zip(*(loss_of(model, [piece]) for piece in held_out))
-        return mean(map(float, losses)), mean(map(float, agreed))
-
-    before, _ = evaluated()
-    start = time.perf_counter()
-
-    def share_of_time() -> float:
-        return (time.perf_counter() - start) / (60 * minutes)
-
-    learn = []
-    while len(learn) < len(texts) and share_of_time() < SHARE_OF_TRUNK:
-        learn.append(seen_by_trunk(model, texts[len(learn)]))
-    parameters = list(model.model.mtp.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.95))
-    num_steps, order, began = 0, random.Random(0), share_of_time()
-    while (share := share_of_time()) < 1:
-        warm_up, decay = min(1.0, (num_steps + 1) / 10), (1 - share) / (1 - began)
-        for group in optimizer.param_groups:
-            group["lr"] = LEARNING_RATE * warm_up * max(0.05, decay)
-        loss, _ = loss_of(model, order.sample(learn, BATCH))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        num_steps += 1
-    seconds = time.perf_counter() - start
-    after, agreement = evaluated()
-    model.tokenizer = tokenizer
-    ernie.save(model.to(torch.bfloat16), target)
-    numbers = {
-        "loss_before": before, "loss_after": after, "agreement": agreement,
-        "text_tokens": len(learn) * LENGTH, "tokens": num_steps * BATCH * LENGTH,
-        "seconds": seconds, "threads": torch.get_num_threads(),
-    }  # fmt: skip
-    (target / "training.json").write_text(json.dumps(numbers, indent=1) + "\n")
-    return numbers
-
-
-# Measurement
-
-
-def measure(folder: str, drafts: dict[str, Any] | None) -> dict[str, float]:
     from fastdeploy import LLM, SamplingParams
 
-    llm = LLM(
-        folder, max_num_seqs=8, max_model_len=1024, speculative_config=drafts,
-        enable_prefix_caching=False,
-    )  # fmt: skip
+    model = ernie.load(folder, dtype=torch.bfloat16)
+    options = {"max_num_seqs": 8, "max_model_len": 1024, "enable_prefix_caching": False}
+    llms = {side: LLM(model, speculative_config=how, **options) for side, how in SIDES.items()}
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
-    llm.generate("Hello", params, use_tqdm=False)  # kernels compiled, memory touched
-    numbers: dict[str, float] = {}
+    for llm in llms.values():
+        llm.generate("Hello", params, use_tqdm=False)  # kernels compiled, memory touched
+    results: dict[str, Any] = {}
     for name, texts in prompts().items():
         chats = [[{"role": "user", "content": text}] for text in texts]
-        before, seconds, answers = llm.engine.stats(), 0.0, []
-        for chat in chats:
-            (out,) = llm.chat(chat, params, use_tqdm=False)
-            assert out.metrics is not None
-            seconds += out.metrics.finished_time - out.metrics.first_token_time
-            answers.append(out.outputs[0].token_ids)
-        after = llm.engine.stats()
-        offered = after.num_draft_tokens - before.num_draft_tokens
-        accepted = after.num_accepted_tokens - before.num_accepted_tokens
-        num_steps = after.num_steps - before.num_steps - len(chats)
-        num_tokens = (NUM_TOKENS - 1) * len(chats)
-        at_once_s = seconds_of(lambda: llm.chat(chats, params, use_tqdm=False))  # noqa: B023
-        numbers |= {
-            f"{name}, tok/s": num_tokens / seconds,
-            f"{name}, tokens a step": num_tokens / num_steps,
-            f"{name}, ms a step": 1000 * seconds / num_steps,
-            f"{name}, acceptance": accepted / max(offered, 1),
-            f"{name}, at once tok/s": NUM_TOKENS * len(chats) / at_once_s,
-            f"{name}, checksum": float(hash(tuple(map(tuple, answers))) % 10**9),
+        sides: dict[str, Any] = {
+            side: {"seconds": [], "steps": 0, "offered": 0, "accepted": 0, "said": []}
+            for side in SIDES
         }
-    return numbers
+        for chat in chats:
+            for side, llm in llms.items():
+                before = llm.engine.stats()
+                (out,) = llm.chat(chat, params, use_tqdm=False)
+                after, seen = llm.engine.stats(), sides[side]
+                assert out.metrics is not None
+                seen["seconds"].append(out.metrics.finished_time - out.metrics.first_token_time)
+                seen["steps"] += after.num_steps - before.num_steps - 1  # without the prompt's own
+                seen["offered"] += after.num_draft_tokens - before.num_draft_tokens
+                seen["accepted"] += after.num_accepted_tokens - before.num_accepted_tokens
+                seen["said"].append(out.outputs[0].token_ids)
+        for side, llm in llms.items():
+            sides[side]["at_once"] = seconds_of(lambda: llm.chat(chats, params, use_tqdm=False))  # noqa: B023
+        results[name] = sides
+    return results
 
 
-def report(sides: dict[str, dict[str, float]], training: dict[str, float]) -> None:
-    table = [["side", "prompts", "drafts accepted", "tokens a step", "ms a step", "tok/s",
-              "ratio", "at once tok/s", "ratio", "same tokens"]]  # fmt: skip
-    base = sides[BASE]
-    for side, n in sides.items():
-        for name in prompts():
-            get = {key.removeprefix(f"{name}, "): value for key, value in n.items() if name in key}
-            ratios = [n[f"{name}, {k}"] / base[f"{name}, {k}"] for k in ("tok/s", "at once tok/s")]
-            same = get["checksum"] == base[f"{name}, checksum"]
+def best_of(rounds: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """By set and side: figures from the shortest time of each prompt."""
+    results: dict[str, dict[str, dict[str, Any]]] = {}
+    for name, texts in prompts().items():
+        results[name] = {}
+        base = rounds[0][name][BASE]
+        for side in SIDES:
+            runs = [one[name][side] for one in rounds]
+            seconds = sum(map(min, zip(*(run["seconds"] for run in runs))))
+            first, num_tokens = runs[0], (NUM_TOKENS - 1) * len(texts)
+            results[name][side] = {
+                "tokens_per_s": num_tokens / seconds,
+                "ms_a_step": 1000 * seconds / first["steps"],
+                "tokens_a_step": num_tokens / first["steps"],
+                "acceptance": first["accepted"] / first["offered"] if first["offered"] else None,
+                "at_once_tokens_per_s": NUM_TOKENS * len(texts) / min(r["at_once"] for r in runs),
+                "same_answers": sum(a == b for a, b in zip(first["said"], base["said"])),
+            }
+    return results
+
+
+def report(rounds: list[dict[str, Any]], training: dict[str, float]) -> None:
+    results = best_of(rounds)
+    table = [["prompts", "side", "drafts accepted", "tokens a step", "ms a step", "tok/s", "ratio",
+              "at once tok/s", "ratio", "same answers"]]  # fmt: skip
+    for name, sides in results.items():
+        base = sides[BASE]
+        for side, n in sides.items():
+            if n["ms_a_step"] < 0.95 * base["ms_a_step"]:
+                raise SystemExit(
+                    f"{side}, {name}: a step took {n['ms_a_step']:.1f} ms, and {BASE} speculation "
+                    f"{base['ms_a_step']:.1f} ms: the machine is busy; measure more rounds"
+                )
+            n["ratio"] = n["tokens_per_s"] / base["tokens_per_s"]
+            n["at_once_ratio"] = n["at_once_tokens_per_s"] / base["at_once_tokens_per_s"]
+            accepted = "" if n["acceptance"] is None else f"{n['acceptance']:.0%}"
             table.append(
-                [side, name, f"{get['acceptance']:.0%}" if side != BASE else "",
-                 f"{get['tokens a step']:.2f}", f"{get['ms a step']:.1f}", f"{get['tok/s']:.1f}",
-                 f"{ratios[0]:.2f}x", f"{get['at once tok/s']:.1f}", f"{ratios[1]:.2f}x",
-                 "yes" if same else "no"]
+                [name, side, accepted, f"{n['tokens_a_step']:.2f}", f"{n['ms_a_step']:.1f}",
+                 f"{n['tokens_per_s']:.1f}", f"{n['ratio']:.2f}x",
+                 f"{n['at_once_tokens_per_s']:.1f}", f"{n['at_once_ratio']:.2f}x",
+                 f"{n['same_answers']} of {len(prompts()[name])}"]
             )  # fmt: skip
 
     def best(method: str, name: str) -> str:
-        key = f"{name}, tok/s"
-        side = max((s for s in sides if s.startswith(method)), key=lambda s: sides[s][key])
-        return f"{sides[side][key] / base[key]:.2f}x ({side})"
+        sides = {s: n for s, n in results[name].items() if s.startswith(method)}
+        side = max(sides, key=lambda s: sides[s]["ratio"])
+        return f"{sides[side]['ratio']:.2f}x ({side.partition(', ')[2]})"
 
     reading = (
         f"One request at a time, n-gram drafts give at best {best('n-gram', 'copying')} where the "
         f"answer copies and {best('n-gram', 'free')} where it does not; the MTP block gives "
-        f"{best('MTP', 'copying')} and {best('MTP', 'free')}, after training for "
-        f"{training['seconds']:.0f} s on {training['text_tokens']:.0f} tokens of text "
-        f"({training['tokens']:.0f} with repetitions), in which its held-out loss fell from "
-        f"{training['loss_before']:.2f} to {training['loss_after']:.2f} and its likeliest token "
-        f"became the trunk's in {training['agreement']:.0%} of the places."
+        f"{best('MTP', 'copying')} and {best('MTP', 'free')}, after {training['seconds']:.0f} s of "
+        f"training on {training['text_tokens']:.0f} tokens ({training['tokens']:.0f} with "
+        f"repetitions). Its loss on held-out answers fell from {training['loss_before']:.2f} to "
+        f"{training['loss_after']:.2f}, and its likeliest token is the trunk's in "
+        f"{training['agreement']:.0%} of their places: a block trained for minutes, where a "
+        "released one has seen what the trunk has."
     )
     write_record(
         "speculation", QUESTION, "python benchmarks/speculation.py",
         {"model": "SmolLM2-135M-Instruct, bfloat16, with an MTP block", "tokens": NUM_TOKENS,
-         "prompts": {name: len(texts) for name, texts in prompts().items()}},
-        {"sides": sides, "training": training}, table, reading,
+         "rounds": len(rounds), "prompts": {name: len(texts) for name, texts in prompts().items()}},
+        {"sets": results, "training": training}, table, reading,
     )  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=QUESTION)
-    parser.add_argument("--folder", help="of the trained model; trained into it if it is empty")
-    parser.add_argument("--minutes", type=float, default=5.0, help="of training")
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--folder", help="keeps the trained model and the rounds, and goes on")
+    parser.add_argument("--minutes", type=float, default=8.0, help="of training")
+    parser.add_argument("--rounds", type=int, default=3, help="to measure now; 0 reports only")
     parser.add_argument("--only-train", action="store_true")
-    parser.add_argument("--side")
     args = parser.parse_args()
-    if args.side:
-        print(json.dumps(measure(args.folder, SIDES[args.side])))
-        return
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(args.folder or temporary) / "model"
-        if not (folder / "training.json").exists():
+        folder = Path(args.folder or temporary)
+        model, seen = folder / "model", folder / "rounds.jsonl"
+        if not (model / "training.json").exists():
             from ernie.checkpoint.gguf import import_gguf
 
             import_gguf(smollm2_gguf(), Path(temporary) / "imported")
-            train(Path(temporary) / "imported", folder, args.minutes)
-        training = json.loads((folder / "training.json").read_text())
+            train(Path(temporary) / "imported", model, args.minutes)
+        training = json.loads((model / "training.json").read_text())
         if args.only_train:
             print(json.dumps(training))
             return
-        arguments = ["--folder", str(folder)]
-        report(take_turns(__file__, list(SIDES), args.rounds, arguments), training)
+        for _ in range(args.rounds):
+            with seen.open("a") as file:
+                file.write(json.dumps(measure(model)) + "\n")
+        report([json.loads(line) for line in seen.read_text().splitlines()], training)
 
 
 if __name__ == "__main__":

@@ -83,15 +83,27 @@ def fuse(model: ErnieModel, scheme: Scheme | None = None, shard: Shard = WHOLE) 
     One block at a time, so that both forms of the whole model never exist together. Raises
     ConfigError where a size cannot be shared out among the ranks.
     """
-    scheme = scheme or PLAIN
     check_shard(model.config, shard.size)
     trunk = model.model
     for i, block in enumerate(trunk.layers):
-        trunk.layers[i] = _fused(block, scheme, shard)
+        trunk.layers[i] = fused_block(block, scheme, shard)
     for predictor in trunk.mtp:
-        predictor.block = _fused(predictor.block, scheme, shard)
-    weight = shard.rows(model.head_weight)
-    model.fused_head = FusedHead(trunk.norm, pack(weight, scheme.head), shard)
+        predictor.block = fused_block(predictor.block, scheme, shard)
+    return fuse_head(model, scheme, shard)
+
+
+def fused_block(
+    block: nn.Module | Tensor, scheme: Scheme | None = None, shard: Shard = WHOLE
+) -> FusedBlock:
+    """The inference form of one block. `ernie.load` takes it to swap blocks while it reads."""
+    assert isinstance(block, Block), f"{type(block).__name__} is not the plain form of a block"
+    return FusedBlock(block, scheme or PLAIN, shard)
+
+
+def fuse_head(model: ErnieModel, scheme: Scheme | None = None, shard: Shard = WHOLE) -> ErnieModel:
+    """Swap the head of a model whose blocks are swapped, in place; returns it."""
+    packed = pack(shard.rows(model.head_weight), (scheme or PLAIN).head)
+    model.fused_head = FusedHead(model.model.norm, packed, shard)
     model.lm_head = None
     return model
 
@@ -137,11 +149,6 @@ def stacked(weights: Sequence[Weight]) -> Weight:
     if isinstance(weights[0], Tensor):
         return torch.cat([w.detach() for w in weights if isinstance(w, Tensor)], -2)
     return QuantTensor.cat([w for w in weights if isinstance(w, QuantTensor)])
-
-
-def _fused(block: nn.Module | Tensor, scheme: Scheme, shard: Shard) -> FusedBlock:
-    assert isinstance(block, Block), f"{type(block).__name__} is not the plain form of a block"
-    return FusedBlock(block, scheme, shard)
 
 
 class FusedBlock(nn.Module):

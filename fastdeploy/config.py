@@ -114,6 +114,9 @@ class EngineConfig:
     max_num_batched_tokens: int | None = option(
         None, "Tokens of one step at most; none: 512 on a CPU, 8192 on a GPU."
     )
+    tensor_parallel_size: int = option(
+        1, "Processes that share the work of every layer; on GPUs each takes one."
+    )
     block_size: int = option(64, "Positions of one block of the key/value cache.")
     gpu_memory_utilization: float = option(
         0.9, "Share of the free memory (of the GPU, or of the host) that the cache may take."
@@ -124,7 +127,7 @@ class EngineConfig:
     enable_prefix_caching: bool = option(True, "Reuse the cache of texts that begin alike.")
     enable_chunked_prefill: bool = option(True, "Read long prompts in pieces, between other texts.")
     use_cudagraph: bool | None = option(
-        None, "Replay decode steps as recorded CUDA graphs; none: on a GPU yes, on a CPU no."
+        None, "Replay decode steps as recorded CUDA graphs; none: wherever there is one GPU."
     )
     enable_logprob: bool = option(False, "Allow requests to ask for log-probabilities.")
     max_logprobs: int = option(20, "Likeliest tokens a request may ask for; -1: no limit.")
@@ -147,6 +150,7 @@ class EngineConfig:
         for name in (
             "max_num_seqs",
             "block_size",
+            "tensor_parallel_size",
             "max_num_batched_tokens",
             "num_gpu_blocks_override",
             "max_loras",
@@ -155,6 +159,12 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} is too small; it takes 1 or more")
+        if self.tensor_parallel_size > 1 and (self.enable_lora or self.has_mtp):
+            what = "enable_lora" if self.enable_lora else "speculation by mtp"
+            raise ConfigError(
+                f"{what} with tensor_parallel_size={self.tensor_parallel_size} is not available; "
+                "use tensor_parallel_size=1"
+            )
         if self.max_model_len < 2:
             raise ConfigError(
                 f"max_model_len={self.max_model_len} is too small; it takes 2 or more"
@@ -227,10 +237,13 @@ class EngineConfig:
                 f"without chunked prefill max_num_batched_tokens={tokens} must hold a "
                 f"whole prompt; use max_model_len={self.max_model_len} or more"
             )
-        graphs = self.use_cudagraph
-        if graphs and device_type != "cuda":
-            raise ConfigError(f"use_cudagraph needs a GPU, this is {device_type}; leave it out")
-        graphs = device_type == "cuda" if graphs is None else graphs
+        can_record = device_type == "cuda" and self.tensor_parallel_size == 1
+        if self.use_cudagraph and not can_record:
+            raise ConfigError(
+                f"use_cudagraph needs one GPU, this is {device_type} with tensor_parallel_size="
+                f"{self.tensor_parallel_size}; leave it out"
+            )
+        graphs = can_record if self.use_cudagraph is None else self.use_cudagraph
         return dataclasses.replace(self, max_num_batched_tokens=tokens, use_cudagraph=graphs)
 
 
@@ -310,7 +323,6 @@ LATER: dict[str, tuple[Any, ...]] = {
     "dynamic_load_weight": (False,),
     "load_strategy": ("normal",),
     "rsync_config": (None,),
-    "tensor_parallel_size": (1,),
     "data_parallel_size": (1,),
     "local_data_parallel_id": (0,),
     "enable_expert_parallel": (False,),

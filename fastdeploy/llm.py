@@ -4,8 +4,8 @@
     for out in llm.generate(["Once upon a time"], SamplingParams(max_tokens=32)):
         print(out.outputs.text)
 
-All prompts of a call are worked on together. The engine runs in the calling thread, there are no
-child processes, and an `LLM` is not to be used from two threads at once.
+All prompts of a call are worked on together. The engine runs in the calling thread; child processes
+exist only with tensor_parallel_size above 1. An `LLM` is not to be used from two threads at once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Loading and saving a model: a folder with `config.json`, safetensors files and a tokenizer.
 
 `load` checks headers first, then fills a model that was built without memory, one tensor at a time;
-`save` writes tensors as they are converted. Both need the weights once, plus one chunk or tensor.
+`save` writes tensors as they are converted. Both need the weights once, plus one chunk or tensor;
+`load` needs less where each block is swapped for something smaller as soon as it is there.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ernie.checkpoint.hub import resolve
 from ernie.checkpoint.layouts import LAYOUTS, MTP_MARK, Layout
 from ernie.checkpoint.writer import write_folder
 from ernie.config import ErnieConfig
-from ernie.model import ErnieModel
+from ernie.model import Block, ErnieModel
 
 if TYPE_CHECKING:
     from ernie.tokenizer import Tokenizer
@@ -38,12 +39,15 @@ def load(
     device: torch.device | str = "cpu",
     *,
     keep_integers: bool = False,
+    swap_block: Callable[[nn.Module], nn.Module] | None = None,
 ) -> ErnieModel:
     """A model with its weights, from a folder in any known layout or from a name on the hub.
 
     Weights are converted to `dtype` (None: as the embedding is stored); routers stay float32.
     Those of a quantised folder become what their integers stand for, or, with `keep_integers`,
-    QuantTensors, which `ernie.fused.fuse` understands and a plain forward pass does not.
+    QuantTensors, which `ernie.fused.fuse` understands and a plain forward pass does not. What
+    `swap_block` makes of a block takes its place, before the next one is read where weights are
+    plain.
     `tokenizer` and `generation_config` are set where the folder has them. Raises CheckpointError
     or ConfigError, before anything large is read unless a value itself is bad.
     """
@@ -56,13 +60,14 @@ def load(
         model = read_quantized(folder, config, device)
         if not keep_integers:
             dequantize(model, dtype or model.model.embed_tokens.weight.dtype)
+        for path in _block_paths(model) if swap_block else ():
+            _swap(model, path, swap_block)
     else:
         config, tensors = _agree_on_mtp(config, read_folder(folder))
         model = ErnieModel(config, dtype=dtype or stored_dtype(tensors), device="meta")
         template = dict(model.named_parameters())
         model.layout, weights = stored_weights(folder, tensors, template, device)
-        for name, tensor in weights:
-            place(model, name, tensor)
+        _fill(model, weights, swap_block)
     model.tokenizer = tokenizer
     model.generation_config = _generation_config(folder)
     return model
@@ -217,6 +222,37 @@ def _generation_config(folder: Path) -> dict[str, Any] | None:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}; it must hold an object")
     return value
+
+
+def _fill(
+    model: ErnieModel,
+    weights: Iterable[tuple[str, Tensor]],
+    swap_block: Callable[[nn.Module], nn.Module] | None,
+) -> None:
+    """Place the weights; blocks are swapped as soon as they are complete."""
+    missing = {
+        path: len(dict(model.get_submodule(path).named_parameters()))
+        for path in (_block_paths(model) if swap_block else ())
+    }
+    for name, tensor in weights:
+        place(model, name, tensor)
+        path = next((path for path in missing if name.startswith(f"{path}.")), None)
+        if path is not None:
+            missing[path] -= 1
+            if not missing[path]:
+                del missing[path]
+                _swap(model, path, swap_block)
+
+
+def _block_paths(model: ErnieModel) -> list[str]:
+    return [path for path, module in model.named_modules() if isinstance(module, Block)]
+
+
+def _swap(
+    model: ErnieModel, path: str, swap_block: Callable[[nn.Module], nn.Module] | None
+) -> None:
+    assert swap_block is not None
+    model.set_submodule(path, swap_block(model.get_submodule(path)))
 
 
 def place(model: nn.Module, name: str, tensor: Tensor) -> None:

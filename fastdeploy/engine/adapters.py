@@ -18,7 +18,6 @@ from ernie.adapter_files import read_adapter
 from ernie.adapters import Adapter
 from ernie.fused import FusedBlock
 from ernie.model import ErnieModel
-from ernie.settings import ConfigError
 from fastdeploy.config import EngineConfig
 from fastdeploy.errors import RequestError
 
@@ -28,8 +27,6 @@ MAX_NAME = 128  # characters
 
 
 class Adapters:
-    """Raises ConfigError where adapters are asked for and the model cannot have them."""
-
     def __init__(self, model: ErnieModel, config: EngineConfig) -> None:
         self.config, self.network = config, model.config
         self.dtype, self.device = model.activation_dtype, model.device
@@ -37,11 +34,6 @@ class Adapters:
         if config.enable_lora:
             blocks = [block for block in model.model.layers if isinstance(block, FusedBlock)]
             assert len(blocks) == len(model.model.layers), "adapters need the inference form"
-            if blocks[0].shard.size > 1:
-                raise ConfigError(
-                    f"enable_lora with tensor_parallel_size={blocks[0].shard.size} is not "
-                    "available; use tensor_parallel_size=1, or merge the adapter into the model"
-                )
 
     def get(self, name: str) -> Adapter:
         """Raises RequestError, with the names there are."""

@@ -9,7 +9,7 @@ the blocks that are new in it, so building a batch costs the same however long t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -32,7 +32,12 @@ class Batch:
     lens_S: Tensor  # int32, tokens of each request in the cache once this step is done
     tables_SM: Tensor  # int32, entries past a request's last block mean nothing
     rows_R: Tensor  # int64, the tokens after which logits are wanted
-    adapters: ActiveAdapters | None  # and which tokens each one changes; None: nobody has one
+    # Which tokens each adapter changes; None: nobody has one. Its tensors are on their device.
+    adapters: ActiveAdapters | None = None
+
+    def to(self, device: torch.device) -> Batch:
+        tensors = (f.name for f in fields(self) if f.name != "adapters")
+        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
 
 
 class BatchBuilder:

@@ -37,12 +37,14 @@ class KVCache:
         device: torch.device,
         *,
         drafting_layers: int = 0,
+        num_ranks: int = 1,
     ) -> KVCache:
+        """Room for the heads of one of `num_ranks` ranks."""
         shape = (
             config.num_hidden_layers + drafting_layers,
             num_blocks,
             block_size,
-            config.num_key_value_heads,
+            config.num_key_value_heads // num_ranks,
             config.head_dim,
         )
         return cls(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2)))

@@ -23,8 +23,9 @@ from fastdeploy.engine.batch import BatchBuilder
 from fastdeploy.engine.blocks import BlockManager
 from fastdeploy.engine.cache import KVCache, block_bytes, free_bytes
 from fastdeploy.engine.graphs import cuda_recorder
+from fastdeploy.engine.ranks import Ranks
 from fastdeploy.engine.request import Request, Status, TokenOutput, check_params, check_prompt
-from fastdeploy.engine.runner import Runner
+from fastdeploy.engine.runner import Runner, on
 from fastdeploy.engine.sampler import Choice, Sampler
 from fastdeploy.engine.scheduler import Scheduler
 from fastdeploy.engine.speculative import make_drafter, num_ahead
@@ -62,7 +63,8 @@ class Engine:
     """A model with its cache. `config` must be resolved (see `EngineConfig.resolved`).
 
     Besides work there are three ways to rest, each a method: `pause` holds or ends what is running,
-    `sleep` gives memory back, `update_weights` changes the model.
+    `sleep` gives memory back, `update_weights` changes the model. With `ranks` the model is this
+    rank's slice, and each of the others holds its own.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class Engine:
         think_tags: ThinkTags | None = None,
         *,
         rebuild: Callable[[ErnieModel], ErnieModel] = lambda model: model,
+        ranks: Ranks | None = None,
     ) -> None:
         """`rebuild` makes the form of `model` from a plain one; needed to update weights."""
         assert config.max_num_batched_tokens is not None, "the config is not resolved"
@@ -81,9 +84,9 @@ class Engine:
         self.eos_ids = frozenset(eos_ids)
         self.think_tags = think_tags
         self.early_stop = config.early_stop()
-        self.rebuild = rebuild
+        self.rebuild, self.ranks = rebuild, ranks
         self.device, self.dtype = model.device, model.model.embed_tokens.weight.dtype
-        num_blocks = num_cache_blocks(model, config)
+        num_blocks = num_cache_blocks(model, config, ranks)
         self.allocate = partial(
             KVCache.allocate,
             model.config,
@@ -91,15 +94,18 @@ class Engine:
             dtype=model.activation_dtype,
             device=model.device,
             drafting_layers=int(config.has_mtp),
+            num_ranks=ranks.size if ranks else 1,
         )
+        if ranks:
+            ranks.call("allocate", num_blocks=num_blocks, block_size=config.block_size)
         builder = BatchBuilder(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_blocks=-(-config.max_model_len // config.block_size),
             block_size=config.block_size,
-            device=model.device,
+            device=torch.device("cpu") if ranks else model.device,  # to be sent from there
         )
-        self.runner = Runner(model.eval(), self.allocate(num_blocks=num_blocks), builder)
+        self.runner = Runner(model.eval(), self.allocate(num_blocks=num_blocks), builder, ranks)
         self.adapters = Adapters(model, config)
         self.sampler = Sampler(self.vocab_size)
         self.blocks = BlockManager(
@@ -205,6 +211,11 @@ class Engine:
         """Whether `step` has something to do or to say."""
         return bool(self.news or (self.requests and not self.paused and not self.asleep))
 
+    @property
+    def is_alive(self) -> bool:
+        """False once a rank is lost, even before a step has met with it."""
+        return self.ranks is None or self.ranks.are_alive
+
     def step(self) -> list[TokenOutput]:
         """Compute one batch and return what became known in it. Raises RequestError while the
         engine rests.
@@ -219,7 +230,8 @@ class Engine:
         tokens = [[choice.token for choice in some] for some in choices]
         grown = self.scheduler.update(schedule, tokens)
         if self.drafter is not None:
-            self.drafter(schedule)
+            with on(self.device):
+                self.drafter(schedule)
         return self._report(grown, choices)
 
     def pause(self, mode: str = "abort") -> None:
@@ -312,6 +324,12 @@ class Engine:
         self.blocks.forget()
 
     def _refuse_while_running(self, what: str) -> None:
+        if self.ranks:
+            raise RequestError(
+                f"{what} is not available with tensor_parallel_size={self.ranks.size}; "
+                "restart the engine instead",
+                status=409,
+            )
         if self.requests and not self.paused and not self.asleep:
             raise RequestError(
                 f"{what} with {len(self.requests)} requests in work; pause first", status=409
@@ -374,7 +392,7 @@ class Engine:
         return outputs
 
 
-def num_cache_blocks(model: ErnieModel, config: EngineConfig) -> int:
+def num_cache_blocks(model: ErnieModel, config: EngineConfig, ranks: Ranks | None = None) -> int:
     """Blocks of the pool: as many as memory allows, but not more than all seats can ever fill.
 
     Raises ConfigError when they do not hold a single text of max_model_len.
@@ -390,7 +408,10 @@ def num_cache_blocks(model: ErnieModel, config: EngineConfig) -> int:
         num_blocks = config.num_gpu_blocks_override
         advice = f"use num_gpu_blocks_override={per_text} or more, or a smaller max_model_len"
     else:
-        memory = int(free_bytes(model.device) * config.gpu_memory_utilization)
+        free = free_bytes(model.device)
+        if ranks and model.device.type == "cuda":  # else all ranks take from the same memory
+            free = min(free, *ranks.call("free_bytes")) * ranks.size
+        memory = int(free * config.gpu_memory_utilization)
         num_blocks = min(memory // size, config.max_num_seqs * per_text)
         advice = f"free memory ({per_text * size / 2**30:.2f} GiB needed) or lower max_model_len"
     if num_blocks < per_text:

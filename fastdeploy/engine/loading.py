@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,13 +11,16 @@ import torch
 
 import ernie
 from ernie.chat import ChatTemplate, NoTemplate, stop_ids
-from ernie.fused import fuse, shallow_copy
+from ernie.checkpoint.hub import resolve
+from ernie.config import ErnieConfig
+from ernie.fused import WHOLE, Shard, check_shard, fuse, fuse_head, fused_block, shallow_copy
 from ernie.model import ErnieModel
-from ernie.quant.scheme import read_scheme
+from ernie.quant.scheme import Scheme, read_scheme
 from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
+from fastdeploy.engine.ranks import Ranks
 from fastdeploy.engine.thinking import ThinkTags
 from fastdeploy.sampling import recommended
 
@@ -37,43 +41,94 @@ def load(config: EngineConfig, model: ErnieModel | None = None) -> Loaded:
 
     Raises ConfigError and the errors of `ernie.load`, each one sentence.
     """
-    device = pick_device(config.device)
-    if model is None:
-        dtype = getattr(torch, config.dtype)
-        model = ernie.load(config.model, dtype=dtype, device=device, keep_integers=True)
+    device = pick_device(config.device, config.tensor_parallel_size)
+    ranks = None
+    if config.tensor_parallel_size > 1:
+        if model is not None:
+            raise ConfigError(
+                f"tensor_parallel_size={config.tensor_parallel_size} needs a folder that every "
+                "process can read, not a model in memory; save it first, or use 1"
+            )
+        model, ranks = start_ranks(config, device)
+    elif model is None:
+        model = read_model(config, device)
     else:
-        model = shallow_copy(model)  # the caller keeps the plain one
+        model = served(shallow_copy(model), config)  # the caller keeps the plain one
+    try:
+        return _around(model, config, ranks)
+    except BaseException:
+        if ranks:
+            ranks.stop()
+        raise
+
+
+def served(model: ErnieModel, config: EngineConfig) -> ErnieModel:
+    """The form in which the engine runs a plain model, whose blocks are swapped in place."""
+    return fuse(model, _scheme(config, model.config))
+
+
+def _scheme(config: EngineConfig, network: ErnieConfig) -> Scheme | None:
+    """Raises ConfigError for a scheme that is not known, or is asked of a quantised folder."""
+    if config.quantization and "quantization_config" in network.extra:
+        raise ConfigError(
+            f"quantization={config.quantization} is asked for, but the folder's weights are "
+            "quantised already; leave it out"
+        )
+    return read_scheme(config.quantization, has_experts=network.is_moe)
+
+
+def read_model(config: EngineConfig, device: torch.device, shard: Shard = WHOLE) -> ErnieModel:
+    """The inference form of the model in a folder, of which only one block is ever whole."""
+    folder = resolve(config.model)
+    scheme = _scheme(config, ErnieConfig.from_folder(folder))
+    model = ernie.load(
+        folder,
+        dtype=getattr(torch, config.dtype),
+        device=device,
+        keep_integers=True,
+        swap_block=lambda block: fused_block(block, scheme, shard),
+    )
+    return fuse_head(model, scheme, shard)
+
+
+def start_ranks(config: EngineConfig, device: torch.device) -> tuple[ErnieModel, Ranks]:
+    """Rank 0's slice and the other ranks, each with its own; all read at the same time.
+
+    Raises ConfigError, before a process is started, where a size cannot be shared out.
+    """
+    config = dataclasses.replace(config, model=str(resolve(config.model)))
+    check_shard(ErnieConfig.from_folder(config.model), config.tensor_parallel_size)
+    ranks = Ranks(config, device)
+    try:
+        model = read_model(config, ranks.group.device, ranks.group.shard)
+        ranks.connect()
+    except BaseException:
+        ranks.stop()
+        raise
+    return model, ranks
+
+
+def _around(model: ErnieModel, config: EngineConfig, ranks: Ranks | None) -> Loaded:
+    """The engine of a fused model, and the text around it."""
     tokenizer = Tokenizer.from_folder(config.tokenizer) if config.tokenizer else model.tokenizer
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} entries and the model's vocabulary "
             f"{model.config.vocab_size}; they do not belong together"
         )
-    model = served(model, config)
     config = config.resolved(
         max_positions=model.config.max_position_embeddings, device_type=model.device.type
     )
     ends = stop_ids(tokenizer) if tokenizer else model.config.eos_token_ids
     tags = ThinkTags.of(tokenizer, config.think_stop_sentence)
-    engine = Engine(model, config, ends, tags, rebuild=partial(served, config=config))
+    rebuild = partial(served, config=config)
+    engine = Engine(model, config, ends, tags, rebuild=rebuild, ranks=ranks)
     defaults = recommended(getattr(model, "generation_config", None) or {})
     return Loaded(engine, config, tokenizer, _template(config, tokenizer), defaults)
 
 
-def served(model: ErnieModel, config: EngineConfig) -> ErnieModel:
-    """The form in which the engine runs a plain model, whose blocks are swapped in place.
-
-    Raises ConfigError for a scheme that is not known, or that is asked of a quantised folder.
-    """
-    if config.quantization and "quantization_config" in model.config.extra:
-        raise ConfigError(
-            f"quantization={config.quantization} is asked for, but the folder's weights are "
-            "quantised already; leave it out"
-        )
-    return fuse(model, read_scheme(config.quantization, has_experts=model.config.is_moe))
-
-
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, num_ranks: int = 1) -> torch.device:
+    """The device of rank 0. Raises ConfigError where there is no GPU for each rank."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -84,8 +139,12 @@ def pick_device(name: str) -> torch.device:
         raise ConfigError(
             f"device={name!r}, but there is no GPU that torch can use; use cpu or auto"
         )
-    if device.type == "cuda" and device.index is not None:
-        torch.cuda.set_device(device)  # Triton starts its kernels on the current one
+    if device.type == "cuda" and (device.index or 0) + num_ranks > torch.cuda.device_count():
+        raise ConfigError(
+            f"tensor_parallel_size={num_ranks} with device={name!r} takes GPUs up to number "
+            f"{(device.index or 0) + num_ranks - 1}, but there are {torch.cuda.device_count()}; "
+            "use fewer ranks, or device=cpu"
+        )
     return device
 
 

@@ -131,7 +131,7 @@ class ServerEngine:
 
     @property
     def is_alive(self) -> bool:
-        return self.thread.is_alive() and not self.failed
+        return self.thread.is_alive() and not self.failed and self.loaded.engine.is_alive
 
     def stats(self) -> Stats:
         return self.loaded.engine.stats()

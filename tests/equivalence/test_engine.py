@@ -6,7 +6,7 @@ engine learns to do (a cache, a schedule, a draft, a kernel), it gets a row here
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -14,12 +14,15 @@ from typing import Any
 import pytest
 import torch
 
+import ernie
 from ernie.fused import fuse, shallow_copy
 from ernie.generate import generate
 from ernie.model import ErnieModel
 from ernie.models import TINY
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
+from fastdeploy.engine.loading import start_ranks
+from fastdeploy.engine.ranks import Ranks
 from fastdeploy.sampling import SamplingParams
 
 NUM_NEW = 24
@@ -108,11 +111,29 @@ ROWS += [
     if row.name in WITH_DRAFTS
 ]
 
+# The processes are started once for all of these.
+NAMES_OF_TWO_RANKS = (
+    "as it comes",
+    "chunks of 8",
+    "arriving in turn",
+    "hits in chunks",
+    "preempted in small chunks",
+)
+# Networks whose sizes two ranks can share.
+EVEN = {
+    "even-dense": replace(TINY["tiny-dense"], vocab_size=200),
+    "even-moe": replace(
+        TINY["tiny-moe"], num_attention_heads=6, num_key_value_heads=2, vocab_size=212
+    ),
+}
+
 
 @cache
 def model_and_answers(name: str) -> tuple[ErnieModel, list[list[int]]]:
     """A random model whose logits are far apart, and the plain generator's answers."""
-    model = ErnieModel(replace(TINY[name], num_nextn_predict_layers=1), dtype=torch.float32)
+    model = ErnieModel(
+        replace((TINY | EVEN)[name], num_nextn_predict_layers=1), dtype=torch.float32
+    )
     model.init_weights(seed=1, std=0.3)
     return model, [list(generate(model, p, max_tokens=NUM_NEW)) for p in PROMPTS]
 
@@ -138,13 +159,12 @@ def run(engine: Engine, prompts: Sequence[list[int]], row: Row) -> list[list[int
     return list(answers.values())
 
 
-@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_greedy_tokens_equal_the_plain_generator(row: Row, name: str) -> None:
+def check(row: Row, name: str, ranks: Ranks | None = None, part: ErnieModel | None = None) -> None:
+    """Run a row; with `ranks`, over rank 0's `part` of the model and the parts of the others."""
     model, expected = model_and_answers(name)
     config = EngineConfig(model=name, max_model_len=MAX_LEN, **row.settings)
     config = config.resolved(max_positions=MAX_LEN, device_type="cpu")
-    engine = Engine(fuse(shallow_copy(model)), config)
+    engine = Engine(part or fuse(shallow_copy(model)), config, ranks=ranks)
     for _ in range(row.rounds):
         answers = run(engine, PROMPTS, row)
         for i, (answer, wanted) in enumerate(zip(answers, expected)):
@@ -157,6 +177,35 @@ def test_greedy_tokens_equal_the_plain_generator(row: Row, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_greedy_tokens_equal_the_plain_generator(row: Row, name: str) -> None:
+    check(row, name)
+
+
+@pytest.fixture(scope="module", params=EVEN)
+def two_ranks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Ranks, ErnieModel]]:
+    """The name of a model, two processes that share it, and the slice of this one."""
+    folder = tmp_path_factory.mktemp("even")
+    ernie.save(model_and_answers(request.param)[0], folder)
+    config = EngineConfig(model=str(folder), dtype="float32", tensor_parallel_size=2)
+    part, ranks = start_ranks(config, torch.device("cpu"))
+    yield request.param, ranks, part
+    ranks.stop()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    "row", [r for r in ROWS if r.name in NAMES_OF_TWO_RANKS], ids=lambda r: r.name
+)
+def test_two_ranks_give_the_plain_generators_tokens(
+    row: Row, two_ranks: tuple[str, Ranks, ErnieModel]
+) -> None:
+    check(row, *two_ranks)
+
+
+@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe", *EVEN])
 def test_answers_differ_enough_for_the_table_to_mean_something(name: str) -> None:
     _, expected = model_and_answers(name)
     assert len({tuple(answer) for answer in expected}) == len(PROMPTS)

@@ -252,7 +252,11 @@ def test_wrong_kinds_of_arguments(llm: LLM) -> None:
     [
         ({"max_modl_len": 5}, "did you mean 'max_model_len'"),
         ({"max_model_len": 10**6}, "more than the 512 positions"),
-        ({"tensor_parallel_size": 2}, "tensor_parallel_size=2 .* not available"),
+        (
+            {"tensor_parallel_size": 3},
+            "tensor_parallel_size=3 does not divide num_key_value_heads=2",
+        ),
+        ({"tensor_parallel_size": 0}, "tensor_parallel_size=0 is too small"),
         ({"num_gpu_blocks_override": 2}, "the cache has 2 blocks"),
         ({"max_num_batched_tokens": 4}, "less than max_num_seqs=8"),
         ({"dtype": "float8"}, "use one of bfloat16, float32"),
@@ -266,8 +270,6 @@ def test_a_wrong_option_is_refused_in_a_sentence(folder, options, message: str) 
 
 
 def test_logprobs_have_to_be_enabled(folder) -> None:
-    llm = LLM(
-        str(folder), max_model_len=64, tensor_parallel_size=1
-    )  # a flag at its default is fine
+    llm = LLM(str(folder), max_model_len=64, data_parallel_size=1)  # a flag at its default is fine
     with pytest.raises(ValueError, match="start with enable_logprob"):
         llm.generate("x", SamplingParams(logprobs=1))

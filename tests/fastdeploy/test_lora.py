@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -17,15 +16,12 @@ from starlette.testclient import TestClient
 from torch import Tensor
 
 import ernie
-from ernie.fused import Shard, fuse, shallow_copy
 from ernie.generate import generate
 from ernie.model import ErnieModel
-from ernie.models import TINY
 from ernie.settings import ConfigError
 from erniekit.lora import LoRA
 from fastdeploy import LLM, SamplingParams
 from fastdeploy.config import EngineConfig, ServerConfig
-from fastdeploy.engine.adapters import Adapters
 from fastdeploy.engine.blocks import root_of
 from fastdeploy.engine.loading import load
 from fastdeploy.errors import RequestError
@@ -146,12 +142,10 @@ def test_without_enable_lora_nothing_is_loaded(folder: Path, adapters: Path) -> 
             call()
 
 
-def test_ranks_and_adapters_exclude_each_other() -> None:
-    model = ErnieModel(dataclasses.replace(TINY["tiny-dense"], vocab_size=198))
-    model.init_weights(seed=1)
-    sliced = fuse(shallow_copy(model), None, Shard(0, 2))
-    with pytest.raises(ConfigError, match="enable_lora with tensor_parallel_size=2"):
-        Adapters(sliced, EngineConfig(model="m", enable_lora=True))
+@pytest.mark.parametrize("wish", [{"enable_lora": True}, {"speculative_config": {"method": "mtp"}}])
+def test_what_ranks_cannot_do_is_refused(wish: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="with tensor_parallel_size=2 is not available"):
+        EngineConfig(model="m", tensor_parallel_size=2, **wish)
 
 
 # --- HTTP ---

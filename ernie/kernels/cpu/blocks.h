@@ -27,7 +27,9 @@ struct Weight {  // also in fused.py
     bool rounds() const { return format >= FORMAT_INT8; }
     long groups() const { return (width + GROUP - 1) / GROUP; }
     long blocks_of_part() const { return (outputs + LANES - 1) / LANES; }
-    long word_columns() const { return format == FORMAT_FLOAT32 ? 1 : format == FORMAT_BFLOAT16 ? 2 : format == FORMAT_INT8 ? 4 : 8; }
+    long word_columns() const {
+        return format == FORMAT_FLOAT32 ? 1 : format == FORMAT_BFLOAT16 ? 2 : format == FORMAT_INT8 ? 4 : 8;
+    }
     long scale_bytes() const {
         if (!rounds()) return 0;
         return LANES * 4 + (format == FORMAT_INT4 ? (groups() * 2 * LANES + UNIT - 1) / UNIT * UNIT : 0);
@@ -67,7 +69,7 @@ constexpr long AHEAD = 1024;  // bytes between what is multiplied and what is as
 // --- one block times M rows ------------------------------------------------------------------------------
 
 template <int M>
-static void tile_int8(const uint8_t *block, const uint8_t *x, long stride, long groups, Floats *out) {
+static void multiply_int8(const uint8_t *block, const uint8_t *x, long stride, long groups, Floats *out) {
     const uint8_t *w = block + LANES * 4;
     Floats sums[M] = {};
     for (long g = 0; g < groups; g++, x += sizeof(RoundedFor8)) {
@@ -112,7 +114,7 @@ static void tile_int8(const uint8_t *block, const uint8_t *x, long stride, long 
 }
 
 template <int M>
-static void tile_int4(const uint8_t *block, const uint8_t *x, long stride, long groups, Floats *out) {
+static void multiply_int4(const uint8_t *block, const uint8_t *x, long stride, long groups, Floats *out) {
     const int8_t *scales = reinterpret_cast<const int8_t *>(block) + LANES * 4;
     const uint8_t *w = block + LANES * 4 + (groups * 2 * LANES + UNIT - 1) / UNIT * UNIT;
     Floats sums[M] = {};
@@ -169,40 +171,75 @@ static void tile_int4(const uint8_t *block, const uint8_t *x, long stride, long 
     for (int m = 0; m < M; m++) out[m] = sums[m] * load_floats(reinterpret_cast<const float *>(block));
 }
 
-template <class W, int M>
-static void tile_float(const uint8_t *block, const uint8_t *x, long stride, long groups, Floats *out) {
-    const float *rows = reinterpret_cast<const float *>(x);
+// N blocks, `bytes` apart, at once: one alone would wait for its own sums where there are few rows.
+template <class W, int M, int N>
+static void multiply_float(const uint8_t *block, long bytes, const uint8_t *x, long stride, long groups, Floats *out) {
+    const float *column = reinterpret_cast<const float *>(x), *end = column + groups * GROUP;
     const long ldx = stride / (long)sizeof(float);
-    Floats sums[M] = {};
-    const auto add = [&](const Words &w, const float *column) __attribute__((always_inline)) {
+    Floats sums[N][M] = {};
+    const auto add = [&](const Words (&w)[N]) __attribute__((always_inline)) {
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
             const vf xm = splat(column[m * ldx]);
 #pragma GCC unroll 4
-            for (int p = 0; p < PARTS; p++) sums[m].v[p] = fma((vf)w.v[p], xm, sums[m].v[p]);
+            for (int n = 0; n < N; n++)
+#pragma GCC unroll 4
+                for (int p = 0; p < PARTS; p++) sums[n][m].v[p] = in_order(fma((vf)w[n].v[p], xm, sums[n][m].v[p]));
         }
+        column++;
     };
-    const uint8_t *w = block;
-    for (const float *column = rows; column < rows + groups * GROUP; w += UNIT) {
-        __builtin_prefetch(w + AHEAD);
-        const Words unit = load_words(w);
-        if (sizeof(W) == 4) {
-            add(unit, column++);
-        } else {
-            add(each<Words>([&](int p) { return unit.v[p] << 16; }), column++);
-            add(each<Words>([&](int p) { return unit.v[p] & (int32_t)0xffff0000; }), column++);
+    for (const uint8_t *w = block; column < end; w += UNIT) {
+        Words unit[N], even[N], odd[N];
+#pragma GCC unroll 4
+        for (int n = 0; n < N; n++) {
+            __builtin_prefetch(w + n * bytes + AHEAD);
+            unit[n] = load_words(w + n * bytes);
+            even[n] = each<Words>([&](int p) { return unit[n].v[p] << 16; });
+            odd[n] = each<Words>([&](int p) { return unit[n].v[p] & (int32_t)0xffff0000; });
         }
+        if (sizeof(W) == 4)
+            add(unit);
+        else
+            add(even), add(odd);
     }
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++)
 #pragma GCC unroll 8
-    for (int m = 0; m < M; m++) out[m] = sums[m];
+        for (int m = 0; m < M; m++) out[n * MOST_ROWS + m] = sums[n][m];
 }
 
-typedef void (*Tile)(const uint8_t *block, const uint8_t *x, long stride, long groups, Floats *out);
+// --- some blocks times M rows: out[block * MOST_ROWS + row] -----------------------------------------------
+
+constexpr int MOST_BLOCKS = 4;
+typedef void (*Tile)(const uint8_t *block, long blocks, long bytes, const uint8_t *x, long stride, long groups,
+                     Floats *out);
+
+template <class W, int M>
+static void tile_float(const uint8_t *block, long blocks, long bytes, const uint8_t *x, long stride, long groups,
+                       Floats *out) {
+    constexpr int N = M <= 2 ? 2 : 1;
+    long n = 0;
+    for (; n + N <= blocks; n += N)
+        multiply_float<W, M, N>(block + n * bytes, bytes, x, stride, groups, out + n * MOST_ROWS);
+    for (; n < blocks; n++) multiply_float<W, M, 1>(block + n * bytes, bytes, x, stride, groups, out + n * MOST_ROWS);
+}
+template <int M>
+static void tile_int8(const uint8_t *block, long blocks, long bytes, const uint8_t *x, long stride, long groups,
+                      Floats *out) {
+    for (long n = 0; n < blocks; n++)
+        multiply_int8<M>(block + n * bytes, x, stride, groups, out + n * MOST_ROWS);
+}
+template <int M>
+static void tile_int4(const uint8_t *block, long blocks, long bytes, const uint8_t *x, long stride, long groups,
+                      Floats *out) {
+    for (long n = 0; n < blocks; n++)
+        multiply_int4<M>(block + n * bytes, x, stride, groups, out + n * MOST_ROWS);
+}
 
 // Rows of one tile: as many as the registers hold.
 static long most_rows(const Weight &w) {
     if (VL == 16) return 8;
-    return w.rounds() ? 4 : 6;
+    return w.format == FORMAT_FLOAT32 ? 6 : 4;
 }
 
 template <int M>

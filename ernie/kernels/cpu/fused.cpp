@@ -22,20 +22,27 @@ struct Task {
 void add_tasks(std::vector<Task> &tasks, const Weight &w, long expert, long first, long count) {
     const long stride = row_bytes(w), bytes = w.block_bytes() * w.parts, all = w.blocks_of_part();
     const long fits = std::max(CACHE_BYTES / stride, 4L * MOST_ROWS);
-    const long chunk = std::max(TASK_BYTES / bytes, 1L);
+    const long chunk = std::max(TASK_BYTES / bytes, w.parts > 1 ? 1L : 2L);  // no block alone
     for (long m = 0; m < count; m += fits)
         for (long b = 0; b < all; b += chunk)
             tasks.push_back({expert, first + m, std::min(fits, count - m), b, std::min(chunk, all - b)});
 }
 
-// use(row, lanes) for some rows and one block.
-template <class Use>
-void multiply(const Weight &w, const uint8_t *block, const Rows &x, long first, long count, const Use &use) {
-    balanced(count, most_rows(w), [&](long m, long rows) {
-        Floats out[MOST_ROWS];
-        tile_of(w, rows)(block, x.row(first + m), x.stride, w.groups(), out);
-        for (long i = 0; i < rows; i++) use(first + m + i, out[i]);
-    });
+// use(row, index, lanes) for some rows and blocks; TOGETHER blocks are given at once, MOST_ROWS lanes apart.
+// Few rows meet several blocks at a time; of many, all meet a block while it is in the cache.
+template <int TOGETHER, class Use>
+void multiply(const Weight &w, const uint8_t *block, long blocks, const Rows &x, long first, long count,
+              const Use &use) {
+    const long step = count <= most_rows(w) ? MOST_BLOCKS : TOGETHER, bytes = w.block_bytes();
+    for (long b = 0; b < blocks; b += step) {
+        const long some = std::min(step, blocks - b);
+        balanced(count, most_rows(w), [&](long m, long rows) {
+            Floats out[MOST_BLOCKS * MOST_ROWS];
+            tile_of(w, rows)(block + b * bytes, some, bytes, x.row(first + m), x.stride, w.groups(), out);
+            for (long n = 0; n < some; n += TOGETHER)
+                for (long i = 0; i < rows; i++) use(first + m + i, b + n, out + n * MOST_ROWS + i);
+        });
+    }
 }
 
 // to[0, kept) = lanes + each of the others that is given.
@@ -59,16 +66,11 @@ Floats gated(const Floats &gate, const Floats &up) {
 
 // The tasks of a gate and up product: hidden rows, `ldh` floats apart.
 void run_gate_up(const Task &task, const Weight &w, const Rows &x, float *hidden, long ldh) {
-    for (long b = task.first_block; b < task.first_block + task.blocks; b++)
-        balanced(task.rows, most_rows(w), [&](long m, long rows) {
-            Floats gate[MOST_ROWS], up[MOST_ROWS];
-            const Tile tile = tile_of(w, rows);
-            const uint8_t *from = x.row(task.first_row + m);
-            tile(w.block(task.expert, b, 0), from, x.stride, w.groups(), gate);
-            tile(w.block(task.expert, b, 1), from, x.stride, w.groups(), up);
-            for (long i = 0; i < rows; i++)
-                store(hidden + (task.first_row + m + i) * ldh + b * LANES, gated(gate[i], up[i]));
-        });
+    multiply<2>(w, w.block(task.expert, task.first_block, 0), 2 * task.blocks, x, task.first_row, task.rows,
+                [&](long row, long index, const Floats *lanes) {
+                    float *to = hidden + row * ldh + (task.first_block + index / 2) * LANES;
+                    store(to, gated(lanes[0], lanes[MOST_ROWS]));
+                });
 }
 
 long padded(long width) { return (width + GROUP - 1) / GROUP * GROUP; }
@@ -88,15 +90,13 @@ void project(const Rows &x, long rows, const Weight &w, const float *bias, const
     const long ld = w.outputs * w.parts;
     parallel_for(threads, tasks.size(), [&](long i) {
         const Task &task = tasks[i];
-        for (long b = task.first_block; b < task.first_block + task.blocks; b++)
-            for (long part = 0; part < w.parts; part++) {
-                const long column = part * w.outputs + b * LANES;
-                const long kept = std::min<long>(LANES, w.outputs - b * LANES);
-                multiply(w, w.block(0, b, part), x, task.first_row, task.rows, [&](long row, const Floats &lanes) {
-                    store_sum(out + row * ld + column, kept, lanes, bias ? bias + column : nullptr,
-                              residual ? residual + row * ldr + column : nullptr);
-                });
-            }
+        multiply<1>(w, w.block(0, task.first_block, 0), w.parts * task.blocks, x, task.first_row, task.rows,
+                    [&](long row, long index, const Floats *lanes) {
+                        const long b = task.first_block + index / w.parts;
+                        const long column = index % w.parts * w.outputs + b * LANES;
+                        store_sum(out + row * ld + column, std::min<long>(LANES, w.outputs - b * LANES), *lanes,
+                                  bias ? bias + column : nullptr, residual ? residual + row * ldr + column : nullptr);
+                    });
     });
 }
 
@@ -193,33 +193,32 @@ void run_experts(const float *y, long ldy, long count, std::vector<Routed> &rout
     const Rows h = prepare<HiddenRowsSlot>(hidden, ldh, rows, none, *e.down, threads);
     const Rows s = shared ? prepare<SharedHiddenRowsSlot>(shared_hidden, lds, count, none, *e.shared_down, threads)
                           : Rows{};
+    const Floats nothing{};
     // A task owns some columns of all tokens and adds the experts to them one after the other.
     constexpr long BLOCKS = 4;
     const long blocks = e.down->blocks_of_part();
     parallel_for(threads, (blocks + BLOCKS - 1) / BLOCKS, [&](long task) {
         const long first = task * BLOCKS, end = std::min(blocks, first + BLOCKS);
         const auto own = [&](long b) { return std::min<long>(LANES, width - b * LANES); };
-        for (long b = first; b < end; b++) {
-            const auto start = [&](long row, const Floats &lanes) {
-                store_sum(out + row * width + b * LANES, own(b), lanes, nullptr,
-                          residual ? residual + row * ldr + b * LANES : nullptr);
-            };
-            if (shared)
-                multiply(*e.shared_down, e.shared_down->block(0, b, 0), s, 0, count, start);
-            else
-                for (long row = 0; row < count; row++) start(row, Floats{});
-        }
+        const auto start = [&](long row, long index, const Floats *lanes) {
+            const long column = (first + index) * LANES;
+            store_sum(out + row * width + column, own(first + index), *lanes, nullptr,
+                      residual ? residual + row * ldr + column : nullptr);
+        };
+        if (shared)
+            multiply<1>(*e.shared_down, e.shared_down->block(0, first, 0), end - first, s, 0, count, start);
+        else
+            for (long b = first; b < end; b++)
+                for (long row = 0; row < count; row++) start(row, b - first, &nothing);
         for (long expert = 0; expert < e.gate_up->experts; expert++)
-            if (const long mine = begin[expert + 1] - begin[expert])
-                for (long b = first; b < end; b++)
-                    multiply(*e.down, e.down->block(expert, b, 0), h, begin[expert], mine,
-                             [&](long row, const Floats &lanes) {
-                                 const Routed &r = routed[row];
-                                 float *to = out + r.token * width + b * LANES;
-                                 const vf weight = splat(r.weight);
-                                 store_sum(to, own(b), each<Floats>([&](int p) { return lanes.v[p] * weight; }),
-                                           nullptr, to);
-                             });
+            multiply<1>(*e.down, e.down->block(expert, first, 0), end - first, h, begin[expert],
+                        begin[expert + 1] - begin[expert], [&](long row, long index, const Floats *lanes) {
+                            const Routed &r = routed[row];
+                            float *to = out + r.token * width + (first + index) * LANES;
+                            const vf weight = splat(r.weight);
+                            store_sum(to, own(first + index),
+                                      each<Floats>([&](int p) { return lanes->v[p] * weight; }), nullptr, to);
+                        });
     });
 }
 

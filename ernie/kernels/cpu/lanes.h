@@ -59,6 +59,17 @@ ERNIE_INLINE void add_scaled(Floats &sums, const Words &lanes, vf factor) {
         sums.v[p] = fma(__builtin_convertvector(lanes.v[p], vf), factor, sums.v[p]);
 }
 
+// Keeps the compiler from putting off what it has to do for v: GCC would run out of registers.
+template <class Vector>
+ERNIE_INLINE Vector in_order(Vector v) {
+#if defined(__AVX512F__)
+    asm("" : "+v"(v));
+#elif defined(__AVX2__)
+    asm("" : "+x"(v));
+#endif
+    return v;
+}
+
 // --- products of small integers --------------------------------------------------------------------------
 
 // Each lane: a.low * b.low + a.high * b.high, over signed halves of 16 bits.
@@ -89,14 +100,6 @@ ERNIE_INLINE vi multiply_bytes(vi bytes, vi signed_bytes) {
 }
 #endif
 ERNIE_INLINE vi add_halves(vi a, vi b) { return (vi)((vs)a + (vs)b); }
-
-// Keeps the compiler from putting off what it has to do for v: GCC would run out of registers.
-ERNIE_INLINE vi in_order(vi v) {
-#if defined(__AVX2__)
-    asm("" : "+x"(v));
-#endif
-    return v;
-}
 
 // Sixteen scales of 8 bits, as `multiply_halves` takes them to scale both halves, or only the low one.
 ERNIE_INLINE Words load_scales(const int8_t *scales, bool both_halves) {

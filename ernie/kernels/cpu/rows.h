@@ -41,66 +41,107 @@ ERNIE_INLINE vi nearest(vf v) {  // ties to even; |v| < 2**22
 #endif
 }
 
-// Where column i of 8 stands among the codes.
-constexpr int IN_ORDER[8] = {0, 1, 2, 3, 4, 5, 6, 7};
-constexpr int PAIRS_OF_INT8[8] = {0, 2, 1, 3, 4, 6, 5, 7};
-constexpr int EVEN_THEN_ODD[8] = {0, 4, 1, 5, 2, 6, 3, 7};
-constexpr int PAIRS_OF_INT4[8] = {0, 2, 4, 6, 1, 3, 5, 7};
+// Columns become codes in the order in which blocks.h multiplies them. `special` becomes NaN by an
+// infinity or a NaN.
+#if defined(__AVX2__)
+typedef __m256i Bytes;  // 32 codes
+ERNIE_INLINE __m256i halves_of(const float *x, vf factor) {  // 16 columns, as 16 bits
+#if defined(__AVX512F__)
+    return _mm512_cvtepi32_epi16((__m512i)nearest(load(x) * factor));
+#else
+    const __m256i pairs =
+        _mm256_packs_epi32((__m256i)nearest(load(x) * factor), (__m256i)nearest(load(x + VL) * factor));
+    return _mm256_permute4x64_epi64(pairs, 0xd8);
+#endif
+}
+ERNIE_INLINE Bytes bytes_of(const float *x, vf factor) {
+    const __m256i packed = _mm256_packs_epi16(halves_of(x, factor), halves_of(x + 16, factor));
+    return _mm256_permute4x64_epi64(packed, 0xd8);
+}
+// Each lane: the sums of its first two and of its last two bytes, then of all lanes together.
+ERNIE_INLINE int32_t sums_of_pairs(Bytes codes, Bytes more) {
+    const __m256i ones = _mm256_set1_epi8(1);
+    const __m256i sums = _mm256_add_epi16(_mm256_maddubs_epi16(ones, codes), _mm256_maddubs_epi16(ones, more));
+    __m128i all = _mm_add_epi16(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
+    all = _mm_add_epi16(all, _mm_shuffle_epi32(all, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi16(all, _mm_shuffle_epi32(all, 0xb1)));
+}
+ERNIE_INLINE int32_t low_half(int32_t pair) { return (int16_t)pair; }
+ERNIE_INLINE int32_t high_half(int32_t pair) { return pair >> 16; }
+#endif
 
-template <class Code>
-static void round_group(const float *x, const int (&place)[8], Rounded<Code> &out, int32_t (&codes)[GROUP]) {
-    vf most = {}, special = {};
+static float scale_group(const float *x, vf &factor, vf &special) {
+    vf most = {};
     for (long i = 0; i < GROUP; i += VL) {
         const vf v = load(x + i);
         most = vmax(most, vmax(v, -v));
-        special = fma(v, vf{}, special);  // an infinity or a NaN makes the whole group NaN
+        special = fma(v, vf{}, special);
     }
     const float top = largest(most);
-    const vf factor = splat(top ? 127 / top : 127.0f);
+    factor = splat(top ? 127 / top : 127.0f);
+    return top / 127;
+}
+
+#if defined(__AVX512VNNI__)
+static void round_for_int8(const float *x, RoundedFor8 &out, vf &special) {
+    vf factor;
+    out.scale = scale_group(x, factor, special);
+    const Bytes first = bytes_of(x, factor), second = bytes_of(x + 32, factor);
+    _mm256_storeu_si256((Bytes *)out.codes, first);
+    _mm256_storeu_si256((Bytes *)out.codes + 1, second);
+    const int32_t sums = sums_of_pairs(first, second);
+    out.start[0] = -128 * (low_half(sums) + high_half(sums));
+}
+#elif defined(__AVX2__)
+static void round_for_int8(const float *x, RoundedFor8 &out, vf &special) {
+    const __m256i order = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));  // columns 0, 2, 1, 3
+    vf factor;
+    out.scale = scale_group(x, factor, special);
+    for (int i = 0; i < GROUP; i += 16)
+        _mm256_storeu_si256((__m256i *)(out.codes + i), _mm256_shuffle_epi8(halves_of(x + i, factor), order));
+}
+#endif
+
+#if defined(__AVX2__)
+static void round_for_int4(const float *x, RoundedFor4 &out, vf &special) {
+    const __m256i order = _mm256_broadcastsi128_si256(
+        _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));  // the even columns first
+    vf factor;
+    out.scale = scale_group(x, factor, special);
+    for (int half = 0; half < 2; half++) {
+        const Bytes codes = _mm256_shuffle_epi8(bytes_of(x + half * 32, factor), order);
+        _mm256_storeu_si256((Bytes *)out.codes + half, codes);
+        const int32_t sums = sums_of_pairs(codes, Bytes{}), low = -8 * low_half(sums), high = -8 * high_half(sums);
+#if defined(__AVX512VNNI__)
+        out.start[half] = low + high;
+#else
+        out.start[half] = (int32_t)((uint32_t)(low & 0xffff) | (uint32_t)high << 16);
+#endif
+    }
+}
+#else
+static void round_in_order(const float *x, const int (&place)[8], RoundedFor8 &out, vf &special) {
+    vf factor;
+    out.scale = scale_group(x, factor, special);
+    int32_t codes[GROUP];
     for (long i = 0; i < GROUP; i += VL) {
         const vi integers = nearest(load(x + i) * factor);
         memcpy(codes + i, &integers, sizeof integers);
     }
-    for (long i = 0; i < GROUP; i += 8)
-        for (int j = 0; j < 8; j++) out.codes[i + place[j]] = codes[i + j];
-    out.scale = top / 127 + sum(special);
-}
-
-static int32_t total(const int32_t *codes, long count) {
-    int32_t sum = 0;
-    for (long i = 0; i < count; i++) sum += codes[i];
-    return sum;
-}
-
-static void round_for_int8(const float *x, RoundedFor8 &out) {
-    alignas(64) int32_t codes[GROUP];
-#if defined(__AVX512VNNI__)
-    round_group(x, IN_ORDER, out, codes);
-    out.start[0] = -128 * total(codes, GROUP);
-#else
-    round_group(x, PAIRS_OF_INT8, out, codes);
-#endif
-}
-
-static void round_for_int4(const float *x, RoundedFor4 &out) {
-    alignas(64) int32_t codes[GROUP];
-#if defined(__AVX2__)
-    round_group(x, EVEN_THEN_ODD, out, codes);
-#else
-    round_group(x, PAIRS_OF_INT4, out, codes);
-#endif
-    for (int half = 0; half < 2; half++) {
-        const int32_t *from = codes + half * 32;
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
-        int32_t sums[8];  // columns 0 to 3 of every 8 meet in the low half of a lane, 4 to 7 in the high one
-        for (int j = 0; j < 8; j++) sums[j] = from[j] + from[j + 8] + from[j + 16] + from[j + 24];
-        const int32_t low = -8 * total(sums, 4), high = -8 * total(sums + 4, 4);
-        out.start[half] = (int32_t)((uint32_t)(low & 0xffff) | (uint32_t)high << 16);
-#else
-        out.start[half] = -8 * total(from, 32);
-#endif
+    out.start[0] = out.start[1] = 0;
+    for (long i = 0; i < GROUP; i++) {
+        out.codes[i / 8 * 8 + place[i % 8]] = codes[i];
+        out.start[i / 32] -= 8 * codes[i];  // read for int4 alone
     }
 }
+static void round_for_int8(const float *x, RoundedFor8 &out, vf &special) {
+    round_in_order(x, {0, 2, 1, 3, 4, 6, 5, 7}, out, special);
+}
+static void round_for_int4(const float *x, RoundedFor4 &out, vf &special) {
+    round_in_order(x, {0, 2, 4, 6, 1, 3, 5, 7}, out, special);
+}
+#endif
 
 static float inverse_rms(const float *x, long width, float eps) {
     vf squares = {};
@@ -111,16 +152,29 @@ static float inverse_rms(const float *x, long width, float eps) {
     return 1.0f / std::sqrt(total / width + eps);
 }
 
+template <class Group, class W, class Round>
+static void round_row(const float *x, const W *norm, float rstd, long width, Group *out, const Round &round) {
+    alignas(64) float group[GROUP];
+    vf special = {};
+    for (long k = 0; k < width; k += GROUP) {
+        load_group(x, norm, rstd, k, width, group);
+        round(group, out[k / GROUP], special);
+    }
+    const float all = sum(special);
+    if (all != all)  // NaN
+        for (long k = 0; k < width; k += GROUP) out[k / GROUP].scale = all;
+}
+
 template <class W>
 static void prepare_row(const float *x, const W *norm, float eps, const Weight &w, uint8_t *out) {
     const float rstd = norm ? inverse_rms(x, w.width, eps) : 1.0f;
-    for (long k = 0; k < w.width; k += GROUP) {
-        alignas(64) float group[GROUP];
-        float *to = w.rounds() ? group : reinterpret_cast<float *>(out) + k;
-        load_group(x, norm, rstd, k, w.width, to);
-        if (w.format == FORMAT_INT8) round_for_int8(group, reinterpret_cast<RoundedFor8 *>(out)[k / GROUP]);
-        if (w.format == FORMAT_INT4) round_for_int4(group, reinterpret_cast<RoundedFor4 *>(out)[k / GROUP]);
-    }
+    if (w.format == FORMAT_INT8)
+        round_row(x, norm, rstd, w.width, reinterpret_cast<RoundedFor8 *>(out), round_for_int8);
+    else if (w.format == FORMAT_INT4)
+        round_row(x, norm, rstd, w.width, reinterpret_cast<RoundedFor4 *>(out), round_for_int4);
+    else
+        for (long k = 0; k < w.width; k += GROUP)
+            load_group(x, norm, rstd, k, w.width, reinterpret_cast<float *>(out) + k);
 }
 
 constexpr long SERIAL_COLUMNS = 16 * 1024;  // fewer are prepared before a second thread has begun
