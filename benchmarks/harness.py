@@ -124,20 +124,22 @@ def write_record(
     table: Sequence[Sequence[str]],
     reading: str,
     details: Sequence[Sequence[str]] = (),
+    where: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the record as JSON and as Markdown, and print the JSON as the last line of stdout.
 
-    `details` is a second table, below the first.
+    `details` is a second table, below the first; `where` the machine, if it is not this CPU.
     """
-    where = machine()
-    short = re.sub(r"[^a-z0-9]+", "-", where["cpu"].lower()).strip("-")
+    where = where or machine()
+    name = where.get("gpu") or f"{where['cpu']} {where['threads']}t"
+    short = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     record = {
         "question": question, "command": command, "date": date.today().isoformat(),
         "commit": _commit(), "machine": where, "settings": dict(settings),
         "results": dict(results), "table": [list(row) for row in table], "reading": reading,
     }  # fmt: skip
     tables = [markdown(rows) for rows in (table, details) if rows]
-    stem = RESULTS / f"{what}_{short}-{where['threads']}t_{date.today():%Y-%m}"
+    stem = RESULTS / f"{what}_{short}_{date.today():%Y-%m}"
     RESULTS.mkdir(exist_ok=True)
     stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     lines = [

@@ -127,7 +127,7 @@ class EngineConfig:
     enable_prefix_caching: bool = option(True, "Reuse the cache of texts that begin alike.")
     enable_chunked_prefill: bool = option(True, "Read long prompts in pieces, between other texts.")
     use_cudagraph: bool | None = option(
-        None, "Replay decode steps as recorded CUDA graphs; none: on a GPU yes, on a CPU no."
+        None, "Replay decode steps as recorded CUDA graphs; none: wherever there is one GPU."
     )
     enable_logprob: bool = option(False, "Allow requests to ask for log-probabilities.")
     max_logprobs: int = option(20, "Likeliest tokens a request may ask for; -1: no limit.")
@@ -237,10 +237,13 @@ class EngineConfig:
                 f"without chunked prefill max_num_batched_tokens={tokens} must hold a "
                 f"whole prompt; use max_model_len={self.max_model_len} or more"
             )
-        graphs = self.use_cudagraph
-        if graphs and device_type != "cuda":
-            raise ConfigError(f"use_cudagraph needs a GPU, this is {device_type}; leave it out")
-        graphs = device_type == "cuda" if graphs is None else graphs
+        can_record = device_type == "cuda" and self.tensor_parallel_size == 1
+        if self.use_cudagraph and not can_record:
+            raise ConfigError(
+                f"use_cudagraph needs one GPU, this is {device_type} with tensor_parallel_size="
+                f"{self.tensor_parallel_size}; leave it out"
+            )
+        graphs = can_record if self.use_cudagraph is None else self.use_cudagraph
         return dataclasses.replace(self, max_num_batched_tokens=tokens, use_cudagraph=graphs)
 
 

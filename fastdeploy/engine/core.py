@@ -25,7 +25,7 @@ from fastdeploy.engine.cache import KVCache, block_bytes, free_bytes
 from fastdeploy.engine.graphs import cuda_recorder
 from fastdeploy.engine.ranks import Ranks
 from fastdeploy.engine.request import Request, Status, TokenOutput, check_params, check_prompt
-from fastdeploy.engine.runner import Runner
+from fastdeploy.engine.runner import Runner, on
 from fastdeploy.engine.sampler import Choice, Sampler
 from fastdeploy.engine.scheduler import Scheduler
 from fastdeploy.engine.speculative import make_drafter, num_ahead
@@ -230,7 +230,8 @@ class Engine:
         tokens = [[choice.token for choice in some] for some in choices]
         grown = self.scheduler.update(schedule, tokens)
         if self.drafter is not None:
-            self.drafter(schedule)
+            with on(self.device):
+                self.drafter(schedule)
         return self._report(grown, choices)
 
     def pause(self, mode: str = "abort") -> None:

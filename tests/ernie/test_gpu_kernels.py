@@ -1,12 +1,11 @@
 """Every GPU kernel against its definition in `ernie.kernels.reference`.
 
 Where there is a GPU the kernels are compiled and run there; elsewhere they run in Triton's
-interpreter, on a CPU.
+interpreter, on a CPU (tests/conftest.py asks for it).
 """
 
 from __future__ import annotations
 
-import os
 import sys
 from importlib.machinery import ModuleSpec
 from types import ModuleType
@@ -14,17 +13,13 @@ from types import ModuleType
 import pytest
 import torch
 
-ON_GPU = torch.cuda.is_available()
-if not ON_GPU:
-    # Read by Triton when it is imported, so before anything here imports it.
-    os.environ["TRITON_INTERPRET"] = "1"
-
 pytest.importorskip("triton", reason="there are no wheels of it for this platform")
 
-from ernie import kernels  # noqa: E402
-from ernie.kernels import dispatch, reference  # noqa: E402
-from ernie.kernels.gpu import attention, flash, ops  # noqa: E402
+from ernie import kernels
+from ernie.kernels import dispatch, reference
+from ernie.kernels.gpu import attention, flash, ops
 
+ON_GPU = torch.cuda.is_available()
 BF16, F16, F32, I8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
 
 DEVICE = "cuda" if ON_GPU else "cpu"  # tensors are made where the kernels run
@@ -261,6 +256,14 @@ def test_mixture_of_experts_equals_its_definition(case, bits, dtype, unrounded):
         for m, w in ((ops, ours), (reference, theirs))
     )  # fmt: skip
     close(own, other, dtype)
+
+
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_expert_of_a_packed_weight_is_a_weight(bits, unrounded):
+    ours, theirs = packed((3, 70, 96), bits, F32)
+    x = rand(4, 96)
+    own = ops.project(x, reference.expert(ours, 2))
+    close(own, reference.project(x, reference.expert(theirs, 2)), F32)
 
 
 def test_equal_scores_choose_the_smaller_index():

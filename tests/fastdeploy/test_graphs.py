@@ -80,12 +80,14 @@ def test_sizes_reach_the_largest_batch():
     assert recorded_sizes(50) == [1, 2, 4, 8, 16, 32, 48, 50]
 
 
-def test_graphs_need_a_gpu():
+def test_graphs_need_one_gpu():
     config = EngineConfig(model="", max_model_len=64)
     assert config.resolved(max_positions=64, device_type="cpu").use_cudagraph is False
     assert config.resolved(max_positions=64, device_type="cuda").use_cudagraph is True
+    shared = dataclasses.replace(config, tensor_parallel_size=2)
+    assert shared.resolved(max_positions=64, device_type="cuda").use_cudagraph is False
     asked = dataclasses.replace(config, use_cudagraph=True)
-    with pytest.raises(ConfigError, match="use_cudagraph needs a GPU, this is cpu"):
+    with pytest.raises(ConfigError, match="use_cudagraph needs one GPU, this is cpu"):
         asked.resolved(max_positions=64, device_type="cpu")
 
 
