@@ -114,6 +114,18 @@ def test_a_rank_killed_within_a_step_is_named(two: LLM) -> None:
         two.generate([PROMPT], GREEDY)
 
 
+def test_after_an_interrupted_step_nothing_is_computed(two: LLM) -> None:
+    def interrupted(batch: Batch) -> None:
+        raise KeyboardInterrupt
+
+    two.engine.runner.compute, compute = interrupted, two.engine.runner.compute
+    with pytest.raises(KeyboardInterrupt):
+        two.generate([PROMPT], GREEDY)
+    two.engine.runner.compute = compute
+    with pytest.raises(RankError, match="stopped by KeyboardInterrupt within a step"):
+        two.generate([PROMPT], GREEDY)
+
+
 def test_a_silent_rank_is_not_waited_for(
     even_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
