@@ -11,21 +11,30 @@ scheme says so. Values are those of the plain blocks up to rounding, `attend` is
 With several ranks each one holds a slice: query heads with their key/value heads, columns of every
 feed-forward block, rows of the head. Two sums a layer join them (Source: Megatron-LM,
 arXiv:1909.08053).
+
+Where LoRA adapters change rows of a batch, their pairs are added to the products, and a
+feed-forward block is taken apart where they change its inside. A batch without adapters pays
+nothing for them.
+
+Legend: as in `ernie.kernels`, and N rows of one adapter, K choices of a token, P pairs (row,
+choice) sorted by expert.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ernie import kernels
+from ernie.adapters import UNCHANGED, Changes, LayerPairs, Pair
 from ernie.attention import Attend
 from ernie.config import ErnieConfig
-from ernie.kernels import Norm, PackedWeight
+from ernie.kernels import Norm, PackedWeight, QuantTensor
+from ernie.kernels.reference import route
 from ernie.layers import MLP, Linear, RMSNorm
 from ernie.model import Block, ErnieModel
 from ernie.moe.layer import MoE
@@ -33,6 +42,8 @@ from ernie.quant.scheme import Scheme
 from ernie.rope import Rotary
 from ernie.settings import ConfigError
 
+Weight = Tensor | QuantTensor
+EXPERT_PRODUCTS = ("experts.gate_up", "experts.down")
 PLAIN = Scheme("none", dense=None, experts=None, head=None)
 
 
@@ -45,12 +56,18 @@ class Shard:
     sum_ranks: Callable[[Tensor], Tensor] = lambda x: x
     join_columns: Callable[[Tensor], Tensor] = lambda x: x  # (R, V / size) of each rank -> (R, V)
 
-    def of(self, weight: Tensor, dim: int, parts: int = 1) -> Tensor:
-        """This rank's share of `dim`, which holds `parts` stacked weights."""
+    def rows(self, weight: Weight, parts: int = 1) -> Weight:
+        """This rank's share of the outputs of `parts` stacked weights `(..., O, I)`."""
         if self.size == 1:
             return weight
-        pieces = [part.chunk(self.size, dim)[self.rank] for part in weight.chunk(parts, dim)]
-        return torch.cat(pieces, dim)
+        return stacked([w.chunk(self.size, -2)[self.rank] for w in weight.chunk(parts, -2)])
+
+    def columns(self, weight: Weight) -> Weight:
+        """This rank's share of the inputs of a weight `(..., O, I)`, in memory of its own."""
+        return weight if self.size == 1 else stacked([weight.chunk(self.size, -1)[self.rank]])
+
+    def elements(self, bias_O: Tensor) -> Tensor:
+        return bias_O.chunk(self.size)[self.rank]
 
     def own(self, x: Tensor) -> Tensor | None:
         """The residual, for the one rank that adds it to the sum."""
@@ -85,8 +102,7 @@ def fused_block(
 
 def fuse_head(model: ErnieModel, scheme: Scheme | None = None, shard: Shard = WHOLE) -> ErnieModel:
     """Swap the head of a model whose blocks are swapped, in place; returns it."""
-    weight = shard.of(model.head_weight.detach(), 0)
-    packed = pack(weight, (scheme or PLAIN).head)
+    packed = pack(shard.rows(model.head_weight), (scheme or PLAIN).head)
     model.fused_head = FusedHead(model.model.norm, packed, shard)
     model.lm_head = None
     return model
@@ -120,10 +136,19 @@ def check_shard(config: ErnieConfig, size: int) -> None:
             )
 
 
-def pack(weight: Tensor, bits: int | None, *, parts: int = 1) -> PackedWeight:
-    """A weight in the form that this device's fused operations read, quantised to `bits` first."""
-    weight = weight.detach()
-    return kernels.pack(kernels.quantize(weight, bits) if bits else weight, parts=parts)
+def pack(weight: Weight, bits: int | None, *, parts: int = 1) -> PackedWeight:
+    """A weight as this device's fused operations read it, quantised to `bits` if it is not yet."""
+    if isinstance(weight, Tensor):
+        weight = weight.detach()
+        weight = kernels.quantize(weight, bits) if bits else weight
+    return kernels.pack(weight, parts=parts)
+
+
+def stacked(weights: Sequence[Weight]) -> Weight:
+    """Weights `(..., O, I)`, one under another."""
+    if isinstance(weights[0], Tensor):
+        return torch.cat([w.detach() for w in weights if isinstance(w, Tensor)], -2)
+    return QuantTensor.cat([w for w in weights if isinstance(w, QuantTensor)])
 
 
 class FusedBlock(nn.Module):
@@ -136,9 +161,9 @@ class FusedBlock(nn.Module):
         self.input_norm = _norm(block.input_layernorm)
         self.post_norm = _norm(block.post_attention_layernorm)
         heads = (attention.q_proj, attention.k_proj, attention.v_proj)
-        self.qkv = pack(torch.cat([shard.of(p.weight.detach(), 0) for p in heads]), scheme.dense)
+        self.qkv = pack(stacked([shard.rows(p.weight) for p in heads]), scheme.dense)
         self.qkv_bias = _stacked_bias(heads, shard)
-        self.out = pack(shard.of(attention.o_proj.weight, 1), scheme.dense)
+        self.out = pack(shard.columns(attention.o_proj.weight), scheme.dense)
         self.out_bias = attention.o_proj.bias if shard.rank == 0 else None
         self.num_kv_heads = attention.k_proj.weight.shape[0] // shard.size // self.head_dim
         mlp = block.mlp
@@ -146,19 +171,29 @@ class FusedBlock(nn.Module):
             FusedMoE(mlp, scheme, shard) if isinstance(mlp, MoE) else FusedMLP(mlp, scheme, shard)
         )
 
-    def forward(self, x_TD: Tensor, rotary: Rotary, attend: Attend) -> tuple[Tensor, None]:
-        return self.mlp(self.self_attention(x_TD, rotary, attend), self.post_norm), None
+    def forward(
+        self, x_TD: Tensor, rotary: Rotary, attend: Attend, changes: Changes = UNCHANGED
+    ) -> tuple[Tensor, None]:
+        x_TD = self.self_attention(x_TD, rotary, attend, changes)
+        return self.mlp(x_TD, self.post_norm, changes), None
 
-    def self_attention(self, x_TD: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+    def self_attention(
+        self, x_TD: Tensor, rotary: Rotary, attend: Attend, changes: Changes = UNCHANGED
+    ) -> Tensor:
         """The stream after the attention half."""
         qkv_TC = kernels.project(x_TD, self.qkv, self.qkv_bias, norm=self.input_norm)
+        changes.add("qkv", qkv_TC, x_TD, self.input_norm)
         heads_TCd = qkv_TC.unflatten(-1, (-1, self.head_dim))
         num_turned = heads_TCd.shape[1] - self.num_kv_heads  # queries and keys, not values
-        turned_TCd = kernels.rotate(heads_TCd[:, :num_turned], *rotary)
-        q_THd, k_TGd = turned_TCd.split((num_turned - self.num_kv_heads, self.num_kv_heads), 1)
-        seen_THd = attend(q_THd, k_TGd, heads_TCd[:, num_turned:], layer=self.layer)
+        kernels.rotate_(heads_TCd[:, :num_turned], *rotary)
+        num_queries = num_turned - self.num_kv_heads
+        q_THd, k_TGd, v_TGd = heads_TCd.split(
+            (num_queries, self.num_kv_heads, self.num_kv_heads), 1
+        )
+        seen_TI = attend(q_THd, k_TGd, v_TGd, layer=self.layer).flatten(-2)
         own_TD = self.shard.own(x_TD)
-        out_TD = kernels.project(seen_THd.flatten(-2), self.out, self.out_bias, residual_TO=own_TD)
+        out_TD = kernels.project(seen_TI, self.out, self.out_bias, residual_TO=own_TD)
+        changes.add("out", out_TD, seen_TI)
         return self.shard.sum_ranks(out_TD)
 
 
@@ -172,14 +207,13 @@ class FusedMLP(nn.Module):
         self.gate_up_bias = _stacked_bias((mlp.gate_proj, mlp.up_proj), shard)
         self.down_bias = mlp.down_proj.bias if shard.rank == 0 else None
 
-    def forward(self, x_TD: Tensor, norm: Norm) -> Tensor:
-        own_TD = self.shard.own(x_TD)
-        if self.gate_up_bias is None:
-            out_TD = kernels.mlp(x_TD, self.gate_up, self.down, norm=norm, residual_TD=own_TD)
+    def forward(self, x_TD: Tensor, norm: Norm, changes: Changes = UNCHANGED) -> Tensor:
+        own_TD, weights = self.shard.own(x_TD), (self.gate_up, self.down)
+        if self.gate_up_bias is None and not changes.touch("gate_up", "down"):
+            out_TD = kernels.mlp(x_TD, *weights, norm=norm, residual_TD=own_TD)
         else:  # no released model has biases: two calls are enough for them
-            both_TM = kernels.project(x_TD, self.gate_up, self.gate_up_bias, norm=norm)
-            hidden_TM = kernels.swiglu(*both_TM.chunk(2, dim=-1))
-            out_TD = kernels.project(hidden_TM, self.down, self.down_bias, residual_TO=own_TD)
+            biases = self.gate_up_bias, self.down_bias
+            out_TD = _mlp_apart(x_TD, weights, biases, norm, own_TD, changes)
         return self.shard.sum_ranks(out_TD)
 
 
@@ -193,27 +227,70 @@ class FusedMoE(nn.Module):
         self.bias = moe.moe_statics.e_score_correction_bias.detach()[0]
         self.top_k, self.norm_min = moe.gate.top_k, moe.gate.norm_min
         experts, bits = moe.experts, scheme.experts
-        self.gate_up = pack(shard.of(experts.gate_up_proj, 1, parts=2), bits, parts=2)
-        self.down = pack(shard.of(experts.down_proj, 2), bits)
+        self.gate_up = pack(shard.rows(experts.gate_up_proj, parts=2), bits, parts=2)
+        self.down = pack(shard.columns(experts.down_proj), bits)
         shared = moe.shared_experts
         if shared is not None and shared.gate_proj.bias is not None:
             raise ConfigError("shared experts with biases have no inference form; use_bias=false")
         self.shared = None if shared is None else _pack_mlp(shared, scheme.dense, shard)
 
-    def forward(self, x_TD: Tensor, norm: Norm) -> Tensor:
-        out_TD = kernels.moe(
+    def forward(self, x_TD: Tensor, norm: Norm, changes: Changes = UNCHANGED) -> Tensor:
+        own_TD = self.shard.own(x_TD)
+        if changes.touch("gate_up", "down", *EXPERT_PRODUCTS):
+            out_TD = self._apart(x_TD, norm, changes)
+            # The order of the fused sum: experts, shared experts, residual.
+            out_TD = out_TD if own_TD is None else own_TD + out_TD
+        else:
+            out_TD = self._fused(x_TD, norm, self.shared, own_TD)
+        return self.shard.sum_ranks(out_TD)
+
+    def _fused(
+        self,
+        x_TD: Tensor,
+        norm: Norm,
+        shared: tuple[PackedWeight, PackedWeight] | None,
+        residual_TD: Tensor | None,
+    ) -> Tensor:
+        return kernels.moe(
             x_TD,
             self.router,
             self.bias,
             self.gate_up,
             self.down,
-            self.shared,
+            shared,
             top_k=self.top_k,
             norm_min=self.norm_min,
             norm=norm,
-            residual_TD=self.shard.own(x_TD),
+            residual_TD=residual_TD,
         )
-        return self.shard.sum_ranks(out_TD)
+
+    def _apart(self, x_TD: Tensor, norm: Norm, changes: Changes) -> Tensor:
+        """Without the residual. Rows whose experts are changed go through them by themselves."""
+        changed = [part for part in changes.parts if not part[1].keys().isdisjoint(EXPERT_PRODUCTS)]
+        if changed:
+            out_TD, is_other_T = torch.empty_like(x_TD), x_TD.new_ones(len(x_TD), dtype=torch.bool)
+            for rows_N, pairs in changed:
+                out_TD[rows_N] = self._experts(kernels.rms_norm(x_TD[rows_N], *norm), pairs)
+                is_other_T[rows_N] = False
+            if sum(len(rows_N) for rows_N, _ in changed) < len(x_TD):
+                out_TD[is_other_T] = self._fused(x_TD[is_other_T], norm, None, None)
+        else:
+            out_TD = self._fused(x_TD, norm, None, None)
+        if self.shared is None:
+            return out_TD
+        return _mlp_apart(x_TD, self.shared, (None, None), norm, out_TD, changes)
+
+    def _experts(self, y_ND: Tensor, pairs: LayerPairs) -> Tensor:
+        """The routed experts of rows that one adapter changes, `(N, D)`."""
+        experts_NK, weights_NK = route(y_ND, self.router, self.bias, self.top_k, self.norm_min)
+        order = experts_NK.flatten().argsort(stable=True)
+        counts_E = torch.bincount(experts_NK.flatten(), minlength=len(self.router))
+        sorted_PD = y_ND[order // self.top_k]
+        both_PM = _grouped(sorted_PD, self.gate_up, counts_E, pairs.get("experts.gate_up"))
+        hidden_PM = kernels.swiglu(*both_PM.chunk(2, dim=-1))
+        out_PD = torch.empty_like(sorted_PD)
+        out_PD[order] = _grouped(hidden_PM, self.down, counts_E, pairs.get("experts.down"))
+        return (out_PD.unflatten(0, experts_NK.shape) * weights_NK[..., None]).sum(1)
 
 
 class FusedHead:
@@ -227,16 +304,40 @@ class FusedHead:
         return self.shard.join_columns(logits_RV)
 
 
+def _mlp_apart(
+    x_TD: Tensor,
+    weights: tuple[PackedWeight, PackedWeight],
+    biases: tuple[Tensor | None, Tensor | None],
+    norm: Norm,
+    residual_TD: Tensor | None,
+    changes: Changes,
+) -> Tensor:
+    """`kernels.mlp` in its parts, with biases and adapters."""
+    both_TM = kernels.project(x_TD, weights[0], biases[0], norm=norm)
+    changes.add("gate_up", both_TM, x_TD, norm)
+    hidden_TM = kernels.swiglu(*both_TM.chunk(2, dim=-1))
+    out_TD = kernels.project(hidden_TM, weights[1], biases[1], residual_TO=residual_TD)
+    changes.add("down", out_TD, hidden_TM)
+    return out_TD
+
+
+def _grouped(x_PI: Tensor, weight_EOI: PackedWeight, counts_E: Tensor, pair: Pair | None) -> Tensor:
+    """Rows sorted by expert through their expert's weight and pair."""
+    groups = enumerate(x_PI.split(counts_E.tolist()))
+    parts = [kernels.project(x, kernels.expert(weight_EOI, e)) for e, x in groups if len(x)]
+    out_PO = torch.cat(parts)
+    return out_PO if pair is None else out_PO + pair.of_experts(x_PI, counts_E)
+
+
 def _norm(norm: RMSNorm) -> Norm:
     return norm.weight.detach(), norm.eps
 
 
 def _stacked_bias(layers: tuple[Linear, ...], shard: Shard) -> Tensor | None:
-    biases = [shard.of(layer.bias.detach(), 0) for layer in layers if layer.bias is not None]
+    biases = [shard.elements(layer.bias.detach()) for layer in layers if layer.bias is not None]
     return torch.cat(biases) if biases else None
 
 
 def _pack_mlp(mlp: MLP, bits: int | None, shard: Shard) -> tuple[PackedWeight, PackedWeight]:
-    gate, up = (shard.of(p.weight.detach(), 0) for p in (mlp.gate_proj, mlp.up_proj))
-    down = shard.of(mlp.down_proj.weight, 1)
-    return pack(torch.cat((gate, up)), bits, parts=2), pack(down, bits)
+    gate_up = stacked([shard.rows(p.weight) for p in (mlp.gate_proj, mlp.up_proj)])
+    return pack(gate_up, bits, parts=2), pack(shard.columns(mlp.down_proj.weight), bits)

@@ -28,6 +28,7 @@ from ernie.mtp import MTP
 from ernie.rope import Rotary, rotary_tables
 
 if TYPE_CHECKING:
+    from ernie.adapters import ActiveAdapters
     from ernie.tokenizer import Tokenizer
 
 # Routing decisions and their bias stay float32 whatever dtype the model is moved to.
@@ -126,16 +127,19 @@ class ErnieModel(nn.Module):
         attend: Attend,
         *,
         routings: list[Routing | None] | None = None,
+        adapters: ActiveAdapters | None = None,
     ) -> Tensor:
         """Output of the last block, *before* the final norm; `(T, D)`.
 
         `positions` is `(T,)`, or `(3, T)` for three-dimensional rotary embedding. A list given as
         `routings` receives one entry per layer: the `Routing` of a MoE layer, None of a dense one.
+        `adapters` need the inference form of the blocks (`ernie.fused`).
         """
         x_TD = self.model.embed_tokens(token_ids_T).to(self.activation_dtype)
         rotary = self.rotary(positions)
-        for block in self.model.layers:
-            x_TD, routing = block(x_TD, rotary, attend)
+        for i, block in enumerate(self.model.layers):
+            changes = () if adapters is None else (adapters.at(i),)
+            x_TD, routing = block(x_TD, rotary, attend, *changes)
             if routings is not None:
                 routings.append(routing)
         return x_TD

@@ -11,6 +11,7 @@ Legend of the shape letters:
     I, O  input and output width of a product            E  experts
     N  rows of a grouped product         V  vocabulary    S  segments (sequences) of a packed row
     B  blocks of the paged cache         P  positions of one block
+    r  elements of a row of the cache: one head of one token
 
 Training calls the operations on plain tensors. Serving packs each weight once (`pack`, after
 `quantize` if it is to be small) and calls the fused operations `project`, `mlp` and `moe`, which
@@ -27,7 +28,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ernie.kernels.dispatch import pick, report
+from ernie.kernels.dispatch import batch_invariant, is_batch_invariant, pick, report
+from ernie.kernels.reference import cache_width
 from ernie.kernels.weights import PackedWeight, QuantTensor
 
 Norm = tuple[Tensor, float]  # weight and eps of an RMS norm
@@ -39,7 +41,11 @@ __all__ = [
     "adamw_step",
     "attend_packed",
     "attend_paged",
+    "batch_invariant",
+    "cache_width",
+    "expert",
     "grouped_linear",
+    "is_batch_invariant",
     "linear",
     "mlp",
     "moe",
@@ -49,6 +55,7 @@ __all__ = [
     "report",
     "rms_norm",
     "rotate",
+    "rotate_",
     "swiglu",
     "write_cache",
 ]
@@ -90,6 +97,14 @@ def rotate(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor) -> Tensor:
     return pick("rotate", x_THd.device)(x_THd, cos_Tp, sin_Tp)
 
 
+def rotate_(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor) -> None:
+    """`rotate`, in place and not differentiable; x may be a column slice of a wider tensor.
+
+    Query and key heads that lie side by side in one projection are turned as the heads of one x.
+    """
+    pick("rotate_", x_THd.device)(x_THd, cos_Tp, sin_Tp)
+
+
 def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
     """`silu(gate) * up`, `(T, I)`. Differentiable. Inputs may be column slices of one wider
     tensor."""
@@ -110,35 +125,40 @@ def attend_packed(
 
 def attend_paged(
     q_THd: Tensor,
-    k_cache_BPGd: Tensor,
-    v_cache_BPGd: Tensor,
+    k_cache_BPGr: Tensor,
+    v_cache_BPGr: Tensor,
     tables_SM: Tensor,
     cu_seqlens_S1: Tensor,
     lens_S: Tensor,
     scale: float,
+    new: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Causal attention of the newest tokens of S sequences over their paged cache; `(T, H, d)`.
 
     Sequence s owns query rows `cu_seqlens[s]:cu_seqlens[s+1]`, which are the *last* ones of its
-    `lens[s]` tokens; their keys and values are in the cache already. Token j of sequence s lies in
-    block `tables[s, j // P]` at offset `j % P`. `tables`, `cu_seqlens`, `lens` are int32; entries
-    of `tables` past the last used block are never read. A sequence may have no query rows. Not
+    `lens[s]` tokens. Their keys and values are in the cache already, or they are `new`: the `k, v,
+    slots` of `write_cache`, stored before anything is read. Token j of sequence s lies in block
+    `tables[s, j // P]` at offset `j % P`. `tables`, `cu_seqlens`, `lens` are int32; entries of
+    `tables` past the last used block are never read. A sequence may have no query rows. Not
     differentiable.
     """
     return pick("attend_paged", q_THd.device)(
-        q_THd, k_cache_BPGd, v_cache_BPGd, tables_SM, cu_seqlens_S1, lens_S, scale
+        q_THd, k_cache_BPGr, v_cache_BPGr, tables_SM, cu_seqlens_S1, lens_S, scale, new
     )
 
 
 def write_cache(
-    k_TGd: Tensor, v_TGd: Tensor, k_cache_BPGd: Tensor, v_cache_BPGd: Tensor, slots_T: Tensor
+    k_TGd: Tensor, v_TGd: Tensor, k_cache_BPGr: Tensor, v_cache_BPGr: Tensor, slots_T: Tensor
 ) -> None:
     """Store each token's key and value at its slot (`block * P + offset`, int64); negative slots
     are skipped.
 
-    Values are converted to the cache's dtype. In place, not differentiable.
+    A cache is of float32, bfloat16 or float16, and then r is d; or of int8, where a row is d
+    integers and behind them, in r = d + 4 bytes, the float32 scale that makes values of them: the
+    largest magnitude / 127. Values are rounded to nearest, ties to even. In place, not
+    differentiable.
     """
-    pick("write_cache", k_TGd.device)(k_TGd, v_TGd, k_cache_BPGd, v_cache_BPGd, slots_T)
+    pick("write_cache", k_TGd.device)(k_TGd, v_TGd, k_cache_BPGr, v_cache_BPGr, slots_T)
 
 
 def quantize(weight_OI: Tensor, bits: int) -> QuantTensor:
@@ -159,6 +179,11 @@ def pack(weight: Tensor | QuantTensor, *, parts: int = 1) -> PackedWeight:
     """
     data = weight.data if isinstance(weight, QuantTensor) else weight
     return pick("pack", data.device)(weight, parts=parts)
+
+
+def expert(weight_EOI: PackedWeight, index: int) -> PackedWeight:
+    """The weight `(O, I)` of one expert, as `project` takes it; shares the memory."""
+    return pick("expert", next(iter(weight_EOI.tensors.values())).device)(weight_EOI, index)
 
 
 def project(

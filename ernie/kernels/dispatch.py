@@ -26,12 +26,14 @@ OPERATIONS = (
     "grouped_linear",
     "rms_norm",
     "rotate",
+    "rotate_",
     "swiglu",
     "attend_packed",
     "attend_paged",
     "write_cache",
     "quantize",
     "pack",
+    "expert",
     "project",
     "mlp",
     "moe",
@@ -39,8 +41,9 @@ OPERATIONS = (
 )
 
 # The modules that are asked for an operation, best first, by device type. Each offers `available()
-# -> str`, the empty string when it can run here, else one sentence that says why not, and `detail()
-# -> str`, a word for the report.
+# -> str`, the empty string when it can run here, else one sentence that says why not, `detail() ->
+# str`, a word for the report, and maybe `HEEDS_BATCH_INVARIANT`, true if its products and its paged
+# attention do what `batch_invariant` asks for.
 BACKENDS = {
     "cpu": ("ernie.kernels.cpu.ops",),
     "cuda": (),
@@ -64,6 +67,31 @@ def report(device: str = "cpu") -> dict[str, str]:
         )
         for name, function in _chosen(device).items()
     }
+
+
+_batch_invariant = False
+
+
+def batch_invariant(on: bool, device: str = "cpu") -> None:
+    """Switch for the whole process: whether a token's result may not depend, to the bit, on what
+    else is computed with it.
+
+    On, products and paged attention keep one order of sums whatever the batch is, which costs
+    some speed where many rows come together. Raises ValueError when the back end of `device`
+    cannot do that.
+    """
+    global _batch_invariant
+    modules, refused = _modules(device)
+    if on and not any(getattr(module, "HEEDS_BATCH_INVARIANT", False) for module in modules):
+        why = f": {refused[0]}" if refused else ""
+        raise ValueError(
+            f"batch invariance needs kernels that {device} does not have here{why}; leave it off"
+        )
+    _batch_invariant = on
+
+
+def is_batch_invariant() -> bool:
+    return _batch_invariant
 
 
 @cache

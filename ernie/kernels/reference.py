@@ -45,6 +45,10 @@ def rotate(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor) -> Tensor:
     )
 
 
+def rotate_(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor) -> None:
+    x_THd.copy_(rotate(x_THd, cos_Tp, sin_Tp))
+
+
 def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
     return F.silu(gate_TI) * up_TI
 
@@ -61,33 +65,62 @@ def attend_packed(
 
 def attend_paged(
     q_THd: Tensor,
-    k_cache_BPGd: Tensor,
-    v_cache_BPGd: Tensor,
+    k_cache_BPGr: Tensor,
+    v_cache_BPGr: Tensor,
     tables_SM: Tensor,
     cu_seqlens_S1: Tensor,
     lens_S: Tensor,
     scale: float,
+    new: tuple[Tensor, Tensor, Tensor] | None = None,
 ) -> Tensor:
-    block_size = k_cache_BPGd.shape[1]
+    if new is not None:
+        write_cache(new[0], new[1], k_cache_BPGr, v_cache_BPGr, new[2])
+    block_size = k_cache_BPGr.shape[1]
     bounds = cu_seqlens_S1.tolist()
     out = torch.zeros_like(q_THd)
     for table, length, a, b in zip(tables_SM, lens_S.tolist(), bounds, bounds[1:]):
         if b > a:
             blocks = table[: -(-length // block_size)].long()
             keys, values = (
-                cache[blocks].flatten(0, 1)[:length].to(q_THd.dtype)
-                for cache in (k_cache_BPGd, v_cache_BPGd)
+                _cached_values(cache[blocks].flatten(0, 1)[:length])
+                for cache in (k_cache_BPGr, v_cache_BPGr)
             )
             out[a:b] = _attend_one(q_THd[a:b], keys, values, scale)
     return out
 
 
 def write_cache(
-    k_TGd: Tensor, v_TGd: Tensor, k_cache_BPGd: Tensor, v_cache_BPGd: Tensor, slots_T: Tensor
+    k_TGd: Tensor, v_TGd: Tensor, k_cache_BPGr: Tensor, v_cache_BPGr: Tensor, slots_T: Tensor
 ) -> None:
     kept = slots_T >= 0
-    for new, cache in ((k_TGd, k_cache_BPGd), (v_TGd, v_cache_BPGd)):
-        cache.flatten(0, 1)[slots_T[kept]] = new[kept].to(cache.dtype)
+    for new, cache in ((k_TGd, k_cache_BPGr), (v_TGd, v_cache_BPGr)):
+        cache.flatten(0, 1)[slots_T[kept]] = _cached_rows(new[kept], cache.dtype)
+
+
+SCALE_BYTES = 4  # of the float32 that ends a row of an int8 cache
+
+
+def cache_width(head_dim: int, dtype: torch.dtype) -> int:
+    """r, the elements of a row: one head of one token in a cache of this dtype."""
+    return head_dim + SCALE_BYTES if dtype == torch.int8 else head_dim
+
+
+def _cached_rows(x_TGd: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows as the cache holds them, `(T, G, r)`."""
+    if dtype != torch.int8:
+        return x_TGd.to(dtype)
+    x_TGd = x_TGd.float()
+    scale_TG1 = x_TGd.abs().amax(-1, keepdim=True) / 127
+    integers_TGd = (x_TGd / _nonzero(scale_TG1)).round().to(torch.int8)
+    return torch.cat((integers_TGd, scale_TG1.view(torch.int8)), -1)
+
+
+def _cached_values(rows_nGr: Tensor) -> Tensor:
+    """What rows of the cache stand for, float32 `(n, G, d)`."""
+    if rows_nGr.dtype != torch.int8:
+        return rows_nGr.float()
+    scale_nG1 = rows_nGr[..., -SCALE_BYTES:].contiguous().view(torch.float32)
+    return rows_nGr[..., :-SCALE_BYTES].float() * scale_nG1
 
 
 def quantize(weight_OI: Tensor, bits: int) -> QuantTensor:
@@ -148,6 +181,13 @@ def pack(weight: Tensor | QuantTensor, *, parts: int = 1) -> PackedWeight:
     if weight.group_scale is not None:
         tensors["group_scale"] = weight.group_scale
     return PackedWeight(weight.shape, f"int{weight.bits}", weight.num_bytes, tensors)
+
+
+def expert(weight_EOI: PackedWeight, index: int) -> PackedWeight:
+    assert weight_EOI.handle is None, "packed by a back end that lacks `expert`"
+    experts, *shape = weight_EOI.shape
+    tensors = {name: tensor[index] for name, tensor in weight_EOI.tensors.items()}
+    return PackedWeight(tuple(shape), weight_EOI.format, weight_EOI.num_bytes // experts, tensors)
 
 
 def unpacked(weight: PackedWeight) -> Tensor | QuantTensor:
@@ -227,11 +267,7 @@ def moe(
     residual_TD: Tensor | None = None,
 ) -> Tensor:
     y_TD = x_TD if norm is None else rms_norm(x_TD, *norm)
-    probs_TE = (y_TD.float() @ router_ED.T).softmax(-1)
-    # A stable sort takes the smaller index among equals; topk promises nothing.
-    experts_TK = (probs_TE + bias_E).argsort(dim=-1, descending=True, stable=True)[:, :top_k]
-    weights_TK = probs_TE.gather(-1, experts_TK)
-    weights_TK = (weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=norm_min)).to(x_TD.dtype)
+    experts_TK, weights_TK = route(y_TD, router_ED, bias_E, top_k, norm_min)
     out_TKD = x_TD.new_zeros(*experts_TK.shape, x_TD.shape[-1])
     for expert in experts_TK.unique().tolist():
         token_N, choice_N = (experts_TK == expert).nonzero(as_tuple=True)
@@ -240,6 +276,21 @@ def moe(
     if shared is not None:
         out_TD = out_TD + _feed_forward(y_TD, *shared)
     return out_TD if residual_TD is None else residual_TD + out_TD
+
+
+def route(
+    y_TD: Tensor, router_ED: Tensor, bias_E: Tensor, top_k: int, norm_min: float
+) -> tuple[Tensor, Tensor]:
+    """The chosen experts of normed rows and their weights, both `(T, K)`; see `ernie.moe.router`.
+
+    Weights have the dtype of `y`.
+    """
+    probs_TE = (y_TD.float() @ router_ED.T).softmax(-1)
+    # A stable sort takes the smaller index among equals; topk promises nothing.
+    experts_TK = (probs_TE + bias_E).argsort(dim=-1, descending=True, stable=True)[:, :top_k]
+    weights_TK = probs_TE.gather(-1, experts_TK)
+    weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=norm_min)
+    return experts_TK, weights_TK.to(y_TD.dtype)
 
 
 class AdamWConstants(NamedTuple):

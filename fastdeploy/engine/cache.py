@@ -19,10 +19,17 @@ from fastdeploy.engine.batch import Batch
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """Keys and values of every layer, each `(L, B, P, G, d)`; uninitialised until written."""
+    """Keys and values of every layer, each `(L, B, P, G, d)`; uninitialised until written.
+
+    A drafting MTP block is a layer of its own, after the main ones.
+    """
 
     keys_LBPGd: Tensor
     values_LBPGd: Tensor
+
+    @property
+    def block_size(self) -> int:
+        return self.keys_LBPGd.shape[2]
 
     @classmethod
     def allocate(
@@ -33,11 +40,12 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device,
         *,
+        drafting_layers: int = 0,
         num_ranks: int = 1,
     ) -> KVCache:
         """Room for the heads of one of `num_ranks` ranks."""
         shape = (
-            config.num_hidden_layers,
+            config.num_hidden_layers + drafting_layers,
             num_blocks,
             block_size,
             config.num_key_value_heads // num_ranks,
@@ -56,7 +64,6 @@ class PagedAttend:
     def __call__(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, *, layer: int) -> Tensor:
         batch = self.batch
         keys_BPGd, values_BPGd = self.cache.keys_LBPGd[layer], self.cache.values_LBPGd[layer]
-        kernels.write_cache(k_TGd, v_TGd, keys_BPGd, values_BPGd, batch.slots_T)
         return kernels.attend_paged(
             q_THd,
             keys_BPGd,
@@ -65,13 +72,17 @@ class PagedAttend:
             batch.cu_seqlens_S1,
             batch.lens_S,
             q_THd.shape[-1] ** -0.5,
+            (k_TGd, v_TGd, batch.slots_T),
         )
 
 
-def block_bytes(config: ErnieConfig, block_size: int, dtype: torch.dtype) -> int:
+def block_bytes(
+    config: ErnieConfig, block_size: int, dtype: torch.dtype, *, drafting_layers: int = 0
+) -> int:
     """Memory of one block: keys and values of all layers."""
+    layers = config.num_hidden_layers + drafting_layers
     width = config.num_key_value_heads * config.head_dim
-    return 2 * config.num_hidden_layers * block_size * width * dtype.itemsize
+    return 2 * layers * block_size * width * dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> int:

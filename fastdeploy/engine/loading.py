@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,12 +15,13 @@ from ernie.checkpoint.hub import resolve
 from ernie.config import ErnieConfig
 from ernie.fused import WHOLE, Shard, check_shard, fuse, fuse_head, fused_block, shallow_copy
 from ernie.model import ErnieModel
-from ernie.quant.scheme import read_scheme
+from ernie.quant.scheme import Scheme, read_scheme
 from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
 from fastdeploy.engine.ranks import Ranks
+from fastdeploy.engine.thinking import ThinkTags
 from fastdeploy.sampling import recommended
 
 
@@ -51,8 +53,7 @@ def load(config: EngineConfig, model: ErnieModel | None = None) -> Loaded:
     elif model is None:
         model = read_model(config, device)
     else:  # the caller keeps the plain one
-        scheme = read_scheme(config.quantization, has_experts=model.config.is_moe)
-        model = fuse(shallow_copy(model), scheme)
+        model = served(shallow_copy(model), config)
     try:
         return _around(model, config, ranks)
     except BaseException:
@@ -64,12 +65,12 @@ def load(config: EngineConfig, model: ErnieModel | None = None) -> Loaded:
 def read_model(config: EngineConfig, device: torch.device, shard: Shard = WHOLE) -> ErnieModel:
     """The inference form of the model in a folder, of which only one block is ever whole."""
     folder = resolve(config.model)
-    has_experts = ErnieConfig.from_folder(folder).is_moe
-    scheme = read_scheme(config.quantization, has_experts=has_experts)
+    scheme = _scheme(ErnieConfig.from_folder(folder), config)
     model = ernie.load(
         folder,
         dtype=getattr(torch, config.dtype),
         device=device,
+        keep_integers=True,
         swap_block=lambda block: fused_block(block, scheme, shard),
     )
     return fuse_head(model, scheme, shard)
@@ -104,9 +105,28 @@ def _around(model: ErnieModel, config: EngineConfig, ranks: Ranks | None) -> Loa
         max_positions=model.config.max_position_embeddings, device_type=model.device.type
     )
     ends = stop_ids(tokenizer) if tokenizer else model.config.eos_token_ids
-    engine = Engine(model, config, ends, ranks)
+    tags = ThinkTags.of(tokenizer, config.think_stop_sentence)
+    rebuild = partial(served, config=config)
+    engine = Engine(model, config, ends, tags, rebuild=rebuild, ranks=ranks)
     defaults = recommended(getattr(model, "generation_config", None) or {})
     return Loaded(engine, config, tokenizer, _template(config, tokenizer), defaults)
+
+
+def served(model: ErnieModel, config: EngineConfig) -> ErnieModel:
+    """The form in which the engine runs a plain model, whose blocks are swapped in place.
+
+    Raises ConfigError for a scheme that is not known, or that is asked of a quantised folder.
+    """
+    return fuse(model, _scheme(model.config, config))
+
+
+def _scheme(model: ErnieConfig, config: EngineConfig) -> Scheme | None:
+    if config.quantization and "quantization_config" in model.extra:
+        raise ConfigError(
+            f"quantization={config.quantization} is asked for, but the folder's weights are "
+            "quantised already; leave it out"
+        )
+    return read_scheme(config.quantization, has_experts=model.is_moe)
 
 
 def pick_device(name: str, num_ranks: int = 1) -> torch.device:

@@ -43,7 +43,7 @@ from torch import Tensor
 
 from ernie.fused import Shard
 from fastdeploy.config import EngineConfig
-from fastdeploy.engine.batch import Batch
+from fastdeploy.engine.batch import TENSORS, Batch
 from fastdeploy.errors import RankError
 
 PATIENCE_S = 120  # a rank that is silent for so long inside a step or a call is taken for dead
@@ -295,10 +295,11 @@ INT32 = ("cu_seqlens_S1", "lens_S", "tables_SM")
 
 
 def packed(batch: Batch) -> bytes:
-    """One run of int64: for each field of a batch its number of dimensions and its sizes, then the
-    values of all fields.
+    """One run of int64: for each tensor of a batch its number of dimensions and its sizes, then the
+    values of all. Without adapters.
     """
-    arrays = [getattr(batch, f.name).numpy() for f in dataclasses.fields(Batch)]
+    assert batch.adapters is None, "adapters are not sent to ranks"
+    arrays = [getattr(batch, name).numpy() for name in TENSORS]
     header = [number for array in arrays for number in (array.ndim, *array.shape)]
     flat = [np.array(header, np.int64), *(array.ravel() for array in arrays)]
     return np.concatenate(flat, dtype=np.int64, casting="safe").tobytes()
@@ -308,15 +309,15 @@ def unpacked(data: bytes) -> Batch:
     """The batch that `packed` was given, in the host's memory."""
     values = np.frombuffer(data, np.int64)
     shapes, at = [], 0
-    for _ in dataclasses.fields(Batch):
+    for _ in TENSORS:
         num_dims = int(values[at])
         shapes.append(tuple(values[at + 1 : at + 1 + num_dims].tolist()))
         at += 1 + num_dims
-    tensors = {}
-    for field, shape in zip(dataclasses.fields(Batch), shapes):
+    tensors: dict[str, Any] = {}
+    for name, shape in zip(TENSORS, shapes):
         size = int(np.prod(shape))
-        dtype = np.int32 if field.name in INT32 else np.int64
-        tensors[field.name] = torch.from_numpy(values[at : at + size].reshape(shape).astype(dtype))
+        array = values[at : at + size].reshape(shape)
+        tensors[name] = torch.from_numpy(array.astype(np.int32 if name in INT32 else np.int64))
         at += size
     assert at == len(values), f"a batch of {at} numbers came in {len(values)}"
-    return Batch(**tensors)
+    return Batch(**tensors, adapters=None)

@@ -26,6 +26,8 @@ class Runner:
         self.cache = cache
         self.batches = batches
         self.ranks = ranks
+        self.batch: Batch | None = None
+        self.hidden_TD: Tensor | None = None
 
     def run(self, schedule: Schedule) -> Tensor:
         """Compute the tokens of a step; returns the wanted logits, float32 `(R, V)`, by part."""
@@ -41,7 +43,10 @@ class Runner:
     def compute(self, batch: Batch) -> Tensor:
         """What every rank does with a batch; only rank 0 gets whole rows of logits."""
         attend = PagedAttend(self.cache, batch)
-        hidden_TD = self.model.hidden(batch.token_ids_T, batch.positions_T, attend)
+        hidden_TD = self.model.hidden(
+            batch.token_ids_T, batch.positions_T, attend, adapters=batch.adapters
+        )
+        self.batch, self.hidden_TD = batch, hidden_TD  # for a drafter, until the next step
         if not len(batch.rows_R):
             return hidden_TD.new_empty(0, self.model.config.vocab_size, dtype=torch.float32)
         if len(batch.rows_R) < len(hidden_TD):

@@ -67,7 +67,7 @@ def quantised_by_hand(model: ErnieModel, scheme: Scheme) -> ErnieModel:
         is_head = parameter is model.head_weight
         bits = scheme.head if is_head else scheme.experts if ".experts." in name else scheme.dense
         if bits and parameter.dim() > 1 and ("_proj" in name or is_head) and "mtp" not in name:
-            parameter.data = reference.quantize(parameter.data, bits).dequantized()
+            parameter.data = kernels.quantize(parameter.data, bits).dequantized()
     return model
 
 

@@ -57,7 +57,7 @@ def test_help_needs_no_torch_and_lists_every_flag(verb: str) -> None:
         (["--model", "x", "--port", "1", "--port", "2"], "--port is given twice"),
         (["--model", "x", "-tp", "two"], "tensor_parallel_size='two'"),
         (["--model", "x", "-tp", "2", "--tensor-parallel-size=2"], "parallel-size is given twice"),
-        (["--model", "x", "--quantization=wint4"], "quantization='wint4'"),
+        (["--model", "x", "--swap-space=4"], "swap_space='4'"),
         (["--model", "x", "--enable-expert-parallel"], "enable_expert_parallel=True"),
         (["--model", "x", "stray"], "'stray' belongs to no flag"),
         (["--config", "/no/such.yaml"], "there is no file /no/such.yaml"),

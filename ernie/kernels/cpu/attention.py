@@ -1,4 +1,9 @@
-"""`attend_packed` and `attend_paged` on the CPU, without a matrix of scores.
+"""`attend_packed`, `attend_paged` and the cache's writes on the CPU, without a matrix of scores.
+
+Legend: r bytes or elements of a row of the cache; see `ernie.kernels` for the other letters.
+
+A query's paged attention depends, to the bit, on its own sequence only: not on the batch, nor on
+how many queries come at a time, nor on size and numbering of the blocks.
 
 The kernels take head widths that are multiples of 16 up to 512 (all released models: 128); other
 widths run in plain torch.
@@ -6,11 +11,14 @@ widths run in plain torch.
 
 from __future__ import annotations
 
+import struct
+
 import torch
 from torch import Tensor
 
 from ernie.kernels import reference
-from ernie.kernels.cpu.build import DTYPES, library
+from ernie.kernels.cpu.build import CACHE_DTYPES, library
+from ernie.kernels.dispatch import is_batch_invariant
 
 
 def attend_packed(
@@ -31,47 +39,110 @@ def attend_packed(
 
 def attend_paged(
     q_THd: Tensor,
-    k_cache_BPGd: Tensor,
-    v_cache_BPGd: Tensor,
+    k_cache_BPGr: Tensor,
+    v_cache_BPGr: Tensor,
+    tables_SM: Tensor,
+    cu_seqlens_S1: Tensor,
+    lens_S: Tensor,
+    scale: float,
+    new: tuple[Tensor, Tensor, Tensor] | None = None,
+) -> Tensor:
+    if not _fits(q_THd):
+        if new is not None:
+            write_cache(new[0], new[1], k_cache_BPGr, v_cache_BPGr, new[2])
+        attend = _one_by_one if is_batch_invariant() else reference.attend_paged
+        return attend(q_THd, k_cache_BPGr, v_cache_BPGr, tables_SM, cu_seqlens_S1, lens_S, scale)
+    q = _float_rows(q_THd)
+    assert tables_SM.dtype == cu_seqlens_S1.dtype == lens_S.dtype == torch.int32
+    tables = tables_SM if tables_SM.stride(1) == 1 else tables_SM.contiguous()
+    out = torch.empty(q.shape)
+    rows, kept = _new_rows(new)
+    library().ernie_attend_paged(
+        _CALL.pack(
+            q.data_ptr(),
+            q.stride(0),
+            *rows,
+            *_caches(k_cache_BPGr, v_cache_BPGr),
+            tables.data_ptr(),
+            tables.stride(0),
+            cu_seqlens_S1.data_ptr(),
+            lens_S.data_ptr(),
+            lens_S.shape[0],
+            *k_cache_BPGr.shape[1:3],
+            *q.shape[1:],
+            out.data_ptr(),
+            torch.get_num_threads(),
+            scale,
+        )
+    )
+    del kept  # what the call points at had to live until here
+    return out if q_THd.dtype == torch.float32 else out.to(q_THd.dtype)
+
+
+def write_cache(
+    k_TGd: Tensor, v_TGd: Tensor, k_cache_BPGr: Tensor, v_cache_BPGr: Tensor, slots_T: Tensor
+) -> None:
+    rows, kept = _new_rows((k_TGd, v_TGd, slots_T))
+    _, positions, groups, _ = k_cache_BPGr.shape
+    nothing = (0,) * 5
+    library().ernie_write_cache(
+        _CALL.pack(
+            *(0, 0),
+            *rows,
+            *_caches(k_cache_BPGr, v_cache_BPGr),
+            *nothing,
+            positions,
+            groups,
+            *(0, k_TGd.shape[2]),
+            0,
+            torch.get_num_threads(),
+            0.0,
+        )
+    )
+    del kept
+
+
+# struct Call of paged.cpp. One packed argument costs a fifth of twenty converted ones.
+_CALL = struct.Struct("=22qd")
+_NOTHING_NEW = (0,) * 6
+
+
+def _new_rows(new: tuple[Tensor, Tensor, Tensor] | None) -> tuple[tuple[int, ...], object]:
+    """The fields of `Call` for keys, values and slots, and the tensors they point at."""
+    if new is None:
+        return _NOTHING_NEW, None
+    k, v, slots = _float_rows(new[0]), _float_rows(new[1]), new[2].contiguous()
+    assert slots.dtype == torch.int64 and len(k) == len(v) == len(slots)
+    pointers = (k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), slots.data_ptr(), len(slots))
+    return pointers, (k, v, slots)
+
+
+def _caches(k_cache_BPGr: Tensor, v_cache_BPGr: Tensor) -> tuple[int, int, int]:
+    assert k_cache_BPGr.is_contiguous() and v_cache_BPGr.is_contiguous()
+    code = CACHE_DTYPES[k_cache_BPGr.dtype]
+    return k_cache_BPGr.data_ptr(), v_cache_BPGr.data_ptr(), code
+
+
+def _one_by_one(
+    q_THd: Tensor,
+    k_cache_BPGr: Tensor,
+    v_cache_BPGr: Tensor,
     tables_SM: Tensor,
     cu_seqlens_S1: Tensor,
     lens_S: Tensor,
     scale: float,
 ) -> Tensor:
-    """A sequence's result depends, to the bit, on its own tokens only: not on the batch, nor on how
-    the blocks are numbered (but a chunk of more than 16 queries is computed in another order than
-    few)."""
-    if not _fits(q_THd) or k_cache_BPGd.dtype not in DTYPES:
-        return reference.attend_paged(
-            q_THd, k_cache_BPGd, v_cache_BPGd, tables_SM, cu_seqlens_S1, lens_S, scale
-        )
-    q = _rows(q_THd.float())
-    _, heads, width = q.shape
-    _, positions, groups, _ = k_cache_BPGd.shape
-    assert k_cache_BPGd.is_contiguous() and v_cache_BPGd.is_contiguous()
-    assert tables_SM.dtype == cu_seqlens_S1.dtype == lens_S.dtype == torch.int32
-    tables = tables_SM if tables_SM.stride(1) == 1 else tables_SM.contiguous()
-    out = q.new_empty(q.shape)
-    library().ernie_attend_paged(
-        q.data_ptr(),
-        q.stride(0),
-        k_cache_BPGd.data_ptr(),
-        v_cache_BPGd.data_ptr(),
-        DTYPES[k_cache_BPGd.dtype],
-        tables.data_ptr(),
-        tables.stride(0),
-        cu_seqlens_S1.data_ptr(),
-        lens_S.data_ptr(),
-        len(lens_S),
-        positions,
-        heads,
-        groups,
-        width,
-        scale,
-        out.data_ptr(),
-        torch.get_num_threads(),
+    """Plain torch for each query by itself, where torch's order of sums depends on the number of
+    queries."""
+    queries_S = cu_seqlens_S1.diff()
+    sequence_T = torch.arange(len(lens_S)).repeat_interleave(queries_S)
+    behind_T = cu_seqlens_S1[1:][sequence_T] - 1 - torch.arange(len(q_THd))
+    lens_T = (lens_S[sequence_T] - behind_T).int()
+    each_T1 = torch.arange(len(q_THd) + 1, dtype=torch.int32)
+    tables_TM = tables_SM[sequence_T]
+    return reference.attend_paged(
+        q_THd, k_cache_BPGr, v_cache_BPGr, tables_TM, each_T1, lens_T, scale
     )
-    return out.to(q_THd.dtype)
 
 
 class _AttendPacked(torch.autograd.Function):
@@ -155,6 +226,10 @@ def _parts_of_a_group(bounds: Tensor, heads: int, groups: int) -> int:
 
 def _fits(q_THd: Tensor) -> bool:
     return q_THd.shape[-1] % 16 == 0 and 0 < q_THd.shape[-1] <= 512
+
+
+def _float_rows(x_THd: Tensor) -> Tensor:
+    return _rows(x_THd if x_THd.dtype == torch.float32 else x_THd.float())
 
 
 def _rows(x_THd: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """What the CPU does better than plain torch: see `ernie.kernels` for shapes and meaning.
 
-Kernels take float32 activations; weights may be bfloat16, caches bfloat16 or float16. With bfloat16
+Kernels take float32 activations; weights may be bfloat16. With bfloat16
 activations, products, attention and rotation are computed in float32 and rounded at the end, the
 rest is the reference's. The same inputs, instruction set and number of threads give the same bits;
 the docstrings say where a row's bits do not depend on its batch either.
@@ -8,12 +8,16 @@ the docstrings say where a row's bits do not depend on its batch either.
 
 from __future__ import annotations
 
-from ernie.kernels.cpu.attention import attend_packed, attend_paged
+from ernie.kernels.cpu.attention import attend_packed, attend_paged, write_cache
 from ernie.kernels.cpu.build import BuildError, isa, library
-from ernie.kernels.cpu.pointwise import adamw_step, rms_norm, rotate, swiglu, write_cache
+from ernie.kernels.cpu.fused import mlp, moe, pack, project, quantize
+from ernie.kernels.cpu.pointwise import adamw_step, rms_norm, rotate, rotate_, swiglu
 from ernie.kernels.cpu.products import grouped_linear, linear
 
+HEEDS_BATCH_INVARIANT = True
+
 __all__ = [
+    "HEEDS_BATCH_INVARIANT",
     "adamw_step",
     "attend_packed",
     "attend_paged",
@@ -21,8 +25,14 @@ __all__ = [
     "detail",
     "grouped_linear",
     "linear",
+    "mlp",
+    "moe",
+    "pack",
+    "project",
+    "quantize",
     "rms_norm",
     "rotate",
+    "rotate_",
     "swiglu",
     "write_cache",
 ]

@@ -82,7 +82,7 @@ extern "C" void ernie_attend_packed(const float *q, long ldq, const float *k, lo
                                     const int32_t *bounds, long segments, long heads, long groups, long width,
                                     float scale, float *out, float *lse, int threads) {
     const Shape shape{heads, groups, width, scale, threads};
-    const long tile = queries_of_tile(shape);
+    const long tile = queries_of_tile(shape.share());
     std::vector<Piece> pieces;
     // The last queries of a segment see the most keys: dealt out first, nothing long is left for the end.
     for (long s = 0; s < segments; s++)

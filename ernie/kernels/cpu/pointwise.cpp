@@ -1,4 +1,4 @@
-// Normalisation, rotation, gating, cache writes and the optimizer's step: one pass over memory each.
+// Normalisation, rotation, gating and the optimizer's step: one pass over memory each.
 #include <cmath>
 
 #include "threads.h"
@@ -47,6 +47,8 @@ ERNIE_INLINE void for_vectors(long width, const Body &body) {
     if (i < width) body(i, Partial{width - i});
 }
 
+struct RotateSlot;
+
 template <class W>
 void rms_norm(const float *x, long ldx, const W *weight, float eps, float *out, float *rstd, long rows,
               long width, int threads) {
@@ -90,15 +92,6 @@ void rms_norm_backward(const float *grad, const float *x, long ldx, const W *wei
             });
         }
     });
-}
-
-template <class T>
-void write_rows(const float *from, long ld, T *cache, const int64_t *slots, long tokens, long width) {
-    for (long t = 0; t < tokens; t++)
-        if (slots[t] >= 0)
-            for_vectors(width, [&](long i, auto part) {
-                part.put(cache + slots[t] * width + i, part.get(from + t * ld + i));
-            });
 }
 
 // --- AdamW ---------------------------------------------------------------------------------------------
@@ -180,21 +173,24 @@ extern "C" void ernie_rms_norm_backward(const float *grad, const float *x, long 
                           block, threads);
 }
 
-// x (T, H, d) with row stride ldx -> out (T, H, d); cos and sin (T, d / 2); `sign` -1 turns back.
+// x (T, H, d) -> out, of the same shape and maybe the same place, with row strides; cos and sin (T, d / 2);
+// `sign` -1 turns back.
 extern "C" void ernie_rotate(const float *x, long ldx, const float *cos, const float *sin, float sign, float *out,
-                             long tokens, long heads, long width, int threads) {
+                             long ldo, long tokens, long heads, long width, int threads) {
     for_rows(threads, tokens, heads * width, [&](long first, long count) {
-        for (long t = first; t < first + count; t++)
-            for (long h = 0; h < heads; h++) {
-                const float *from = x + t * ldx + h * width;
-                float *to = out + (t * heads + h) * width;
-                const float *c = cos + t * (width / 2), *s = sin + t * (width / 2);
-                for (long i = 0; i < width / 2; i++) {
-                    const float even = from[2 * i], odd = from[2 * i + 1], turn = sign * s[i];
-                    to[2 * i] = even * c[i] - odd * turn;
-                    to[2 * i + 1] = odd * c[i] + even * turn;
-                }
+        float *c = scratch<RotateSlot>(2 * width), *s = c + width;  // of a token, as its heads need them
+        for (long t = first; t < first + count; t++) {
+            for (long i = 0; i < width; i++) {
+                c[i] = cos[(t * width + i) / 2];
+                s[i] = (i % 2 ? sign : -sign) * sin[(t * width + i) / 2];
             }
+            for (long h = 0; h < heads; h++)
+                for_vectors(width, [&](long i, auto part) {
+                    const vf v = part.get(x + t * ldx + h * width + i);
+                    const vf turned = v * part.get(c + i) + swap_pairs(v) * part.get(s + i);
+                    part.put(out + t * ldo + h * width + i, turned);
+                });
+        }
     });
 }
 
@@ -222,18 +218,6 @@ extern "C" void ernie_swiglu_backward(const float *grad, const float *gate, long
                 part.put(dgate + t * width + i, dy * part.get(up + t * ldu + i) * slope);
             });
     });
-}
-
-// k and v (T, width) with row strides; caches (slots, width) of float32 or bfloat16.
-extern "C" void ernie_write_cache(const float *k, long ldk, const float *v, long ldv, void *k_cache, void *v_cache,
-                                  int dtype, const int64_t *slots, long tokens, long width) {
-    if (dtype == BFLOAT16) {
-        write_rows(k, ldk, static_cast<bf16 *>(k_cache), slots, tokens, width);
-        write_rows(v, ldv, static_cast<bf16 *>(v_cache), slots, tokens, width);
-    } else {
-        write_rows(k, ldk, static_cast<float *>(k_cache), slots, tokens, width);
-        write_rows(v, ldv, static_cast<float *>(v_cache), slots, tokens, width);
-    }
 }
 
 extern "C" void ernie_adamw(float *p, const void *grad, int grad_dtype, void *moment, void *square,

@@ -1,4 +1,4 @@
-"""Norm, rotation, gate, cache writes and AdamW on the CPU: one pass over memory each, little
+"""Norm, rotation, gate and AdamW on the CPU: one pass over memory each, little
 saved."""
 
 from __future__ import annotations
@@ -30,35 +30,19 @@ def rotate(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor) -> Tensor:
     return _rotate(x_THd, cos_Tp, sin_Tp, 1.0)
 
 
+def rotate_(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor) -> None:
+    if x_THd.dtype == torch.float32 and _heads_lie_together(x_THd):
+        _turn(x_THd, cos_Tp, sin_Tp, 1.0, x_THd)
+    else:
+        x_THd.copy_(rotate(x_THd, cos_Tp, sin_Tp))
+
+
 def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
     if gate_TI.dtype != torch.float32 or up_TI.dtype != torch.float32:
         return reference.swiglu(gate_TI, up_TI)
     if torch.is_grad_enabled() and (gate_TI.requires_grad or up_TI.requires_grad):
         return _SwiGLU.apply(gate_TI, up_TI)
     return _swiglu(_rows(gate_TI), _rows(up_TI))
-
-
-def write_cache(
-    k_TGd: Tensor, v_TGd: Tensor, k_cache_BPGd: Tensor, v_cache_BPGd: Tensor, slots_T: Tensor
-) -> None:
-    if k_TGd.dtype != torch.float32 or k_cache_BPGd.dtype == torch.float16:
-        return reference.write_cache(k_TGd, v_TGd, k_cache_BPGd, v_cache_BPGd, slots_T)
-    assert k_cache_BPGd.is_contiguous() and v_cache_BPGd.is_contiguous()
-    assert slots_T.dtype == torch.int64
-    k_TW, v_TW, slots_T = k_TGd.flatten(1), v_TGd.flatten(1), slots_T.contiguous()
-    library().ernie_write_cache(
-        k_TW.data_ptr(),
-        k_TW.stride(0),
-        v_TW.data_ptr(),
-        v_TW.stride(0),
-        k_cache_BPGd.data_ptr(),
-        v_cache_BPGd.data_ptr(),
-        DTYPES[k_cache_BPGd.dtype],
-        slots_T.data_ptr(),
-        k_TW.shape[0],
-        k_TW.shape[1],
-    )
-    return None
 
 
 class Update(ctypes.Structure):
@@ -197,12 +181,22 @@ def _rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, rstd_T: Tensor | None)
 
 
 def _rotate(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor, sign: float) -> Tensor:
+    out_THd = x_THd.new_empty(x_THd.shape)
+    x_THd = x_THd if _heads_lie_together(x_THd) else x_THd.contiguous()
+    _turn(x_THd, cos_Tp, sin_Tp, sign, out_THd)
+    return out_THd
+
+
+def _heads_lie_together(x_THd: Tensor) -> bool:
+    """Whether each token's heads are contiguous, as they are in a column slice of a projection."""
+    _, head, element = x_THd.stride()
+    return element == 1 and head == x_THd.shape[2]
+
+
+def _turn(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor, sign: float, out_THd: Tensor) -> None:
     tokens, heads, width = x_THd.shape
-    if x_THd.stride(2) != 1 or x_THd.stride(1) != width:
-        x_THd = x_THd.contiguous()
     cos_Tp, sin_Tp = cos_Tp.contiguous(), sin_Tp.contiguous()
     assert cos_Tp.dtype == sin_Tp.dtype == torch.float32
-    out_THd = x_THd.new_empty(x_THd.shape)
     library().ernie_rotate(
         x_THd.data_ptr(),
         x_THd.stride(0),
@@ -210,12 +204,12 @@ def _rotate(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor, sign: float) -> Tenso
         sin_Tp.data_ptr(),
         sign,
         out_THd.data_ptr(),
+        out_THd.stride(0),
         tokens,
         heads,
         width,
         torch.get_num_threads(),
     )
-    return out_THd
 
 
 def _swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from ernie.kernels.cpu.build import DTYPES, isa, library
+from ernie.kernels.dispatch import is_batch_invariant
 
 # From so many rows on, torch's float32 product is faster than ours, by instruction set (measured on
 # Zen 4; with AVX-512 ours stays ahead).
-MANY_ROWS = {"scalar": 16, "avx2": 384, "avx512": 1 << 62}
+MANY_ROWS = {"scalar": 16, "avx2": 384, "avx512": 1 << 62, "avx512vnni": 1 << 62}
 BLOCK_WEIGHTS = 4 * 1024 * 1024  # weights converted at a time: 16 MiB of float32
 _buffers = threading.local()
 
@@ -94,7 +95,8 @@ def _product(
     """Rows times `weight (O, I)`, or `(E, O, I)` with counts."""
     num_rows, width = x_NI.shape
     outputs = weight.shape[-2]
-    if counts_E is None and num_rows >= MANY_ROWS[isa()]:
+    many = num_rows >= MANY_ROWS[isa()] and not is_batch_invariant()
+    if counts_E is None and many:
         return _many_rows(x_NI, weight, bias_O)
     assert weight.shape[-1] == width, f"x is {tuple(x_NI.shape)}, weight {tuple(weight.shape)}"
     if weight.dtype not in (torch.float32, torch.bfloat16):

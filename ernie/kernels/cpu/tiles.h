@@ -69,7 +69,7 @@ struct Piece {  // queries [first, first + count) of a segment, heads of one gro
 
 struct TileSlot;
 
-static long queries_of_tile(const Shape &shape) { return shape.share() >= 4 ? 32 : 64; }
+static long queries_of_tile(long share) { return share >= 4 ? 32 : 64; }
 
 // Queries [first, first + count) of one sequence and all heads of one group. The sequence has `offset`
 // tokens before its first query. `Keys` gives the keys of a tile transposed and its values as rows.

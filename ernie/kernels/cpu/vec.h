@@ -45,6 +45,18 @@ ERNIE_INLINE vf as_float(vu v) { return (vf)v; }
 ERNIE_INLINE vf vmax(vf a, vf b) { return a > b ? a : b; }
 ERNIE_INLINE vf vmin(vf a, vf b) { return a < b ? a : b; }
 
+ERNIE_INLINE vf swap_pairs(vf v) {  // 1 0 3 2 ...
+#if defined(__AVX512F__)
+    return _mm512_permute_ps(v, 0xb1);
+#elif defined(__AVX2__)
+    return _mm256_permute_ps(v, 0xb1);
+#else
+    vf swapped;
+    for (int i = 0; i < VL; i++) swapped[i] = v[i ^ 1];
+    return swapped;
+#endif
+}
+
 ERNIE_INLINE vf fma(vf a, vf b, vf c) {
 #if defined(__AVX512F__)
     return _mm512_fmadd_ps(a, b, c);
