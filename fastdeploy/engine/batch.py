@@ -32,12 +32,15 @@ class Batch:
     lens_S: Tensor  # int32, tokens of each request in the cache once this step is done
     tables_SM: Tensor  # int32, entries past a request's last block mean nothing
     rows_R: Tensor  # int64, the tokens after which logits are wanted
-    # Which tokens each adapter changes; None: nobody has one. Its tensors are on their device.
-    adapters: ActiveAdapters | None = None
+    adapters: ActiveAdapters | None  # and which tokens each one changes; None: nobody has one
 
     def to(self, device: torch.device) -> Batch:
-        tensors = (f.name for f in fields(self) if f.name != "adapters")
-        return replace(self, **{name: getattr(self, name).to(device) for name in tensors})
+        """The same on another device; without adapters, which are where the model is."""
+        assert self.adapters is None, "adapters are not sent to ranks"
+        return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
+
+
+TENSORS = tuple(field.name for field in fields(Batch) if field.name != "adapters")
 
 
 class BatchBuilder:

@@ -27,6 +27,10 @@ class KVCache:
     keys_LBPGd: Tensor
     values_LBPGd: Tensor
 
+    @property
+    def block_size(self) -> int:
+        return self.keys_LBPGd.shape[2]
+
     @classmethod
     def allocate(
         cls,

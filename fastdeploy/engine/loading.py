@@ -52,8 +52,8 @@ def load(config: EngineConfig, model: ErnieModel | None = None) -> Loaded:
         model, ranks = start_ranks(config, device)
     elif model is None:
         model = read_model(config, device)
-    else:
-        model = served(shallow_copy(model), config)  # the caller keeps the plain one
+    else:  # the caller keeps the plain one
+        model = served(shallow_copy(model), config)
     try:
         return _around(model, config, ranks)
     except BaseException:
@@ -62,25 +62,10 @@ def load(config: EngineConfig, model: ErnieModel | None = None) -> Loaded:
         raise
 
 
-def served(model: ErnieModel, config: EngineConfig) -> ErnieModel:
-    """The form in which the engine runs a plain model, whose blocks are swapped in place."""
-    return fuse(model, _scheme(config, model.config))
-
-
-def _scheme(config: EngineConfig, network: ErnieConfig) -> Scheme | None:
-    """Raises ConfigError for a scheme that is not known, or is asked of a quantised folder."""
-    if config.quantization and "quantization_config" in network.extra:
-        raise ConfigError(
-            f"quantization={config.quantization} is asked for, but the folder's weights are "
-            "quantised already; leave it out"
-        )
-    return read_scheme(config.quantization, has_experts=network.is_moe)
-
-
 def read_model(config: EngineConfig, device: torch.device, shard: Shard = WHOLE) -> ErnieModel:
     """The inference form of the model in a folder, of which only one block is ever whole."""
     folder = resolve(config.model)
-    scheme = _scheme(config, ErnieConfig.from_folder(folder))
+    scheme = _scheme(ErnieConfig.from_folder(folder), config)
     model = ernie.load(
         folder,
         dtype=getattr(torch, config.dtype),
@@ -98,7 +83,7 @@ def start_ranks(config: EngineConfig, device: torch.device) -> tuple[ErnieModel,
     """
     config = dataclasses.replace(config, model=str(resolve(config.model)))
     check_shard(ErnieConfig.from_folder(config.model), config.tensor_parallel_size)
-    ranks = Ranks(config, device)
+    ranks = Ranks.start(config, device)
     try:
         model = read_model(config, ranks.group.device, ranks.group.shard)
         ranks.connect()
@@ -125,6 +110,23 @@ def _around(model: ErnieModel, config: EngineConfig, ranks: Ranks | None) -> Loa
     engine = Engine(model, config, ends, tags, rebuild=rebuild, ranks=ranks)
     defaults = recommended(getattr(model, "generation_config", None) or {})
     return Loaded(engine, config, tokenizer, _template(config, tokenizer), defaults)
+
+
+def served(model: ErnieModel, config: EngineConfig) -> ErnieModel:
+    """The form in which the engine runs a plain model, whose blocks are swapped in place.
+
+    Raises ConfigError for a scheme that is not known, or that is asked of a quantised folder.
+    """
+    return fuse(model, _scheme(model.config, config))
+
+
+def _scheme(model: ErnieConfig, config: EngineConfig) -> Scheme | None:
+    if config.quantization and "quantization_config" in model.extra:
+        raise ConfigError(
+            f"quantization={config.quantization} is asked for, but the folder's weights are "
+            "quantised already; leave it out"
+        )
+    return read_scheme(config.quantization, has_experts=model.is_moe)
 
 
 def pick_device(name: str, num_ranks: int = 1) -> torch.device:

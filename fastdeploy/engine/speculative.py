@@ -142,8 +142,7 @@ class MTPDrafter:
     """
 
     def __init__(self, runner: Runner, num_tokens: int) -> None:
-        assert runner.batches is not None, "rank 0 drafts"
-        self.runner, self.block_size = runner, runner.batches.block_size
+        self.runner = runner
         self.num_tokens = num_tokens
 
     @torch.inference_mode()
@@ -167,7 +166,7 @@ class MTPDrafter:
                 text.request.draft_ids.append(token)
 
     def _texts(self, schedule: Schedule) -> list[Drafted]:
-        texts, first, block_size = [], 0, self.block_size
+        texts, first, block_size = [], 0, self.runner.cache.block_size
         for s, part in enumerate(schedule.parts):
             request = part.request
             if part.chooses and request.status is Status.RUNNING:
@@ -186,7 +185,7 @@ class MTPDrafter:
 
     def _next_batch(self, batch: Batch, texts: Sequence[Drafted], depth: int) -> Batch:
         """One token a text: what stands so many positions past the last computed one."""
-        block_size = self.block_size
+        block_size = self.runner.cache.block_size
         positions = [text.request.num_computed + depth - 1 for text in texts]
         blocks = [t.request.table.blocks[p // block_size] for t, p in zip(texts, positions)]
         slots = [b * block_size + p % block_size for b, p in zip(blocks, positions)]

@@ -114,6 +114,7 @@ ROWS += [
 # The processes are started once for all of these.
 NAMES_OF_TWO_RANKS = (
     "as it comes",
+    "as it comes, n-gram",
     "chunks of 8",
     "arriving in turn",
     "hits in chunks",

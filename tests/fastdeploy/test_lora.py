@@ -18,7 +18,6 @@ from torch import Tensor
 import ernie
 from ernie.generate import generate
 from ernie.model import ErnieModel
-from ernie.settings import ConfigError
 from erniekit.lora import LoRA
 from fastdeploy import LLM, SamplingParams
 from fastdeploy.config import EngineConfig, ServerConfig
@@ -140,12 +139,6 @@ def test_without_enable_lora_nothing_is_loaded(folder: Path, adapters: Path) -> 
     ):
         with pytest.raises(RequestError, match="start with enable_lora"):
             call()
-
-
-@pytest.mark.parametrize("wish", [{"enable_lora": True}, {"speculative_config": {"method": "mtp"}}])
-def test_what_ranks_cannot_do_is_refused(wish: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="with tensor_parallel_size=2 is not available"):
-        EngineConfig(model="m", tensor_parallel_size=2, **wish)
 
 
 # --- HTTP ---
