@@ -61,7 +61,7 @@ class Adapters:
             folder,
             self.model.config,
             max_rank=self.config.max_lora_rank,
-            dtype=self.model.activation_dtype,
+            dtype=self.model.model.norm.weight.dtype,  # that of the weights: half the reads
             device=self.model.device,
         )
 
