@@ -102,7 +102,7 @@ def read_adapter(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Adapter:
-    """The adapter in `folder`, for a model of `config`, in `dtype` (that of the activations).
+    """The adapter in `folder`, for a model of `config`, rounded once to `dtype`.
 
     Raises ConfigError or CheckpointError, one sentence that names what does not fit.
     """

@@ -124,6 +124,14 @@ class EngineConfig:
     num_gpu_blocks_override: int | None = option(
         None, "Blocks of the cache; none: by memory, at most what max_num_seqs texts can fill."
     )
+    kv_cache_dtype: str = option(
+        "auto",
+        "Type of the key/value cache; auto: float32 beside float32 weights, else two bytes.",
+        choices=("auto", "float32", "bfloat16", "float16", "int8"),
+    )
+    batch_invariant: bool = option(
+        False, "Give a text the same tokens, to the bit, whatever else is computed beside it."
+    )
     enable_prefix_caching: bool = option(True, "Reuse the cache of texts that begin alike.")
     enable_chunked_prefill: bool = option(True, "Read long prompts in pieces, between other texts.")
     use_cudagraph: bool | None = option(
@@ -148,6 +156,11 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _ = self.speculation  # whose own checks speak
         self._check_ranks()
+        if self.batch_invariant and self.enable_lora:
+            raise ConfigError(
+                "batch_invariant with enable_lora is not available: a text beside one with an "
+                "adapter is computed in another order; leave out one of the two"
+            )
         for name in (
             "max_num_seqs",
             "block_size",

@@ -29,7 +29,8 @@ MAX_NAME = 128  # characters
 class Adapters:
     def __init__(self, model: ErnieModel, config: EngineConfig) -> None:
         self.config, self.network = config, model.config
-        self.dtype, self.device = model.activation_dtype, model.device
+        self.dtype = model.model.norm.weight.dtype  # that of the weights: half the reads
+        self.device = model.device
         self.by_name: dict[str, Adapter] = {}
         if config.enable_lora:
             blocks = [block for block in model.model.layers if isinstance(block, FusedBlock)]

@@ -21,7 +21,7 @@ from fastdeploy.config import EngineConfig
 from fastdeploy.engine.adapters import Adapters
 from fastdeploy.engine.batch import BatchBuilder
 from fastdeploy.engine.blocks import BlockManager
-from fastdeploy.engine.cache import KVCache, block_bytes, free_bytes
+from fastdeploy.engine.cache import KVCache, block_bytes, cache_dtype, free_bytes
 from fastdeploy.engine.graphs import cuda_recorder
 from fastdeploy.engine.ranks import Ranks
 from fastdeploy.engine.request import Request, Status, TokenOutput, check_params, check_prompt
@@ -91,13 +91,18 @@ class Engine:
             KVCache.allocate,
             model.config,
             block_size=config.block_size,
-            dtype=model.activation_dtype,
+            dtype=cache_dtype(config.kv_cache_dtype, model),
             device=model.device,
             drafting_layers=int(config.has_mtp),
             num_ranks=ranks.size if ranks else 1,
         )
         if ranks:
-            ranks.call("allocate", num_blocks=num_blocks, block_size=config.block_size)
+            ranks.call(
+                "allocate",
+                num_blocks=num_blocks,
+                block_size=config.block_size,
+                dtype=config.kv_cache_dtype,
+            )
         builder = BatchBuilder(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -401,7 +406,7 @@ def num_cache_blocks(model: ErnieModel, config: EngineConfig, ranks: Ranks | Non
     size = block_bytes(
         model.config,
         config.block_size,
-        model.activation_dtype,
+        cache_dtype(config.kv_cache_dtype, model),
         drafting_layers=int(config.has_mtp),
     )
     if config.num_gpu_blocks_override is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import ernie
+from ernie import kernels
 from ernie.chat import ChatTemplate, NoTemplate, stop_ids
 from ernie.checkpoint.hub import resolve
 from ernie.config import ErnieConfig
@@ -95,12 +96,17 @@ def start_ranks(config: EngineConfig, device: torch.device) -> tuple[ErnieModel,
 
 def _around(model: ErnieModel, config: EngineConfig, ranks: Ranks | None) -> Loaded:
     """The engine of a fused model, and the text around it."""
+    try:
+        kernels.batch_invariant(config.batch_invariant, model.device.type)
+    except ValueError as error:
+        raise ConfigError(f"batch_invariant: {error}") from None
     tokenizer = Tokenizer.from_folder(config.tokenizer) if config.tokenizer else model.tokenizer
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} entries and the model's vocabulary "
             f"{model.config.vocab_size}; they do not belong together"
         )
+    config = _with_cache_of_scheme(config, model.config)
     config = config.resolved(
         max_positions=model.config.max_position_embeddings, device_type=model.device.type
     )
@@ -127,6 +133,21 @@ def _scheme(model: ErnieConfig, config: EngineConfig) -> Scheme | None:
             "quantised already; leave it out"
         )
     return read_scheme(config.quantization, has_experts=model.is_moe)
+
+
+def _with_cache_of_scheme(config: EngineConfig, model: ErnieConfig) -> EngineConfig:
+    """`config` with the cache's dtype where the quantisation names one."""
+    scheme = _scheme(model, config)
+    written = model.extra.get("quantization_config", {}).get("kv_cache")
+    named = scheme.kv_cache if scheme else written
+    if named is None or config.kv_cache_dtype == named:
+        return config
+    if config.kv_cache_dtype != "auto":
+        raise ConfigError(
+            f"kv_cache_dtype={config.kv_cache_dtype}, but the quantisation says {named}; leave out "
+            "one of the two"
+        )
+    return dataclasses.replace(config, kv_cache_dtype=named)
 
 
 def pick_device(name: str, num_ranks: int = 1) -> torch.device:

@@ -19,7 +19,7 @@ import torch
 
 from ernie.model import ErnieModel
 from fastdeploy.config import EngineConfig
-from fastdeploy.engine.cache import KVCache, free_bytes
+from fastdeploy.engine.cache import KVCache, cache_dtype, free_bytes
 from fastdeploy.engine.loading import read_model
 from fastdeploy.engine.ranks import Group, unpacked
 from fastdeploy.engine.runner import Runner
@@ -35,7 +35,7 @@ class Worker:
     def free_bytes(self) -> int:
         return free_bytes(self._model.device)
 
-    def allocate(self, num_blocks: int, block_size: int) -> None:
+    def allocate(self, num_blocks: int, block_size: int, dtype: str) -> None:
         """Make room for this rank's share of the cache; what was cached before is dropped."""
         model = self._model
         self._runner = None
@@ -43,7 +43,7 @@ class Worker:
             model.config,
             num_blocks,
             block_size,
-            model.activation_dtype,
+            cache_dtype(dtype, model),
             model.device,
             num_ranks=self._num_ranks,
         )

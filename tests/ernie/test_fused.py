@@ -113,3 +113,14 @@ def test_ranks_together_equal_the_whole() -> None:
 def test_sizes_that_ranks_cannot_share_are_refused() -> None:
     with pytest.raises(ConfigError, match="does not divide num_key_value_heads=1"):
         fuse(random_model(TINY["tiny-moe"]), None, Shard(0, 2))
+
+
+@pytest.mark.parametrize("bits", [None, 8, 4])
+def test_one_expert_of_a_packed_weight_is_the_expert_packed(bits: int | None) -> None:
+    weight = torch.randn(3, 22, 40)
+    kept = kernels.quantize(weight, bits) if bits else weight
+    alone = [kernels.quantize(one, bits) if bits else one for one in weight]
+    x, stacked = torch.randn(5, 40), kernels.pack(kept, parts=2)
+    for i, one in enumerate(alone):
+        product = kernels.project(x, kernels.expert(stacked, i))
+        assert torch.equal(product, kernels.project(x, kernels.pack(one, parts=2))), f"expert {i}"

@@ -68,9 +68,9 @@ def test_padding_stores_nothing():
         engine.add(text, [9, 8], SamplingParams(temperature=0, max_tokens=2))
     for _ in range(3):
         engine.step()
-    before = cache.keys_LBPGd.clone()
+    before = cache.keys_LBPGr.clone()
     engine.step()  # one text is left
-    changed = (before.nan_to_num() != cache.keys_LBPGd.nan_to_num()).flatten(3).any(-1)
+    changed = (before.nan_to_num() != cache.keys_LBPGr.nan_to_num()).flatten(3).any(-1)
     assert int(changed.any(0).sum()) == 1, "a step of one text writes one slot"
 
 

@@ -116,8 +116,8 @@ def test_sleep_frees_memory_and_what_was_held_goes_on(folder: Path, level: int) 
     expected = tokens(llm)
     start(llm, 5)
     cache, model = llm.engine.runner.cache, llm.engine.runner.model
-    num_bytes = cache.keys_LBPGd.nbytes
-    freed = [weakref.ref(cache.keys_LBPGd), weakref.ref(cache.values_LBPGd)]
+    num_bytes = cache.keys_LBPGr.nbytes
+    freed = [weakref.ref(cache.keys_LBPGr), weakref.ref(cache.values_LBPGr)]
     weight = weakref.ref(model.model.embed_tokens.weight)
     with pytest.raises(RequestError, match="sleep with 2 requests in work; pause first"):
         llm.sleep(level)
@@ -126,7 +126,7 @@ def test_sleep_frees_memory_and_what_was_held_goes_on(folder: Path, level: int) 
     del cache, model
     gc.collect()
     assert [ref() for ref in freed] == [None, None], "the cache is still in memory"
-    assert llm.engine.runner.cache.keys_LBPGd.nbytes == 0 < num_bytes
+    assert llm.engine.runner.cache.keys_LBPGr.nbytes == 0 < num_bytes
     assert (weight() is None) == (level == 2) == (not llm.engine.has_weights)
     llm.resume()
     for use in (llm.engine.step, lambda: llm.generate("x")):
@@ -134,7 +134,7 @@ def test_sleep_frees_memory_and_what_was_held_goes_on(folder: Path, level: int) 
             use()
     llm.wake_up()
     llm.wake_up()
-    assert llm.engine.runner.cache.keys_LBPGd.nbytes == num_bytes
+    assert llm.engine.runner.cache.keys_LBPGr.nbytes == num_bytes
     assert rest_of(llm) == expected
     assert tokens(llm) == expected
     with pytest.raises(RequestError, match="level=3 is not known; use 1 or 2"):

@@ -82,6 +82,15 @@ def pack(weight: Tensor | QuantTensor, *, parts: int = 1) -> PackedWeight:
     return PackedWeight(shape, name, num_bytes, {"blocks": blocks}, handle)
 
 
+def expert(weight_EOI: PackedWeight, index: int) -> PackedWeight:
+    experts, *shape = weight_EOI.shape
+    size = weight_EOI.num_bytes // experts
+    blocks = weight_EOI.tensors["blocks"][index * size : (index + 1) * size]
+    whole = weight_EOI.handle
+    handle = Weight(blocks.data_ptr(), whole.format, 1, whole.parts, whole.outputs, whole.width)
+    return PackedWeight(tuple(shape), weight_EOI.format, size, {"blocks": blocks}, handle)
+
+
 def project(
     x_TI: Tensor,
     weight: PackedWeight,
