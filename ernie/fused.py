@@ -63,8 +63,8 @@ class Shard:
         return stacked([w.chunk(self.size, -2)[self.rank] for w in weight.chunk(parts, -2)])
 
     def columns(self, weight: Weight) -> Weight:
-        """This rank's share of the inputs of a weight `(..., O, I)`."""
-        return weight if self.size == 1 else weight.chunk(self.size, -1)[self.rank]
+        """This rank's share of the inputs of a weight `(..., O, I)`, in memory of its own."""
+        return weight if self.size == 1 else stacked([weight.chunk(self.size, -1)[self.rank]])
 
     def elements(self, bias_O: Tensor) -> Tensor:
         return bias_O.chunk(self.size)[self.rank]

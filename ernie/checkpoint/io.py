@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from ernie.checkpoint.hub import resolve
 from ernie.checkpoint.layouts import LAYOUTS, MTP_MARK, Layout
 from ernie.checkpoint.writer import write_folder
 from ernie.config import ErnieConfig
+from ernie.kernels.weights import QuantTensor
 from ernie.model import Block, ErnieModel
 
 if TYPE_CHECKING:
@@ -46,8 +48,7 @@ def load(
     Weights are converted to `dtype` (None: as the embedding is stored); routers stay float32.
     Those of a quantised folder become what their integers stand for, or, with `keep_integers`,
     QuantTensors, which `ernie.fused.fuse` understands and a plain forward pass does not. What
-    `swap_block` makes of a block takes its place, before the next one is read where weights are
-    plain.
+    `swap_block` makes of a block takes its place before the next block is read.
     `tokenizer` and `generation_config` are set where the folder has them. Raises CheckpointError
     or ConfigError, before anything large is read unless a value itself is bad.
     """
@@ -57,17 +58,16 @@ def load(
     if "quantization_config" in config.extra:
         from ernie.checkpoint.quantized import dequantize, read_quantized
 
-        model = read_quantized(folder, config, device)
+        assert keep_integers or not swap_block, "blocks are swapped before they are dequantised"
+        model = read_quantized(folder, config, device, swap_block)
         if not keep_integers:
             dequantize(model, dtype or model.model.embed_tokens.weight.dtype)
-        for path in _block_paths(model) if swap_block else ():
-            _swap(model, path, swap_block)
     else:
         config, tensors = _agree_on_mtp(config, read_folder(folder))
         model = ErnieModel(config, dtype=dtype or stored_dtype(tensors), device="meta")
         template = dict(model.named_parameters())
         model.layout, weights = stored_weights(folder, tensors, template, device)
-        _fill(model, weights, swap_block)
+        fill(model, weights, swap_block)
     model.tokenizer = tokenizer
     model.generation_config = _generation_config(folder)
     return model
@@ -224,39 +224,29 @@ def _generation_config(folder: Path) -> dict[str, Any] | None:
     return value
 
 
-def _fill(
+def fill(
     model: ErnieModel,
-    weights: Iterable[tuple[str, Tensor]],
+    weights: Iterable[tuple[str, Tensor | QuantTensor]],
     swap_block: Callable[[nn.Module], nn.Module] | None,
 ) -> None:
-    """Place the weights; blocks are swapped as soon as they are complete."""
-    missing = {
-        path: len(dict(model.get_submodule(path).named_parameters()))
-        for path in (_block_paths(model) if swap_block else ())
-    }
-    for name, tensor in weights:
-        place(model, name, tensor)
-        path = next((path for path in missing if name.startswith(f"{path}.")), None)
-        if path is not None:
-            missing[path] -= 1
-            if not missing[path]:
-                del missing[path]
-                _swap(model, path, swap_block)
+    """Give a model its weights, by name; see `load` for `swap_block`."""
+    blocks = [(path, block) for path, block in model.named_modules() if isinstance(block, Block)]
+    home_by_name = {n: path for path, block in blocks for n, _ in block.named_parameters(path)}
+    num_missing = Counter(home_by_name.values())
+    for name, weight in weights:
+        _place(model, name, weight)
+        home = home_by_name.get(name, "")
+        num_missing[home] -= 1
+        if swap_block and home and not num_missing[home]:
+            model.set_submodule(home, swap_block(model.get_submodule(home)))
 
 
-def _block_paths(model: ErnieModel) -> list[str]:
-    return [path for path, module in model.named_modules() if isinstance(module, Block)]
-
-
-def _swap(
-    model: ErnieModel, path: str, swap_block: Callable[[nn.Module], nn.Module] | None
-) -> None:
-    assert swap_block is not None
-    model.set_submodule(path, swap_block(model.get_submodule(path)))
-
-
-def place(model: nn.Module, name: str, tensor: Tensor) -> None:
+def _place(model: nn.Module, name: str, weight: Tensor | QuantTensor) -> None:
     home, _, leaf = name.rpartition(".")
     module = model.get_submodule(home)
     trained = getattr(module, leaf).requires_grad
-    setattr(module, leaf, nn.Parameter(tensor, requires_grad=trained))
+    if isinstance(weight, Tensor):
+        setattr(module, leaf, nn.Parameter(weight, requires_grad=trained))
+    else:
+        delattr(module, leaf)  # a parameter; what takes its place is none
+        setattr(module, leaf, weight)

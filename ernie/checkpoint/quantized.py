@@ -13,7 +13,7 @@ embedding table stays as it is.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,30 +64,45 @@ def write_quantized(source: str | Path, target: str | Path, quantization: str) -
 
 
 def read_quantized(
-    folder: Path, config: ErnieConfig, device: torch.device | str = "cpu"
+    folder: Path,
+    config: ErnieConfig,
+    device: torch.device | str = "cpu",
+    swap_block: Callable[[nn.Module], nn.Module] | None = None,
 ) -> ErnieModel:
-    """A model in whose plain blocks QuantTensors stand for quantised weights."""
+    """A model in whose plain blocks QuantTensors stand for quantised weights.
+
+    `swap_block` is that of `ernie.load`.
+    """
     scheme = scheme_of(config, folder)
     tensors = read_folder(folder)
     dtype = io.stored_dtype(tensors)
     model = ErnieModel(config, dtype=dtype, device="meta")
     template = _template(config, scheme, dtype)
     _, weights = io.stored_weights(folder, tensors, template, device, [QUANTIZED])
-    parts: dict[str, Tensor] = {}
-    for name, tensor in weights:
-        if tensor.dtype in (torch.int8, torch.uint8) or name.endswith(SCALES):
-            parts[name] = tensor
-        else:
-            io.place(model, name, tensor)
-    for name, parameter in list(model.named_parameters()):
-        if name in parts:
-            bits = _bits(name, scheme)
-            assert bits
-            scale, group = (parts.get(name + suffix) for suffix in SCALES)
-            assert scale is not None
-            weight = QuantTensor(bits, parts[name], scale, group, parameter.shape[-1])
-            _place_integers(model, name, weight)
+    widths = {name: plain.shape[-1] for name, plain in model.named_parameters()}
+    io.fill(model, _joined(weights, widths, scheme), swap_block)
     return model
+
+
+def _joined(
+    weights: Iterable[tuple[str, Tensor]], width_by_name: Mapping[str, int], scheme: Scheme
+) -> Iterator[tuple[str, Tensor | QuantTensor]]:
+    """Tensors as they come; the parts of a quantised weight as one, with the last of them."""
+    parts: dict[str, Tensor] = {}
+    for part_name, tensor in weights:
+        name = part_name
+        for suffix in reversed(SCALES):  # the first one ends the second
+            name = name.removesuffix(suffix)
+        bits = _bits(name, scheme)
+        if bits is None:
+            yield name, tensor
+            continue
+        parts[part_name] = tensor
+        wanted = [name, *(name + suffix for suffix in SCALES[: 1 if bits == 8 else 2])]
+        if all(part in parts for part in wanted):
+            data, scale, *group = (parts.pop(part) for part in wanted)
+            group_scale = group[0] if group else None
+            yield name, QuantTensor(bits, data, scale, group_scale, width_by_name[name])
 
 
 def dequantize(model: ErnieModel, dtype: torch.dtype) -> ErnieModel:
@@ -159,13 +174,6 @@ def _bits(name: str, scheme: Scheme) -> int | None:
         return scheme.experts
     is_product = name.endswith("_proj.weight") and not name.endswith("linear_proj.weight")
     return scheme.dense if is_product else None
-
-
-def _place_integers(model: ErnieModel, name: str, weight: QuantTensor) -> None:
-    home, _, leaf = name.rpartition(".")
-    module = model.get_submodule(home)
-    delattr(module, leaf)  # a parameter; what takes its place is none
-    setattr(module, leaf, weight)
 
 
 def _integers(model: ErnieModel) -> Iterable[tuple[str, QuantTensor]]:

@@ -98,7 +98,7 @@ def start_ranks(config: EngineConfig, device: torch.device) -> tuple[ErnieModel,
     """
     config = dataclasses.replace(config, model=str(resolve(config.model)))
     check_shard(ErnieConfig.from_folder(config.model), config.tensor_parallel_size)
-    ranks = Ranks(config, device)
+    ranks = Ranks.start(config, device)
     try:
         model = read_model(config, ranks.group.device, ranks.group.shard)
         ranks.connect()

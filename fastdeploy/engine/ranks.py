@@ -21,6 +21,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import socket
 import struct
@@ -33,7 +34,6 @@ import weakref
 from collections.abc import Iterator
 from datetime import timedelta
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -58,7 +58,7 @@ class Group:
 
     def __init__(self, rank: int, size: int, device: torch.device, folder: str) -> None:
         self.rank, self.size, self.device = rank, size, device
-        self.meeting_place = Path(folder) / "group"
+        self.folder = folder  # where the ranks meet; nobody else may write there
         self.backend: Any = None  # torch's stubs do not know what its groups can do
 
     @property
@@ -68,7 +68,7 @@ class Group:
 
     def connect(self) -> None:
         """Meet the other ranks; returns when all are there."""
-        store = dist.FileStore(str(self.meeting_place), self.size)
+        store = dist.FileStore(os.path.join(self.folder, "group"), self.size)
         patience = timedelta(seconds=PATIENCE_S)
         store.set_timeout(patience)
         kind: Any = dist.ProcessGroupNCCL if self.device.type == "cuda" else dist.ProcessGroupGloo
@@ -92,39 +92,47 @@ class Group:
 
 
 class Ranks:
-    """The children, seen from rank 0. Stopped by `stop`, or when this object or process ends."""
+    """The children, seen from rank 0; made by `start`. `links` and `processes` go by rank, from 1.
 
-    def __init__(self, config: EngineConfig, device: torch.device) -> None:
-        self.size, self.device = config.tensor_parallel_size, device
-        self.error: str | None = None
-        folder = tempfile.TemporaryDirectory(prefix="fastdeploy-")
-        self.group = Group(0, self.size, rank_device(device, 0), folder.name)
-        self.links: list[Connection] = []
-        self.processes: list[subprocess.Popen] = []
+    `stop` ends them, as does the end of this object or of this process.
+    """
+
+    def __init__(
+        self, group: Group, links: list[Connection], processes: list[subprocess.Popen]
+    ) -> None:
+        self.group, self.links, self.processes = group, links, processes
+        self.size = group.size
+        self.error: str | None = None  # why nothing can be computed any more
         self.stop = weakref.finalize(
-            self, _stop, self.links, self.processes, folder, torch.get_num_threads()
+            self, _stop, links, processes, group.folder, torch.get_num_threads()
         )
+
+    @classmethod
+    def start(cls, config: EngineConfig, device: torch.device) -> Ranks:
+        """Start the children, which begin to read their slices; see `connect`."""
+        size = config.tensor_parallel_size
+        folder = tempfile.mkdtemp(prefix="fastdeploy-")
+        ranks = cls(Group(0, size, rank_device(device, 0), folder), [], [])
         # Each rank computes all the time, so they share the cores.
-        num_threads = max(1, torch.get_num_threads() // self.size)
+        num_threads = max(1, torch.get_num_threads() // size)
         torch.set_num_threads(num_threads)
-        for rank in range(1, self.size):
+        for rank in range(1, size):
             process, link = _started_worker()
-            self.processes.append(process)
-            self.links.append(link)
+            ranks.processes.append(process)
+            ranks.links.append(link)
             settings = {
                 "rank": rank,
                 "config": dataclasses.asdict(config),
                 "device": str(rank_device(device, rank)),
-                "folder": folder.name,
+                "folder": folder,
                 "num_threads": num_threads,
                 "parent": os.getpid(),
             }
             link.send_bytes(json.dumps(settings).encode())
-        if device.type == "cuda":
-            for process in self.processes:
-                threading.Thread(
-                    target=_abort_after, args=(process, self.group), daemon=True
-                ).start()
+            if device.type == "cuda":
+                arguments = (process, ranks.group)
+                threading.Thread(target=_abort_after, args=arguments, daemon=True).start()
+        return ranks
 
     def connect(self) -> None:
         """Wait until every child holds its slice, however long it reads, and join the group."""
@@ -161,18 +169,23 @@ class Ranks:
     def watched(self) -> Iterator[None]:
         """Whatever the ranks do together happens inside: a lost one becomes a RankError.
 
-        After any error the children are ended, because nobody knows how far each one came.
+        After any error, Ctrl-C too, the children are ended: nobody knows how far each one came.
         """
         if self.error is not None:
             raise RankError(self.error)
         try:
             yield
-            if self.device.type == "cuda":  # a group that was aborted raises nothing by itself
+            if self.group.device.type == "cuda":
+                # A group that was aborted raises nothing by itself.
                 torch.cuda.synchronize(self.group.device)
                 if not self.are_alive:
                     raise ConnectionError("a rank ended during a step")
         except (RuntimeError, OSError) as error:
             raise self._explained(error) from error
+        except BaseException as error:
+            self.error = f"the ranks have been stopped by {type(error).__name__} within a step"
+            self._kill()
+            raise
 
     def _answer(self, rank: int, patience_s: float | None) -> Any:
         link = self.links[rank - 1]
@@ -260,7 +273,7 @@ def _abort_after(process: subprocess.Popen, group: Group) -> None:
 def _stop(
     links: list[Connection],
     processes: list[subprocess.Popen],
-    folder: tempfile.TemporaryDirectory,
+    folder: str,
     num_threads: int,
 ) -> None:
     for link in links:
@@ -271,17 +284,21 @@ def _stop(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    folder.cleanup()
+    shutil.rmtree(folder)
     torch.set_num_threads(num_threads)
 
 
 # --- batches as bytes ---
 
+TENSORS = tuple(field.name for field in dataclasses.fields(Batch) if field.name != "adapters")
+INT32 = ("cu_seqlens_S1", "lens_S", "tables_SM")
+
 
 def packed(batch: Batch) -> bytes:
-    """One run of int64: for each field of a batch its number of dimensions and its sizes, then the
-    values of all fields.
+    """One run of int64: for each tensor of a batch its number of dimensions and its sizes, then the
+    values of all. Without adapters.
     """
+    assert batch.adapters is None, "adapters are not sent to ranks"
     arrays = [getattr(batch, name).numpy() for name in TENSORS]
     header = [number for array in arrays for number in (array.ndim, *array.shape)]
     flat = [np.array(header, np.int64), *(array.ravel() for array in arrays)]
@@ -296,16 +313,11 @@ def unpacked(data: bytes) -> Batch:
         num_dims = int(values[at])
         shapes.append(tuple(values[at + 1 : at + 1 + num_dims].tolist()))
         at += 1 + num_dims
-    tensors = {}
+    tensors: dict[str, Any] = {}
     for name, shape in zip(TENSORS, shapes):
         size = int(np.prod(shape))
-        dtype = np.int32 if name in INT32 else np.int64
-        tensors[name] = torch.from_numpy(values[at : at + size].reshape(shape).astype(dtype))
+        array = values[at : at + size].reshape(shape)
+        tensors[name] = torch.from_numpy(array.astype(np.int32 if name in INT32 else np.int64))
         at += size
     assert at == len(values), f"a batch of {at} numbers came in {len(values)}"
     return Batch(**tensors, adapters=None)
-
-
-# Adapters are not served by ranks.
-TENSORS = tuple(field.name for field in dataclasses.fields(Batch) if field.name != "adapters")
-INT32 = ("cu_seqlens_S1", "lens_S", "tables_SM")

@@ -118,6 +118,7 @@ NAMES_OF_TWO_RANKS = (
     "arriving in turn",
     "hits in chunks",
     "preempted in small chunks",
+    "as it comes, n-gram",
 )
 # Networks whose sizes two ranks can share.
 EVEN = {

@@ -16,7 +16,7 @@ import torch
 from helpers_server import start_server, stop_server
 
 import ernie
-from ernie.fused import WHOLE
+from ernie.checkpoint.quantized import write_quantized
 from ernie.model import ErnieModel
 from ernie.models import TINY
 from ernie.settings import ConfigError
@@ -24,7 +24,7 @@ from fastdeploy import LLM, SamplingParams
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine import loading, ranks
 from fastdeploy.engine.batch import Batch
-from fastdeploy.errors import RankError
+from fastdeploy.errors import RankError, RequestError
 
 pytestmark = pytest.mark.ranks
 CPU = torch.device("cpu")
@@ -80,11 +80,18 @@ def test_a_batch_survives_its_bytes() -> None:
     integers = [torch.randint(-9, 99, (n,)) for n in (5, 5, 5, 3, 2, 0)]
     tables = torch.randint(0, 99, (2, 4), dtype=torch.int32)
     ids, positions, slots, bounds, lens, rows = integers
-    batch = Batch(ids, positions, slots, bounds.int(), lens.int(), tables, rows)
+    batch = Batch(ids, positions, slots, bounds.int(), lens.int(), tables, rows, None)
     copy = ranks.unpacked(ranks.packed(batch))
     for name in ranks.TENSORS:
         ours, theirs = getattr(batch, name), getattr(copy, name)
         assert theirs.dtype == ours.dtype and torch.equal(theirs, ours), name
+
+
+def test_sleep_is_refused(two: LLM) -> None:
+    with pytest.raises(RequestError, match="sleep is not available with tensor_parallel_size=2"):
+        two.sleep()
+    with pytest.raises(RequestError, match="update_weights is not available"):
+        two.engine.update_weights("any folder")
 
 
 def test_a_killed_rank_is_named_and_leaves_no_process(two: LLM) -> None:
@@ -114,6 +121,18 @@ def test_a_rank_killed_within_a_step_is_named(two: LLM) -> None:
         two.generate([PROMPT], GREEDY)
 
 
+def test_after_an_interrupted_step_nothing_is_computed(two: LLM) -> None:
+    def interrupted(batch: Batch) -> None:
+        raise KeyboardInterrupt
+
+    two.engine.runner.compute, compute = interrupted, two.engine.runner.compute
+    with pytest.raises(KeyboardInterrupt):
+        two.generate([PROMPT], GREEDY)
+    two.engine.runner.compute = compute
+    with pytest.raises(RankError, match="stopped by KeyboardInterrupt within a step"):
+        two.generate([PROMPT], GREEDY)
+
+
 def test_a_silent_rank_is_not_waited_for(
     even_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +156,21 @@ def test_a_rank_that_cannot_read_its_slice_says_why(
     config = EngineConfig(model=str(tmp_path), tensor_parallel_size=2)
     with pytest.raises(RankError, match=r"rank 1 of .*model\.safetensors .* truncated"):
         loading.start_ranks(config, CPU)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"enable_lora": True}, "enable_lora with tensor_parallel_size=2"),
+        (
+            {"speculative_config": {"method": "mtp"}},
+            "speculation by mtp with tensor_parallel_size=2",
+        ),
+    ],
+)
+def test_what_ranks_cannot_do_is_refused(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LLM("any folder", tensor_parallel_size=2, **options)
 
 
 def test_what_cannot_be_shared_out_is_refused(
@@ -165,12 +199,15 @@ def test_a_model_is_read_block_by_block(even_folder: Path) -> None:
     assert [name for name, _ in model.named_parameters() if ".layers." in name] == []
 
 
-def test_blocks_fused_while_reading_equal_those_fused_after(even_folder: Path) -> None:
-    config = EngineConfig(model=str(even_folder), dtype="float32", quantization="wint8")
-    after = loading.fuse(
-        ernie.load(even_folder, torch.float32), loading.read_scheme("wint8", has_experts=True)
-    )
-    assert torch.equal(loading.read_model(config, CPU, WHOLE).logits(PROMPT), after.logits(PROMPT))
+def test_blocks_fused_while_reading_equal_those_fused_after(
+    even_folder: Path, tmp_path: Path
+) -> None:
+    write_quantized(even_folder, tmp_path, "wint4")
+    for folder, scheme in ((even_folder, "wint8"), (tmp_path, None)):
+        config = EngineConfig(model=str(folder), dtype="float32", quantization=scheme)
+        plain = ernie.load(folder, torch.float32, keep_integers=True)
+        after = loading.served(plain, config).logits(PROMPT)
+        assert torch.equal(loading.read_model(config, CPU).logits(PROMPT), after), scheme
 
 
 def children_of(pid: int) -> list[int]:
