@@ -316,7 +316,7 @@ class Engine:
     def _record_decoding(self) -> None:
         """Recordings hold the addresses of weights and cache: where these move, there are new
         ones."""
-        if self.config.use_cudagraph and not self.ranks:
+        if self.config.use_cudagraph:
             self.runner.record_decoding(cuda_recorder())
 
     def _start_over(self) -> None:

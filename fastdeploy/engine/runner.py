@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,11 @@ from fastdeploy.engine.cache import KVCache, PagedAttend
 from fastdeploy.engine.graphs import DecodeGraphs, FixedBatch, Record
 from fastdeploy.engine.ranks import Ranks
 from fastdeploy.engine.scheduler import Schedule
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """The device made this thread's current one: Triton starts its kernels there."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 class Runner:
@@ -34,10 +41,11 @@ class Runner:
     @torch.inference_mode()
     def record_decoding(self, record: Record) -> None:
         """Have decode steps run as recordings; see `fastdeploy.engine.graphs`."""
-        assert self.batches is not None and self.ranks is None, "one process records its steps"
+        assert self.batches is not None and self.ranks is None, "steps of one process only"
         inputs = FixedBatch(*self.batches.tables.shape, self.model.device)
-        self.graphs = DecodeGraphs(self.forward, inputs, record)
-        self.graphs.record_all()
+        with on(self.model.device):
+            self.graphs = DecodeGraphs(self._forward, inputs, record)
+            self.graphs.record_all()
 
     def run(self, schedule: Schedule) -> Tensor:
         """Compute the tokens of a step; returns the wanted logits, float32 `(R, V)`, by part."""
@@ -53,12 +61,13 @@ class Runner:
     def compute(self, batch: Batch) -> Tensor:
         """What every rank does with a batch; only rank 0 gets whole rows of logits."""
         graphs = self.graphs
-        forward = graphs.run if graphs is not None and graphs.takes(batch) else self.forward
-        hidden_TD, logits_RV = forward(batch)
+        forward = graphs.run if graphs is not None and graphs.takes(batch) else self._forward
+        with on(self.model.device):
+            hidden_TD, logits_RV = forward(batch)
         self.batch, self.hidden_TD = batch, hidden_TD  # for a drafter, until the next step
         return logits_RV
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Hidden states `(T, D)` and the wanted logits `(R, V)`."""
         attend = PagedAttend(self.cache, batch)
         hidden_TD = self.model.hidden(
