@@ -151,8 +151,8 @@ def run_all(folder: Path, args: argparse.Namespace) -> Found:
         for parts in filter(None, (steady, starts)):
             arguments = ["--folder", str(folder / shape), "--parts", ",".join(parts)]
             for side, runs in runs_in_turn(__file__, sides, args.rounds, arguments).items():
-                numbers = {number: [run[number] for run in runs] for number in runs[0]}
-                found[shape][side] |= numbers
+                for number in runs[0]:
+                    found[shape][side].setdefault(number, []).extend(r[number] for r in runs)
     return found
 
 

@@ -45,7 +45,9 @@ def take_turns(
 def runs_in_turn(
     script: str, sides: Sequence[str], rounds: int, arguments: Sequence[str] = ()
 ) -> dict[str, list[Numbers]]:
-    """What each process of every side printed, in order."""
+    """What each process of every side printed, in order, and `others_cpus`: the processors that
+    other programs used meanwhile, which is what makes a timing worthless.
+    """
     seen: dict[str, list[Numbers]] = {side: [] for side in sides}
     for _ in range(rounds):
         for side in sides:
@@ -57,10 +59,20 @@ def runs_in_turn(
 
 def _run_side(script: str, side: str, arguments: Sequence[str]) -> Numbers:
     command = [sys.executable, script, "--side", side, *arguments]
+    start, before = time.perf_counter(), _others_cpu_s()
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    others = (_others_cpu_s() - before) / (time.perf_counter() - start)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with status {done.returncode}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return {**json.loads(done.stdout.strip().splitlines()[-1]), "others_cpus": max(0.0, others)}
+
+
+def _others_cpu_s() -> float:
+    """CPU seconds spent so far by all but this process and the sides that it ran."""
+    from ceilings import others_cpu_s
+
+    own = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return others_cpu_s() - own.ru_utime - own.ru_stime
 
 
 def smollm2_gguf() -> Path:

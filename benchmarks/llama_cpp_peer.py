@@ -1,8 +1,9 @@
 """llama.cpp through the low-level functions of llama-cpp-python: the peer of two benchmarks.
 
-Prompts and answers are token ids, greedy, several sequences in one batch. Its settings are the
-fastest ones found on the machines of our records: flash attention (`auto` turns it on), a stream of
-the cache for each sequence, weights repacked by its own choice, as many threads as cores.
+Prompts and answers are token ids, greedy, several sequences in one batch. Its settings are its own
+defaults, as many threads as cores, and of two choices the faster one: flash attention (on) and, for
+several sequences, a stream of the cache for each (not one buffer for all). It repacks weights as it
+likes.
 """
 
 from __future__ import annotations
