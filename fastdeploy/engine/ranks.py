@@ -175,9 +175,8 @@ class Ranks:
             raise RankError(self.error)
         try:
             yield
-            if (
-                self.group.device.type == "cuda"
-            ):  # a group that was aborted raises nothing by itself
+            if self.group.device.type == "cuda":
+                # A group that was aborted raises nothing by itself.
                 torch.cuda.synchronize(self.group.device)
                 if not self.are_alive:
                     raise ConnectionError("a rank ended during a step")
