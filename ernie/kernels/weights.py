@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 GROUP_SIZE = 32  # columns that share a group scale of an int4 weight
-ROUNDED_GROUP = 64  # columns of an activation row that share a scale where it is rounded to 8 bits
+ROUNDED_GROUP = 32  # columns of an activation row that share a scale where it is rounded to 8 bits
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@
 #include "lanes.h"
 
 enum Format { FORMAT_FLOAT32 = FLOAT32, FORMAT_BFLOAT16 = BFLOAT16, FORMAT_INT8 = 3, FORMAT_INT4 = 4 };
-constexpr long GROUP = 64;    // columns of x that share a scale when it is rounded
+constexpr long GROUP = 32;    // columns that share a scale: of x when it is rounded, of int4 weights
 constexpr long UNIT = 64;     // bytes
 constexpr int MOST_ROWS = 8;  // of one call of a product
 
@@ -32,7 +32,7 @@ struct Weight {  // also in fused.py
     }
     long scale_bytes() const {
         if (!rounds()) return 0;
-        return LANES * 4 + (format == FORMAT_INT4 ? (groups() * 2 * LANES + UNIT - 1) / UNIT * UNIT : 0);
+        return LANES * 4 + (format == FORMAT_INT4 ? (groups() * LANES + UNIT - 1) / UNIT * UNIT : 0);
     }
     long block_bytes() const { return scale_bytes() + groups() * GROUP / word_columns() * UNIT; }
     const uint8_t *block(long expert, long index, long part) const {
@@ -44,9 +44,8 @@ struct Weight {  // also in fused.py
 template <class Code>
 struct Rounded {
     Code codes[GROUP];
-    int32_t start[2];  // where the sums over each half begin: what weights without sign make too much
+    int32_t start;  // where the sums begin: what weights without sign make too much
     float scale;
-    int32_t unused;
 };
 #if defined(__AVX512VNNI__)
 typedef Rounded<int8_t> RoundedFor8, RoundedFor4;
@@ -78,13 +77,13 @@ static void multiply_int8(const uint8_t *block, const uint8_t *x, long stride, l
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
 #if defined(__AVX512VNNI__)
-            acc[m] = words(row(m)->start[0]);
+            acc[m] = words(row(m)->start);
 #else
             acc[m] = Words{};
 #endif
         }
 #pragma GCC unroll 4
-        for (int u = 0; u < 16; u++, w += UNIT) {
+        for (int u = 0; u < 8; u++, w += UNIT) {
             __builtin_prefetch(w + AHEAD);
             const Words unit = load_words(w);
 #if defined(__AVX512VNNI__)
@@ -116,56 +115,51 @@ static void multiply_int8(const uint8_t *block, const uint8_t *x, long stride, l
 template <int M>
 static void multiply_int4(const uint8_t *block, const uint8_t *x, long stride, long groups, Floats *out) {
     const int8_t *scales = reinterpret_cast<const int8_t *>(block) + LANES * 4;
-    const uint8_t *w = block + LANES * 4 + (groups * 2 * LANES + UNIT - 1) / UNIT * UNIT;
+    const uint8_t *w = block + LANES * 4 + (groups * LANES + UNIT - 1) / UNIT * UNIT;
     Floats sums[M] = {};
     for (long g = 0; g < groups; g++, x += sizeof(RoundedFor4)) {
         const auto row = [&](int m) { return reinterpret_cast<const RoundedFor4 *>(x + m * stride); };
-        Words total[M] = {};
-#pragma GCC unroll 1
-        for (int half = 0; half < 2; half++, scales += LANES) {
-            Words acc[M];
+        Words acc[M];
 #pragma GCC unroll 8
-            for (int m = 0; m < M; m++) acc[m] = words(row(m)->start[half]);
+        for (int m = 0; m < M; m++) acc[m] = words(row(m)->start);
 #pragma GCC unroll 4
-            for (int u = half * 4; u < half * 4 + 4; u++, w += UNIT) {
-                __builtin_prefetch(w + AHEAD);
-                const Words unit = load_words(w);
-                // Some of the nibbles, four to a lane (or two), times the codes of their columns.
-                const auto add = [&](int shift, int mask, int code) __attribute__((always_inline)) {
-                    const Words w = each<Words>([&](int p) { return (vi)((vus)unit.v[p] >> shift) & mask; });
+        for (int u = 0; u < 4; u++, w += UNIT) {
+            __builtin_prefetch(w + AHEAD);
+            const Words unit = load_words(w);
+            // Some of the nibbles, four to a lane (or two), times the codes of their columns.
+            const auto add = [&](int shift, int mask, int code) __attribute__((always_inline)) {
+                const Words w = each<Words>([&](int p) { return (vi)((vus)unit.v[p] >> shift) & mask; });
 #pragma GCC unroll 8
-                    for (int m = 0; m < M; m++) {
-                        const vi xm = splat_word(row(m)->codes + u * 8 + code);
+                for (int m = 0; m < M; m++) {
+                    const vi xm = splat_word(row(m)->codes + u * 8 + code);
 #pragma GCC unroll 4
-                        for (int p = 0; p < PARTS; p++)
+                    for (int p = 0; p < PARTS; p++)
 #if defined(__AVX512VNNI__)
-                            acc[m].v[p] = add_dot4(acc[m].v[p], w.v[p], xm);
+                        acc[m].v[p] = add_dot4(acc[m].v[p], w.v[p], xm);
 #elif defined(__AVX2__)
-                            // Sums of 16 columns stay within 16 * 8 * 127 of zero, in 16 bits.
-                            acc[m].v[p] = in_order(add_halves(acc[m].v[p], multiply_bytes(w.v[p], xm)));
+                        // Sums of 16 columns stay within 16 * 8 * 127 of zero, in 16 bits.
+                        acc[m].v[p] = in_order(add_halves(acc[m].v[p], multiply_bytes(w.v[p], xm)));
 #else
-                            acc[m].v[p] += multiply_halves(w.v[p], xm);
+                        acc[m].v[p] += multiply_halves(w.v[p], xm);
 #endif
-                    }
-                };
+                }
+            };
 #if defined(__AVX2__)
-                add(0, 0x0f0f0f0f, 0), add(4, 0x0f0f0f0f, 4);
+            add(0, 0x0f0f0f0f, 0), add(4, 0x0f0f0f0f, 4);
 #else
-                add(0, 0x000f000f, 0), add(4, 0x000f000f, 2), add(8, 0x000f000f, 4), add(12, 0x000f000f, 6);
+            add(0, 0x000f000f, 0), add(4, 0x000f000f, 2), add(8, 0x000f000f, 4), add(12, 0x000f000f, 6);
 #endif
-            }
-#if defined(__AVX2__) && !defined(__AVX512VNNI__)
-            const Words scale = load_scales(scales, true);
-#else
-            const Words scale = load_scales(scales, false);  // sums of 32 columns are within 16 bits
-#endif
-#pragma GCC unroll 8
-            for (int m = 0; m < M; m++)
-#pragma GCC unroll 4
-                for (int p = 0; p < PARTS; p++) total[m].v[p] += multiply_halves(acc[m].v[p], scale.v[p]);
         }
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+        const Words scale = load_scales(scales, true);
+#else
+        const Words scale = load_scales(scales, false);  // sums of 32 columns are within 16 bits
+#endif
+        scales += LANES;
 #pragma GCC unroll 8
-        for (int m = 0; m < M; m++) add_scaled(sums[m], total[m], splat(row(m)->scale));
+        for (int m = 0; m < M; m++)
+            add_scaled(sums[m], each<Words>([&](int p) { return multiply_halves(acc[m].v[p], scale.v[p]); }),
+                       splat(row(m)->scale));
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) out[m] = sums[m] * load_floats(reinterpret_cast<const float *>(block));

@@ -1,7 +1,7 @@
 """The operations of serving on the CPU: `quantize`, `pack`, `project`, `mlp` and `moe`.
 
 Weights are read in the order of blocks.h; with integer weights, rows are rounded to 8 bits as in
-`reference.rounded_rows` and sums stay integers for 64 columns. A row's result does not depend, to
+`reference.rounded_rows` and sums stay integers for 32 columns. A row's result does not depend, to
 the bit, on the rows computed with it or on the number of threads. Activations other than float32
 are converted on the way in and out.
 """

@@ -19,7 +19,7 @@ struct Rows {
     const uint8_t *row(long i) const { return data + i * stride; }
 };
 
-// The 64 columns of a group from column k on, normed; zeros behind the last.
+// The columns of a group from column k on, normed; zeros behind the last.
 template <class W>
 static void load_group(const float *x, const W *weight, float rstd, long k, long width, float *out) {
     const long count = width - k < GROUP ? width - k : GROUP, whole = count / VL * VL;
@@ -59,9 +59,8 @@ ERNIE_INLINE Bytes bytes_of(const float *x, vf factor) {
     return _mm256_permute4x64_epi64(packed, 0xd8);
 }
 // Each lane: the sums of its first two and of its last two bytes, then of all lanes together.
-ERNIE_INLINE int32_t sums_of_pairs(Bytes codes, Bytes more) {
-    const __m256i ones = _mm256_set1_epi8(1);
-    const __m256i sums = _mm256_add_epi16(_mm256_maddubs_epi16(ones, codes), _mm256_maddubs_epi16(ones, more));
+ERNIE_INLINE int32_t sums_of_pairs(Bytes codes) {
+    const __m256i sums = _mm256_maddubs_epi16(_mm256_set1_epi8(1), codes);
     __m128i all = _mm_add_epi16(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
     all = _mm_add_epi16(all, _mm_shuffle_epi32(all, 0x4e));
     return _mm_cvtsi128_si32(_mm_add_epi16(all, _mm_shuffle_epi32(all, 0xb1)));
@@ -86,11 +85,10 @@ static float scale_group(const float *x, vf &factor, vf &special) {
 static void round_for_int8(const float *x, RoundedFor8 &out, vf &special) {
     vf factor;
     out.scale = scale_group(x, factor, special);
-    const Bytes first = bytes_of(x, factor), second = bytes_of(x + 32, factor);
-    _mm256_storeu_si256((Bytes *)out.codes, first);
-    _mm256_storeu_si256((Bytes *)out.codes + 1, second);
-    const int32_t sums = sums_of_pairs(first, second);
-    out.start[0] = -128 * (low_half(sums) + high_half(sums));
+    const Bytes codes = bytes_of(x, factor);
+    _mm256_storeu_si256((Bytes *)out.codes, codes);
+    const int32_t sums = sums_of_pairs(codes);
+    out.start = -128 * (low_half(sums) + high_half(sums));
 }
 #elif defined(__AVX2__)
 static void round_for_int8(const float *x, RoundedFor8 &out, vf &special) {
@@ -109,16 +107,14 @@ static void round_for_int4(const float *x, RoundedFor4 &out, vf &special) {
         _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));  // the even columns first
     vf factor;
     out.scale = scale_group(x, factor, special);
-    for (int half = 0; half < 2; half++) {
-        const Bytes codes = _mm256_shuffle_epi8(bytes_of(x + half * 32, factor), order);
-        _mm256_storeu_si256((Bytes *)out.codes + half, codes);
-        const int32_t sums = sums_of_pairs(codes, Bytes{}), low = -8 * low_half(sums), high = -8 * high_half(sums);
+    const Bytes codes = _mm256_shuffle_epi8(bytes_of(x, factor), order);
+    _mm256_storeu_si256((Bytes *)out.codes, codes);
+    const int32_t sums = sums_of_pairs(codes), low = -8 * low_half(sums), high = -8 * high_half(sums);
 #if defined(__AVX512VNNI__)
-        out.start[half] = low + high;
+    out.start = low + high;
 #else
-        out.start[half] = (int32_t)((uint32_t)(low & 0xffff) | (uint32_t)high << 16);
+    out.start = (int32_t)((uint32_t)(low & 0xffff) | (uint32_t)high << 16);
 #endif
-    }
 }
 #else
 static void round_in_order(const float *x, const int (&place)[8], RoundedFor8 &out, vf &special) {
@@ -129,10 +125,10 @@ static void round_in_order(const float *x, const int (&place)[8], RoundedFor8 &o
         const vi integers = nearest(load(x + i) * factor);
         memcpy(codes + i, &integers, sizeof integers);
     }
-    out.start[0] = out.start[1] = 0;
+    out.start = 0;
     for (long i = 0; i < GROUP; i++) {
         out.codes[i / 8 * 8 + place[i % 8]] = codes[i];
-        out.start[i / 32] -= 8 * codes[i];  // read for int4 alone
+        out.start -= 8 * codes[i];  // read for int4 alone
     }
 }
 static void round_for_int8(const float *x, RoundedFor8 &out, vf &special) {
