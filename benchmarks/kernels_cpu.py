@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 import torch
 from ceilings import HERE, Ceilings, ceilings, machine, others_cpu_s, seconds
 from kernels_cpu_cases import CASES, Case
+from kernels_cpu_fused_cases import FUSED_CASES
 
 HELD_BACK = ("ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "ONEDNN_MAX_CPU_ISA")
 
@@ -115,7 +116,7 @@ def main() -> None:
     square = torch.randn(2048, 2048)
     sgemm = 2 * 2048**3 / min(seconds(lambda: square @ square) for _ in range(9))
     rows = []
-    for group in CASES:
+    for group in (*CASES, *FUSED_CASES):
         for case in group():
             if arguments.only in case.name:
                 rows.append(measure(case, most))

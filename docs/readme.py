@@ -10,6 +10,7 @@ first sentence of its module. A test runs the check.
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import re
 import sys
@@ -29,13 +30,14 @@ def filled(text: str) -> str:
 
 
 def results(what: str) -> str:
-    """Table, reading and origin of the newest record of a benchmark."""
+    """First table, reading and origin of the newest record of a benchmark."""
     records = {p: json.loads(p.read_text()) for p in RESULTS.glob(f"{what}_*.json")}
     if not records:
         raise SystemExit(f"no record {what}_*.json in {RESULTS}; run the benchmark first")
     path, record = max(records.items(), key=lambda item: (item[1]["date"], item[0].name))
     lines = path.with_suffix(".md").read_text().splitlines()
-    table = "\n".join(line for line in lines if line.startswith("|"))
+    below = itertools.dropwhile(lambda line: not line.startswith("|"), lines)
+    table = "\n".join(itertools.takewhile(lambda line: line.startswith("|"), below))
     where = record["machine"]
     origin = (
         f"{where['cpu']}, {where['threads']} threads, {where['read_gb_per_s']} GB/s read, "

@@ -12,7 +12,7 @@ checkpoints, with the experts of a layer stacked into two tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +28,7 @@ from ernie.mtp import MTP
 from ernie.rope import Rotary, rotary_tables
 
 if TYPE_CHECKING:
+    from ernie.adapters import ActiveAdapters
     from ernie.tokenizer import Tokenizer
 
 # Routing decisions and their bias stay float32 whatever dtype the model is moved to.
@@ -102,6 +103,7 @@ class ErnieModel(nn.Module):
         self.tokenizer: Tokenizer | None = None
         self.layout = "pt"  # of the files it was read from
         self.generation_config: dict[str, Any] | None = None  # as in the folder it was loaded from
+        self.fused_head: Callable[[Tensor], Tensor] | None = None  # set by `ernie.fused`
         with torch.device(device):
             self.model = Trunk(config)
             tied = config.tie_word_embeddings
@@ -125,16 +127,19 @@ class ErnieModel(nn.Module):
         attend: Attend,
         *,
         routings: list[Routing | None] | None = None,
+        adapters: ActiveAdapters | None = None,
     ) -> Tensor:
         """Output of the last block, *before* the final norm; `(T, D)`.
 
         `positions` is `(T,)`, or `(3, T)` for three-dimensional rotary embedding. A list given as
         `routings` receives one entry per layer: the `Routing` of a MoE layer, None of a dense one.
+        `adapters` need the inference form of the blocks (`ernie.fused`).
         """
         x_TD = self.model.embed_tokens(token_ids_T).to(self.activation_dtype)
         rotary = self.rotary(positions)
-        for block in self.model.layers:
-            x_TD, routing = block(x_TD, rotary, attend)
+        for i, block in enumerate(self.model.layers):
+            changes = () if adapters is None else (adapters.at(i),)
+            x_TD, routing = block(x_TD, rotary, attend, *changes)
             if routings is not None:
                 routings.append(routing)
         return x_TD
@@ -156,6 +161,8 @@ class ErnieModel(nn.Module):
 
     def head(self, hidden_TD: Tensor) -> Tensor:
         """Final norm and projection of hidden states to the vocabulary; `(T, V)`, float32."""
+        if self.fused_head is not None:
+            return self.fused_head(hidden_TD)
         return kernels.linear(self.model.norm(hidden_TD), self.head_weight).float()
 
     @property

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -150,6 +151,14 @@ def _scalar(value: Any, hint: Any, key: str) -> Any:
         return str(value)
     elif hint is dict and isinstance(value, dict):
         return value
+    elif hint is dict and isinstance(value, str):
+        try:
+            parsed = json.loads(value)
+        except json.JSONDecodeError:
+            parsed = None
+        if isinstance(parsed, dict):
+            return parsed
+        raise ConfigError(f"{key}={value!r} is no JSON object; write it as {{...}}")
     raise _mismatch(key, value, hint)
 
 

@@ -64,6 +64,18 @@ VERBS = {
         "Turn a GGUF file of a Llama-shaped network into a model folder.",
         "model.gguf FOLDER [layout=pt] [dtype=bfloat16]",
     ),
+    "export-gguf": Verb(
+        "erniekit.convert:run_export_gguf",
+        (),
+        "Turn a model folder into a GGUF file, which llama.cpp loads; dense and MoE.",
+        "MODEL FILE.gguf [dtype=f16|bf16|f32|q8_0|q4_0]",
+    ),
+    "quantize": Verb(
+        "erniekit.convert:run_quantize",
+        (),
+        "Write a model with weights of 8 or 4 bits, ready to serve.",
+        "FOLDER QUANTISED_FOLDER [quantization=wint8|wint4|wint4_all]",
+    ),
     "upcycle": Verb(
         "erniekit.convert:run_upcycle",
         (),

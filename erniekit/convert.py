@@ -1,4 +1,4 @@
-"""The verbs that make a model folder out of something else: import-gguf and upcycle."""
+"""The verbs that turn one kind of model file into another: import-gguf, export-gguf and upcycle."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ernie.settings import ConfigError, fill, option, read_overrides
 
@@ -19,6 +20,15 @@ class ImportGguf:
 
     layout: str = option("pt", "Layout of the files.", choices=("pt", "paddle"))
     dtype: str = option("bfloat16", "Type of the weights.", choices=("bfloat16", "float32"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportGguf:
+    """How an exported model is written."""
+
+    dtype: str = option(
+        "f16", "Type of the weights.", choices=("f32", "f16", "bf16", "q8_0", "q4_0")
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +52,15 @@ def run_import_gguf(words: Sequence[str]) -> int:
     return 0
 
 
+def run_export_gguf(words: Sequence[str]) -> int:
+    from ernie.checkpoint.gguf_export import export_gguf
+
+    source, target, options = _read(words, ExportGguf)
+    export_gguf(str(source), target, **dataclasses.asdict(options))
+    log.info("exported %s as %s", source, target)
+    return 0
+
+
 def run_upcycle(words: Sequence[str]) -> int:
     from ernie.checkpoint.upcycle import upcycle
 
@@ -51,7 +70,23 @@ def run_upcycle(words: Sequence[str]) -> int:
     return 0
 
 
-def _read(words: Sequence[str], kind: type) -> tuple[Path, Path, ImportGguf | Upcycle]:
+@dataclass(frozen=True, kw_only=True)
+class Quantize:
+    """The form of the weights that are written."""
+
+    quantization: str = option("wint8", "Scheme: wint8, wint4, wint4_all, or a JSON object.")
+
+
+def run_quantize(words: Sequence[str]) -> int:
+    from ernie.checkpoint.quantized import write_quantized
+
+    source, target, options = _read(words, Quantize)
+    write_quantized(source, target, **dataclasses.asdict(options))
+    log.info("quantised %s into %s", source, target)
+    return 0
+
+
+def _read(words: Sequence[str], kind: type) -> tuple[Path, Path, Any]:
     """Two paths and `key=value` words."""
     paths = [word for word in words if "=" not in word]
     if len(paths) != 2:

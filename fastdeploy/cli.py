@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -69,7 +70,8 @@ def read_flags(argv: Sequence[str], program: str) -> dict[str, Any]:
     parser.add_argument("--config", help="YAML file with flags, keys written with underscores.")
     for kind in KINDS:
         add_flags(parser, kind)
-    known, rest = parser.parse_known_args(list(argv))
+    argv = [re.sub("^-tp(?==|$)", "--tensor-parallel-size", word) for word in argv]
+    known, rest = parser.parse_known_args(argv)
     given = vars(known) | _later_flags(rest)
     _refuse_repeated(argv)
     values: dict[str, Any] = {}
@@ -88,7 +90,6 @@ def _later_flags(words: Sequence[str]) -> dict[str, Any]:
         word = remaining.pop(0)
         flag, equals, value = word.partition("=")
         name = flag.lstrip("-").replace("-", "_")
-        name = "tensor_parallel_size" if flag == "-tp" else name
         if not flag.startswith("-"):
             raise ConfigError(f"{word!r} belongs to no flag; write --flag value")
         if name not in LATER:

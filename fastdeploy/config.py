@@ -8,11 +8,88 @@ other value is refused in a sentence. Imports no torch.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from ernie.settings import ConfigError, fill, option, required
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EarlyStop:
+    """When a text that repeats itself is ended.
+
+    A model that runs in circles is sure of every next token: a text ends once `window_size` tokens
+    in a row had, in the raw logits, a probability of more than `threshold`.
+    """
+
+    enable_early_stop: bool = option(True, "False keeps the other values and does nothing.")
+    strategy: str = option("repetition", "What is looked for.", choices=("repetition",))
+    window_size: int = option(3000, "Tokens in a row that the model has to be sure of.")
+    threshold: float = option(0.99, "The probability above which it is.")
+
+    def __post_init__(self) -> None:
+        if self.window_size < 1:
+            raise ConfigError(f"window_size={self.window_size} is too small; it takes 1 or more")
+        if not 0 < self.threshold < 1:
+            raise ConfigError(
+                f"threshold={self.threshold} is not a probability between 0 and 1; try 0.99"
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Speculation:
+    """How the next tokens of a text are guessed, to be verified in one step."""
+
+    method: str = required("ngram: what followed earlier in the text; mtp: the model's MTP block.")
+    num_speculative_tokens: int = option(1, "Tokens that are guessed ahead, 1 to 5.")
+    max_ngram_size: int = option(5, "Newest tokens that are looked for in the text, at most.")
+    min_ngram_size: int = option(2, "Newest tokens that are looked for in the text, at least.")
+
+    def __post_init__(self) -> None:
+        if self.method not in ("ngram", "mtp"):
+            raise ConfigError(
+                f"method={self.method!r} in speculative_config is not available; use ngram or mtp"
+            )
+        if not 1 <= self.num_speculative_tokens <= 5:
+            raise ConfigError(
+                f"num_speculative_tokens={self.num_speculative_tokens} in speculative_config is "
+                "out of range; it takes 1 to 5"
+            )
+        if not 1 <= self.min_ngram_size <= self.max_ngram_size:
+            raise ConfigError(
+                f"min_ngram_size={self.min_ngram_size} and max_ngram_size={self.max_ngram_size} in "
+                "speculative_config fit no n-gram; they take 1 <= min_ngram_size <= max_ngram_size"
+            )
+
+
+# Other keys of FastDeploy's speculative_config, with the values that ask for nothing.
+LATER_SPECULATION: dict[str, tuple[Any, ...]] = {
+    "mtp_strategy": ("default",),
+    "num_model_steps": (None,),
+    "model": (None,),
+    "quantization": (None,),
+    "max_candidate_len": (None,),
+    "verify_window": (None,),
+    "verify_strategy": ("target_match",),
+    "accept_policy": ("normal",),
+    "suffix_decoding_max_tree_depth": (None,),
+    "suffix_decoding_max_cached_requests": (None,),
+    "suffix_decoding_max_spec_factor": (None,),
+    "suffix_decoding_min_token_prob": (None,),
+    "benchmark_mode": (False,),
+    "enf_gen_phase_tag": (False,),
+    "enable_draft_logprob": (False,),
+}
+
+
+def read_speculation(values: Mapping[str, Any]) -> Speculation:
+    """The keys of a `speculative_config`, checked. Raises ConfigError."""
+    values = _without_later(values, LATER_SPECULATION, "speculative_config")
+    if values.get("method") == "ngram_match":  # the name in some of FastDeploy's versions
+        values["method"] = "ngram"
+    return fill([Speculation], values, "speculative_config")[0]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -25,12 +102,20 @@ class EngineConfig:
     dtype: str = option(
         "bfloat16", "Type of the weights in memory.", choices=("bfloat16", "float32")
     )
+    quantization: str | None = option(
+        None,
+        "Form of weights: wint8, wint4 (experts 4 bits, the rest 8; dense models 4), wint4_all, "
+        "or the published JSON object.",
+    )
     device: str = option("auto", "cpu, cuda, or auto: a GPU if there is one.")
     seed: int = option(0, "Origin of the seeds of requests that give none.")
     max_model_len: int = option(2048, "Tokens of a text at most, prompt and answer together.")
     max_num_seqs: int = option(8, "Texts that are worked on at the same time.")
     max_num_batched_tokens: int | None = option(
         None, "Tokens of one step at most; none: 512 on a CPU, 8192 on a GPU."
+    )
+    tensor_parallel_size: int = option(
+        1, "Processes that share the work of every layer; on GPUs each takes one."
     )
     block_size: int = option(64, "Positions of one block of the key/value cache.")
     gpu_memory_utilization: float = option(
@@ -39,21 +124,61 @@ class EngineConfig:
     num_gpu_blocks_override: int | None = option(
         None, "Blocks of the cache; none: by memory, at most what max_num_seqs texts can fill."
     )
+    kv_cache_dtype: str = option(
+        "auto",
+        "Type of the key/value cache; auto: float32 beside float32 weights, else two bytes.",
+        choices=("auto", "float32", "bfloat16", "float16", "int8"),
+    )
+    batch_invariant: bool = option(
+        False, "Give a text the same tokens, to the bit, whatever else is computed beside it."
+    )
     enable_prefix_caching: bool = option(True, "Reuse the cache of texts that begin alike.")
     enable_chunked_prefill: bool = option(True, "Read long prompts in pieces, between other texts.")
+    use_cudagraph: bool | None = option(
+        None, "Replay decode steps as recorded CUDA graphs; none: wherever there is one GPU."
+    )
     enable_logprob: bool = option(False, "Allow requests to ask for log-probabilities.")
     max_logprobs: int = option(20, "Likeliest tokens a request may ask for; -1: no limit.")
+    think_stop_sentence: str | None = option(
+        None, "Text that ends a thought whose budget is used up; none: the closing tag alone."
+    )
+    enable_early_stop: bool = option(False, "End texts that repeat themselves.")
+    early_stop_config: dict | str | None = option(  # noqa: RUF009
+        None, "When they end, as JSON: strategy, window_size, threshold; given, it enables them."
+    )
+    speculative_config: dict | None = option(  # noqa: RUF009
+        None, 'Drafts, in JSON: {"method": "ngram", "num_speculative_tokens": 4}; or "mtp".'
+    )
+    enable_lora: bool = option(False, "Load LoRA adapters, also while others are being served.")
+    max_loras: int = option(8, "Adapters in memory at the same time.")
+    max_lora_rank: int = option(64, "Rank of an adapter at most.")
 
     def __post_init__(self) -> None:
+        _ = self.speculation  # whose own checks speak
+        self._check_ranks()
+        if self.batch_invariant and self.enable_lora:
+            raise ConfigError(
+                "batch_invariant with enable_lora is not available: a text beside one with an "
+                "adapter is computed in another order; leave out one of the two"
+            )
         for name in (
             "max_num_seqs",
             "block_size",
+            "tensor_parallel_size",
             "max_num_batched_tokens",
             "num_gpu_blocks_override",
+            "max_loras",
+            "max_lora_rank",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} is too small; it takes 1 or more")
+        if self.tensor_parallel_size > 1 and (self.enable_lora or self.has_mtp):
+            what = "enable_lora" if self.enable_lora else "speculation by mtp"
+            raise ConfigError(
+                f"{what} with tensor_parallel_size={self.tensor_parallel_size} is not available; "
+                "use tensor_parallel_size=1"
+            )
         if self.max_model_len < 2:
             raise ConfigError(
                 f"max_model_len={self.max_model_len} is too small; it takes 2 or more"
@@ -67,6 +192,53 @@ class EngineConfig:
             raise ConfigError(
                 f"max_logprobs={self.max_logprobs}; it takes -1 (no limit), 0 or more"
             )
+        self.early_stop()  # refuses what is wrong with it
+
+    def _check_ranks(self) -> None:
+        if self.tensor_parallel_size > 1 and self.enable_lora:
+            raise ConfigError(
+                f"enable_lora with tensor_parallel_size={self.tensor_parallel_size} is not "
+                "available; use tensor_parallel_size=1, or merge the adapter into the model"
+            )
+        if self.tensor_parallel_size > 1 and self.has_mtp:
+            raise ConfigError(
+                "the method mtp of speculative_config is not available with "
+                f"tensor_parallel_size={self.tensor_parallel_size}; use ngram, or one process"
+            )
+
+    def early_stop(self) -> EarlyStop | None:
+        """When texts end that repeat themselves, None for never. Raises ConfigError."""
+        values = self.early_stop_config
+        if values is None:
+            return EarlyStop() if self.enable_early_stop else None
+        if isinstance(values, str):
+            try:
+                values = json.loads(values)
+            except ValueError as error:
+                raise ConfigError(f"early_stop_config is not JSON: {error}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(
+                f"early_stop_config is a {type(values).__name__}; it takes a JSON object"
+            )
+        (found,) = fill([EarlyStop], values, "early_stop_config")
+        if self.enable_early_stop and not found.enable_early_stop:
+            raise ConfigError(
+                "enable_early_stop is set, and early_stop_config says enable_early_stop=false; "
+                "leave out one of the two"
+            )
+        return found if found.enable_early_stop else None
+
+    @property
+    def speculation(self) -> Speculation | None:
+        """`speculative_config`, read; None when nothing is drafted."""
+        if self.speculative_config is None:
+            return None
+        return read_speculation(self.speculative_config)
+
+    @property
+    def has_mtp(self) -> bool:
+        """Whether the model's MTP block runs."""
+        return self.speculation is not None and self.speculation.method == "mtp"
 
     def resolved(self, *, max_positions: int, device_type: str) -> EngineConfig:
         """With the values that depend on model and device filled in; raises ConfigError if they
@@ -91,7 +263,14 @@ class EngineConfig:
                 f"without chunked prefill max_num_batched_tokens={tokens} must hold a "
                 f"whole prompt; use max_model_len={self.max_model_len} or more"
             )
-        return dataclasses.replace(self, max_num_batched_tokens=tokens)
+        can_record = device_type == "cuda" and self.tensor_parallel_size == 1
+        if self.use_cudagraph and not can_record:
+            raise ConfigError(
+                f"use_cudagraph needs one GPU, this is {device_type} with tensor_parallel_size="
+                f"{self.tensor_parallel_size}; leave it out"
+            )
+        graphs = can_record if self.use_cudagraph is None else self.use_cudagraph
+        return dataclasses.replace(self, max_num_batched_tokens=tokens, use_cudagraph=graphs)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -106,8 +285,17 @@ class ServerConfig:
     api_key: list[str] | None = option(  # noqa: RUF009
         None, "Bearer keys that are let in, separated by commas."
     )
+    lora_modules: list[str] | None = option(  # noqa: RUF009
+        None, "Adapters to load at the start, NAME=FOLDER, separated by commas."
+    )
+    lora_root: str | None = option(
+        None, "Folder under which adapters may be loaded by HTTP; none: they may not."
+    )
     max_concurrency: int = option(512, "Requests in work or in the queue at the same time.")
     max_body_mib: int = option(32, "Size of a request body at most, in MiB.")
+    enable_control_api: bool = option(
+        False, "Let clients pause the engine, put it to sleep and change its weights."
+    )
     timeout_graceful_shutdown: int = option(
         0, "Seconds that running requests get to finish when the server is told to stop."
     )
@@ -157,14 +345,10 @@ LATER: dict[str, tuple[Any, ...]] = {
     "guided_decoding_backend": ("off",),
     "guided_decoding_disable_any_whitespace": (False,),
     "logits_processors": (None,),
-    "enable_early_stop": (False,),
-    "early_stop_config": (None,),
-    "quantization": (None,),
     "load_choices": ("default_v1", "default"),
     "dynamic_load_weight": (False,),
     "load_strategy": ("normal",),
     "rsync_config": (None,),
-    "tensor_parallel_size": (1,),
     "data_parallel_size": (1,),
     "local_data_parallel_id": (0,),
     "enable_expert_parallel": (False,),
@@ -179,9 +363,7 @@ LATER: dict[str, tuple[Any, ...]] = {
     "max_long_partial_prefills": (1,),
     "long_prefill_token_threshold": (0,),
     "graph_optimization_config": (None,),
-    "use_cudagraph": (False,),
     "plas_attention_config": (None,),
-    "speculative_config": (None,),
     "splitwise_role": ("mixed",),
     "router": (None,),
     "scheduler_name": ("local",),
@@ -202,16 +384,23 @@ def read_config(kinds: list[type], values: Mapping[str, Any], origin: str) -> li
 
     Raises ConfigError.
     """
+    return fill(kinds, _without_later(values, LATER, origin), origin)
+
+
+def _without_later(
+    values: Mapping[str, Any], later: Mapping[str, tuple[Any, ...]], origin: str
+) -> dict[str, Any]:
+    """`values` without the keys of `later`, whose values must be among those listed there."""
     kept = {}
     for key, value in values.items():
-        if key not in LATER:
+        if key not in later:
             kept[key] = value
-        elif not _asks_for_nothing(value, LATER[key]):
+        elif not _asks_for_nothing(value, later[key]):
             raise ConfigError(
                 f"{key}={value!r} in {origin} asks for something that is not available yet; "
-                f"leave it out or use {LATER[key][0]!r}"
+                f"leave it out or use {later[key][0]!r}"
             )
-    return fill(kinds, kept, origin)
+    return kept
 
 
 def _asks_for_nothing(value: Any, neutral: tuple[Any, ...]) -> bool:

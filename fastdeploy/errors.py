@@ -1,4 +1,4 @@
-"""The errors a user of the engine or the server can cause."""
+"""The errors of the engine: what a user can cause, and the loss of a process."""
 
 from __future__ import annotations
 
@@ -13,3 +13,7 @@ class RequestError(ValueError):
         super().__init__(message)
         self.param = param
         self.status = status
+
+
+class RankError(RuntimeError):
+    """A process that holds a slice of the model is lost, and with it the engine."""

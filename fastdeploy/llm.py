@@ -4,8 +4,8 @@
     for out in llm.generate(["Once upon a time"], SamplingParams(max_tokens=32)):
         print(out.outputs.text)
 
-All prompts of a call are worked on together. The engine runs in the calling thread, there are no
-child processes, and an `LLM` is not to be used from two threads at once.
+All prompts of a call are worked on together. The engine runs in the calling thread; child processes
+exist only with tensor_parallel_size above 1. An `LLM` is not to be used from two threads at once.
 """
 
 from __future__ import annotations
@@ -13,19 +13,34 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
+from ernie.adapters import Adapter
 from ernie.model import ErnieModel
 from fastdeploy.config import EngineConfig, read_config
 from fastdeploy.engine.loading import load, template_of
-from fastdeploy.engine.prompt import banned_ids, chat_prompt
+from fastdeploy.engine.prompt import banned_sequences, chat_prompt
 from fastdeploy.engine.request import RequestMetrics, TokenOutput
 from fastdeploy.engine.text import Sample
+from fastdeploy.engine.weights import Source
 from fastdeploy.errors import RequestError
-from fastdeploy.outputs import Completions, RequestOutput
+from fastdeploy.outputs import CompletionOutput, Completions, RequestOutput, best
 from fastdeploy.sampling import SamplingParams, filled
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
+PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids", "multimodal_data", "cache_salt"})
+
+
+@dataclass(slots=True)
+class _Order:
+    """One prompt of a call, and how it is to be served."""
+
+    text: str | None
+    token_ids: list[int]
+    cache_salt: str | None = None
+    priority: int = 0
+    adapter: Adapter | None = None
 
 
 class LLM:
@@ -36,7 +51,8 @@ class LLM:
 
     def __init__(self, model: str | ErnieModel, **options: Any) -> None:
         in_memory = model if isinstance(model, ErnieModel) else None
-        name = "in memory" if in_memory is not None else str(model)
+        self.folder = None if in_memory is not None else str(model)
+        name = self.folder or "in memory"
         (config,) = read_config([EngineConfig], {"model": name, **options}, "LLM(...)")
         loaded = load(config, in_memory)
         self.engine, self.config = loaded.engine, loaded.config
@@ -50,16 +66,34 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
         stream: bool = False,
+        *,
+        priority: int | Sequence[int] = 0,
+        lora: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput] | Iterator[list[RequestOutput | None]]:
         """Continue each prompt: a text, a list of token ids, `{"prompt": either}`, or a list of
-        these.
+        these. A dict may have a `cache_salt`, a text: cached blocks are shared only among prompts
+        of the same salt. Prompts of a lower `priority` (one number, or one for each) run first.
+        `lora` is the name of a loaded adapter (or one for each), None the model as it is.
 
         Returns one output for each prompt, in order. With `stream` an iterator: each item is a list
         as long as the prompts, None where nothing is new, else an output that holds what is new.
         Raises RequestError (a ValueError) before anything is computed.
         """
-        listed = [self._prompt(prompt) for prompt in _as_list(prompts)]
-        return self._run(listed, sampling_params, use_tqdm, stream)
+        listed = [self._order(prompt) for prompt in _as_list(prompts)]
+        return self._run(listed, sampling_params, priority, lora, use_tqdm, stream)
+
+    def load_lora(self, name: str, folder: str) -> None:
+        """Read the adapter in `folder` (PEFT's format); `lora=name` then asks for it.
+
+        May be called between two items of a stream. Needs `enable_lora`. Raises ConfigError,
+        CheckpointError or RequestError, and then nothing has changed.
+        """
+        self.engine.adapters.check_name(name)
+        self.engine.load_adapter(name, self.engine.adapters.read(folder))
+
+    def unload_lora(self, name: str) -> None:
+        """Take an adapter away from new prompts; texts that are being written finish with it."""
+        self.engine.unload_adapter(name)
 
     def chat(
         self,
@@ -70,6 +104,9 @@ class LLM:
         chat_template: str | None = None,
         tools: Any = None,
         stream: bool = False,
+        *,
+        priority: int | Sequence[int] = 0,
+        lora: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput] | Iterator[list[RequestOutput | None]]:
         """Answer one conversation (a list of messages) or several (a list of those); see
         `generate`.
@@ -80,69 +117,107 @@ class LLM:
         conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
         tools = [tools] if isinstance(tools, Mapping) else tools
         options = chat_template_kwargs or {}
-        listed: list[tuple[str | None, list[int]]] = [
-            (None, chat_prompt(template, self.tokenizer, turns, tools, options))
+        listed = [
+            _Order(None, chat_prompt(template, self.tokenizer, turns, tools, options))
             for turns in conversations
         ]
-        return self._run(listed, sampling_params, use_tqdm, stream)
+        return self._run(listed, sampling_params, priority, lora, use_tqdm, stream)
 
-    def _prompt(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def pause(self, mode: str = "abort") -> None:
+        """See `Engine.pause`. Open streams end with the reason "abort"; those that are kept must
+        not be read before `resume`.
+        """
+        self.engine.pause(mode)
+
+    def resume(self) -> None:
+        self.engine.resume()
+
+    def sleep(self, level: int = 1) -> None:
+        """See `Engine.sleep`."""
+        self.engine.sleep(level)
+
+    def wake_up(self) -> None:
+        """See `Engine.wake_up`; freed weights are read again from the model's folder."""
+        self.engine.wake_up(self.folder)
+
+    def reset_prefix_cache(self) -> None:
+        self.engine.reset_prefix_cache()
+
+    def update_weights(self, source: Source) -> None:
+        """See `Engine.update_weights`: a folder, or published names and tensors."""
+        self.engine.update_weights(source)
+
+    def _order(self, prompt: Prompt) -> _Order:
+        salt = None
         if isinstance(prompt, Mapping):
             if prompt.get("multimodal_data"):
                 raise RequestError("multimodal_data is given, but this model reads text only")
             if "prompt" not in prompt and "prompt_token_ids" not in prompt:
                 raise RequestError(f"a prompt has {sorted(prompt)}; it needs the key 'prompt'")
+            if unknown := sorted(set(prompt) - PROMPT_KEYS):
+                raise RequestError(f"a prompt has the key {unknown[0]!r}; leave it out")
+            salt = prompt.get("cache_salt")
+            if salt is not None and not (isinstance(salt, str) and salt):
+                raise RequestError(f"cache_salt={salt!r}; it takes a text", param="cache_salt")
             prompt = prompt.get("prompt", prompt.get("prompt_token_ids"))
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise RequestError("the model has no tokenizer; give the prompt as token ids")
-            return prompt, self.tokenizer.encode(prompt)
+            return _Order(prompt, self.tokenizer.encode(prompt), salt)
         if not isinstance(prompt, list | tuple):
             raise TypeError(f"a prompt is a text, token ids or a dict, not {type(prompt).__name__}")
-        return None, list(prompt)
+        return _Order(None, list(prompt), salt)
 
     def _run(
         self,
-        prompts: list[tuple[str | None, list[int]]],
+        orders: list[_Order],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: int | Sequence[int],
+        lora: str | Sequence[str | None] | None,
         use_tqdm: bool,
         stream: bool,
     ) -> list[RequestOutput] | Iterator[list[RequestOutput | None]]:
-        given = _params_of(sampling_params, len(prompts), stream)
+        given = _params_of(sampling_params, len(orders), stream)
         params = [filled(one, self.defaults) for one in given]
-        for (_, ids), one in zip(prompts, params):
-            self.engine.check(ids, one)
+        names = _loras_of(lora, len(orders))
+        priorities = _priorities_of(priority, len(orders))
+        for order, one, number, name in zip(orders, params, priorities, names):
+            order.priority = number
+            order.adapter = None if name is None else self.engine.adapters.get(name)
+            self.engine.check(order.token_ids, one)
             if one.stop and self.tokenizer is None:
                 raise RequestError("stop needs a tokenizer, and the model has none", param="stop")
-        call = _Call(self, prompts, params)
+        call = _Call(self, orders, params)
         if stream:
             return call.pieces()
-        pieces_by_prompt: list[list[RequestOutput]] = [[] for _ in prompts]
+        pieces_by_prompt: list[list[RequestOutput]] = [[] for _ in orders]
         for pieces in call.pieces(show_progress=use_tqdm and sys.stderr.isatty()):
             for collected, piece in zip(pieces_by_prompt, pieces):
                 if piece is not None:
                     collected.append(piece)
-        return [RequestOutput.joined(collected) for collected in pieces_by_prompt]
+        whole = [RequestOutput.joined(collected) for collected in pieces_by_prompt]
+        for output, one in zip(whole, params):
+            if one.num_samples > one.n:
+                output.outputs = Completions(best(output.outputs, one.n))
+        return whole
 
 
 class _Call:
     """One call of `generate`: its samples in the engine, and the pieces that come out."""
 
-    def __init__(
-        self, llm: LLM, prompts: list[tuple[str | None, list[int]]], params: list[SamplingParams]
-    ) -> None:
-        self.llm, self.prompts, self.params = llm, prompts, params
+    def __init__(self, llm: LLM, orders: list[_Order], params: list[SamplingParams]) -> None:
+        self.llm, self.orders, self.params = llm, orders, params
         self.samples: dict[str, tuple[int, Sample]] = {}
-        self.num_open = [one.n for one in params]
+        self.num_open = [one.num_samples for one in params]
 
     def pieces(self, show_progress: bool = False) -> Iterator[list[RequestOutput | None]]:
         engine = self.llm.engine
         number = next(self.llm.ids)
         try:
-            for position in range(len(self.prompts)):
+            for position in range(len(self.orders)):
                 self._add(f"{number}-{position}", position)
             while self.samples:
-                pieces: list[RequestOutput | None] = [None] * len(self.prompts)
+                pieces: list[RequestOutput | None] = [None] * len(self.orders)
                 for output in engine.step():
                     self._take(output, pieces)
                 if show_progress:
@@ -157,21 +232,27 @@ class _Call:
 
     def _add(self, request_id: str, position: int) -> None:
         engine, tokenizer = self.llm.engine, self.llm.tokenizer
-        params, prompt_ids = self.params[position], self.prompts[position][1]
+        params, order = self.params[position], self.orders[position]
         seed = engine.new_seed()
-        for index in range(params.n):
+        banned = banned_sequences(tokenizer, params)
+        for index in range(params.num_samples):
             name = f"{request_id}-{index}"
             engine.add(
                 name,
-                prompt_ids,
+                order.token_ids,
                 params,
                 seed=seed,
                 sample_index=index,
-                banned_ids=banned_ids(tokenizer, params),
+                banned=banned,
+                priority=order.priority,
+                cache_salt=order.cache_salt,
+                adapter=order.adapter,
             )
             self.samples[name] = (position, Sample(index, params, tokenizer))
 
     def _take(self, output: TokenOutput, pieces: list[RequestOutput | None]) -> None:
+        if output.request_id not in self.samples:
+            return  # a stop string ended it at an earlier token of the same step
         position, sample = self.samples[output.request_id]
         completion = sample.push(output)
         if sample.finished:
@@ -182,23 +263,29 @@ class _Call:
         piece = pieces[position]
         if piece is None:
             piece = pieces[position] = self._piece(position, output.metrics, output.num_cached)
+        if piece.outputs and piece.outputs[-1].index == completion.index:  # of the same step
+            completion = CompletionOutput.joined([piece.outputs.pop(), completion])
         piece.outputs.append(completion)
         piece.finished = self.num_open[position] == 0
         if output.prompt_logprobs is not None:
             piece.prompt_logprobs = sample.readable_prompt(output.prompt_logprobs)
 
     def _piece(self, position: int, metrics: RequestMetrics, num_cached: int) -> RequestOutput:
-        text, ids = self.prompts[position]
-        request_id = str(position)
+        order = self.orders[position]
         return RequestOutput(
-            request_id, text, ids, Completions(), metrics=metrics, num_cached_tokens=num_cached
+            request_id=str(position),
+            prompt=order.text,
+            prompt_token_ids=order.token_ids,
+            outputs=Completions(),
+            metrics=metrics,
+            num_cached_tokens=num_cached,
         )
 
     def _show_progress(self) -> None:
         stats = self.llm.engine.stats()
         done = sum(count == 0 for count in self.num_open)
         sys.stderr.write(
-            f"\r{done}/{len(self.prompts)} prompts | {stats.num_running} running | "
+            f"\r{done}/{len(self.orders)} prompts | {stats.num_running} running | "
             f"{stats.num_generated_tokens} tokens\033[K"
         )
 
@@ -224,4 +311,38 @@ def _params_of(given: Any, num_prompts: int, stream: bool) -> list[SamplingParam
     for params in given:
         if stream and params.prompt_logprobs is not None:
             raise RequestError("prompt_logprobs cannot be streamed; leave out one of the two")
+        if stream and params.num_samples > params.n:
+            raise RequestError(
+                f"best_of={params.best_of} with n={params.n} cannot be streamed: which samples are "
+                "the best is known at the end; leave out stream or best_of",
+                param="best_of",
+            )
     return list(given)
+
+
+def _loras_of(given: Any, num_prompts: int) -> list[str | None]:
+    names = list(given) if isinstance(given, (list, tuple)) else [given] * num_prompts
+    if len(names) != num_prompts:
+        raise RequestError(
+            f"{len(names)} names of adapters for {num_prompts} prompts; give one, or one for each",
+            param="lora",
+        )
+    for name in names:
+        if name is not None and not isinstance(name, str):
+            raise RequestError(f"lora={name!r} is not the name of an adapter", param="lora")
+    return names
+
+
+def _priorities_of(given: Any, num_prompts: int) -> list[int]:
+    numbers = list(given) if isinstance(given, (list, tuple)) else [given] * num_prompts
+    if len(numbers) != num_prompts:
+        raise RequestError(
+            f"{len(numbers)} priorities for {num_prompts} prompts; give one, or one for each",
+            param="priority",
+        )
+    for number in numbers:
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise RequestError(
+                f"priority={number!r} is not an integer; lower ones run first", param="priority"
+            )
+    return numbers

@@ -57,12 +57,32 @@ class EngineFigures(Collector):
             ("hit_token_rate", "Share of prompt tokens found in the cache.", hits),
         ):
             yield GaugeMetricFamily(f"fastdeploy:{name}", text, value)
+        if self.config.speculative_config is not None:
+            yield from _speculation(s)
         for name, text, value in (
             ("request_preempted", "Preemptions.", s.num_preemptions),
             ("prompt_tokens", "Tokens of admitted prompts.", s.num_prompt_tokens),
             ("generation_tokens", "Tokens generated.", s.num_generated_tokens),
         ):
             yield CounterMetricFamily(f"fastdeploy:{name}", text, value)
+
+
+def _speculation(s: Stats) -> Iterator[Metric]:
+    rate = s.num_accepted_tokens / max(s.num_draft_tokens, 1)
+    # A step that verifies k drafts of a text gives it k + 1 tokens at most.
+    most = s.num_draft_tokens + s.num_drafts
+    efficiency = (s.num_accepted_tokens + s.num_drafts) / max(most, 1)
+    for name, text, value in (
+        ("draft_acceptance_rate", "Share of draft tokens that were accepted.", rate),
+        ("efficiency", "Tokens of steps with drafts, of as many as could be.", efficiency),
+    ):
+        yield GaugeMetricFamily(f"fastdeploy:spec_decode_{name}", text, value)
+    for name, text, value in (
+        ("num_draft_tokens", "Draft tokens that were verified.", s.num_draft_tokens),
+        ("num_accepted_tokens", "Draft tokens that were accepted.", s.num_accepted_tokens),
+        ("num_emitted_tokens", "Tokens generated, drafted or not.", s.num_generated_tokens),
+    ):
+        yield CounterMetricFamily(f"fastdeploy:spec_decode_{name}", text, value)
 
 
 class Metrics:
@@ -98,9 +118,11 @@ class Metrics:
         return generate_latest(self.registry)
 
     def end(self, ended: Ended) -> None:
-        """Record a text that has ended."""
+        """Record a text that has ended; one that was aborted early has no timings."""
         timing = ended.timing
         self.successes.labels(reason=ended.finish_reason).inc()
+        if timing.first_token_time is None and ended.finish_reason == "abort":
+            return
         arrival, end = timing.arrival_time, timing.finished_time
         started, first = timing.inference_start_time, timing.first_token_time
         assert end is not None and started is not None and first is not None, "ended, not begun"

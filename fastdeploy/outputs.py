@@ -6,6 +6,7 @@ Imports no torch.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import chain
@@ -30,7 +31,9 @@ class CompletionOutput:
 
     `text` ends before the stop string or the token that ended it, unless
     `include_stop_str_in_output`; `token_ids` holds every token that was generated.
-    `stop_reason` is the stop string or stop token id that ended it, None for an end-of-text token.
+    `stop_reason` is the stop string or stop token id that ended it, "repetition" after an early
+    stop, None for an end-of-text token. `cumulative_logprob` is the sum over its tokens, in the raw
+    logits, where it had to be known (`logprobs`, `best_of`, early stops).
     """
 
     index: int
@@ -39,10 +42,20 @@ class CompletionOutput:
     logprobs: list[TokenLogprobs] | None = None
     finish_reason: str | None = None
     stop_reason: str | int | None = None
+    cumulative_logprob: float | None = None
+
+    @property
+    def mean_logprob(self) -> float:
+        """Log-probability of a token on average; what no token was generated for is the worst."""
+        if not self.token_ids:
+            return -math.inf
+        assert self.cumulative_logprob is not None, "nobody asked for log-probabilities"
+        return self.cumulative_logprob / len(self.token_ids)
 
     @classmethod
     def joined(cls, pieces: Sequence[CompletionOutput]) -> CompletionOutput:
         """The consecutive pieces of one sample as one."""
+        sums = [p.cumulative_logprob for p in pieces if p.cumulative_logprob is not None]
         logprobs = [piece.logprobs for piece in pieces if piece.logprobs is not None]
         return cls(
             index=pieces[0].index,
@@ -51,7 +64,14 @@ class CompletionOutput:
             logprobs=list(chain.from_iterable(logprobs)) if logprobs else None,
             finish_reason=pieces[-1].finish_reason,
             stop_reason=pieces[-1].stop_reason,
+            cumulative_logprob=sum(sums) if sums else None,
         )
+
+
+def best(samples: Sequence[CompletionOutput], n: int) -> list[CompletionOutput]:
+    """The `n` samples whose tokens are likeliest on average, the best first and numbered anew."""
+    ranked = sorted(samples, key=lambda sample: -sample.mean_logprob)
+    return [dataclasses.replace(sample, index=i) for i, sample in enumerate(ranked[:n])]
 
 
 class Completions(list[CompletionOutput]):

@@ -52,6 +52,8 @@ class SamplingParams:
     """
 
     n: int = 1
+    # So many samples are drawn, and the n with the highest mean log-probability (of the raw logits,
+    # over all tokens of the sample) are returned, best first. None: n.
     best_of: int | None = None
     presence_penalty: float | None = None  # subtracted once from every token generated before
     frequency_penalty: float | None = None  # subtracted for each time a token was generated before
@@ -68,13 +70,15 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     max_tokens: int | None = None  # None: as many as max_model_len leaves room for
-    reasoning_max_tokens: int | None = None
+    reasoning_max_tokens: int | None = None  # of thoughts; then the closing tag is forced
     min_tokens: int = 1
     logprobs: int | None = None  # log-probability of each token and of this many likeliest ones
     prompt_logprobs: int | None = None
-    temp_scaled_logprobs: bool = False
-    top_p_normalized_logprobs: bool = False
-    bad_words: Sequence[str] | None = None  # each must be a single token, with or without a space
+    temp_scaled_logprobs: bool = False  # logprobs of logits / temperature
+    top_p_normalized_logprobs: bool = False  # logprobs within top_p; -9999 for what is outside
+    # Never generated as the tokens into which the tokenizer cuts them, with or without a space in
+    # front.
+    bad_words: Sequence[str] | None = None
     bad_words_token_ids: Sequence[int] | None = None
     guided_decoding: GuidedDecodingParams | None = None
     logit_bias: dict[int, float] | None = None
@@ -102,9 +106,11 @@ class SamplingParams:
     def validate(self) -> None:
         """Raise RequestError, naming the field, for a value outside its range."""
         self._integer("n", 1, MAX_SAMPLES)
+        self._integer("best_of", 1, MAX_SAMPLES)
         self._integer("top_k", -1, None)
         self._integer("seed", 0, MAX_SEED)
         self._integer("max_tokens", 1, None)
+        self._integer("reasoning_max_tokens", 1, None)
         self._integer("min_tokens", 0, None)
         self._integer("logprobs", -1, MAX_LOGPROBS)
         self._integer("prompt_logprobs", -1, MAX_LOGPROBS)
@@ -119,8 +125,30 @@ class SamplingParams:
                 f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}",
                 param="min_tokens",
             )
+        if self.best_of is not None and self.best_of < self.n:
+            raise RequestError(
+                f"best_of={self.best_of} is less than n={self.n}; it takes n or more",
+                param="best_of",
+            )
+        thoughts, most = self.reasoning_max_tokens, self.max_tokens
+        if thoughts is not None and most is not None and thoughts > most:
+            raise RequestError(
+                f"reasoning_max_tokens={thoughts} is more than max_tokens={most}, which bounds "
+                "thoughts and answer together",
+                param="reasoning_max_tokens",
+            )
         self._lists()
-        self._not_offered()
+        if self.guided_decoding is not None:
+            raise RequestError(
+                "guided_decoding is not available; leave it out; the form of the output is not "
+                "constrained yet",
+                param="guided_decoding",
+            )
+
+    @property
+    def num_samples(self) -> int:
+        """Samples that are drawn, of which `n` are returned."""
+        return self.n if self.best_of is None else self.best_of
 
     @property
     def is_greedy(self) -> bool:
@@ -163,28 +191,6 @@ class SamplingParams:
                         f"logit_bias of token {token} is {bias!r}; it takes -100 to 100",
                         param="logit_bias",
                     )
-
-    def _not_offered(self) -> None:
-        if self.best_of not in (None, self.n):
-            raise RequestError(
-                f"best_of={self.best_of} differs from n={self.n}; ask for n samples and choose",
-                param="best_of",
-            )
-        for name, unset, instead in (
-            (
-                "guided_decoding",
-                None,
-                "leave it out; the form of the output is not constrained yet",
-            ),
-            ("reasoning_max_tokens", None, "use max_tokens, which bounds the whole answer"),
-            (
-                "top_p_normalized_logprobs",
-                False,
-                "use the log-probabilities of the whole vocabulary",
-            ),
-        ):
-            if getattr(self, name) != unset:
-                raise RequestError(f"{name} is not available; {instead}", param=name)
 
 
 # Settings that a request may leave to the model's generation_config.json.

@@ -28,7 +28,7 @@ LAYERS = (
     {"kernels", "quant"},
     {"layers", "rope", "moe", "attention", "mtp"},
     {"model"},
-    {"checkpoint", "generate"},
+    {"checkpoint", "generate", "fused", "adapters", "adapter_files"},
 )
 # These import neither torch nor the model.
 LIGHT = ("ernie.tokenizer", "ernie.chat", "ernie.config", "ernie.models", "ernie.settings")

@@ -15,7 +15,7 @@ device.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -131,15 +131,17 @@ def names_of(units: Sequence[Unit]) -> list[str]:
 # --- a plan against a folder ---
 
 
-def detect(tensors: Mapping[str, Stored], template: Template) -> tuple[Layout, list[Unit]]:
+def detect(
+    tensors: Mapping[str, Stored],
+    template: Template,
+    layouts: Iterable[Layout] = tuple(LAYOUTS.values()),
+) -> tuple[Layout, list[Unit]]:
     """The layout whose names fit a folder best, and its plan, which fits the folder exactly.
 
     Raises CheckpointError for the first missing or unknown tensor or wrong shape.
     """
     candidates = [
-        (layout, plan(template, layout, root))
-        for layout in LAYOUTS.values()
-        for root in layout.roots
+        (layout, plan(template, layout, root)) for layout in layouts for root in layout.roots
     ]
     misfits = [len(tensors.keys() ^ set(names_of(units))) for _, units in candidates]
     layout, units = candidates[misfits.index(min(misfits))]
@@ -155,15 +157,23 @@ def detect(tensors: Mapping[str, Stored], template: Template) -> tuple[Layout, l
             f"for in layout {layout.name!r}"
         )
     groups_fitted = (
-        replace(unit, groups=tuple(_fitted(group, tensors) for group in unit.groups))
+        replace(unit, groups=tuple(_fitted(group, tensors, template) for group in unit.groups))
         for unit in units
     )
     return layout, list(groups_fitted)
 
 
-def _fitted(group: Group, tensors: Mapping[str, Stored]) -> Group:
+def _fitted(group: Group, tensors: Mapping[str, Stored], template: Template) -> Group:
+    wanted = template[group.native[0]].dtype
     for name in group.stored:
         stored = tensors[name]
+        if stored.dtype != wanted and not (
+            stored.dtype.is_floating_point and wanted.is_floating_point
+        ):
+            raise CheckpointError(
+                f"tensor {name} in {stored.file} is {str(stored.dtype).removeprefix('torch.')}, "
+                f"which is no weight here; it must be {str(wanted).removeprefix('torch.')}"
+            )
         if stored.shape == group.shape:
             continue
         if group.either_way and stored.shape == group.shape[::-1]:

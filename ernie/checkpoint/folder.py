@@ -29,6 +29,8 @@ DTYPES = {
     "BF16": torch.bfloat16,
     "F16": torch.float16,
     "F32": torch.float32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
     "U16": torch.bfloat16,  # old Paddle files keep the bits of bfloat16 in unsigned integers
 }
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")

@@ -17,40 +17,15 @@ import torch
 from torch import Tensor
 
 from ernie.checkpoint.folder import CheckpointError
-from ernie.checkpoint.io import as_json, write
+from ernie.checkpoint.gguf_names import DENSE_ARCHITECTURE, FIELDS, TENSORS, TOKEN_IDS
+from ernie.checkpoint.gguf_tokenizer import tokenizer_files
+from ernie.checkpoint.io import write
 from ernie.config import ErnieConfig
 from ernie.model import ErnieModel
 
-ARCHITECTURES = ("llama", "ernie4_5")
+ARCHITECTURES = ("llama", DENSE_ARCHITECTURE)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
-_TENSORS = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-    "blk.{i}.attn_norm.weight": "model.layers.{i}.input_layernorm.weight",
-    "blk.{i}.ffn_norm.weight": "model.layers.{i}.post_attention_layernorm.weight",
-    "blk.{i}.attn_q.weight": "model.layers.{i}.self_attn.q_proj.weight",
-    "blk.{i}.attn_k.weight": "model.layers.{i}.self_attn.k_proj.weight",
-    "blk.{i}.attn_v.weight": "model.layers.{i}.self_attn.v_proj.weight",
-    "blk.{i}.attn_output.weight": "model.layers.{i}.self_attn.o_proj.weight",
-    "blk.{i}.ffn_gate.weight": "model.layers.{i}.mlp.gate_proj.weight",
-    "blk.{i}.ffn_up.weight": "model.layers.{i}.mlp.up_proj.weight",
-    "blk.{i}.ffn_down.weight": "model.layers.{i}.mlp.down_proj.weight",
-}
-
-# Metadata of the network, without the architecture's name in front, and our fields.
-_FIELDS = {
-    "embedding_length": "hidden_size",
-    "block_count": "num_hidden_layers",
-    "attention.head_count": "num_attention_heads",
-    "attention.head_count_kv": "num_key_value_heads",
-    "feed_forward_length": "intermediate_size",
-    "context_length": "max_position_embeddings",
-    "rope.freq_base": "rope_theta",
-    "attention.layer_norm_rms_epsilon": "rms_norm_eps",
-    "attention.key_length": "head_dim",
-}
 # Understood as well: these must agree with the sizes above.
 _CHECKED = ("attention.value_length", "rope.dimension_count", "vocab_size")
 
@@ -62,8 +37,7 @@ _NEEDED = (
     "feed_forward_length",
     "attention.layer_norm_rms_epsilon",
 )
-_IDS = (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))
-_UNKNOWN = ("unk", "unknown")
+_IDS = ("bos", "eos", "padding")
 
 
 def import_gguf(
@@ -90,7 +64,7 @@ def import_gguf(
         lambda name: _dequantised(tensors[name], template[name].dtype, source),
         layout=layout,
         generation_config=_generation_config(meta),
-        texts=_tokenizer_files(meta, source),
+        texts=tokenizer_files(meta, source),
     )
 
 
@@ -113,7 +87,7 @@ def _open(source: Path) -> Any:
 
 def _native_name(name: str, source: str | Path) -> str:
     match = re.fullmatch(r"blk\.(\d+)\.(.+)", name)
-    pattern = _TENSORS.get(f"blk.{{i}}.{match[2]}" if match else name)
+    pattern = TENSORS.get(f"blk.{{i}}.{match[2]}" if match else name)
     if pattern is None:
         raise CheckpointError(
             f"tensor {name} of {source} has no place in an ERNIE 4.5 dense network; only plain "
@@ -135,7 +109,7 @@ def _config(meta: Mapping[str, Any], tensors: Mapping[str, Any], source: str | P
     lacking += ["token_embd.weight"] if "model.embed_tokens.weight" not in tensors else []
     if lacking:
         raise CheckpointError(f"{source} lacks {lacking[0]}; write the file anew")
-    sizes: dict[str, Any] = {ours: said[key] for key, ours in _FIELDS.items() if key in said}
+    sizes: dict[str, Any] = {ours: said[key] for key, ours in FIELDS.items() if key in said}
     heads = sizes["num_attention_heads"]
     sizes.setdefault("num_key_value_heads", heads)
     sizes.setdefault("head_dim", said.get("rope.dimension_count", sizes["hidden_size"] // heads))
@@ -151,14 +125,16 @@ def _config(meta: Mapping[str, Any], tensors: Mapping[str, Any], source: str | P
             )
     sizes["vocab_size"] = int(tensors["model.embed_tokens.weight"].shape[1])
     sizes["tie_word_embeddings"] = "lm_head.weight" not in tensors
-    sizes |= {f"{name}_token_id": None for name, _ in _IDS} | _generation_config(meta)
+    sizes |= {f"{TOKEN_IDS[key]}_token_id": None for key in _IDS} | _generation_config(meta)
+    if isinstance(sizes["eos_token_id"], list):
+        sizes["eos_token_id"] = tuple(sizes["eos_token_id"])
     return ErnieConfig(**sizes)
 
 
 def _refuse_features(kind: str, said: Mapping[str, Any], source: str | Path) -> None:
     for key, value in said.items():
         # Zero, false and "none" say that a feature is not used.
-        if key not in (*_FIELDS, *_CHECKED) and value not in (0, False, "none"):
+        if key not in (*FIELDS, *_CHECKED) and value not in (0, False, "none"):
             raise CheckpointError(
                 f"{source} says {kind}.{key} = {value!r}, which an ERNIE 4.5 dense network cannot "
                 "express; import another model"
@@ -194,69 +170,10 @@ def _dequantised(tensor: Any, dtype: torch.dtype, source: str | Path) -> Tensor:
     return value
 
 
-# --- tokenizer ---
-
-_CONTROL, _USER_DEFINED = 3, 4  # token types of GGUF
-
-
-def _tokenizer_files(meta: Mapping[str, Any], source: str | Path) -> dict[str, str]:
-    """tokenizer.json, and tokenizer_config.json with the chat template."""
-    tokens = meta.get("tokenizer.ggml.tokens", [])
-    ids = {name: meta.get(f"tokenizer.ggml.{key}_token_id") for name, key in (*_IDS, _UNKNOWN)}
-    for name, i in ids.items():
-        if i is not None and not 0 <= i < len(tokens):
-            raise CheckpointError(f"{source} says {name} is token {i} of {len(tokens)} tokens")
-    settings = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "add_bos_token": bool(meta.get("tokenizer.ggml.add_bos_token", False)),
-        **{f"{name}_token": tokens[i] for name, i in ids.items() if i is not None},
-    }
-    if "tokenizer.chat_template" in meta:
-        settings["chat_template"] = meta["tokenizer.chat_template"]
-    return {
-        "tokenizer.json": _byte_level_bpe(meta, source),
-        "tokenizer_config.json": as_json(settings),
-    }
-
-
-def _generation_config(meta: Mapping[str, Any]) -> dict[str, int]:
-    keys = {f"{name}_token_id": f"tokenizer.ggml.{key}_token_id" for name, key in _IDS}
-    return {ours: meta[theirs] for ours, theirs in keys.items() if theirs in meta}
-
-
-def _byte_level_bpe(meta: Mapping[str, Any], source: str | Path) -> str:
-    from tokenizers import AddedToken, Tokenizer, decoders, models
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-
-    splits: dict[str, list[Any]] = {
-        "gpt-2": [ByteLevel(add_prefix_space=False)],
-        "smollm": [Digits(individual_digits=True), ByteLevel(add_prefix_space=False)],
-    }
-    kind, pre = meta.get("tokenizer.ggml.model"), meta.get("tokenizer.ggml.pre")
-    if kind != "gpt2" or pre not in splits:
-        raise CheckpointError(
-            f"the tokenizer of {source} is of kind {kind!r}, {pre!r}; only byte-level BPE "
-            f"('gpt2') with the splits {' and '.join(map(repr, splits))} can be imported"
-        )
-    tokens = meta.get("tokenizer.ggml.tokens", [])
-    ids = {token: i for i, token in enumerate(tokens)}
-    if len(ids) != len(tokens):
-        raise CheckpointError(f"{source} lists a token twice; write the file anew")
-    merges = [tuple(merge.split(" ")) for merge in meta.get("tokenizer.ggml.merges", [])]
-    for merge in merges:
-        if len(merge) != 2 or not {*merge, "".join(merge)} <= ids.keys():
-            raise CheckpointError(
-                f"merge {' '.join(merge)!r} of {source} is not of two tokens to a third; "
-                "write the file anew"
-            )
-    tokenizer = Tokenizer(models.BPE(vocab=ids, merges=merges))
-    tokenizer.pre_tokenizer = Sequence(splits[pre])
-    tokenizer.decoder = decoders.ByteLevel()
-    types = meta.get("tokenizer.ggml.token_type", [1] * len(tokens))
-    for kept, add in (
-        (_CONTROL, tokenizer.add_special_tokens),
-        (_USER_DEFINED, tokenizer.add_tokens),
-    ):
-        add([AddedToken(t, normalized=False) for t, of in zip(tokens, types) if of == kept])
-    return tokenizer.to_str(pretty=True)
+def _generation_config(meta: Mapping[str, Any]) -> dict[str, Any]:
+    keys = {f"{TOKEN_IDS[key]}_token_id": f"tokenizer.ggml.{key}_token_id" for key in _IDS}
+    found = {ours: meta[theirs] for ours, theirs in keys.items() if theirs in meta}
+    turn_end = meta.get("tokenizer.ggml.eot_token_id")
+    if turn_end is not None and turn_end != found.get("eos_token_id", turn_end):
+        found["eos_token_id"] = [found["eos_token_id"], turn_end]
+    return found

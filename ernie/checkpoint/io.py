@@ -1,7 +1,8 @@
 """Loading and saving a model: a folder with `config.json`, safetensors files and a tokenizer.
 
 `load` checks headers first, then fills a model that was built without memory, one tensor at a time;
-`save` writes tensors as they are converted. Both need the weights once, plus one chunk or tensor.
+`save` writes tensors as they are converted. Both need the weights once, plus one chunk or tensor;
+`load` needs less where each block is swapped for something smaller as soon as it is there.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +21,11 @@ from torch import Tensor, nn
 from ernie.checkpoint import convert
 from ernie.checkpoint.folder import CheckpointError, Stored, read_folder
 from ernie.checkpoint.hub import resolve
-from ernie.checkpoint.layouts import LAYOUTS, MTP_MARK
+from ernie.checkpoint.layouts import LAYOUTS, MTP_MARK, Layout
 from ernie.checkpoint.writer import write_folder
 from ernie.config import ErnieConfig
-from ernie.model import ErnieModel
+from ernie.kernels.weights import QuantTensor
+from ernie.model import Block, ErnieModel
 
 if TYPE_CHECKING:
     from ernie.tokenizer import Tokenizer
@@ -36,27 +39,54 @@ def load(
     path_or_name: str | Path,
     dtype: torch.dtype | None = torch.bfloat16,
     device: torch.device | str = "cpu",
+    *,
+    keep_integers: bool = False,
+    swap_block: Callable[[nn.Module], nn.Module] | None = None,
 ) -> ErnieModel:
     """A model with its weights, from a folder in any known layout or from a name on the hub.
 
     Weights are converted to `dtype` (None: as the embedding is stored); routers stay float32.
+    Those of a quantised folder become what their integers stand for, or, with `keep_integers`,
+    QuantTensors, which `ernie.fused.fuse` understands and a plain forward pass does not. What
+    `swap_block` makes of a block takes its place before the next block is read.
     `tokenizer` and `generation_config` are set where the folder has them. Raises CheckpointError
     or ConfigError, before anything large is read unless a value itself is bad.
     """
     folder = resolve(path_or_name)
     config = _readable_config(folder)
-    tensors = read_folder(folder)
-    config, tensors = _agree_on_mtp(config, tensors)
     tokenizer = _tokenizer(folder, config)
-    model = ErnieModel(config, dtype=dtype or _stored_dtype(tensors), device="meta")
-    template = dict(model.named_parameters())
-    layout, units = convert.detect(tensors, template)
-    log.info("%s: %d tensors in layout %r", folder, len(tensors), layout.name)
-    for name, tensor in convert.native_tensors(units, tensors, template, device):
-        _place(model, name, tensor)
-    model.tokenizer, model.layout = tokenizer, layout.name
+    if "quantization_config" in config.extra:
+        from ernie.checkpoint.quantized import dequantize, read_quantized
+
+        assert keep_integers or not swap_block, "blocks are swapped before they are dequantised"
+        model = read_quantized(folder, config, device, swap_block)
+        if not keep_integers:
+            dequantize(model, dtype or model.model.embed_tokens.weight.dtype)
+    else:
+        config, tensors = _agree_on_mtp(config, read_folder(folder))
+        model = ErnieModel(config, dtype=dtype or stored_dtype(tensors), device="meta")
+        template = dict(model.named_parameters())
+        model.layout, weights = stored_weights(folder, tensors, template, device)
+        fill(model, weights, swap_block)
+    model.tokenizer = tokenizer
     model.generation_config = _generation_config(folder)
     return model
+
+
+def stored_weights(
+    folder: Path,
+    tensors: Mapping[str, Stored],
+    template: Mapping[str, Tensor],
+    device: torch.device | str,
+    layouts: Iterable[Layout] = tuple(LAYOUTS.values()),
+) -> tuple[str, Iterator[tuple[str, Tensor]]]:
+    """The layout of a folder, and its tensors by their native names, as `template` wants them.
+
+    Raises CheckpointError where names, shapes or kinds do not fit.
+    """
+    layout, units = convert.detect(tensors, template, layouts)
+    log.info("%s: %d tensors in layout %r", folder, len(tensors), layout.name)
+    return layout.name, convert.native_tensors(units, tensors, template, device)
 
 
 def save(
@@ -91,7 +121,7 @@ def write(
     template: Mapping[str, Tensor],
     native: Callable[[str], Tensor],
     *,
-    layout: str,
+    layout: str | Layout,
     tokenizer: Tokenizer | None = None,
     generation_config: Mapping[str, Any] | None = None,
     texts: Mapping[str, str] | None = None,
@@ -102,9 +132,9 @@ def write(
     `template` gives names, shapes and dtypes of the parameters; `native` makes each tensor when its
     turn comes. `texts` are further files, content by name.
     """
-    if layout not in LAYOUTS:
+    if isinstance(layout, str) and layout not in LAYOUTS:
         raise CheckpointError(f"layout {layout!r} is not known; use one of {', '.join(LAYOUTS)}")
-    table = LAYOUTS[layout]
+    table = LAYOUTS[layout] if isinstance(layout, str) else layout
     units = convert.plan(template, table, table.roots[0])
     dtype = str(template["model.embed_tokens.weight"].dtype).removeprefix("torch.")
     files = {**(texts or {}), "config.json": as_json(_config_dict(config, table.dtype_key, dtype))}
@@ -135,10 +165,6 @@ def _readable_config(folder: Path) -> ErnieConfig:
     config = ErnieConfig.from_folder(folder)
     if "auto_map" in config.extra:
         log.info("%s: auto_map names code of the folder, which is never run", folder)
-    if "quantization_config" in config.extra:
-        raise CheckpointError(
-            f"{folder / 'config.json'} has a quantization_config; load the unquantised model"
-        )
     return config
 
 
@@ -166,7 +192,7 @@ def _agree_on_mtp(
     return config, tensors
 
 
-def _stored_dtype(tensors: Mapping[str, Stored]) -> torch.dtype:
+def stored_dtype(tensors: Mapping[str, Stored]) -> torch.dtype:
     found = (s.dtype for name, s in tensors.items() if name.endswith(".embed_tokens.weight"))
     return next(found, torch.bfloat16)
 
@@ -198,8 +224,29 @@ def _generation_config(folder: Path) -> dict[str, Any] | None:
     return value
 
 
-def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
+def fill(
+    model: ErnieModel,
+    weights: Iterable[tuple[str, Tensor | QuantTensor]],
+    swap_block: Callable[[nn.Module], nn.Module] | None,
+) -> None:
+    """Give a model its weights, by name; see `load` for `swap_block`."""
+    blocks = [(path, block) for path, block in model.named_modules() if isinstance(block, Block)]
+    home_by_name = {n: path for path, block in blocks for n, _ in block.named_parameters(path)}
+    num_missing = Counter(home_by_name.values())
+    for name, weight in weights:
+        _place(model, name, weight)
+        home = home_by_name.get(name, "")
+        num_missing[home] -= 1
+        if swap_block and home and not num_missing[home]:
+            model.set_submodule(home, swap_block(model.get_submodule(home)))
+
+
+def _place(model: nn.Module, name: str, weight: Tensor | QuantTensor) -> None:
     home, _, leaf = name.rpartition(".")
     module = model.get_submodule(home)
     trained = getattr(module, leaf).requires_grad
-    setattr(module, leaf, nn.Parameter(tensor, requires_grad=trained))
+    if isinstance(weight, Tensor):
+        setattr(module, leaf, nn.Parameter(weight, requires_grad=trained))
+    else:
+        delattr(module, leaf)  # a parameter; what takes its place is none
+        setattr(module, leaf, weight)

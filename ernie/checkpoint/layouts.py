@@ -17,6 +17,7 @@ Source: the published checkpoints; ERNIE's converter to PyTorch; what transforme
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -169,5 +170,25 @@ PADDLE = Layout(
         _row("lm_head.weight", "lm_head.weight", transposed=True),
     ),
 )
+
+# What a quantised weight has besides its integers, which keep the weight's own name.
+SCALES = ("_scale", "_group_scale")
+
+
+def _with_scales(rows: tuple[Row, ...]) -> Iterator[Row]:
+    for row in rows:
+        yield row
+        if "_proj" in row.native[0] or row.native[0].startswith("lm_head"):
+            for suffix in SCALES:
+                native = tuple(
+                    n[: -len("[{e}]")] + suffix + "[{e}]" if n.endswith("[{e}]") else n + suffix
+                    for n in row.native
+                )
+                yield Row(tuple(s + suffix for s in row.stored), native)
+
+
+# The layout `pt` where weights are integers: `name.weight` int8 or pairs of 4 bits,
+# `name.weight_scale` by channel, `name.weight_group_scale` by group; see `ernie.kernels.weights`.
+QUANTIZED = Layout("quantized", PT.roots, tuple(_with_scales(PT.rows)), PT.dtype_key)
 
 LAYOUTS = {layout.name: layout for layout in (PT, TRANSFORMERS, PADDLE)}

@@ -19,7 +19,13 @@ from torch import Tensor
 
 from ernie.checkpoint.folder import INDEX
 
-_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+_NAMES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+}
 
 
 @dataclass(frozen=True)

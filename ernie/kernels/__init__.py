@@ -43,6 +43,7 @@ __all__ = [
     "attend_paged",
     "batch_invariant",
     "cache_width",
+    "expert",
     "grouped_linear",
     "is_batch_invariant",
     "linear",
@@ -178,6 +179,11 @@ def pack(weight: Tensor | QuantTensor, *, parts: int = 1) -> PackedWeight:
     """
     data = weight.data if isinstance(weight, QuantTensor) else weight
     return pick("pack", data.device)(weight, parts=parts)
+
+
+def expert(weight_EOI: PackedWeight, index: int) -> PackedWeight:
+    """The weight `(O, I)` of one expert, as `project` takes it; shares the memory."""
+    return pick("expert", next(iter(weight_EOI.tensors.values())).device)(weight_EOI, index)
 
 
 def project(

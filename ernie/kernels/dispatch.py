@@ -2,8 +2,8 @@
 
 A back end is a module with some of the functions of `ernie.kernels.reference`; what it lacks is
 taken from the reference. `ERNIE_KERNELS=reference` forces the reference everywhere (a debugging
-aid: results agree within rounding). A back end that cannot run here is left out with one warning,
-and `report()` says why.
+aid: results agree within rounding). Where no back end of a device can run there is one warning, and
+`report()` says why.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ OPERATIONS = (
     "write_cache",
     "quantize",
     "pack",
+    "expert",
     "project",
     "mlp",
     "moe",
@@ -45,7 +46,7 @@ OPERATIONS = (
 # attention do what `batch_invariant` asks for.
 BACKENDS = {
     "cpu": ("ernie.kernels.cpu.ops",),
-    "cuda": (),
+    "cuda": ("ernie.kernels.gpu.flash", "ernie.kernels.gpu.ops"),
 }
 
 
@@ -58,14 +59,12 @@ def report(device: str = "cpu") -> dict[str, str]:
     """What implements each operation on `device`, and why not something better: for logs and bug
     reports."""
     modules, refused = _modules(device)
-    details = {m.__name__.rpartition(".")[0]: f" [{m.detail()}]" for m in modules}
-    return {
-        name: function.__module__
-        + details.get(
-            function.__module__.rpartition(".")[0], "".join(f" ({why})" for why in refused)
-        )
-        for name, function in _chosen(device).items()
-    }
+    reasons = "".join(f" ({why})" for why in refused)
+    lines = {}
+    for name, function in _chosen(device).items():
+        owner = next((m for m in modules if hasattr(m, name)), None)
+        lines[name] = function.__module__ + (reasons if owner is None else f" [{owner.detail()}]")
+    return lines
 
 
 _batch_invariant = False
@@ -82,7 +81,7 @@ def batch_invariant(on: bool, device: str = "cpu") -> None:
     global _batch_invariant
     modules, refused = _modules(device)
     if on and not any(getattr(module, "HEEDS_BATCH_INVARIANT", False) for module in modules):
-        why = f": {refused[0]}" if refused else ""
+        why = "" if modules else "".join(f": {reason}" for reason in refused)
         raise ValueError(
             f"batch invariance needs kernels that {device} does not have here{why}; leave it off"
         )
@@ -111,7 +110,8 @@ def _modules(device_type: str) -> tuple[list[ModuleType], list[str]]:
         module = importlib.import_module(name)
         if reason := module.available():
             refused.append(reason)
-            log.warning("%s is left out, plain torch runs in its place: %s", name, reason)
         else:
             usable.append(module)
+    if refused and not usable:
+        log.warning("plain torch runs in place of %s kernels: %s", device_type, "; ".join(refused))
     return usable, refused

@@ -183,6 +183,13 @@ def pack(weight: Tensor | QuantTensor, *, parts: int = 1) -> PackedWeight:
     return PackedWeight(weight.shape, f"int{weight.bits}", weight.num_bytes, tensors)
 
 
+def expert(weight_EOI: PackedWeight, index: int) -> PackedWeight:
+    assert weight_EOI.handle is None, "packed by a back end that lacks `expert`"
+    experts, *shape = weight_EOI.shape
+    tensors = {name: tensor[index] for name, tensor in weight_EOI.tensors.items()}
+    return PackedWeight(tuple(shape), weight_EOI.format, weight_EOI.num_bytes // experts, tensors)
+
+
 def unpacked(weight: PackedWeight) -> Tensor | QuantTensor:
     """What `pack` was given."""
     t = weight.tensors
@@ -260,11 +267,7 @@ def moe(
     residual_TD: Tensor | None = None,
 ) -> Tensor:
     y_TD = x_TD if norm is None else rms_norm(x_TD, *norm)
-    probs_TE = (y_TD.float() @ router_ED.T).softmax(-1)
-    # A stable sort takes the smaller index among equals; topk promises nothing.
-    experts_TK = (probs_TE + bias_E).argsort(-1, descending=True, stable=True)[:, :top_k]
-    weights_TK = probs_TE.gather(-1, experts_TK)
-    weights_TK = (weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=norm_min)).to(x_TD.dtype)
+    experts_TK, weights_TK = route(y_TD, router_ED, bias_E, top_k, norm_min)
     out_TKD = x_TD.new_zeros(*experts_TK.shape, x_TD.shape[-1])
     for expert in experts_TK.unique().tolist():
         token_N, choice_N = (experts_TK == expert).nonzero(as_tuple=True)
@@ -273,6 +276,21 @@ def moe(
     if shared is not None:
         out_TD = out_TD + _feed_forward(y_TD, *shared)
     return out_TD if residual_TD is None else residual_TD + out_TD
+
+
+def route(
+    y_TD: Tensor, router_ED: Tensor, bias_E: Tensor, top_k: int, norm_min: float
+) -> tuple[Tensor, Tensor]:
+    """The chosen experts of normed rows and their weights, both `(T, K)`; see `ernie.moe.router`.
+
+    Weights have the dtype of `y`.
+    """
+    probs_TE = (y_TD.float() @ router_ED.T).softmax(-1)
+    # A stable sort takes the smaller index among equals; topk promises nothing.
+    experts_TK = (probs_TE + bias_E).argsort(dim=-1, descending=True, stable=True)[:, :top_k]
+    weights_TK = probs_TE.gather(-1, experts_TK)
+    weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(min=norm_min)
+    return experts_TK, weights_TK.to(y_TD.dtype)
 
 
 class AdamWConstants(NamedTuple):

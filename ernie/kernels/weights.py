@@ -13,6 +13,7 @@ in integers for a whole group.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 GROUP_SIZE = 32  # columns that share a group scale of an int4 weight
-ROUNDED_GROUP = 64  # columns of an activation row that share a scale where it is rounded to 8 bits
+ROUNDED_GROUP = 32  # columns of an activation row that share a scale where it is rounded to 8 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +42,43 @@ class QuantTensor:
     def num_bytes(self) -> int:
         tensors = (self.data, self.channel_scale, self.group_scale)
         return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    def chunk(self, count: int, dim: int) -> list[QuantTensor]:
+        """`count` equal slices along dimension -2 (O) or -1 (I, at whole groups)."""
+        assert dim in (-1, -2) and self.shape[dim] % count == 0, f"{self.shape} by {count}"
+        none: list[Tensor | None] = [None] * count
+        datas, groups = self.data.chunk(count, dim), none
+        if self.group_scale is not None:
+            groups = list(self.group_scale.chunk(count, dim))
+        if dim == -2:
+            scales, size = self.channel_scale.chunk(count, -1), self.in_size
+        else:
+            scales, size = (self.channel_scale,) * count, self.in_size // count
+            if self.bits == 4 and size % GROUP_SIZE:
+                raise ValueError(
+                    f"{self.in_size} columns of a 4-bit weight give {count} slices of {size}; a "
+                    f"slice must be a multiple of {GROUP_SIZE}"
+                )
+        parts = zip(datas, scales, groups)
+        return [QuantTensor(self.bits, data, c, g, size) for data, c, g in parts]
+
+    @classmethod
+    def cat(cls, weights: Sequence[QuantTensor]) -> QuantTensor:
+        """Weights stacked along dimension -2 (O)."""
+        first = weights[0]
+        assert all(w.bits == first.bits and w.in_size == first.in_size for w in weights)
+        groups = [w.group_scale for w in weights if w.group_scale is not None]
+        return cls(
+            first.bits,
+            torch.cat([w.data for w in weights], -2),
+            torch.cat([w.channel_scale for w in weights], -1),
+            torch.cat(groups, -2) if groups else None,
+            first.in_size,
+        )
 
     def integers(self) -> Tensor:
         """The integers that are multiplied with the scales, int8 `(..., O, I)`."""

@@ -9,12 +9,13 @@ the blocks that are new in it, so building a batch costs the same however long t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ernie.adapters import ActiveAdapters, Adapter
 from fastdeploy.engine.scheduler import Schedule
 
 
@@ -31,6 +32,15 @@ class Batch:
     lens_S: Tensor  # int32, tokens of each request in the cache once this step is done
     tables_SM: Tensor  # int32, entries past a request's last block mean nothing
     rows_R: Tensor  # int64, the tokens after which logits are wanted
+    adapters: ActiveAdapters | None  # and which tokens each one changes; None: nobody has one
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on another device; without adapters, which are where the model is."""
+        assert self.adapters is None, "adapters are not sent to ranks"
+        return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
+
+
+TENSORS = tuple(field.name for field in fields(Batch) if field.name != "adapters")
 
 
 class BatchBuilder:
@@ -64,7 +74,7 @@ class BatchBuilder:
             if part.new_blocks:
                 old = len(blocks) - len(part.new_blocks)
                 self.tables[request.seat, old : len(blocks)] = part.new_blocks
-            self._fill_tokens(slice(first, num_tokens), part.start, request.token_ids, blocks)
+            self._fill_tokens(slice(first, num_tokens), part.start, part.token_ids, blocks)
             self.seats[s] = request.seat
             self.cu_seqlens[s + 1] = num_tokens
             self.lens[s] = part.start + part.num_tokens
@@ -82,20 +92,36 @@ class BatchBuilder:
             lens_S=self._tensor(self.lens[:num_parts]),
             tables_SM=self._tensor(self.tables[self.seats[:num_parts], :num_blocks]),
             rows_R=self._tensor(self.rows[:num_rows]),
+            adapters=self._adapters(schedule),
+        )
+
+    def _adapters(self, schedule: Schedule) -> ActiveAdapters | None:
+        tokens_by_adapter: dict[Adapter, list[np.ndarray]] = {}
+        first = 0
+        for part in schedule.parts:
+            if part.request.adapter is not None:
+                tokens = np.arange(first, first + part.num_tokens)
+                tokens_by_adapter.setdefault(part.request.adapter, []).append(tokens)
+            first += part.num_tokens
+        if not tokens_by_adapter:
+            return None
+        groups = tokens_by_adapter.items()
+        return ActiveAdapters(
+            tuple((adapter, self._tensor(np.concatenate(tokens))) for adapter, tokens in groups)
         )
 
     def _fill_tokens(
         self, where: slice, start: int, token_ids: list[int], blocks: list[int]
     ) -> None:
         if where.stop - where.start == 1:  # most parts of most steps: plain integers are faster
-            self.token_ids[where.start] = token_ids[start]
+            self.token_ids[where.start] = token_ids[0]
             self.positions[where.start] = start
             block = blocks[start // self.block_size]
             self.slots[where.start] = block * self.block_size + start % self.block_size
             return
         end = start + where.stop - where.start
         positions = np.arange(start, end)
-        self.token_ids[where] = token_ids[start:end]
+        self.token_ids[where] = token_ids
         self.positions[where] = positions
         first = start // self.block_size
         table = np.asarray(blocks[first : -(-end // self.block_size)])

@@ -20,12 +20,20 @@ maps
 
 The dict hashes the key and then compares it, so two texts whose hashes collide cannot be mixed up;
 and as a content number is given out once, a parent's number stands for the whole text before it.
+Where the cache also holds what a layer made of each token *and the next one* (an MTP block), the
+key has the token after the block too, and a block is named once that is known.
+
+Texts with a *salt* hang under a root of their own, a number made from the salt by a cryptographic
+hash: who does not know the salt can neither find such blocks nor learn, by timing, that they exist.
+Nothing is kept for a salt but the blocks themselves. Texts of an adapter have other keys and values
+than those of the model: each adapter in memory has roots of its own, too.
 
 Integers only: the tensors are in `cache.py`, the policy is in `scheduler.py`.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -57,8 +65,12 @@ class BlockManager:
     `num_free` first.
     """
 
-    def __init__(self, num_blocks: int, block_size: int, *, caching: bool = True) -> None:
+    def __init__(
+        self, num_blocks: int, block_size: int, *, caching: bool = True, reads_next: bool = False
+    ) -> None:
+        """`reads_next`: what is cached for a token depends on the next token too."""
         self.block_size = block_size
+        self.num_key_tokens = block_size + reads_next
         self.caching = caching
         self.blocks = [Block() for _ in range(num_blocks)]
         # An ordered dict as a queue from which the middle can be taken: keys only.
@@ -78,17 +90,18 @@ class BlockManager:
         """Blocks that `table` lacks to hold `num_tokens` tokens."""
         return max(0, -(-num_tokens // self.block_size) - len(table.blocks))
 
-    def find(self, token_ids: Sequence[int]) -> Table:
-        """The longest run of blocks that hold the beginning of `token_ids`, as a table of its own.
+    def find(self, token_ids: Sequence[int], root: int = NO_PARENT) -> Table:
+        """The longest run of blocks under `root` that hold the beginning of `token_ids`, as a table
+        of its own.
 
         The last token is never part of it: somebody wants the logits after it, so it has to be
         computed. Nothing is taken yet; see `adopt`.
         """
-        found = Table()
+        found = Table(content=root)
         if not self.caching:
             return found
         for start in range(0, len(token_ids) - self.block_size, self.block_size):
-            tokens = tuple(token_ids[start : start + self.block_size])
+            tokens = tuple(token_ids[start : start + self.num_key_tokens])
             block = self.block_by_key.get((found.content, tokens))
             if block is None:
                 break
@@ -122,8 +135,11 @@ class BlockManager:
         """
         if not self.caching:
             return
+        num_extra = self.num_key_tokens - self.block_size
+        num_tokens = min(num_tokens, len(token_ids) - num_extra)
         for i in range(table.num_named, num_tokens // self.block_size):
-            tokens = tuple(token_ids[i * self.block_size : (i + 1) * self.block_size])
+            start = i * self.block_size
+            tokens = tuple(token_ids[start : start + self.num_key_tokens])
             key = (table.content, tokens)
             known = self.block_by_key.get(key)
             if known is None:
@@ -134,6 +150,17 @@ class BlockManager:
                 self.blocks[known].key, self.blocks[known].content = key, self.num_contents
             table.content = self.blocks[known].content
             table.num_named = i + 1
+
+    def shrink(self, table: Table, num_tokens: int) -> None:
+        """Take back the blocks past those that hold `num_tokens` tokens; none of them has a
+        name.
+        """
+        while len(table.blocks) > -(-num_tokens // self.block_size):
+            i = table.blocks.pop()
+            self.blocks[i].num_users -= 1
+            assert self.blocks[i].num_users == 0 and self.blocks[i].key is None, self.blocks[i]
+            self.free[i] = None
+            self.free.move_to_end(i, last=False)  # empty: the first to be handed out
 
     def release(self, table: Table) -> None:
         """Give all blocks of `table` back and empty it.
@@ -149,6 +176,12 @@ class BlockManager:
                 if block.key is None:
                     self.free.move_to_end(i, last=False)  # empty: the first to be handed out
         table.blocks, table.num_named, table.content = [], 0, NO_PARENT
+
+    def forget(self) -> None:
+        """Make every block unfindable, those in use too; their users keep them."""
+        for i in self.block_by_key.values():
+            self.blocks[i].key = None
+        self.block_by_key.clear()
 
     def _take(self) -> int:
         """The block that was not used for the longest time; what was cached in it is forgotten."""
@@ -174,4 +207,14 @@ class BlockManager:
             assert block.key is None or self.block_by_key[block.key] == i, f"block {i}: {block}"
         for key, i in self.block_by_key.items():
             assert self.blocks[i].key == key, f"{key} leads to block {i}: {self.blocks[i]}"
-            assert len(key[1]) == self.block_size, key
+            assert len(key[1]) == self.num_key_tokens, key
+
+
+def root_of(salt: str | None, adapter: int = 0) -> int:
+    """The content number under which texts of a salt and an adapter (its serial number, 0 for
+    none) begin; negative, where no block's is. An empty salt is none for an adapter."""
+    if salt is None and not adapter:
+        return NO_PARENT
+    data, owner = (salt or "").encode("utf-8", "surrogatepass"), adapter.to_bytes(8, "little")
+    digest = hashlib.blake2b(data, digest_size=16, person=owner).digest()
+    return -1 - int.from_bytes(digest, "little")

@@ -14,15 +14,25 @@ from torch import Tensor
 
 from ernie import kernels
 from ernie.config import ErnieConfig
+from ernie.model import ErnieModel
 from fastdeploy.engine.batch import Batch
 
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
-    """Keys and values of every layer, each `(L, B, P, G, d)`; uninitialised until written."""
+    """Keys and values of every layer, each `(L, B, P, G, r)`; uninitialised until written.
 
-    keys_LBPGd: Tensor
-    values_LBPGd: Tensor
+    r is the head width d, or with int8 a little more: see `ernie.kernels.write_cache`.
+
+    A drafting MTP block is a layer of its own, after the main ones.
+    """
+
+    keys_LBPGr: Tensor
+    values_LBPGr: Tensor
+
+    @property
+    def block_size(self) -> int:
+        return self.keys_LBPGr.shape[2]
 
     @classmethod
     def allocate(
@@ -32,13 +42,17 @@ class KVCache:
         block_size: int,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        drafting_layers: int = 0,
+        num_ranks: int = 1,
     ) -> KVCache:
+        """Room for the heads of one of `num_ranks` ranks."""
         shape = (
-            config.num_hidden_layers,
+            config.num_hidden_layers + drafting_layers,
             num_blocks,
             block_size,
-            config.num_key_value_heads,
-            config.head_dim,
+            config.num_key_value_heads // num_ranks,
+            kernels.cache_width(config.head_dim, dtype),
         )
         return cls(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2)))
 
@@ -52,23 +66,40 @@ class PagedAttend:
 
     def __call__(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, *, layer: int) -> Tensor:
         batch = self.batch
-        keys_BPGd, values_BPGd = self.cache.keys_LBPGd[layer], self.cache.values_LBPGd[layer]
-        kernels.write_cache(k_TGd, v_TGd, keys_BPGd, values_BPGd, batch.slots_T)
+        keys_BPGr, values_BPGr = self.cache.keys_LBPGr[layer], self.cache.values_LBPGr[layer]
         return kernels.attend_paged(
             q_THd,
-            keys_BPGd,
-            values_BPGd,
+            keys_BPGr,
+            values_BPGr,
             batch.tables_SM,
             batch.cu_seqlens_S1,
             batch.lens_S,
             q_THd.shape[-1] ** -0.5,
+            (k_TGd, v_TGd, batch.slots_T),
         )
 
 
-def block_bytes(config: ErnieConfig, block_size: int, dtype: torch.dtype) -> int:
+def cache_dtype(name: str, model: ErnieModel) -> torch.dtype:
+    """The dtype that `kv_cache_dtype` stands for.
+
+    "auto" keeps float32 beside float32 weights. Otherwise it takes two bytes: float16 on a CPU,
+    where it costs nothing more and is eight times as fine as bfloat16, and on a GPU the bfloat16 of
+    the activations.
+    """
+    if name != "auto":
+        return getattr(torch, name)
+    if model.model.norm.weight.dtype == torch.float32:
+        return torch.float32
+    return torch.float16 if model.device.type == "cpu" else torch.bfloat16
+
+
+def block_bytes(
+    config: ErnieConfig, block_size: int, dtype: torch.dtype, *, drafting_layers: int = 0
+) -> int:
     """Memory of one block: keys and values of all layers."""
-    width = config.num_key_value_heads * config.head_dim
-    return 2 * config.num_hidden_layers * block_size * width * dtype.itemsize
+    layers = config.num_hidden_layers + drafting_layers
+    width = config.num_key_value_heads * kernels.cache_width(config.head_dim, dtype)
+    return 2 * layers * block_size * width * dtype.itemsize
 
 
 def free_bytes(device: torch.device) -> int:

@@ -8,19 +8,29 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
+import torch
+
+from ernie.adapters import Adapter
 from ernie.model import ErnieModel
 from ernie.settings import ConfigError
 from fastdeploy.config import EngineConfig
+from fastdeploy.engine.adapters import Adapters
 from fastdeploy.engine.batch import BatchBuilder
 from fastdeploy.engine.blocks import BlockManager
-from fastdeploy.engine.cache import KVCache, block_bytes, free_bytes
-from fastdeploy.engine.request import Request, Status, TokenOutput, check_prompt
-from fastdeploy.engine.runner import Runner
+from fastdeploy.engine.cache import KVCache, block_bytes, cache_dtype, free_bytes
+from fastdeploy.engine.graphs import cuda_recorder
+from fastdeploy.engine.ranks import Ranks
+from fastdeploy.engine.request import Request, Status, TokenOutput, check_params, check_prompt
+from fastdeploy.engine.runner import Runner, on
 from fastdeploy.engine.sampler import Choice, Sampler
 from fastdeploy.engine.scheduler import Scheduler
+from fastdeploy.engine.speculative import make_drafter, num_ahead
+from fastdeploy.engine.thinking import ThinkTags
+from fastdeploy.engine.weights import HostCopy, Source, read_weights
 from fastdeploy.errors import RequestError
 from fastdeploy.sampling import SamplingParams
 
@@ -39,43 +49,91 @@ class Stats:
     num_hit_tokens: int  # of these, found in the prefix cache
     num_generated_tokens: int
     num_steps: int
+    num_drafts: int  # how often drafts of a request were verified
+    num_draft_tokens: int  # tokens of these drafts
+    num_accepted_tokens: int  # of these, became known
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens that a request gained in a step that verified drafts for it, on average."""
+        return 1 + self.num_accepted_tokens / max(self.num_drafts, 1)
 
 
 class Engine:
-    """A model with its cache. `config` must be resolved (see `EngineConfig.resolved`)."""
+    """A model with its cache. `config` must be resolved (see `EngineConfig.resolved`).
+
+    Besides work there are three ways to rest, each a method: `pause` holds or ends what is running,
+    `sleep` gives memory back, `update_weights` changes the model. With `ranks` the model is this
+    rank's slice, and each of the others holds its own.
+    """
 
     def __init__(
-        self, model: ErnieModel, config: EngineConfig, eos_ids: Iterable[int] = ()
+        self,
+        model: ErnieModel,
+        config: EngineConfig,
+        eos_ids: Iterable[int] = (),
+        think_tags: ThinkTags | None = None,
+        *,
+        rebuild: Callable[[ErnieModel], ErnieModel] = lambda model: model,
+        ranks: Ranks | None = None,
     ) -> None:
+        """`rebuild` makes the form of `model` from a plain one; needed to update weights."""
         assert config.max_num_batched_tokens is not None, "the config is not resolved"
         self.config = config
         self.vocab_size = model.config.vocab_size
         self.eos_ids = frozenset(eos_ids)
-        num_blocks = num_cache_blocks(model, config)
-        cache = KVCache.allocate(
-            model.config, num_blocks, config.block_size, model.activation_dtype, model.device
+        self.think_tags = think_tags
+        self.early_stop = config.early_stop()
+        self.rebuild, self.ranks = rebuild, ranks
+        self.device, self.dtype = model.device, model.model.embed_tokens.weight.dtype
+        num_blocks = num_cache_blocks(model, config, ranks)
+        self.allocate = partial(
+            KVCache.allocate,
+            model.config,
+            block_size=config.block_size,
+            dtype=cache_dtype(config.kv_cache_dtype, model),
+            device=model.device,
+            drafting_layers=int(config.has_mtp),
+            num_ranks=ranks.size if ranks else 1,
         )
+        if ranks:
+            ranks.call(
+                "allocate",
+                num_blocks=num_blocks,
+                block_size=config.block_size,
+                dtype=config.kv_cache_dtype,
+            )
         builder = BatchBuilder(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_blocks=-(-config.max_model_len // config.block_size),
             block_size=config.block_size,
-            device=model.device,
+            device=torch.device("cpu") if ranks else model.device,  # to be sent from there
         )
-        self.runner = Runner(model.eval(), cache, builder)
+        self.runner = Runner(model.eval(), self.allocate(num_blocks=num_blocks), builder, ranks)
+        self.adapters = Adapters(model, config)
         self.sampler = Sampler(self.vocab_size)
         self.blocks = BlockManager(
-            num_blocks, config.block_size, caching=config.enable_prefix_caching
+            num_blocks,
+            config.block_size,
+            caching=config.enable_prefix_caching,
+            reads_next=config.has_mtp,
         )
+        self.drafter = make_drafter(config.speculation, self.runner)
         self.scheduler = Scheduler(
             self.blocks,
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
             chunked_prefill=config.enable_chunked_prefill,
+            num_ahead=num_ahead(config.speculation),
         )
         self.requests: dict[str, Request] = {}
+        self.news: list[TokenOutput] = []  # aborts that the next step reports
+        self.paused = self.asleep = False
+        self.host_copy: HostCopy | None = None
         self.seeds = random.Random(config.seed)
         self.num_generated = self.num_steps = 0
+        self._record_decoding()
 
     def add(
         self,
@@ -85,11 +143,17 @@ class Engine:
         *,
         seed: int | None = None,
         sample_index: int = 0,
-        banned_ids: Iterable[int] = (),
+        banned: Iterable[Sequence[int]] = (),
+        priority: int = 0,
+        cache_salt: str | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         """Queue one sample of a request. Raises RequestError for what cannot be served.
 
-        `seed` stands in for a missing `params.seed`; samples of one request share it.
+        `seed` stands in for a missing `params.seed`; samples of one request share it. Lower
+        `priority` runs first. Texts share cached blocks only with texts of the same `cache_salt`
+        and the same `adapter` (one of `self.adapters`, None for the model as it is). None of the
+        token sequences in `banned` is generated.
         """
         if request_id in self.requests:
             raise RequestError(f"there is a request {request_id!r} already; choose another id")
@@ -103,35 +167,38 @@ class Engine:
             seed=self.new_seed() if seed is None else seed,
             max_model_len=self.config.max_model_len,
             eos_ids=self.eos_ids,
-            banned_ids=frozenset(banned_ids) | frozenset(params.bad_words_token_ids or ()),
+            banned=[*banned, *([token] for token in params.bad_words_token_ids or ())],
             sample_index=sample_index,
+            priority=priority,
+            cache_salt=cache_salt,
+            think_tags=self.think_tags,
+            early_stop=self.early_stop,
+            adapter=adapter,
         )
         self.requests[request_id] = request
         self.scheduler.add(request)
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Raise RequestError if the engine cannot serve this prompt with these settings."""
-        params.validate()
+        self._refuse_while_resting()
+        check_params(params, self.vocab_size, self.config, thinks=self.think_tags is not None)
         check_prompt(prompt_ids, self.vocab_size, self.config.max_model_len, params.min_tokens)
-        for name in ("stop_token_ids", "bad_words_token_ids", "logit_bias"):
-            for token in getattr(params, name) or ():
-                if token >= self.vocab_size:
-                    raise RequestError(
-                        f"{name} has token {token}; the vocabulary ends at {self.vocab_size - 1}",
-                        param=name,
-                    )
-        for name in ("logprobs", "prompt_logprobs"):
-            wanted = getattr(params, name)
-            if wanted is None:
-                continue
-            if not self.config.enable_logprob:
-                raise RequestError(
-                    f"{name} is not enabled; start with enable_logprob (--enable-logprob)",
-                    param=name,
-                )
-            most = self.config.max_logprobs
-            if most >= 0 and (wanted > most or wanted < 0):
-                raise RequestError(f"{name}={wanted} is more than max_logprobs={most}", param=name)
+
+    def load_adapter(self, name: str, adapter: Adapter) -> None:
+        """Offer an adapter (see `Adapters.read`) under a name, from the next step on.
+
+        Raises RequestError if the name is taken, or if there are max_loras in memory already:
+        loaded, or unloaded and still in use.
+        """
+        in_use = {r.adapter for r in self.requests.values() if r.adapter is not None}
+        self.adapters.add(name, adapter, in_use)
+
+    def unload_adapter(self, name: str) -> None:
+        """Offer an adapter no longer. Requests that have it finish with it, and then it is gone.
+
+        Raises RequestError if there is none of that name.
+        """
+        self.adapters.remove(name)
 
     def new_seed(self) -> int:
         """A seed for a request that names none; the sequence depends on the engine's own seed."""
@@ -142,18 +209,142 @@ class Engine:
         request = self.requests.pop(request_id, None)
         if request is not None:
             self.scheduler.finish(request)
+        self.news = [output for output in self.news if output.request_id != request_id]
 
     @property
     def has_work(self) -> bool:
-        return bool(self.requests)
+        """Whether `step` has something to do or to say."""
+        return bool(self.news or (self.requests and not self.paused and not self.asleep))
+
+    @property
+    def is_alive(self) -> bool:
+        """False once a rank is lost, even before a step has met with it."""
+        return self.ranks is None or self.ranks.are_alive
 
     def step(self) -> list[TokenOutput]:
-        """Compute one batch and return what became known in it."""
+        """Compute one batch and return what became known in it. Raises RequestError while the
+        engine rests.
+        """
+        if self.news:
+            outputs, self.news = self.news, []
+            return outputs
+        self._refuse_while_resting()
         schedule = self.scheduler.schedule()
         logits_RV = self.runner.run(schedule)
         choices = self.sampler(logits_RV, schedule.parts)
-        grown = self.scheduler.update(schedule, [choice.token for choice in choices])
+        tokens = [[choice.token for choice in some] for some in choices]
+        grown = self.scheduler.update(schedule, tokens)
+        if self.drafter is not None:
+            with on(self.device):
+                self.drafter(schedule)
         return self._report(grown, choices)
+
+    def pause(self, mode: str = "abort") -> None:
+        """Refuse new requests until `resume`. Those there are: "abort" ends them, "keep" holds
+        them.
+        """
+        if mode not in ("abort", "keep"):
+            raise RequestError(f"mode={mode!r} is not known; use abort or keep", param="mode")
+        self.paused = True
+        for request in list(self.requests.values()) if mode == "abort" else ():
+            self.abort(request.id)
+            metrics, num_cached = request.metrics, request.num_cached
+            self.news.append(
+                TokenOutput(request.id, None, None, None, "abort", metrics, num_cached)
+            )
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        self.paused = False
+
+    def reset_prefix_cache(self) -> None:
+        """Forget the cached texts: nothing that was computed before is found again."""
+        self.blocks.forget()
+
+    def sleep(self, level: int = 1) -> None:
+        """Free the memory of the cache until `wake_up`, and that of the weights.
+
+        Level 1 keeps the weights in the host's memory, which on a CPU is where they are anyway.
+        Level 2 drops them: they come back from a folder. Held requests are computed again.
+        """
+        if level not in (1, 2):
+            raise RequestError(f"level={level!r} is not known; use 1 or 2", param="level")
+        self._refuse_while_running("sleep")
+        self._start_over()
+        self.runner.graphs = None
+        self.runner.cache = self.allocate(num_blocks=0)
+        if level == 2:
+            model, self.host_copy = self.runner.model, None
+            self.runner.model = ErnieModel(model.config, dtype=self.dtype, device="meta")
+        elif self.device.type != "cpu" and self.has_weights and self.host_copy is None:
+            self.host_copy = HostCopy(self.runner.model)
+        self.asleep = True
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake_up(self, source: Source | None = None) -> None:
+        """End `sleep`. Weights that were freed, and not given anew by `update_weights`, are read
+        from `source`.
+        """
+        if not self.asleep:
+            return
+        if not self.has_weights:
+            if source is None:
+                raise RequestError("the weights are freed; give them back by update_weights first")
+            self.update_weights(source)
+        if self.host_copy is not None:
+            self.host_copy.restore()
+            self.host_copy = None
+        self.runner.cache = self.allocate(num_blocks=len(self.blocks.blocks))
+        self.asleep = False
+        self._record_decoding()
+
+    @property
+    def has_weights(self) -> bool:
+        """False after `sleep(level=2)`, until they are given back."""
+        return self.runner.model.device.type != "meta"
+
+    def update_weights(self, source: Source) -> None:
+        """Go on with other weights, which `read_weights` describes; the engine must be paused or
+        have nothing to do. Held requests are computed again with the new weights.
+
+        Raises RequestError or CheckpointError, with everything as it was.
+        """
+        self._refuse_while_running("update_weights")
+        plain = read_weights(source, self.runner.model.config, self.dtype, self.device)
+        self.runner.model = self.rebuild(plain).eval()
+        self.host_copy = None
+        self._start_over()
+        if not self.asleep:
+            self._record_decoding()
+
+    def _record_decoding(self) -> None:
+        """Recordings hold the addresses of weights and cache: where these move, there are new
+        ones."""
+        if self.config.use_cudagraph:
+            self.runner.record_decoding(cuda_recorder())
+
+    def _start_over(self) -> None:
+        self.scheduler.preempt_all()
+        self.blocks.forget()
+
+    def _refuse_while_running(self, what: str) -> None:
+        if self.ranks:
+            raise RequestError(
+                f"{what} is not available with tensor_parallel_size={self.ranks.size}; "
+                "restart the engine instead",
+                status=409,
+            )
+        if self.requests and not self.paused and not self.asleep:
+            raise RequestError(
+                f"{what} with {len(self.requests)} requests in work; pause first", status=409
+            )
+
+    def _refuse_while_resting(self) -> None:
+        if self.asleep:
+            raise RequestError("the engine sleeps; wake it up first", status=503)
+        if self.paused:
+            raise RequestError("the engine is paused; resume it first", status=503)
 
     def stats(self) -> Stats:
         blocks, scheduler = self.blocks, self.scheduler
@@ -168,48 +359,64 @@ class Engine:
             num_hit_tokens=scheduler.num_hit_tokens,
             num_generated_tokens=self.num_generated,
             num_steps=self.num_steps,
+            num_drafts=scheduler.num_drafts,
+            num_draft_tokens=scheduler.num_draft_tokens,
+            num_accepted_tokens=scheduler.num_accepted_tokens,
         )
 
-    def _report(self, grown: Sequence[Request], choices: Sequence[Choice]) -> list[TokenOutput]:
+    def _report(
+        self, grown: Sequence[tuple[Request, int]], choices: Sequence[Sequence[Choice]]
+    ) -> list[TokenOutput]:
+        """A report for each token that became known: the first ones of a request's choices."""
         now, outputs = time.monotonic(), []
         self.num_steps += 1
-        self.num_generated += len(grown)
-        for request, choice in zip(grown, choices):
-            first = request.num_output == 1
+        for (request, num_taken), some in zip(grown, choices):
+            self.num_generated += num_taken
+            first = request.num_output == num_taken
             if first:
                 request.metrics.first_token_time = now
             if request.status is Status.FINISHED:
                 request.metrics.finished_time = now
                 del self.requests[request.id]
-            scores = request.params.prompt_logprobs is not None
-            outputs.append(
+            reports = [
                 TokenOutput(
                     request_id=request.id,
                     token=choice.token,
+                    logprob=choice.logprob,
                     logprobs=choice.logprobs,
-                    finish_reason=request.finish_reason(),
+                    finish_reason=None,
                     metrics=request.metrics,
                     num_cached=request.num_cached,
-                    prompt_logprobs=(request.prompt_logprobs or [None])
-                    if first and scores
-                    else None,
                 )
-            )
+                for choice in some[:num_taken]
+            ]
+            reports[-1].finish_reason = request.finish_reason()
+            if first and request.params.prompt_logprobs is not None:
+                reports[0].prompt_logprobs = request.prompt_logprobs or [None]
+            outputs += reports
         return outputs
 
 
-def num_cache_blocks(model: ErnieModel, config: EngineConfig) -> int:
+def num_cache_blocks(model: ErnieModel, config: EngineConfig, ranks: Ranks | None = None) -> int:
     """Blocks of the pool: as many as memory allows, but not more than all seats can ever fill.
 
     Raises ConfigError when they do not hold a single text of max_model_len.
     """
     per_text = -(-config.max_model_len // config.block_size)
-    size = block_bytes(model.config, config.block_size, model.activation_dtype)
+    size = block_bytes(
+        model.config,
+        config.block_size,
+        cache_dtype(config.kv_cache_dtype, model),
+        drafting_layers=int(config.has_mtp),
+    )
     if config.num_gpu_blocks_override is not None:
         num_blocks = config.num_gpu_blocks_override
         advice = f"use num_gpu_blocks_override={per_text} or more, or a smaller max_model_len"
     else:
-        memory = int(free_bytes(model.device) * config.gpu_memory_utilization)
+        free = free_bytes(model.device)
+        if ranks and model.device.type == "cuda":  # else all ranks take from the same memory
+            free = min(free, *ranks.call("free_bytes")) * ranks.size
+        memory = int(free * config.gpu_memory_utilization)
         num_blocks = min(memory // size, config.max_num_seqs * per_text)
         advice = f"free memory ({per_text * size / 2**30:.2f} GiB needed) or lower max_model_len"
     if num_blocks < per_text:

@@ -2,18 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import ernie
+from ernie import kernels
 from ernie.chat import ChatTemplate, NoTemplate, stop_ids
+from ernie.checkpoint.hub import resolve
+from ernie.config import ErnieConfig
+from ernie.fused import WHOLE, Shard, check_shard, fuse, fuse_head, fused_block, shallow_copy
 from ernie.model import ErnieModel
+from ernie.quant.scheme import Scheme, read_scheme
 from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
+from fastdeploy.engine.ranks import Ranks
+from fastdeploy.engine.thinking import ThinkTags
 from fastdeploy.sampling import recommended
 
 
@@ -33,25 +42,116 @@ def load(config: EngineConfig, model: ErnieModel | None = None) -> Loaded:
 
     Raises ConfigError and the errors of `ernie.load`, each one sentence.
     """
-    device = pick_device(config.device)
-    if model is None:
-        model = ernie.load(config.model, dtype=getattr(torch, config.dtype), device=device)
+    device = pick_device(config.device, config.tensor_parallel_size)
+    ranks = None
+    if config.tensor_parallel_size > 1:
+        if model is not None:
+            raise ConfigError(
+                f"tensor_parallel_size={config.tensor_parallel_size} needs a folder that every "
+                "process can read, not a model in memory; save it first, or use 1"
+            )
+        model, ranks = start_ranks(config, device)
+    elif model is None:
+        model = read_model(config, device)
+    else:  # the caller keeps the plain one
+        model = served(shallow_copy(model), config)
+    try:
+        return _around(model, config, ranks)
+    except BaseException:
+        if ranks:
+            ranks.stop()
+        raise
+
+
+def read_model(config: EngineConfig, device: torch.device, shard: Shard = WHOLE) -> ErnieModel:
+    """The inference form of the model in a folder, of which only one block is ever whole."""
+    folder = resolve(config.model)
+    scheme = _scheme(ErnieConfig.from_folder(folder), config)
+    model = ernie.load(
+        folder,
+        dtype=getattr(torch, config.dtype),
+        device=device,
+        keep_integers=True,
+        swap_block=lambda block: fused_block(block, scheme, shard),
+    )
+    return fuse_head(model, scheme, shard)
+
+
+def start_ranks(config: EngineConfig, device: torch.device) -> tuple[ErnieModel, Ranks]:
+    """Rank 0's slice and the other ranks, each with its own; all read at the same time.
+
+    Raises ConfigError, before a process is started, where a size cannot be shared out.
+    """
+    config = dataclasses.replace(config, model=str(resolve(config.model)))
+    check_shard(ErnieConfig.from_folder(config.model), config.tensor_parallel_size)
+    ranks = Ranks.start(config, device)
+    try:
+        model = read_model(config, ranks.group.device, ranks.group.shard)
+        ranks.connect()
+    except BaseException:
+        ranks.stop()
+        raise
+    return model, ranks
+
+
+def _around(model: ErnieModel, config: EngineConfig, ranks: Ranks | None) -> Loaded:
+    """The engine of a fused model, and the text around it."""
+    try:
+        kernels.batch_invariant(config.batch_invariant, model.device.type)
+    except ValueError as error:
+        raise ConfigError(f"batch_invariant: {error}") from None
     tokenizer = Tokenizer.from_folder(config.tokenizer) if config.tokenizer else model.tokenizer
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
         raise ConfigError(
             f"the tokenizer has {tokenizer.vocab_size} entries and the model's vocabulary "
             f"{model.config.vocab_size}; they do not belong together"
         )
+    config = _with_cache_of_scheme(config, model.config)
     config = config.resolved(
         max_positions=model.config.max_position_embeddings, device_type=model.device.type
     )
     ends = stop_ids(tokenizer) if tokenizer else model.config.eos_token_ids
-    engine = Engine(model, config, ends)
+    tags = ThinkTags.of(tokenizer, config.think_stop_sentence)
+    rebuild = partial(served, config=config)
+    engine = Engine(model, config, ends, tags, rebuild=rebuild, ranks=ranks)
     defaults = recommended(getattr(model, "generation_config", None) or {})
     return Loaded(engine, config, tokenizer, _template(config, tokenizer), defaults)
 
 
-def pick_device(name: str) -> torch.device:
+def served(model: ErnieModel, config: EngineConfig) -> ErnieModel:
+    """The form in which the engine runs a plain model, whose blocks are swapped in place.
+
+    Raises ConfigError for a scheme that is not known, or that is asked of a quantised folder.
+    """
+    return fuse(model, _scheme(model.config, config))
+
+
+def _scheme(model: ErnieConfig, config: EngineConfig) -> Scheme | None:
+    if config.quantization and "quantization_config" in model.extra:
+        raise ConfigError(
+            f"quantization={config.quantization} is asked for, but the folder's weights are "
+            "quantised already; leave it out"
+        )
+    return read_scheme(config.quantization, has_experts=model.is_moe)
+
+
+def _with_cache_of_scheme(config: EngineConfig, model: ErnieConfig) -> EngineConfig:
+    """`config` with the cache's dtype where the quantisation names one."""
+    scheme = _scheme(model, config)
+    written = model.extra.get("quantization_config", {}).get("kv_cache")
+    named = scheme.kv_cache if scheme else written
+    if named is None or config.kv_cache_dtype == named:
+        return config
+    if config.kv_cache_dtype != "auto":
+        raise ConfigError(
+            f"kv_cache_dtype={config.kv_cache_dtype}, but the quantisation says {named}; leave out "
+            "one of the two"
+        )
+    return dataclasses.replace(config, kv_cache_dtype=named)
+
+
+def pick_device(name: str, num_ranks: int = 1) -> torch.device:
+    """The device of rank 0. Raises ConfigError where there is no GPU for each rank."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -61,6 +161,12 @@ def pick_device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(
             f"device={name!r}, but there is no GPU that torch can use; use cpu or auto"
+        )
+    if device.type == "cuda" and (device.index or 0) + num_ranks > torch.cuda.device_count():
+        raise ConfigError(
+            f"tensor_parallel_size={num_ranks} with device={name!r} takes GPUs up to number "
+            f"{(device.index or 0) + num_ranks - 1}, but there are {torch.cuda.device_count()}; "
+            "use fewer ranks, or device=cpu"
         )
     return device
 

@@ -39,18 +39,13 @@ def chat_prompt(
     return template.encode(tokenizer, messages, tools=tools, **options).token_ids
 
 
-def banned_ids(tokenizer: Tokenizer | None, params: SamplingParams) -> frozenset[int]:
-    """The tokens of `bad_words`, each as it stands and with a space in front."""
-    banned = set()
+def banned_sequences(
+    tokenizer: Tokenizer | None, params: SamplingParams
+) -> frozenset[tuple[int, ...]]:
+    """The tokens of each of `bad_words`, as it stands and with a space in front."""
+    banned: set[tuple[int, ...]] = set()
     for word in params.bad_words or ():
         if tokenizer is None:
             raise RequestError("bad_words needs a tokenizer, and the model has none")
-        encoded = [tokenizer.encode(text) for text in (word, " " + word)]
-        single = [ids[0] for ids in encoded if len(ids) == 1]
-        if not single:
-            raise RequestError(
-                f"bad_words has {word!r}, which is several tokens; only single ones can be banned",
-                param="bad_words",
-            )
-        banned.update(single)
+        banned.update(tuple(tokenizer.encode(text)) for text in (word, " " + word))
     return frozenset(banned)

@@ -2,6 +2,7 @@
 
     known tokens      prompt, then what was generated      num_known
     computed tokens   those whose keys and values are in the cache      num_computed
+    drafts            guesses of what follows the known tokens, to be verified by the next step
 
 There are no phases. Reading a prompt, going on after a preemption and generating are the same
 thing: computed tokens chase known tokens, and when they have caught up, a new token becomes known.
@@ -13,15 +14,21 @@ the prefix cache. Imports no torch.
 from __future__ import annotations
 
 import enum
+import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from fastdeploy.engine.blocks import Table
+from fastdeploy.config import EarlyStop, EngineConfig
+from fastdeploy.engine.blocks import Table, root_of
+from fastdeploy.engine.thinking import Thinking, ThinkTags
 from fastdeploy.errors import RequestError
 from fastdeploy.outputs import RequestMetrics, TokenLogprobs
 from fastdeploy.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from ernie.adapters import Adapter
 
 
 class Status(enum.Enum):
@@ -42,8 +49,13 @@ class Request:
         seed: int,
         max_model_len: int,
         eos_ids: Iterable[int] = (),
-        banned_ids: Iterable[int] = (),
+        banned: Collection[Sequence[int]] = (),
         sample_index: int = 0,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        think_tags: ThinkTags | None = None,
+        early_stop: EarlyStop | None = None,
+        adapter: Adapter | None = None,
     ) -> None:
         self.id = request_id
         self.params = params
@@ -51,15 +63,30 @@ class Request:
         self.token_ids = list(prompt_ids)
         self.num_prompt = len(self.token_ids)
         self.num_computed = 0
+        self.draft_ids: list[int] = []
+        self.drafter_notes: Any = None
         self.status = Status.WAITING
+        self.priority = priority  # lower runs first
+        self.arrival = 0  # number in the order of arrival; the scheduler gives it
         self.table = Table()
+        self.adapter = adapter  # also once it is unloaded: a text is finished as it was begun
+        self.cache_root = root_of(cache_salt, adapter.serial if adapter else 0)
         self.seat = -1  # while running: the row that is this request's in tensors of the runner
         self.metrics = RequestMetrics(arrival_time=time.monotonic())
         self.num_cached = 0  # prompt tokens that were in the cache when it was first admitted
         self.num_preemptions = 0
         self.prompt_logprobs: list[TokenLogprobs | None] = []
         self.sampler_notes: Any = None
-        self.banned_ids = frozenset(banned_ids)
+        # Sequences that may not be generated: single tokens, and those of several.
+        self.banned_ids = frozenset(ids[0] for ids in banned if len(ids) == 1)
+        self.banned_runs = tuple(tuple(ids) for ids in banned if len(ids) > 1)
+        self.thinking = (
+            Thinking(think_tags, params.reasoning_max_tokens, self.token_ids)
+            if think_tags is not None and params.reasoning_max_tokens is not None
+            else None
+        )
+        self.early_stop = early_stop
+        self.num_sure = 0  # newest tokens in a row of which the model was sure
         stops = frozenset(params.stop_token_ids or ())
         self.stop_ids = stops if params.ignore_eos else stops | frozenset(eos_ids)
         room = max_model_len - self.num_prompt
@@ -81,14 +108,36 @@ class Request:
         return self.num_prompt - max(1, len(self.prompt_logprobs))
 
     @property
-    def may_stop(self) -> bool:
-        """Whether the next token may be one that ends the text."""
-        return self.num_output + 1 >= self.params.min_tokens
+    def max_len(self) -> int:
+        """Tokens of the text at most, prompt and answer together."""
+        return self.num_prompt + self.max_output
+
+    def may_stop(self, num_drafts: int = 0) -> bool:
+        """Whether the next token, or the one after so many drafts, may be one that ends the
+        text.
+        """
+        return self.num_output + num_drafts + 1 >= self.params.min_tokens
+
+    @property
+    def wants_logprob(self) -> bool:
+        """Whether somebody wants to know how likely each chosen token was."""
+        params = self.params
+        is_ranked = params.num_samples > params.n
+        return params.logprobs is not None or is_ranked or self.early_stop is not None
+
+    def watch(self, logprob: float) -> None:
+        """Take note of how likely the newest choice was, for early stops."""
+        if self.early_stop is not None:
+            is_sure = logprob > math.log(self.early_stop.threshold)
+            self.num_sure = self.num_sure + 1 if is_sure else 0
 
     def finish_reason(self) -> str | None:
         """Why the text ends after its newest token, None when it goes on."""
-        if self.token_ids[-1] in self.stop_ids and self.num_output >= self.params.min_tokens:
-            return "stop"
+        if self.num_output >= self.params.min_tokens:
+            if self.token_ids[-1] in self.stop_ids:
+                return "stop"
+            if self.early_stop is not None and self.num_sure >= self.early_stop.window_size:
+                return "repetition"
         return "length" if self.num_output >= self.max_output else None
 
 
@@ -98,8 +147,9 @@ class TokenOutput:
 
     request_id: str
     token: int | None
-    logprobs: TokenLogprobs | None
-    finish_reason: str | None
+    logprob: float | None  # of the token in the raw logits, where somebody wanted to know
+    logprobs: TokenLogprobs | None  # as the user asked for them
+    finish_reason: str | None  # stop, repetition, length or abort
     metrics: RequestMetrics
     num_cached: int
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first token, if wanted
@@ -127,3 +177,34 @@ def check_prompt(
             "max_model_len",
             param="prompt",
         )
+
+
+def check_params(
+    params: SamplingParams, vocab_size: int, config: EngineConfig, *, thinks: bool
+) -> None:
+    """Refuse settings that are out of range, or that this engine cannot honour."""
+    params.validate()
+    for name in ("stop_token_ids", "bad_words_token_ids", "logit_bias"):
+        for token in getattr(params, name) or ():
+            if token >= vocab_size:
+                raise RequestError(
+                    f"{name} has token {token}; the vocabulary ends at {vocab_size - 1}",
+                    param=name,
+                )
+    if params.reasoning_max_tokens is not None and not thinks:
+        raise RequestError(
+            "reasoning_max_tokens is given, but this model has no tags around its thoughts; "
+            "use max_tokens, which bounds the whole answer",
+            param="reasoning_max_tokens",
+        )
+    for name in ("logprobs", "prompt_logprobs"):
+        wanted = getattr(params, name)
+        if wanted is None:
+            continue
+        if not config.enable_logprob:
+            raise RequestError(
+                f"{name} is not enabled; start with enable_logprob (--enable-logprob)", param=name
+            )
+        most = config.max_logprobs
+        if most >= 0 and (wanted > most or wanted < 0):
+            raise RequestError(f"{name}={wanted} is more than max_logprobs={most}", param=name)

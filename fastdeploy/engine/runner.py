@@ -2,29 +2,81 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
 from ernie.model import ErnieModel
-from fastdeploy.engine.batch import BatchBuilder
+from fastdeploy.engine.batch import Batch, BatchBuilder
 from fastdeploy.engine.cache import KVCache, PagedAttend
+from fastdeploy.engine.graphs import DecodeGraphs, FixedBatch, Record
+from fastdeploy.engine.ranks import Ranks
 from fastdeploy.engine.scheduler import Schedule
 
 
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """The device made this thread's current one: Triton starts its kernels there."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
 class Runner:
-    def __init__(self, model: ErnieModel, cache: KVCache, batches: BatchBuilder) -> None:
+    """On a rank above 0 there are no `batches` to build: rank 0 sends them."""
+
+    def __init__(
+        self,
+        model: ErnieModel,
+        cache: KVCache,
+        batches: BatchBuilder | None,
+        ranks: Ranks | None = None,
+    ) -> None:
         self.model = model
         self.cache = cache
         self.batches = batches
+        self.batch: Batch | None = None
+        self.hidden_TD: Tensor | None = None
+        self.ranks = ranks
+        self.graphs: DecodeGraphs | None = None
 
     @torch.inference_mode()
+    def record_decoding(self, record: Record) -> None:
+        """Have decode steps run as recordings; see `fastdeploy.engine.graphs`."""
+        assert self.batches is not None and self.ranks is None, "steps of one process only"
+        inputs = FixedBatch(*self.batches.tables.shape, self.model.device)
+        with on(self.model.device):
+            self.graphs = DecodeGraphs(self._forward, inputs, record)
+            self.graphs.record_all()
+
     def run(self, schedule: Schedule) -> Tensor:
         """Compute the tokens of a step; returns the wanted logits, float32 `(R, V)`, by part."""
+        assert self.batches is not None, "rank 0 decides what is run"
         batch = self.batches.build(schedule)
+        if self.ranks is None:
+            return self.compute(batch)
+        with self.ranks.watched():
+            self.ranks.send(batch)
+            return self.compute(batch.to(self.model.device))
+
+    @torch.inference_mode()
+    def compute(self, batch: Batch) -> Tensor:
+        """What every rank does with a batch; only rank 0 gets whole rows of logits."""
+        graphs = self.graphs
+        forward = graphs.run if graphs is not None and graphs.takes(batch) else self._forward
+        with on(self.model.device):
+            hidden_TD, logits_RV = forward(batch)
+        self.batch, self.hidden_TD = batch, hidden_TD  # for a drafter, until the next step
+        return logits_RV
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Hidden states `(T, D)` and the wanted logits `(R, V)`."""
         attend = PagedAttend(self.cache, batch)
-        hidden_TD = self.model.hidden(batch.token_ids_T, batch.positions_T, attend)
+        hidden_TD = self.model.hidden(
+            batch.token_ids_T, batch.positions_T, attend, adapters=batch.adapters
+        )
         if not len(batch.rows_R):
-            return hidden_TD.new_empty(0, self.model.config.vocab_size, dtype=torch.float32)
+            none_RV = hidden_TD.new_empty(0, self.model.config.vocab_size, dtype=torch.float32)
+            return hidden_TD, none_RV
+        wanted_RD = hidden_TD
         if len(batch.rows_R) < len(hidden_TD):
-            hidden_TD = hidden_TD[batch.rows_R]
-        return self.model.head(hidden_TD)
+            wanted_RD = hidden_TD[batch.rows_R]
+        return hidden_TD, self.model.head(wanted_RD)

@@ -2,11 +2,22 @@
 
     raw logits -> penalties, biases, bans -> greedy rows: argmax
                                           -> others: temperature, min_p, top_k, top_p, one draw
+                                          -> tokens that a request is forced to take
 
 A draw is the inverse of the cumulative distribution at one uniform number, which is made from the
 request's seed and the position of the token. So a seeded result does not depend on the neighbours
 in the batch, on chunking, or on a preemption in between. Log-probabilities are those of the raw
 logits.
+
+Verification of drafts. Logits after the last known token and after each draft come together:
+
+    known tokens       ... x        drafts a b c        logits after x, a, b, c
+    chosen from them   a b f g      accepted a b, then f; g continues a text that is not there
+
+Each row is treated as if the drafts before it had been generated: a token is chosen from it exactly
+as it would be without drafts, with the same uniform number. Tokens are kept up to the first that is
+not its draft. So speculation changes no token at all, drawn or greedy, and the distribution is
+unchanged because the draws are.
 
 Legend: R rows of logits, r rows that are treated alike, V vocabulary, K candidates.
 """
@@ -24,17 +35,20 @@ from torch import Tensor
 from fastdeploy.engine.request import Request
 from fastdeploy.engine.scheduler import Part
 from fastdeploy.outputs import Logprob, TokenLogprobs
+from fastdeploy.sampling import SamplingParams
 
 # A nucleus (top_p) is looked for among so many of the likeliest tokens, and among 16 times as many
 # where these do not hold enough probability: sorting a whole vocabulary takes milliseconds.
 NUM_CANDIDATES = 256
+LEAST_LOGPROB = -9999.0  # stands for impossible: JSON has no infinity
 MIN_TEMPERATURE = 1e-5  # below it the quotient could overflow; greedy to any precision
 
 
 @dataclass(slots=True)
 class Choice:
     token: int
-    logprobs: TokenLogprobs | None
+    logprob: float | None = None  # in the raw logits, for requests that want it
+    logprobs: TokenLogprobs | None = None  # as `params.logprobs` asks for them
 
 
 class Sampler:
@@ -42,54 +56,65 @@ class Sampler:
         self.vocab_size = vocab_size
 
     @torch.inference_mode()
-    def __call__(self, logits_RV: Tensor, parts: Sequence[Part]) -> list[Choice]:
-        """One choice for each part that chooses, in order; scores prompt tokens on the way.
+    def __call__(self, logits_RV: Tensor, parts: Sequence[Part]) -> list[list[Choice]]:
+        """The choices of each part that chooses, in order: its accepted drafts and one token more.
+        Scores prompt tokens on the way.
 
         Overwrites `logits_RV`.
         """
-        rows, requests, row = [], [], 0
+        rows: list[int] = []
+        choosing, row = [], 0
         for part in parts:
             if part.num_logits and part.request.num_to_score > 0:
                 self._score_prompt(logits_RV[row : row + part.num_logits], part)
             row += part.num_logits
             if part.chooses:
-                rows.append(row - 1)
-                requests.append(part.request)
-        if not requests:
+                rows += range(row - 1 - len(part.draft_ids), row)
+                choosing.append(part)
+        if not choosing:
             return []
         if len(rows) < len(logits_RV):
             logits_RV = logits_RV[rows]
-        described = [i for i, r in enumerate(requests) if r.params.logprobs is not None]
-        raw_rV = logits_RV[described] if described else None  # a copy, made before it is adjusted
-        tokens = self._choose(logits_RV, requests)
-        choices = [Choice(token, None) for token in tokens]
+        # The request of each row, and how many drafts stand before the token it chooses.
+        requests = [part.request for part in choosing for _ in range(len(part.draft_ids) + 1)]
+        offsets = [i for part in choosing for i in range(len(part.draft_ids) + 1)]
+        wanted = [i for i, request in enumerate(requests) if request.wants_logprob]
+        raw_rV = logits_RV[wanted] if wanted else None  # a copy, made before it is adjusted
+        self._adjust(logits_RV, choosing)
+        tokens = _choose(logits_RV, requests, offsets)
+        for i, request in enumerate(requests):
+            if request.thinking is not None:  # which has no drafts
+                forced = request.thinking.forced(request.token_ids)
+                tokens[i] = tokens[i] if forced is None else forced
+        choices = [Choice(token) for token in tokens]
         if raw_rV is not None:
-            scaled = _temperature_scaled(raw_rV, [requests[i] for i in described])
-            counts = [requests[i].params.logprobs or 0 for i in described]
-            for i, entry in zip(
-                described, describe(scaled, [tokens[i] for i in described], counts)
-            ):
-                choices[i].logprobs = entry
-        return choices
+            _add_logprobs(raw_rV, [requests[i] for i in wanted], [choices[i] for i in wanted])
+        return self._accepted(choices, choosing)
 
-    def _choose(self, logits_RV: Tensor, requests: Sequence[Request]) -> list[int]:
-        notes = [self._notes(request) for request in requests]
-        for row_V, note, request in zip(logits_RV, notes, requests):
+    def _adjust(self, logits_RV: Tensor, parts: Sequence[Part]) -> None:
+        row = 0
+        for part in parts:
+            note = self._notes(part.request)
             if note is not None:
-                note.adjust(row_V, request)
-        drawn = [i for i, request in enumerate(requests) if not request.params.is_greedy]
-        if len(drawn) < len(requests):
-            tokens = logits_RV.argmax(-1).tolist()
-        else:
-            tokens = [0] * len(requests)
-        if drawn:
-            chosen = _draw_rows(logits_RV[drawn], [requests[i] for i in drawn])
-            for i, token in zip(drawn, chosen):
-                tokens[i] = token
-        for note, token in zip(notes, tokens):
+                note.adjust_rows(logits_RV[row:], part.request, part.draft_ids)
+            row += len(part.draft_ids) + 1
+
+    def _accepted(self, choices: list[Choice], parts: Sequence[Part]) -> list[list[Choice]]:
+        """Of the choices of each part: those that are its drafts, and the first that is not."""
+        accepted, row = [], 0
+        for part in parts:
+            num_kept = 1
+            for choice, draft in zip(choices[row : row + len(part.draft_ids)], part.draft_ids):
+                if choice.token != draft:
+                    break
+                num_kept += 1
+            accepted.append(choices[row : row + num_kept])
+            row += len(part.draft_ids) + 1
+            note = self._notes(part.request)
             if note is not None:
-                note.add(token)
-        return tokens
+                for choice in accepted[-1]:
+                    note.add(choice.token)
+        return accepted
 
     def _notes(self, request: Request) -> Notes | None:
         if request.sampler_notes is None:
@@ -133,6 +158,7 @@ class Notes:
         self.biased = torch.tensor(list(bias), dtype=torch.int64)
         self.bias = torch.tensor(list(bias.values()), dtype=torch.float32)
         self.banned = torch.tensor(sorted(request.banned_ids), dtype=torch.int64)
+        self.runs = request.banned_runs
         self.stops = torch.tensor(sorted(request.stop_ids), dtype=torch.int64)
         for token in request.token_ids[request.num_prompt :]:
             self.add(token)
@@ -142,7 +168,23 @@ class Notes:
         self.seen[slot] = token
         self.generated[slot] += 1
 
-    def adjust(self, logits_V: Tensor, request: Request) -> None:
+    def adjust_rows(self, logits_RV: Tensor, request: Request, draft_ids: Sequence[int]) -> None:
+        """Adjust the logits after the known tokens, and those after each draft as if it and the
+        ones before it had been generated.
+        """
+        num_seen = len(self.slot_by_token)
+        ends = [*request.token_ids[request.num_prompt :], *draft_ids] if self.runs else []
+        for i in range(len(draft_ids) + 1):
+            if i:
+                self.add(draft_ids[i - 1])
+            self.adjust(logits_RV[i], may_stop=request.may_stop(i))
+            self._ban_runs(logits_RV[i], ends[: request.num_output + i])
+        for token in draft_ids:  # forget them again
+            self.generated[self.slot_by_token[token]] -= 1
+        while len(self.slot_by_token) > num_seen:
+            self.slot_by_token.popitem()
+
+    def adjust(self, logits_V: Tensor, *, may_stop: bool) -> None:
         """Penalties (Source: the definitions of OpenAI, for repetition of CTRL), biases, bans."""
         device = logits_V.device
         seen = self.seen[: len(self.slot_by_token)].to(device)
@@ -152,15 +194,22 @@ class Notes:
         logits_V[seen] = values - self.frequency * counts - self.presence * (counts > 0)
         logits_V[self.biased.to(device)] += self.bias.to(device)
         logits_V[self.banned.to(device)] = float("-inf")
-        if not request.may_stop:
+        if not may_stop:
             logits_V[self.stops.to(device)] = float("-inf")
+
+    def _ban_runs(self, logits_V: Tensor, generated_ids: Sequence[int]) -> None:
+        """Ban the last token of each sequence of which the others have just been generated."""
+        for *begin, last in self.runs:
+            if generated_ids[-len(begin) :] == begin:
+                logits_V[last] = float("-inf")
 
 
 def _needs_notes(request: Request) -> bool:
     p = request.params
     penalised = p.presence_penalty or p.frequency_penalty or p.repetition_penalty not in (None, 1)
     must_go_on = p.min_tokens > 1 and request.stop_ids
-    return bool(penalised or p.logit_bias or request.banned_ids or must_go_on)
+    banned = request.banned_ids or request.banned_runs
+    return bool(penalised or p.logit_bias or banned or must_go_on)
 
 
 def uniform(seed: tuple[int, int], position: int) -> float:
@@ -169,7 +218,22 @@ def uniform(seed: tuple[int, int], position: int) -> float:
     return (int.from_bytes(digest, "little") >> 11) * 2.0**-53
 
 
-def _draw_rows(logits_rV: Tensor, requests: Sequence[Request]) -> list[int]:
+def _choose(logits_RV: Tensor, requests: Sequence[Request], offsets: Sequence[int]) -> list[int]:
+    """A token for each row; `offsets`: drafts between the known tokens of its request and it."""
+    drawn = [i for i, request in enumerate(requests) if not request.params.is_greedy]
+    if len(drawn) == len(requests):
+        return _draw_rows(logits_RV, requests, offsets)
+    tokens = logits_RV.argmax(-1).tolist()
+    if drawn:
+        chosen = _draw_rows(
+            logits_RV[drawn], [requests[i] for i in drawn], [offsets[i] for i in drawn]
+        )
+        for i, token in zip(drawn, chosen):
+            tokens[i] = token
+    return tokens
+
+
+def _draw_rows(logits_rV: Tensor, requests: Sequence[Request], offsets: Sequence[int]) -> list[int]:
     def column(values: list, dtype: torch.dtype = torch.float64) -> Tensor:
         return torch.tensor(values, dtype=dtype, device=logits_rV.device)
 
@@ -178,7 +242,7 @@ def _draw_rows(logits_rV: Tensor, requests: Sequence[Request]) -> list[int]:
     min_p_r = column([p.min_p for p in params])
     top_k_r = column([max(p.top_k, 0) for p in params], torch.int64)
     top_p_r = column([1.0 if p.top_p is None else p.top_p for p in params])
-    uniform_r = column([uniform(r.seed, r.num_output) for r in requests])
+    uniform_r = column([uniform(r.seed, r.num_output + i) for r, i in zip(requests, offsets)])
     return draw(logits_rV, temperature_r, min_p_r, top_k_r, top_p_r, uniform_r).tolist()
 
 
@@ -246,13 +310,29 @@ def _invert(weights_rK: Tensor, uniform_r: Tensor) -> Tensor:
     )
 
 
+def _add_logprobs(raw_rV: Tensor, requests: Sequence[Request], choices: Sequence[Choice]) -> None:
+    """Say in each choice how likely it was, and describe it where the user wants that."""
+    tokens_r1 = torch.tensor([choice.token for choice in choices], device=raw_rV.device)[:, None]
+    logprobs_r = raw_rV.gather(-1, tokens_r1)[:, 0] - raw_rV.logsumexp(-1)
+    for request, choice, logprob in zip(requests, choices, logprobs_r.tolist()):
+        choice.logprob = logprob
+        request.watch(logprob)
+    described = [i for i, request in enumerate(requests) if request.params.logprobs is not None]
+    params = [requests[i].params for i in described]
+    shown_rV = _within_top_p(_temperature_scaled(raw_rV[described], params), params)
+    tokens = [choices[i].token for i in described]
+    entries = describe(shown_rV, tokens, [p.logprobs or 0 for p in params])
+    for i, entry in zip(described, entries):
+        choices[i].logprobs = entry
+
+
 def describe(
     logits_rV: Tensor, tokens: Sequence[int], num_top: Sequence[int]
 ) -> list[TokenLogprobs]:
     """Log-probability and rank of one token a row, and of the `num_top` likeliest (-1 = all)."""
     if not tokens:
         return []
-    logprobs_rV = logits_rV.float().log_softmax(-1)
+    logprobs_rV = logits_rV.float().log_softmax(-1).clamp_min(LEAST_LOGPROB)
     own_r1 = logprobs_rV.gather(-1, torch.tensor(tokens, device=logits_rV.device)[:, None])
     rank_r = (logprobs_rV > own_r1).sum(-1) + 1
     vocab_size = logits_rV.shape[-1]
@@ -269,12 +349,29 @@ def describe(
     return entries
 
 
-def _temperature_scaled(logits_rV: Tensor, requests: Sequence[Request]) -> Tensor:
+def _temperature_scaled(logits_rV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """Rows of requests that ask for it divided by their temperature, for `temp_scaled_logprobs`."""
-    wanted = [
-        (r.params.temperature or 1.0) if r.params.temp_scaled_logprobs else 1.0 for r in requests
-    ]
+    wanted = [(p.temperature or 1.0) if p.temp_scaled_logprobs else 1.0 for p in params]
     if all(value == 1.0 for value in wanted):
         return logits_rV
     divisor_r = torch.tensor(wanted, device=logits_rV.device).clamp_min(MIN_TEMPERATURE)
     return logits_rV / divisor_r[:, None]
+
+
+def _within_top_p(logits_rV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Rows of requests that ask for it without the tokens outside their nucleus, for
+    `top_p_normalized_logprobs`: the fewest likeliest tokens that together reach `top_p`.
+    """
+    rows = [i for i, p in enumerate(params) if p.top_p_normalized_logprobs and p.top_p is not None]
+    if not rows:
+        return logits_rV
+    top_p_r1 = torch.tensor(
+        [params[i].top_p for i in rows], dtype=torch.float64, device=logits_rV.device
+    )
+    probs_rV, order_rV = logits_rV[rows].double().softmax(-1).sort(descending=True, stable=True)
+    outside_rV = probs_rV.cumsum(-1) - probs_rV >= top_p_r1[:, None]
+    outside_rV[:, 0] = False  # top_p = 0 means the likeliest
+    outside_rV = torch.zeros_like(outside_rV).scatter(-1, order_rV, outside_rV)
+    logits_rV = logits_rV.clone()
+    logits_rV[rows] = logits_rV[rows].masked_fill(outside_rV, float("-inf"))
+    return logits_rV

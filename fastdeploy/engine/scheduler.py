@@ -2,16 +2,25 @@
 
 Every step has a budget of tokens. A running request asks for the tokens that it knows and has not
 computed; one that generates asks for one, one that reads its prompt for many and gets what the
-budget leaves (chunked prefill). Then waiting requests are admitted, first come, first served. When
-the cache is full, the request that was admitted last loses its blocks and returns to the head of
-the queue; what it generated is kept, and is computed again (preemption by recomputation).
+budget leaves (chunked prefill). Then waiting requests are admitted by priority, and among equals
+first come, first served. When the cache is full, the request that was admitted last among those of
+the lowest priority loses its blocks and returns to its place in the queue; what it generated is
+kept, and is computed again (preemption by recomputation). A waiting request never pushes out a
+running one.
+
+What is left of the budget goes to drafts: guesses of what will follow the known tokens of a request
+(see `speculative.py`), computed along with them and verified by the sampler. A draft is no known
+token. It never costs another text a token or a block: it comes last, and blocks that were added for
+it are given back before the next step is decided.
 
 Integers only: no tensor is touched here, and no decision is taken anywhere else.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import time
+from bisect import insort
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,19 +35,27 @@ MAX_SCORED_TOKENS = 128
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """The tokens of one request in a step: `token_ids[start : start + num_tokens]`."""
+    """The tokens of one request in a step: known ones from `start` on, then drafts."""
 
     request: Request
     start: int  # computed before: the position of the first token of the part
-    num_tokens: int
+    num_tokens: int  # drafts included
     # Blocks that joined the table in this step, its last ones. On admission that is the whole
     # table.
     new_blocks: list[int]
     # Logits are wanted after so many of the last tokens: 0 when known tokens remain to be computed,
-    # 1 to choose the next token, and more where tokens of the prompt are scored.
+    # 1 to choose the next token, one more for each draft, and more where tokens of the prompt are
+    # scored.
     num_logits: int
-    # Whether the last of these logits choose a new token.
+    # Whether the last of these logits (one, and one for each draft) choose new tokens.
     chooses: bool
+    draft_ids: Sequence[int] = ()
+
+    @property
+    def token_ids(self) -> list[int]:
+        """The ids of its tokens, drafts included."""
+        known_ids = self.request.token_ids[self.start : self.start + self.num_tokens]
+        return [*known_ids, *self.draft_ids] if self.draft_ids else known_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,24 +77,35 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         chunked_prefill: bool = True,
+        num_ahead: int = 0,
     ) -> None:
+        """`num_ahead`: positions past a step's tokens where whoever drafts the next ones writes."""
         assert max_num_batched_tokens >= max_num_seqs, "each running request needs one token a step"
         self.blocks = blocks
         self.max_num_batched_tokens = max_num_batched_tokens
         self.chunked_prefill = chunked_prefill
-        self.waiting: deque[Request] = deque()
-        self.running: list[Request] = []  # in order of admission
+        self.num_ahead = num_ahead
+        self.waiting: deque[Request] = deque()  # in order of priority and arrival
+        self.running: list[Request] = []  # in order of priority and admission
+        self.num_arrivals = 0
         self.seats = list(reversed(range(max_num_seqs)))  # rows of the runner that are not taken
         self.num_preemptions = 0
         self.num_prompt_tokens = 0  # of requests when they were first admitted
         self.num_hit_tokens = 0  # of these, found in the cache
+        self.num_drafts = 0  # parts with drafts
+        self.num_draft_tokens = 0
+        self.num_accepted_tokens = 0  # of these, became known
         self.refused: tuple[Request, int] | None = None  # with the number of free blocks there were
 
     def add(self, request: Request) -> None:
-        self.waiting.append(request)
+        self.num_arrivals += 1
+        request.arrival = self.num_arrivals
+        self._enqueue(request)
 
     def schedule(self) -> Schedule:
         """Decide the next step. Every request in it has its blocks when this returns."""
+        for request in self.running:
+            self.blocks.shrink(request.table, request.num_computed)
         schedule = Schedule()
         budget = self.max_num_batched_tokens
         num_preempted = self.num_preemptions
@@ -101,20 +129,32 @@ class Scheduler:
             request = self.waiting.popleft()
             schedule.parts.append(self._part(request, num_tokens, admitted=True))
             budget -= num_tokens
+        self._add_drafts(schedule.parts, budget)
         return schedule
 
-    def update(self, schedule: Schedule, chosen: Sequence[int]) -> list[Request]:
-        """Take the tokens that the step chose, one for each part that chooses, in order.
+    def update(
+        self, schedule: Schedule, chosen: Sequence[Sequence[int]]
+    ) -> list[tuple[Request, int]]:
+        """Take the tokens that the step chose, for each part that chooses, in order: its accepted
+        drafts and one more.
 
-        Returns the requests that got one. Finished ones have given back what they held.
+        Returns the requests that got some, and how many; none follows one that ends the text.
+        Finished requests have given back what they held.
         """
         tokens, grown = iter(chosen), []
         for part in schedule.parts:
             request = part.request
-            request.num_computed += part.num_tokens
+            request.num_computed += part.num_tokens - len(part.draft_ids)
             if part.chooses:
-                request.token_ids.append(next(tokens))
-                grown.append(request)
+                num_taken = _take(request, next(tokens))
+                request.draft_ids = []
+                request.num_computed += num_taken - 1
+                grown.append((request, num_taken))
+                if part.draft_ids:
+                    self.num_drafts += 1
+                    self.num_draft_tokens += len(part.draft_ids)
+                    self.num_accepted_tokens += num_taken - 1
+                self.blocks.name(request.table, request.token_ids, request.num_computed)
                 if request.finish_reason():
                     self.finish(request)
         return grown
@@ -128,6 +168,11 @@ class Scheduler:
             self.waiting.remove(request)
         request.status = Status.FINISHED
 
+    def preempt_all(self) -> None:
+        """Take the blocks of every running request away; all of them start anew."""
+        while self.running:
+            self._preempt_last()
+
     def check(self) -> None:
         """Assert what holds between two steps; for tests."""
         self.blocks.check([request.table for request in self.running])
@@ -136,6 +181,8 @@ class Scheduler:
         for request in self.running:
             assert request.num_computed < request.num_known, f"{request.id} has nothing to compute"
         assert all(not request.table.blocks for request in self.waiting)
+        assert list(self.waiting) == sorted(self.waiting, key=_place_in_queue)
+        assert self.running == sorted(self.running, key=_priority)
 
     def _num_wanted(self, request: Request, most: int) -> int:
         if request.num_to_score > 0:
@@ -147,16 +194,23 @@ class Scheduler:
         go.
         """
         while self.blocks.num_missing(request.table, num_tokens) > self.blocks.num_free:
-            victim = self.running.pop()
-            self._leave(victim)
-            victim.status = Status.WAITING
-            victim.num_computed = 0
-            victim.num_preemptions += 1
-            self.num_preemptions += 1
-            self.waiting.appendleft(victim)
-            if victim is request:
+            if self._preempt_last() is request:
                 return False
         return True
+
+    def _preempt_last(self) -> Request:
+        victim = self.running.pop()
+        self._leave(victim)
+        victim.status = Status.WAITING
+        victim.num_computed = 0
+        victim.draft_ids = []
+        victim.num_preemptions += 1
+        self.num_preemptions += 1
+        self._enqueue(victim)
+        return victim
+
+    def _enqueue(self, request: Request) -> None:
+        insort(self.waiting, request, key=_place_in_queue)
 
     def _admit(self, request: Request, budget: int) -> int:
         """Start a waiting request; returns how many tokens it computes first, 0 if it has to wait.
@@ -167,7 +221,7 @@ class Scheduler:
         if self.refused == (request, self.blocks.num_free):
             return 0  # nothing has changed: do not search a long text for hits in every step
         scores = request.num_to_score > 0
-        found = self.blocks.find(() if scores else request.token_ids)
+        found = self.blocks.find(() if scores else request.token_ids, request.cache_root)
         num_cached = len(found.blocks) * self.blocks.block_size
         rest = request.num_known - num_cached
         if rest > budget and not self.chunked_prefill:
@@ -181,7 +235,7 @@ class Scheduler:
         request.num_computed = num_cached
         request.seat = self.seats.pop()
         request.status = Status.RUNNING
-        self.running.append(request)
+        insort(self.running, request, key=_priority)
         if request.metrics.inference_start_time is None:
             request.metrics.inference_start_time = time.monotonic()
             request.num_cached = num_cached
@@ -204,7 +258,43 @@ class Scheduler:
             chooses=chooses,
         )
 
+    def _add_drafts(self, parts: list[Part], budget: int) -> None:
+        """Lengthen parts by the drafts of their requests, as far as budget and free blocks go."""
+        for i, part in enumerate(parts):
+            request, end = part.request, part.start + part.num_tokens
+            if not part.chooses or not (request.draft_ids or self.num_ahead):
+                continue
+            room = (len(request.table.blocks) + self.blocks.num_free) * self.blocks.block_size
+            draft_ids = request.draft_ids[: min(budget, room - end)]
+            budget -= len(draft_ids)
+            ahead = end + len(draft_ids) + self.num_ahead
+            added = self.blocks.grow(request.table, min(ahead, room, request.max_len))
+            parts[i] = dataclasses.replace(
+                part,
+                num_tokens=part.num_tokens + len(draft_ids),
+                new_blocks=part.new_blocks + added,
+                num_logits=part.num_logits + len(draft_ids),
+                draft_ids=draft_ids,
+            )
+
     def _leave(self, request: Request) -> None:
         self.blocks.release(request.table)
         self.seats.append(request.seat)
         request.seat = -1
+
+
+def _place_in_queue(request: Request) -> tuple[int, int]:
+    return request.priority, request.arrival
+
+
+def _priority(request: Request) -> int:
+    return request.priority
+
+
+def _take(request: Request, token_ids: Sequence[int]) -> int:
+    """Append tokens until one ends the text; returns how many."""
+    for count, token in enumerate(token_ids, 1):
+        request.token_ids.append(token)
+        if request.finish_reason():
+            return count
+    return len(token_ids)

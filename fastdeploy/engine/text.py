@@ -82,11 +82,14 @@ class Sample:
             return piece
         self.num_tokens += 1
         piece.token_ids.append(output.token)
+        piece.cumulative_logprob = output.logprob
         if output.logprobs is not None:
             piece.logprobs = [self._readable(output.logprobs)]
         ended_by_token = output.finish_reason == "stop"
         if ended_by_token and output.token in (self.params.stop_token_ids or ()):
             piece.stop_reason = output.token
+        if output.finish_reason == "repetition":
+            piece.finish_reason, piece.stop_reason = "stop", "repetition"
         hidden = ended_by_token and not self.params.include_stop_str_in_output
         piece.text = self._text([] if hidden else [output.token])
         if self.stops.matched is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hmac
+import json
 import logging
 import os
 import signal
@@ -24,6 +25,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ernie.adapters import Adapter
 from ernie.chat import ChatError
 from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer, TokenizerError
@@ -32,10 +34,19 @@ from fastdeploy.engine.loading import Loaded, load
 from fastdeploy.errors import RequestError
 from fastdeploy.metrics import Metrics
 from fastdeploy.sampling import filled
+from fastdeploy.server import adapters
 from fastdeploy.server.chat import ChatReply, chat_prompts
 from fastdeploy.server.completions import CompletionReply, completion_prompts
+from fastdeploy.server.control import add_control
 from fastdeploy.server.engine import ServerEngine, log_progress
-from fastdeploy.server.protocol import ChatRequest, Common, CompletionRequest, parse, read_json
+from fastdeploy.server.protocol import (
+    ChatRequest,
+    Common,
+    CompletionRequest,
+    parse,
+    read_json,
+    validated,
+)
 from fastdeploy.server.reply import Context, Reply, error_body
 from fastdeploy.server.stream import Disconnected, EventStream, while_connected
 
@@ -64,13 +75,8 @@ class Service:
     ) -> Response:
         """Serve one of the two generating endpoints."""
         self.metrics.requests.inc()
-        body = parse(kind, read_json(await self._read(request)))
-        if self.config.served_model_name and body.model != self.name:
-            raise RequestError(
-                f"there is no model {str(body.model)[:200]!r} here; use {self.name!r}",
-                param="model",
-                status=404,
-            )
+        body = parse(kind, read_json(await self.read(request)))
+        adapter = self._adapter(body.model)
         params = filled(body.sampling_params(), self.loaded.defaults)
         if isinstance(body, ChatRequest):
             prompts = chat_prompts(body, self.loaded)
@@ -79,8 +85,12 @@ class Service:
             prompts = completion_prompts(body, self.tokenizer)
             if body.echo and params.logprobs is not None:
                 params.prompt_logprobs = params.logprobs
-        answer = self.engine.submit(prompts, params)
-        context = Context(self.name, self.tokenizer, params.logprobs or 0, params.n)
+        salt = self._cache_salt(request, body)
+        answer = self.engine.submit(
+            prompts, params, priority=body.priority or 0, cache_salt=salt, adapter=adapter
+        )
+        name = self.name if adapter is None else str(body.model)
+        context = Context(name, self.tokenizer, params.logprobs or 0, params.n)
         reply = reply_kind(body, answer, context)
         if body.stream:
             return EventStream(reply.events(), on_close=answer.close)
@@ -91,7 +101,46 @@ class Service:
         finally:
             answer.close()
 
-    async def _read(self, request: Request) -> bytes:
+    def _adapter(self, model: str | None) -> Adapter | None:
+        """What the request's `model` names: an adapter, or (None) the model itself.
+
+        Other names mean the model too where none was given to it, unless there may be adapters: a
+        misspelt one would be answered by the wrong weights.
+        """
+        by_name = self.loaded.engine.adapters.by_name
+        if model in by_name:
+            return by_name[model]
+        given = self.config.served_model_name
+        known = {self.name} if given else {self.name, "default", None}
+        if (given or self.loaded.config.enable_lora) and model not in known:
+            names = ", ".join(map(repr, [self.name, *by_name]))
+            raise RequestError(
+                f"there is no model {str(model)[:200]!r} here; use {names}",
+                param="model",
+                status=404,
+            )
+        return None
+
+    async def load_adapter(self, request: Request) -> Response:
+        body = validated(adapters.LoadRequest, read_json(await self.read(request)))
+        adapters.check_is_not_the_model(body.lora_name, self.name)
+        await adapters.load(self.engine, body, self.config.lora_root)
+        return JSONResponse(self._card(body.lora_name, parent=self.name))
+
+    async def unload_adapter(self, request: Request) -> Response:
+        body = validated(adapters.UnloadRequest, read_json(await self.read(request)))
+        await self.engine.unload_adapter(body.lora_name)
+        return JSONResponse({"id": body.lora_name, "object": "model", "deleted": True})
+
+    def _cache_salt(self, request: Request, body: Common) -> str | None:
+        """What keeps the cached texts of one tenant from another: its key, and what it adds."""
+        headers = dict(request.scope["headers"])  # as the gate has read them
+        key = headers[b"authorization"].decode() if self.config.api_key else None
+        if key is None and body.cache_salt is None:
+            return None
+        return json.dumps([key, body.cache_salt])
+
+    async def read(self, request: Request) -> bytes:
         """The body, refused as soon as it is known to be too long."""
         most = self.config.max_body_mib * 2**20
         too_long = RequestError(
@@ -108,22 +157,27 @@ class Service:
         return bytes(body)
 
     def models(self) -> dict[str, Any]:
-        card = {
-            "id": self.name,
+        loaded = self.loaded.engine.adapters.by_name
+        cards = [self._card(self.name), *(self._card(name, parent=self.name) for name in loaded)]
+        return {"object": "list", "data": cards}
+
+    def _card(self, name: str, parent: str | None = None) -> dict[str, Any]:
+        return {
+            "id": name,
             "object": "model",
             "created": self.started,
             "owned_by": "FastDeploy",
             "root": self.name,
-            "parent": None,
+            "parent": parent,
             "max_model_len": self.loaded.config.max_model_len,
             "permission": [],
         }
-        return {"object": "list", "data": [card]}
 
 
 def create_app(loaded: Loaded, config: ServerConfig) -> FastAPI:
     """The server's routes around a loaded model; its lifespan starts and stops the engine."""
     service = Service(loaded, config)
+    adapters.load_modules(loaded.engine, config, service.name)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -150,6 +204,12 @@ def create_app(loaded: Loaded, config: ServerConfig) -> FastAPI:
     @app.get("/v1/models")
     async def models() -> Response:
         return JSONResponse(service.models())
+
+    if config.enable_control_api:
+        add_control(app, service.engine, service.read)
+    if loaded.config.enable_lora:
+        app.post("/v1/load_lora_adapter")(service.load_adapter)
+        app.post("/v1/unload_lora_adapter")(service.unload_adapter)
 
     @app.get("/health")
     @app.api_route("/ping", methods=["GET", "POST"])

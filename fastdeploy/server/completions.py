@@ -47,11 +47,12 @@ class CompletionReply(Reply):
         return self._choice(completion.index, completion, echo=bool(self.body.echo))
 
     def _choice(self, index: int, completion: CompletionOutput, *, echo: bool) -> dict[str, Any]:
-        prompt = self.answer.prompts[index // self.context.n] if echo else []
+        number = index // self.context.n
+        prompt = self.answer.prompts[number] if echo else []
         logprobs = None
         if completion.logprobs is not None:
             logprobs = Described(self.offsets[index])
-            for token, entry in zip(prompt, self.prompt_logprobs[index] if echo else ()):
+            for token, entry in zip(prompt, self.prompt_logprobs[number] if echo else ()):
                 logprobs.add(self.context.tokenizer.decode([token]), entry, self.context.num_top)
             for entry in completion.logprobs:
                 own = next(iter(entry.values()))

@@ -9,6 +9,7 @@ reports goes to the event loop, once a step. Everything else in `server` lives o
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import logging
 import queue
 import threading
@@ -16,10 +17,14 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
+from ernie.adapters import Adapter
+from ernie.checkpoint.folder import CheckpointError
+from ernie.settings import ConfigError
 from fastdeploy.engine.core import Stats
 from fastdeploy.engine.loading import Loaded
-from fastdeploy.engine.prompt import banned_ids
+from fastdeploy.engine.prompt import banned_sequences
 from fastdeploy.engine.request import TokenOutput
 from fastdeploy.engine.text import Sample
 from fastdeploy.errors import RequestError
@@ -29,7 +34,8 @@ from fastdeploy.sampling import SamplingParams
 log = logging.getLogger("fastdeploy")
 
 SECONDS_BETWEEN_LINES = 5.0
-MAX_SAMPLES_PER_REQUEST = 1024  # prompts times n
+USER_ERRORS = (RequestError, CheckpointError, ConfigError)
+MAX_SAMPLES_PER_REQUEST = 1024  # prompts times samples of each
 
 
 class EngineStopped(RequestError):
@@ -41,7 +47,7 @@ class EngineStopped(RequestError):
 
 @dataclass(slots=True)
 class Piece:
-    """News of one choice of an answer: choice i is sample `i % n` of prompt `i // n`."""
+    """News of one sample: choice i is sample `i % num_samples` of prompt `i // num_samples`."""
 
     choice: int
     completion: CompletionOutput
@@ -66,10 +72,13 @@ class Answer:
     Whoever got it from `submit` must `close` it, whatever happens.
     """
 
-    def __init__(self, engine: ServerEngine, prompts: Sequence[Sequence[int]], n: int) -> None:
+    def __init__(
+        self, engine: ServerEngine, prompts: Sequence[Sequence[int]], num_samples: int
+    ) -> None:
         self.engine = engine
         self.prompts = prompts
-        self.num_choices = len(prompts) * n
+        self.num_samples = num_samples  # of each prompt
+        self.num_choices = len(prompts) * num_samples
         self.samples: dict[str, tuple[int, Sample]] = {}  # open ones, by the engine's request id
         self.queue: asyncio.Queue[Piece | None] = asyncio.Queue()  # None: the engine has stopped
 
@@ -102,7 +111,10 @@ class ServerEngine:
         self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self.answers: set[Answer] = set()
         self.answer_by_id: dict[str, Answer] = {}
+        self.loading = asyncio.Lock()  # one adapter at a time, so that memory holds one too many
         self.num_submitted = 0
+        self.commands: set[concurrent.futures.Future[None]] = set()  # not yet obeyed
+        self.paused = False  # nothing is submitted; set before the engine is told
         self.failed = False
         self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -119,44 +131,89 @@ class ServerEngine:
 
     @property
     def is_alive(self) -> bool:
-        return self.thread.is_alive() and not self.failed
+        return self.thread.is_alive() and not self.failed and self.loaded.engine.is_alive
 
     def stats(self) -> Stats:
         return self.loaded.engine.stats()
 
-    def submit(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Answer:
+    def submit(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        adapter: Adapter | None = None,
+    ) -> Answer:
         """Queue every sample of every prompt. Raises RequestError, having queued nothing."""
         engine = self.loaded.engine
         if not self.is_alive:
             raise EngineStopped
+        if self.paused:
+            raise RequestError("the engine is paused; try again later", status=503)
         if len(self.answers) >= self.max_concurrency:
             raise RequestError(
                 f"{len(self.answers)} requests are in work already, as many as max_concurrency "
                 "allows; try again later",
                 status=429,
             )
-        if len(prompts) * params.n > MAX_SAMPLES_PER_REQUEST:
+        if len(prompts) * params.num_samples > MAX_SAMPLES_PER_REQUEST:
             raise RequestError(
-                f"{len(prompts)} prompts with n={params.n} are more than "
+                f"{len(prompts)} prompts with {params.num_samples} samples each are more than "
                 f"{MAX_SAMPLES_PER_REQUEST} texts; send them in several requests",
                 param="n",
             )
         for prompt_ids in prompts:
             engine.check(prompt_ids, params)
-        banned = banned_ids(self.loaded.tokenizer, params)
-        answer = Answer(self, prompts, params.n)
+        banned = banned_sequences(self.loaded.tokenizer, params)
+        answer = Answer(self, prompts, params.num_samples)
+        options = {
+            "banned": banned,
+            "priority": priority,
+            "cache_salt": cache_salt,
+            "adapter": adapter,
+        }
         self.answers.add(answer)
         for i, prompt_ids in enumerate(prompts):
             seed = engine.new_seed()
-            for index in range(params.n):
+            for index in range(params.num_samples):
                 self.num_submitted += 1
                 request_id = str(self.num_submitted)
-                choice = i * params.n + index
+                choice = i * params.num_samples + index
                 answer.samples[request_id] = choice, Sample(choice, params, self.loaded.tokenizer)
                 self.answer_by_id[request_id] = answer
                 add = partial(engine.add, request_id, prompt_ids, params, seed=seed)
-                self.inbox.put(partial(add, sample_index=index, banned_ids=banned))
+                self.inbox.put(partial(add, sample_index=index, **options))
         return answer
+
+    async def command(self, do: Callable[[], None]) -> None:
+        """Have the engine's thread do something between two steps; what the user did wrong in it
+        is raised here, anything else ends the thread.
+        """
+        if not self.is_alive:
+            raise EngineStopped
+        done: concurrent.futures.Future[None] = concurrent.futures.Future()
+        self.commands.add(done)
+
+        def obey() -> None:
+            if not done.set_running_or_notify_cancel():
+                return
+            try:
+                do()
+            except Exception as error:
+                done.set_exception(error)
+                if not isinstance(error, USER_ERRORS):
+                    raise
+            else:
+                done.set_result(None)
+
+        self.inbox.put(obey)
+        try:
+            await asyncio.wrap_future(done)
+        except (CheckpointError, ConfigError) as error:
+            raise RequestError(str(error)) from None
+        finally:
+            self.commands.discard(done)
 
     def forget(self, answer: Answer) -> None:
         for request_id in answer.samples:
@@ -164,6 +221,21 @@ class ServerEngine:
             self.inbox.put(partial(self.loaded.engine.abort, request_id))
         answer.samples.clear()
         self.answers.discard(answer)
+
+    async def load_adapter(self, name: str, folder: Path) -> None:
+        """Read an adapter while the engine works, and offer it from its next step on.
+
+        Raises RequestError and what reading raises.
+        """
+        engine = self.loaded.engine
+        async with self.loading:
+            engine.adapters.check_name(name)
+            adapter = await asyncio.to_thread(engine.adapters.read, folder)
+            await self.command(partial(engine.load_adapter, name, adapter))
+
+    async def unload_adapter(self, name: str) -> None:
+        """See `Engine.unload_adapter`."""
+        await self.command(partial(self.loaded.engine.unload_adapter, name))
 
     def _deliver(self, outputs: list[TokenOutput]) -> None:
         for output in outputs:
@@ -193,7 +265,7 @@ class ServerEngine:
         output.metrics.finished_time = output.metrics.finished_time or time.monotonic()
         ended = Ended(
             timing=output.metrics,
-            num_prompt=len(answer.prompts[choice // sample.params.n]),
+            num_prompt=len(answer.prompts[choice // answer.num_samples]),
             num_output=sample.num_tokens,
             finish_reason=completion.finish_reason or "abort",
             max_tokens=sample.params.max_tokens,
@@ -204,6 +276,9 @@ class ServerEngine:
         self.failed = True
         for answer in self.answers:
             answer.queue.put_nowait(None)
+        for command in self.commands:
+            if not command.done():
+                command.set_exception(EngineStopped())
 
     def _work(self) -> None:
         """The engine's thread: commands, then a step, and so on."""

@@ -67,7 +67,6 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "include_draft_logprobs": (None, False),
     "max_streaming_response_tokens": (None, 1),
     "use_beam_search": (None, False),
-    "priority": (None, 0),
 }
 MAX_NAMES_LOGGED = 100
 _logged: set[str] = set()
@@ -113,6 +112,8 @@ class Common(BaseModel):
     logits_processors_args: dict[str, Any] | None = None
     prompt_token_ids: list[int] | None = None
     return_token_ids: bool | None = False
+    priority: int | None = None  # lower runs first
+    cache_salt: str | None = Field(default=None, min_length=1, max_length=1024)
 
     def sampling_params(self) -> SamplingParams:
         """Raises RequestError naming the field that is out of range."""
@@ -167,6 +168,7 @@ class CompletionRequest(Common):
 
 
 Body = TypeVar("Body", bound=Common)
+Kind = TypeVar("Kind", bound=BaseModel)
 
 
 def read_json(body: bytes) -> dict[str, Any]:
@@ -192,19 +194,30 @@ def read_json(body: bytes) -> dict[str, Any]:
 
 def parse(kind: type[Body], values: dict[str, Any]) -> Body:
     """The request in a JSON object. Raises RequestError naming the field at fault."""
-    try:
-        body = kind.model_validate(values)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False)[0]
-        name = ".".join(str(part) for part in first["loc"][:1])
-        raise RequestError(f"{name}: {first['msg']}", param=name) from None
+    body = validated(kind, values)
     for name, value in (body.model_extra or {}).items():
         _check_extra(kind, name, value)
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options needs stream=true", param="stream_options")
     if body.prompt_logprobs is not None and body.stream:
         raise RequestError("prompt_logprobs cannot be streamed", param="prompt_logprobs")
+    if body.stream and (body.best_of or 1) > (body.n or 1):
+        raise RequestError(
+            f"best_of={body.best_of} cannot be streamed: which samples are the best is known at "
+            "the end; leave out stream or best_of",
+            param="best_of",
+        )
     return body
+
+
+def validated(kind: type[Kind], values: dict[str, Any]) -> Kind:
+    """Fields, types and ranges. Raises RequestError naming the field at fault."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        name = ".".join(str(part) for part in first["loc"][:1])
+        raise RequestError(f"{name}: {first['msg']}", param=name) from None
 
 
 def _check_extra(kind: type[Common], name: str, value: Any) -> None:

@@ -6,12 +6,12 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ernie.tokenizer import Tokenizer
 from fastdeploy.errors import RequestError
-from fastdeploy.outputs import CompletionOutput, Logprob, TokenLogprobs
+from fastdeploy.outputs import CompletionOutput, Logprob, TokenLogprobs, best
 from fastdeploy.server.engine import Answer, Piece
 from fastdeploy.server.protocol import Common
 
@@ -37,7 +37,7 @@ class Context:
     model: str  # as it is called in answers
     tokenizer: Tokenizer
     num_top: int  # likeliest tokens to list with each token
-    n: int
+    n: int  # choices for each prompt
 
 
 class Reply(ABC):
@@ -55,17 +55,27 @@ class Reply(ABC):
             "created": int(time.time()),
             "model": context.model,
         }
-        self.num_generated = [0] * answer.num_choices  # tokens of each choice
+        self.num_generated = [0] * answer.num_choices  # tokens of each sample
         self.num_cached = [0] * len(answer.prompts)
-        self.prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}
+        self.prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}  # by prompt
 
     async def whole(self) -> dict[str, Any]:
         pieces: list[list[CompletionOutput]] = [[] for _ in self.num_generated]
         async for piece in self.answer.pieces():
             self._take(piece)
             pieces[piece.choice].append(piece.completion)
-        choices = [self.choice(CompletionOutput.joined(collected)) for collected in pieces]
+        completions = self._best([CompletionOutput.joined(collected) for collected in pieces])
+        choices = [self.choice(completion) for completion in completions]
         return {**self.head, "choices": choices, "usage": self.usage()}
+
+    def _best(self, samples: list[CompletionOutput]) -> list[CompletionOutput]:
+        """The `n` best of the samples of each prompt, numbered through."""
+        num_samples, n = self.answer.num_samples, self.context.n
+        if num_samples == n:
+            return samples
+        firsts = range(0, len(samples), num_samples)
+        kept = [one for first in firsts for one in best(samples[first : first + num_samples], n)]
+        return [replace(one, index=i) for i, one in enumerate(kept)]
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         options = self.body.stream_options
@@ -118,7 +128,7 @@ class Reply(ABC):
         if self.body.prompt_logprobs is not None:
             fields["prompt_logprobs"] = [
                 entry and {token: asdict(value) for token, value in entry.items()}
-                for entry in self.prompt_logprobs[choice]
+                for entry in self.prompt_logprobs[choice // self.context.n]
             ]
         return fields
 
@@ -132,10 +142,11 @@ class Reply(ABC):
 
     def _take(self, piece: Piece) -> None:
         self.num_generated[piece.choice] += len(piece.completion.token_ids)
-        if piece.choice % self.context.n == 0:  # later samples hit the blocks of the first
-            self.num_cached[piece.choice // self.context.n] = piece.num_cached
+        prompt, sample = divmod(piece.choice, self.answer.num_samples)
+        if sample == 0:  # later samples hit the blocks of the first
+            self.num_cached[prompt] = piece.num_cached
         if piece.prompt_logprobs is not None:
-            self.prompt_logprobs[piece.choice] = piece.prompt_logprobs
+            self.prompt_logprobs[prompt] = piece.prompt_logprobs
 
 
 def likeliest(entry: TokenLogprobs, count: int) -> list[tuple[int, Logprob]]:

@@ -6,19 +6,23 @@ engine learns to do (a cache, a schedule, a draft, a kernel), it gets a row here
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
 
+import ernie
+from ernie.fused import fuse, shallow_copy
 from ernie.generate import generate
 from ernie.model import ErnieModel
 from ernie.models import TINY
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
+from fastdeploy.engine.loading import start_ranks
+from fastdeploy.engine.ranks import Ranks
 from fastdeploy.sampling import SamplingParams
 
 NUM_NEW = 24
@@ -45,6 +49,8 @@ class Row:
     staggered: bool = False  # a prompt arrives in every step instead of all before the first
     hits: bool | None = None  # whether tokens must (not) have come from the prefix cache
     preempts: bool = False  # whether requests must have been preempted
+    priorities: bool = False  # later prompts come before earlier ones, in twos
+    rests: bool = False  # the engine sleeps every few steps, with requests in work
 
 
 ENOUGH = {"num_gpu_blocks_override": 200, "block_size": 8, "max_num_seqs": 8}
@@ -76,53 +82,131 @@ ROWS = [
         rounds=2,
         preempts=True,
     ),
+    Row(
+        "preempted by priority",
+        {**ENOUGH, "num_gpu_blocks_override": 14},
+        staggered=True,
+        preempts=True,
+        priorities=True,
+    ),
+    Row("asleep now and then", ENOUGH, rounds=2, preempts=True, rests=True),
 ]
+DRAFTS = {
+    "n-gram": {"method": "ngram", "num_speculative_tokens": 4, "min_ngram_size": 1},
+    "MTP": {"method": "mtp", "num_speculative_tokens": 3},
+}
+WITH_DRAFTS = (
+    "as it comes",
+    "chunks of 8",
+    "blocks of 3",
+    "arriving in turn",
+    "second round hits",
+    "preempted",
+    "preempted in small chunks",
+)
+ROWS += [
+    replace(row, name=f"{row.name}, {name}", settings=row.settings | {"speculative_config": drafts})
+    for name, drafts in DRAFTS.items()
+    for row in ROWS
+    if row.name in WITH_DRAFTS
+]
+
+# The processes are started once for all of these.
+NAMES_OF_TWO_RANKS = (
+    "as it comes",
+    "as it comes, n-gram",
+    "chunks of 8",
+    "arriving in turn",
+    "hits in chunks",
+    "preempted in small chunks",
+)
+# Networks whose sizes two ranks can share.
+EVEN = {
+    "even-dense": replace(TINY["tiny-dense"], vocab_size=200),
+    "even-moe": replace(
+        TINY["tiny-moe"], num_attention_heads=6, num_key_value_heads=2, vocab_size=212
+    ),
+}
 
 
 @cache
 def model_and_answers(name: str) -> tuple[ErnieModel, list[list[int]]]:
     """A random model whose logits are far apart, and the plain generator's answers."""
-    torch.manual_seed(0)
-    model = ErnieModel(TINY[name], dtype=torch.float32)
+    model = ErnieModel(
+        replace((TINY | EVEN)[name], num_nextn_predict_layers=1), dtype=torch.float32
+    )
     model.init_weights(seed=1, std=0.3)
     return model, [list(generate(model, p, max_tokens=NUM_NEW)) for p in PROMPTS]
 
 
-def run(
-    engine: Engine, prompts: Sequence[list[int]], *, staggered: bool = False
-) -> list[list[int]]:
+def run(engine: Engine, prompts: Sequence[list[int]], row: Row) -> list[list[int]]:
     """Greedy answers to the prompts, with the books checked after every step."""
     params = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True)
     answers: dict[str, list[int]] = {str(i): [] for i in range(len(prompts))}
     waiting = [(str(i), prompt) for i, prompt in enumerate(prompts)]
     while waiting or engine.has_work:
-        for request_id, prompt in waiting[:1] if staggered else waiting:
-            engine.add(request_id, prompt, params)
-        waiting = waiting[1:] if staggered else []
+        for request_id, prompt in waiting[:1] if row.staggered else waiting:
+            priority = -(int(request_id) // 2) if row.priorities else 0
+            engine.add(request_id, prompt, params, priority=priority)
+        waiting = waiting[1:] if row.staggered else []
         for output in engine.step():
             answers[output.request_id].append(output.token)
         engine.scheduler.check()
+        if row.rests and engine.num_steps % 5 == 0:
+            engine.pause("keep")
+            engine.sleep()
+            engine.wake_up()
+            engine.resume()
     return list(answers.values())
 
 
-@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
-@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
-def test_greedy_tokens_equal_the_plain_generator(row: Row, name: str) -> None:
+def check(row: Row, name: str, ranks: Ranks | None = None, part: ErnieModel | None = None) -> None:
+    """Run a row; with `ranks`, over rank 0's `part` of the model and the parts of the others."""
     model, expected = model_and_answers(name)
     config = EngineConfig(model=name, max_model_len=MAX_LEN, **row.settings)
     config = config.resolved(max_positions=MAX_LEN, device_type="cpu")
-    engine = Engine(model, config)
+    engine = Engine(part or fuse(shallow_copy(model)), config, ranks=ranks)
     for _ in range(row.rounds):
-        answers = run(engine, PROMPTS, staggered=row.staggered)
+        answers = run(engine, PROMPTS, row)
         for i, (answer, wanted) in enumerate(zip(answers, expected)):
             assert answer == wanted, f"prompt {i} differs at {first_difference(answer, wanted)}"
     stats = engine.stats()
     assert stats.num_free_blocks == stats.num_blocks, f"blocks are held by nobody: {stats}"
     assert row.hits is None or (stats.num_hit_tokens > 0) == row.hits, f"{stats}"
     assert (stats.num_preemptions > 0) == row.preempts, f"{stats}"
+    assert (stats.num_draft_tokens > 0) == ("speculative_config" in row.settings), f"{stats}"
 
 
 @pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_greedy_tokens_equal_the_plain_generator(row: Row, name: str) -> None:
+    check(row, name)
+
+
+@pytest.fixture(scope="module", params=EVEN)
+def two_ranks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Ranks, ErnieModel]]:
+    """The name of a model, two processes that share it, and the slice of this one."""
+    folder = tmp_path_factory.mktemp("even")
+    ernie.save(model_and_answers(request.param)[0], folder)
+    config = EngineConfig(model=str(folder), dtype="float32", tensor_parallel_size=2)
+    part, ranks = start_ranks(config, torch.device("cpu"))
+    yield request.param, ranks, part
+    ranks.stop()
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(
+    "row", [r for r in ROWS if r.name in NAMES_OF_TWO_RANKS], ids=lambda r: r.name
+)
+def test_two_ranks_give_the_plain_generators_tokens(
+    row: Row, two_ranks: tuple[str, Ranks, ErnieModel]
+) -> None:
+    check(row, *two_ranks)
+
+
+@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe", *EVEN])
 def test_answers_differ_enough_for_the_table_to_mean_something(name: str) -> None:
     _, expected = model_and_answers(name)
     assert len({tuple(answer) for answer in expected}) == len(PROMPTS)

@@ -301,7 +301,8 @@ def test_without_a_compiler_plain_torch_runs_and_one_warning_says_why(
 
 def test_report_names_module_and_instruction_set(isa):
     assert kernels.report()["linear"] == f"ernie.kernels.cpu.products [{isa}]"
-    assert set(kernels.report()) == set(dispatch.OPERATIONS) == set(kernels.__all__) - {"report"}
+    assert set(kernels.report()) == set(dispatch.OPERATIONS)
+    assert set(dispatch.OPERATIONS) < set(kernels.__all__)
 
 
 def test_unknown_instruction_set_is_refused_by_name(monkeypatch, fresh):

@@ -6,70 +6,84 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from fastdeploy.engine.blocks import BlockManager, Table
+from fastdeploy.engine.blocks import BlockManager, Table, root_of
 
 NUM_BLOCKS, BLOCK_SIZE = 9, 3
 
 
 class Walk(RuleBasedStateMachine):
-    """Texts over three letters come, grow and go; `contents` plays the part of the tensors."""
+    """Texts over three letters come, grow and go; `contents` plays the part of the tensors.
+
+    A third of the texts has no salt, the others one of two; a block remembers its text's.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.manager = BlockManager(NUM_BLOCKS, BLOCK_SIZE)
-        self.texts: list[tuple[Table, list[int]]] = []
-        self.contents: dict[int, tuple[int, ...]] = {}  # the whole text up to a block's end
+        self.texts: list[tuple[Table, list[int], str | None]] = []
+        # Salt and whole text up to a block's end.
+        self.contents: dict[int, tuple[str | None, tuple[int, ...]]] = {}
 
-    def compute(self, table: Table, tokens: list[int]) -> None:
+    def compute(self, table: Table, tokens: list[int], salt: str | None) -> None:
         for i, block in enumerate(table.blocks):
-            self.contents[block] = tuple(tokens[: (i + 1) * BLOCK_SIZE])
+            self.contents[block] = salt, tuple(tokens[: (i + 1) * BLOCK_SIZE])
 
-    @rule(tokens=st.lists(st.integers(0, 2), min_size=1, max_size=20))
-    def admit(self, tokens: list[int]) -> None:
-        found = self.manager.find(tokens)
+    @rule(
+        tokens=st.lists(st.integers(0, 2), min_size=1, max_size=20),
+        salt=st.sampled_from([None, "a", "b"]),
+    )
+    def admit(self, tokens: list[int], salt: str | None) -> None:
+        found = self.manager.find(tokens, root_of(salt))
         assert len(found.blocks) * BLOCK_SIZE < len(tokens), "the last token must be computed"
         for i, block in enumerate(found.blocks):
-            assert self.contents[block] == tuple(tokens[: (i + 1) * BLOCK_SIZE]), "a wrong hit"
+            text = tuple(tokens[: (i + 1) * BLOCK_SIZE])
+            assert self.contents[block] == (salt, text), "a wrong hit"
         missing = self.manager.num_missing(found, len(tokens))
         if missing > self.manager.num_free_without(found):
             return
         self.manager.adopt(found)
         assert len(self.manager.grow(found, len(tokens))) == missing
-        self.compute(found, tokens)
+        self.compute(found, tokens, salt)
         self.manager.name(found, tokens, len(tokens))
-        self.texts.append((found, tokens))
+        self.texts.append((found, tokens, salt))
 
     @rule(which=st.integers(0, 99), more=st.lists(st.integers(0, 2), min_size=1, max_size=5))
     def grow(self, which: int, more: list[int]) -> None:
         if not self.texts:
             return
-        table, tokens = self.texts[which % len(self.texts)]
+        table, tokens, salt = self.texts[which % len(self.texts)]
         if self.manager.num_missing(table, len(tokens) + len(more)) > self.manager.num_free:
             return
         tokens += more
         self.manager.grow(table, len(tokens))
-        self.compute(table, tokens)
+        self.compute(table, tokens, salt)
         self.manager.name(table, tokens, len(tokens))
 
     @rule(which=st.integers(0, 99))
     def release(self, which: int) -> None:
         if self.texts:
-            table, _ = self.texts.pop(which % len(self.texts))
+            table, _, _ = self.texts.pop(which % len(self.texts))
             self.manager.release(table)
             assert not table.blocks
 
+    @rule()
+    def forget(self) -> None:
+        """What was computed before is wrong from now on, for those who come."""
+        self.manager.forget()
+        self.contents = dict.fromkeys(self.contents, (None, (-1,)))
+
     @invariant()
     def books_agree(self) -> None:
-        self.manager.check([table for table, _ in self.texts])
+        self.manager.check([table for table, _, _ in self.texts])
 
 
 TestWalk = Walk.TestCase
 TestWalk.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
-def held(manager: BlockManager, tokens: list[int]) -> Table:
+def held(manager: BlockManager, tokens: list[int], salt: str | None = None) -> Table:
     """A table that holds `tokens`, computed and named."""
-    table = manager.find(tokens)
+    table = manager.find(tokens, root_of(salt))
     manager.adopt(table)
     manager.grow(table, len(tokens))
     manager.name(table, tokens, len(tokens))
@@ -141,3 +155,36 @@ def test_without_caching_nothing_is_found() -> None:
     manager = BlockManager(8, 2, caching=False)
     manager.release(held(manager, [1, 1, 2, 2, 3]))
     assert manager.find([1, 1, 2, 2, 3]).blocks == []
+
+
+def test_texts_of_one_salt_are_found_under_no_other() -> None:
+    manager = BlockManager(20, 2)
+    text, salts = [1, 1, 2, 2, 3], (None, "a", "b", "")
+    tables = {salt: held(manager, text, salt) for salt in salts}
+    for salt in salts:
+        assert manager.find(text, root_of(salt)).blocks == tables[salt].blocks[:2], repr(salt)
+    assert manager.find(text, root_of("c")).blocks == []
+    assert len({block for table in tables.values() for block in table.blocks}) == 4 * 3
+
+
+def test_a_thousand_salts_leave_nothing_behind_but_blocks() -> None:
+    manager = BlockManager(6, 2)
+    for i in range(1000):
+        manager.release(held(manager, [1, 1, 2, 2, 3], f"tenant {i}"))
+    assert len(manager.block_by_key) <= 6
+    manager.check([])
+    known = {name: getattr(manager, name) for name in vars(manager)}
+    sizes = {name: len(value) for name, value in known.items() if hasattr(value, "__len__")}
+    assert max(sizes.values()) <= 6, sizes
+
+
+def test_what_is_forgotten_is_not_found_and_its_continuation_neither() -> None:
+    manager = BlockManager(8, 2)
+    manager.release(held(manager, [1, 1, 2, 2, 3]))
+    running = held(manager, [4, 4, 5, 5])
+    manager.forget()
+    manager.grow(running, 6)
+    manager.name(running, [4, 4, 5, 5, 6, 6], 6)
+    for text in ([1, 1, 2, 2, 3], [4, 4, 5, 5, 6, 6, 0]):
+        assert manager.find(text).blocks == [], text
+    manager.check([running])

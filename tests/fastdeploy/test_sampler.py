@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastdeploy.config import EarlyStop
 from fastdeploy.engine.request import Request
 from fastdeploy.engine.sampler import Sampler, draw, uniform
 from fastdeploy.engine.scheduler import Part
@@ -20,6 +21,7 @@ NUM_DRAWS = 20_000
 
 def request(prompt: list[int] | None = None, output: list[int] | None = None, **params: Any):
     extra = {"eos_ids": params.pop("eos_ids", ()), "seed": params.pop("draw_seed", 1)}
+    extra |= {name: params.pop(name) for name in ("banned", "early_stop") if name in params}
     one = Request("r", prompt or [1], SamplingParams(**params), max_model_len=10_000, **extra)
     one.token_ids += output or []
     return one
@@ -32,7 +34,7 @@ def part(one: Request) -> Part:
 
 def sample(logits_RV: Tensor, requests: list[Request]) -> list[int]:
     choices = Sampler(logits_RV.shape[-1])(logits_RV.clone(), [part(one) for one in requests])
-    return [choice.token for choice in choices]
+    return [choice.token for (choice,) in choices]
 
 
 def some_logits(seed: int = 0, rows: int = 1, scale: float = 2.0) -> Tensor:
@@ -150,9 +152,8 @@ def test_penalties_equal_their_formulas() -> None:
         frequency_penalty=0.25,
         repetition_penalty=1.5,
         logit_bias={8: 2.0},
-        bad_words_token_ids=[9],
+        banned=[(9,), (6, 5, 7, 10), (7, 11), (5, 12), (4, 4, 5, 6, 6, 6, 5, 7, 13)],
     )
-    one.banned_ids = frozenset([9])
     logits = some_logits(seed=4)
     adjusted = logits.clone()
     Sampler(VOCAB)(adjusted, [part(one)])
@@ -163,7 +164,8 @@ def test_penalties_equal_their_formulas() -> None:
             value = value / 1.5 if value > 0 else value * 1.5
         value -= 0.25 * count + 0.5 * (count > 0)
         value += 2.0 if token == 8 else 0.0
-        expected[token] = -math.inf if token == 9 else value
+        # Of the runs, 6 5 7 and 7 have just been generated; 5 has not, and 4 4 5 is the prompt's.
+        expected[token] = -math.inf if token in (9, 10, 11) else value
     torch.testing.assert_close(adjusted[0], expected)
 
 
@@ -191,13 +193,13 @@ def test_logprobs_are_those_of_the_raw_logits(num_top: int) -> None:
     logits = some_logits(rows=2)
     settings = {"temperature": 0.5, "top_k": 4, "presence_penalty": 1.0}
     plain, described = request(**settings), request(**settings, logprobs=num_top)
-    choices = Sampler(VOCAB)(logits.clone(), [part(plain), part(described)])
-    assert choices[0].logprobs is None
-    entry = choices[1].logprobs
+    (first,), (second,) = Sampler(VOCAB)(logits.clone(), [part(plain), part(described)])
+    assert first.logprobs is None
+    entry = second.logprobs
     expected_V = logits[1].double().log_softmax(-1)
     order = expected_V.argsort(descending=True).tolist()
-    wanted = {choices[1].token, *order[: VOCAB if num_top < 0 else num_top]}
-    assert set(entry) == wanted and next(iter(entry)) == choices[1].token
+    wanted = {second.token, *order[: VOCAB if num_top < 0 else num_top]}
+    assert set(entry) == wanted and next(iter(entry)) == second.token
     for token, value in entry.items():
         assert value.logprob == pytest.approx(expected_V[token].item(), abs=1e-5)
         assert value.rank == order.index(token) + 1
@@ -206,6 +208,46 @@ def test_logprobs_are_those_of_the_raw_logits(num_top: int) -> None:
 def test_temperature_scaled_logprobs() -> None:
     logits = some_logits()
     one = request(temperature=0.5, logprobs=0, temp_scaled_logprobs=True)
-    choice = Sampler(VOCAB)(logits.clone(), [part(one)])[0]
+    choice = Sampler(VOCAB)(logits.clone(), [part(one)])[0][0]
     expected = (logits[0] / 0.5).log_softmax(-1)[choice.token].item()
     assert choice.logprobs[choice.token].logprob == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("top_p", "temperature"), [(0.5, 1.0), (0.9, 0.5), (1.0, 1.0), (0.0, 1.0), (None, 1.0)]
+)
+def test_top_p_normalized_logprobs_add_up_within_the_nucleus(
+    top_p: float | None, temperature: float
+) -> None:
+    logits = some_logits(seed=2)
+    settings = {"temp_scaled_logprobs": True, "top_p_normalized_logprobs": True, "logprobs": -1}
+    one = request(temperature=temperature, top_p=top_p, **settings)
+    ((choice,),) = Sampler(VOCAB)(logits.clone(), [part(one)])
+    entry = choice.logprobs
+    share = 1.0 if top_p is None else max(top_p, 1e-9)
+    expected_V = kept_by_definition(logits[0], temperature, 0.0, 0, share)
+    for token, value in entry.items():
+        wanted = math.log(expected_V[token]) if expected_V[token] else -9999.0
+        assert value.logprob == pytest.approx(wanted, abs=1e-4), token
+    assert len(entry) == VOCAB
+
+
+def test_a_text_ends_when_the_model_was_sure_of_so_many_tokens_in_a_row() -> None:
+    one = request(early_stop=EarlyStop(window_size=3, threshold=0.9), temperature=0, min_tokens=0)
+    sure, unsure = torch.zeros(1, VOCAB), some_logits(scale=0.1)
+    sure[0, 7] = 20.0
+    reasons = []
+    for logits in (sure, sure, unsure, sure, sure, sure):
+        one.token_ids += sample(logits, [one])
+        reasons.append(one.finish_reason())
+    assert reasons == [None] * 5 + ["repetition"]
+
+
+def test_the_logprob_of_a_choice_is_known_to_those_who_need_it() -> None:
+    logits = some_logits(rows=3)
+    requests = [request(), request(best_of=2), request(early_stop=EarlyStop())]
+    choices = [some[0] for some in Sampler(VOCAB)(logits.clone(), [part(r) for r in requests])]
+    assert choices[0].logprob is None
+    for row, choice in enumerate(choices[1:], 1):
+        expected = logits[row].log_softmax(-1)[choice.token].item()
+        assert choice.logprob == pytest.approx(expected, abs=1e-5) and choice.logprobs is None

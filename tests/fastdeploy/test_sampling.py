@@ -32,9 +32,8 @@ REFUSED: list[tuple[str, Any]] = [
     *[("bad_words_token_ids", v) for v in ([-1], ["a"])],
     *[("logit_bias", v) for v in ({-1: 0}, {1: 101}, {1: NAN}, {"a": 1}, [1])],
     ("logits_processors_args", {"thinking_budget": 5}),
-    ("best_of", 3),
-    ("reasoning_max_tokens", 5),
-    ("top_p_normalized_logprobs", True),
+    *[("best_of", v) for v in (0, 129, 1.5, True)],
+    *[("reasoning_max_tokens", v) for v in (0, -1, 1.5, "9")],
 ]
 ACCEPTED: list[tuple[str, Any]] = [
     *[("n", v) for v in (1, 128)],
@@ -44,6 +43,8 @@ ACCEPTED: list[tuple[str, Any]] = [
     *[("top_p", v) for v in (0, 1, 0.5, None)],
     *[("top_k", v) for v in (-1, 0, 1, 10**6)],
     *[("seed", v) for v in (0, MAX_SEED, None)],
+    *[("best_of", v) for v in (1, 128, None)],
+    *[("reasoning_max_tokens", v) for v in (1, 10**6, None)],
     *[("max_tokens", v) for v in (1, 2**31, None)],
     *[("min_tokens", v) for v in (0, 1, 9)],
     *[("logprobs", v) for v in (-1, 0, 20, None)],
@@ -66,9 +67,18 @@ def test_a_value_in_range_is_kept(name: str, value: Any) -> None:
     assert kept == ([value] if name == "stop" and isinstance(value, str) else value)
 
 
-def test_min_tokens_may_not_exceed_max_tokens() -> None:
-    with pytest.raises(RequestError, match="min_tokens=5 is more than max_tokens=4"):
-        SamplingParams(min_tokens=5, max_tokens=4)
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens=5 is more than max_tokens=4"),
+        ({"best_of": 2, "n": 3}, "best_of=2 is less than n=3"),
+        ({"reasoning_max_tokens": 5, "max_tokens": 4}, "reasoning_max_tokens=5 is more than max_"),
+    ],
+)
+def test_settings_that_contradict_each_other(settings: dict[str, int], message: str) -> None:
+    with pytest.raises(RequestError, match=message) as caught:
+        SamplingParams(**settings)
+    assert caught.value.param == next(iter(settings))
 
 
 def test_logit_bias_of_processor_arguments_is_converted_or_a_type_error() -> None:

@@ -228,7 +228,10 @@ BAD: list[tuple[str, Any, str | None]] = [
     ("text", {"prompt": [5] * MAX_LEN}, "prompt"),
     ("text", {"prompt": ["a"] * 100, "n": 100}, "n"),
     ("text", {"prompt": "a", "suffix": "b"}, "suffix"),
-    ("text", {"prompt": "a", "best_of": 3}, "best_of"),
+    ("text", {"prompt": "a", "best_of": 3, "stream": True}, "best_of"),
+    ("text", {"prompt": "a", "best_of": 2, "n": 3}, "best_of"),
+    ("text", {"prompt": "a", "priority": 0.5}, "priority"),
+    ("chat", {"reasoning_max_tokens": 5}, "reasoning_max_tokens"),
 ]
 
 
@@ -347,6 +350,31 @@ def test_the_server_stops_in_the_middle_of_a_stream(folder: Path) -> None:
 def app(folder: Path):
     config = EngineConfig(model=str(folder), max_model_len=64, dtype="float32")
     return create_app(load(config), ServerConfig(api_key=["k"]))
+
+
+def test_drafts_reach_the_client_in_order_and_are_counted(folder: Path, llm: LLM) -> None:
+    config = EngineConfig(
+        model=str(folder),
+        max_model_len=64,
+        dtype="float32",
+        speculative_config={"method": "ngram", "num_speculative_tokens": 3},
+    )
+    bias = {str(llm.tokenizer.encode("H")[0]): 100}  # the text is HHH...: every draft comes true
+    body = {"prompt": "x", "max_tokens": 30, "temperature": 0, "logit_bias": bias}
+    with TestClient(create_app(load(config), ServerConfig())) as client:
+        answer = client.post("/v1/completions", json=body).json()
+        choice = answer["choices"][0]
+        assert (choice["text"], choice["finish_reason"]) == ("H" * 30, "length")
+        body |= {"stream": True, "stop": ["HHHHHHH"], "include_stop_str_in_output": True}
+        lines = client.post("/v1/completions", json=body).text.splitlines()
+        events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        assert "".join(event["choices"][0]["text"] for event in events) == "H" * 7
+        text = client.get("/metrics").text
+    families = text_string_to_metric_families(text)
+    seen = {s.name: s.value for f in families for s in f.samples if "spec_decode" in s.name}
+    seen = {name.removeprefix("fastdeploy:spec_decode_"): n for name, n in seen.items()}
+    assert seen["num_accepted_tokens_total"] > 20 and seen["num_emitted_tokens_total"] >= 37
+    assert 0.8 < seen["draft_acceptance_rate"] <= seen["efficiency"] <= 1, f"{seen}"
 
 
 def test_every_route_but_health_wants_the_key(app) -> None:

@@ -6,8 +6,8 @@ neither torch's headers nor Python's. The result is kept in the user's cache fol
 that hashes the sources, the compiler and the flags; one library holds one instruction set. What
 cannot be built or loaded is a `BuildError` with one sentence.
 
-`ERNIE_CPU_ISA=scalar|avx2|avx512` asks for a lower instruction set than the processor's best
-("scalar" is the compiler's baseline: SSE2 or NEON).
+`ERNIE_CPU_ISA=scalar|avx2|avx512|avx512vnni` asks for a lower instruction set than the processor's
+best ("scalar" is the compiler's baseline: SSE2 or NEON).
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-fno-mat
 ISA_FLAGS = {
     "scalar": (),
     "avx2": ("-mavx2", "-mfma", "-mf16c"),
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c"),
+    "avx512": (
+        AVX512 := ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c")
+    ),
+    "avx512vnni": (*AVX512, "-mavx512vnni"),
 }
 ISA_BY_CAPABILITY = {"AVX2": "avx2", "AVX512": "avx512"}
 
@@ -51,6 +54,12 @@ SIGNATURES = {
     "attend_packed_backward": "plplplppppllllflpppp" + "i",
     "attend_paged": "p",
     "adamw": "ppippilp" + "i",
+    "packed_bytes": "p",
+    "quantize": "pillippp" + "i",
+    "pack": "pppp" + "i",
+    "project": "pllpp" + "pif" + "plp" + "i",
+    "mlp": "pllpp" + "pif" + "plp" + "i",
+    "moe": "pllpppppplf" + "pif" + "plp" + "i",
 }
 C_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float}
 
@@ -63,6 +72,8 @@ class BuildError(RuntimeError):
 def isa() -> str:
     """The instruction set in use: what `ERNIE_CPU_ISA` asks for, else the processor's best."""
     best = ISA_BY_CAPABILITY.get(torch.backends.cpu.get_cpu_capability(), "scalar")
+    if best == "avx512" and torch.cpu._is_vnni_supported():
+        best = "avx512vnni"
     asked = os.environ.get("ERNIE_CPU_ISA", best)
     usable = list(ISA_FLAGS)[: list(ISA_FLAGS).index(best) + 1]
     if asked not in usable:
@@ -83,6 +94,7 @@ def library() -> ctypes.CDLL:
         function = getattr(loaded, f"ernie_{name}")
         function.argtypes = [C_TYPES[code] for code in codes]
         function.restype = None
+    loaded.ernie_packed_bytes.restype = ctypes.c_long
     loaded.ernie_start.argtypes = [ctypes.c_void_p]
     loaded.ernie_start.restype = None
     loaded.ernie_start(ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p))

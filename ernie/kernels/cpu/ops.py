@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from ernie.kernels.cpu.attention import attend_packed, attend_paged, write_cache
 from ernie.kernels.cpu.build import BuildError, isa, library
+from ernie.kernels.cpu.fused import expert, mlp, moe, pack, project, quantize
 from ernie.kernels.cpu.pointwise import adamw_step, rms_norm, rotate, rotate_, swiglu
 from ernie.kernels.cpu.products import grouped_linear, linear
 
@@ -22,8 +23,14 @@ __all__ = [
     "attend_paged",
     "available",
     "detail",
+    "expert",
     "grouped_linear",
     "linear",
+    "mlp",
+    "moe",
+    "pack",
+    "project",
+    "quantize",
     "rms_norm",
     "rotate",
     "rotate_",

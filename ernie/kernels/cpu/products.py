@@ -19,7 +19,7 @@ from ernie.kernels.dispatch import is_batch_invariant
 
 # From so many rows on, torch's float32 product is faster than ours, by instruction set (measured on
 # Zen 4; with AVX-512 ours stays ahead).
-MANY_ROWS = {"scalar": 16, "avx2": 384, "avx512": 1 << 62}
+MANY_ROWS = {"scalar": 16, "avx2": 384, "avx512": 1 << 62, "avx512vnni": 1 << 62}
 BLOCK_WEIGHTS = 4 * 1024 * 1024  # weights converted at a time: 16 MiB of float32
 _buffers = threading.local()
 

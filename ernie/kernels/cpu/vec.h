@@ -174,6 +174,10 @@ ERNIE_INLINE float sum(vf v) {
 ERNIE_INLINE float largest(vf v) {
 #if defined(__AVX512F__)
     return _mm512_reduce_max_ps(v);
+#elif defined(__AVX2__)
+    __m128 most = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    most = _mm_max_ps(most, _mm_movehl_ps(most, most));
+    return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
 #else
     float lanes[VL];
     store(lanes, v);

@@ -1,0 +1,383 @@
+"""Adapters read from a folder in the format of the PEFT library, strictly.
+
+    adapter_config.json            rank, scale, which modules have a pair
+    adapter_model.safetensors      base_model.model.<module>.lora_A.weight (r, in), lora_B (out, r)
+
+Routed experts have one pair of stacked tensors for each of their two projections, `(E, r, in)` and
+`(E, out, r)`; no entry of `target_modules` names them.
+
+An adapter that would silently do less than it says is refused: every tensor must land on a module
+of the model, have its counterpart and the shape of its rank, and every module that is named must be
+there. So is every setting that changes the arithmetic and is not known here (DoRA, biases, trained
+modules and tokens, quantised forms), by its name.
+
+Legend: r rank of one module, R of all parts of a fused product, I/O in/out width, E experts.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ernie.adapters import Adapter, LayerPairs, Pair
+from ernie.checkpoint.folder import Stored, read_header
+from ernie.config import ErnieConfig
+from ernie.layers import Linear
+from ernie.model import ErnieModel
+from ernie.moe.experts import Experts
+from ernie.settings import ConfigError
+
+log = logging.getLogger(__name__)
+
+WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
+_TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+
+# Fused products and the modules that are their parts; `mlp` is the dense block or the shared
+# experts.
+PRODUCTS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "out": ("self_attn.o_proj",),
+    "gate_up": ("{mlp}.gate_proj", "{mlp}.up_proj"),
+    "down": ("{mlp}.down_proj",),
+    "experts.gate_up": ("mlp.experts.gate_up_proj",),
+    "experts.down": ("mlp.experts.down_proj",),
+}
+
+# Keys of adapter_config.json that are read, and those that cannot change what an adapter computes.
+# Any other key has to be null, false or empty.
+READ = {"r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern"}
+READ |= {"layers_to_transform", "peft_type", "bias", "init_lora_weights"}
+HARMLESS = {"task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"}
+HARMLESS |= {"lora_dropout", "peft_version", "megatron_core", "runtime_config"}
+HARMLESS |= {"qalora_group_size"}  # means something with use_qalora only
+# Other ways to begin move part of the base model into the adapter.
+BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What `adapter_config.json` says; see the documentation of `peft.LoraConfig`."""
+
+    origin: str
+    rank: int
+    alpha: float
+    is_rank_stabilised: bool
+    targets: str | Sequence[str]  # a pattern of whole names, or ends of names
+    rank_by_pattern: Mapping[str, int]
+    alpha_by_pattern: Mapping[str, float]
+    layers: Sequence[int] | None  # None: all
+
+    def wants(self, module: str) -> bool:
+        """Whether a module is named as one that has a pair."""
+        if isinstance(self.targets, str):
+            return re.fullmatch(self.targets, module) is not None
+        layer = int(module.split(".")[2])
+        return (self.layers is None or layer in self.layers) and any(
+            _ends_with(module, target) for target in self.targets
+        )
+
+    def rank_of(self, module: str) -> int:
+        return _by_pattern(self.rank_by_pattern, module, self.rank)
+
+    def scale_of(self, module: str) -> float:
+        """alpha / r, or alpha / sqrt(r) where ranks are stabilised (arXiv:2312.03732)."""
+        rank, alpha = self.rank_of(module), _by_pattern(self.alpha_by_pattern, module, self.alpha)
+        return alpha / (math.sqrt(rank) if self.is_rank_stabilised else rank)
+
+
+def read_adapter(
+    folder: str | Path,
+    config: ErnieConfig,
+    *,
+    max_rank: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Adapter:
+    """The adapter in `folder`, for a model of `config`, rounded once to `dtype`.
+
+    Raises ConfigError or CheckpointError, one sentence that names what does not fit.
+    """
+    settings = read_settings(Path(folder) / SETTINGS)
+    path = Path(folder) / WEIGHTS
+    if not path.is_file():
+        raise ConfigError(f"{folder} holds no {WEIGHTS}; give the folder of a saved LoRA adapter")
+    shapes = module_shapes(config)
+    stored = _matched(read_header(path), shapes, str(path))
+    _check_targets(settings, shapes, stored)
+    for module in stored:
+        _check_shapes(module, stored[module], shapes[module], settings, max_rank)
+    if not any(_values(pair["B"]).any() for pair in stored.values()):
+        log.warning("every lora_B in %s is zero: the adapter changes nothing", path)
+    layers = tuple(
+        _layer_pairs(config, layer, shapes, stored, settings, dtype, device)
+        for layer in range(config.num_hidden_layers)
+    )
+    tensors = [t for pairs in layers for pair in pairs.values() for t in (pair.a_RI, pair.b_OR)]
+    num_bytes = sum(t.numel() * t.element_size() for t in tensors)
+    return Adapter(layers, max(map(settings.rank_of, stored)), num_bytes)
+
+
+def module_shapes(config: ErnieConfig) -> dict[str, tuple[int, ...]]:
+    """The weights that an adapter can change, by module: `(O, I)`, of stacked experts `(E, O, I)`.
+
+    Projections of the main blocks; not embedding, head, routers, norms and prediction blocks.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, module in ErnieModel(config, device="meta").named_modules():
+        if not name.startswith("model.layers."):
+            continue
+        if isinstance(module, Linear):
+            shapes[name] = tuple(module.weight.shape)
+        elif isinstance(module, Experts):
+            shapes[f"{name}.gate_up_proj"] = tuple(module.gate_up_proj.shape)
+            shapes[f"{name}.down_proj"] = tuple(module.down_proj.shape)
+    return shapes
+
+
+# --- adapter_config.json ---
+
+
+def read_settings(path: Path) -> Settings:
+    """Raises ConfigError for what is missing, of a wrong type, or not served."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path.parent} holds no {SETTINGS}; give a LoRA adapter") from None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is not JSON ({error}); write it anew") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds a {type(values).__name__}; it must hold an object")
+    for key, value in values.items():
+        if key not in READ | HARMLESS and value not in (None, False, "", [], {}):
+            raise _refused(path, key, value, "that is not served here")
+    for key, served in (
+        ("peft_type", ("LORA",)),
+        ("bias", ("none", None)),
+        ("init_lora_weights", BEGINNINGS),
+    ):
+        if values.get(key) not in served:
+            raise _refused(path, key, values.get(key), f"served is {served[0]!r}")
+    layers = values.get("layers_to_transform")
+    return Settings(
+        origin=str(path),
+        rank=_checked(path, "r", values.get("r"), _is_rank),
+        alpha=_checked(path, "lora_alpha", values.get("lora_alpha"), _is_number),
+        is_rank_stabilised=_checked(path, "use_rslora", values.get("use_rslora", False), _is_flag),
+        targets=_targets(path, values.get("target_modules")),
+        rank_by_pattern=_table(path, "rank_pattern", values.get("rank_pattern"), _is_rank),
+        alpha_by_pattern=_table(path, "alpha_pattern", values.get("alpha_pattern"), _is_number),
+        layers=None if layers is None else _layer_numbers(path, layers),
+    )
+
+
+def _refused(path: Path, key: str, value: Any, why: str) -> ConfigError:
+    return ConfigError(f"{key}={json.dumps(value)[:200]} in {path}: {why}")
+
+
+def _checked(path: Path, key: str, value: Any, is_right: Any) -> Any:
+    if not is_right(value):
+        raise _refused(path, key, value, f"it takes {is_right.__doc__}")
+    return value
+
+
+def _is_rank(value: Any) -> bool:
+    """a positive integer"""
+    return type(value) is int and value > 0
+
+
+def _is_number(value: Any) -> bool:
+    """a finite number"""
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _is_flag(value: Any) -> bool:
+    """true or false"""
+    return type(value) is bool
+
+
+def _table(path: Path, key: str, value: Any, is_right: Any) -> dict[str, Any]:
+    if not isinstance(value or {}, dict):
+        raise _refused(path, key, value, "it takes an object of patterns")
+    for pattern, entry in (value or {}).items():
+        _checked(path, f"{key}[{pattern!r}]", entry, is_right)
+        _check_pattern(path, key, pattern)
+    return value or {}
+
+
+def _targets(path: Path, value: Any) -> str | list[str]:
+    if isinstance(value, str) and value:
+        _check_pattern(path, "target_modules", value)
+        return value
+    if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
+        raise _refused(path, "target_modules", value, "it takes a list of names, or a pattern")
+    return value
+
+
+def _layer_numbers(path: Path, value: Any) -> list[int]:
+    numbers = value if isinstance(value, list) else [value]
+    if not all(type(number) is int for number in numbers):
+        raise _refused(path, "layers_to_transform", value, "it takes numbers of layers")
+    return numbers
+
+
+def _check_pattern(path: Path, key: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise _refused(path, key, pattern, f"it is no regular expression ({error})") from None
+
+
+def _ends_with(module: str, target: str) -> bool:
+    return module == target or module.endswith(f".{target}")
+
+
+def _by_pattern(table: Mapping[str, Any], module: str, default: Any) -> Any:
+    """The entry of the first pattern that matches whole parts at the end of a name."""
+    for pattern, value in table.items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            return value
+    return default
+
+
+# --- adapter_model.safetensors against the model ---
+
+
+def _matched(
+    tensors: Sequence[Stored], shapes: Mapping[str, Any], origin: str
+) -> dict[str, dict[str, Stored]]:
+    """`{module: {"A": ..., "B": ...}}` of all tensors."""
+    found: dict[str, dict[str, Stored]] = {}
+    unknown = []
+    for tensor in tensors:
+        match = _TENSOR.fullmatch(tensor.name)
+        if match is None or match[1] not in shapes:
+            unknown.append(tensor.name)
+        else:
+            found.setdefault(match[1], {})[match[2]] = tensor
+    if unknown:
+        raise ConfigError(
+            f"{origin} has tensors that belong to no projection of this model: {_some(unknown)}"
+        )
+    single = [
+        f"{module}.lora_{side}" for module in found for side in {"A", "B"} - found[module].keys()
+    ]
+    if single:
+        raise ConfigError(f"{origin} lacks the other half of a pair: {_some(single)}")
+    if not found:
+        raise ConfigError(f"{origin} holds no tensor; it is not an adapter")
+    return found
+
+
+def _check_targets(
+    settings: Settings, shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Any]
+) -> None:
+    """That the modules named and those with tensors are the same. Experts are never named."""
+    named = {m for m, shape in shapes.items() if len(shape) == 2 and settings.wants(m)}
+    there = {m for m in found if len(shapes[m]) == 2}
+    if isinstance(settings.targets, str):
+        idle = [] if named or not there else [settings.targets]
+    else:
+        idle = [t for t in settings.targets if not any(_ends_with(m, t) for m in named)]
+    if idle:
+        raise ConfigError(
+            f"target_modules in {settings.origin} names what matches no projection of this "
+            f"model's blocks: {_some(idle)}"
+        )
+    if missing := sorted(named - there):
+        raise ConfigError(f"{settings.origin} names modules without tensors: {_some(missing)}")
+    if extra := sorted(there - named):
+        raise ConfigError(f"{settings.origin} does not name modules with tensors: {_some(extra)}")
+
+
+def _check_shapes(
+    module: str,
+    pair: Mapping[str, Stored],
+    shape: tuple[int, ...],
+    settings: Settings,
+    max_rank: int,
+) -> None:
+    rank = settings.rank_of(module)
+    if rank > max_rank:
+        raise ConfigError(
+            f"{settings.origin} gives {module} rank {rank}; max_lora_rank={max_rank} allows no "
+            "more: raise it, or train with a lower rank"
+        )
+    *experts, out_size, in_size = shape
+    wanted = {"A": (*experts, rank, in_size), "B": (*experts, out_size, rank)}
+    for side, stored in pair.items():
+        if stored.shape != wanted[side]:
+            raise ConfigError(
+                f"{stored.name} in {stored.file} is {stored.shape}; this model and rank {rank} "
+                f"want {wanted[side]}"
+            )
+
+
+def _layer_pairs(
+    config: ErnieConfig,
+    layer: int,
+    shapes: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, Mapping[str, Stored]],
+    settings: Settings,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> LayerPairs:
+    mlp = "mlp.shared_experts" if config.is_moe_layer(layer) else "mlp"
+    pairs = {}
+    for product, parts in PRODUCTS.items():
+        modules = [f"model.layers.{layer}.{part.format(mlp=mlp)}" for part in parts]
+        if any(module in stored for module in modules):
+            a_RI, b_OR = _fused(modules, shapes, stored, settings)
+            pairs[product] = Pair(a_RI.to(device, dtype), b_OR.to(device, dtype))
+    return pairs
+
+
+def _fused(
+    modules: Sequence[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    stored: Mapping[str, Mapping[str, Stored]],
+    settings: Settings,
+) -> tuple[Tensor, Tensor]:
+    """A and B, in float32, of a product whose parts are `modules`, some of them without a pair."""
+    halves = [_scaled_pair(m, stored[m], settings) if m in stored else None for m in modules]
+    if len(halves) == 1 and halves[0] is not None:
+        return halves[0]
+    present = [half for half in halves if half is not None]
+    a_RI = torch.cat([a for a, _ in present])
+    b_OR = torch.zeros(sum(shapes[module][0] for module in modules), len(a_RI))
+    row = column = 0
+    for module, half in zip(modules, halves):
+        out_size = shapes[module][0]
+        if half is not None:
+            rank = len(half[0])
+            b_OR[row : row + out_size, column : column + rank] = half[1]
+            column += rank
+        row += out_size
+    return a_RI, b_OR
+
+
+def _scaled_pair(
+    module: str, pair: Mapping[str, Stored], settings: Settings
+) -> tuple[Tensor, Tensor]:
+    return _values(pair["A"]), _values(pair["B"]) * settings.scale_of(module)
+
+
+def _values(stored: Stored) -> Tensor:
+    values = torch.cat([rows.float() for _, rows in stored.rows()])
+    if not values.isfinite().all():
+        raise ConfigError(f"{stored.name} in {stored.file} has values that are no finite numbers")
+    return values
+
+
+def _some(names: Iterable[str]) -> str:
+    names = list(names)
+    rest = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + rest

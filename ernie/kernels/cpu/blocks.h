@@ -1,0 +1,259 @@
+// Weights in the order in which the fused operations read them, and their products with a few rows.
+//
+// A block holds 16 output rows. The rows are read four bytes (a word) at a time: one float32 column, two
+// of bfloat16, four of int8 or eight of int4. A unit is the same word of the 16 rows, 64 bytes, and the
+// units of a block lie one behind the other, so that a product streams through memory. Every lane of a
+// vector is an output row: x is broadcast, and nothing is summed across lanes.
+//
+//   float32, bfloat16   [units]
+//   int8                [16 channel scales, float32] [units]
+//   int4                [16 channel scales, float32] [16 scales of 8 bits for each 32 columns] [units]
+//
+// Widths are padded to GROUP columns, outputs to whole blocks of each part; the blocks of two parts
+// alternate. A result is summed in an order that depends on neither the rows beside it nor the threads.
+#pragma once
+
+#include "lanes.h"
+
+enum Format { FORMAT_FLOAT32 = FLOAT32, FORMAT_BFLOAT16 = BFLOAT16, FORMAT_INT8 = 3, FORMAT_INT4 = 4 };
+constexpr long GROUP = 32;    // columns that share a scale: of x when it is rounded, of int4 weights
+constexpr long UNIT = 64;     // bytes
+constexpr int MOST_ROWS = 8;  // of one call of a product
+
+struct Weight {  // also in fused.py
+    const uint8_t *blocks;
+    int64_t format, experts, parts, outputs, width;  // outputs: of one part
+
+    bool rounds() const { return format >= FORMAT_INT8; }
+    long groups() const { return (width + GROUP - 1) / GROUP; }
+    long blocks_of_part() const { return (outputs + LANES - 1) / LANES; }
+    long word_columns() const {
+        return format == FORMAT_FLOAT32 ? 1 : format == FORMAT_BFLOAT16 ? 2 : format == FORMAT_INT8 ? 4 : 8;
+    }
+    long scale_bytes() const {
+        if (!rounds()) return 0;
+        return LANES * 4 + (format == FORMAT_INT4 ? (groups() * LANES + UNIT - 1) / UNIT * UNIT : 0);
+    }
+    long block_bytes() const { return scale_bytes() + groups() * GROUP / word_columns() * UNIT; }
+    const uint8_t *block(long expert, long index, long part) const {
+        return blocks + ((expert * blocks_of_part() + index) * parts + part) * block_bytes();
+    }
+};
+
+// A row of x, rounded to 8 bits, GROUP columns of it, in the order in which the products read them.
+template <class Code>
+struct Rounded {
+    Code codes[GROUP];
+    int32_t start;  // where the sums begin: what weights without sign make too much
+    float scale;
+};
+#if defined(__AVX512VNNI__)
+typedef Rounded<int8_t> RoundedFor8, RoundedFor4;
+#elif defined(__AVX2__)
+typedef Rounded<int16_t> RoundedFor8;
+typedef Rounded<int8_t> RoundedFor4;
+#else
+typedef Rounded<int16_t> RoundedFor8, RoundedFor4;
+#endif
+
+static long row_bytes(const Weight &w) {
+    const long groups = w.groups();
+    if (w.format == FORMAT_INT8) return groups * sizeof(RoundedFor8);
+    if (w.format == FORMAT_INT4) return groups * sizeof(RoundedFor4);
+    return groups * GROUP * sizeof(float);
+}
+
+constexpr long AHEAD = 1024;  // bytes between what is multiplied and what is asked of memory
+
+// --- one block times M rows ------------------------------------------------------------------------------
+
+template <int M>
+static void multiply_int8(const uint8_t *block, const uint8_t *x, long stride, long groups, Floats *out) {
+    const uint8_t *w = block + LANES * 4;
+    Floats sums[M] = {};
+    for (long g = 0; g < groups; g++, x += sizeof(RoundedFor8)) {
+        const auto row = [&](int m) { return reinterpret_cast<const RoundedFor8 *>(x + m * stride); };
+        Words acc[M];
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+#if defined(__AVX512VNNI__)
+            acc[m] = words(row(m)->start);
+#else
+            acc[m] = Words{};
+#endif
+        }
+#pragma GCC unroll 4
+        for (int u = 0; u < 8; u++, w += UNIT) {
+            __builtin_prefetch(w + AHEAD);
+            const Words unit = load_words(w);
+#if defined(__AVX512VNNI__)
+            const vi bytes = unit.v[0] ^ (int32_t)0x80808080;
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++)
+                acc[m].v[0] = add_dot4(acc[m].v[0], bytes, splat_word(row(m)->codes + u * 4));
+#else
+            const Words even = each<Words>([&](int p) { return (vi)((vs)unit.v[p] << 8 >> 8); });
+            const Words odd = each<Words>([&](int p) { return (vi)((vs)unit.v[p] >> 8); });
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) {
+                const vi x02 = splat_word(row(m)->codes + u * 4), x13 = splat_word(row(m)->codes + u * 4 + 2);
+#pragma GCC unroll 4
+                for (int p = 0; p < PARTS; p++) {
+                    acc[m].v[p] += multiply_halves(even.v[p], x02);
+                    acc[m].v[p] += multiply_halves(odd.v[p], x13);
+                }
+            }
+#endif
+        }
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) add_scaled(sums[m], acc[m], splat(row(m)->scale));
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) out[m] = sums[m] * load_floats(reinterpret_cast<const float *>(block));
+}
+
+template <int M>
+static void multiply_int4(const uint8_t *block, const uint8_t *x, long stride, long groups, Floats *out) {
+    const int8_t *scales = reinterpret_cast<const int8_t *>(block) + LANES * 4;
+    const uint8_t *w = block + LANES * 4 + (groups * LANES + UNIT - 1) / UNIT * UNIT;
+    Floats sums[M] = {};
+    for (long g = 0; g < groups; g++, x += sizeof(RoundedFor4)) {
+        const auto row = [&](int m) { return reinterpret_cast<const RoundedFor4 *>(x + m * stride); };
+        Words acc[M];
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) acc[m] = words(row(m)->start);
+#pragma GCC unroll 4
+        for (int u = 0; u < 4; u++, w += UNIT) {
+            __builtin_prefetch(w + AHEAD);
+            const Words unit = load_words(w);
+            // Some of the nibbles, four to a lane (or two), times the codes of their columns.
+            const auto add = [&](int shift, int mask, int code) __attribute__((always_inline)) {
+                const Words w = each<Words>([&](int p) { return (vi)((vus)unit.v[p] >> shift) & mask; });
+#pragma GCC unroll 8
+                for (int m = 0; m < M; m++) {
+                    const vi xm = splat_word(row(m)->codes + u * 8 + code);
+#pragma GCC unroll 4
+                    for (int p = 0; p < PARTS; p++)
+#if defined(__AVX512VNNI__)
+                        acc[m].v[p] = add_dot4(acc[m].v[p], w.v[p], xm);
+#elif defined(__AVX2__)
+                        // Sums of 16 columns stay within 16 * 8 * 127 of zero, in 16 bits.
+                        acc[m].v[p] = in_order(add_halves(acc[m].v[p], multiply_bytes(w.v[p], xm)));
+#else
+                        acc[m].v[p] += multiply_halves(w.v[p], xm);
+#endif
+                }
+            };
+#if defined(__AVX2__)
+            add(0, 0x0f0f0f0f, 0), add(4, 0x0f0f0f0f, 4);
+#else
+            add(0, 0x000f000f, 0), add(4, 0x000f000f, 2), add(8, 0x000f000f, 4), add(12, 0x000f000f, 6);
+#endif
+        }
+#if defined(__AVX2__) && !defined(__AVX512VNNI__)
+        const Words scale = load_scales(scales, true);
+#else
+        const Words scale = load_scales(scales, false);  // sums of 32 columns are within 16 bits
+#endif
+        scales += LANES;
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++)
+            add_scaled(sums[m], each<Words>([&](int p) { return multiply_halves(acc[m].v[p], scale.v[p]); }),
+                       splat(row(m)->scale));
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) out[m] = sums[m] * load_floats(reinterpret_cast<const float *>(block));
+}
+
+// N blocks, `bytes` apart, at once: one alone would wait for its own sums where there are few rows.
+template <class W, int M, int N>
+static void multiply_float(const uint8_t *block, long bytes, const uint8_t *x, long stride, long groups, Floats *out) {
+    const float *column = reinterpret_cast<const float *>(x), *end = column + groups * GROUP;
+    const long ldx = stride / (long)sizeof(float);
+    Floats sums[N][M] = {};
+    const auto add = [&](const Words (&w)[N]) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) {
+            const vf xm = splat(column[m * ldx]);
+#pragma GCC unroll 4
+            for (int n = 0; n < N; n++)
+#pragma GCC unroll 4
+                for (int p = 0; p < PARTS; p++) sums[n][m].v[p] = in_order(fma((vf)w[n].v[p], xm, sums[n][m].v[p]));
+        }
+        column++;
+    };
+    for (const uint8_t *w = block; column < end; w += UNIT) {
+        Words unit[N], even[N], odd[N];
+#pragma GCC unroll 4
+        for (int n = 0; n < N; n++) {
+            __builtin_prefetch(w + n * bytes + AHEAD);
+            unit[n] = load_words(w + n * bytes);
+            even[n] = each<Words>([&](int p) { return unit[n].v[p] << 16; });
+            odd[n] = each<Words>([&](int p) { return unit[n].v[p] & (int32_t)0xffff0000; });
+        }
+        if (sizeof(W) == 4)
+            add(unit);
+        else
+            add(even), add(odd);
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < N; n++)
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) out[n * MOST_ROWS + m] = sums[n][m];
+}
+
+// --- some blocks times M rows: out[block * MOST_ROWS + row] -----------------------------------------------
+
+constexpr int MOST_BLOCKS = 4;
+typedef void (*Tile)(const uint8_t *block, long blocks, long bytes, const uint8_t *x, long stride, long groups,
+                     Floats *out);
+
+template <class W, int M>
+static void tile_float(const uint8_t *block, long blocks, long bytes, const uint8_t *x, long stride, long groups,
+                       Floats *out) {
+    constexpr int N = M <= 2 ? 2 : 1;
+    long n = 0;
+    for (; n + N <= blocks; n += N)
+        multiply_float<W, M, N>(block + n * bytes, bytes, x, stride, groups, out + n * MOST_ROWS);
+    for (; n < blocks; n++) multiply_float<W, M, 1>(block + n * bytes, bytes, x, stride, groups, out + n * MOST_ROWS);
+}
+template <int M>
+static void tile_int8(const uint8_t *block, long blocks, long bytes, const uint8_t *x, long stride, long groups,
+                      Floats *out) {
+    for (long n = 0; n < blocks; n++)
+        multiply_int8<M>(block + n * bytes, x, stride, groups, out + n * MOST_ROWS);
+}
+template <int M>
+static void tile_int4(const uint8_t *block, long blocks, long bytes, const uint8_t *x, long stride, long groups,
+                      Floats *out) {
+    for (long n = 0; n < blocks; n++)
+        multiply_int4<M>(block + n * bytes, x, stride, groups, out + n * MOST_ROWS);
+}
+
+// Rows of one tile: as many as the registers hold.
+static long most_rows(const Weight &w) {
+    if (VL == 16) return 8;
+    return w.format == FORMAT_FLOAT32 ? 6 : 4;
+}
+
+template <int M>
+static Tile tile_of(const Weight &w) {
+    switch (w.format) {
+        case FORMAT_FLOAT32: return tile_float<float, M>;
+        case FORMAT_BFLOAT16: return tile_float<bf16, M>;
+        case FORMAT_INT8: return tile_int8<M>;
+        default: return tile_int4<M>;
+    }
+}
+static Tile tile_of(const Weight &w, long rows) {
+    switch (rows) {
+        case 1: return tile_of<1>(w);
+        case 2: return tile_of<2>(w);
+        case 3: return tile_of<3>(w);
+        case 4: return tile_of<4>(w);
+        case 5: return tile_of<5>(w);
+        case 6: return tile_of<6>(w);
+        case 7: return tile_of<7>(w);
+        default: return tile_of<8>(w);
+    }
+}

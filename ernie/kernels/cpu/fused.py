@@ -1,0 +1,217 @@
+"""The operations of serving on the CPU: `quantize`, `pack`, `project`, `mlp` and `moe`.
+
+Weights are read in the order of blocks.h; with integer weights, rows are rounded to 8 bits as in
+`reference.rounded_rows` and sums stay integers for 32 columns. A row's result does not depend, to
+the bit, on the rows computed with it or on the number of threads. Activations other than float32
+are converted on the way in and out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ernie.kernels.cpu.build import DTYPES, library
+from ernie.kernels.weights import GROUP_SIZE, PackedWeight, QuantTensor
+
+Norm = tuple[Tensor, float]
+FORMATS = {"float32": 0, "bfloat16": 1, "int8": 3, "int4": 4}  # enum Format of blocks.h
+
+
+class Weight(ctypes.Structure):
+    """`struct Weight` of blocks.h."""
+
+    _fields_ = [("blocks", ctypes.c_void_p)] + [
+        (name, ctypes.c_int64) for name in ("format", "experts", "parts", "outputs", "width")
+    ]
+
+
+def quantize(weight_OI: Tensor, bits: int) -> QuantTensor:
+    assert bits in (4, 8), f"weights of {bits} bits"
+    if weight_OI.dtype not in (torch.float32, torch.bfloat16):
+        weight_OI = weight_OI.float()
+    weight_OI = weight_OI.contiguous()
+    *outer, width = weight_OI.shape
+    channel_O = torch.empty(outer)
+    if bits == 8:
+        data, group_Og = torch.empty(*outer, width, dtype=torch.int8), None
+    else:
+        data = torch.empty(*outer, -(-width // 2), dtype=torch.uint8)
+        group_Og = torch.empty(*outer, -(-width // GROUP_SIZE), dtype=torch.int8)
+    library().ernie_quantize(
+        weight_OI.data_ptr(),
+        DTYPES[weight_OI.dtype],
+        channel_O.numel(),
+        width,
+        bits,
+        data.data_ptr(),
+        channel_O.data_ptr(),
+        _pointer(group_Og),
+        torch.get_num_threads(),
+    )
+    return QuantTensor(bits, data, channel_O, group_Og, width)
+
+
+def pack(weight: Tensor | QuantTensor, *, parts: int = 1) -> PackedWeight:
+    if isinstance(weight, QuantTensor):
+        name, data = f"int{weight.bits}", weight.data
+        channel, scales = weight.channel_scale.float().contiguous(), weight.group_scale
+    else:
+        if weight.dtype not in (torch.float32, torch.bfloat16):
+            weight = weight.float()
+        name, data, channel, scales = str(weight.dtype).removeprefix("torch."), weight, None, None
+    shape = tuple(weight.shape)
+    outputs, remainder = divmod(shape[-2], parts)
+    assert len(shape) in (2, 3) and not remainder, f"{parts} parts of {shape}"
+    experts = shape[0] if len(shape) == 3 else 1
+    handle = Weight(None, FORMATS[name], experts, parts, outputs, shape[-1])
+    num_bytes = library().ernie_packed_bytes(ctypes.addressof(handle))
+    blocks = torch.empty(num_bytes, dtype=torch.uint8)
+    handle.blocks = blocks.data_ptr()
+    data = data.contiguous()
+    scales = None if scales is None else scales.contiguous()
+    library().ernie_pack(
+        data.data_ptr(),
+        _pointer(channel),
+        _pointer(scales),
+        ctypes.addressof(handle),
+        torch.get_num_threads(),
+    )
+    return PackedWeight(shape, name, num_bytes, {"blocks": blocks}, handle)
+
+
+def expert(weight_EOI: PackedWeight, index: int) -> PackedWeight:
+    experts, *shape = weight_EOI.shape
+    size = weight_EOI.num_bytes // experts
+    blocks = weight_EOI.tensors["blocks"][index * size : (index + 1) * size]
+    whole = weight_EOI.handle
+    handle = Weight(blocks.data_ptr(), whole.format, 1, whole.parts, whole.outputs, whole.width)
+    return PackedWeight(tuple(shape), weight_EOI.format, size, {"blocks": blocks}, handle)
+
+
+def project(
+    x_TI: Tensor,
+    weight: PackedWeight,
+    bias_O: Tensor | None = None,
+    *,
+    norm: Norm | None = None,
+    residual_TO: Tensor | None = None,
+) -> Tensor:
+    x = _floats(x_TI)
+    num_rows, width = x.shape
+    assert width == weight.shape[1], f"x is {tuple(x.shape)}, weight {weight.shape}"
+    bias_O = None if bias_O is None else bias_O.float().contiguous()
+    residual = None if residual_TO is None else _floats(residual_TO)
+    out = x.new_empty(num_rows, weight.shape[0])
+    library().ernie_project(
+        x.data_ptr(),
+        x.stride(0),
+        num_rows,
+        ctypes.addressof(weight.handle),
+        _pointer(bias_O),
+        *_norm(norm, width),
+        _pointer(residual),
+        0 if residual is None else residual.stride(0),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out.to(x_TI.dtype)
+
+
+def mlp(
+    x_TD: Tensor,
+    gate_up: PackedWeight,
+    down: PackedWeight,
+    *,
+    norm: Norm | None = None,
+    residual_TD: Tensor | None = None,
+) -> Tensor:
+    x = _floats(x_TD)
+    num_rows, width = x.shape
+    _check_mlp(gate_up, down, width)
+    residual = None if residual_TD is None else _floats(residual_TD)
+    out = x.new_empty(num_rows, down.shape[0])
+    library().ernie_mlp(
+        x.data_ptr(),
+        x.stride(0),
+        num_rows,
+        ctypes.addressof(gate_up.handle),
+        ctypes.addressof(down.handle),
+        *_norm(norm, width),
+        _pointer(residual),
+        0 if residual is None else residual.stride(0),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out.to(x_TD.dtype)
+
+
+def moe(
+    x_TD: Tensor,
+    router_ED: Tensor,
+    bias_E: Tensor,
+    gate_up: PackedWeight,
+    down: PackedWeight,
+    shared: tuple[PackedWeight, PackedWeight] | None,
+    *,
+    top_k: int,
+    norm_min: float,
+    norm: Norm | None = None,
+    residual_TD: Tensor | None = None,
+) -> Tensor:
+    x = _floats(x_TD)
+    num_rows, width = x.shape
+    pairs = [(gate_up, down)] + ([shared] if shared else [])
+    for pair in pairs:
+        _check_mlp(*pair, width)
+    assert router_ED.shape == (gate_up.shape[0], width) and top_k <= len(router_ED)
+    router, bias = router_ED.float().contiguous(), bias_E.float().contiguous()
+    residual = None if residual_TD is None else _floats(residual_TD)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    library().ernie_moe(
+        x.data_ptr(),
+        x.stride(0),
+        num_rows,
+        router.data_ptr(),
+        bias.data_ptr(),
+        ctypes.addressof(gate_up.handle),
+        ctypes.addressof(down.handle),
+        *(ctypes.addressof(w.handle) for w in shared or ()),
+        *(() if shared else (None, None)),
+        top_k,
+        norm_min,
+        *_norm(norm, width),
+        _pointer(residual),
+        0 if residual is None else residual.stride(0),
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return out.to(x_TD.dtype)
+
+
+def _check_mlp(gate_up: PackedWeight, down: PackedWeight, width: int) -> None:
+    assert gate_up.handle.parts == 2 and down.handle.parts == 1, (
+        "gate and up are packed in two parts"
+    )
+    assert gate_up.shape[-1] == width == down.shape[-2] and gate_up.shape[-2] == 2 * down.shape[-1]
+
+
+def _floats(x_TI: Tensor) -> Tensor:
+    x_TI = x_TI.detach().float()
+    return x_TI if x_TI.stride(1) == 1 else x_TI.contiguous()
+
+
+def _norm(norm: Norm | None, width: int) -> tuple[int | None, int, float]:
+    """Pointer to the weight, its dtype and eps."""
+    if norm is None:
+        return None, 0, 0.0
+    weight_I, eps = norm
+    assert weight_I.shape == (width,) and weight_I.is_contiguous()
+    assert weight_I.dtype in (torch.float32, torch.bfloat16), f"norm of {weight_I.dtype}"
+    return weight_I.data_ptr(), DTYPES[weight_I.dtype], eps
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

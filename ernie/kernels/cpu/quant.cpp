@@ -1,0 +1,212 @@
+// Making weights of 8 and 4 bits, and putting weights in the order of blocks.h.
+//
+// The formats are those of ernie/kernels/weights.py, the integers those of `quantize` in
+// ernie/kernels/reference.py: divisions and roundings are done as there.
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cmath>
+
+#include "rows.h"
+
+namespace {
+
+constexpr long SCALED = 32;  // columns that share a scale of 8 bits
+
+struct RowSlot;
+
+long padded(long width) { return (width + GROUP - 1) / GROUP * GROUP; }
+float nonzero(float v) { return v == 0 ? 1.0f : v; }
+ERNIE_INLINE vf rounded(vf v) { return __builtin_convertvector(nearest(v), vf); }
+
+template <class T>
+void load_row(const T *row, long width, float *out) {  // zeros behind the last, to whole groups
+    long k = 0;
+    for (; k + VL <= width; k += VL) store(out + k, load(row + k));
+    for (; k < padded(width); k++) out[k] = k < width ? load_one(row + k) : 0.0f;
+}
+
+float largest_magnitude(const float *x, long count) {
+    vf most = {};
+    for (long k = 0; k < count; k += VL) most = vmax(most, vmax(load(x + k), -load(x + k)));
+    return largest(most);
+}
+
+ERNIE_INLINE void store_integers(int32_t *to, vf v) {
+    const vi integers = nearest(v);
+    memcpy(to, &integers, sizeof integers);
+}
+
+// --- 8 bits ----------------------------------------------------------------------------------------------
+
+void quantize8(const float *row, long width, int8_t *data, float *scale) {
+    *scale = largest_magnitude(row, padded(width)) / 127;
+    const vf divisor = splat(nonzero(*scale));
+    for (long k = 0; k < width; k += GROUP) {
+        alignas(64) int32_t integers[GROUP];
+        alignas(64) int8_t bytes[GROUP];
+        for (long i = 0; i < GROUP; i += VL) store_integers(integers + i, load(row + k + i) / divisor);
+        for (long i = 0; i < GROUP; i++) bytes[i] = (int8_t)integers[i];
+        memcpy(data + k, bytes, std::min(GROUP, width - k));
+    }
+}
+
+// --- 4 bits ----------------------------------------------------------------------------------------------
+
+ERNIE_INLINE vf nearest_nibble(const float *w, vf scale) {
+    return vmin(vmax(rounded(load(w) / scale), splat(-8.0f)), splat(7.0f));
+}
+
+// The value of largest magnitude, the first one among equals.
+float extreme_of(const float *w) {
+    vf above = {}, below = {};
+    for (long k = 0; k < SCALED; k += VL) above = vmax(above, load(w + k)), below = vmax(below, -load(w + k));
+    const float positive = largest(above), negative = largest(below);
+    if (positive != negative) return positive > negative ? positive : -negative;
+    const float *first = std::find_if(w, w + SCALED - 1, [&](float v) { return std::fabs(v) == positive; });
+    return *first;
+}
+
+// The scale of 32 columns with the least squared error, of the candidates tried (see the reference).
+float group_scale(const float *w) {
+    const float extreme = extreme_of(w);
+    float best = 0, gain = 0;
+    for (const float target : {-7.0f, -7.5f, -8.0f, -8.5f, -9.0f, -9.5f, 7.0f, 7.5f}) {
+        const vf scale = splat(nonzero(extreme / target));
+        vf products = {}, squares = {};
+        for (long k = 0; k < SCALED; k += VL) {
+            const vf q = nearest_nibble(w + k, scale);
+            products = fma(load(w + k), q, products);
+            squares = fma(q, q, squares);
+        }
+        const float wq = sum(products), qq = nonzero(sum(squares)), explained = wq * wq / qq;
+        if (explained > gain) best = wq / qq, gain = explained;
+    }
+    return best;
+}
+
+void quantize4(const float *row, long width, float *best, uint8_t *data, float *channel, int8_t *scales) {
+    const long groups = (width + SCALED - 1) / SCALED;
+    float most = 0;
+    for (long g = 0; g < groups; g++) {
+        best[g] = group_scale(row + g * SCALED);
+        most = std::max(most, std::fabs(best[g]));
+    }
+    *channel = most / 127;
+    for (long g = 0; g < groups; g++) {
+        scales[g] = (int8_t)std::nearbyint(best[g] / nonzero(*channel));
+        const vf scale = splat(nonzero(scales[g] * *channel));
+        alignas(64) int32_t integers[SCALED];
+        uint8_t bytes[SCALED / 2];
+        for (long k = 0; k < SCALED; k += VL)
+            store_integers(integers + k, nearest_nibble(row + g * SCALED + k, scale) + splat(8.0f));
+        for (long i = 0; i < SCALED / 2; i++)
+            bytes[i] = (uint8_t)(integers[2 * i] | integers[2 * i + 1] << 4);
+        const long kept = std::min(SCALED, width - g * SCALED);
+        memcpy(data + g * SCALED / 2, bytes, (kept + 1) / 2);
+    }
+}
+
+template <class T>
+void quantize(const T *weight, long rows, long width, int bits, uint8_t *data, float *channel, int8_t *scales,
+              int threads) {
+    const long groups = (width + SCALED - 1) / SCALED, row_size = bits == 8 ? width : (width + 1) / 2;
+    constexpr long CHUNK = 16;
+    parallel_for(threads, (rows + CHUNK - 1) / CHUNK, [&](long task) {
+        float *row = scratch<RowSlot>(padded(width) + groups);
+        for (long i = task * CHUNK; i < std::min(rows, (task + 1) * CHUNK); i++) {
+            load_row(weight + i * width, width, row);
+            if (bits == 8)
+                quantize8(row, width, reinterpret_cast<int8_t *>(data) + i * row_size, channel + i);
+            else
+                quantize4(row, width, row + padded(width), data + i * row_size, channel + i, scales + i * groups);
+        }
+    });
+}
+
+// --- blocks ----------------------------------------------------------------------------------------------
+
+struct Source {
+    const uint8_t *data;
+    const float *channel;
+    const int8_t *scales;
+};
+
+// Four words of four rows.
+ERNIE_INLINE void transpose(const uint8_t *rows, long row_size, uint8_t *out) {
+#if defined(__SSE2__)
+    const auto row = [&](int j) { return _mm_loadu_ps(reinterpret_cast<const float *>(rows + j * row_size)); };
+    __m128 a = row(0), b = row(1), c = row(2), d = row(3);
+    _MM_TRANSPOSE4_PS(a, b, c, d);
+    const auto put = [&](int u, __m128 v) { _mm_storeu_ps(reinterpret_cast<float *>(out + u * UNIT), v); };
+    put(0, a), put(1, b), put(2, c), put(3, d);
+#else
+    for (int j = 0; j < 4; j++)
+        for (int u = 0; u < 4; u++) memcpy(out + u * UNIT + j * 4, rows + j * row_size + u * 4, 4);
+#endif
+}
+
+// Sixteen rows of words, of which `kept` exist, become units.
+void interleave(const uint8_t *rows, long row_size, long kept, long units, uint8_t *out) {
+    const long fours = kept == LANES ? row_size / 16 * 4 : 0;
+    for (long u = 0; u < fours; u += 4)
+        for (long j = 0; j < LANES; j += 4)
+            transpose(rows + j * row_size + u * 4, row_size, out + u * UNIT + j * 4);
+    memset(out + fours * UNIT, 0, (units - fours) * UNIT);
+    for (long j = 0; j < kept; j++)
+        for (long byte = fours * 4; byte < row_size; byte += 4)
+            memcpy(out + byte / 4 * UNIT + j * 4, rows + j * row_size + byte, std::min(4L, row_size - byte));
+}
+
+void pack_block(const Weight &w, const Source &from, long first, long kept, uint8_t *out) {
+    const long columns = w.word_columns(), row_size = (w.width * 4 + columns - 1) / columns;
+    const long units = w.groups() * GROUP / columns;
+    interleave(from.data + first * row_size, row_size, kept, units, out + w.scale_bytes());
+    if (!w.rounds()) return;
+    memset(out, 0, w.scale_bytes());
+    memcpy(out, from.channel + first, kept * sizeof(float));
+    if (w.format != FORMAT_INT4) return;
+    const long groups = (w.width + SCALED - 1) / SCALED;
+    for (long j = 0; j < kept; j++)
+        for (long g = 0; g < groups; g++)
+            out[LANES * 4 + g * LANES + j] = (uint8_t)from.scales[(first + j) * groups + g];
+}
+
+// Pages of 2 MiB where the system has them: a product walks through all of a weight.
+void ask_for_large_pages(void *memory, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    constexpr uintptr_t PAGE = 4096;
+    const uintptr_t begin = ((uintptr_t)memory + PAGE - 1) / PAGE * PAGE, end = ((uintptr_t)memory + bytes) / PAGE * PAGE;
+    if (end > begin) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
+#endif
+}
+
+}  // namespace
+
+extern "C" long ernie_packed_bytes(const Weight *w) {
+    return w->experts * w->parts * w->blocks_of_part() * w->block_bytes();
+}
+
+// weight (rows, width) float32 or bfloat16; data, channel scales and group scales as in weights.py.
+extern "C" void ernie_quantize(const void *weight, int dtype, long rows, long width, int bits, void *data,
+                               float *channel, int8_t *scales, int threads) {
+    if (dtype == BFLOAT16)
+        quantize(static_cast<const bf16 *>(weight), rows, width, bits, static_cast<uint8_t *>(data), channel, scales,
+                 threads);
+    else
+        quantize(static_cast<const float *>(weight), rows, width, bits, static_cast<uint8_t *>(data), channel, scales,
+                 threads);
+}
+
+// Fills w->blocks from a weight in the order of files.
+extern "C" void ernie_pack(const void *data, const float *channel, const int8_t *scales, const Weight *w, int threads) {
+    const Source from{static_cast<const uint8_t *>(data), channel, scales};
+    ask_for_large_pages(const_cast<uint8_t *>(w->blocks), ernie_packed_bytes(w));
+    const long blocks = w->blocks_of_part();
+    parallel_for(threads, w->experts * w->parts * blocks, [&](long i) {
+        const long b = i / w->parts % blocks, part = i % w->parts, expert = i / w->parts / blocks;
+        const long first = (expert * w->parts + part) * w->outputs + b * LANES;
+        pack_block(*w, from, first, std::min<long>(LANES, w->outputs - b * LANES),
+                   const_cast<uint8_t *>(w->block(expert, b, part)));
+    });
+}

@@ -1,0 +1,215 @@
+"""Mixtures of experts on a GPU: choose, sort, two grouped products, combine.
+
+    y = norm(x)                      logits = router @ y, float32 (cuBLAS)
+    choose    softmax, top-k, weights: one program a token
+    sort      pairs (token, choice) by expert, stably: counted in blocks, then placed
+    product   gate and up of each pair's token, swiglu in registers
+    product   down, written to the place of the pair
+    combine   weighted sum over the choices of a token in their order, shared experts, residual
+
+A step with few pairs skips the sort: each pair is a tile of its own, and an expert that two of them
+share is read from cache the second time. Nothing is added with atomics, so results repeat.
+
+Legend: T tokens, D hidden size, E experts, K choices of a token, N pairs, I and O input and output
+width, M expert size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ernie.kernels.gpu.language import rows_of
+from ernie.kernels.gpu.pointwise import rms_norm
+from ernie.kernels.gpu.products import Norm, mlp, product
+from ernie.kernels.weights import PackedWeight
+
+SORT_BLOCK = 128  # pairs that one program of the sort takes
+COMBINE_BLOCK = 1024
+
+
+def moe(
+    x_TD: Tensor,
+    router_ED: Tensor,
+    bias_E: Tensor,
+    gate_up: PackedWeight,
+    down: PackedWeight,
+    shared: tuple[PackedWeight, PackedWeight] | None,
+    *,
+    top_k: int,
+    norm_min: float,
+    norm: Norm | None = None,
+    residual_TD: Tensor | None = None,
+) -> Tensor:
+    y_TD = x_TD if norm is None else rms_norm(x_TD, *norm)
+    experts_TK, weights_TK = _choose(y_TD.float() @ router_ED.T, bias_E, top_k, norm_min)
+    pairs = experts_TK.flatten()
+    if len(pairs) <= gate_up.shape[0]:
+        rows: dict[str, Any] = {"experts": pairs}
+    else:
+        order_N, ends_E = sorted_by_expert(pairs, gate_up.shape[0])
+        rows = {"order": order_N, "ends_E": ends_E}
+    h_NM = product(y_TD, gate_up, gated=True, copies=top_k, **rows)
+    out_ND = product(h_NM, down, **rows)
+    beside = [] if shared is None else [mlp(y_TD, *shared)]
+    if residual_TD is not None:
+        beside.append(residual_TD)
+    return _combine(out_ND, weights_TK, beside)
+
+
+def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    return _GroupedLinear.apply(x_NI, weight_EOI, counts_E)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+        ctx.save_for_backward(x_NI, weight_EOI, counts_E)
+        return _grouped(x_NI, weight_EOI, counts_E)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x_NI, weight_EOI, counts_E = ctx.saved_tensors
+        grad_NO = grads[0].contiguous()
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = _grouped(grad_NO, weight_EOI.mT, counts_E)
+        if ctx.needs_input_grad[1]:
+            dw, counts = torch.zeros_like(weight_EOI), counts_E.tolist()
+            for e, (g, x) in enumerate(zip(grad_NO.split(counts), x_NI.split(counts))):
+                if len(x):
+                    dw[e] = g.T @ x
+        return dx, dw, None
+
+
+def _grouped(x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+    """The product with one weight for each group of rows; the weight may be transposed."""
+    name, num_bytes = str(weight_EOI.dtype).removeprefix("torch."), weight_EOI.nbytes
+    weight = PackedWeight(tuple(weight_EOI.shape), name, num_bytes, {"weight": weight_EOI})
+    return product(x_NI, weight, ends_E=counts_E.cumsum(0).int())
+
+
+def sorted_by_expert(experts_N: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Pairs in the order of their experts, those of one expert in their own, int32 `(N,)`; and how
+    many pairs stand before the end of each expert's, int32 `(E,)`."""
+    num_pairs = len(experts_N)
+    num_blocks = triton.cdiv(num_pairs, SORT_BLOCK)
+    sizes = (num_pairs, num_experts, triton.next_power_of_2(num_experts), SORT_BLOCK)
+    counts_Eb = experts_N.new_empty(num_experts, num_blocks)
+    _count[(num_blocks,)](experts_N, counts_Eb, *sizes)
+    ends_Eb = counts_Eb.flatten().cumsum(0, dtype=torch.int32).view(num_experts, num_blocks)
+    order_N = torch.empty_like(experts_N)
+    _place[(num_blocks,)](experts_N, counts_Eb, ends_Eb, order_N, *sizes)
+    return order_N, ends_Eb[:, -1].contiguous()
+
+
+def _choose(
+    logits_TE: Tensor, bias_E: Tensor, top_k: int, norm_min: float
+) -> tuple[Tensor, Tensor]:
+    """Experts, int32 `(T, K)`, and their float32 weights."""
+    num_tokens, num_experts = logits_TE.shape
+    experts_TK = logits_TE.new_empty(num_tokens, top_k, dtype=torch.int32)
+    weights_TK = logits_TE.new_empty(num_tokens, top_k)
+    if num_tokens:
+        _choose_kernel[(num_tokens,)](
+            logits_TE, bias_E, experts_TK, weights_TK, num_experts, norm_min,
+            K=top_k, CHOICES=triton.next_power_of_2(top_k),
+            EXPERTS=triton.next_power_of_2(num_experts), num_warps=1,
+        )  # fmt: skip
+    return experts_TK, weights_TK
+
+
+def _combine(out_ND: Tensor, weights_TK: Tensor, beside: list[Tensor]) -> Tensor:
+    """Weighted sums over the choices of a token, plus up to two more tensors."""
+    num_tokens, top_k = weights_TK.shape
+    width = out_ND.shape[1]
+    out_TD = out_ND.new_empty(num_tokens, width)
+    first, second = ([rows_of(x) for x in beside] + [None, None])[:2]
+    if num_tokens:
+        _combine_kernel[(num_tokens, triton.cdiv(width, COMBINE_BLOCK))](
+            out_ND, weights_TK, first, second, out_TD,
+            0 if first is None else first.stride(0), 0 if second is None else second.stride(0),
+            width, K=top_k, BLOCK=COMBINE_BLOCK,
+        )  # fmt: skip
+    return out_TD
+
+
+@triton.jit
+def _choose_kernel(
+    logits, bias, experts, weights, num_experts, norm_min,
+    K: tl.constexpr, CHOICES: tl.constexpr, EXPERTS: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    e, choice = tl.arange(0, EXPERTS), tl.arange(0, CHOICES)
+    real = e < num_experts
+    logit = tl.load(logits + token * num_experts + e, real, float("-inf"))
+    shares = tl.exp(logit - tl.max(logit, 0))
+    probs = shares / tl.sum(shares, 0)
+    scores = tl.where(real, probs + tl.load(bias + e, real, 0.0), float("-inf"))
+    chosen = tl.zeros([CHOICES], tl.int32)
+    weight = tl.zeros([CHOICES], tl.float32)
+    for k in tl.static_range(K):
+        # The smallest index among equals; always a real one, also where scores are not numbers.
+        best = tl.min(tl.where(scores == tl.max(scores, 0), e, num_experts - 1), 0)
+        chosen = tl.where(choice == k, best, chosen)
+        weight = tl.where(choice == k, tl.sum(tl.where(e == best, probs, 0.0), 0), weight)
+        scores = tl.where(e == best, float("-inf"), scores)
+    weight = weight / tl.maximum(tl.sum(weight, 0), norm_min)
+    tl.store(experts + token * K + choice, chosen, choice < K)
+    tl.store(weights + token * K + choice, weight, choice < K)
+
+
+@triton.jit
+def _belongs(experts, num_pairs, num_experts, EXPERTS: tl.constexpr, BLOCK: tl.constexpr):
+    """Which of a block's pairs go to which expert, int32 (BLOCK, EXPERTS) of 0 and 1."""
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    own = tl.load(experts + pair, pair < num_pairs, num_experts)
+    e = tl.arange(0, EXPERTS)[None, :]
+    return ((own[:, None] == e) & (e < num_experts)).to(tl.int32)
+
+
+@triton.jit
+def _count(
+    experts, counts, num_pairs, num_experts, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    e = tl.arange(0, EXPERTS)
+    count = tl.sum(_belongs(experts, num_pairs, num_experts, EXPERTS, BLOCK), 0)
+    tl.store(counts + e * tl.num_programs(0) + tl.program_id(0), count, e < num_experts)
+
+
+@triton.jit
+def _place(
+    experts, counts, ends, order, num_pairs, num_experts,
+    EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    e = tl.arange(0, EXPERTS)
+    at = e * tl.num_programs(0) + tl.program_id(0)
+    begin = tl.load(ends + at, e < num_experts, 0) - tl.load(counts + at, e < num_experts, 0)
+    belongs = _belongs(experts, num_pairs, num_experts, EXPERTS, BLOCK)
+    rank = tl.cumsum(belongs, 0) - 1
+    place = tl.sum(belongs * (begin[None, :] + rank), 1)
+    pair = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(order + place, pair, pair < num_pairs)
+
+
+@triton.jit
+def _combine_kernel(
+    parts, weights, first, second, out, first_stride, second_stride, width,
+    K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < width
+    total = tl.zeros([BLOCK], tl.float32)
+    for k in tl.static_range(K):
+        part = tl.load(parts + (token * K + k) * width + at, inside, 0.0).to(tl.float32)
+        total += part * tl.load(weights + token * K + k)
+    if first is not None:
+        total += tl.load(first + token * first_stride + at, inside, 0.0).to(tl.float32)
+    if second is not None:
+        total += tl.load(second + token * second_stride + at, inside, 0.0).to(tl.float32)
+    tl.store(out + token * width + at, total, inside)

@@ -1,0 +1,51 @@
+"""What a GPU does better than plain torch: see `ernie.kernels` for shapes and meaning.
+
+Kernels are written in Triton; dense bfloat16 products and attention without a cache are torch's
+own. Nothing here waits for the device, so a decode step can be recorded in a CUDA graph; the
+backward pass of `grouped_linear` is the exception. Sums have a fixed order: the same inputs give
+the same bits.
+
+Modules are imported when an operation is first asked for, so that this one can say that Triton is
+missing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from importlib.metadata import version
+
+MODULE_BY_OPERATION = {
+    "rms_norm": "pointwise",
+    "rotate": "pointwise",
+    "rotate_": "pointwise",
+    "swiglu": "pointwise",
+    "write_cache": "pointwise",
+    "pack": "products",
+    "project": "products",
+    "mlp": "products",
+    "moe": "experts",
+    "grouped_linear": "experts",
+    "attend_packed": "attention",
+    "attend_paged": "attention",
+}
+
+
+def available() -> str:
+    """Empty when the kernels can be compiled here, else why not."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is missing; pip install ernie-open[gpu]"
+    return ""
+
+
+def detail() -> str:
+    """The compiler, for `ernie.kernels.report`."""
+    return f"triton {version('triton')}"
+
+
+def __getattr__(name: str) -> Callable:
+    if name not in MODULE_BY_OPERATION:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(f"ernie.kernels.gpu.{MODULE_BY_OPERATION[name]}")
+    return getattr(module, name)

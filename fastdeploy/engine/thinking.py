@@ -1,0 +1,83 @@
+"""Thoughts: between which tokens they stand, and the budget that closes them.
+
+A model that thinks writes its thoughts between two tags, of which the first is usually the end of
+the prompt. Once `reasoning_max_tokens` of thought have been generated, the closing tokens are
+forced, whatever the logits say, and the model goes on with its answer. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ernie.settings import ConfigError
+from ernie.tokenizer import Tokenizer
+
+START, END = "<think>", "</think>"
+
+
+@dataclass(frozen=True, slots=True)
+class ThinkTags:
+    """The tags of a model as token ids, and what is forced when a budget is used up."""
+
+    start: int
+    end: int
+    closing: tuple[int, ...]  # ends with, begins with or just is the closing tag
+
+    @classmethod
+    def of(cls, tokenizer: Tokenizer | None, stop_sentence: str | None) -> ThinkTags | None:
+        """None for a model without such tags. Raises ConfigError for a sentence that closes
+        nothing.
+        """
+        ids = [tokenizer.id_of(tag) if tokenizer else None for tag in (START, END)]
+        start, end = ids
+        if tokenizer is None or start is None or end is None:
+            if stop_sentence is not None:
+                raise ConfigError(
+                    f"think_stop_sentence is given, but the tokenizer has no {START} and {END}; "
+                    "leave it out"
+                )
+            return None
+        closing = tuple(tokenizer.encode(stop_sentence or END, allow_special=True))
+        if closing.count(end) != 1:
+            raise ConfigError(
+                f"think_stop_sentence={stop_sentence!r} does not close the thought; it must have "
+                f"{END} in it, once"
+            )
+        return cls(start, end, closing)
+
+
+class Thinking:
+    """Follows the tokens of one request and says which one its budget forces.
+
+    All thoughts of an answer share the budget. A forced token must become the next one.
+    """
+
+    def __init__(self, tags: ThinkTags, budget: int, prompt_ids: Sequence[int]) -> None:
+        self.tags, self.budget = tags, budget
+        self.num_seen = len(prompt_ids)
+        self.num_used = 0  # generated tokens within thoughts
+        self.queue: deque[int] = deque()  # of forced tokens that are not there yet
+        tag = next((t for t in reversed(prompt_ids) if t in (tags.start, tags.end)), tags.end)
+        self.is_open = tag == tags.start
+
+    def forced(self, token_ids: Sequence[int]) -> int | None:
+        """The token that has to follow `token_ids`, None if any may."""
+        for token in token_ids[self.num_seen :]:
+            self._see(token)
+        self.num_seen = len(token_ids)
+        if self.is_open and self.num_used >= self.budget and not self.queue:
+            self.queue.extend(self.tags.closing)
+        return self.queue[0] if self.queue else None
+
+    def _see(self, token: int) -> None:
+        if self.queue:
+            forced = self.queue.popleft()
+            assert token == forced, f"token {token} came where {forced} was forced"
+        if token == self.tags.end:
+            self.is_open = False
+        elif self.is_open:
+            self.num_used += 1
+        else:
+            self.is_open = token == self.tags.start

@@ -1,0 +1,104 @@
+"""A rank above 0: a child process that holds its slice of the model and computes what it is sent.
+
+Started by `fastdeploy.engine.ranks`, which describes the frames. It has no schedule, no sampler and
+no text; it ends when rank 0 closes the socket or is gone, whatever the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+
+from ernie.model import ErnieModel
+from fastdeploy.config import EngineConfig
+from fastdeploy.engine.cache import KVCache, cache_dtype, free_bytes
+from fastdeploy.engine.loading import read_model
+from fastdeploy.engine.ranks import Group, unpacked
+from fastdeploy.engine.runner import Runner
+
+
+class Worker:
+    """The public methods are what rank 0 may call, with arguments and results that fit in JSON."""
+
+    def __init__(self, model: ErnieModel, num_ranks: int) -> None:
+        self._model, self._num_ranks = model, num_ranks
+        self._runner: Runner | None = None
+
+    def free_bytes(self) -> int:
+        return free_bytes(self._model.device)
+
+    def allocate(self, num_blocks: int, block_size: int, dtype: str) -> None:
+        """Make room for this rank's share of the cache; what was cached before is dropped."""
+        model = self._model
+        self._runner = None
+        cache = KVCache.allocate(
+            model.config,
+            num_blocks,
+            block_size,
+            cache_dtype(dtype, model),
+            model.device,
+            num_ranks=self._num_ranks,
+        )
+        self._runner = Runner(model, cache, None)
+
+    def _obey(self, frame: bytes) -> Any:
+        """Do what one frame says; returns the answer to a call."""
+        kind, content = frame[:1], frame[1:]
+        if kind == b"b":
+            assert self._runner is not None, "a batch before there is a cache"
+            self._runner.compute(unpacked(content).to(self._model.device))
+            return None
+        call = json.loads(content)
+        assert not call["name"].startswith("_"), f"{call['name']} is not to be called"
+        return {"value": getattr(self, call["name"])(**call["arguments"])}
+
+
+def main(link: Connection) -> None:
+    try:
+        settings = json.loads(link.recv_bytes())
+    except EOFError:
+        return
+    threading.Thread(target=_end_with, args=(settings["parent"],), daemon=True).start()
+    logging.disable(logging.WARNING)  # rank 0 reads the same files and says the same
+    torch.set_num_threads(settings["num_threads"])
+    config = EngineConfig(**settings["config"])
+    device, size = torch.device(settings["device"]), config.tensor_parallel_size
+    group = Group(settings["rank"], size, device, settings["folder"])
+    try:
+        model = read_model(config, device, group.shard)
+    except ValueError as error:  # of the folder; rank 0 has most likely met it as well
+        _answer(link, {"error": str(error)})
+        sys.exit(1)
+    _answer(link, {"value": None})
+    group.connect()
+    worker = Worker(model, size)
+    while True:
+        try:
+            frame = link.recv_bytes()
+        except EOFError:
+            return
+        if (answer := worker._obey(frame)) is not None:
+            _answer(link, answer)
+
+
+def _answer(link: Connection, answer: dict[str, Any]) -> None:
+    link.send_bytes(json.dumps(answer).encode())
+
+
+def _end_with(parent: int) -> None:
+    """A thread: ends this process soon after rank 0, in whatever wait it is."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    main(Connection(int(sys.argv[1])))

@@ -1,0 +1,81 @@
+"""Adapters over HTTP: `/v1/load_lora_adapter`, `/v1/unload_lora_adapter`, and those of the start.
+
+A folder that a client names has to lie under `lora_root`, also behind links.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from ernie.checkpoint.folder import CheckpointError
+from ernie.settings import ConfigError
+from fastdeploy.config import ServerConfig
+from fastdeploy.engine.core import Engine
+from fastdeploy.errors import RequestError
+from fastdeploy.server.engine import ServerEngine
+
+
+class LoadRequest(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    lora_name: str
+    lora_path: str
+
+
+class UnloadRequest(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid")
+    lora_name: str
+
+
+async def load(engine: ServerEngine, body: LoadRequest, root: str | None) -> None:
+    """Raises RequestError, also for files that are not an adapter of this model."""
+    folder = folder_under(root, body.lora_path)
+    try:
+        await engine.load_adapter(body.lora_name, folder)
+    except (ConfigError, CheckpointError) as error:
+        raise RequestError(str(error), param="lora_path") from None
+    except OSError as error:
+        raise RequestError(
+            f"the files of the adapter cannot be read: {error.strerror}", param="lora_path"
+        ) from None
+
+
+def folder_under(root: str | None, path: str) -> Path:
+    """`path`, which may be relative to `root`, if it is inside. Raises RequestError."""
+    if root is None:
+        raise RequestError(
+            "adapters may not be loaded by HTTP; start with lora_root (--lora-root FOLDER)",
+            param="lora_path",
+            status=403,
+        )
+    if "\0" in path:
+        raise RequestError("lora_path has a zero character", param="lora_path")
+    base = Path(root).resolve()
+    folder = (base / path).resolve()
+    if not folder.is_relative_to(base):
+        raise RequestError(
+            "lora_path leads out of lora_root; give a folder inside", param="lora_path", status=403
+        )
+    if not os.path.isdir(folder):  # False also for a path that no system has
+        raise RequestError("there is no such folder in lora_root", param="lora_path", status=404)
+    return folder
+
+
+def load_modules(engine: Engine, config: ServerConfig, model_name: str) -> None:
+    """Load what `lora_modules` lists. Raises ConfigError and what reading an adapter raises."""
+    for entry in config.lora_modules or ():
+        name, equals, folder = entry.partition("=")
+        if not equals or not name or not folder:
+            raise ConfigError(f"lora_modules has {entry!r}; write NAME=FOLDER")
+        check_is_not_the_model(name, model_name)
+        engine.adapters.check_name(name)
+        engine.load_adapter(name, engine.adapters.read(folder))
+
+
+def check_is_not_the_model(name: str, model_name: str) -> None:
+    if name in (model_name, "default"):
+        raise RequestError(
+            f"{name!r} is the model itself; choose another name for the adapter", param="lora_name"
+        )

@@ -1,0 +1,123 @@
+"""Compiles every GPU kernel for an H100 where there is none; run by test_gpu_compile.py.
+
+The operations are called with tensors on the CPU and the launch is replaced by the compiler, which
+gets the same arguments. Prints a line for each variant: kernel, bytes of stack, bytes of shared
+memory.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia import compiler as nvidia
+from triton.compiler import ASTSource
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.jit import JITFunction
+
+from ernie.kernels.gpu import ops, products
+from ernie.kernels.weights import QuantTensor
+
+BF16, I8 = torch.bfloat16, torch.int8
+POINTERS = {
+    BF16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
+    I8: "*i8", torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64",
+}  # fmt: skip
+OPTIONS = ("num_warps", "num_stages", "num_ctas")
+seen: set[str] = set()
+
+
+def compiled(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    """Stands in for `JITFunction.run`."""
+    options = {name: kwargs.pop(name) for name in OPTIONS if name in kwargs}
+    bound = inspect.signature(kernel.fn).bind(*args, **kwargs).arguments
+    signature, constants, attributes = {}, {}, {}
+    for i, parameter in enumerate(kernel.params):
+        name, value = parameter.name, bound[parameter.name]
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1):
+            signature[name], constants[(i,)] = "constexpr", value
+            continue
+        is_tensor = isinstance(value, torch.Tensor)
+        scalar = "fp32" if isinstance(value, float) else "i32"
+        signature[name] = POINTERS[value.dtype] if is_tensor else scalar
+        if is_tensor or (isinstance(value, int) and value % 16 == 0):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    key = str((kernel.fn.__name__, signature, constants, attributes, options))
+    if key in seen:
+        return
+    seen.add(key)
+    source = ASTSource(kernel, signature, constants, attributes)
+    target = GPUTarget("cuda", 90, 32)
+    binary = triton.compile(source, target=target, options=options)
+    print(kernel.fn.__name__, stack_bytes(binary.asm["cubin"]), binary.metadata.shared, flush=True)
+
+
+def stack_bytes(cubin: bytes) -> int:
+    """Bytes of memory that a thread needs beside its registers: those that did not fit."""
+    tool = Path(nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [tool, "-res-usage", file.name]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return sum(map(int, re.findall(r"STACK:(\d+)", done.stdout)))
+
+
+def tried(kernel: Autotuner, *args: Any, **kwargs: Any) -> None:
+    """Stands in for `Autotuner.run`: one of the configs for few rows, or one for many."""
+    few = kwargs["BLOCK_T"] <= 64
+    config = products.FEW[0] if few else products.MANY[0]
+    kernel.fn.run(*args, **{**kwargs, **config.all_kwargs()})
+
+
+def rand(*shape: int) -> torch.Tensor:
+    return torch.randn(shape).to(BF16)
+
+
+def weight(bits: int, *shape: int) -> products.PackedWeight:
+    if not bits:
+        return products.pack(rand(*shape))
+    *outer, width = shape
+    data = torch.zeros(*outer, width * bits // 8, dtype=I8 if bits == 8 else torch.uint8)
+    groups = torch.ones(*outer, width // 32, dtype=I8) if bits == 4 else None
+    return products.pack(QuantTensor(bits, data, torch.ones(*outer), groups, width))
+
+
+def main() -> None:
+    """The shapes of ERNIE-4.5-21B-A3B, with fewer experts."""
+    JITFunction.run, Autotuner.run = compiled, tried
+    hidden, heads, groups, width, size, experts = 2560, 20, 4, 128, 1536, 8
+    x, norm = rand(3, hidden).requires_grad_(), rand(hidden).requires_grad_()
+    ops.rms_norm(x, norm, 1e-5).sum().backward()
+    ops.swiglu(rand(3, size).requires_grad_(), rand(3, size)).sum().backward()
+    ops.rotate_(rand(3, heads + groups, width), torch.ones(3, 64), torch.ones(3, 64))
+    tables, lens = torch.zeros(3, 32, dtype=torch.int32), torch.ones(3, dtype=torch.int32)
+    for row, dtype in ((width, BF16), (width + 4, I8)):
+        cache = torch.zeros(4, 64, groups, row, dtype=dtype)
+        for tokens in (3, 300):
+            bounds = torch.tensor([0, 1, 2, tokens], dtype=torch.int32)
+            new = (rand(tokens, groups, width), rand(tokens, groups, width), torch.arange(tokens))
+            q = rand(tokens, heads, width)
+            ops.attend_paged(q, cache, cache, tables, bounds, lens, 0.1, new)
+    router, bias = torch.ones(experts, hidden), torch.zeros(experts)
+    for bits in (0, 8, 4):
+        gate_up = weight(bits, experts, 2 * size, hidden)
+        down = weight(bits, experts, hidden, size)
+        for tokens in (1, 400):
+            x = rand(tokens, hidden)
+            settings = {"top_k": 6, "norm_min": 1e-12, "residual_TD": x}
+            ops.moe(x, router, bias, gate_up, down, None, **settings)
+            ops.project(x, weight(bits, 3584, hidden))
+    x = rand(800, hidden).requires_grad_()
+    ops.grouped_linear(x, rand(8, 512, hidden), torch.full((8,), 100)).sum().backward()
+
+
+if __name__ == "__main__":
+    main()

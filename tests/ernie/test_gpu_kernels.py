@@ -1,0 +1,387 @@
+"""Every GPU kernel against its definition in `ernie.kernels.reference`.
+
+Where there is a GPU the kernels are compiled and run there; elsewhere they run in Triton's
+interpreter, on a CPU (tests/conftest.py asks for it).
+"""
+
+from __future__ import annotations
+
+import sys
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="there are no wheels of it for this platform")
+
+from ernie import kernels
+from ernie.kernels import dispatch, reference
+from ernie.kernels.gpu import attention, flash, ops
+
+ON_GPU = torch.cuda.is_available()
+BF16, F16, F32, I8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
+
+DEVICE = "cuda" if ON_GPU else "cpu"  # tensors are made where the kernels run
+
+pytestmark = pytest.mark.gpu if ON_GPU else []
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def rand(*shape: int, dtype: torch.dtype = F32, grad: bool = False) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE).to(dtype).requires_grad_(grad)
+
+
+def sliced(rows: int, width: int, dtype: torch.dtype = F32) -> torch.Tensor:
+    """Columns of a wider tensor."""
+    return rand(rows, 2 * width + 3, dtype=dtype)[:, 3 : 3 + width].requires_grad_()
+
+
+def bounds(*lengths: int) -> torch.Tensor:
+    return torch.tensor([0, *lengths], device=DEVICE).cumsum(0).int()
+
+
+def angles(tokens: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    turn = rand(tokens, width // 2) * 3
+    return turn.cos(), turn.sin()
+
+
+POINTWISE = {
+    "norm": lambda t: ("rms_norm", rand(5, 33, dtype=t, grad=True), rand(33, grad=True), 1e-5),
+    "norm slice": lambda t: ("rms_norm", sliced(3, 64, t), rand(64, dtype=t, grad=True), 1e-6),
+    "norm no rows": lambda t: ("rms_norm", rand(0, 8, dtype=t, grad=True), rand(8), 1e-5),
+    "rotate": lambda t: ("rotate", rand(7, 3, 20, dtype=t, grad=True), *angles(7, 20)),
+    "rotate slice": lambda t: (
+        "rotate",
+        sliced(4, 64, t).detach().unflatten(1, (4, 16)).requires_grad_(),
+        *angles(4, 16),
+    ),
+    "swiglu": lambda t: ("swiglu", sliced(3, 37, t), sliced(3, 37, t)),
+    "swiglu wide": lambda t: (
+        "swiglu",
+        rand(2, 1500, dtype=t, grad=True),
+        rand(2, 1500, dtype=t, grad=True),
+    ),
+}
+
+
+def close(
+    ours: torch.Tensor, theirs: torch.Tensor, computed: torch.dtype, times: float = 1
+) -> None:
+    """Equal within rounding of the dtype in which they were computed, beside the largest value."""
+    assert ours.dtype == theirs.dtype
+    assert ours.shape == theirs.shape
+    if not theirs.numel():
+        return
+    scale = max(1.0, float(theirs.detach().abs().max()))
+    # The interpreter cuts numbers off to bfloat16 where a GPU rounds them.
+    limit = times * (2e-2 if computed == BF16 else 2e-5) * scale
+    error = float((ours.detach().float() - theirs.detach().float()).abs().max())
+    assert error <= limit, f"largest error {error:.3g}, allowed {limit:.3g}"
+
+
+def gradients(out: torch.Tensor, args: tuple) -> list[torch.Tensor]:
+    wanted = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+    weight = torch.linspace(-1, 1, out.numel(), device=DEVICE).view(out.shape).to(out.dtype)
+    return list(torch.autograd.grad(out, wanted, weight)) if wanted else []
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("case", POINTWISE)
+def test_pointwise_kernel_equals_its_definition(case, dtype):
+    operation, *args = POINTWISE[case](dtype)
+    ours, theirs = (getattr(module, operation)(*args) for module in (ops, reference))
+    close(ours, theirs, dtype)
+    for own, other in zip(gradients(ours, args), gradients(theirs, args), strict=True):
+        close(own, other, dtype)
+
+
+@pytest.mark.parametrize("cache", [F32, BF16, F16, I8])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_cache_write_equals_its_definition(cache, dtype):
+    wide = rand(6, 3 * 2 * 20, dtype=dtype)
+    k, v = (wide[:, at : at + 40].unflatten(1, (2, 20)) for at in (0, 40))
+    k[4] = 0
+    slots = torch.tensor([7, -1, 0, 19, 2, 3], device=DEVICE)
+    row = reference.cache_width(20, cache)
+    ours, theirs = ([rand(4, 5, 2, row).zero_().to(cache) for _ in range(2)] for _ in range(2))
+    ops.write_cache(k, v, *ours, slots)
+    reference.write_cache(k, v, *theirs, slots)
+    for own, other in zip(ours, theirs):
+        own, other = (reference._cached_values(c.flatten(0, 1)) for c in (own, other))
+        torch.testing.assert_close(own, other, rtol=8e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_rotation_in_place_equals_its_definition(dtype):
+    wide = rand(5, 6, 16, dtype=dtype)
+    own, other = wide.clone()[:, :4], wide.clone()[:, :4]
+    ops.rotate_(own, *(tables := angles(5, 16)))
+    reference.rotate_(other, *tables)
+    close(own, other, dtype)
+
+
+def paged(dtype, cache, heads, groups, width, positions, lens, news):
+    """Arguments of attend_paged with blocks in any order and nonsense past the last ones."""
+    q = rand(sum(news), heads, width, dtype=dtype)
+    k, v = (
+        reference._cached_rows(rand(90 * positions, groups, width), cache).unflatten(0, (90, -1))
+        for _ in range(2)
+    )
+    most = -(-max(lens) // positions) + 1
+    tables = torch.randint(0, 90, (len(lens), most), dtype=torch.int32, device=DEVICE)
+    for s, length in enumerate(lens):
+        tables[s, -(-length // positions) :] = 2**30
+    return q, k, v, tables, bounds(*news), torch.tensor(lens, dtype=torch.int32, device=DEVICE), 0.2
+
+
+PAGED = {
+    "decode": (8, 2, 16, 16, [1, 17, 530], [1, 1, 1]),
+    "decode, group of 5": (10, 2, 20, 3, [40, 300, 1], [1, 1, 1]),
+    "few and none": (4, 4, 16, 5, [40, 7, 270, 3], [5, 0, 2, 1]),
+    "few, group of 16": (16, 1, 16, 8, [12, 6], [3, 1]),
+    "prompts": (4, 1, 32, 16, [50, 70], [50, 41]),
+    "mixed": (10, 2, 16, 7, [300, 90, 5, 64], [1, 90, 0, 2]),
+    "padding of a graph": (4, 2, 16, 4, [9, 0, 0], [1, 1, 1]),
+}
+
+
+@pytest.mark.parametrize("dtype, cache", [(F32, F32), (BF16, BF16), (F32, I8), (BF16, F16)])
+@pytest.mark.parametrize("case", PAGED)
+def test_paged_attention_equals_its_definition(case, dtype, cache):
+    args = paged(dtype, cache, *PAGED[case])
+    close(ops.attend_paged(*args), reference.attend_paged(*args), dtype)
+
+
+def test_paged_attention_stores_new_rows_first():
+    q, k, v, *rest = paged(F32, F32, 4, 2, 16, 4, [9, 4], [3, 1])
+    slots = torch.stack([rest[0][0, j // 4].long() * 4 + j % 4 for j in (6, 7, 8)])
+    slots = torch.cat([slots, rest[0][1, 0].long()[None] * 4 + 3])
+    new = (rand(4, 2, 16), rand(4, 2, 16), slots)
+    theirs = reference.attend_paged(q, k.clone(), v.clone(), *rest, new)
+    close(ops.attend_paged(q, k, v, *rest, new), theirs, F32)
+
+
+def test_decoded_token_does_not_depend_on_its_neighbours():
+    q, k, v, tables, _, lens, scale = paged(F32, F32, 4, 2, 16, 16, [530, 8, 257], [1, 1, 1])
+    whole = ops.attend_paged(q, k, v, tables, bounds(1, 1, 1), lens, scale)
+    for s in range(3):
+        mine = slice(s, s + 1)
+        alone = ops.attend_paged(q[mine], k, v, tables[mine], bounds(1), lens[mine], scale)
+        assert torch.equal(alone, whole[mine])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_packed_attention_equals_its_definition(dtype):
+    q = rand(23, 6, 16, dtype=dtype, grad=True)
+    k, v = (rand(23, 2, 16, dtype=dtype, grad=True) for _ in range(2))
+    args = (q, k, v, bounds(10, 0, 12, 1), 0.3)
+    ours, theirs = ops.attend_packed(*args), reference.attend_packed(*args)
+    close(ours, theirs, dtype)
+    for own, other in zip(gradients(ours, args), gradients(theirs, args), strict=True):
+        close(own, other, dtype)
+
+
+def packed(shape: tuple[int, ...], bits: int, dtype: torch.dtype) -> tuple:
+    """A weight as this device and as the reference packs it."""
+    weight = rand(*shape, dtype=dtype) / shape[-1] ** 0.5
+    kept = reference.quantize(weight, bits) if bits else weight
+    return ops.pack(kept), reference.pack(kept)
+
+
+def plain_rows(x: torch.Tensor) -> torch.Tensor:
+    return x.float()
+
+
+@pytest.fixture
+def unrounded(monkeypatch):
+    """The reference as it is on a GPU: activations are not rounded to 8 bits."""
+    monkeypatch.setattr(reference, "rounded_rows", plain_rows)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("bits", [0, 8, 4])
+@pytest.mark.parametrize(
+    "rows, outputs, width", [(1, 70, 1088), (3, 130, 96), (33, 65, 77), (140, 64, 64)]
+)
+def test_projection_equals_its_definition(rows, outputs, width, bits, dtype, unrounded):
+    ours, theirs = packed((outputs, width), bits, dtype)
+    x, residual = rand(rows, width, dtype=dtype), rand(rows, outputs, dtype=dtype)
+    bias, norm = rand(outputs), (rand(width, dtype=dtype), 1e-5)
+    for given in ((None, {}), (bias, {}), (bias, {"norm": norm, "residual_TO": residual})):
+        own, other = (
+            m.project(x, w, given[0], **given[1]) for m, w in ((ops, ours), (reference, theirs))
+        )
+        close(own, other, dtype)
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_mlp_equals_its_definition(bits, dtype, unrounded):
+    (up, up_r), (down, down_r) = packed((96, 64), bits, dtype), packed((64, 48), bits, dtype)
+    x, norm = rand(5, 64, dtype=dtype), (rand(64), 1e-5)
+    close(
+        ops.mlp(x, up, down, norm=norm, residual_TD=x),
+        reference.mlp(x, up_r, down_r, norm=norm, residual_TD=x),
+        dtype,
+    )
+
+
+MIXTURES = {  # tokens, experts, choices, hidden size, expert size, shared size
+    "one token": (1, 8, 3, 64, 32, 64),
+    "a pair each": (4, 8, 2, 48, 20, 0),
+    "sorted": (21, 6, 3, 64, 32, 32),
+    "one expert": (9, 1, 1, 32, 16, 0),
+}
+
+
+@pytest.mark.parametrize("bits, dtype", [(0, F32), (0, BF16), (8, F32), (8, BF16), (4, F32)])
+@pytest.mark.parametrize("case", MIXTURES)
+def test_mixture_of_experts_equals_its_definition(case, bits, dtype, unrounded):
+    tokens, experts, top_k, hidden, size, shared_size = MIXTURES[case]
+    x, norm = rand(tokens, hidden, dtype=dtype), (rand(hidden, dtype=dtype), 1e-5)
+    router, bias = rand(experts, hidden) / hidden**0.5, rand(experts) * 0.02
+    shapes = [(experts, 2 * size, hidden), (experts, hidden, size)]
+    shared = [(2 * shared_size, hidden), (hidden, shared_size)] if shared_size else []
+    ours, theirs = zip(*(packed(shape, bits, dtype) for shape in shapes + shared))
+    own, other = (
+        m.moe(
+            x, router, bias, w[0], w[1], tuple(w[2:]) or None,
+            top_k=top_k, norm_min=1e-12, norm=norm, residual_TD=x,
+        )
+        for m, w in ((ops, ours), (reference, theirs))
+    )  # fmt: skip
+    close(own, other, dtype)
+
+
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_expert_of_a_packed_weight_is_a_weight(bits, unrounded):
+    ours, theirs = packed((3, 70, 96), bits, F32)
+    x = rand(4, 96)
+    own = ops.project(x, reference.expert(ours, 2))
+    close(own, reference.project(x, reference.expert(theirs, 2)), F32)
+
+
+def test_equal_scores_choose_the_smaller_index():
+    from ernie.kernels.gpu.experts import _choose
+
+    probs = torch.tensor([[0.2, 0.3, 0.3, 0.2], [0.25] * 4], device=DEVICE)
+    chosen, weights = _choose(probs.log(), rand(4).zero_(), 3, 1e-12)
+    assert chosen.tolist() == [[1, 2, 0], [0, 1, 2]]
+    close(
+        weights, probs.gather(1, chosen.long()) / probs.gather(1, chosen.long()).sum(1, True), F32
+    )
+
+
+def test_pairs_are_sorted_stably():
+    from ernie.kernels.gpu.experts import sorted_by_expert
+
+    experts = torch.randint(0, 5, (300,), dtype=torch.int32, device=DEVICE)
+    order, ends = sorted_by_expert(experts, 7)
+    assert torch.equal(order.long(), experts.argsort(stable=True))
+    assert torch.equal(ends.long(), experts.bincount(minlength=7).cumsum(0))
+
+
+@pytest.mark.parametrize("dtype, weight", [(F32, F32), (BF16, BF16), (F32, BF16)])
+@pytest.mark.parametrize("rows", [(1, 0, 7, 4, 0), (40, 29, 1, 0, 20), (0, 0, 0, 0, 0)])
+def test_grouped_product_equals_its_definition(rows, dtype, weight):
+    x = rand(sum(rows), 40, dtype=dtype, grad=True)
+    args = (
+        x,
+        rand(5, 70, 40, dtype=weight, grad=weight == dtype),
+        torch.tensor(rows, device=DEVICE),
+    )
+    ours, theirs = ops.grouped_linear(*args), reference.grouped_linear(*args)
+    close(ours, theirs, dtype)
+    if not len(x):
+        return
+    for own, other in zip(gradients(ours, args), gradients(theirs, args), strict=True):
+        close(own, other, dtype)
+
+
+def fake_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
+    assert window_size == (-1, 0)
+    assert enable_gqa
+    assert cu_q is cu_k
+    assert max_q == max_k >= int(cu_q.diff().max())
+    return reference.attend_packed(q, k, v, cu_q, scale)
+
+
+def old_varlen(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False):
+    raise AssertionError("cannot scale, so it must not be called")
+
+
+def test_torchs_varlen_attention_is_used_where_it_can_do_the_work():
+    args = (rand(9, 4, 8), rand(9, 2, 8), rand(9, 2, 8), bounds(4, 5), 0.3)
+    adapted = attention.adapted_varlen(fake_varlen)
+    assert torch.equal(adapted(*args), reference.attend_packed(*args))
+    assert attention.adapted_varlen(old_varlen) is None
+
+
+def of_version_3(
+    q, k_cache, v_cache, *, cache_seqlens, page_table, cu_seqlens_q, max_seqlen_q, softmax_scale,
+    causal,
+):  # fmt: skip
+    assert causal
+    assert max_seqlen_q >= int(cu_seqlens_q.diff().max())
+    args = (q, k_cache, v_cache, page_table, cu_seqlens_q, cache_seqlens, softmax_scale)
+    return reference.attend_paged(*args) + 1  # so that a test sees who answered
+
+
+def of_version_2(
+    q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal=False, block_table=None
+):
+    assert causal
+    assert max_q >= int(cu_q.diff().max())
+    assert max_k >= int(cu_k.diff().max())
+    if block_table is None:
+        return reference.attend_packed(q, k, v, cu_q, softmax_scale) + 1
+    assert k.shape[1] % 256 == 0
+    lens = cu_k.diff()
+    return reference.attend_paged(q, k, v, block_table, cu_q, lens, softmax_scale) + 1
+
+
+@pytest.fixture(params=[2, 3])
+def installed(request, monkeypatch):
+    """A module that stands in for FlashAttention of a version."""
+    name = flash.VERSIONS[request.param][0]
+    module = ModuleType(name)
+    module.__spec__ = ModuleSpec(name, None)
+    module.flash_attn_varlen_func = of_version_2
+    module.flash_attn_with_kvcache = of_version_3
+    monkeypatch.setitem(sys.modules, name, module)
+    caches = (flash._found, dispatch._modules, dispatch._chosen)
+    for cached in caches:
+        cached.cache_clear()
+    yield request.param
+    for cached in caches:
+        cached.cache_clear()
+
+
+def test_flash_attention_is_picked_up_and_given_what_it_takes(installed):
+    assert flash.available() == ""
+    lines = kernels.report("cuda")
+    assert lines["attend_paged"] == f"ernie.kernels.gpu.flash [FlashAttention {installed}]"
+    assert lines["moe"].startswith("ernie.kernels.gpu.experts [triton")
+    packed = (rand(9, 4, 16, dtype=BF16), *(rand(9, 2, 16, dtype=BF16) for _ in range(2)))
+    packed = (*packed, bounds(4, 5), 0.3)
+    close(flash.attend_packed(*packed), reference.attend_packed(*packed) + 1, BF16)
+    for positions, taken in ((256, True), (16, installed == 3)):
+        paged_args = paged(BF16, BF16, 4, 2, 16, positions, [50, 70], [50, 41])
+        theirs = reference.attend_paged(*paged_args) + taken
+        close(flash.attend_paged(*paged_args), theirs, BF16)
+    decoding = paged(BF16, BF16, 4, 2, 16, 256, [50, 70], [1, 1])
+    close(flash.attend_paged(*decoding), reference.attend_paged(*decoding), BF16)
+
+
+def test_report_says_what_runs_on_a_gpu():
+    lines = kernels.report("cuda")
+    assert set(lines) == set(dispatch.OPERATIONS)
+    ours = {name for name, line in lines.items() if "reference" not in line}
+    assert ours == set(ops.MODULE_BY_OPERATION)
+    with pytest.raises(ValueError, match="cuda does not have here; leave it off"):
+        kernels.batch_invariant(True, "cuda")
