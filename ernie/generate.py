@@ -16,26 +16,37 @@ from ernie.model import ErnieModel
 
 class GrowingCache:
     """An `attend` that remembers: keys and values of one sequence, appended call by call, one store
-    a layer.
+    a layer, in the dtype of the activations or another that a cache may have.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self.dtype = dtype
         self.keys: dict[int, Tensor] = {}
         self.values: dict[int, Tensor] = {}
 
     def __call__(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, *, layer: int) -> Tensor:
-        for store, new in ((self.keys, k_TGd), (self.values, v_TGd)):
-            store[layer] = torch.cat((store[layer], new)) if layer in store else new
-        keys_nGd, values_nGd = self.keys[layer], self.values[layer]
+        for store, new_TGr in zip((self.keys, self.values), self._rows(k_TGd, v_TGd)):
+            store[layer] = torch.cat((store[layer], new_TGr)) if layer in store else new_TGr
+        keys_nGr, values_nGr = self.keys[layer], self.values[layer]
         # The growing cache is one block of n positions: the paged operation with the simplest of
         # tables.
         whole = torch.zeros(1, 1, dtype=torch.int32, device=q_THd.device)
         rows = torch.tensor([0, len(q_THd)], dtype=torch.int32, device=q_THd.device)
-        length = torch.tensor([len(keys_nGd)], dtype=torch.int32, device=q_THd.device)
+        length = torch.tensor([len(keys_nGr)], dtype=torch.int32, device=q_THd.device)
         scale = q_THd.shape[-1] ** -0.5
         return kernels.attend_paged(
-            q_THd, keys_nGd[None], values_nGd[None], whole, rows, length, scale
+            q_THd, keys_nGr[None], values_nGr[None], whole, rows, length, scale
         )
+
+    def _rows(self, k_TGd: Tensor, v_TGd: Tensor) -> tuple[Tensor, ...]:
+        """Keys and values in the cache's format."""
+        tokens, heads, width = k_TGd.shape
+        dtype = self.dtype or k_TGd.dtype
+        shape = (1, tokens, heads, kernels.cache_width(width, dtype))
+        stored = tuple(torch.empty(shape, dtype=dtype, device=k_TGd.device) for _ in range(2))
+        slots = torch.arange(tokens, device=k_TGd.device)
+        kernels.write_cache(k_TGd, v_TGd, *stored, slots)
+        return tuple(rows[0] for rows in stored)
 
 
 @torch.no_grad()
@@ -48,12 +59,14 @@ def generate(
     top_p: float = 1.0,
     seed: int = 0,
     stop_ids: Sequence[int] = (),
+    cache_dtype: torch.dtype | None = None,
 ) -> Iterator[int]:
     """Yield new token ids until one of `stop_ids` (which is yielded too) or `max_tokens`.
 
-    `temperature` 0 takes the most likely token, the smallest id among equals.
+    `temperature` 0 takes the most likely token, the smallest id among equals. `cache_dtype` rounds
+    keys and values as a serving cache of that dtype does.
     """
-    cache, generator = GrowingCache(), torch.Generator(model.device).manual_seed(seed)
+    cache, generator = GrowingCache(cache_dtype), torch.Generator(model.device).manual_seed(seed)
     new_ids, position = list(prompt_ids), 0
     for _ in range(max_tokens):
         ids_T = torch.tensor(new_ids, device=model.device)

@@ -195,51 +195,6 @@ def test_linear_row_does_not_depend_on_other_rows(dtype, width, isa):
     assert torch.equal(few, whole[:9])
 
 
-@pytest.mark.parametrize("dtype", [F32, BF16, F16])
-@pytest.mark.parametrize(
-    "heads, groups, width, positions", [(8, 2, 64, 16), (3, 1, 16, 5), (4, 4, 128, 1)]
-)
-def test_paged_attention_equals_its_definition(dtype, heads, groups, width, positions, isa):
-    torch.manual_seed(0)
-    lens = torch.tensor([1, 17, 700, 40, 300, 5, 257], dtype=torch.int32)
-    cu_seqlens = bounds(1, 17, 1, 40, 16, 0, 3)
-    q = rand(int(cu_seqlens[-1]), heads, width)
-    k, v = (rand(300, positions, groups, width, dtype=dtype) for _ in range(2))
-    tables = torch.randint(0, 300, (len(lens), -(-700 // positions) + 1), dtype=torch.int32)
-    for s, length in enumerate(lens.tolist()):
-        tables[s, -(-length // positions) :] = 2**30  # never read
-    args = (k, v, tables, cu_seqlens, lens, 0.2)
-    ours = ops.attend_paged(q, *args)
-    torch.testing.assert_close(ours, reference.attend_paged(q, *args), rtol=1e-5, atol=1e-5)
-    assert torch.equal(ours, ops.attend_paged(q, *args))
-
-
-def test_paged_attention_does_not_depend_on_the_batch(isa):
-    torch.manual_seed(0)
-    k, v = rand(64, 16, 2, 32), rand(64, 16, 2, 32)
-    q, tables = rand(3, 4, 32), torch.randperm(63).view(3, 21).int()
-    lens = torch.tensor([330, 8, 257], dtype=torch.int32)
-    whole = ops.attend_paged(q, k, v, tables, bounds(1, 1, 1), lens, 0.2)
-    for s in range(3):
-        alone = ops.attend_paged(
-            q[s : s + 1], k, v, tables[s : s + 1], bounds(1), lens[s : s + 1], 0.2
-        )
-        assert torch.equal(alone, whole[s : s + 1])
-
-
-@pytest.mark.parametrize("dtype", [F32, BF16, F16])
-def test_cache_write_equals_its_definition(dtype, isa):
-    torch.manual_seed(0)
-    wide = rand(6, 3 * 2 * 20)
-    k, v = (wide[:, at : at + 40].unflatten(1, (2, 20)) for at in (0, 40))
-    slots = torch.tensor([7, -1, 0, 19, -1, 3])
-    ours, theirs = ([rand(4, 5, 2, 20).zero_().to(dtype) for _ in range(2)] for _ in range(2))
-    ops.write_cache(k, v, *ours, slots)
-    reference.write_cache(k, v, *theirs, slots)
-    assert torch.equal(ours[0], theirs[0])
-    assert torch.equal(ours[1], theirs[1])
-
-
 ADAMW = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 
 

@@ -15,29 +15,12 @@ static constexpr long row_bytes(long width) {
     return width * sizeof(T) + (sizeof(T) == 1 ? sizeof(float) : 0);
 }
 
-ERNIE_INLINE vf load(const int8_t *p) {
-#if defined(__AVX512F__)
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
-#elif defined(__AVX2__)
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))));
-#else
-    vf v;
-    for (int i = 0; i < VL; i++) v[i] = p[i];
-    return v;
-#endif
-}
-
-// The row as float32; `width` is a multiple of VL.
+// What the values of a row must be multiplied with to be what they stand for.
 template <class T>
-ERNIE_INLINE void widen_row(const char *row, long width, float *out) {
-    const T *from = reinterpret_cast<const T *>(row);
-    if constexpr (sizeof(T) == 1) {
-        float scale;
-        memcpy(&scale, row + width, sizeof scale);
-        for (long d = 0; d < width; d += VL) store(out + d, load(from + d) * splat(scale));
-    } else {
-        for (long d = 0; d < width; d += VL) store(out + d, load(from + d));
-    }
+ERNIE_INLINE float row_scale(const char *row, long width) {
+    float scale = 1;
+    if (sizeof(T) == 1) memcpy(&scale, row + width, sizeof scale);
+    return scale;
 }
 
 // Round to nearest, ties to even; too large becomes infinite, a NaN stays one.

@@ -17,7 +17,7 @@
 namespace {
 
 constexpr long SPLIT = 128;       // keys
-constexpr long RUN = 16;          // keys that are widened at a time, so that they stay in the first-level cache
+constexpr long AHEAD = 16;        // keys
 constexpr long FEW_QUERIES = 16;  // at most so many are not worth a tile
 constexpr long TASKS = 4;         // for each thread, so that none waits long for the last
 
@@ -55,11 +55,11 @@ void write_rows(const float *from, long ld, char *cache, const int64_t *slots, l
 
 // --- where keys and values come from -------------------------------------------------------------------
 
-struct WidenSlot;
-
-// One head of one sequence in the cache.
+// One head of one sequence, read where it lies in the cache.
 template <class T>
 struct Cached {
+    typedef T Element;
+    static constexpr bool scaled = sizeof(T) == 1;
     const Call &call;
     const int32_t *table;
     long group, bytes = row_bytes<T>(call.width), ld = call.groups * bytes;
@@ -68,33 +68,61 @@ struct Cached {
         const long slot = table[key / call.positions] * call.positions + key % call.positions;
         return cache + slot * ld + group * bytes;
     }
-    void widen(const char *cache, long first, long count, float *out) const {
-        for (long j = 0; j < count; j++) widen_row<T>(row(cache, first + j), call.width, out + j * call.width);
+    // Four keys from a multiple of four on; those past `last` may be any.
+    ERNIE_MEMBER void keys(long first, long last, const T *four[4]) const {
+        const char *at = row(call.k, first);
+        const bool together = call.positions % 4 == 0;
+        for (long r = 0; r < 4; r++, at += ld)
+            four[r] = reinterpret_cast<const T *>(together ? at : row(call.k, std::min(first + r, last)));
     }
-    // `count` (at most RUN, within one multiple of RUN) rows as float32, `stride` apart.
-    const float *run(const char *cache, long first, long count, long &stride) const {
-        if (std::is_same<T, float>::value && call.positions % RUN == 0) {
-            stride = ld / sizeof(float);
-            return reinterpret_cast<const float *>(row(cache, first));
-        }
-        float *out = scratch<WidenSlot>(RUN * call.width);
-        widen(cache, first, count, out);
-        stride = call.width;
-        return out;
+    // Values that lie `stride` elements apart; `count` shrinks to those of one block.
+    const T *values(long first, long &count, long &stride) const {
+        count = std::min(count, call.positions - first % call.positions);
+        stride = ld / sizeof(T);
+        return reinterpret_cast<const T *>(row(call.v, first));
     }
-    const float *keys(long first, long count, long &stride) const { return run(call.k, first, count, stride); }
-    const float *values(long first, long count, long &stride) const { return run(call.v, first, count, stride); }
-    void fetch(const char *cache, long key) const {  // into the second-level cache
-        for (const char *at = row(cache, key), *end = at + bytes; at < end; at += 64) __builtin_prefetch(at, 0, 2);
+    void scales(const char *cache, long first, long count, float *out) const {
+        for (long j = 0; j < count; j++) out[j] = row_scale<T>(row(cache, first + j), call.width);
+    }
+    void key_scales(long first, long count, float *out) const { scales(call.k, first, count, out); }
+    void value_scales(long first, long count, float *out) const { scales(call.v, first, count, out); }
+    // Four rows into the second-level cache, as they lie in blocks of a multiple of four positions. Not inlined,
+    // the compiler would take this for a function without effect.
+    ERNIE_MEMBER void fetch(const char *cache, long first) const {
+        const char *at = row(cache, first);
+        for (int j = 0; j < 4; j++, at += ld)
+            for (long byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte, 0, 2);
     }
 };
 
-// The same after a whole split was widened, for many queries.
+// A split of it, made float32 for many queries.
+template <class T>
 struct Widened {
-    const float *k, *v;
+    typedef float Element;
+    static constexpr bool scaled = sizeof(T) == 1;
+    float *k, *v, *k_scales, *v_scales;
     long origin, width;
-    const float *keys(long first, long, long &stride) const { return stride = width, k + (first - origin) * width; }
-    const float *values(long first, long, long &stride) const { return stride = width, v + (first - origin) * width; }
+    static long floats(long width) { return 2 * SPLIT * (width + 1); }
+    Widened(const Cached<T> &cached, long first, long count, float *memory)
+        : k(memory), v(k + SPLIT * cached.call.width), k_scales(v + SPLIT * cached.call.width),
+          v_scales(k_scales + SPLIT), origin(first), width(cached.call.width) {
+        for (long j = 0; j < count; j++)
+            for (const bool key : {true, false}) {
+                const char *row = cached.row(key ? cached.call.k : cached.call.v, first + j);
+                float *to = (key ? k : v) + j * width;
+                for (long d = 0; d < width; d += VL) store(to + d, load(reinterpret_cast<const T *>(row) + d));
+                (key ? k_scales : v_scales)[j] = row_scale<T>(row, width);
+            }
+    }
+    ERNIE_MEMBER void keys(long first, long, const float *four[4]) const {
+        for (long r = 0; r < 4; r++) four[r] = k + (first - origin + r) * width;
+    }
+    const float *values(long first, long &, long &stride) const {
+        stride = width;
+        return v + (first - origin) * width;
+    }
+    void key_scales(long, long count, float *out) const { memcpy(out, k_scales, count * sizeof(float)); }
+    void value_scales(long, long count, float *out) const { memcpy(out, v_scales, count * sizeof(float)); }
 };
 
 // --- one split -----------------------------------------------------------------------------------------
@@ -107,40 +135,82 @@ struct Partial {  // of some rows: sums of weighted values, not yet divided by t
     }
 };
 
+// scores[m][r] = <q[m], keys[r]> for M rows and four keys. Each is summed in one order, whatever M.
+template <int M, class T>
+ERNIE_INLINE void score_tile(const T *const keys[4], const float *q, long ldq, long width, float *scores) {
+    vf acc[4][M] = {};
+    const T *k0 = keys[0], *k1 = keys[1], *k2 = keys[2], *k3 = keys[3];
+    for (long d = 0; d < width; d += VL) {
+        const T *const at[4] = {k0 + d, k1 + d, k2 + d, k3 + d};
+        vf x[M];
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) x[m] = load(q + m * ldq + d);
+#pragma GCC unroll 4
+        for (int r = 0; r < 4; r++) {
+            const vf key = load(at[r]);
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) acc[r][m] = fma(key, x[m], acc[r][m]);
+        }
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) sum4(acc[0][m], acc[1][m], acc[2][m], acc[3][m], scores + m * SPLIT);
+}
+
+template <class T>
+ERNIE_INLINE void score_rows(const T *const four[4], const float *q, long ldq, long rows, long width, float *scores) {
+    balanced(rows, DOT_ROWS, [&](long m, long tile) {
+        const float *x = q + m * ldq;
+        float *to = scores + m * SPLIT;
+        switch (tile) {
+            case 1: return score_tile<1>(four, x, ldq, width, to);
+            case 2: return score_tile<2>(four, x, ldq, width, to);
+            case 3: return score_tile<3>(four, x, ldq, width, to);
+#if defined(__AVX512F__)
+            case 4: return score_tile<4>(four, x, ldq, width, to);
+            case 5: return score_tile<5>(four, x, ldq, width, to);
+            case 6: return score_tile<6>(four, x, ldq, width, to);
+#endif
+        }
+    });
+}
+
 // Keys [first, first + count) for `rows` query rows, of which row i sees the keys below visible(i). `ahead` is
-// told of each key whose turn it is in the first and in the second half of the work.
+// told of every fourth key when its turn comes in the first and in the second half of the work.
 template <class Source, class Visible, class Ahead>
 void attend_split(const Source &source, long first, long count, const float *q, long ldq, long rows, long width,
                   float scale, const Visible &visible, float *scores, const Partial &out, const Ahead &ahead) {
-    for (long j = 0; j < count; j += RUN) {
-        long stride;
-        const long run = std::min(RUN, count - j);
-        const float *keys = source.keys(first + j, run, stride);
-        for (long k = 0; k < run; k += 4) {
-            const float *four[4];
-            for (long r = 0; r < 4; r++) four[r] = keys + std::min(k + r, run - 1) * stride;
-            ahead(0, j + k);
-            balanced(rows, DOT_ROWS, [&](long m, long tile) {
-                float sums[DOT_ROWS][4];
-                dot_tile(tile, four, 0, q + m * ldq, ldq, width, sums);
-                for (long i = 0; i < tile; i++) memcpy(scores + (m + i) * SPLIT + j + k, sums[i], sizeof sums[i]);
-            });
-        }
+    typedef typename Source::Element T;
+    float scales[SPLIT];
+    for (long j = 0; j < count; j += 4) {
+        const T *four[4];
+        ahead(0, j);
+        source.keys(first + j, first + count - 1, four);
+        score_rows(four, q, ldq, rows, width, scores + j);
     }
+    const auto scale_columns = [&](long row) {
+        for (long j = 0; j < count; j += VL)
+            store(scores + row * SPLIT + j, load(scores + row * SPLIT + j) * load(scales + j));
+    };
+    if (Source::scaled) source.key_scales(first, count, scales);
     const long padded = (count + VL - 1) / VL * VL;
     for (long i = 0; i < rows; i++) {
         const long seen = std::min(visible(i) - first, count);
         out.maxima[i] = -INFINITY, out.totals[i] = 0;
+        if (Source::scaled) scale_columns(i);
         if (seen > 0)
             soften(scores + i * SPLIT, seen, padded, scale, out.maxima[i], out.totals[i]);
         else
             memset(scores + i * SPLIT, 0, padded * sizeof(float));
     }
-    for (long j = 0; j < count; j += RUN) {
+    if (Source::scaled) {
+        source.value_scales(first, count, scales);
+        for (long i = 0; i < rows; i++) scale_columns(i);
+    }
+    for (long j = 0, run; j < count; j += run) {
         long stride;
-        const long run = std::min(RUN, count - j);
-        const float *values = source.values(first + j, run, stride);
-        for (long k = 0; k < run; k += 4) ahead(1, j + k);
+        run = count - j;
+        const T *values = source.values(first + j, run, stride);
+        for (long k = (j + 3) & ~3L; k < j + run; k += 4) ahead(1, k);
         outer_gemm(rows, width / VL, run, {scores + j, SPLIT, 1}, values, stride, out.sums, width, j > 0);
     }
 }
@@ -164,7 +234,8 @@ void start(const Partial &all, long rows, long width) {
 }
 
 void finish(const Partial &all, long row, long width, float *out) {
-    for (long d = 0; d < width; d += VL) store(out + d, load(all.sums + row * width + d) / splat(all.totals[row]));
+    const vf factor = splat(1.0f / all.totals[row]);
+    for (long d = 0; d < width; d += VL) store(out + d, load(all.sums + row * width + d) * factor);
 }
 
 // --- a tile of a chunk ---------------------------------------------------------------------------------
@@ -177,17 +248,17 @@ void attend_chunk(const Call &c, const Piece &piece) {
     const long begin = c.bounds[piece.segment], offset = c.lens[piece.segment] - (c.bounds[piece.segment + 1] - begin);
     const long at = begin + piece.first, head = piece.group * share, end = offset + piece.first + piece.count;
     const Cached<T> cached{c, c.tables + piece.segment * c.table_width, piece.group};
-    float *k = scratch<TileScratch>(2 * SPLIT * width + rows * SPLIT + Partial::floats(rows * (share + 1), width));
-    float *v = k + SPLIT * width, *scores = v + SPLIT * width;
-    const Partial split = Partial::at(scores + rows * SPLIT, rows, width);
-    const Partial all = Partial::at(split.sums + Partial::floats(rows, width), rows * share, width);
+    const long sizes[] = {Widened<T>::floats(width), rows * SPLIT, Partial::floats(rows, width)};
+    float *widened = scratch<TileScratch>(sizes[0] + sizes[1] + sizes[2] + Partial::floats(rows * share, width));
+    float *scores = widened + sizes[0];
+    const Partial split = Partial::at(scores + sizes[1], rows, width);
+    const Partial all = Partial::at(split.sums + sizes[2], rows * share, width);
     start(all, rows * share, width);
     for (long first = 0; first < end; first += SPLIT) {
         const long count = std::min(SPLIT, end - first);
-        cached.widen(c.k, first, count, k);
-        cached.widen(c.v, first, count, v);
+        const Widened<T> source(cached, first, count, widened);
         for (long h = 0; h < share; h++) {
-            attend_split(Widened{k, v, first, width}, first, count, c.q + at * c.ldq + (head + h) * width, c.ldq, rows,
+            attend_split(source, first, count, c.q + at * c.ldq + (head + h) * width, c.ldq, rows,
                          width, c.scale, [&](long i) { return offset + piece.first + i + 1; }, scores, split,
                          [](int, long) {});
             for (long i = 0; i < rows; i++) join(all, h * rows + i, split, i, width);
@@ -244,12 +315,10 @@ void attend_few(const Call &c, const Task &task) {
             const long next_first = more ? first : first + SPLIT;
             const long next_count = more || s + 1 < last ? std::min(SPLIT, few.length - next_first) : 0;
             const bool cold = s == task.first && g == task.group;
-            const auto ahead = [&](int half, long at) {
-                for (long key = at; key < at + 4; key++) {
-                    if (half == 0 && key < count) cached.fetch(c.v, first + key);
-                    if (half == 0 && cold && key + RUN < count) cached.fetch(c.k, first + key + RUN);
-                    if (half == 1 && key < next_count) next.fetch(c.k, next_first + key);
-                }
+            const auto ahead = [&](int half, long at) __attribute__((always_inline)) {
+                if (half == 0 && at < count) cached.fetch(c.v, first + at);
+                if (half == 0 && cold && at + AHEAD < count) cached.fetch(c.k, first + at + AHEAD);
+                if (half == 1 && at < next_count) next.fetch(c.k, next_first + at);
             };
             attend_split(cached, first, count, q, ldq, few.rows, width, c.scale,
                          [&](long row) { return few.length - few.queries + row / share + 1; }, scores,

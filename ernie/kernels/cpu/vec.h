@@ -24,6 +24,7 @@ constexpr int VL = 4;
 #endif
 
 #define ERNIE_INLINE static inline __attribute__((always_inline))
+#define ERNIE_MEMBER inline __attribute__((always_inline))
 
 typedef float vf __attribute__((vector_size(VL * 4)));
 typedef uint32_t vu __attribute__((vector_size(VL * 4)));
@@ -87,8 +88,10 @@ ERNIE_INLINE vh load_halves(const void *p) {
     return v;
 }
 ERNIE_INLINE vu widen(vh h) {
-#if defined(__AVX2__) && !defined(__AVX512F__)
-    return (vu)_mm256_cvtepu16_epi32((__m128i)h);  // GCC 12 makes five instructions of the conversion
+#if defined(__AVX512F__)
+    return (vu)_mm512_cvtepu16_epi32((__m256i)h);  // GCC 12 makes five instructions of the conversion
+#elif defined(__AVX2__)
+    return (vu)_mm256_cvtepu16_epi32((__m128i)h);
 #else
     return __builtin_convertvector(h, vu);
 #endif
@@ -105,6 +108,17 @@ ERNIE_INLINE vf load(const f16 *p) {
     const vf magnitude = as_float((h & 0x7fff) << 13) * splat(0x1p112f);
     const vu special = (vu)(magnitude >= splat(65536.0f)) & 0x7f800000u;  // infinities and NaN
     return as_float(as_bits(magnitude) | special | (h & 0x8000) << 16);
+#endif
+}
+ERNIE_INLINE vf load(const int8_t *p) {
+#if defined(__AVX512F__)
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(p))));
+#elif defined(__AVX2__)
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(p))));
+#else
+    vf v;
+    for (int i = 0; i < VL; i++) v[i] = p[i];
+    return v;
 #endif
 }
 ERNIE_INLINE void store(float *p, vf v) { memcpy(p, &v, sizeof v); }
