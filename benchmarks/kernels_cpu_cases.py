@@ -10,6 +10,7 @@ from itertools import cycle, pairwise
 import torch
 import torch.nn.functional as F
 
+from ernie.kernels import reference
 from ernie.kernels.cpu import ops
 
 HIDDEN, HEADS, GROUPS, WIDTH, FFN, VOCAB = 1024, 16, 2, 128, 3072, 103424
@@ -158,48 +159,49 @@ def packed_cases() -> Iterator[Case]:
 
 
 def paged_cases() -> Iterator[Case]:
-    block = 16
-    for dtype in (F32, BF16):
-        for sequences, length, queries in (
-            (1, 4096, 1),
-            (1, 32768, 1),
-            (16, 512, 1),
-            (1, 2048, 512),
-        ):
-            num = max(sequences * length // block, POOL_BYTES // (block * GROUPS * WIDTH * 4))
-            k, v = (torch.randn(num, block, GROUPS, WIDTH).to(dtype) for _ in range(2))
-            order = torch.randperm(num)[: num // (length // block) * (length // block)]
-            tables = cycle(
-                t.contiguous()
-                for t in order.view(-1, length // block).int().split(sequences)
-                if len(t) == sequences
-            )
-            lens = torch.full((sequences,), length, dtype=torch.int32)
-            cu = torch.arange(sequences + 1, dtype=torch.int32) * queries
-            q = torch.randn(sequences * queries, HEADS, WIDTH)
+    """Decode of 1 and of 16 sequences, and chunks of 512 at the begin and deep in a prompt."""
+    few = ((1, 600, 1), (16, 600, 1), (1, 4096, 512))
+    all_sizes = [(n, length, 1) for n in (1, 16) for length in (128, 600, 4000)]
+    all_sizes += [(1, 512, 512), (1, 4096, 512)]
+    for dtype in (torch.float16, torch.int8, BF16, F32):
+        for size in few if dtype in (BF16, F32) else all_sizes:
+            yield paged_case(dtype, *size)
 
-            def ours(q=q, k=k, v=v, tables=tables, cu=cu, lens=lens) -> torch.Tensor:
-                return ops.attend_paged(q, k, v, next(tables), cu, lens, SCALE)
 
-            mask = torch.ones(queries, length, dtype=torch.bool).tril(length - queries)
+def paged_case(dtype: torch.dtype, sequences: int, length: int, queries: int) -> Case:
+    """The newest `queries` tokens of each of `sequences` texts of `length` tokens."""
+    block, row = 64, reference.cache_width(WIDTH, dtype)
+    blocks = -(-length // block)
+    num = max(sequences * blocks, POOL_BYTES // (block * GROUPS * row * dtype.itemsize))
+    k, v = (torch.zeros(num, block, GROUPS, row, dtype=dtype) for _ in range(2))
+    some = torch.randn(2, 4096, GROUPS, WIDTH)
+    for slots in torch.arange(num * block).split(4096):
+        ops.write_cache(*some[:, : len(slots)], k, v, slots)
+    order = torch.randperm(num)[: num // blocks * blocks].view(-1, blocks).int()
+    tables = cycle(t.contiguous() for t in order.split(sequences) if len(t) == sequences)
+    lens = torch.full((sequences,), length, dtype=torch.int32)
+    cu = torch.arange(sequences + 1, dtype=torch.int32) * queries
+    q = torch.randn(sequences * queries, HEADS, WIDTH)
+    mask = torch.ones(queries, length, dtype=torch.bool).tril(length - queries)
 
-            def peer(q=q, k=k, v=v, tables=tables, n=sequences, mask=mask) -> torch.Tensor:
-                table = next(tables).long()
-                q1 = q.view(n, -1, HEADS, WIDTH).transpose(1, 2)
-                k1, v1 = (c[table].flatten(1, 2).transpose(1, 2).float() for c in (k, v))
-                return F.scaled_dot_product_attention(
-                    q1, k1, v1, attn_mask=mask, scale=SCALE, enable_gqa=True
-                )
+    def peer() -> torch.Tensor:
+        table = next(tables).long()
+        q1 = q.view(sequences, -1, HEADS, WIDTH).transpose(1, 2)
+        rows = (reference._cached_values(c[table].flatten(1, 2)[:, :length]) for c in (k, v))
+        k1, v1 = (x.transpose(1, 2) for x in rows)
+        return F.scaled_dot_product_attention(
+            q1, k1, v1, attn_mask=mask, scale=SCALE, enable_gqa=True
+        )
 
-            seen = length - (queries - 1) / 2
-            yield Case(
-                f"attend_paged {sequences} x {length}, {queries} queries, {str(dtype)[6:]} cache",
-                ours,
-                peer,
-                "gather, scaled_dot_product_attention",
-                2 * sequences * length * GROUPS * WIDTH * dtype.itemsize,
-                4 * sequences * queries * seen * HEADS * WIDTH,
-            )
+    seen = length - (queries - 1) / 2
+    return Case(
+        f"attend_paged {sequences} x {length}, {queries} queries, {str(dtype)[6:]} cache",
+        lambda: ops.attend_paged(q, k, v, next(tables), cu, lens, SCALE),
+        peer,
+        "gather, scaled_dot_product_attention",
+        2 * sequences * length * GROUPS * row * dtype.itemsize,
+        4 * sequences * queries * seen * HEADS * WIDTH,
+    )
 
 
 def norm_cases() -> Iterator[Case]:

@@ -55,16 +55,16 @@ def attend_paged(
     q = _float_rows(q_THd)
     assert tables_SM.dtype == cu_seqlens_S1.dtype == lens_S.dtype == torch.int32
     tables = tables_SM if tables_SM.stride(1) == 1 else tables_SM.contiguous()
-    out = torch.empty(q.shape)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
     rows, kept = _new_rows(new)
     library().ernie_attend_paged(
         _CALL.pack(
             q.data_ptr(),
-            q.stride(0),
+            q.stride()[0],
             *rows,
             *_caches(k_cache_BPGr, v_cache_BPGr),
             tables.data_ptr(),
-            tables.stride(0),
+            tables.stride()[0],
             cu_seqlens_S1.data_ptr(),
             lens_S.data_ptr(),
             lens_S.shape[0],
@@ -112,8 +112,9 @@ def _new_rows(new: tuple[Tensor, Tensor, Tensor] | None) -> tuple[tuple[int, ...
     if new is None:
         return _NOTHING_NEW, None
     k, v, slots = _float_rows(new[0]), _float_rows(new[1]), new[2].contiguous()
-    assert slots.dtype == torch.int64 and len(k) == len(v) == len(slots)
-    pointers = (k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), slots.data_ptr(), len(slots))
+    count = slots.shape[0]
+    assert slots.dtype == torch.int64 and k.shape[0] == count
+    pointers = (k.data_ptr(), k.stride()[0], v.data_ptr(), v.stride()[0], slots.data_ptr(), count)
     return pointers, (k, v, slots)
 
 
@@ -225,7 +226,8 @@ def _parts_of_a_group(bounds: Tensor, heads: int, groups: int) -> int:
 
 
 def _fits(q_THd: Tensor) -> bool:
-    return q_THd.shape[-1] % 16 == 0 and 0 < q_THd.shape[-1] <= 512
+    width = q_THd.shape[2]
+    return width % 16 == 0 and 0 < width <= 512
 
 
 def _float_rows(x_THd: Tensor) -> Tensor:
@@ -234,6 +236,5 @@ def _float_rows(x_THd: Tensor) -> Tensor:
 
 def _rows(x_THd: Tensor) -> Tensor:
     """x itself where each token's heads are contiguous (as in a column slice), else a copy."""
-    _, _, width = x_THd.shape
-    whole = x_THd.stride(2) == 1 and x_THd.stride(1) == width
-    return x_THd if whole else x_THd.contiguous()
+    _, head, element = x_THd.stride()
+    return x_THd if element == 1 and head == x_THd.shape[2] else x_THd.contiguous()
