@@ -60,7 +60,7 @@ class Ours:
                         stacked = len(weight.shape) == 3
                         share = config.moe_k / weight.shape[0] if stacked else 1
                         total += weight.num_bytes * share
-        element = runner.cache.keys_LBPGd.element_size()
+        element = runner.cache.keys_LBPGr.element_size()
         return total + context * config.kv_bytes_per_token(element)
 
 

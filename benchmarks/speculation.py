@@ -23,6 +23,7 @@ import shlex
 import tempfile
 import textwrap
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from harness import seconds_of, smollm2_gguf, write_record
@@ -114,6 +115,7 @@ def best_of(rounds: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]
                 "tokens_a_step": num_tokens / first["steps"],
                 "acceptance": first["accepted"] / first["offered"] if first["offered"] else None,
                 "at_once_tokens_per_s": NUM_TOKENS * len(texts) / min(r["at_once"] for r in runs),
+                "seconds_by_round": [run["seconds"] for run in runs],
                 "same_answers": sum(a == b for a, b in zip(first["said"], base["said"])),
             }
     return results
@@ -146,6 +148,14 @@ def report(rounds: list[dict[str, Any]], training: dict[str, float]) -> None:
         side = max(sides, key=lambda s: sides[s]["ratio"])
         return f"{sides[side]['ratio']:.2f}x ({side.partition(', ')[2]})"
 
+    one = {name: sides["MTP, 1 token"] for name, sides in results.items()}
+    times = [n["ms_a_step"] / results[name][BASE]["ms_a_step"] for name, n in one.items()]
+    accepted = " and ".join(f"{n['acceptance']:.0%}" for n in one.values())
+    costs = (
+        f"A step with one MTP draft takes {mean(times):.2f}x as long (a second row, the block, and "
+        f"the head once more), so it would pay from an acceptance of about {mean(times) - 1:.0%}; "
+        f"it has {accepted}."
+    )
     reading = (
         f"One request at a time, n-gram drafts give at best {best('n-gram', 'copying')} where the "
         f"answer copies and {best('n-gram', 'free')} where it does not; the MTP block gives "
@@ -153,8 +163,8 @@ def report(rounds: list[dict[str, Any]], training: dict[str, float]) -> None:
         f"training on {training['text_tokens']:.0f} tokens ({training['tokens']:.0f} with "
         f"repetitions). Its loss on held-out answers fell from {training['loss_before']:.2f} to "
         f"{training['loss_after']:.2f}, and its likeliest token is the trunk's in "
-        f"{training['agreement']:.0%} of their places: a block trained for minutes, where a "
-        "released one has seen what the trunk has."
+        f"{training['agreement']:.0%} of their places. {costs} Times are the best of "
+        f"{len(rounds)} rounds, prompt by prompt; the JSON has them all."
     )
     write_record(
         "speculation", QUESTION, "python benchmarks/speculation.py",

@@ -2,7 +2,9 @@
 
 The trunk is frozen. The block learns the trunk's own distribution of the token after next, on
 answers that the trunk has given to prompts that are not those of the measurement; some of them are
-held out.
+held out. Text of another kind does not do: a block trained for six minutes on Python's manual and
+on questions about it agreed with the trunk in 48 % of the places of held-out text of that kind, and
+had 18 % (copying) and 9 % (free) of its drafts accepted in the measurement.
 """
 
 from __future__ import annotations

@@ -43,10 +43,10 @@ class GrowingCache:
         tokens, heads, width = k_TGd.shape
         dtype = self.dtype or k_TGd.dtype
         shape = (1, tokens, heads, kernels.cache_width(width, dtype))
-        stored = tuple(torch.empty(shape, dtype=dtype, device=k_TGd.device) for _ in range(2))
+        keys, values = (torch.empty(shape, dtype=dtype, device=k_TGd.device) for _ in range(2))
         slots = torch.arange(tokens, device=k_TGd.device)
-        kernels.write_cache(k_TGd, v_TGd, *stored, slots)
-        return tuple(rows[0] for rows in stored)
+        kernels.write_cache(k_TGd, v_TGd, keys, values, slots)
+        return keys[0], values[0]
 
 
 @torch.no_grad()
