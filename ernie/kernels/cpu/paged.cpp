@@ -8,7 +8,6 @@
 //
 //   S sequences   B blocks of P positions   M width of the tables   G key/value heads   d head width
 #include <algorithm>
-#include <type_traits>
 #include <vector>
 
 #include "cache.h"
@@ -16,31 +15,9 @@
 
 namespace {
 
-constexpr long SPLIT = 128;       // keys
 constexpr long AHEAD = 16;        // keys
 constexpr long FEW_QUERIES = 16;  // at most so many are not worth a tile
 constexpr long TASKS = 4;         // for each thread, so that none waits long for the last
-
-// One call; attention.py packs it. All fields have 8 bytes.
-struct Call {
-    const float *q;             // (T, H, d) with row stride ldq
-    int64_t ldq;
-    const float *new_k;  // (T, G, d) with row strides: stored first, if there are any
-    int64_t ld_new_k;
-    const float *new_v;
-    int64_t ld_new_v;
-    const int64_t *slots;
-    int64_t new_tokens;
-    char *k, *v;  // (B, P, G, row_bytes) contiguous
-    int64_t dtype;
-    const int32_t *tables;  // (S, table_width)
-    int64_t table_width;
-    const int32_t *bounds, *lens;
-    int64_t sequences, positions, groups, heads, width;
-    float *out;  // (T, H, d)
-    int64_t threads;
-    double scale;
-};
 
 template <class T>
 void write_rows(const float *from, long ld, char *cache, const int64_t *slots, long tokens, long groups, long width,
@@ -52,78 +29,6 @@ void write_rows(const float *from, long ld, char *cache, const int64_t *slots, l
                 narrow_row<T>(from + t * ld + g * width, width, cache + (slots[t] * groups + g) * bytes);
     });
 }
-
-// --- where keys and values come from -------------------------------------------------------------------
-
-// One head of one sequence, read where it lies in the cache.
-template <class T>
-struct Cached {
-    typedef T Element;
-    static constexpr bool scaled = sizeof(T) == 1;
-    const Call &call;
-    const int32_t *table;
-    long group, bytes = row_bytes<T>(call.width), ld = call.groups * bytes;
-
-    const char *row(const char *cache, long key) const {
-        const long slot = table[key / call.positions] * call.positions + key % call.positions;
-        return cache + slot * ld + group * bytes;
-    }
-    // Four keys from a multiple of four on; those past `last` may be any.
-    ERNIE_MEMBER void keys(long first, long last, const T *four[4]) const {
-        const char *at = row(call.k, first);
-        const bool together = call.positions % 4 == 0;
-        for (long r = 0; r < 4; r++, at += ld)
-            four[r] = reinterpret_cast<const T *>(together ? at : row(call.k, std::min(first + r, last)));
-    }
-    // Values that lie `stride` elements apart; `count` shrinks to those of one block.
-    const T *values(long first, long &count, long &stride) const {
-        count = std::min(count, call.positions - first % call.positions);
-        stride = ld / sizeof(T);
-        return reinterpret_cast<const T *>(row(call.v, first));
-    }
-    void scales(const char *cache, long first, long count, float *out) const {
-        for (long j = 0; j < count; j++) out[j] = row_scale<T>(row(cache, first + j), call.width);
-    }
-    void key_scales(long first, long count, float *out) const { scales(call.k, first, count, out); }
-    void value_scales(long first, long count, float *out) const { scales(call.v, first, count, out); }
-    // Four rows into the second-level cache, as they lie in blocks of a multiple of four positions. Not inlined,
-    // the compiler would take this for a function without effect.
-    ERNIE_MEMBER void fetch(const char *cache, long first) const {
-        const char *at = row(cache, first);
-        for (int j = 0; j < 4; j++, at += ld)
-            for (long byte = 0; byte < bytes; byte += 64) __builtin_prefetch(at + byte, 0, 2);
-    }
-};
-
-// A split of it, made float32 for many queries.
-template <class T>
-struct Widened {
-    typedef float Element;
-    static constexpr bool scaled = sizeof(T) == 1;
-    float *k, *v, *k_scales, *v_scales;
-    long origin, width;
-    static long floats(long width) { return 2 * SPLIT * (width + 1); }
-    Widened(const Cached<T> &cached, long first, long count, float *memory)
-        : k(memory), v(k + SPLIT * cached.call.width), k_scales(v + SPLIT * cached.call.width),
-          v_scales(k_scales + SPLIT), origin(first), width(cached.call.width) {
-        for (long j = 0; j < count; j++)
-            for (const bool key : {true, false}) {
-                const char *row = cached.row(key ? cached.call.k : cached.call.v, first + j);
-                float *to = (key ? k : v) + j * width;
-                for (long d = 0; d < width; d += VL) store(to + d, load(reinterpret_cast<const T *>(row) + d));
-                (key ? k_scales : v_scales)[j] = row_scale<T>(row, width);
-            }
-    }
-    ERNIE_MEMBER void keys(long first, long, const float *four[4]) const {
-        for (long r = 0; r < 4; r++) four[r] = k + (first - origin + r) * width;
-    }
-    const float *values(long first, long &, long &stride) const {
-        stride = width;
-        return v + (first - origin) * width;
-    }
-    void key_scales(long, long count, float *out) const { memcpy(out, k_scales, count * sizeof(float)); }
-    void value_scales(long, long count, float *out) const { memcpy(out, v_scales, count * sizeof(float)); }
-};
 
 // --- one split -----------------------------------------------------------------------------------------
 
