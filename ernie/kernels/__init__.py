@@ -28,7 +28,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ernie.kernels.dispatch import batch_invariant, is_batch_invariant, pick, report
+from ernie.kernels.dispatch import (
+    batch_invariant,
+    is_batch_invariant,
+    is_compiled,
+    pick,
+    report,
+)
 from ernie.kernels.reference import cache_width
 from ernie.kernels.weights import PackedWeight, QuantTensor
 
@@ -46,6 +52,7 @@ __all__ = [
     "expert",
     "grouped_linear",
     "is_batch_invariant",
+    "is_compiled",
     "linear",
     "mlp",
     "moe",

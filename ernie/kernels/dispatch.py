@@ -55,6 +55,11 @@ def pick(operation: str, device: torch.device) -> Callable:
     return _chosen(device.type)[operation]
 
 
+def is_compiled(device: str) -> bool:
+    """Whether anything better than plain torch runs on `device`."""
+    return bool(_modules(device)[0])
+
+
 def report(device: str = "cpu") -> dict[str, str]:
     """What implements each operation on `device`, and why not something better: for logs and bug
     reports."""

@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 
+from ernie import kernels
 from ernie.adapters import Adapter
 from ernie.model import ErnieModel
 from ernie.settings import ConfigError
@@ -22,7 +23,7 @@ from fastdeploy.engine.adapters import Adapters
 from fastdeploy.engine.batch import BatchBuilder
 from fastdeploy.engine.blocks import BlockManager
 from fastdeploy.engine.cache import KVCache, block_bytes, cache_dtype, free_bytes
-from fastdeploy.engine.graphs import cuda_recorder
+from fastdeploy.engine.graphs import cuda_recorder, graph_sizes, program_sizes, record_program
 from fastdeploy.engine.ranks import Ranks
 from fastdeploy.engine.request import Request, Status, TokenOutput, check_params, check_prompt
 from fastdeploy.engine.runner import Runner, on
@@ -322,7 +323,12 @@ class Engine:
         """Recordings hold the addresses of weights and cache: where these move, there are new
         ones."""
         if self.config.use_cudagraph:
-            self.runner.record_decoding(cuda_recorder())
+            sizes = graph_sizes(self.config.max_num_seqs)
+            with torch.inference_mode(), on(self.device):
+                self.runner.record_decoding(cuda_recorder(), sizes).record_all()
+        elif self.device.type == "cpu" and self.runner.ranks is None and kernels.is_compiled("cpu"):
+            sizes = program_sizes(self.config.max_num_seqs)
+            self.runner.record_decoding(record_program, sizes)
 
     def _start_over(self) -> None:
         self.scheduler.preempt_all()

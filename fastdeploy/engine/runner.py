@@ -38,14 +38,12 @@ class Runner:
         self.ranks = ranks
         self.graphs: DecodeGraphs | None = None
 
-    @torch.inference_mode()
-    def record_decoding(self, record: Record) -> None:
+    def record_decoding(self, record: Record, sizes: list[int]) -> DecodeGraphs:
         """Have decode steps run as recordings; see `fastdeploy.engine.graphs`."""
         assert self.batches is not None and self.ranks is None, "steps of one process only"
         inputs = FixedBatch(*self.batches.tables.shape, self.model.device)
-        with on(self.model.device):
-            self.graphs = DecodeGraphs(self._forward, inputs, record)
-            self.graphs.record_all()
+        self.graphs = DecodeGraphs(self._forward, inputs, record, sizes)
+        return self.graphs
 
     def run(self, schedule: Schedule) -> Tensor:
         """Compute the tokens of a step; returns the wanted logits, float32 `(R, V)`, by part."""

@@ -23,7 +23,7 @@ def isas_found() -> list[str]:
 
 
 def forget() -> None:
-    for cached in (build.isa, build.library, dispatch._chosen, dispatch._modules):
+    for cached in (build.isa, build.loaded_library, dispatch._chosen, dispatch._modules):
         cached.cache_clear()
 
 

@@ -13,7 +13,7 @@ from ernie.models import TINY
 from ernie.settings import ConfigError
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
-from fastdeploy.engine.graphs import recorded_sizes
+from fastdeploy.engine.graphs import graph_sizes, program_sizes
 from fastdeploy.sampling import SamplingParams
 
 PROMPTS = ([5], [8, 9, 10], list(range(3, 25)), [40, 41], [7] * 9)
@@ -47,21 +47,34 @@ def as_it_is(forward, batch):
     return lambda: forward(batch)
 
 
+def unrecorded(name: str) -> Engine:
+    engine = engine_of(name)
+    engine.runner.graphs = None
+    return engine
+
+
+@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
+def test_programs_choose_the_same_tokens(name):
+    engine = engine_of(name)  # the MoE's heads are of a width that cannot be recorded
+    assert tokens_of(engine) == tokens_of(unrecorded(name))
+    assert engine.runner.graphs is not None
+    assert engine.runner.graphs.replays.keys() == {1, 2, 3, 4, 5}
+
+
 @pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
 def test_padded_decode_steps_choose_the_same_tokens(name):
-    engine = engine_of(name)
-    engine.runner.record_decoding(as_it_is)
-    graphs, sizes = engine.runner.graphs, []
-    assert graphs is not None
+    engine, sizes = engine_of(name), []
+    graphs = engine.runner.record_decoding(as_it_is, graph_sizes(5))
+    graphs.record_all()
     for size, replay in graphs.replays.items():
         graphs.replays[size] = lambda size=size, replay=replay: (sizes.append(size), replay())[1]
-    assert tokens_of(engine) == tokens_of(engine_of(name))
+    assert tokens_of(engine) == tokens_of(unrecorded(name))
     assert set(sizes) == {1, 2, 4, 5}, "every size was to be used, with padding and without"
 
 
 def test_padding_stores_nothing():
     engine = engine_of("tiny-dense")
-    engine.runner.record_decoding(as_it_is)
+    engine.runner.record_decoding(as_it_is, graph_sizes(5))
     cache = engine.runner.cache
     engine.add("a", [4, 5, 6], SamplingParams(temperature=0, max_tokens=9))
     for text in ("b", "c"):
@@ -75,9 +88,10 @@ def test_padding_stores_nothing():
 
 
 def test_sizes_reach_the_largest_batch():
-    assert recorded_sizes(1) == [1]
-    assert recorded_sizes(8) == [1, 2, 4, 8]
-    assert recorded_sizes(50) == [1, 2, 4, 8, 16, 32, 48, 50]
+    assert graph_sizes(1) == [1]
+    assert graph_sizes(8) == [1, 2, 4, 8]
+    assert graph_sizes(50) == [1, 2, 4, 8, 16, 32, 48, 50]
+    assert program_sizes(3) == [1, 2, 3]
 
 
 def test_graphs_need_one_gpu():

@@ -19,8 +19,10 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import threading
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -60,7 +62,9 @@ SIGNATURES = {
     "project": "pllpp" + "pif" + "plp" + "i",
     "mlp": "pllpp" + "pif" + "plp" + "i",
     "moe": "pllpppppplf" + "pif" + "plp" + "i",
+    "replay": "pl" + "i",
 }
+OPENMP = ("GOMP_parallel", "omp_get_num_threads")
 C_TYPES = {"p": ctypes.c_void_p, "l": ctypes.c_long, "i": ctypes.c_int, "f": ctypes.c_float}
 
 
@@ -81,23 +85,41 @@ def isa() -> str:
     return asked
 
 
+class _Recorders(threading.local):
+    """What this thread's calls go through; see `ernie.kernels.cpu.program`."""
+
+    current: Any = None
+
+
+recorders = _Recorders()
+
+
+def library() -> Any:
+    """The C interface: the library's, or that of whoever records this thread's calls.
+
+    Raises `BuildError`.
+    """
+    return recorders.current or loaded_library()
+
+
 @cache
-def library() -> ctypes.CDLL:
+def loaded_library() -> ctypes.CDLL:
     """The loaded library, built if need be. Raises `BuildError`."""
     runtime = ctypes.CDLL(
         None
     )  # symbols of the process: torch has loaded its OpenMP runtime globally
-    if not hasattr(runtime, "GOMP_parallel"):
-        raise BuildError("torch's OpenMP runtime does not export GOMP_parallel on this platform")
+    for name in OPENMP:
+        if not hasattr(runtime, name):
+            raise BuildError(f"torch's OpenMP runtime does not export {name} on this platform")
     loaded = ctypes.CDLL(str(_built()))
     for name, codes in SIGNATURES.items():
         function = getattr(loaded, f"ernie_{name}")
         function.argtypes = [C_TYPES[code] for code in codes]
         function.restype = None
     loaded.ernie_packed_bytes.restype = ctypes.c_long
-    loaded.ernie_start.argtypes = [ctypes.c_void_p]
+    loaded.ernie_start.argtypes = [ctypes.c_void_p] * len(OPENMP)
     loaded.ernie_start.restype = None
-    loaded.ernie_start(ctypes.cast(runtime.GOMP_parallel, ctypes.c_void_p))
+    loaded.ernie_start(*(ctypes.cast(getattr(runtime, name), ctypes.c_void_p) for name in OPENMP))
     return loaded
 
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "program.h"
 #include "products.h"
 #include "rows.h"
 
@@ -233,6 +234,7 @@ extern "C" void ernie_project(const float *x, long ldx, long rows, const Weight 
     const Rows prepared = prepare<InputSlot>(x, ldx, rows, {norm, norm_dtype, eps}, *w, threads);
     project(prepared, rows, *w, bias, residual, ldr, out, threads);
 }
+ERNIE_RECORDABLE(project)
 
 // gate_up of two parts.
 extern "C" void ernie_mlp(const float *x, long ldx, long rows, const Weight *gate_up, const Weight *down,
@@ -248,6 +250,7 @@ extern "C" void ernie_mlp(const float *x, long ldx, long rows, const Weight *gat
     const Rows h = prepare<HiddenRowsSlot>(hidden, ldh, rows, {}, *down, threads);
     project(h, rows, *down, nullptr, residual, ldr, out, threads);
 }
+ERNIE_RECORDABLE(mlp)
 
 // router (experts, width) and bias (experts) float32; the shared weights may be null.
 extern "C" void ernie_moe(const float *x, long ldx, long rows, const float *router, const float *bias,
@@ -273,3 +276,4 @@ extern "C" void ernie_moe(const float *x, long ldx, long rows, const float *rout
     });
     run_experts(y, ldy, rows, routed, {gate_up, down, shared_gate_up, shared_down}, residual, ldr, out, threads);
 }
+ERNIE_RECORDABLE(moe)

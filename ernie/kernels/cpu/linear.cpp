@@ -7,10 +7,6 @@
 #include "products.h"
 #include "threads.h"
 
-ParallelCall gomp_parallel = nullptr;
-
-extern "C" void ernie_start(void *parallel) { gomp_parallel = reinterpret_cast<ParallelCall>(parallel); }
-
 namespace {
 
 struct Task {

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "program.h"
 #include "cache.h"
 #include "tiles.h"
 
@@ -325,8 +326,10 @@ extern "C" void ernie_attend_paged(const Call *call) {
         attend<decltype(type)>(*call);
     });
 }
+ERNIE_RECORDABLE(attend_paged)
 
 // Only stores; of the call, what `write` reads.
 extern "C" void ernie_write_cache(const Call *call) {
     with_dtype(call->dtype, [&](auto type) { write<decltype(type)>(*call); });
 }
+ERNIE_RECORDABLE(write_cache)

@@ -1,6 +1,7 @@
 // Normalisation, rotation, gating and the optimizer's step: one pass over memory each.
 #include <cmath>
 
+#include "program.h"
 #include "threads.h"
 #include "vec.h"
 
@@ -160,6 +161,7 @@ extern "C" void ernie_rms_norm(const float *x, long ldx, const void *weight, int
     else
         rms_norm(x, ldx, static_cast<const float *>(weight), eps, out, rstd, rows, width, threads);
 }
+ERNIE_RECORDABLE(rms_norm)
 
 // dweight (ceil(T / block), D), one row for each block of rows, or null: the caller adds them up.
 extern "C" void ernie_rms_norm_backward(const float *grad, const float *x, long ldx, const void *weight, int dtype,
@@ -193,6 +195,7 @@ extern "C" void ernie_rotate(const float *x, long ldx, const float *cos, const f
         }
     });
 }
+ERNIE_RECORDABLE(rotate)
 
 // gate and up (T, I) with row strides; out (T, I).
 extern "C" void ernie_swiglu(const float *gate, long ldg, const float *up, long ldu, float *out, long rows,
@@ -205,6 +208,7 @@ extern "C" void ernie_swiglu(const float *gate, long ldg, const float *up, long 
             });
     });
 }
+ERNIE_RECORDABLE(swiglu)
 
 extern "C" void ernie_swiglu_backward(const float *grad, const float *gate, long ldg, const float *up, long ldu,
                                       float *dgate, float *dup, long rows, long width, int threads) {

@@ -1,15 +1,62 @@
 // Work sharing on torch's own OpenMP pool, and scratch memory of each thread.
 //
 // A second pool would spin against torch's on the same cores. So the library links no OpenMP runtime:
-// build.py looks up GOMP_parallel in the one that torch has loaded and hands it over. (libgomp, and
+// build.py looks up what it needs in the one that torch has loaded and hands it over. (libgomp, and
 // LLVM's and Intel's runtimes, export it.)
 #pragma once
+
+#include <sched.h>
 
 #include <atomic>
 #include <cstdlib>
 
 typedef void (*ParallelCall)(void (*)(void *), void *, unsigned, unsigned);
-extern ParallelCall gomp_parallel;  // set once, by ernie_start
+extern ParallelCall gomp_parallel;  // both are set once, by ernie_start
+extern int (*num_threads_of_team)();
+
+// Threads that stay together from one parallel loop to the next, while a program is replayed. Between loops
+// they wait awake for some microseconds, then give way to whoever wants the processor.
+class Team {
+  public:
+    // On the leader: everybody runs run(argument) once.
+    void lead(void (*run)(void *), void *argument) {
+        run_ = run, argument_ = argument;
+        ended_.store(0, std::memory_order_relaxed);
+        loops_.fetch_add(1, std::memory_order_release);
+        run(argument);
+        wait([&] { return ended_.load(std::memory_order_acquire) == others; });
+    }
+    // On the others: run what the leader leads, until it dismisses them.
+    void follow() {
+        for (long seen = 1;; seen++) {
+            wait([&] { return loops_.load(std::memory_order_acquire) == seen; });
+            if (!run_) return;
+            run_(argument_);
+            ended_.fetch_add(1, std::memory_order_release);
+        }
+    }
+    void dismiss() {
+        run_ = nullptr;
+        loops_.fetch_add(1, std::memory_order_release);
+    }
+    int others = 0;  // threads beside the leader
+
+  private:
+    template <class Condition>
+    static void wait(const Condition &condition) {
+        for (long spins = 0; !condition(); spins++) {
+            if (spins >= 4096) sched_yield();
+#if defined(__SSE2__)
+            __builtin_ia32_pause();
+#endif
+        }
+    }
+    alignas(64) std::atomic<long> loops_{0};
+    void (*run_)(void *) = nullptr;
+    void *argument_ = nullptr;
+    alignas(64) std::atomic<int> ended_{0};
+};
+extern thread_local Team *team;  // that this thread leads
 
 // body(i) for i in [0, count), in any order, on up to `threads` threads. The team is always the whole pool:
 // libgomp ends the threads that a smaller team leaves over and would have to start them again.
@@ -24,13 +71,11 @@ static void parallel_for(int threads, long count, const Body &body) {
         long count;
         const Body *body;
     } shared{{0}, count, &body};
-    gomp_parallel(
-        [](void *argument) {
-            Shared &work = *static_cast<Shared *>(argument);
-            for (long i; (i = work.next.fetch_add(1, std::memory_order_relaxed)) < work.count;)
-                (*work.body)(i);
-        },
-        &shared, threads, 0);
+    const auto run = [](void *argument) {
+        Shared &work = *static_cast<Shared *>(argument);
+        for (long i; (i = work.next.fetch_add(1, std::memory_order_relaxed)) < work.count;) (*work.body)(i);
+    };
+    team ? team->lead(run, &shared) : gomp_parallel(run, &shared, threads, 0);
 }
 
 // Memory kept between calls; each thread and each `Slot` type has its own.
