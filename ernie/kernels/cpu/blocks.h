@@ -7,7 +7,7 @@
 //
 //   float32, bfloat16   [units]
 //   int8                [16 channel scales, float32] [units]
-//   int4                [16 channel scales, float32] [16 scales of 8 bits for each 32 columns] [units]
+//   int4                [16 channel scales, float32] [[4 x 16 scales of 8 bits] [units of 4 x 32 columns]] ...
 //
 // Widths are padded to GROUP columns, outputs to whole blocks of each part; the blocks of two parts
 // alternate. A result is summed in an order that depends on neither the rows beside it nor the threads.
@@ -18,6 +18,7 @@
 enum Format { FORMAT_FLOAT32 = FLOAT32, FORMAT_BFLOAT16 = BFLOAT16, FORMAT_INT8 = 3, FORMAT_INT4 = 4 };
 constexpr long GROUP = 32;    // columns that share a scale: of x when it is rounded, of int4 weights
 constexpr long UNIT = 64;     // bytes
+constexpr long UNITS_OF_SCALES = 16;  // of int4: those whose scales fill a unit
 constexpr int MOST_ROWS = 8;  // of one call of a product
 
 struct Weight {  // also in fused.py
@@ -30,11 +31,13 @@ struct Weight {  // also in fused.py
     long word_columns() const {
         return format == FORMAT_FLOAT32 ? 1 : format == FORMAT_BFLOAT16 ? 2 : format == FORMAT_INT8 ? 4 : 8;
     }
-    long scale_bytes() const {
-        if (!rounds()) return 0;
-        return LANES * 4 + (format == FORMAT_INT4 ? (groups() * LANES + UNIT - 1) / UNIT * UNIT : 0);
+    long units() const { return groups() * GROUP / word_columns(); }
+    // Where in a block unit u begins: behind the scales of its columns.
+    long unit_at(long u) const {
+        const long scales = format == FORMAT_INT4 ? u / UNITS_OF_SCALES + 1 : 0;
+        return (rounds() ? LANES * 4 : 0) + (u + scales) * UNIT;
     }
-    long block_bytes() const { return scale_bytes() + groups() * GROUP / word_columns() * UNIT; }
+    long block_bytes() const { return unit_at(units() - 1) + UNIT; }
     const uint8_t *block(long expert, long index, long part) const {
         return blocks + ((expert * blocks_of_part() + index) * parts + part) * block_bytes();
     }
@@ -114,10 +117,10 @@ static void multiply_int8(const uint8_t *block, const uint8_t *x, long stride, l
 
 template <int M>
 static void multiply_int4(const uint8_t *block, const uint8_t *x, long stride, long groups, Floats *out) {
-    const int8_t *scales = reinterpret_cast<const int8_t *>(block) + LANES * 4;
-    const uint8_t *w = block + LANES * 4 + (groups * LANES + UNIT - 1) / UNIT * UNIT;
+    const uint8_t *w = block + LANES * 4, *scales = nullptr;
     Floats sums[M] = {};
-    for (long g = 0; g < groups; g++, x += sizeof(RoundedFor4)) {
+    for (long g = 0; g < groups; g++, x += sizeof(RoundedFor4), scales += LANES) {
+        if (g % (UNIT / LANES) == 0) scales = w, w += UNIT;
         const auto row = [&](int m) { return reinterpret_cast<const RoundedFor4 *>(x + m * stride); };
         Words acc[M];
 #pragma GCC unroll 8
@@ -155,7 +158,6 @@ static void multiply_int4(const uint8_t *block, const uint8_t *x, long stride, l
 #else
         const Words scale = load_scales(scales, false);  // sums of 32 columns are within 16 bits
 #endif
-        scales += LANES;
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++)
             add_scaled(sums[m], each<Words>([&](int p) { return multiply_halves(acc[m].v[p], scale.v[p]); }),

@@ -102,9 +102,9 @@ ERNIE_INLINE vi multiply_bytes(vi bytes, vi signed_bytes) {
 ERNIE_INLINE vi add_halves(vi a, vi b) { return (vi)((vs)a + (vs)b); }
 
 // Sixteen scales of 8 bits, as `multiply_halves` takes them to scale both halves, or only the low one.
-ERNIE_INLINE Words load_scales(const int8_t *scales, bool both_halves) {
+ERNIE_INLINE Words load_scales(const uint8_t *scales, bool both_halves) {
     return each<Words>([&](int p) {
-        const int8_t *from = scales + p * VL;
+        const uint8_t *from = scales + p * VL;
 #if defined(__AVX512F__)
         const vi wide = (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from));
 #elif defined(__AVX2__)

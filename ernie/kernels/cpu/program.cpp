@@ -5,7 +5,6 @@
 
 ParallelCall gomp_parallel = nullptr;
 int (*num_threads_of_team)() = nullptr;
-thread_local Team *team = nullptr;
 
 extern "C" void ernie_start(void *parallel, void *num_threads) {
     gomp_parallel = reinterpret_cast<ParallelCall>(parallel);

@@ -146,30 +146,33 @@ ERNIE_INLINE void transpose(const uint8_t *rows, long row_size, uint8_t *out) {
 #endif
 }
 
-// Sixteen rows of words, of which `kept` exist, become units.
-void interleave(const uint8_t *rows, long row_size, long kept, long units, uint8_t *out) {
+// Sixteen rows of words, of which `kept` exist, become the units of a block.
+void interleave(const Weight &w, const uint8_t *rows, long row_size, long kept, uint8_t *block) {
     const long fours = kept == LANES ? row_size / 16 * 4 : 0;
     for (long u = 0; u < fours; u += 4)
         for (long j = 0; j < LANES; j += 4)
-            transpose(rows + j * row_size + u * 4, row_size, out + u * UNIT + j * 4);
-    memset(out + fours * UNIT, 0, (units - fours) * UNIT);
+            transpose(rows + j * row_size + u * 4, row_size, block + w.unit_at(u) + j * 4);
+    for (long u = fours; u < w.units(); u++) memset(block + w.unit_at(u), 0, UNIT);
     for (long j = 0; j < kept; j++)
         for (long byte = fours * 4; byte < row_size; byte += 4)
-            memcpy(out + byte / 4 * UNIT + j * 4, rows + j * row_size + byte, std::min(4L, row_size - byte));
+            memcpy(block + w.unit_at(byte / 4) + j * 4, rows + j * row_size + byte, std::min(4L, row_size - byte));
 }
 
 void pack_block(const Weight &w, const Source &from, long first, long kept, uint8_t *out) {
     const long columns = w.word_columns(), row_size = (w.width * 4 + columns - 1) / columns;
-    const long units = w.groups() * GROUP / columns;
-    interleave(from.data + first * row_size, row_size, kept, units, out + w.scale_bytes());
+    interleave(w, from.data + first * row_size, row_size, kept, out);
     if (!w.rounds()) return;
-    memset(out, 0, w.scale_bytes());
+    memset(out, 0, LANES * 4);
     memcpy(out, from.channel + first, kept * sizeof(float));
     if (w.format != FORMAT_INT4) return;
-    const long groups = (w.width + SCALED - 1) / SCALED;
-    for (long j = 0; j < kept; j++)
-        for (long g = 0; g < groups; g++)
-            out[LANES * 4 + g * LANES + j] = (uint8_t)from.scales[(first + j) * groups + g];
+    constexpr long together = UNIT / LANES;  // groups whose scales share a unit
+    const long groups = w.groups(), units = GROUP / w.word_columns();
+    for (long g = 0; g < groups; g++) {
+        uint8_t *unit = out + w.unit_at(g / together * together * units) - UNIT;
+        if (g % together == 0) memset(unit, 0, UNIT);
+        for (long j = 0; j < kept; j++)
+            unit[g % together * LANES + j] = (uint8_t)from.scales[(first + j) * groups + g];
+    }
 }
 
 // Pages of 2 MiB where the system has them: a product walks through all of a weight.

@@ -56,7 +56,7 @@ class Team {
     void *argument_ = nullptr;
     alignas(64) std::atomic<int> ended_{0};
 };
-extern thread_local Team *team;  // that this thread leads
+inline thread_local Team *team = nullptr;  // that this thread leads
 
 // body(i) for i in [0, count), in any order, on up to `threads` threads. The team is always the whole pool:
 // libgomp ends the threads that a smaller team leaves over and would have to start them again.
