@@ -54,7 +54,7 @@ from fastdeploy.server.stream import Disconnected, EventStream, while_connected
 
 log = logging.getLogger("fastdeploy")
 
-OPEN_PATHS = frozenset({"/health", "/ping"}) | PAGE_PATHS  # all other paths need the key, if there is one
+OPEN_PATHS = frozenset({"/health", "/ping"}) | PAGE_PATHS  # others need the key, if any
 
 
 class Service:

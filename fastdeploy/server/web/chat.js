@@ -261,7 +261,8 @@ async function answer() {
     showState();
   }
   $("status").textContent = failure ? "" : note ?? "The answer is complete.";
-  if (failure) await showProblem(failure);
+  if (failure?.status === 401 && (await askKey(failure.message))) again();
+  else if (failure) showProblem(failure);
 }
 
 function send(text) {
@@ -291,15 +292,10 @@ function again() {
 
 // --- errors and the key ---
 
-async function showProblem(error) {
-  if (error.status === 401) {
-    if (await askKey(error.message)) return again();
-  }
+function showProblem(error) {
   $("problem-text").textContent = problemText(error);
   $("problem").hidden = false;
-  $("retry").hidden = lastIndexOf("user") < 0;
   toEnd();
-  return undefined;
 }
 
 function problemText({ status, message, retryAfter }) {
@@ -342,7 +338,7 @@ async function showModels() {
   } catch (error) {
     if (!(error instanceof ApiError)) throw error;
     if (error.status === 401 && (await askKey(error.message))) return showModels();
-    return showProblem({ ...error, message: error.message, status: error.status === 401 ? -401 : error.status });
+    return showProblem(error);
   }
   const [card] = cards;
   const name = card.id;
@@ -486,8 +482,8 @@ function showTheme(theme) {
 }
 
 $("theme").onclick = () => {
-  const isDark = getComputedStyle(document.body).getPropertyValue("--is-dark").trim() === "1";
-  const theme = isDark ? "light" : "dark";
+  const { theme: chosen = matchMedia("(prefers-color-scheme: dark)").matches ? "dark" : "light" } = document.documentElement.dataset;
+  const theme = chosen === "dark" ? "light" : "dark";
   localStorage.setItem(THEME, theme);
   showTheme(theme);
 };
