@@ -140,7 +140,10 @@ def test_stop_ends_the_stream_and_keeps_what_was_written(page: Page, upstream: U
         stop()
         expect(answer(page).locator(".note")).to_have_text("Stopped.")
         expect(page.get_by_label("Send", exact=True)).to_be_visible()
-    page.wait_for_timeout(200)
+    for _ in range(100):
+        if upstream.num_left == 2:
+            break
+        page.wait_for_timeout(30)
     assert upstream.num_left == 2, "the server was not told"
 
 
@@ -276,13 +279,13 @@ def test_markdown_streamed_in_any_cut_looks_like_the_whole(page: Page) -> None:
         assert page.evaluate(script, [MARKDOWN, size])[0] == whole, f"cut every {size} characters"
     for part in (
         "<h3>Title</h3>",
-        "<em>word</em>, <strong>bold</strong>, <code>co*de*</code>, <del>gone</del>, 2 * 3 * 4, snake",
+        "<em>word</em>, <strong>bold</strong>, <code>co*de*</code>, <del>gone</del>, 2 * 3 * 4",
         "<ul><li><p>one</p></li><li><p>two with <strong>bold</strong><br>continued</p><ol><li>",
         '<ol start="3">',
         '<td class="right"><code>x</code></td>',
         "&lt;script&gt;alert(1)&lt;/script&gt;\n- no list",
         "<blockquote><p>quoted</p><ul><li><p>item</p></li></ul></blockquote>",
-        '<a href="https://example.com/a_(b)" target="_blank" rel="noopener noreferrer nofollow">text',
+        '<a href="https://example.com/a_(b)" target="_blank" rel="noopener noreferrer nofollow">',
         ">pic</a>",
         "[bad](javascript:alert(1))",
         ">https://example.com/x?a=1</a>. **unclosed",
