@@ -77,7 +77,7 @@ class Upstream:
                 else:
                     tokens += 1
                     choice = {"index": 0, "delta": item, "finish_reason": None}
-                    usage = {"completion_tokens": tokens}
+                    usage = {"prompt_tokens": 5, "completion_tokens": tokens}
                     yield _event({"choices": [choice], "usage": usage})
             yield _event({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
             yield "data: [DONE]\n\n"
