@@ -11,7 +11,7 @@ import json
 import os
 import ssl
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -72,14 +72,14 @@ class Client:
         """The JSON of the answer. Raises ServerError."""
         return json.loads(await self._whole("POST", path, body))
 
-    async def stream(self, path: str, body: Any) -> AsyncIterator[tuple[float, Event]]:
+    async def stream(self, path: str, body: Any) -> AsyncGenerator[tuple[float, Event], None]:
         """Events and when each arrived, as `time.perf_counter()` says it.
 
         Leaving the loop early closes the connection, which ends the work on the server.
         Raises ServerError, also for an error inside the stream and one that breaks off.
         """
         head, connection = await self._ask("POST", path, body)
-        rest = b""
+        rest, is_read = b"", False
         try:
             async with aclosing(self._parts(head, connection)) as parts:
                 async for part in parts:
@@ -90,8 +90,7 @@ class Client:
                             # What follows is the end of the body: read, so that it can be kept.
                             async for _ in parts:
                                 pass
-                            self._put_back(head, connection)
-                            connection = None
+                            is_read = True
                             return
                         event = json.loads(data)
                         if "error" in event:
@@ -99,7 +98,9 @@ class Client:
                         yield arrived, event
             raise ServerError("the connection was lost in the middle of the answer")
         finally:
-            if connection is not None:
+            if is_read:
+                self._put_back(head, connection)
+            else:
                 connection.writer.close()
 
     async def model(self) -> str:
@@ -163,7 +164,7 @@ class Client:
             raise ServerError(f"no server answers at {self.name}; is it running?") from error
         return _Connection(*streams)
 
-    async def _parts(self, head: _Head, connection: _Connection) -> AsyncIterator[bytes]:
+    async def _parts(self, head: _Head, connection: _Connection) -> AsyncGenerator[bytes, None]:
         """The body as it comes."""
         reader = connection.reader
         try:

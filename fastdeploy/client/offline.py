@@ -39,10 +39,17 @@ class ThroughputBench:
     output_json: str | None = option(None, "File for the result.")
 
 
+KINDS: dict[str, type] = {"latency": LatencyBench, "throughput": ThroughputBench}
+ABOUT = {
+    "latency": "One batch on the engine in this process: seconds from start to end.",
+    "throughput": "Many requests on the engine in this process: tokens a second.",
+}
+
+
 def main(argv: Sequence[str]) -> int:
     name = argv[0]
-    kind: type = {"latency": LatencyBench, "throughput": ThroughputBench}[name]
-    engine, bench = read(argv[1:], [EngineConfig, kind], f"fastdeploy bench {name}", kind.__doc__)
+    kind = KINDS[name]
+    engine, bench = read(argv[1:], [EngineConfig, kind], f"fastdeploy bench {name}", ABOUT[name])
     for field in ("input_len", "output_len"):
         if getattr(bench, field) < 1:
             raise ConfigError(f"{field}={getattr(bench, field)} is too small; it takes 1 or more")
