@@ -111,6 +111,11 @@ def answer(page: Page):
     return page.locator(".assistant").last
 
 
+def expect_end(page: Page, count: int) -> None:
+    """There are so many answers, and all have ended: only then can they be copied."""
+    expect(page.locator(".assistant [data-act=answer]")).to_have_count(count)
+
+
 @needs_browser
 def test_an_answer_is_streamed_with_its_figures(page: Page, upstream: Upstream) -> None:
     upstream.script = [{"content": "One "}, 0.1, {"content": "two."}, 0.2, {"content": " Three."}]
@@ -125,7 +130,7 @@ def test_an_answer_is_streamed_with_its_figures(page: Page, upstream: Upstream) 
     expect(page.locator(".bubble")).to_have_text("Count <b>")
     expect(page.locator("#status")).to_have_text("The answer is complete.")
     ask(page, "More")
-    expect(page.locator(".assistant")).to_have_count(2)
+    expect_end(page, 2)
     roles = [message["role"] for message in upstream.bodies[-1]["messages"]]
     assert roles == ["user", "assistant", "user"]
     assert upstream.bodies[-1]["messages"][1]["content"] == "One two. Three."
@@ -140,6 +145,7 @@ def test_stop_ends_the_stream_and_keeps_what_was_written(page: Page, upstream: U
         stop()
         expect(answer(page).locator(".note")).to_have_text("Stopped.")
         expect(page.get_by_label("Send", exact=True)).to_be_visible()
+    expect_end(page, 2)
     for _ in range(100):
         if upstream.num_left == 2:
             break
@@ -183,7 +189,7 @@ def test_settings_and_conversation_outlive_a_reload(page: Page, upstream: Upstre
     expect(page.locator("#settings [name=temperature]")).to_have_value("0.5")
     page.keyboard.press("Escape")
     ask(page, "Again")
-    expect(page.locator(".assistant")).to_have_count(2)
+    expect_end(page, 2)
     body = upstream.bodies[-1]
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}
     found = {name: body.get(name) for name in ("temperature", "top_p", "max_tokens", "seed")}
