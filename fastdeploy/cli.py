@@ -10,29 +10,54 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 from ernie.settings import ConfigError, add_flags, did_you_mean, field_types, read_yaml
 from fastdeploy.config import LATER, EngineConfig, ServerConfig, read_config
 
 KINDS = [EngineConfig, ServerConfig]
-USAGE = """usage: fastdeploy COMMAND ...
-
-commands:
-  serve    an OpenAI-compatible server: fastdeploy serve --model PATH; see fastdeploy serve --help
-"""
+# Name -> where it is, and what it does.
+COMMANDS = {
+    "serve": ("", "an OpenAI-compatible server: fastdeploy serve --model PATH"),
+    "chat": ("terminal:chat", "a conversation with a server, in the terminal"),
+    "complete": ("terminal:complete", "a text continued by a server"),
+    "run-batch": ("batch:main", "a file of requests answered: run-batch -i in.jsonl -o out.jsonl"),
+    "bench": ("bench:main", "how fast it is: bench serve, bench latency, bench throughput"),
+    "tokenizer": ("facts:tokenizer", "a text to token ids, or back"),
+    "collect-env": ("facts:collect_env", "this machine and its packages, for a report"),
+}
+USAGE = "usage: fastdeploy COMMAND ...; each has its own --help\n\ncommands:\n" + "".join(
+    f"  {name:<12} {text}\n" for name, (_, text) in COMMANDS.items()
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] == "serve":
         return serve(words[1:], program="fastdeploy serve")
+    if words and words[0] in COMMANDS:
+        return client(words[0], words[1:])
     asked = words in ([], ["--help"], ["-h"], ["help"])
     if not asked:
-        suggestion = did_you_mean(words[0], ["serve", "help"])
+        suggestion = did_you_mean(words[0], [*COMMANDS, "help"])
         sys.stderr.write(f"fastdeploy: unknown command {words[0]!r}{suggestion}\n")
     (sys.stdout if asked else sys.stderr).write(USAGE)
     return 0 if asked else 2
+
+
+def client(name: str, argv: Sequence[str]) -> int:
+    """Run one of the other commands; 2 and one sentence for whatever the user can set right."""
+    module, function = COMMANDS[name][0].split(":")
+    try:
+        return getattr(import_module(f"fastdeploy.client.{module}"), function)(argv)
+    except KeyboardInterrupt:
+        return 130
+    except ValueError as error:
+        if type(error) is ValueError:
+            raise  # a defect of ours, as in `serve`
+        sys.stderr.write(f"fastdeploy {name}: {error}\n")
+    return 2
 
 
 def serve(argv: Sequence[str], program: str) -> int:

@@ -297,6 +297,7 @@ class ServerConfig:
     enable_control_api: bool = option(
         False, "Let clients pause the engine, put it to sleep and change its weights."
     )
+    web: bool = option(True, "Serve the chat page at `/`.")
     timeout_graceful_shutdown: int = option(
         0, "Seconds that running requests get to finish when the server is told to stop."
     )

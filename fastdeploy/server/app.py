@@ -39,6 +39,8 @@ from fastdeploy.server.chat import ChatReply, chat_prompts
 from fastdeploy.server.completions import CompletionReply, completion_prompts
 from fastdeploy.server.control import add_control
 from fastdeploy.server.engine import ServerEngine, log_progress
+from fastdeploy.server.page import PATHS as PAGE_PATHS
+from fastdeploy.server.page import add_page
 from fastdeploy.server.protocol import (
     ChatRequest,
     Common,
@@ -52,7 +54,7 @@ from fastdeploy.server.stream import Disconnected, EventStream, while_connected
 
 log = logging.getLogger("fastdeploy")
 
-OPEN_PATHS = frozenset({"/health", "/ping"})  # all other paths need the key, if there is one
+OPEN_PATHS = frozenset({"/health", "/ping"}) | PAGE_PATHS  # others need the key, if any
 
 
 class Service:
@@ -205,6 +207,8 @@ def create_app(loaded: Loaded, config: ServerConfig) -> FastAPI:
     async def models() -> Response:
         return JSONResponse(service.models())
 
+    if config.web:
+        add_page(app)
     if config.enable_control_api:
         add_control(app, service.engine, service.read)
     if loaded.config.enable_lora:

@@ -381,7 +381,7 @@ def test_every_route_but_health_wants_the_key(app) -> None:
     client = TestClient(app)  # without its lifespan: nothing behind the gate may be reached
     paths = {route.path for route in app.routes}
     assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics"} <= paths
-    for path in [*paths - OPEN_PATHS, "/", "/docs", "/openapi.json", "/HEALTH", "/health/"]:
+    for path in [*paths - OPEN_PATHS, "/web", "/docs", "/openapi.json", "/HEALTH", "/health/"]:
         for method in ("GET", "POST"):
             answer = client.request(method, path)
             assert answer.status_code == 401, f"{method} {path}: {answer.status_code}"
