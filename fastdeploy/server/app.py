@@ -19,6 +19,7 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ernie.chat import ChatError
@@ -31,6 +32,7 @@ from fastdeploy.sampling import filled
 from fastdeploy.server import adapters
 from fastdeploy.server.chat import ChatReply, chat_prompts
 from fastdeploy.server.completions import CompletionReply, completion_prompts
+from fastdeploy.server.connection import read_body
 from fastdeploy.server.control import add_control
 from fastdeploy.server.engine import ServerEngine, log_progress
 from fastdeploy.server.health import OPEN_PATHS, add_health
@@ -94,7 +96,7 @@ class Service:
         context = Context(name, self.tokenizer, params.logprobs or 0, params.n)
         reply = reply_kind(body, answer, context)
         if body.stream:
-            return EventStream(reply.events(), on_close=answer.close)
+            return EventStream(reply.events(), answer)
         try:
             return JSONResponse(await while_connected(request.receive, reply.whole()))
         except Disconnected:
@@ -141,20 +143,9 @@ class Service:
         return json.dumps([key, body.cache_salt])
 
     async def read(self, request: Request) -> bytes:
-        """The body, refused as soon as it is known to be too long."""
-        most = self.config.max_body_mib * 2**20
-        too_long = RequestError(
-            f"the body is longer than max_body_mib={self.config.max_body_mib} MiB", status=413
-        )
-        announced = request.headers.get("content-length", "0")
-        if announced.isdigit() and int(announced) > most:
-            raise too_long
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > most:
-                raise too_long
-        return bytes(body)
+        """The body; see `connection.read_body`."""
+        most = self.config.max_body_mib
+        return await read_body(request, most * 2**20, f"the body is longer than {most} MiB")
 
     def models(self) -> dict[str, Any]:
         loaded = self.engine.adapters
@@ -248,7 +239,9 @@ def _add_error_handlers(app: FastAPI) -> None:
     """Every error in OpenAI's form; what the user did not cause says nothing of our insides."""
 
     def body(message: str, status: int, param: str | None = None) -> Response:
-        headers = {"retry-after": "1"} if status in (429, 503) else None
+        headers = {"retry-after": "1"} if status in (429, 503) else {}
+        if status in (408, 413):
+            headers["connection"] = "close"  # or what is left of the body would come in
         return JSONResponse(error_body(message, status, param), status, headers=headers)
 
     @app.exception_handler(RequestError)
@@ -257,6 +250,10 @@ def _add_error_handlers(app: FastAPI) -> None:
     async def user_error(_: Request, error: ValueError) -> Response:
         param = "messages" if isinstance(error, ChatError) else getattr(error, "param", None)
         return body(str(error), getattr(error, "status", 400), param)
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(_: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # nobody reads it
 
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:

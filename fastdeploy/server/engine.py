@@ -45,6 +45,7 @@ log = logging.getLogger("fastdeploy")
 
 SECONDS_BETWEEN_LINES = 5.0
 MAX_SAMPLES_PER_REQUEST = 1024  # prompts times samples of each
+MAX_UNREAD_BYTES = 2**20  # of an answer that its client is too slow to read
 
 
 NO_STATS = Stats(**dict.fromkeys(Stats.__dataclass_fields__, 0))  # before the first beat
@@ -65,6 +66,12 @@ class Piece:
     completion: CompletionOutput
     num_cached: int
     prompt_logprobs: list[TokenLogprobs | None] | None
+
+    @property
+    def num_bytes(self) -> int:
+        """About what an event of it takes; the scores of the prompt are never streamed."""
+        num_scores = sum(map(len, self.completion.logprobs or ()))
+        return 256 + len(self.completion.text) + 128 * num_scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +101,12 @@ class Answer:
         self.samples: dict[str, tuple[int, Sample]] = {}  # open ones, by the engine's request id
         self.queue: asyncio.Queue[Piece | RequestError] = asyncio.Queue()  # an error is the last
         self.arrival = time.monotonic()
+        self.num_unread_bytes = 0  # of pieces in the queue, see MAX_UNREAD_BYTES
+        self.given_up = asyncio.Event()  # its client does not read
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Every piece of every choice; ends when all choices have ended.
 
-        Pieces that pile up while the client is slow are bounded by max_tokens of the samples.
         Raises EngineStopped, or RequestError when the engine would not take it after all.
         """
         num_open = self.num_choices  # not len(samples): some may have ended before we listen
@@ -106,8 +114,17 @@ class Answer:
             piece = await self.queue.get()
             if isinstance(piece, RequestError):
                 raise piece
+            self.num_unread_bytes -= piece.num_bytes
             num_open -= piece.completion.finish_reason is not None
             yield piece
+
+    def put(self, piece: Piece) -> None:
+        """Add news; an answer that nobody reads is given up, and whoever sends it is told."""
+        self.num_unread_bytes += piece.num_bytes
+        self.queue.put_nowait(piece)
+        if self.num_unread_bytes > MAX_UNREAD_BYTES:
+            self.given_up.set()
+            self.close()
 
     def close(self) -> None:
         """Abort what has not ended; the client has got everything, or has gone."""
@@ -332,7 +349,7 @@ class ServerEngine:
                     self.supervisor.send(Abort([output.request_id]))
                 output.metrics.arrival_time = answer.arrival
                 self._report_end(answer, choice, sample, output, completion)
-            answer.queue.put_nowait(Piece(choice, completion, output.num_cached, scores))
+            answer.put(Piece(choice, completion, output.num_cached, scores))
 
     def _report_end(
         self,

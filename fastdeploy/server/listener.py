@@ -23,6 +23,7 @@ import uvicorn
 from ernie.settings import ConfigError
 from fastdeploy.config import EngineConfig, ServerConfig
 from fastdeploy.server.app import Service, create_app
+from fastdeploy.server.connection import MAX_HEADER_BYTES, Connection
 from fastdeploy.server.supervisor import State
 from fastdeploy.server.worker import LOG_FORMAT
 
@@ -40,7 +41,8 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
         app = create_app(engine_config, server_config)
         settings = uvicorn.Config(
             app,
-            http="h11",
+            http=Connection,
+            h11_max_incomplete_event_size=MAX_HEADER_BYTES,
             log_config=None,
             log_level="warning",
             access_log=False,

@@ -41,7 +41,7 @@ from fastdeploy.server.link import (
 log = logging.getLogger("fastdeploy")
 
 TICK_S = 0.25
-SILENCE_S = 9.0  # a working process beats twice a second
+SILENCE_S = 8.0  # a working process beats twice a second
 LOADING_SILENCE_S = 120.0  # libraries that are mapped from a slow disk stop all threads
 DUMP_S = 0.5  # what a process gets to write its stacks
 GRACE_S = 3.0  # what a process gets to end once its link is closed
