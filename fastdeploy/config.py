@@ -301,11 +301,14 @@ class ServerConfig:
     timeout_graceful_shutdown: int = option(
         0, "Seconds that running requests get to finish when the server is told to stop."
     )
+    engine_step_timeout: int = option(
+        120, "Seconds after which a step of the engine counts as stuck, and it is started again."
+    )
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port={self.port} is not a port; it takes 0 to 65535")
-        for name in ("max_concurrency", "max_body_mib"):
+        for name in ("max_concurrency", "max_body_mib", "engine_step_timeout"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} is too small; it takes 1 or more")
         if self.timeout_graceful_shutdown < 0:
