@@ -324,21 +324,20 @@ class ServerConfig:
         self._check_traces()
 
     def _check_access(self) -> None:
-        for key in self.api_key or ():
+        for key in self.all_keys():
             if not key or not key.isascii() or not key.isprintable() or " " in key:
                 raise ConfigError(
-                    "api_key is empty or has characters no header carries; use ASCII letters, "
+                    "a key is empty or has characters no header carries; use ASCII letters, "
                     "digits and marks"
                 )
-        has_key = self.api_key or self.api_key_file
-        if has_key and self.insecure_allow_no_key:
+        if self.has_key and self.insecure_allow_no_key:
             raise ConfigError("insecure_allow_no_key is set, and there is a key; leave out one")
-        if not (self.is_loopback or has_key or self.insecure_allow_no_key):
+        if not (self.is_loopback or self.has_key or self.insecure_allow_no_key):
             raise ConfigError(
                 f"host={self.host} lets other machines in; give an api_key (FD_API_KEY=..., "
                 "--api-key-file FILE), or use 127.0.0.1"
             )
-        if self.max_concurrency_per_key and not has_key:
+        if self.max_concurrency_per_key and not self.has_key:
             raise ConfigError("max_concurrency_per_key needs keys; give an api_key")
         for origin in self.allowed_origins or ():
             if origin != "*" and not re.fullmatch(r"https?://[^/?#\s]+", origin):
@@ -359,16 +358,22 @@ class ServerConfig:
     def is_loopback(self) -> bool:
         return self.host in ("localhost", "::1") or self.host.startswith("127.")
 
-    def keys(self) -> tuple[str, ...]:
-        """All keys: those given, and those in the file. Raises ConfigError."""
-        if self.api_key_file is None:
-            return tuple(self.api_key or ())
-        try:
-            lines = Path(self.api_key_file).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"api_key_file={self.api_key_file} cannot be read: {error}") from None
-        found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-        if not found:
-            raise ConfigError(f"api_key_file={self.api_key_file} has no key; write one a line")
-        given = dataclasses.replace(self, api_key=[*(self.api_key or ()), *found])  # checks them
-        return tuple(given.api_key or ())
+    @property
+    def has_key(self) -> bool:
+        return bool(self.api_key or self.api_key_file)
+
+    def all_keys(self) -> tuple[str, ...]:
+        """The keys that are given and those in the file. Raises ConfigError."""
+        keys = list(self.api_key or ())
+        if self.api_key_file is not None:
+            try:
+                lines = Path(self.api_key_file).read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(
+                    f"api_key_file={self.api_key_file} cannot be read: {error}"
+                ) from None
+            found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+            if not found:
+                raise ConfigError(f"api_key_file={self.api_key_file} has no key; write one a line")
+            keys += found
+        return tuple(keys)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import json
 import logging
 import os
@@ -23,7 +22,6 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ernie.adapters import Adapter
 from ernie.chat import ChatError
@@ -38,7 +36,11 @@ from fastdeploy.server import adapters
 from fastdeploy.server.chat import ChatReply, chat_prompts
 from fastdeploy.server.completions import CompletionReply, completion_prompts
 from fastdeploy.server.control import add_control
-from fastdeploy.server.engine import ServerEngine, log_progress
+from fastdeploy.server.engine import Ended, ServerEngine, log_progress
+from fastdeploy.server.gate import guard
+from fastdeploy.server.limits import Limits
+from fastdeploy.server.log import ORIGIN, set_up
+from fastdeploy.server.observe import Observer
 from fastdeploy.server.protocol import (
     ChatRequest,
     Common,
@@ -62,19 +64,28 @@ class Service:
         assert loaded.tokenizer is not None, "a server needs text"
         self.loaded, self.config = loaded, config
         self.tokenizer: Tokenizer = loaded.tokenizer
-        self.name = config.served_model_name or Path(loaded.config.model).resolve().name
+        folder = Path(loaded.config.model).resolve().name
+        self.names = config.served_model_name or [folder]  # the first one in answers
+        self.name = self.names[0]
         self.metrics = Metrics(loaded.config)
+        self.observer = Observer(config, self.metrics)
         self.engine = ServerEngine(
-            loaded, max_concurrency=config.max_concurrency, on_end=self.metrics.end
+            loaded, max_concurrency=config.max_concurrency, on_end=self._on_end
         )
+        self.limits = Limits(config, self.engine.stats)
         self.metrics.watch(self.engine.stats)
         self.started = int(time.time())
+
+    def _on_end(self, ended: Ended) -> None:
+        self.limits.pace.count()
+        self.observer.ended(ended)
 
     async def answer(
         self, request: Request, kind: type[Common], reply_kind: type[Reply]
     ) -> Response:
         """Serve one of the two generating endpoints."""
         self.metrics.requests.inc()
+        self.limits.admit()
         body = parse(kind, read_json(await self.read(request)))
         adapter = self._adapter(body.model)
         params = filled(body.sampling_params(), self.loaded.defaults)
@@ -85,6 +96,7 @@ class Service:
             prompts = completion_prompts(body, self.tokenizer)
             if body.echo and params.logprobs is not None:
                 params.prompt_logprobs = params.logprobs
+        self.limits.check_tokens(prompts, params, self.loaded.config.max_model_len)
         salt = self._cache_salt(request, body)
         answer = self.engine.submit(
             prompts, params, priority=body.priority or 0, cache_salt=salt, adapter=adapter
@@ -111,9 +123,9 @@ class Service:
         if model in by_name:
             return by_name[model]
         given = self.config.served_model_name
-        known = {self.name} if given else {self.name, "default", None}
+        known = set(self.names) if given else {self.name, "default", None}
         if (given or self.loaded.config.enable_lora) and model not in known:
-            names = ", ".join(map(repr, [self.name, *by_name]))
+            names = ", ".join(map(repr, [*self.names, *by_name]))
             raise RequestError(
                 f"there is no model {str(model)[:200]!r} here; use {names}",
                 param="model",
@@ -134,8 +146,7 @@ class Service:
 
     def _cache_salt(self, request: Request, body: Common) -> str | None:
         """What keeps the cached texts of one tenant from another: its key, and what it adds."""
-        headers = dict(request.scope["headers"])  # as the gate has read them
-        key = headers[b"authorization"].decode() if self.config.api_key else None
+        key = request.state.tenant
         if key is None and body.cache_salt is None:
             return None
         return json.dumps([key, body.cache_salt])
@@ -158,7 +169,8 @@ class Service:
 
     def models(self) -> dict[str, Any]:
         loaded = self.loaded.engine.adapters.by_name
-        cards = [self._card(self.name), *(self._card(name, parent=self.name) for name in loaded)]
+        cards = [self._card(name) for name in self.names]
+        cards += [self._card(name, parent=self.name) for name in loaded]
         return {"object": "list", "data": cards}
 
     def _card(self, name: str, parent: str | None = None) -> dict[str, Any]:
@@ -190,8 +202,8 @@ def create_app(loaded: Loaded, config: ServerConfig) -> FastAPI:
     # No pages of its own: bodies are read by `protocol`, not by the framework.
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
-    app.add_middleware(Gate, keys=tuple(config.api_key or ()))
-    _add_error_handlers(app)
+    guard(app, config, service.limits, service.observer, OPEN_PATHS)
+    _add_error_handlers(app, service.limits)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
@@ -223,32 +235,13 @@ def create_app(loaded: Loaded, config: ServerConfig) -> FastAPI:
     return app
 
 
-class Gate:
-    """Lets a request in that brings one of the keys as a bearer token."""
-
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
-        self.app = app
-        self.accepted = [f"Bearer {key}".encode() for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self.accepted and scope["path"] not in OPEN_PATHS:
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            # All keys are compared, so that the time does not tell which one was near.
-            if not sum(hmac.compare_digest(given, key) for key in self.accepted):
-                message = "the key is missing or wrong; send `Authorization: Bearer KEY`"
-                response = JSONResponse(
-                    error_body(message, 401), 401, headers={"www-authenticate": "Bearer"}
-                )
-                await response(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
-
-
-def _add_error_handlers(app: FastAPI) -> None:
+def _add_error_handlers(app: FastAPI, limits: Limits) -> None:
     """Every error in OpenAI's form; what the user did not cause says nothing of our insides."""
 
     def body(message: str, status: int, param: str | None = None) -> Response:
-        headers = {"retry-after": "1"} if status in (429, 503) else None
+        headers = {"retry-after": str(limits.retry_after_s())} if status in (429, 503) else {}
+        if status == 500 and (origin := ORIGIN.get()):  # it is answered outside of all else
+            headers["x-request-id"] = origin.request_id
         return JSONResponse(error_body(message, status, param), status, headers=headers)
 
     @app.exception_handler(RequestError)
@@ -274,9 +267,7 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
 
     Raises ConfigError and the errors of loading. The port is taken before the model is read.
     """
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname).1s %(message)s"
-    )
+    set_up(server_config.log_level, server_config.log_format)
     with _bound_socket(server_config) as listener:
         loaded = load(engine_config)
         if loaded.tokenizer is None:
@@ -330,7 +321,7 @@ def _greeting(service: Service, listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
     blocks = service.engine.stats().num_blocks * service.loaded.config.block_size
-    key = ' -H "Authorization: Bearer $FD_API_KEY"' if service.config.api_key else ""
+    key = ' -H "Authorization: Bearer $FD_API_KEY"' if service.config.has_key else ""
     body = '{"messages": [{"role": "user", "content": "Hello"}]}'
     return (
         f"{service.name} is served at {address} (cache of {blocks} tokens); try:\n"

@@ -30,6 +30,7 @@ from fastdeploy.engine.text import Sample
 from fastdeploy.errors import RequestError
 from fastdeploy.outputs import CompletionOutput, RequestMetrics, TokenLogprobs
 from fastdeploy.sampling import SamplingParams
+from fastdeploy.server.log import ORIGIN, Origin
 
 log = logging.getLogger("fastdeploy")
 
@@ -64,6 +65,8 @@ class Ended:
     num_output: int
     finish_reason: str
     max_tokens: int | None
+    num_cached: int  # tokens of the prompt that were found in the cache
+    origin: Origin | None  # the HTTP request it belonged to
 
 
 class Answer:
@@ -81,6 +84,7 @@ class Answer:
         self.num_choices = len(prompts) * num_samples
         self.samples: dict[str, tuple[int, Sample]] = {}  # open ones, by the engine's request id
         self.queue: asyncio.Queue[Piece | None] = asyncio.Queue()  # None: the engine has stopped
+        self.origin = ORIGIN.get()
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Every piece of every choice; ends when all choices have ended.
@@ -269,6 +273,8 @@ class ServerEngine:
             num_output=sample.num_tokens,
             finish_reason=completion.finish_reason or "abort",
             max_tokens=sample.params.max_tokens,
+            num_cached=output.num_cached,
+            origin=answer.origin,
         )
         self.on_end(ended)
 
