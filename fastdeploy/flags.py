@@ -214,12 +214,14 @@ def read_flags(
     """
     reader = _Reader(flags_of(kinds))
     given = reader.read(words)
-    values = {name: environment[key] for key, name in ENVIRONMENT.items() if environment.get(key)}
+    values: dict[str, Any] = {
+        name: environment[key] for key, name in ENVIRONMENT.items() if environment.get(key)
+    }
     if "config" in given:
         path = given.pop("config")
-        for key, value in read_yaml(path).items():
+        for key, said in read_yaml(path).items():
             name, inverted = reader.resolve(str(key), path)
-            values[name] = _opposite(value, key) if inverted else value
+            values[name] = _opposite(said, key) if inverted else said
     return values | given
 
 

@@ -1,7 +1,7 @@
 """What is recorded of requests: in the metrics, in the log, in traces. Never what they say.
 
-`Observe` sees HTTP requests come and go; `Observer.ended` is told of each text. Every answer has the
-request's id, and the headers that keep browsers from guessing and framing.
+`Observe` sees HTTP requests come and go; `Observer.ended` is told of each text. Every answer gets
+the request's id, and the headers that keep browsers from guessing and framing.
 """
 
 from __future__ import annotations

@@ -109,7 +109,7 @@ class Tracing:
             ("decode", times.first_token_time),
             ("", times.finished_time),
         )
-        attributes = {
+        attributes: dict[str, dict[str, Any]] = {
             "queue": {},
             "prefill": {
                 "gen_ai.usage.input_tokens": ended.num_prompt,
