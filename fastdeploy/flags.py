@@ -108,6 +108,7 @@ LATER: dict[str, tuple[Any, ...]] = {
 SHORT = {"dp": "data_parallel_size", "pp": "pipeline_parallel_size"}
 
 _ONE_HOST = "asks for several machines; start a server on each and put a balancer in front"
+_TEXT = "is not available: the models served so far read and write text"
 _TLS = "is not offered: a proxy with TLS in front does it (see docs/serving.md)"
 _MODEL_CODE = "is refused: no code from a model's folder or from a plug-in is ever run"
 REASONS = {
@@ -116,6 +117,10 @@ REASONS = {
     "controller_port": "is not offered: the routes of enable_control_api do it, behind the keys",
     "swap_space": "is not offered: the cache has no tier in the host's memory",
     "kvcache_storage_backend": "is not offered: the cache has no tier outside of memory",
+    "limit_mm_per_prompt": _TEXT,
+    "mm_processor_kwargs": _TEXT,
+    "enable_mm": _TEXT,
+    "enable_mm_output": _TEXT,
     "trust_remote_code": _MODEL_CODE,
     "tool_parser_plugin": _MODEL_CODE,
     "logits_processors": _MODEL_CODE,

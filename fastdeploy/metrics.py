@@ -46,7 +46,8 @@ class EngineFigures(Collector):
 
     def collect(self) -> Iterator[Metric]:
         s, most = self.stats(), self.config.max_num_seqs
-        free = s.num_free_blocks / max(s.num_blocks, 1)
+        in_use = s.num_blocks - s.num_free_blocks
+        blocks = max(s.num_blocks, 1)
         in_engine = s.num_running + s.num_waiting
         hits = s.num_hit_tokens / max(s.num_prompt_tokens, 1)
         for name, text, value in (
@@ -59,12 +60,12 @@ class EngineFigures(Collector):
             ("max_gpu_block_num", "Blocks of the cache.", s.num_blocks),
             ("free_gpu_block_num", "Blocks that nobody uses.", s.num_free_blocks),
             ("available_gpu_block_num", "Blocks that can be taken.", s.num_free_blocks),
-            ("available_gpu_resource", "Share of blocks that can be taken, 0 to 1.", free),
-            ("gpu_cache_usage_perc", "Share of blocks in use, 0 to 1.", 1 - free),
+            ("available_gpu_resource", "Share of blocks nobody uses.", s.num_free_blocks / blocks),
+            ("gpu_cache_usage_perc", "Share of blocks in use, 0 to 1.", in_use / blocks),
             ("prefix_cache_token_num", "Prompt tokens found in the cache.", s.num_hit_tokens),
-            ("prefix_gpu_cache_token_num", "The same: there is one cache.", s.num_hit_tokens),
+            ("prefix_gpu_cache_token_num", "As prefix_cache_token_num.", s.num_hit_tokens),
             ("hit_token_rate", "Share of prompt tokens found in the cache.", hits),
-            ("gpu_hit_token_rate", "The same: there is one cache.", hits),
+            ("gpu_hit_token_rate", "As hit_token_rate: there is one cache.", hits),
         ):
             yield GaugeMetricFamily(f"fastdeploy:{name}", text, value)
         if self.config.speculative_config is not None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ernie.settings import ConfigError
 from fastdeploy.cli import KINDS
@@ -140,5 +143,18 @@ def test_settings_that_contradict_each_other(settings: dict, message: str) -> No
 
 def test_the_tables_of_the_documentation_are_up_to_date() -> None:
     command = [sys.executable, "docs/serving.py", "--check"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    paths = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=paths, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_commands_of_the_documentation_have_flags_that_exist() -> None:
+    page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8").split("## Reference")[0]
+    known = {name.split()[0] for flag in flags_of(KINDS) for name in (flag.long, *flag.spellings)}
+    foreign = {"--stop-timeout", "--rm", "--create-home", "--no-cache-dir", "--config", "--model"}
+    written = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page))
+    assert len(written) > 20 and written <= known | foreign, written - known - foreign
+    example = yaml.safe_load(re.search(r"```yaml\n(model:.*?)```", page, re.S)[1])
+    with pytest.raises(ConfigError, match="/etc/fastdeploy/keys cannot be read"):
+        read_config(KINDS, example, "the example")
+    read_config(KINDS, example | {"api_key_file": None, "api_key": "k"}, "the example")

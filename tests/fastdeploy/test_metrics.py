@@ -63,7 +63,7 @@ def test_the_engines_figures_are_read_when_asked_for() -> None:
         assert values["fastdeploy:" + name,] == pytest.approx(expected), name
     nothing = Metrics(ORIGINAL)
     nothing.watch(make_stats)  # before the engine has said anything
-    assert samples(nothing)["fastdeploy:gpu_cache_usage_perc",] == 1
+    assert samples(nothing)["fastdeploy:gpu_cache_usage_perc",] == 0
 
 
 def test_http_requests_are_counted_by_route_and_never_by_path() -> None:

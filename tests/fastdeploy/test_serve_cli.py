@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import subprocess
 import sys
 
+import httpx
 import pytest
+from helpers_server import start_server
 
 from fastdeploy import cli
 
@@ -82,3 +85,40 @@ def test_a_port_that_is_taken(capsys, folder) -> None:
 def test_an_unknown_command_is_told_the_known_one(capsys) -> None:
     assert cli.main(["serv"]) == 2
     assert "did you mean 'serve'" in capsys.readouterr().err
+
+
+def test_a_guarded_server_as_its_flags_describe_it(folder, tmp_path) -> None:
+    """Keys, names, quota, ids and JSON lines, through the command that users type."""
+    (tmp_path / "keys").write_text("# two\nalice\nbob\n")
+    (tmp_path / "serve.yaml").write_text(
+        f"api_key_file: {tmp_path / 'keys'}\nserved_model_name: [big, small]\n"
+        "max-tokens-per-request: 20\nlog_format: json\nenable_log_requests: true\n"
+    )
+    running = start_server(folder, "--config", str(tmp_path / "serve.yaml"), "--access-log")
+    prompt = {"prompt": "my secret plan", "max_tokens": 5, "ignore_eos": True}
+    try:
+        with httpx.Client(base_url=running.url, timeout=30) as client:
+            assert client.get("/models").status_code == 401
+            client.headers["authorization"] = "Bearer bob"
+            assert [card["id"] for card in client.get("/models").json()["data"]] == ["big", "small"]
+            for model, status in (("big", 200), ("small", 200), ("other", 404)):
+                answer = client.post(
+                    "/completions",
+                    json=prompt | {"model": model},
+                    headers={"x-request-id": f"id-{model}"},
+                )
+                assert answer.status_code == status, answer.text
+                assert answer.headers["x-request-id"] == f"id-{model}"
+            refused = client.post("/completions", json=prompt | {"model": "big", "n": 5})
+            assert refused.status_code == 400
+            assert "asks for 25 tokens" in refused.json()["error"]["message"]
+    finally:
+        running.process.terminate()
+        _, log = running.process.communicate(timeout=20)
+    assert running.process.returncode == 0
+    entries = [json.loads(line) for line in log.splitlines()]
+    about = [entry["message"] for entry in entries if entry.get("request_id") == "id-small"]
+    text, http = about
+    assert "| 5 generated | length | started" in text and "POST /v1/completions 200" in http
+    for secret in ("secret", "alice", "bob"):
+        assert secret not in log
