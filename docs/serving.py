@@ -13,10 +13,9 @@ from pathlib import Path
 
 from fastdeploy.cli import KINDS
 from fastdeploy.config import EngineConfig
-from fastdeploy.engine.core import Stats
 from fastdeploy.flags import ENVIRONMENT, LATER, REASONS, flags_of
 from fastdeploy.metrics import Metrics
-from fastdeploy.outputs import RequestMetrics
+from fastdeploy.outputs import RequestMetrics, Stats
 from fastdeploy.server.engine import Ended
 
 BLOCK = re.compile(r"(<!-- table: (\S+) -->\n).*?(<!-- end -->)", re.S)

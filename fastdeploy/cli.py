@@ -40,13 +40,18 @@ def serve(argv: Sequence[str], program: str) -> int:
         return 0
     try:
         engine_config, server_config = read_config(KINDS, read_flags(argv, KINDS), "the flags")
-        from fastdeploy.server import app
+        from fastdeploy.server import listener
 
-        return app.serve(engine_config, server_config)
+        return listener.serve(engine_config, server_config)
     except KeyboardInterrupt:
         return 130  # as shells say it; while the model was loading, or the server starting
     except ModuleNotFoundError as error:
-        if (error.name or "").split(".")[0] not in ("fastapi", "uvicorn", "prometheus_client"):
+        if (error.name or "").split(".")[0] not in (
+            "fastapi",
+            "uvicorn",
+            "prometheus_client",
+            "msgspec",
+        ):
             raise
         message = f"the server needs {error.name}; install the extra: pip install ernie-open[serve]"
     except ValueError as error:

@@ -230,6 +230,9 @@ class ServerConfig:
     timeout_graceful_shutdown: int = option(
         0, "Seconds that running requests get to finish when the server is told to stop."
     )
+    engine_step_timeout: int = option(
+        120, "Seconds after which a step of the engine counts as stuck, and it is started again."
+    )
     api_key: list[str] | None = option(  # noqa: RUF009
         None, "Bearer keys that are let in; better in FD_API_KEY or a file.", group="Access"
     )
@@ -307,6 +310,7 @@ class ServerConfig:
             "max_num_waiting",
             "max_tokens_per_request",
             "max_body_mib",
+            "engine_step_timeout",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:

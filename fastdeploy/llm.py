@@ -19,7 +19,8 @@ from typing import Any
 from ernie.adapters import Adapter
 from ernie.model import ErnieModel
 from fastdeploy.config import EngineConfig
-from fastdeploy.engine.loading import load, template_of
+from fastdeploy.engine.language import template_of
+from fastdeploy.engine.loading import load
 from fastdeploy.engine.prompt import banned_sequences, chat_prompt
 from fastdeploy.engine.request import RequestMetrics, TokenOutput
 from fastdeploy.engine.text import Sample

@@ -16,9 +16,9 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from fastdeploy.config import EngineConfig
+from fastdeploy.outputs import Stats
 
 if TYPE_CHECKING:
-    from fastdeploy.engine.core import Stats
     from fastdeploy.server.engine import Ended
 
 SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 900)

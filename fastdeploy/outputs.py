@@ -1,4 +1,5 @@
-"""What the engine hands back: `RequestOutput` with its completions, log-probabilities and timings.
+"""What the engine hands back: `RequestOutput` with its completions, log-probabilities and timings;
+and `Stats`, its own figures.
 
 Imports no torch.
 """
@@ -138,3 +139,27 @@ class RequestOutput:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+@dataclass(slots=True)
+class Stats:
+    """Figures of an engine at one moment, for metrics and the log line."""
+
+    num_running: int
+    num_waiting: int
+    num_preemptions: int
+    num_blocks: int
+    num_free_blocks: int
+    num_cached_blocks: int
+    num_prompt_tokens: int  # of requests admitted so far
+    num_hit_tokens: int  # of these, found in the prefix cache
+    num_generated_tokens: int
+    num_steps: int
+    num_drafts: int  # how often drafts of a request were verified
+    num_draft_tokens: int  # tokens of these drafts
+    num_accepted_tokens: int  # of these, became known
+
+    @property
+    def mean_acceptance_length(self) -> float:
+        """Tokens that a request gained in a step that verified drafts for it, on average."""
+        return 1 + self.num_accepted_tokens / max(self.num_drafts, 1)

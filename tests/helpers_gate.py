@@ -12,9 +12,8 @@ from fastapi.responses import StreamingResponse
 from starlette.testclient import TestClient
 
 from fastdeploy.config import EngineConfig, ServerConfig
-from fastdeploy.engine.core import Stats
 from fastdeploy.metrics import Metrics
-from fastdeploy.outputs import RequestMetrics
+from fastdeploy.outputs import RequestMetrics, Stats
 from fastdeploy.server.engine import Ended
 from fastdeploy.server.gate import guard
 from fastdeploy.server.limits import Limits

@@ -1,15 +1,28 @@
-"""The published server command as a process, for tests."""
+"""The server for tests: the published command as a process, and the app in this one."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
+from starlette.testclient import TestClient
+
+from fastdeploy.config import EngineConfig, ServerConfig
+from fastdeploy.server.app import create_app
+from fastdeploy.server.link import EngineEnd
+from fastdeploy.server.supervisor import Child
+from fastdeploy.server.worker import Worker
 
 MAX_LEN = 256
 
@@ -43,3 +56,50 @@ def stop_server(server: Server) -> int:
     server.process.send_signal(signal.SIGTERM)
     server.process.communicate(timeout=20)
     return server.process.returncode
+
+
+class ThreadedWorker:
+    """The engine's process as a thread of this one: the same worker, a second earlier."""
+
+    pid = 0
+
+    def __init__(self, end: socket.socket) -> None:
+        self.worker, self.status = Worker(EngineEnd(end)), None
+        self.end = end
+        threading.Thread(target=self._run, daemon=True).start()
+
+    def _run(self) -> None:
+        self.status = self.worker.run()
+        self.end.shutdown(socket.SHUT_RDWR)
+
+    def poll(self) -> int | None:
+        return self.status
+
+    def kill(self) -> None:
+        """A thread cannot be; it ends with its link."""
+
+    def send_signal(self, sig: int) -> None:
+        """It takes none."""
+
+
+def spawn_thread() -> Child:
+    ours, theirs = socket.socketpair()
+    return Child(ThreadedWorker(theirs), ours)
+
+
+def wait_until(claim: Callable[[], bool], patience_s: float = 30) -> None:
+    deadline = time.monotonic() + patience_s
+    while not claim():
+        assert time.monotonic() < deadline, "it never came true"
+        time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def app_client(
+    engine: EngineConfig, server: ServerConfig | None = None, **options: Any
+) -> Iterator[TestClient]:
+    """A client of an app whose engine is a thread of this process and ready."""
+    app = create_app(engine, server or ServerConfig(), spawn_thread)
+    with TestClient(app, **options) as client:
+        wait_until(lambda: client.get("/ready").status_code == 200)
+        yield client

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ernie.checkpoint.errors import CheckpointError as CheckpointError
+
 INDEX = "model.safetensors.index.json"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pdparams")
 MAX_HEADER_BYTES = 100 * 2**20  # the limit of the safetensors format
@@ -34,10 +36,6 @@ DTYPES = {
     "U16": torch.bfloat16,  # old Paddle files keep the bits of bfloat16 in unsigned integers
 }
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be used: one sentence that names the file and the tensor."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ernie.checkpoint.folder import CheckpointError
+from ernie.checkpoint.errors import CheckpointError
 
 PATTERNS = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "*.txt")
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -32,31 +31,8 @@ from fastdeploy.engine.speculative import make_drafter, num_ahead
 from fastdeploy.engine.thinking import ThinkTags
 from fastdeploy.engine.weights import HostCopy, Source, read_weights
 from fastdeploy.errors import RequestError
+from fastdeploy.outputs import Stats
 from fastdeploy.sampling import SamplingParams
-
-
-@dataclass(slots=True)
-class Stats:
-    """Figures of an engine at one moment, for metrics and the log line."""
-
-    num_running: int
-    num_waiting: int
-    num_preemptions: int
-    num_blocks: int
-    num_free_blocks: int
-    num_cached_blocks: int
-    num_prompt_tokens: int  # of requests admitted so far
-    num_hit_tokens: int  # of these, found in the prefix cache
-    num_generated_tokens: int
-    num_steps: int
-    num_drafts: int  # how often drafts of a request were verified
-    num_draft_tokens: int  # tokens of these drafts
-    num_accepted_tokens: int  # of these, became known
-
-    @property
-    def mean_acceptance_length(self) -> float:
-        """Tokens that a request gained in a step that verified drafts for it, on average."""
-        return 1 + self.num_accepted_tokens / max(self.num_drafts, 1)
 
 
 class Engine:

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import torch
 
 import ernie
 from ernie import kernels
-from ernie.chat import ChatTemplate, NoTemplate, stop_ids
+from ernie.chat import ChatTemplate, stop_ids
 from ernie.checkpoint.hub import resolve
 from ernie.config import ErnieConfig
 from ernie.fused import WHOLE, Shard, check_shard, fuse, fuse_head, fused_block, shallow_copy
@@ -21,6 +20,7 @@ from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
+from fastdeploy.engine.language import template_for
 from fastdeploy.engine.ranks import Ranks
 from fastdeploy.engine.thinking import ThinkTags
 from fastdeploy.sampling import recommended
@@ -115,7 +115,7 @@ def _around(model: ErnieModel, config: EngineConfig, ranks: Ranks | None) -> Loa
     rebuild = partial(served, config=config)
     engine = Engine(model, config, ends, tags, rebuild=rebuild, ranks=ranks)
     defaults = recommended(getattr(model, "generation_config", None) or {})
-    return Loaded(engine, config, tokenizer, _template(config, tokenizer), defaults)
+    return Loaded(engine, config, tokenizer, template_for(config, tokenizer), defaults)
 
 
 def served(model: ErnieModel, config: EngineConfig) -> ErnieModel:
@@ -169,25 +169,3 @@ def pick_device(name: str, num_ranks: int = 1) -> torch.device:
             "use fewer ranks, or device=cpu"
         )
     return device
-
-
-def _template(config: EngineConfig, tokenizer: Tokenizer | None) -> ChatTemplate | None:
-    if tokenizer is None:
-        return None
-    if config.chat_template is not None:
-        return template_of(config.chat_template, tokenizer)
-    try:
-        return ChatTemplate.for_folder(tokenizer.files[0].parent, tokenizer)
-    except NoTemplate:
-        return None  # a base model: completions work, and chat says what is missing
-
-
-def template_of(text_or_path: str, tokenizer: Tokenizer) -> ChatTemplate:
-    """A template given as Jinja text, or as the path of a file that holds it."""
-    source, where = text_or_path, "the given chat_template"
-    if "{" not in text_or_path:
-        path = Path(text_or_path)
-        if not path.is_file():
-            raise ConfigError(f"chat_template={text_or_path!r} is neither Jinja text nor a file")
-        source, where = path.read_text(encoding="utf-8"), str(path)
-    return ChatTemplate.from_sources({"default": source}, where, tokenizer)

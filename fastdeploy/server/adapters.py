@@ -10,10 +10,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from ernie.checkpoint.folder import CheckpointError
 from ernie.settings import ConfigError
 from fastdeploy.config import ServerConfig
-from fastdeploy.engine.core import Engine
 from fastdeploy.errors import RequestError
 from fastdeploy.server.engine import ServerEngine
 
@@ -34,12 +32,10 @@ async def load(engine: ServerEngine, body: LoadRequest, root: str | None) -> Non
     folder = folder_under(root, body.lora_path)
     try:
         await engine.load_adapter(body.lora_name, folder)
-    except (ConfigError, CheckpointError) as error:
-        raise RequestError(str(error), param="lora_path") from None
-    except OSError as error:
-        raise RequestError(
-            f"the files of the adapter cannot be read: {error.strerror}", param="lora_path"
-        ) from None
+    except RequestError as error:
+        if error.param is None and error.status == 400:
+            error.param = "lora_path"  # the files are wrong
+        raise
 
 
 def folder_under(root: str | None, path: str) -> Path:
@@ -63,15 +59,20 @@ def folder_under(root: str | None, path: str) -> Path:
     return folder
 
 
-def load_modules(engine: Engine, config: ServerConfig, model_name: str) -> None:
-    """Load what `lora_modules` lists. Raises ConfigError and what reading an adapter raises."""
+def folder_by_name(config: ServerConfig, model_name: str, *, enabled: bool) -> dict[str, str]:
+    """What `lora_modules` lists; the engine reads it. Raises ConfigError."""
+    folders: dict[str, str] = {}
     for entry in config.lora_modules or ():
         name, equals, folder = entry.partition("=")
         if not equals or not name or not folder:
             raise ConfigError(f"lora_modules has {entry!r}; write NAME=FOLDER")
+        if not enabled:
+            raise ConfigError("lora_modules needs enable_lora; start with --enable-lora")
+        if name in folders:
+            raise ConfigError(f"lora_modules names {name!r} twice; choose another name")
         check_is_not_the_model(name, model_name)
-        engine.adapters.check_name(name)
-        engine.load_adapter(name, engine.adapters.read(folder))
+        folders[name] = folder
+    return folders
 
 
 def check_is_not_the_model(name: str, model_name: str) -> None:

@@ -1,6 +1,7 @@
-"""The HTTP server: routes, who is let in, how errors are said, start and stop.
+"""The routes: what each does, who is let in, how errors are said.
 
-Only translation happens here; the engine is behind `server.engine`.
+Only translation happens here: the engine is behind `server.engine`, the sockets before
+`server.listener`.
 """
 
 from __future__ import annotations
@@ -9,37 +10,33 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
-import signal
-import socket
-import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
-from ernie.adapters import Adapter
 from ernie.chat import ChatError
-from ernie.settings import ConfigError
-from ernie.tokenizer import Tokenizer, TokenizerError
+from ernie.tokenizer import TokenizerError
 from fastdeploy.config import EngineConfig, ServerConfig
-from fastdeploy.engine.loading import Loaded, load
+from fastdeploy.engine.language import Language
 from fastdeploy.errors import RequestError
 from fastdeploy.metrics import Metrics
 from fastdeploy.sampling import filled
 from fastdeploy.server import adapters
 from fastdeploy.server.chat import ChatReply, chat_prompts
 from fastdeploy.server.completions import CompletionReply, completion_prompts
+from fastdeploy.server.connection import read_body
 from fastdeploy.server.control import add_control
 from fastdeploy.server.engine import Ended, ServerEngine, log_progress
 from fastdeploy.server.gate import guard
+from fastdeploy.server.health import OPEN_PATHS, add_health
 from fastdeploy.server.limits import Limits
-from fastdeploy.server.log import ORIGIN, set_up
+from fastdeploy.server.log import ORIGIN
 from fastdeploy.server.observe import Observer
 from fastdeploy.server.protocol import (
     ChatRequest,
@@ -51,26 +48,32 @@ from fastdeploy.server.protocol import (
 )
 from fastdeploy.server.reply import Context, Reply, error_body
 from fastdeploy.server.stream import Disconnected, EventStream, while_connected
+from fastdeploy.server.supervisor import Child, spawn
 
 log = logging.getLogger("fastdeploy")
-
-OPEN_PATHS = frozenset({"/health", "/ping"})  # all other paths need the key, if there is one
 
 
 class Service:
     """What the routes share. One for each app."""
 
-    def __init__(self, loaded: Loaded, config: ServerConfig) -> None:
-        assert loaded.tokenizer is not None, "a server needs text"
-        self.loaded, self.config = loaded, config
-        self.tokenizer: Tokenizer = loaded.tokenizer
-        folder = Path(loaded.config.model).resolve().name
+    def __init__(
+        self, engine_config: EngineConfig, config: ServerConfig, spawn: Callable[[], Child]
+    ) -> None:
+        self.loaded, self.config = Language.read(engine_config), config
+        self.tokenizer = self.loaded.tokenizer
+        folder = Path(engine_config.model).resolve().name
         self.names = config.served_model_name or [folder]  # the first one in answers
         self.name = self.names[0]
-        self.metrics = Metrics(loaded.config)
+        self.metrics = Metrics(engine_config)
         self.observer = Observer(config, self.metrics)
+        enabled = engine_config.enable_lora
         self.engine = ServerEngine(
-            loaded, max_concurrency=config.max_concurrency, on_end=self._on_end
+            self.loaded,
+            max_concurrency=config.max_concurrency,
+            on_end=self._on_end,
+            adapters=adapters.folder_by_name(config, self.name, enabled=enabled),
+            step_timeout_s=config.engine_step_timeout,
+            spawn=spawn,
         )
         self.limits = Limits(config, self.engine.stats)
         self.metrics.watch(self.engine.stats)
@@ -88,7 +91,7 @@ class Service:
         self.limits.admit()
         body = parse(kind, read_json(await self.read(request)))
         adapter = self._adapter(body.model)
-        params = filled(body.sampling_params(), self.loaded.defaults)
+        params = filled(body.sampling_params(), self.engine.defaults)
         if isinstance(body, ChatRequest):
             prompts = chat_prompts(body, self.loaded)
         else:
@@ -101,11 +104,11 @@ class Service:
         answer = self.engine.submit(
             prompts, params, priority=body.priority or 0, cache_salt=salt, adapter=adapter
         )
-        name = self.name if adapter is None else str(body.model)
+        name = adapter or self.name
         context = Context(name, self.tokenizer, params.logprobs or 0, params.n)
         reply = reply_kind(body, answer, context)
         if body.stream:
-            return EventStream(reply.events(), on_close=answer.close)
+            return EventStream(reply.events(), answer)
         try:
             return JSONResponse(await while_connected(request.receive, reply.whole()))
         except Disconnected:
@@ -113,19 +116,18 @@ class Service:
         finally:
             answer.close()
 
-    def _adapter(self, model: str | None) -> Adapter | None:
+    def _adapter(self, model: str | None) -> str | None:
         """What the request's `model` names: an adapter, or (None) the model itself.
 
         Other names mean the model too where none was given to it, unless there may be adapters: a
         misspelt one would be answered by the wrong weights.
         """
-        by_name = self.loaded.engine.adapters.by_name
-        if model in by_name:
-            return by_name[model]
+        if model in self.engine.adapters:
+            return model
         given = self.config.served_model_name
         known = set(self.names) if given else {self.name, "default", None}
         if (given or self.loaded.config.enable_lora) and model not in known:
-            names = ", ".join(map(repr, [*self.names, *by_name]))
+            names = ", ".join(map(repr, [*self.names, *self.engine.adapters]))
             raise RequestError(
                 f"there is no model {str(model)[:200]!r} here; use {names}",
                 param="model",
@@ -152,25 +154,13 @@ class Service:
         return json.dumps([key, body.cache_salt])
 
     async def read(self, request: Request) -> bytes:
-        """The body, refused as soon as it is known to be too long."""
-        most = self.config.max_body_mib * 2**20
-        too_long = RequestError(
-            f"the body is longer than max_body_mib={self.config.max_body_mib} MiB", status=413
-        )
-        announced = request.headers.get("content-length", "0")
-        if announced.isdigit() and int(announced) > most:
-            raise too_long
-        body = bytearray()
-        async for chunk in request.stream():
-            body += chunk
-            if len(body) > most:
-                raise too_long
-        return bytes(body)
+        """The body; see `connection.read_body`."""
+        most = self.config.max_body_mib
+        return await read_body(request, most * 2**20, f"the body is longer than {most} MiB")
 
     def models(self) -> dict[str, Any]:
-        loaded = self.loaded.engine.adapters.by_name
         cards = [self._card(name) for name in self.names]
-        cards += [self._card(name, parent=self.name) for name in loaded]
+        cards += [self._card(name, parent=self.name) for name in self.engine.adapters]
         return {"object": "list", "data": cards}
 
     def _card(self, name: str, parent: str | None = None) -> dict[str, Any]:
@@ -186,10 +176,14 @@ class Service:
         }
 
 
-def create_app(loaded: Loaded, config: ServerConfig) -> FastAPI:
-    """The server's routes around a loaded model; its lifespan starts and stops the engine."""
-    service = Service(loaded, config)
-    adapters.load_modules(loaded.engine, config, service.name)
+def create_app(
+    engine_config: EngineConfig, config: ServerConfig, spawn: Callable[[], Child] = spawn
+) -> FastAPI:
+    """The server's routes; its lifespan starts the engine, without waiting for it, and stops it.
+
+    Raises ConfigError and what reading the tokenizer raises.
+    """
+    service = Service(engine_config, config, spawn)
 
     @contextlib.asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -197,7 +191,7 @@ def create_app(loaded: Loaded, config: ServerConfig) -> FastAPI:
         logging_task = asyncio.create_task(log_progress(service.engine))
         yield
         logging_task.cancel()
-        service.engine.stop()
+        await service.engine.stop()
 
     # No pages of its own: bodies are read by `protocol`, not by the framework.
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
@@ -217,16 +211,12 @@ def create_app(loaded: Loaded, config: ServerConfig) -> FastAPI:
     async def models() -> Response:
         return JSONResponse(service.models())
 
+    add_health(app, service.engine)
     if config.enable_control_api:
         add_control(app, service.engine, service.read)
-    if loaded.config.enable_lora:
+    if engine_config.enable_lora:
         app.post("/v1/load_lora_adapter")(service.load_adapter)
         app.post("/v1/unload_lora_adapter")(service.unload_adapter)
-
-    @app.get("/health")
-    @app.api_route("/ping", methods=["GET", "POST"])
-    async def health() -> Response:
-        return Response(status_code=200 if service.engine.is_alive else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -239,7 +229,11 @@ def _add_error_handlers(app: FastAPI, limits: Limits) -> None:
     """Every error in OpenAI's form; what the user did not cause says nothing of our insides."""
 
     def body(message: str, status: int, param: str | None = None) -> Response:
-        headers = {"retry-after": str(limits.retry_after_s())} if status in (429, 503) else {}
+        headers = {"retry-after": "1"} if status == 503 else {}
+        if status == 429:
+            headers["retry-after"] = str(limits.retry_after_s())
+        if status in (408, 413):
+            headers["connection"] = "close"  # or what is left of the body would come in
         if status == 500 and (origin := ORIGIN.get()):  # it is answered outside of all else
             headers["x-request-id"] = origin.request_id
         return JSONResponse(error_body(message, status, param), status, headers=headers)
@@ -251,6 +245,10 @@ def _add_error_handlers(app: FastAPI, limits: Limits) -> None:
         param = "messages" if isinstance(error, ChatError) else getattr(error, "param", None)
         return body(str(error), getattr(error, "status", 400), param)
 
+    @app.exception_handler(ClientDisconnect)
+    async def gone(_: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=499)  # nobody reads it
+
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path[:200]}: {error.detail}"
@@ -260,70 +258,3 @@ def _add_error_handlers(app: FastAPI, limits: Limits) -> None:
     async def our_error(_: Request, error: Exception) -> Response:
         log.error("an error of ours", exc_info=error)
         return body("internal error; the server's log has the details", 500)
-
-
-def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
-    """Load the model and serve until SIGINT or SIGTERM; returns the exit code.
-
-    Raises ConfigError and the errors of loading. The port is taken before the model is read.
-    """
-    set_up(server_config.log_level, server_config.log_format)
-    with _bound_socket(server_config) as listener:
-        loaded = load(engine_config)
-        if loaded.tokenizer is None:
-            raise ConfigError(f"{engine_config.model} has no tokenizer; give one with --tokenizer")
-        app = create_app(loaded, server_config)
-        settings = uvicorn.Config(
-            app,
-            http="h11",
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=server_config.timeout_graceful_shutdown,
-        )
-        server = _Server(settings, _greeting(app.state.service, listener))
-        signal.signal(signal.SIGTERM, lambda *_: None)  # uvicorn raises it again at its end
-        with contextlib.suppress(KeyboardInterrupt):
-            server.run(sockets=[listener])
-    return 0 if server.started else 1
-
-
-class _Server(uvicorn.Server):
-    """Says where it listens once it does."""
-
-    def __init__(self, config: uvicorn.Config, greeting: str) -> None:
-        super().__init__(config)
-        self.greeting = greeting
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets=sockets)
-        if self.started:
-            sys.stdout.write(self.greeting)
-            sys.stdout.flush()
-
-
-def _bound_socket(config: ServerConfig) -> socket.socket:
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((config.host, config.port))
-    except OSError as error:
-        listener.close()
-        raise ConfigError(
-            f"cannot listen on {config.host} port {config.port}: {os.strerror(error.errno or 0)}; "
-            "choose another --port or --host"
-        ) from None
-    return listener
-
-
-def _greeting(service: Service, listener: socket.socket) -> str:
-    host, port = listener.getsockname()[:2]
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
-    blocks = service.engine.stats().num_blocks * service.loaded.config.block_size
-    key = ' -H "Authorization: Bearer $FD_API_KEY"' if service.config.has_key else ""
-    body = '{"messages": [{"role": "user", "content": "Hello"}]}'
-    return (
-        f"{service.name} is served at {address} (cache of {blocks} tokens); try:\n"
-        f"  curl {address}/chat/completions{key} -H 'Content-Type: application/json' -d '{body}'\n"
-    )

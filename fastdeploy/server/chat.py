@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from fastdeploy.engine.loading import Loaded
+from fastdeploy.engine.language import Language
 from fastdeploy.engine.prompt import chat_prompt
 from fastdeploy.errors import RequestError
 from fastdeploy.outputs import CompletionOutput, Logprob, TokenLogprobs
@@ -13,14 +13,14 @@ from fastdeploy.server.protocol import ChatRequest
 from fastdeploy.server.reply import Reply, likeliest
 
 
-def chat_prompts(body: ChatRequest, loaded: Loaded) -> list[list[int]]:
+def chat_prompts(body: ChatRequest, language: Language) -> list[list[int]]:
     """The one prompt of a chat request."""
     if body.prompt_token_ids is not None:
         return [body.prompt_token_ids]
     if not body.messages:
         raise RequestError("messages is empty; send at least one", param="messages")
     options = body.chat_template_kwargs or {}
-    return [chat_prompt(loaded.template, loaded.tokenizer, body.messages, None, options)]
+    return [chat_prompt(language.template, language.tokenizer, body.messages, None, options)]
 
 
 class ChatReply(Reply):

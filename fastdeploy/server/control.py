@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +26,10 @@ def add_control(
 ) -> None:
     """Add the routes; `read` gives the body of a request."""
     lock = asyncio.Lock()  # one change at a time
-    core, home = engine.loaded.engine, engine.loaded.config.model
+    home = engine.config.model
 
     async def state() -> Response:
-        return JSONResponse({"is_paused": engine.paused, "is_sleeping": core.asleep})
+        return JSONResponse({"is_paused": engine.paused, "is_sleeping": engine.asleep})
 
     @app.get("/v1/is_paused")
     async def is_paused() -> Response:
@@ -41,47 +40,49 @@ def add_control(
         mode = _options(request, {"mode": ("abort", "keep")}).get("mode", "abort")
         async with lock:
             engine.paused = True  # from now on nothing is submitted behind the command
-            await engine.command(partial(core.pause, mode))
+            await engine.command("pause", mode=mode)
         return await state()
 
     @app.post("/v1/resume")
     async def resume(request: Request) -> Response:
         _options(request, {})
         async with lock:
-            if core.asleep:
+            if engine.asleep:
                 raise RequestError("the engine sleeps; send wakeup first", status=409)
-            await engine.command(core.resume)
+            await engine.command("resume")
             engine.paused = False
         return await state()
 
     @app.post("/v1/sleep")
     async def sleep(request: Request) -> Response:
         level = int(_options(request, {"level": ("1", "2"), "tags": None}).get("level", "1"))
-        return await paused_command(partial(core.sleep, level))
+        return await paused_command("sleep", level=level)
 
     @app.post("/v1/wakeup")
     async def wakeup(request: Request) -> Response:
         _options(request, {"tags": None})
-        return await paused_command(partial(core.wake_up, home))
+        return await paused_command("wake_up", source=home)
 
     @app.post("/v1/reset_prefix_cache")
     async def reset_prefix_cache(request: Request) -> Response:
         _options(request, {})
         async with lock:
-            await engine.command(core.reset_prefix_cache)
+            await engine.command("reset_prefix_cache")
         return await state()
 
     @app.post("/v1/update_weights")
     async def update_weights(request: Request) -> Response:
         _options(request, {})
         body = await read(request)
-        return await paused_command(partial(core.update_weights, _folder(body, home)))
+        return await paused_command("update_weights", source=_folder(body, home))
 
-    async def paused_command(command: Callable[[], Any]) -> Response:
+    async def paused_command(name: str, **arguments: Any) -> Response:
         async with lock:
             if not engine.paused:
                 raise RequestError("the engine is at work; send pause first", status=409)
-            await engine.command(command)
+            await engine.command(name, **arguments)
+            if name in ("sleep", "wake_up"):
+                engine.asleep = name == "sleep"
         return await state()
 
 

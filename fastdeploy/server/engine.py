@@ -1,49 +1,62 @@
-"""The engine behind the server: the only place that knows that it runs in a thread of this process.
+"""The engine behind the server: requests in, pieces of answers out.
 
-The engine's thread takes commands from an inbox and steps for as long as there is work; what it
-reports goes to the event loop, once a step. Everything else in `server` lives on the event loop.
+    submit() --Add--> [engine's process: step()] --Outputs--> _deliver() -> Answer.queue -> pieces()
 
-    submit() -> inbox -> [thread: engine.step()] -> _deliver() -> Answer.queue -> pieces()
+Everything here lives on the event loop of the API process; `link` carries the messages and
+`supervisor` keeps the engine's process alive. When that is lost, every open answer ends with
+EngineStopped, and so do new ones until there is another.
 """
 
 from __future__ import annotations
 
 import asyncio
-import concurrent.futures
 import logging
-import queue
-import threading
+import random
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from ernie.adapters import Adapter
-from ernie.checkpoint.folder import CheckpointError
-from ernie.settings import ConfigError
-from fastdeploy.engine.core import Stats
-from fastdeploy.engine.loading import Loaded
+import msgspec
+
+from fastdeploy.engine.language import Language
 from fastdeploy.engine.prompt import banned_sequences
-from fastdeploy.engine.request import TokenOutput
+from fastdeploy.engine.request import TokenOutput, check_params, check_prompt
 from fastdeploy.engine.text import Sample
 from fastdeploy.errors import RequestError
-from fastdeploy.outputs import CompletionOutput, RequestMetrics, TokenLogprobs
+from fastdeploy.outputs import CompletionOutput, RequestMetrics, Stats, TokenLogprobs
 from fastdeploy.sampling import SamplingParams
+from fastdeploy.server.link import (
+    Abort,
+    Add,
+    Beat,
+    Command,
+    Done,
+    FromEngine,
+    Outputs,
+    Ready,
+    Rejected,
+    Start,
+)
 from fastdeploy.server.log import ORIGIN, Origin
+from fastdeploy.server.supervisor import Child, State, Supervisor, spawn
 
 log = logging.getLogger("fastdeploy")
 
 SECONDS_BETWEEN_LINES = 5.0
-USER_ERRORS = (RequestError, CheckpointError, ConfigError)
 MAX_SAMPLES_PER_REQUEST = 1024  # prompts times samples of each
+MAX_UNREAD_BYTES = 2**20  # of an answer that its client is too slow to read
+
+
+NO_STATS = Stats(**dict.fromkeys(Stats.__dataclass_fields__, 0))  # before the first beat
 
 
 class EngineStopped(RequestError):
-    """The engine's thread has ended, by an error of ours or because the server stops."""
+    """There is no engine at the moment: it is loading, was lost, or the server stops."""
 
-    def __init__(self) -> None:
-        super().__init__("the engine has stopped; restart the server", status=503)
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason}; send the request again later", status=503)
 
 
 @dataclass(slots=True)
@@ -54,6 +67,12 @@ class Piece:
     completion: CompletionOutput
     num_cached: int
     prompt_logprobs: list[TokenLogprobs | None] | None
+
+    @property
+    def num_bytes(self) -> int:
+        """About what an event of it takes; the scores of the prompt are never streamed."""
+        num_scores = sum(map(len, self.completion.logprobs or ()))
+        return 256 + len(self.completion.text) + 128 * num_scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,22 +102,33 @@ class Answer:
         self.num_samples = num_samples  # of each prompt
         self.num_choices = len(prompts) * num_samples
         self.samples: dict[str, tuple[int, Sample]] = {}  # open ones, by the engine's request id
-        self.queue: asyncio.Queue[Piece | None] = asyncio.Queue()  # None: the engine has stopped
+        self.queue: asyncio.Queue[Piece | RequestError] = asyncio.Queue()  # an error is the last
+        self.arrival = time.monotonic()
+        self.num_unread_bytes = 0  # of pieces in the queue, see MAX_UNREAD_BYTES
+        self.given_up = asyncio.Event()  # its client does not read
         self.origin = ORIGIN.get()
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Every piece of every choice; ends when all choices have ended.
 
-        Pieces that pile up while the client is slow are bounded by max_tokens of the samples.
-        Raises EngineStopped.
+        Raises EngineStopped, or RequestError when the engine would not take it after all.
         """
         num_open = self.num_choices  # not len(samples): some may have ended before we listen
         while num_open:
             piece = await self.queue.get()
-            if piece is None:
-                raise EngineStopped
+            if isinstance(piece, RequestError):
+                raise piece
+            self.num_unread_bytes -= piece.num_bytes
             num_open -= piece.completion.finish_reason is not None
             yield piece
+
+    def put(self, piece: Piece) -> None:
+        """Add news; an answer that nobody reads is given up, and whoever sends it is told."""
+        self.num_unread_bytes += piece.num_bytes
+        self.queue.put_nowait(piece)
+        if self.num_unread_bytes > MAX_UNREAD_BYTES:
+            self.given_up.set()
+            self.close()
 
     def close(self) -> None:
         """Abort what has not ended; the client has got everything, or has gone."""
@@ -107,38 +137,69 @@ class Answer:
 
 class ServerEngine:
     def __init__(
-        self, loaded: Loaded, *, max_concurrency: int, on_end: Callable[[Ended], None]
+        self,
+        language: Language,
+        *,
+        max_concurrency: int,
+        on_end: Callable[[Ended], None],
+        adapters: dict[str, str] | None = None,
+        step_timeout_s: float = 120,
+        spawn: Callable[[], Child] = spawn,
     ) -> None:
-        self.loaded = loaded
+        """`adapters` maps the names of those to load at the start to their folders."""
+        self.language, self.config = language, language.config
         self.max_concurrency = max_concurrency
         self.on_end = on_end
-        self.inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self.adapters = adapters or {}  # loaded ones: a new process gets them as well
         self.answers: set[Answer] = set()
         self.answer_by_id: dict[str, Answer] = {}
-        self.loading = asyncio.Lock()  # one adapter at a time, so that memory holds one too many
         self.num_submitted = 0
-        self.commands: set[concurrent.futures.Future[None]] = set()  # not yet obeyed
+        self.commands: dict[int, asyncio.Future[Any]] = {}  # not yet answered
+        self.num_commands = 0
         self.paused = False  # nothing is submitted; set before the engine is told
-        self.failed = False
-        self.thread = threading.Thread(target=self._work, name="engine", daemon=True)
-        self.loop: asyncio.AbstractEventLoop | None = None
+        self.asleep = False
+        self.draining = False  # the server is about to stop
+        self.ready: Ready | None = None
+        self.latest_stats = NO_STATS
+        self.seeds = random.Random(self.config.seed)
+        self.supervisor = Supervisor(
+            self._start_message,
+            self._receive,
+            self._lose,
+            step_timeout_s=step_timeout_s,
+            spawn=spawn,
+        )
+        self.supervising: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin to work; call it on the event loop that will do all the rest."""
-        self.loop = asyncio.get_running_loop()
-        self.thread.start()
+        """Start the engine's process; call it on the event loop that will do all the rest."""
+        self.supervising = asyncio.create_task(self.supervisor.run())
 
-    def stop(self) -> None:
-        """End the thread, after the step it is in."""
-        self.inbox.put(None)
-        self.thread.join()
+    async def stop(self) -> None:
+        """End the process, after the step it is in."""
+        assert self.supervising is not None, "it was not started"
+        self.supervising.cancel()
+        await asyncio.gather(self.supervising, return_exceptions=True)
+        await self.supervisor.stop()
 
     @property
     def is_alive(self) -> bool:
-        return self.thread.is_alive() and not self.failed and self.loaded.engine.is_alive
+        return self.supervisor.state is State.SERVING
+
+    @property
+    def state(self) -> str:
+        """Why it does not serve, empty if it does."""
+        return "the server is stopping" if self.draining else self.supervisor.reason
+
+    @property
+    def defaults(self) -> dict[str, float]:
+        """Sampling settings that the model's folder recommends. Raises EngineStopped."""
+        if self.ready is None:
+            raise EngineStopped(self.state)
+        return self.ready.defaults
 
     def stats(self) -> Stats:
-        return self.loaded.engine.stats()
+        return self.latest_stats
 
     def submit(
         self,
@@ -147,12 +208,31 @@ class ServerEngine:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
-        adapter: Adapter | None = None,
+        adapter: str | None = None,
     ) -> Answer:
         """Queue every sample of every prompt. Raises RequestError, having queued nothing."""
-        engine = self.loaded.engine
-        if not self.is_alive:
-            raise EngineStopped
+        self._check(prompts, params)
+        banned = [list(ids) for ids in banned_sequences(self.language.tokenizer, params)]
+        answer = Answer(self, prompts, params.num_samples)
+        adds = []
+        for i, prompt_ids in enumerate(prompts):
+            ids = [str(self.num_submitted + 1 + j) for j in range(params.num_samples)]
+            self.num_submitted += len(ids)
+            for index, request_id in enumerate(ids):
+                choice = i * params.num_samples + index
+                sample = Sample(choice, params, self.language.tokenizer)
+                answer.samples[request_id] = choice, sample
+            seed = params.seed if params.seed is not None else self.seeds.getrandbits(59)
+            prompt = list(prompt_ids)
+            adds.append(Add(ids, prompt, params, seed, banned, priority, cache_salt, adapter))
+        self.supervisor.send(*adds)
+        self.answers.add(answer)
+        self.answer_by_id.update(dict.fromkeys(answer.samples, answer))
+        return answer
+
+    def _check(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
+        if self.ready is None or not self.is_alive or self.draining:
+            raise EngineStopped(self.state)
         if self.paused:
             raise RequestError("the engine is paused; try again later", status=503)
         if len(self.answers) >= self.max_concurrency:
@@ -167,79 +247,94 @@ class ServerEngine:
                 f"{MAX_SAMPLES_PER_REQUEST} texts; send them in several requests",
                 param="n",
             )
+        size, longest = self.ready.vocab_size, self.config.max_model_len
+        check_params(params, size, self.config, thinks=self.ready.thinks)
         for prompt_ids in prompts:
-            engine.check(prompt_ids, params)
-        banned = banned_sequences(self.loaded.tokenizer, params)
-        answer = Answer(self, prompts, params.num_samples)
-        options = {
-            "banned": banned,
-            "priority": priority,
-            "cache_salt": cache_salt,
-            "adapter": adapter,
-        }
-        self.answers.add(answer)
-        for i, prompt_ids in enumerate(prompts):
-            seed = engine.new_seed()
-            for index in range(params.num_samples):
-                self.num_submitted += 1
-                request_id = str(self.num_submitted)
-                choice = i * params.num_samples + index
-                answer.samples[request_id] = choice, Sample(choice, params, self.loaded.tokenizer)
-                self.answer_by_id[request_id] = answer
-                add = partial(engine.add, request_id, prompt_ids, params, seed=seed)
-                self.inbox.put(partial(add, sample_index=index, **options))
-        return answer
+            check_prompt(prompt_ids, size, longest, params.min_tokens)
 
-    async def command(self, do: Callable[[], None]) -> None:
-        """Have the engine's thread do something between two steps; what the user did wrong in it
-        is raised here, anything else ends the thread.
+    async def command(self, name: str, /, **arguments: Any) -> Any:
+        """Have the engine's process call a method of `worker.Commands` between two steps.
+
+        Raises RequestError for what the user did wrong in it; any other error ends the process.
         """
         if not self.is_alive:
-            raise EngineStopped
-        done: concurrent.futures.Future[None] = concurrent.futures.Future()
-        self.commands.add(done)
-
-        def obey() -> None:
-            if not done.set_running_or_notify_cancel():
-                return
-            try:
-                do()
-            except Exception as error:
-                done.set_exception(error)
-                if not isinstance(error, USER_ERRORS):
-                    raise
-            else:
-                done.set_result(None)
-
-        self.inbox.put(obey)
+            raise EngineStopped(self.state)
+        self.num_commands += 1
+        number = self.num_commands
+        done = self.commands[number] = asyncio.get_running_loop().create_future()
         try:
-            await asyncio.wrap_future(done)
-        except (CheckpointError, ConfigError) as error:
-            raise RequestError(str(error)) from None
+            self.supervisor.send(Command(number, name, arguments))
+            return await done
         finally:
-            self.commands.discard(done)
+            del self.commands[number]
 
     def forget(self, answer: Answer) -> None:
-        for request_id in answer.samples:
-            del self.answer_by_id[request_id]
-            self.inbox.put(partial(self.loaded.engine.abort, request_id))
-        answer.samples.clear()
+        if answer.samples:
+            for request_id in answer.samples:
+                del self.answer_by_id[request_id]
+            self.supervisor.send(Abort(list(answer.samples)))
+            answer.samples.clear()
         self.answers.discard(answer)
+
+    def end_answers(self, reason: str) -> None:
+        """End every open answer with an error."""
+        for answer in list(self.answers):
+            answer.queue.put_nowait(EngineStopped(reason))
+            self.forget(answer)
 
     async def load_adapter(self, name: str, folder: Path) -> None:
         """Read an adapter while the engine works, and offer it from its next step on.
 
-        Raises RequestError and what reading raises.
+        Raises RequestError.
         """
-        engine = self.loaded.engine
-        async with self.loading:
-            engine.adapters.check_name(name)
-            adapter = await asyncio.to_thread(engine.adapters.read, folder)
-            await self.command(partial(engine.load_adapter, name, adapter))
+        await self.command("load_adapter", name=name, folder=str(folder))
+        self.adapters[name] = str(folder)
 
     async def unload_adapter(self, name: str) -> None:
         """See `Engine.unload_adapter`."""
-        await self.command(partial(self.loaded.engine.unload_adapter, name))
+        await self.command("unload_adapter", name=name)
+        self.adapters.pop(name, None)
+
+    def _start_message(self) -> Start:
+        config = msgspec.json.encode(asdict(self.config)).decode()
+        return Start(config, self.adapters, self.paused)
+
+    def _receive(self, message: FromEngine) -> None:
+        match message:
+            case Outputs():
+                self.latest_stats = message.stats
+                self._deliver(message.outputs)
+            case Beat():
+                self.latest_stats = message.stats or self.latest_stats
+            case Done():
+                self._finish(message)
+            case Rejected():
+                self._reject(message)
+            case Ready():
+                self.ready = message
+
+    def _finish(self, done: Done) -> None:
+        waiting = self.commands.get(done.number)
+        if waiting is None or waiting.done():
+            return  # whoever asked has gone
+        if done.problem is None:
+            waiting.set_result(done.value)
+        else:
+            waiting.set_exception(done.problem.error())
+
+    def _reject(self, rejected: Rejected) -> None:
+        answer = self.answer_by_id.get(rejected.ids[0])
+        if answer is not None:
+            answer.queue.put_nowait(rejected.problem.error())
+            self.forget(answer)
+
+    def _lose(self) -> None:
+        """The process is gone, with all that it was doing."""
+        self.ready, self.asleep = None, False
+        self.end_answers("the engine was lost in the middle of the answer")
+        for waiting in self.commands.values():
+            if not waiting.done():
+                waiting.set_exception(EngineStopped("the engine was lost"))
 
     def _deliver(self, outputs: list[TokenOutput]) -> None:
         for output in outputs:
@@ -252,11 +347,13 @@ class ServerEngine:
             if scores is not None:
                 scores = sample.readable_prompt(scores)
             if sample.finished:
+                self.supervisor.has_served = True
                 del answer.samples[output.request_id], self.answer_by_id[output.request_id]
                 if sample.stopped_by_text:
-                    self.inbox.put(partial(self.loaded.engine.abort, output.request_id))
+                    self.supervisor.send(Abort([output.request_id]))
+                output.metrics.arrival_time = answer.arrival
                 self._report_end(answer, choice, sample, output, completion)
-            answer.queue.put_nowait(Piece(choice, completion, output.num_cached, scores))
+            answer.put(Piece(choice, completion, output.num_cached, scores))
 
     def _report_end(
         self,
@@ -277,38 +374,6 @@ class ServerEngine:
             origin=answer.origin,
         )
         self.on_end(ended)
-
-    def _fail(self) -> None:
-        self.failed = True
-        for answer in self.answers:
-            answer.queue.put_nowait(None)
-        for command in self.commands:
-            if not command.done():
-                command.set_exception(EngineStopped())
-
-    def _work(self) -> None:
-        """The engine's thread: commands, then a step, and so on."""
-        assert self.loop is not None
-        try:
-            while self._obey():
-                if self.loaded.engine.has_work:
-                    outputs = self.loaded.engine.step()
-                    self.loop.call_soon_threadsafe(self._deliver, outputs)
-        except Exception:
-            # Nothing can be trusted after this: say so in the log, to every client and in /health.
-            log.exception("the engine has failed")
-            self.loop.call_soon_threadsafe(self._fail)
-
-    def _obey(self) -> bool:
-        """Do what the inbox says, waiting for something to do; False when it says stop."""
-        while True:
-            try:
-                command = self.inbox.get(block=not self.loaded.engine.has_work)
-            except queue.Empty:
-                return True
-            if command is None:
-                return False
-            command()
 
 
 async def log_progress(engine: ServerEngine) -> None:

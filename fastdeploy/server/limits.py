@@ -23,7 +23,7 @@ from fastdeploy.errors import RequestError
 from fastdeploy.server.reply import error_body
 
 if TYPE_CHECKING:
-    from fastdeploy.engine.core import Stats
+    from fastdeploy.outputs import Stats
     from fastdeploy.sampling import SamplingParams
 
 WINDOW_S = 60.0  # how far back the rate looks

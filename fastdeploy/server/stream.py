@@ -1,20 +1,29 @@
-"""Server-sent events, and the end of work when the client has gone."""
+"""Server-sent events, and the end of work when the client has gone or does not read."""
 
 from __future__ import annotations
 
 import asyncio
-import json
-from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, Protocol, TypeVar
 
+import msgspec
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 T = TypeVar("T")
+_encode = msgspec.json.Encoder().encode
 
 
 class Disconnected(Exception):
     """The client has closed the connection; nobody is there to be answered."""
+
+
+class Source(Protocol):
+    """What a stream needs of an Answer."""
+
+    given_up: asyncio.Event
+
+    def close(self) -> None: ...
 
 
 async def while_connected(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
@@ -43,30 +52,36 @@ async def _disconnection(receive: Receive) -> None:
 class EventStream(Response):
     """Sends each dict of `events` as one `data:` line and `[DONE]` at the end.
 
-    `on_close` is called exactly once, however it ends: done, failed, or the client gone.
+    `source` is closed exactly once, however it ends: done, failed, the client gone, or (when the
+    source gives up) the client asleep, whose connection is then cut.
     """
 
-    def __init__(self, events: AsyncIterator[dict[str, Any]], on_close: Callable[[], None]) -> None:
+    def __init__(self, events: AsyncIterator[dict[str, Any]], source: Source) -> None:
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
         del self.headers["content-length"]
-        self.events = events
-        self.on_close = on_close
+        self.events, self.source = events, source
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        cutting = asyncio.create_task(self._cut(scope.get("state", {}).get("transport")))
         try:
             await while_connected(receive, self._send(send))
         except Disconnected:
             pass  # the ordinary end of a stream that somebody has stopped reading
         finally:
-            self.on_close()
+            cutting.cancel()
+            self.source.close()
+
+    async def _cut(self, transport: asyncio.WriteTransport | None) -> None:
+        await self.source.given_up.wait()
+        if transport is not None:
+            transport.abort()  # which `while_connected` sees as a disconnection
 
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for event in self.events:
-            text = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
-            await send(_body(f"data: {text}\n\n", more=True))
-        await send(_body("data: [DONE]\n\n", more=False))
+            await send(_body(b"data: %b\n\n" % _encode(event), more=True))
+        await send(_body(b"data: [DONE]\n\n", more=False))
 
 
-def _body(text: str, *, more: bool) -> dict[str, Any]:
-    return {"type": "http.response.body", "body": text.encode(), "more_body": more}
+def _body(data: bytes, *, more: bool) -> dict[str, Any]:
+    return {"type": "http.response.body", "body": data, "more_body": more}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import helpers_lora
 import pytest
 import torch
+from helpers_server import app_client, spawn_thread
 from safetensors.torch import load_file
 from starlette.testclient import TestClient
 from torch import Tensor
@@ -18,11 +20,12 @@ from torch import Tensor
 import ernie
 from ernie.generate import generate
 from ernie.model import ErnieModel
+from ernie.settings import ConfigError
 from erniekit.lora import LoRA
 from fastdeploy import LLM, SamplingParams
 from fastdeploy.config import EngineConfig, ServerConfig
 from fastdeploy.engine.blocks import root_of
-from fastdeploy.engine.loading import load
+from fastdeploy.engine.language import Language
 from fastdeploy.errors import RequestError
 from fastdeploy.server.app import create_app
 from fastdeploy.server.engine import Answer, ServerEngine
@@ -144,10 +147,8 @@ def test_without_enable_lora_nothing_is_loaded(folder: Path, adapters: Path) -> 
 # --- HTTP ---
 
 
-def client(folder: Path, **settings: Any) -> TestClient:
-    return TestClient(
-        create_app(load(EngineConfig(model=str(folder), **SETTINGS)), ServerConfig(**settings))
-    )
+def client(folder: Path, **settings: Any) -> AbstractContextManager[TestClient]:
+    return app_client(EngineConfig(model=str(folder), **SETTINGS), ServerConfig(**settings))
 
 
 def completion(session: TestClient, model: str) -> Any:
@@ -211,7 +212,10 @@ def test_the_engine_goes_on_while_adapters_are_loaded_and_unloaded(
     folder: Path, adapters: Path, wrapped: list[ErnieModel]
 ) -> None:
     engine = ServerEngine(
-        load(EngineConfig(model=str(folder), **SETTINGS)), max_concurrency=8, on_end=lambda _: None
+        Language.read(EngineConfig(model=str(folder), **SETTINGS)),
+        max_concurrency=8,
+        on_end=lambda _: None,
+        spawn=spawn_thread,
     )
 
     async def tokens_of(answer: Answer, then: Callable[[], Awaitable[None]] | None) -> list[int]:
@@ -226,25 +230,25 @@ def test_the_engine_goes_on_while_adapters_are_loaded_and_unloaded(
 
     async def story() -> None:
         engine.start()
+        while not engine.is_alive:
+            await asyncio.sleep(0.01)
         await engine.load_adapter("a", adapters / "one")
-        first = engine.submit([PROMPT], GREEDY, adapter=engine.loaded.engine.adapters.get("a"))
+        first = engine.submit([PROMPT], GREEDY, adapter="a")
 
         async def exchange() -> None:
             await engine.unload_adapter("a")
             await engine.load_adapter("a", adapters / "two")
 
         assert await tokens_of(first, exchange) == expected(wrapped[0])
-        second = engine.submit([PROMPT], GREEDY, adapter=engine.loaded.engine.adapters.get("a"))
+        second = engine.submit([PROMPT], GREEDY, adapter="a")
         assert await tokens_of(second, None) == expected(wrapped[1])
         for name, problem in (("a", "already"), ("b", "no adapter_config")):
             with pytest.raises(ValueError, match=problem):
                 await engine.load_adapter(name, folder)
         assert engine.is_alive
+        await engine.stop()
 
-    try:
-        asyncio.run(story())
-    finally:
-        engine.stop()
+    asyncio.run(story())
 
 
 def test_a_wrong_adapter_leaves_the_server_as_it_was(
@@ -265,9 +269,9 @@ def test_a_wrong_adapter_leaves_the_server_as_it_was(
 
 
 def test_without_the_flag_there_is_no_such_route(folder: Path, adapters: Path) -> None:
-    loaded = load(EngineConfig(model=str(folder), **SETTINGS | {"enable_lora": False}))
-    with pytest.raises(RequestError, match="start with enable_lora"):
-        create_app(loaded, ServerConfig(lora_modules=[f"a={adapters / 'one'}"]))
-    with TestClient(create_app(loaded, ServerConfig())) as session:
+    config = EngineConfig(model=str(folder), **SETTINGS | {"enable_lora": False})
+    with pytest.raises(ConfigError, match="start with --enable-lora"):
+        create_app(config, ServerConfig(lora_modules=[f"a={adapters / 'one'}"]))
+    with app_client(config) as session:
         body = {"lora_name": "a", "lora_path": "one"}
         assert session.post("/v1/load_lora_adapter", json=body).status_code == 404

@@ -12,15 +12,16 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from helpers_server import MAX_LEN, Server, start_server, stop_server
+from helpers_server import MAX_LEN, Server, app_client, start_server, stop_server, wait_until
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 from starlette.testclient import TestClient
 
 from fastdeploy import LLM, SamplingParams
 from fastdeploy.config import EngineConfig, ServerConfig
-from fastdeploy.engine.loading import load
+from fastdeploy.engine.core import Engine
 from fastdeploy.server.app import OPEN_PATHS, create_app
+from fastdeploy.server.supervisor import MAX_BAD_STARTS
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 HELLO: list[Any] = [{"role": "user", "content": "Hello!"}]
@@ -349,7 +350,7 @@ def test_the_server_stops_in_the_middle_of_a_stream(folder: Path) -> None:
 @pytest.fixture(scope="module")
 def app(folder: Path):
     config = EngineConfig(model=str(folder), max_model_len=64, dtype="float32")
-    return create_app(load(config), ServerConfig(api_key=["k"]))
+    return create_app(config, ServerConfig(api_key=["k"]))
 
 
 def test_drafts_reach_the_client_in_order_and_are_counted(folder: Path, llm: LLM) -> None:
@@ -361,7 +362,7 @@ def test_drafts_reach_the_client_in_order_and_are_counted(folder: Path, llm: LLM
     )
     bias = {str(llm.tokenizer.encode("H")[0]): 100}  # the text is HHH...: every draft comes true
     body = {"prompt": "x", "max_tokens": 30, "temperature": 0, "logit_bias": bias}
-    with TestClient(create_app(load(config), ServerConfig())) as client:
+    with app_client(config) as client:
         answer = client.post("/v1/completions", json=body).json()
         choice = answer["choices"][0]
         assert (choice["text"], choice["finish_reason"]) == ("H" * 30, "length")
@@ -388,16 +389,41 @@ def test_every_route_but_health_wants_the_key(app) -> None:
             assert answer.headers["www-authenticate"] == "Bearer"
 
 
-def test_an_engine_that_fails_says_so_and_stays_down(app, monkeypatch, caplog) -> None:
-    def broken(*_: object) -> None:
-        raise ArithmeticError("secret detail")
+def test_an_engine_that_fails_says_so_and_is_started_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = EngineConfig(model=str(folder), max_model_len=64, dtype="float32")
+    step, fails = Engine.step, [True]
 
-    service = app.state.service
-    monkeypatch.setattr(service.loaded.engine.runner, "run", broken)
-    with TestClient(app, headers={"authorization": "Bearer k"}) as client:
-        assert client.get("/health").status_code == 200
+    def broken(engine: Engine) -> Any:
+        if fails:
+            raise ArithmeticError("secret detail")
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", broken)
+    with app_client(config) as client:
         answer = client.post("/v1/completions", json={"prompt": "x"})
         assert answer.status_code == 503 and "secret" not in answer.text
-        assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 503
-        assert client.get("/health").status_code == 503
+        assert answer.headers["retry-after"] == "1"
+        fails.clear()
+        wait_until(lambda: client.get("/ready").status_code == 200)
+        body = {"prompt": "x", "max_tokens": 3}
+        assert client.post("/v1/completions", json=body).status_code == 200
     assert "secret detail" in caplog.text
+
+
+def test_an_engine_that_only_fails_is_given_up(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(engine: Engine) -> Any:
+        raise ArithmeticError
+
+    monkeypatch.setattr(Engine, "step", broken)
+    monkeypatch.setattr("fastdeploy.server.supervisor.MAX_PAUSE_S", 0.01)
+    config = EngineConfig(model=str(folder), max_model_len=64, dtype="float32")
+    with app_client(config) as client:
+        for _ in range(MAX_BAD_STARTS):
+            wait_until(lambda: client.get("/ready").status_code == 200)
+            assert client.post("/v1/completions", json={"prompt": "x"}).status_code == 503
+        wait_until(lambda: "giving up" in client.get("/ready").text)
+        assert client.get("/live").status_code == 200

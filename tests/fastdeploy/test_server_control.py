@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import json
 import threading
-import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import torch
+from helpers_server import app_client, wait_until
 from starlette.testclient import TestClient
 
 import ernie
 from fastdeploy.config import EngineConfig, ServerConfig
-from fastdeploy.engine.loading import load
 from fastdeploy.server.app import OPEN_PATHS, create_app
 
 BODY = {"prompt": [9, 8, 7], "max_tokens": 12, "temperature": 0, "ignore_eos": True}
 PATHS = ("pause", "resume", "sleep", "wakeup", "update_weights", "reset_prefix_cache")
 
 
-def make(folder: Path, **settings: object) -> TestClient:
-    config = EngineConfig(
+def engine_config(folder: Path) -> EngineConfig:
+    return EngineConfig(
         model=str(folder), max_model_len=512, max_num_seqs=2, block_size=8, dtype="float32"
     )
-    settings = {"enable_control_api": True} | settings
-    return TestClient(create_app(load(config), ServerConfig(**settings)))
+
+
+def make(folder: Path) -> AbstractContextManager[TestClient]:
+    return app_client(engine_config(folder), ServerConfig(enable_control_api=True))
 
 
 @pytest.fixture(scope="module")
@@ -51,17 +53,11 @@ def metric(session: TestClient, name: str) -> float:
     return sum(float(line.split()[-1]) for line in lines if line.startswith(f"fastdeploy:{name}"))
 
 
-def wait_until(claim) -> None:
-    deadline = time.monotonic() + 20
-    while not claim():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.01)
-
-
 def test_the_routes_are_there_only_if_asked_for_and_want_the_key(folder: Path) -> None:
-    off = make(folder, enable_control_api=False)
+    off = TestClient(create_app(engine_config(folder), ServerConfig()))
     assert {off.post(f"/v1/{path}").status_code for path in PATHS} == {404}
-    locked = make(folder, api_key=["k"])
+    settings = ServerConfig(enable_control_api=True, api_key=["k"])
+    locked = TestClient(create_app(engine_config(folder), settings))
     assert {locked.post(f"/v1/{path}").status_code for path in PATHS} == {401}
     assert not OPEN_PATHS & {f"/v1/{path}" for path in (*PATHS, "is_paused")}
 

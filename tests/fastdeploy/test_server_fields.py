@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
+from helpers_server import app_client
 from starlette.testclient import TestClient
 
 from fastdeploy import LLM, SamplingParams
 from fastdeploy.config import EngineConfig, ServerConfig
-from fastdeploy.engine.loading import load
-from fastdeploy.server.app import create_app
 
 SETTINGS = {"max_model_len": 64, "block_size": 8, "dtype": "float32"}
 
 
-def client(folder: Path, keys: list[str] | None) -> TestClient:
-    return TestClient(
-        create_app(load(EngineConfig(model=str(folder), **SETTINGS)), ServerConfig(api_key=keys))
-    )
+def client(folder: Path, keys: list[str] | None) -> AbstractContextManager[TestClient]:
+    return app_client(EngineConfig(model=str(folder), **SETTINGS), ServerConfig(api_key=keys))
 
 
 def num_cached(session: TestClient, key: str, **fields: object) -> int:

@@ -1,0 +1,56 @@
+"""What stands between a user's words and the engine's token ids: tokenizer and chat template.
+
+Imports no torch: a server reads this while the engine, in another process, reads the weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ernie.chat import ChatTemplate, NoTemplate
+from ernie.checkpoint.hub import resolve
+from ernie.settings import ConfigError
+from ernie.tokenizer import Tokenizer
+from fastdeploy.config import EngineConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Language:
+    """The words of one model. `config` is as it was given, not resolved."""
+
+    config: EngineConfig
+    tokenizer: Tokenizer
+    template: ChatTemplate | None  # None where the folder has none
+
+    @classmethod
+    def read(cls, config: EngineConfig) -> Language:
+        """Raises ConfigError for a folder without a tokenizer, and what reading one raises."""
+        folder = Path(config.tokenizer) if config.tokenizer else resolve(config.model)
+        if not Tokenizer.exists(folder):
+            raise ConfigError(f"{config.model} has no tokenizer; give one with --tokenizer")
+        tokenizer = Tokenizer.from_folder(folder)
+        return cls(config, tokenizer, template_for(config, tokenizer))
+
+
+def template_for(config: EngineConfig, tokenizer: Tokenizer | None) -> ChatTemplate | None:
+    """The template that the config names, or that of the tokenizer's folder. Raises ConfigError."""
+    if tokenizer is None:
+        return None
+    if config.chat_template is not None:
+        return template_of(config.chat_template, tokenizer)
+    try:
+        return ChatTemplate.for_folder(tokenizer.files[0].parent, tokenizer)
+    except NoTemplate:
+        return None  # a base model: completions work, and chat says what is missing
+
+
+def template_of(text_or_path: str, tokenizer: Tokenizer) -> ChatTemplate:
+    """A template given as Jinja text, or as the path of a file that holds it."""
+    source, where = text_or_path, "the given chat_template"
+    if "{" not in text_or_path:
+        path = Path(text_or_path)
+        if not path.is_file():
+            raise ConfigError(f"chat_template={text_or_path!r} is neither Jinja text nor a file")
+        source, where = path.read_text(encoding="utf-8"), str(path)
+    return ChatTemplate.from_sources({"default": source}, where, tokenizer)
