@@ -29,17 +29,28 @@ class ConfigError(ValueError):
     """
 
 
-def option(default: Any, help: str, *, choices: Sequence[Any] = ()) -> Any:
-    """A dataclass field with its default and its help text; `choices` limits the values."""
-    metadata = {"help": help, "choices": tuple(choices)}
+def option(
+    default: Any,
+    help: str,
+    *,
+    choices: Sequence[Any] = (),
+    group: str = "",
+    aliases: Sequence[str] = (),
+) -> Any:
+    """A dataclass field with its default and its help text; `choices` limits the values.
+
+    `group` is the heading that help texts put over this field and those after it; `aliases` are
+    other names of its flag, with a `!` before one that means the opposite.
+    """
+    metadata = {"help": help, "choices": tuple(choices), "group": group, "aliases": tuple(aliases)}
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def required(help: str) -> Any:
+def required(help: str, *, group: str = "") -> Any:
     """A dataclass field that has no default."""
-    return dataclasses.field(metadata={"help": help, "choices": ()})
+    return dataclasses.field(metadata={"help": help, "choices": (), "group": group})
 
 
 def fill(kinds: Sequence[type], values: Mapping[str, Any], origin: str) -> list[Any]:

@@ -1,102 +1,26 @@
 """Settings of the engine and of the server: one dataclass each, from which flags and help are made.
 
 Names and defaults are FastDeploy's; where a default differs its help says so by being what it is.
-Flags of FastDeploy whose feature does not exist here yet are known: their default is accepted, any
-other value is refused in a sentence. Imports no torch.
+Flags of features that do not exist here are in `flags.LATER`. Imports no torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+import re
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
 
 from ernie.settings import ConfigError, fill, option, required
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class EarlyStop:
-    """When a text that repeats itself is ended.
-
-    A model that runs in circles is sure of every next token: a text ends once `window_size` tokens
-    in a row had, in the raw logits, a probability of more than `threshold`.
-    """
-
-    enable_early_stop: bool = option(True, "False keeps the other values and does nothing.")
-    strategy: str = option("repetition", "What is looked for.", choices=("repetition",))
-    window_size: int = option(3000, "Tokens in a row that the model has to be sure of.")
-    threshold: float = option(0.99, "The probability above which it is.")
-
-    def __post_init__(self) -> None:
-        if self.window_size < 1:
-            raise ConfigError(f"window_size={self.window_size} is too small; it takes 1 or more")
-        if not 0 < self.threshold < 1:
-            raise ConfigError(
-                f"threshold={self.threshold} is not a probability between 0 and 1; try 0.99"
-            )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Speculation:
-    """How the next tokens of a text are guessed, to be verified in one step."""
-
-    method: str = required("ngram: what followed earlier in the text; mtp: the model's MTP block.")
-    num_speculative_tokens: int = option(1, "Tokens that are guessed ahead, 1 to 5.")
-    max_ngram_size: int = option(5, "Newest tokens that are looked for in the text, at most.")
-    min_ngram_size: int = option(2, "Newest tokens that are looked for in the text, at least.")
-
-    def __post_init__(self) -> None:
-        if self.method not in ("ngram", "mtp"):
-            raise ConfigError(
-                f"method={self.method!r} in speculative_config is not available; use ngram or mtp"
-            )
-        if not 1 <= self.num_speculative_tokens <= 5:
-            raise ConfigError(
-                f"num_speculative_tokens={self.num_speculative_tokens} in speculative_config is "
-                "out of range; it takes 1 to 5"
-            )
-        if not 1 <= self.min_ngram_size <= self.max_ngram_size:
-            raise ConfigError(
-                f"min_ngram_size={self.min_ngram_size} and max_ngram_size={self.max_ngram_size} in "
-                "speculative_config fit no n-gram; they take 1 <= min_ngram_size <= max_ngram_size"
-            )
-
-
-# Other keys of FastDeploy's speculative_config, with the values that ask for nothing.
-LATER_SPECULATION: dict[str, tuple[Any, ...]] = {
-    "mtp_strategy": ("default",),
-    "num_model_steps": (None,),
-    "model": (None,),
-    "quantization": (None,),
-    "max_candidate_len": (None,),
-    "verify_window": (None,),
-    "verify_strategy": ("target_match",),
-    "accept_policy": ("normal",),
-    "suffix_decoding_max_tree_depth": (None,),
-    "suffix_decoding_max_cached_requests": (None,),
-    "suffix_decoding_max_spec_factor": (None,),
-    "suffix_decoding_min_token_prob": (None,),
-    "benchmark_mode": (False,),
-    "enf_gen_phase_tag": (False,),
-    "enable_draft_logprob": (False,),
-}
-
-
-def read_speculation(values: Mapping[str, Any]) -> Speculation:
-    """The keys of a `speculative_config`, checked. Raises ConfigError."""
-    values = _without_later(values, LATER_SPECULATION, "speculative_config")
-    if values.get("method") == "ngram_match":  # the name in some of FastDeploy's versions
-        values["method"] = "ngram"
-    return fill([Speculation], values, "speculative_config")[0]
+from fastdeploy.decoding import EarlyStop, Speculation, read_speculation
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """The model and how it is run."""
 
-    model: str = required("Folder of the model, or its name on the hub.")
+    model: str = required("Folder of the model, or its name on the hub.", group="Model")
     tokenizer: str | None = option(None, "Folder of the tokenizer, if not the model's own.")
     chat_template: str | None = option(None, "Chat template: Jinja text, or the path of a file.")
     dtype: str = option(
@@ -106,16 +30,19 @@ class EngineConfig:
         None,
         "Form of weights: wint8, wint4 (experts 4 bits, the rest 8; dense models 4), wint4_all, "
         "or the published JSON object.",
+        aliases=("q",),
     )
     device: str = option("auto", "cpu, cuda, or auto: a GPU if there is one.")
     seed: int = option(0, "Origin of the seeds of requests that give none.")
-    max_model_len: int = option(2048, "Tokens of a text at most, prompt and answer together.")
+    max_model_len: int = option(
+        2048, "Tokens of a text at most, prompt and answer together.", group="Batch and memory"
+    )
     max_num_seqs: int = option(8, "Texts that are worked on at the same time.")
     max_num_batched_tokens: int | None = option(
         None, "Tokens of one step at most; none: 512 on a CPU, 8192 on a GPU."
     )
     tensor_parallel_size: int = option(
-        1, "Processes that share the work of every layer; on GPUs each takes one."
+        1, "Processes that share the work of every layer; on GPUs each takes one.", aliases=("tp",)
     )
     block_size: int = option(64, "Positions of one block of the key/value cache.")
     gpu_memory_utilization: float = option(
@@ -136,9 +63,13 @@ class EngineConfig:
     enable_prefix_caching: bool = option(True, "Reuse the cache of texts that begin alike.")
     enable_chunked_prefill: bool = option(True, "Read long prompts in pieces, between other texts.")
     use_cudagraph: bool | None = option(
-        None, "Replay decode steps as recorded CUDA graphs; none: wherever there is one GPU."
+        None,
+        "Replay decode steps as recorded CUDA graphs; none: wherever there is one GPU.",
+        aliases=("!enforce_eager",),
     )
-    enable_logprob: bool = option(False, "Allow requests to ask for log-probabilities.")
+    enable_logprob: bool = option(
+        False, "Allow requests to ask for log-probabilities.", group="Answers"
+    )
     max_logprobs: int = option(20, "Likeliest tokens a request may ask for; -1: no limit.")
     think_stop_sentence: str | None = option(
         None, "Text that ends a thought whose budget is used up; none: the closing tag alone."
@@ -150,7 +81,9 @@ class EngineConfig:
     speculative_config: dict | None = option(  # noqa: RUF009
         None, 'Drafts, in JSON: {"method": "ngram", "num_speculative_tokens": 4}; or "mtp".'
     )
-    enable_lora: bool = option(False, "Load LoRA adapters, also while others are being served.")
+    enable_lora: bool = option(
+        False, "Load LoRA adapters, also while others are being served.", group="Adapters"
+    )
     max_loras: int = option(8, "Adapters in memory at the same time.")
     max_lora_rank: int = option(64, "Rank of an adapter at most.")
 
@@ -278,22 +211,19 @@ class EngineConfig:
 class ServerConfig:
     """The HTTP server."""
 
-    host: str = option("127.0.0.1", "Address to listen on; other than loopback needs an api_key.")
-    port: int = option(8000, "Port to listen on; 0 takes a free one.")
-    served_model_name: str | None = option(
-        None, "Name of the model in requests, checked if given; none: its folder's, any accepted."
+    host: str = option(
+        "127.0.0.1", "Address to listen on; other than loopback needs a key.", group="Server"
     )
-    api_key: list[str] | None = option(  # noqa: RUF009
-        None, "Bearer keys that are let in, separated by commas."
+    port: int = option(8000, "Port to listen on; 0 takes a free one.")
+    served_model_name: list[str] | None = option(  # noqa: RUF009
+        None, "Names of the model in requests, checked if given; none: its folder's, any accepted."
     )
     lora_modules: list[str] | None = option(  # noqa: RUF009
-        None, "Adapters to load at the start, NAME=FOLDER, separated by commas."
+        None, "Adapters to load at the start, NAME=FOLDER."
     )
     lora_root: str | None = option(
         None, "Folder under which adapters may be loaded by HTTP; none: they may not."
     )
-    max_concurrency: int = option(512, "Requests in work or in the queue at the same time.")
-    max_body_mib: int = option(32, "Size of a request body at most, in MiB.")
     enable_control_api: bool = option(
         False, "Let clients pause the engine, put it to sleep and change its weights."
     )
@@ -304,109 +234,151 @@ class ServerConfig:
     engine_step_timeout: int = option(
         120, "Seconds after which a step of the engine counts as stuck, and it is started again."
     )
+    api_key: list[str] | None = option(  # noqa: RUF009
+        None, "Bearer keys that are let in; better in FD_API_KEY or a file.", group="Access"
+    )
+    api_key_file: str | None = option(
+        None, "File with more keys, one a line; lines that begin with # are comments."
+    )
+    insecure_allow_no_key: bool = option(
+        False, "Listen beyond loopback without a key: whoever reaches the port may use it."
+    )
+    allowed_hosts: list[str] | None = option(  # noqa: RUF009
+        None, "Names by which a server without keys may be called, beside addresses and localhost."
+    )
+    allowed_origins: list[str] | None = option(  # noqa: RUF009
+        None, "Origins whose web pages may call the server, such as https://example.com; or *."
+    )
+    max_concurrency: int = option(
+        512, "Requests in work or in the queue at the same time; one more gets 429.", group="Limits"
+    )
+    max_concurrency_per_key: int | None = option(
+        None, "Requests of one key at the same time; one more gets 429."
+    )
+    max_num_waiting: int | None = option(
+        None, "Texts in the queue at which new requests get 429; none: max_concurrency alone."
+    )
+    max_waiting_time: float = option(
+        -1, "Seconds of waiting, by the measured rate, at which requests get 429; -1: any."
+    )
+    timeout: float = option(0, "Seconds that a request may take, its queue included; 0: any.")
+    max_tokens_per_request: int | None = option(
+        None, "Tokens that a request may ask for: its prompts x n x max_tokens."
+    )
+    max_body_mib: int = option(32, "Size of a request body at most, in MiB.")
+    log_level: str = option(
+        "info",
+        "Least level of the log.",
+        choices=("debug", "info", "warning", "error"),
+        group="Logs and traces",
+        aliases=("uvicorn_log_level",),
+    )
+    log_format: str = option(
+        "text", "A line of text or a JSON object for each entry.", choices=("text", "json")
+    )
+    enable_log_requests: bool = option(
+        False,
+        "A line for each text that ends: its id, sizes and times, never what it says.",
+        aliases=("log_requests", "!disable_log_requests"),
+    )
+    access_log: bool = option(
+        False,
+        "A line for each HTTP request.",
+        aliases=("!disable_access_log", "!disable_uvicorn_access_log"),
+    )
+    traces_enable: bool = option(False, "Record OpenTelemetry spans; needs the extra otel.")
+    traces_exporter: str = option(
+        "console",
+        "Where spans go: to standard output or to a collector.",
+        choices=("console", "otlp"),
+    )
+    exporter_otlp_endpoint: str | None = option(
+        None,
+        "Address of the collector, such as http://127.0.0.1:4318/v1/traces.",
+        aliases=("otlp_traces_endpoint",),
+    )
+    exporter_otlp_headers: str | None = option(
+        None, "Headers for the collector, NAME=VALUE, separated by commas."
+    )
+    service_name: str = option("fastdeploy", "Name of this server in traces.")
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port={self.port} is not a port; it takes 0 to 65535")
-        for name in ("max_concurrency", "max_body_mib", "engine_step_timeout"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} is too small; it takes 1 or more")
-        if self.timeout_graceful_shutdown < 0:
-            raise ConfigError("timeout_graceful_shutdown is negative; it takes 0 or more seconds")
-        if self.api_key is not None and not all(self.api_key):
-            raise ConfigError("api_key is empty; give a key, or leave it out")
-        if not self.is_loopback and not self.api_key:
+        for name in (
+            "max_concurrency",
+            "max_concurrency_per_key",
+            "max_num_waiting",
+            "max_tokens_per_request",
+            "max_body_mib",
+            "engine_step_timeout",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value} is too small; it takes 1 or more")
+        for name in ("timeout_graceful_shutdown", "timeout"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name}={getattr(self, name)}; it takes 0 or more seconds")
+        if self.max_waiting_time != -1 and not 0 <= self.max_waiting_time < float("inf"):
             raise ConfigError(
-                f"host={self.host} lets other machines in; give an api_key, or use 127.0.0.1"
+                f"max_waiting_time={self.max_waiting_time}; it takes -1 (any) or 0 or more seconds"
+            )
+        if self.served_model_name is not None and not all(self.served_model_name):
+            raise ConfigError("served_model_name is empty; give a name, or leave it out")
+        self._check_access()
+        self._check_traces()
+
+    def _check_access(self) -> None:
+        for key in self.all_keys():
+            if not key or not key.isascii() or not key.isprintable() or " " in key:
+                raise ConfigError(
+                    "a key is empty or has characters no header carries; use ASCII letters, "
+                    "digits and marks"
+                )
+        if self.has_key and self.insecure_allow_no_key:
+            raise ConfigError("insecure_allow_no_key is set, and there is a key; leave out one")
+        if not (self.is_loopback or self.has_key or self.insecure_allow_no_key):
+            raise ConfigError(
+                f"host={self.host} lets other machines in; give an api_key (FD_API_KEY=..., "
+                "--api-key-file FILE), or use 127.0.0.1"
+            )
+        if self.max_concurrency_per_key and not self.has_key:
+            raise ConfigError("max_concurrency_per_key needs keys; give an api_key")
+        for origin in self.allowed_origins or ():
+            if origin != "*" and not re.fullmatch(r"https?://[^/?#\s]+", origin):
+                raise ConfigError(
+                    f"allowed_origins has {origin!r}; write scheme://host[:port] without a path"
+                )
+
+    def _check_traces(self) -> None:
+        is_otlp = self.traces_enable and self.traces_exporter == "otlp"
+        if is_otlp and not self.exporter_otlp_endpoint:
+            raise ConfigError("traces_exporter=otlp needs exporter_otlp_endpoint; give its address")
+        if self.exporter_otlp_endpoint and not is_otlp:
+            raise ConfigError(
+                "exporter_otlp_endpoint needs traces_enable and traces_exporter=otlp; set both"
             )
 
     @property
     def is_loopback(self) -> bool:
         return self.host in ("localhost", "::1") or self.host.startswith("127.")
 
+    @property
+    def has_key(self) -> bool:
+        return bool(self.api_key or self.api_key_file)
 
-# FastDeploy's flags that have no counterpart yet, with the values that ask for nothing.
-LATER: dict[str, tuple[Any, ...]] = {
-    "revision": ("master", None),
-    "task": ("generate", "auto"),
-    "runner": ("auto", "generate"),
-    "convert": ("auto", "none"),
-    "override_pooler_config": (None,),
-    "model_impl": ("auto", "fastdeploy"),
-    "use_warmup": (0,),
-    "lm_head_fp32": (False,),
-    "limit_mm_per_prompt": (None,),
-    "mm_processor_kwargs": (None,),
-    "max_encoder_cache": (-1, 0),
-    "max_processor_cache": (-1, 0),
-    "disable_chunked_mm_input": (False,),
-    "enable_mm": (False,),
-    "reasoning_parser": (None,),
-    "tool_call_parser": (None,),
-    "tool_parser_plugin": (None,),
-    "logprobs_mode": ("raw_logprobs",),
-    "enable_keep_sampling_mask": (False,),
-    "enable_entropy": (False,),
-    "guided_decoding_backend": ("off",),
-    "guided_decoding_disable_any_whitespace": (False,),
-    "logits_processors": (None,),
-    "load_choices": ("default_v1", "default"),
-    "dynamic_load_weight": (False,),
-    "load_strategy": ("normal",),
-    "rsync_config": (None,),
-    "data_parallel_size": (1,),
-    "local_data_parallel_id": (0,),
-    "enable_expert_parallel": (False,),
-    "enable_eplb": (False,),
-    "eplb_config": (None,),
-    "ips": (None,),
-    "kv_cache_ratio": (0.75, 1.0),
-    "swap_space": (None, 0),
-    "kvcache_storage_backend": (None,),
-    "enable_output_caching": (True,),
-    "max_num_partial_prefills": (1,),
-    "max_long_partial_prefills": (1,),
-    "long_prefill_token_threshold": (0,),
-    "graph_optimization_config": (None,),
-    "plas_attention_config": (None,),
-    "splitwise_role": ("mixed",),
-    "router": (None,),
-    "scheduler_name": ("local",),
-    "enable_overlap_schedule": (False,),
-    "benchmark_metrics_config": (None,),
-    "workers": (1,),
-    "metrics_port": (None,),
-    "controller_port": (-1,),
-    "max_waiting_time": (-1,),
-    "timeout": (0,),
-    "tokenizer_base_url": (None,),
-    "enable_mm_output": (False,),
-}
-
-
-def read_config(kinds: list[type], values: Mapping[str, Any], origin: str) -> list[Any]:
-    """Instances of `kinds` from flat values; see `LATER` for what is refused.
-
-    Raises ConfigError.
-    """
-    return fill(kinds, _without_later(values, LATER, origin), origin)
-
-
-def _without_later(
-    values: Mapping[str, Any], later: Mapping[str, tuple[Any, ...]], origin: str
-) -> dict[str, Any]:
-    """`values` without the keys of `later`, whose values must be among those listed there."""
-    kept = {}
-    for key, value in values.items():
-        if key not in later:
-            kept[key] = value
-        elif not _asks_for_nothing(value, later[key]):
-            raise ConfigError(
-                f"{key}={value!r} in {origin} asks for something that is not available yet; "
-                f"leave it out or use {later[key][0]!r}"
-            )
-    return kept
-
-
-def _asks_for_nothing(value: Any, neutral: tuple[Any, ...]) -> bool:
-    return value in neutral or str(value).lower() in {str(v).lower() for v in neutral}
+    def all_keys(self) -> tuple[str, ...]:
+        """The keys that are given and those in the file. Raises ConfigError."""
+        keys = list(self.api_key or ())
+        if self.api_key_file is not None:
+            try:
+                lines = Path(self.api_key_file).read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ConfigError(
+                    f"api_key_file={self.api_key_file} cannot be read: {error}"
+                ) from None
+            found = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+            if not found:
+                raise ConfigError(f"api_key_file={self.api_key_file} has no key; write one a line")
+            keys += found
+        return tuple(keys)

@@ -18,7 +18,7 @@ from typing import Any
 
 from ernie.adapters import Adapter
 from ernie.model import ErnieModel
-from fastdeploy.config import EngineConfig, read_config
+from fastdeploy.config import EngineConfig
 from fastdeploy.engine.language import template_of
 from fastdeploy.engine.loading import load
 from fastdeploy.engine.prompt import banned_sequences, chat_prompt
@@ -26,6 +26,7 @@ from fastdeploy.engine.request import RequestMetrics, TokenOutput
 from fastdeploy.engine.text import Sample
 from fastdeploy.engine.weights import Source
 from fastdeploy.errors import RequestError
+from fastdeploy.flags import read_config
 from fastdeploy.outputs import CompletionOutput, Completions, RequestOutput, best
 from fastdeploy.sampling import SamplingParams, filled
 

@@ -1,12 +1,15 @@
 """What Prometheus reads at /metrics, under FastDeploy's names.
 
 Figures of the engine are read when somebody asks (`EngineFigures`); what happens to a request is
-recorded when it ends. No metric has a label that a client could choose.
+recorded when it ends. No metric has a label that a client could choose. FastDeploy's figures of
+caches outside of the GPU, of requests that are preempted at the moment and of transfers between
+machines have no counterpart here and are left out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -14,7 +17,9 @@ from prometheus_client.registry import Collector
 
 from fastdeploy.config import EngineConfig
 from fastdeploy.outputs import Stats
-from fastdeploy.server.engine import Ended
+
+if TYPE_CHECKING:
+    from fastdeploy.server.engine import Ended
 
 SECONDS = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 900)
 TOKENS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072)
@@ -42,19 +47,25 @@ class EngineFigures(Collector):
     def collect(self) -> Iterator[Metric]:
         s, most = self.stats(), self.config.max_num_seqs
         in_use = s.num_blocks - s.num_free_blocks
+        blocks = max(s.num_blocks, 1)
+        in_engine = s.num_running + s.num_waiting
         hits = s.num_hit_tokens / max(s.num_prompt_tokens, 1)
         for name, text, value in (
             ("num_requests_running", "Texts that are worked on.", s.num_running),
             ("num_requests_waiting", "Texts in the queue.", s.num_waiting),
+            ("num_requests_enqueued", "Texts that run or wait.", in_engine),
             ("batch_size", "Texts of the step.", s.num_running),
             ("max_batch_size", "Texts of a step at most.", most),
             ("available_batch_size", "Texts that could join.", most - s.num_running),
             ("max_gpu_block_num", "Blocks of the cache.", s.num_blocks),
             ("free_gpu_block_num", "Blocks that nobody uses.", s.num_free_blocks),
             ("available_gpu_block_num", "Blocks that can be taken.", s.num_free_blocks),
-            ("gpu_cache_usage_perc", "Share of blocks in use, 0 to 1.", in_use / s.num_blocks),
-            ("prefix_gpu_cache_token_num", "Prompt tokens found in the cache.", s.num_hit_tokens),
+            ("available_gpu_resource", "Share of blocks nobody uses.", s.num_free_blocks / blocks),
+            ("gpu_cache_usage_perc", "Share of blocks in use, 0 to 1.", in_use / blocks),
+            ("prefix_cache_token_num", "Prompt tokens found in the cache.", s.num_hit_tokens),
+            ("prefix_gpu_cache_token_num", "As prefix_cache_token_num.", s.num_hit_tokens),
             ("hit_token_rate", "Share of prompt tokens found in the cache.", hits),
+            ("gpu_hit_token_rate", "As hit_token_rate: there is one cache.", hits),
         ):
             yield GaugeMetricFamily(f"fastdeploy:{name}", text, value)
         if self.config.speculative_config is not None:
@@ -96,6 +107,25 @@ class Metrics:
         self.successes = Counter(
             "fastdeploy:request_success", "Texts that ended.", ["reason"], registry=self.registry
         )
+        self.hit_rate = Gauge(
+            "fastdeploy:hit_req_rate",
+            "Share of texts whose prompt was found in the cache, in part or whole.",
+            registry=self.registry,
+        )
+        self.num_ended = self.num_hits = 0
+        self.http_requests = Counter(
+            "http_requests",
+            "HTTP requests answered, 499 for those whose client went.",
+            ["method", "handler", "status"],
+            registry=self.registry,
+        )
+        self.http_seconds = Histogram(
+            "http_request_duration_seconds",
+            "From the request's headers to the end of its answer.",
+            ["method", "handler"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
         self.histograms = {
             name: Histogram(f"fastdeploy:{name}", text, buckets=buckets, registry=self.registry)
             for name, (text, buckets) in _HISTOGRAMS.items()
@@ -117,10 +147,18 @@ class Metrics:
     def text(self) -> bytes:
         return generate_latest(self.registry)
 
+    def http(self, method: str, handler: str, status: int, seconds: float) -> None:
+        """Record an HTTP request; `handler` is the pattern of its route, never its path."""
+        self.http_requests.labels(method, handler, str(status)).inc()
+        self.http_seconds.labels(method, handler).observe(seconds)
+
     def end(self, ended: Ended) -> None:
         """Record a text that has ended; one that was aborted early has no timings."""
         timing = ended.timing
         self.successes.labels(reason=ended.finish_reason).inc()
+        self.num_ended += 1
+        self.num_hits += ended.num_cached > 0
+        self.hit_rate.set(self.num_hits / self.num_ended)
         if timing.first_token_time is None and ended.finish_reason == "abort":
             return
         arrival, end = timing.arrival_time, timing.finished_time

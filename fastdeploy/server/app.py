@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import json
 import logging
 import time
@@ -20,7 +19,6 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ernie.chat import ChatError
 from ernie.tokenizer import TokenizerError
@@ -34,8 +32,12 @@ from fastdeploy.server.chat import ChatReply, chat_prompts
 from fastdeploy.server.completions import CompletionReply, completion_prompts
 from fastdeploy.server.connection import read_body
 from fastdeploy.server.control import add_control
-from fastdeploy.server.engine import ServerEngine, log_progress
+from fastdeploy.server.engine import Ended, ServerEngine, log_progress
+from fastdeploy.server.gate import guard
 from fastdeploy.server.health import OPEN_PATHS, add_health
+from fastdeploy.server.limits import Limits
+from fastdeploy.server.log import ORIGIN
+from fastdeploy.server.observe import Observer
 from fastdeploy.server.page import PATHS as PAGE_PATHS
 from fastdeploy.server.page import add_page
 from fastdeploy.server.protocol import (
@@ -61,25 +63,34 @@ class Service:
     ) -> None:
         self.loaded, self.config = Language.read(engine_config), config
         self.tokenizer = self.loaded.tokenizer
-        self.name = config.served_model_name or Path(engine_config.model).resolve().name
+        folder = Path(engine_config.model).resolve().name
+        self.names = config.served_model_name or [folder]  # the first one in answers
+        self.name = self.names[0]
         self.metrics = Metrics(engine_config)
+        self.observer = Observer(config, self.metrics)
         enabled = engine_config.enable_lora
         self.engine = ServerEngine(
             self.loaded,
             max_concurrency=config.max_concurrency,
-            on_end=self.metrics.end,
+            on_end=self._on_end,
             adapters=adapters.folder_by_name(config, self.name, enabled=enabled),
             step_timeout_s=config.engine_step_timeout,
             spawn=spawn,
         )
+        self.limits = Limits(config, self.engine.stats)
         self.metrics.watch(self.engine.stats)
         self.started = int(time.time())
+
+    def _on_end(self, ended: Ended) -> None:
+        self.limits.pace.count()
+        self.observer.ended(ended)
 
     async def answer(
         self, request: Request, kind: type[Common], reply_kind: type[Reply]
     ) -> Response:
         """Serve one of the two generating endpoints."""
         self.metrics.requests.inc()
+        self.limits.admit()
         body = parse(kind, read_json(await self.read(request)))
         adapter = self._adapter(body.model)
         params = filled(body.sampling_params(), self.engine.defaults)
@@ -90,6 +101,7 @@ class Service:
             prompts = completion_prompts(body, self.tokenizer)
             if body.echo and params.logprobs is not None:
                 params.prompt_logprobs = params.logprobs
+        self.limits.check_tokens(prompts, params, self.loaded.config.max_model_len)
         salt = self._cache_salt(request, body)
         answer = self.engine.submit(
             prompts, params, priority=body.priority or 0, cache_salt=salt, adapter=adapter
@@ -115,9 +127,9 @@ class Service:
         if model in self.engine.adapters:
             return model
         given = self.config.served_model_name
-        known = {self.name} if given else {self.name, "default", None}
+        known = set(self.names) if given else {self.name, "default", None}
         if (given or self.loaded.config.enable_lora) and model not in known:
-            names = ", ".join(map(repr, [self.name, *self.engine.adapters]))
+            names = ", ".join(map(repr, [*self.names, *self.engine.adapters]))
             raise RequestError(
                 f"there is no model {str(model)[:200]!r} here; use {names}",
                 param="model",
@@ -138,8 +150,7 @@ class Service:
 
     def _cache_salt(self, request: Request, body: Common) -> str | None:
         """What keeps the cached texts of one tenant from another: its key, and what it adds."""
-        headers = dict(request.scope["headers"])  # as the gate has read them
-        key = headers[b"authorization"].decode() if self.config.api_key else None
+        key = request.state.tenant
         if key is None and body.cache_salt is None:
             return None
         return json.dumps([key, body.cache_salt])
@@ -150,8 +161,8 @@ class Service:
         return await read_body(request, most * 2**20, f"the body is longer than {most} MiB")
 
     def models(self) -> dict[str, Any]:
-        loaded = self.engine.adapters
-        cards = [self._card(self.name), *(self._card(name, parent=self.name) for name in loaded)]
+        cards = [self._card(name) for name in self.names]
+        cards += [self._card(name, parent=self.name) for name in self.engine.adapters]
         return {"object": "list", "data": cards}
 
     def _card(self, name: str, parent: str | None = None) -> dict[str, Any]:
@@ -187,8 +198,9 @@ def create_app(
     # No pages of its own: bodies are read by `protocol`, not by the framework.
     app = FastAPI(lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     app.state.service = service
-    app.add_middleware(Gate, keys=tuple(config.api_key or ()))
-    _add_error_handlers(app)
+    open_paths = OPEN_PATHS | (PAGE_PATHS if config.web else frozenset())
+    guard(app, config, service.limits, service.observer, open_paths)
+    _add_error_handlers(app, service.limits)
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
@@ -218,34 +230,17 @@ def create_app(
     return app
 
 
-class Gate:
-    """Lets a request in that brings one of the keys as a bearer token."""
-
-    def __init__(self, app: ASGIApp, keys: tuple[str, ...]) -> None:
-        self.app = app
-        self.accepted = [f"Bearer {key}".encode() for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and self.accepted and scope["path"] not in OPEN_PATHS:
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            # All keys are compared, so that the time does not tell which one was near.
-            if not sum(hmac.compare_digest(given, key) for key in self.accepted):
-                message = "the key is missing or wrong; send `Authorization: Bearer KEY`"
-                response = JSONResponse(
-                    error_body(message, 401), 401, headers={"www-authenticate": "Bearer"}
-                )
-                await response(scope, receive, send)
-                return
-        await self.app(scope, receive, send)
-
-
-def _add_error_handlers(app: FastAPI) -> None:
+def _add_error_handlers(app: FastAPI, limits: Limits) -> None:
     """Every error in OpenAI's form; what the user did not cause says nothing of our insides."""
 
     def body(message: str, status: int, param: str | None = None) -> Response:
-        headers = {"retry-after": "1"} if status in (429, 503) else {}
+        headers = {"retry-after": "1"} if status == 503 else {}
+        if status == 429:
+            headers["retry-after"] = str(limits.retry_after_s())
         if status in (408, 413):
             headers["connection"] = "close"  # or what is left of the body would come in
+        if status == 500 and (origin := ORIGIN.get()):  # it is answered outside of all else
+            headers["x-request-id"] = origin.request_id
         return JSONResponse(error_body(message, status, param), status, headers=headers)
 
     @app.exception_handler(RequestError)

@@ -39,6 +39,7 @@ from fastdeploy.server.link import (
     Rejected,
     Start,
 )
+from fastdeploy.server.log import ORIGIN, Origin
 from fastdeploy.server.supervisor import Child, State, Supervisor, spawn
 
 log = logging.getLogger("fastdeploy")
@@ -83,6 +84,8 @@ class Ended:
     num_output: int
     finish_reason: str
     max_tokens: int | None
+    num_cached: int  # tokens of the prompt that were found in the cache
+    origin: Origin | None  # the HTTP request it belonged to
 
 
 class Answer:
@@ -103,6 +106,7 @@ class Answer:
         self.arrival = time.monotonic()
         self.num_unread_bytes = 0  # of pieces in the queue, see MAX_UNREAD_BYTES
         self.given_up = asyncio.Event()  # its client does not read
+        self.origin = ORIGIN.get()
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Every piece of every choice; ends when all choices have ended.
@@ -366,6 +370,8 @@ class ServerEngine:
             num_output=sample.num_tokens,
             finish_reason=completion.finish_reason or "abort",
             max_tokens=sample.params.max_tokens,
+            num_cached=output.num_cached,
+            origin=answer.origin,
         )
         self.on_end(ended)
 

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import signal
 import socket
 import sys
+from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -24,8 +24,8 @@ from ernie.settings import ConfigError
 from fastdeploy.config import EngineConfig, ServerConfig
 from fastdeploy.server.app import Service, create_app
 from fastdeploy.server.connection import MAX_HEADER_BYTES, Connection
-from fastdeploy.server.supervisor import State
-from fastdeploy.server.worker import LOG_FORMAT
+from fastdeploy.server.log import set_up
+from fastdeploy.server.supervisor import State, spawn
 
 FLUSH_S = 5  # what ended answers get to reach their clients at a stop
 
@@ -36,9 +36,10 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     Raises ConfigError, also for what the engine finds wrong with the model, and the errors of
     reading a tokenizer.
     """
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT)
+    set_up(server_config.log_level, server_config.log_format)
     with _bound_socket(server_config) as listener:
-        app = create_app(engine_config, server_config)
+        child = partial(spawn, server_config.log_level, server_config.log_format)
+        app = create_app(engine_config, server_config, child)
         settings = uvicorn.Config(
             app,
             http=Connection,
@@ -113,7 +114,7 @@ def _address(listener: socket.socket) -> str:
 
 def _greeting(service: Service, address: str) -> str:
     blocks = service.engine.stats().num_blocks * service.loaded.config.block_size
-    key = ' -H "Authorization: Bearer $FD_API_KEY"' if service.config.api_key else ""
+    key = ' -H "Authorization: Bearer $FD_API_KEY"' if service.config.has_key else ""
     body = '{"messages": [{"role": "user", "content": "Hello"}]}'
     return (
         f"{service.name} is served at {address} (cache of {blocks} tokens); try:\n"

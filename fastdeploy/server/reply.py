@@ -17,10 +17,12 @@ from fastdeploy.server.protocol import Common
 
 _KIND_BY_STATUS = {
     401: ("authentication_error", "invalid_api_key"),
+    403: ("permission_error", "forbidden"),
     404: ("invalid_request_error", "not_found"),
     429: ("rate_limit_error", "rate_limit_exceeded"),
     500: ("server_error", "internal_error"),
     503: ("server_error", "unavailable"),
+    504: ("server_error", "timeout"),
 }
 
 

@@ -73,15 +73,15 @@ class Child:
     end: socket.socket  # ours, of the link
 
 
-def spawn() -> Child:
-    """The engine's process, which waits for Start."""
+def spawn(log_level: str = "info", log_format: str = "text") -> Child:
+    """The engine's process, which waits for Start; it logs as this one does."""
     ours, theirs = socket.socketpair()
     with theirs:
         number = theirs.fileno()
         # -P: the folder we were started in is searched only if this process searches it.
         module = [sys.executable, "-P", "-m", "fastdeploy.server.worker"]
         process = subprocess.Popen(
-            [*module, str(number), str(os.getpid())],
+            [*module, str(number), str(os.getpid()), log_level, log_format],
             stdin=subprocess.DEVNULL,
             stdout=sys.stderr.fileno(),
             pass_fds=[number],

@@ -44,6 +44,7 @@ from fastdeploy.server.link import (
     Start,
     ToEngine,
 )
+from fastdeploy.server.log import set_up
 
 if TYPE_CHECKING:
     from ernie.adapters import Adapter
@@ -54,7 +55,6 @@ log = logging.getLogger("fastdeploy")
 
 BEAT_S = 0.5
 GRACE_S = 2.0  # from the end of the link to the end of a process that is inside a step
-LOG_FORMAT = "%(asctime)s %(levelname).1s %(message)s"
 PR_SET_PDEATHSIG = 1
 
 
@@ -269,7 +269,7 @@ def _problem(error: Exception) -> Problem:
     return Problem.of(error)
 
 
-def main(number: int, parent: int) -> int:
+def main(number: int, parent: int, log_level: str, log_format: str) -> int:
     """Serve the link whose socket has this file number, for as long as `parent` lives."""
     for name in (signal.SIGINT, signal.SIGTERM):
         signal.signal(name, signal.SIG_IGN)  # also of the ranks, which inherit it
@@ -278,7 +278,7 @@ def main(number: int, parent: int) -> int:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         return 1  # gone already
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format=LOG_FORMAT)
+    set_up(log_level, log_format)
     os.set_inheritable(number, False)  # or a child of ours would hold the link open
     worker = Worker(EngineEnd(socket.socket(fileno=number)))
     threading.Thread(target=_end_late, args=(worker,), daemon=True).start()
@@ -293,4 +293,4 @@ def _end_late(worker: Worker) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))
+    sys.exit(main(int(sys.argv[1]), int(sys.argv[2]), *sys.argv[3:]))

@@ -329,7 +329,7 @@ def test_one_request_too_many_is_told_to_come_back(strict: Server) -> None:
         next(iter(stream))
         with pytest.raises(openai.RateLimitError) as caught:
             client.completions.create(model="ernie", prompt="Hello", max_tokens=1)
-        assert caught.value.response.headers["retry-after"] == "1"
+        assert 1 <= int(caught.value.response.headers["retry-after"]) <= 300
     time.sleep(0.5)
     assert client.completions.create(model="ernie", prompt="Hello", max_tokens=1).choices
 
