@@ -14,7 +14,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -144,8 +144,12 @@ class ServerEngine:
         priority: int = 0,
         cache_salt: str | None = None,
         adapter: Adapter | None = None,
+        shown: Collection[int] = (),
     ) -> Answer:
-        """Queue every sample of every prompt. Raises RequestError, having queued nothing."""
+        """Queue every sample of every prompt; special tokens in `shown` are part of its text.
+
+        Raises RequestError, having queued nothing.
+        """
         engine = self.loaded.engine
         if not self.is_alive:
             raise EngineStopped
@@ -180,7 +184,8 @@ class ServerEngine:
                 self.num_submitted += 1
                 request_id = str(self.num_submitted)
                 choice = i * params.num_samples + index
-                answer.samples[request_id] = choice, Sample(choice, params, self.loaded.tokenizer)
+                sample = Sample(choice, params, self.loaded.tokenizer, shown)
+                answer.samples[request_id] = choice, sample
                 self.answer_by_id[request_id] = answer
                 add = partial(engine.add, request_id, prompt_ids, params, seed=seed)
                 self.inbox.put(partial(add, sample_index=index, **options))
