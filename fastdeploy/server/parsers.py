@@ -17,7 +17,7 @@ several do. Imports neither torch nor web libraries.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,11 +72,10 @@ class Syntax:
         return end.endswith(THINK) or (self.thoughts.always and not end.endswith(END_THINK))
 
 
-def find_syntax(reasoning: str | None, tools: str | None, template: str | None) -> Syntax:
-    """The parsers of two names. "auto" goes by the tags that the chat template writes, which is
-    None where there is no template. Raises ConfigError for a name that is not known.
+def find_syntax(reasoning: str | None, tools: str | None, written: Collection[str]) -> Syntax:
+    """The parsers of two names, None for no parser. "auto" goes by the tags that the chat template
+    writes. Raises ConfigError for a name that is not known.
     """
-    written = template or ""
     if reasoning == "auto":
         found = ("ernie-x1" if RESPONSE in written else "qwen3") if THINK in written else None
     else:
