@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ernie.settings import ConfigError, add_flags, did_you_mean, field_types, read_yaml
-from fastdeploy.config import LATER, EngineConfig, ServerConfig, read_config
+from fastdeploy.config import LATER, NEVER, EngineConfig, ServerConfig, read_config
 
 KINDS = [EngineConfig, ServerConfig]
 USAGE = """usage: fastdeploy COMMAND ...
@@ -92,7 +92,7 @@ def _later_flags(words: Sequence[str]) -> dict[str, Any]:
         name = flag.lstrip("-").replace("-", "_")
         if not flag.startswith("-"):
             raise ConfigError(f"{word!r} belongs to no flag; write --flag value")
-        if name not in LATER:
+        if name not in LATER and name not in NEVER:
             known = [key for kind in KINDS for key in field_types(kind)] + list(LATER)
             raise ConfigError(f"unknown flag {flag!r}{_as_flag(did_you_mean(name, known))}")
         if equals:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ernie.settings import ConfigError, fill, option, required
+from fastdeploy.server.parsers import find_syntax
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -292,6 +293,19 @@ class ServerConfig:
     lora_root: str | None = option(
         None, "Folder under which adapters may be loaded by HTTP; none: they may not."
     )
+    reasoning_parser: str | None = option(
+        "auto",
+        "How thoughts are told from answers: ernie-45-vl, ernie-45-vl-thinking, ernie-x1, qwen3, "
+        "none, or auto: by the tags of the chat template.",
+    )
+    tool_call_parser: str | None = option(
+        "auto",
+        "How tool calls are told from answers: ernie-45-vl-thinking, ernie-x1, hermes, none, or "
+        "auto: by the tags of the chat template.",
+    )
+    trust_request_chat_template: bool = option(
+        False, "Let requests bring a chat_template; its memory is not bounded."
+    )
     max_concurrency: int = option(512, "Requests in work or in the queue at the same time.")
     max_body_mib: int = option(32, "Size of a request body at most, in MiB.")
     enable_control_api: bool = option(
@@ -311,6 +325,7 @@ class ServerConfig:
             raise ConfigError("timeout_graceful_shutdown is negative; it takes 0 or more seconds")
         if self.api_key is not None and not all(self.api_key):
             raise ConfigError("api_key is empty; give a key, or leave it out")
+        find_syntax(self.reasoning_parser, self.tool_call_parser, ())  # refuses unknown names
         if not self.is_loopback and not self.api_key:
             raise ConfigError(
                 f"host={self.host} lets other machines in; give an api_key, or use 127.0.0.1"
@@ -337,9 +352,6 @@ LATER: dict[str, tuple[Any, ...]] = {
     "max_processor_cache": (-1, 0),
     "disable_chunked_mm_input": (False,),
     "enable_mm": (False,),
-    "reasoning_parser": (None,),
-    "tool_call_parser": (None,),
-    "tool_parser_plugin": (None,),
     "logprobs_mode": ("raw_logprobs",),
     "enable_keep_sampling_mask": (False,),
     "enable_entropy": (False,),
@@ -380,11 +392,21 @@ LATER: dict[str, tuple[Any, ...]] = {
 }
 
 
+# Flags that no version will obey, and why.
+NEVER: dict[str, str] = {
+    "tool_parser_plugin": "it runs code from a file; use one of the parsers of tool_call_parser",
+}
+
+
 def read_config(kinds: list[type], values: Mapping[str, Any], origin: str) -> list[Any]:
-    """Instances of `kinds` from flat values; see `LATER` for what is refused.
+    """Instances of `kinds` from flat values; see `LATER` and `NEVER` for what is refused.
 
     Raises ConfigError.
     """
+    for key in NEVER.keys() & values.keys():
+        if not _asks_for_nothing(values[key], (None,)):
+            raise ConfigError(f"{key} in {origin} is not obeyed: {NEVER[key]}")
+    values = {key: value for key, value in values.items() if key not in NEVER}
     return fill(kinds, _without_later(values, LATER, origin), origin)
 
 

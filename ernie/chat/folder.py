@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from ernie.chat.messages import ChatError, Dialogue, Segment, written_differently
 from ernie.chat.sandbox import JinjaTemplate, StandIns
@@ -94,7 +95,9 @@ class JinjaSegments:
                 continue
             if key == "enable_thinking":
                 does = "always thinks" if self._thinks else "cannot think"
-                raise ChatError(f"enable_thinking={value!r}: with this chat template a model {does}")
+                raise ChatError(
+                    f"enable_thinking={value!r}: with this chat template a model {does}"
+                )
             raise ChatError(f"the chat template has no option {key!r}; leave it out")
 
     def _trained_span(self, i: int, before: str, through: str, whole: str) -> tuple[int, int]:

@@ -35,10 +35,12 @@ from fastdeploy.errors import RequestError
 from fastdeploy.metrics import Metrics
 from fastdeploy.sampling import filled
 from fastdeploy.server import adapters
-from fastdeploy.server.chat import ChatReply, chat_prompts
+from fastdeploy.server.chat import ChatReply, chat_order
 from fastdeploy.server.completions import CompletionReply, completion_prompts
 from fastdeploy.server.control import add_control
 from fastdeploy.server.engine import ServerEngine, log_progress
+from fastdeploy.server.message import Reading
+from fastdeploy.server.parsers import find_syntax
 from fastdeploy.server.protocol import (
     ChatRequest,
     Common,
@@ -68,6 +70,8 @@ class Service:
             loaded, max_concurrency=config.max_concurrency, on_end=self.metrics.end
         )
         self.metrics.watch(self.engine.stats)
+        tags = loaded.template.tags if loaded.template else ()
+        self.syntax = find_syntax(config.reasoning_parser, config.tool_call_parser, tags)
         self.started = int(time.time())
 
     async def answer(
@@ -79,18 +83,26 @@ class Service:
         adapter = self._adapter(body.model)
         params = filled(body.sampling_params(), self.loaded.defaults)
         if isinstance(body, ChatRequest):
-            prompts = chat_prompts(body, self.loaded)
+            trusts = self.config.trust_request_chat_template
+            order = chat_order(body, params, self.loaded, self.syntax, trusts=trusts)
+            prompts, params, reading = [order.prompt], order.params, order.reading
         else:
             assert isinstance(body, CompletionRequest)
-            prompts = completion_prompts(body, self.tokenizer)
+            prompts, reading = completion_prompts(body, self.tokenizer), Reading()
             if body.echo and params.logprobs is not None:
                 params.prompt_logprobs = params.logprobs
         salt = self._cache_salt(request, body)
         answer = self.engine.submit(
-            prompts, params, priority=body.priority or 0, cache_salt=salt, adapter=adapter
+            prompts,
+            params,
+            priority=body.priority or 0,
+            cache_salt=salt,
+            adapter=adapter,
+            shown=reading.shown,
         )
         name = self.name if adapter is None else str(body.model)
-        context = Context(name, self.tokenizer, params.logprobs or 0, params.n)
+        num_top, on_divergence = params.logprobs or 0, self.metrics.stream_divergence.inc
+        context = Context(name, self.tokenizer, num_top, params.n, on_divergence, reading)
         reply = reply_kind(body, answer, context)
         if body.stream:
             return EventStream(reply.events(), on_close=answer.close)

@@ -1,7 +1,7 @@
-"""Thoughts and tool calls in what a model writes: a table of tags, and one parser for all of them.
+"""Thoughts and tool calls in what a model writes: a table of tags, and one parser for all.
 
-    <think>\\n thought \\n</think>\\n\\n  answer                        (some: <response>\\n answer ...)
-    <think>\\n thought \\n</think>\\n\\n  <tool_call>\\n{"name": ..., "arguments": {...}}\\n</tool_call>\\n
+    <think>\\n thought \\n</think>\\n\\n answer      (some: <response>\\n answer \\n</response>\\n)
+    <think>\\n thought \\n</think>\\n\\n <tool_call>\\n{"name": ..., ...}\\n</tool_call>\\n
 
 `Parser` is fed text in pieces and gives *parts*, which joined are that text: whatever is not a
 thought or a whole call is content, or the form around them ("frame"), and nothing is lost. The

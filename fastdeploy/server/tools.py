@@ -21,7 +21,16 @@ MAX_DEPTH = 64  # of a schema
 NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 TYPES = frozenset({"object", "array", "string", "number", "integer", "boolean", "null"})
 # Keywords of JSON Schema by what they hold.
-_SCHEMAS = ("items", "additionalProperties", "not", "contains", "propertyNames", "if", "then", "else")
+_SCHEMAS = (
+    "items",
+    "additionalProperties",
+    "not",
+    "contains",
+    "propertyNames",
+    "if",
+    "then",
+    "else",
+)
 _LISTS_OF_SCHEMAS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _MAPS_OF_SCHEMAS = ("properties", "patternProperties", "$defs", "definitions")
 
