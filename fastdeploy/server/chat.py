@@ -50,8 +50,8 @@ def chat_order(
             "(--tool-call-parser), or leave out tools",
             param="tools",
         )
-    prompt = _prompt(body, use, loaded, trusts)
     params = constrained(_with_effort(params, body, syntax), body.tool_choice, use)
+    prompt = _prompt(body, use, loaded, trusts)
     wanted = Syntax(syntax.thoughts, bool(use.tools))
     ids = {loaded.tokenizer.id_of(tag) for tag in wanted.tags}
     reading = Reading(
