@@ -50,7 +50,8 @@ def chat_order(
             "(--tool-call-parser), or leave out tools",
             param="tools",
         )
-    params = constrained(_with_effort(params, body, syntax), body.tool_choice, use)
+    params = _with_effort(params, body, syntax)
+    params = constrained(params, body.tool_choice, use, loaded.tokenizer)
     prompt = _prompt(body, use, loaded, trusts)
     wanted = Syntax(syntax.thoughts, bool(use.tools))
     ids = {loaded.tokenizer.id_of(tag) for tag in wanted.tags}

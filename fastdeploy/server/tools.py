@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
+from ernie.tokenizer import Tokenizer
 from fastdeploy.errors import RequestError
 from fastdeploy.sampling import GuidedDecodingParams, SamplingParams
 from fastdeploy.server.parsers import CALL, END_CALL
@@ -20,6 +21,8 @@ MAX_TOOLS = 128
 MAX_DEPTH = 64  # of a schema
 NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 TYPES = frozenset({"object", "array", "string", "number", "integer", "boolean", "null"})
+# How JSON is written between the tags: as in the training data, and never with blanks without end.
+_AS_TRAINED = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 # Keywords of JSON Schema by what they hold.
 _SCHEMAS = (
     "items",
@@ -69,11 +72,12 @@ def tool_use(tools: Any, choice: Any, parallel: bool | None) -> ToolUse:
     return ToolUse(() if mode == "none" else checked, mode, parallel is not False)
 
 
-def constraint_for(choice: Any, use: ToolUse) -> GuidedDecodingParams | None:
+def constraint_for(choice: Any, use: ToolUse, tokenizer: Tokenizer) -> GuidedDecodingParams | None:
     """The form that an answer (after its thoughts) has to have, None for any.
 
-    Where a call is required the answer is calls and nothing else. Where it is not, the arguments of
-    a tool that is `strict` follow its schema once a call of it has begun.
+    Where a call is required the answer is calls and nothing else, in a grammar of llguidance's
+    Lark. Where it is not, the arguments of a tool that is `strict` follow its schema once a call of
+    it has begun.
     """
     if use.mode == "required":
         named = choice["function"]["name"] if isinstance(choice, Mapping) else None
@@ -82,8 +86,8 @@ def constraint_for(choice: Any, use: ToolUse) -> GuidedDecodingParams | None:
         lines = (
             f"start: newlines call{more}",
             r'newlines: ("\n" "\n"?)?',
-            rf'call: "{CALL}\n" body "\n{END_CALL}"',
-            f"body: %json {json.dumps({'anyOf': bodies})}",
+            rf'call: {_symbol(CALL, tokenizer)} "\n" body "\n" {_symbol(END_CALL, tokenizer)}',
+            f"body: %json {json.dumps({'anyOf': bodies, 'x-guidance': _AS_TRAINED})}",
         )
         return GuidedDecodingParams(grammar="\n".join(lines))
     if not any(tool["function"].get("strict") for tool in use.tools):
@@ -100,9 +104,11 @@ def constraint_for(choice: Any, use: ToolUse) -> GuidedDecodingParams | None:
     return GuidedDecodingParams(structural_tag=json.dumps(tag))
 
 
-def constrained(params: SamplingParams, choice: Any, use: ToolUse) -> SamplingParams:
+def constrained(
+    params: SamplingParams, choice: Any, use: ToolUse, tokenizer: Tokenizer
+) -> SamplingParams:
     """`params` bound to what the choice of tools asks for. Raises RequestError."""
-    constraint = constraint_for(choice, use)
+    constraint = constraint_for(choice, use, tokenizer)
     if constraint is None:
         return params
     what = "tool_choice=required" if use.mode == "required" else "a strict tool"
@@ -128,8 +134,9 @@ def check_history(messages: Sequence[Mapping[str, Any]]) -> None:
             continue  # the template refuses it by its place
         calls = message.get("tool_calls")
         if message.get("role") == "assistant":
-            called = isinstance(calls, list) and bool(calls)
-            ids = {c.get("id") for c in calls if isinstance(c, Mapping)} if called else set()
+            calls = calls if isinstance(calls, list) else []
+            called = bool(calls)
+            ids = {c.get("id") for c in calls if isinstance(c, Mapping)}
         elif message.get("role") == "tool":
             answers = message.get("tool_call_id")
             if not called:
@@ -146,6 +153,12 @@ def check_history(messages: Sequence[Mapping[str, Any]]) -> None:
                 )
         else:
             called = False
+
+
+def _symbol(tag: str, tokenizer: Tokenizer) -> str:
+    """A tag in a grammar: its token where it has one of its own, which no text may spell."""
+    token = tokenizer.id_of(tag)
+    return json.dumps(tag) if token is None else f"<[{token}]>"
 
 
 def _call_schema(tool: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import helpers_scripted
+import helpers_tokenizer
 import httpx
 import pytest
 from helpers_scripted import Line
@@ -15,6 +17,7 @@ from helpers_server import Server, start_server, stop_server
 from openai import OpenAI
 
 from ernie.settings import ConfigError
+from ernie.tokenizer import Tokenizer
 from fastdeploy.config import EngineConfig, ServerConfig, read_config
 from fastdeploy.errors import RequestError
 from fastdeploy.server.tools import check_history, constraint_for, tool_use
@@ -354,6 +357,13 @@ def test_unknown_parsers_and_plugins_stop_the_start(flags: dict[str, str], said:
         read_config([EngineConfig, ServerConfig], {"model": "m", **flags}, "flags")
 
 
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Without any tag as a token."""
+    folder = helpers_tokenizer.byte_level_folder(tmp_path_factory.mktemp("tokenizers") / "plain")
+    return Tokenizer.from_folder(folder)
+
+
 def choice_of(name: str) -> dict[str, Any]:
     return {"type": "function", "function": {"name": name}}
 
@@ -366,12 +376,12 @@ GRAMMARS = {
 
 
 @pytest.mark.parametrize("case", GRAMMARS.values(), ids=GRAMMARS)
-def test_a_required_call_is_a_grammar_that_takes_just_that(case: tuple) -> None:
+def test_a_required_call_is_a_grammar_that_takes_just_that(case: tuple, plain: Tokenizer) -> None:
     """Judged by llguidance's own reading of the grammar, byte by byte."""
     llguidance = pytest.importorskip("llguidance")
     choice, parallel, names, several = case
     tools = [tool(), tool("now", {"type": "object", "additionalProperties": False})]
-    constraint = constraint_for(choice, tool_use(tools, choice, parallel))
+    constraint = constraint_for(choice, tool_use(tools, choice, parallel), plain)
     assert constraint is not None and constraint.grammar is not None
     tokenizer = llguidance.LLTokenizer("byte")
     grammar = llguidance.LLMatcher.grammar_from_lark(constraint.grammar)
@@ -393,10 +403,19 @@ def test_a_required_call_is_a_grammar_that_takes_just_that(case: tuple) -> None:
     assert not takes(weather.replace('"Paris"', "3"))
 
 
-def test_only_strict_tools_bind_an_answer_that_need_not_call() -> None:
-    assert constraint_for(None, tool_use([tool()], None, None)) is None
-    assert constraint_for("none", tool_use([tool(strict=True)], "none", None)) is None
-    constraint = constraint_for(None, tool_use([tool(strict=True), tool("now")], None, None))
+def test_tags_that_are_tokens_are_tokens_in_the_grammar(plain: Tokenizer) -> None:
+    ids = {"<tool_call>": 7, "</tool_call>": 8}
+    plain = copy.copy(plain)
+    plain._id_by_token = plain._id_by_token | ids
+    constraint = constraint_for("required", tool_use([tool()], "required", None), plain)
+    assert 'call: <[7]> "\\n" body "\\n" <[8]>' in constraint.grammar
+
+
+def test_only_strict_tools_bind_an_answer_that_need_not_call(plain: Tokenizer) -> None:
+    assert constraint_for(None, tool_use([tool()], None, None), plain) is None
+    assert constraint_for("none", tool_use([tool(strict=True)], "none", None), plain) is None
+    use = tool_use([tool(strict=True), tool("now")], None, None)
+    constraint = constraint_for(None, use, plain)
     assert constraint is not None and constraint.structural_tag is not None
     tag = json.loads(constraint.structural_tag)
     first, second = tag["structures"]
