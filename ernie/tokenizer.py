@@ -16,7 +16,7 @@ from __future__ import annotations
 import codecs
 import hashlib
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from ernie.special_tokens import Declared, TokenizerError, control_pattern
@@ -188,19 +188,20 @@ class Tokenizer:
 
 class Detokenizer:
     """Streaming decode: pieces of finished text whose concatenation is `Tokenizer.decode` of all
-    ids.
+    ids; the special tokens in `shown` are not skipped.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True):
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_special: bool = True, shown: Collection[int] = ()
+    ):
         self._tokenizer = tokenizer
-        self._skip_special = skip_special
+        self._skipped = tokenizer.special_ids.difference(shown) if skip_special else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, ids: Iterable[int]) -> str:
         """Text completed by `ids`; the bytes of an unfinished character are kept for later."""
-        return self._decoder.decode(
-            self._tokenizer.join_bytes(ids, skip_special=self._skip_special)
-        )
+        visible = (i for i in ids if i not in self._skipped)
+        return self._decoder.decode(self._tokenizer.join_bytes(visible))
 
     def flush(self) -> str:
         """The rest when no more ids come: U+FFFD for an unfinished character, else nothing."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from ernie.settings import ConfigError, fill, option, required
 from fastdeploy.decoding import EarlyStop, Speculation, read_speculation
+from fastdeploy.server.parsers import find_syntax
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -224,6 +225,19 @@ class ServerConfig:
     lora_root: str | None = option(
         None, "Folder under which adapters may be loaded by HTTP; none: they may not."
     )
+    reasoning_parser: str | None = option(
+        "auto",
+        "How thoughts are told from answers: ernie-45-vl, ernie-45-vl-thinking, ernie-x1, qwen3, "
+        "none, or auto: by the tags of the chat template.",
+    )
+    tool_call_parser: str | None = option(
+        "auto",
+        "How tool calls are told from answers: ernie-45-vl-thinking, ernie-x1, hermes, none, or "
+        "auto: by the tags of the chat template.",
+    )
+    trust_request_chat_template: bool = option(
+        False, "Let requests bring a chat_template; its memory is not bounded."
+    )
     enable_control_api: bool = option(
         False, "Let clients pause the engine, put it to sleep and change its weights."
     )
@@ -305,6 +319,7 @@ class ServerConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port={self.port} is not a port; it takes 0 to 65535")
+        find_syntax(self.reasoning_parser, self.tool_call_parser, ())  # refuses unknown names
         for name in (
             "max_concurrency",
             "max_concurrency_per_key",

@@ -47,8 +47,6 @@ LATER: dict[str, tuple[Any, ...]] = {
     "max_processor_cache": (-1, 0),
     "disable_chunked_mm_input": (False,),
     "enable_mm": (False,),
-    "reasoning_parser": (None,),
-    "tool_call_parser": (None,),
     "tool_parser_plugin": (None,),
     "logprobs_mode": ("raw_logprobs",),
     "enable_keep_sampling_mask": (False,),

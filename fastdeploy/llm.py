@@ -27,7 +27,7 @@ from fastdeploy.engine.text import Sample
 from fastdeploy.engine.weights import Source
 from fastdeploy.errors import RequestError
 from fastdeploy.flags import read_config
-from fastdeploy.outputs import CompletionOutput, Completions, RequestOutput, best
+from fastdeploy.outputs import CompletionOutput, Completions, RequestOutput, best, numbered
 from fastdeploy.sampling import SamplingParams, filled
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -200,7 +200,7 @@ class LLM:
         whole = [RequestOutput.joined(collected) for collected in pieces_by_prompt]
         for output, one in zip(whole, params):
             if one.num_samples > one.n:
-                output.outputs = Completions(best(output.outputs, one.n))
+                output.outputs = Completions(numbered(best(output.outputs, one.n)))
         return whole
 
 

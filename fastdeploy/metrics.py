@@ -104,6 +104,11 @@ class Metrics:
         self.requests = Counter(
             "fastdeploy:requests_number", "Requests received.", registry=self.registry
         )
+        self.stream_divergence = Counter(
+            "fastdeploy:stream_divergence",
+            "Streamed choices that say something else than their text read once more.",
+            registry=self.registry,
+        )
         self.successes = Counter(
             "fastdeploy:request_success", "Texts that ended.", ["reason"], registry=self.registry
         )

@@ -70,9 +70,12 @@ class CompletionOutput:
 
 
 def best(samples: Sequence[CompletionOutput], n: int) -> list[CompletionOutput]:
-    """The `n` samples whose tokens are likeliest on average, the best first and numbered anew."""
-    ranked = sorted(samples, key=lambda sample: -sample.mean_logprob)
-    return [dataclasses.replace(sample, index=i) for i, sample in enumerate(ranked[:n])]
+    """The `n` samples whose tokens are likeliest on average, the best first."""
+    return sorted(samples, key=lambda sample: -sample.mean_logprob)[:n]
+
+
+def numbered(samples: Sequence[CompletionOutput]) -> list[CompletionOutput]:
+    return [dataclasses.replace(sample, index=i) for i, sample in enumerate(samples)]
 
 
 class Completions(list[CompletionOutput]):

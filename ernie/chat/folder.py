@@ -6,6 +6,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 from ernie.chat.messages import ChatError, Dialogue, Segment, written_differently
 from ernie.chat.sandbox import JinjaTemplate, StandIns
@@ -44,17 +45,18 @@ class JinjaSegments:
         self._templates = {
             name: JinjaTemplate(source, where, tokenizer.names) for name, source in sources.items()
         }
+        self._thinks = any("<think>" in source for source in sources.values())
         self._constants = tokenizer.names.keys()
         self._control_tokens = tokenizer.control_tokens
         ends = map(tokenizer.token_of, stop_ids)
         self._ends = [token for token in ends if token is not None]
 
     def __call__(self, dialogue: Dialogue) -> list[Segment]:
-        taken = {"messages", "tools", "add_generation_prompt", *self._constants}
-        for key in taken & dialogue.options.keys():
-            raise ChatError(f"{key!r} cannot be set as an option of the chat template")
         name = "tool_use" if dialogue.tools and "tool_use" in self._templates else "default"
         template = self._templates[name]
+        if dialogue.tools and name == "default" and "tools" not in template.variables:
+            raise ChatError("the chat template has no place for tools; leave them out")
+        self._check_options(template.variables, dialogue.options)
         given = (dialogue.messages, dialogue.tools, dialogue.options)
         stand_ins = StandIns(self._control_tokens, given)
         messages = [stand_ins.hide_message(message) for message in dialogue.messages]
@@ -82,6 +84,21 @@ class JinjaSegments:
             if i in dialogue.trained:
                 trained.append(self._trained_span(i, before, text(i + 1, False), whole))
         return _split(whole, starts, trained, stand_ins)
+
+    def _check_options(self, variables: frozenset[str], options: Mapping[str, Any]) -> None:
+        """Refuse those that the template does not read, but for asking it to do what it does."""
+        taken = {"messages", "tools", "add_generation_prompt", *self._constants}
+        for key, value in options.items():
+            if key in taken:
+                raise ChatError(f"{key!r} cannot be set as an option of the chat template")
+            if key in variables or (key == "enable_thinking" and bool(value) == self._thinks):
+                continue
+            if key == "enable_thinking":
+                does = "always thinks" if self._thinks else "cannot think"
+                raise ChatError(
+                    f"enable_thinking={value!r}: with this chat template a model {does}"
+                )
+            raise ChatError(f"the chat template has no option {key!r}; leave it out")
 
     def _trained_span(self, i: int, before: str, through: str, whole: str) -> tuple[int, int]:
         """From the end of the generation prompt to the end of the stop token after the answer."""

@@ -59,8 +59,11 @@ def checked_message(where: str, message: Mapping[str, Any]) -> dict[str, Any]:
     if message.get("label", 1) not in (0, 1):
         raise ChatError(f"{where}.label is {message['label']!r}; expected 0 or 1")
     may_be_missing = bool(calls or reasoning)
+    content = message.get("content")
+    if role == "tool" and isinstance(content, Mapping):  # a result may be an object
+        content = json.dumps(content, ensure_ascii=False)
     checked = dict(message)
-    checked["content"] = _text(f"{where}.content", message.get("content"), may_be_missing)
+    checked["content"] = _text(f"{where}.content", content, may_be_missing)
     for key in ("tool_calls", "reasoning_content"):
         checked.pop(key, None)
     if calls:

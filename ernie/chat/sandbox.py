@@ -27,7 +27,7 @@ from functools import cache
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -52,12 +52,15 @@ _deadline: ContextVar[float] = ContextVar("deadline")
 
 
 class JinjaTemplate:
-    """One compiled template; `where` names it in errors, `constants` are `bos_token` and so on."""
+    """One compiled template; `where` names it in errors, `constants` are `bos_token` and so on.
+
+    `variables` are the names it reads and does not set itself.
+    """
 
     def __init__(self, source: str, where: str, constants: Mapping[str, str]):
         self._where = where
         self._constants = dict(constants)
-        self._template = _compiled(source, where)
+        self._template, self.variables = _compiled(source, where)
 
     def text(self, variables: Mapping[str, Any]) -> str:
         """The rendered text. Raises ChatError with the template's own words where it objects."""
@@ -200,11 +203,12 @@ def _strftime_now(form: str) -> str:
     return datetime.now().strftime(form)
 
 
-def _compiled(source: str, where: str) -> jinja2.Template:
+def _compiled(source: str, where: str) -> tuple[jinja2.Template, frozenset[str]]:
     environment = _environment()
     try:
         tree = environment.parse(source)
         _refuse_reaching_out(tree, where)
+        variables = frozenset(meta.find_undeclared_variables(tree))
         for loop in tree.find_all(nodes.For):
             ticking = nodes.EnvironmentAttribute("ticking")
             loop.iter = nodes.Call(ticking, [loop.iter], [], None, None, lineno=loop.lineno)
@@ -213,7 +217,8 @@ def _compiled(source: str, where: str) -> jinja2.Template:
         raise ChatError(f"{where}, line {error.lineno}: {error.message}") from None
     except RecursionError:
         raise ChatError(f"{where} is nested too deeply to compile") from None
-    return jinja2.Template.from_code(environment, code, environment.make_globals(None))
+    template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
+    return template, variables
 
 
 def _refuse_reaching_out(tree: nodes.Template, where: str) -> None:

@@ -18,6 +18,7 @@ trained.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -32,6 +33,7 @@ from ernie.tokenizer import Tokenizer
 UNTRAINED = -100  # the label that cross-entropy leaves out
 # What ends a turn in the templates of the family, besides the tokenizer's own eos.
 END_TOKENS = ("<|end_of_sentence|>", "<|im_end|>")
+_TAG = re.compile(r"</?[a-z_]+>")
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,15 @@ class Encoded:
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """How a model wants a dialogue written. Choose one with `for_folder`, or `LLM`, `THINKING`."""
+    """How a model wants a dialogue written. Choose one with `for_folder`, or `LLM`, `THINKING`.
+
+    `tags` are those its text spells, such as `<think>`: they tell how the model answers.
+    """
 
     name: str
     _segments: Callable[[Dialogue], list[Segment]]
     _required: tuple[str, ...] = ()
+    tags: frozenset[str] = frozenset()
 
     @classmethod
     def for_folder(cls, path: str | Path, tokenizer: Tokenizer | None = None) -> ChatTemplate:
@@ -81,7 +87,9 @@ class ChatTemplate:
         cls, sources: Mapping[str, str], where: str, tokenizer: Tokenizer
     ) -> ChatTemplate:
         """Jinja texts by name, of which one is "default"; `where` names them in errors."""
-        return cls(where, JinjaSegments(sources, where, tokenizer, stop_ids(tokenizer)))
+        tags = frozenset(_TAG.findall("\n".join(sources.values())))
+        segments = JinjaSegments(sources, where, tokenizer, stop_ids(tokenizer))
+        return cls(where, segments, tags=tags)
 
     def render(
         self,
@@ -194,4 +202,9 @@ def _with_eos(tokenizer: Tokenizer, labels: list[int]) -> list[int]:
 
 
 LLM = ChatTemplate("ERNIE 4.5", llm_segments, ("<|begin_of_sentence|>", "<|end_of_sentence|>"))
-THINKING = ChatTemplate("ERNIE 4.5 Thinking", thinking_segments, ("<|im_start|>", "<|im_end|>"))
+THINKING = ChatTemplate(
+    "ERNIE 4.5 Thinking",
+    thinking_segments,
+    ("<|im_start|>", "<|im_end|>"),
+    frozenset({"<think>", "<response>", "<tool_call>"}),
+)

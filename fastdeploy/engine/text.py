@@ -6,7 +6,7 @@ reports. The engine itself never sees text. Imports no torch.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from ernie.tokenizer import Detokenizer, Tokenizer
 from fastdeploy.engine.request import TokenOutput
@@ -58,15 +58,22 @@ def _overlap(text: str, stop: str) -> int:
 class Sample:
     """The user's view of one sample: `push` turns each report of the engine into a piece of output.
 
+    Special tokens are not part of the text, but for those in `shown`.
     When a piece ends with a stop string the engine does not know: `stopped_by_text` is set and the
     caller has to abort the engine's request.
     """
 
-    def __init__(self, index: int, params: SamplingParams, tokenizer: Tokenizer | None) -> None:
+    def __init__(
+        self,
+        index: int,
+        params: SamplingParams,
+        tokenizer: Tokenizer | None,
+        shown: Collection[int] = (),
+    ) -> None:
         self.index = index
         self.params = params
         self.tokenizer = tokenizer
-        self.detokenizer = Detokenizer(tokenizer) if tokenizer else None
+        self.detokenizer = Detokenizer(tokenizer, shown=shown) if tokenizer else None
         self.stops = StopStrings(params.stop or (), include=params.include_stop_str_in_output)
         self.num_tokens = 0
         self.finished = False

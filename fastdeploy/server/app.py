@@ -28,7 +28,7 @@ from fastdeploy.errors import RequestError
 from fastdeploy.metrics import Metrics
 from fastdeploy.sampling import filled
 from fastdeploy.server import adapters
-from fastdeploy.server.chat import ChatReply, chat_prompts
+from fastdeploy.server.chat import ChatReply, chat_order
 from fastdeploy.server.completions import CompletionReply, completion_prompts
 from fastdeploy.server.connection import read_body
 from fastdeploy.server.control import add_control
@@ -37,9 +37,11 @@ from fastdeploy.server.gate import guard
 from fastdeploy.server.health import OPEN_PATHS, add_health
 from fastdeploy.server.limits import Limits
 from fastdeploy.server.log import ORIGIN
+from fastdeploy.server.message import Reading
 from fastdeploy.server.observe import Observer
 from fastdeploy.server.page import PATHS as PAGE_PATHS
 from fastdeploy.server.page import add_page
+from fastdeploy.server.parsers import find_syntax
 from fastdeploy.server.protocol import (
     ChatRequest,
     Common,
@@ -79,6 +81,9 @@ class Service:
         )
         self.limits = Limits(config, self.engine.stats)
         self.metrics.watch(self.engine.stats)
+        template = self.loaded.template
+        tags = template.tags if template else ()
+        self.syntax = find_syntax(config.reasoning_parser, config.tool_call_parser, tags)
         self.started = int(time.time())
 
     def _on_end(self, ended: Ended) -> None:
@@ -95,19 +100,27 @@ class Service:
         adapter = self._adapter(body.model)
         params = filled(body.sampling_params(), self.engine.defaults)
         if isinstance(body, ChatRequest):
-            prompts = chat_prompts(body, self.loaded)
+            trusts = self.config.trust_request_chat_template
+            order = chat_order(body, params, self.loaded, self.syntax, trusts=trusts)
+            prompts, params, reading = [order.prompt], order.params, order.reading
         else:
             assert isinstance(body, CompletionRequest)
-            prompts = completion_prompts(body, self.tokenizer)
+            prompts, reading = completion_prompts(body, self.tokenizer), Reading()
             if body.echo and params.logprobs is not None:
                 params.prompt_logprobs = params.logprobs
         self.limits.check_tokens(prompts, params, self.loaded.config.max_model_len)
         salt = self._cache_salt(request, body)
         answer = self.engine.submit(
-            prompts, params, priority=body.priority or 0, cache_salt=salt, adapter=adapter
+            prompts,
+            params,
+            priority=body.priority or 0,
+            cache_salt=salt,
+            adapter=adapter,
+            shown=reading.shown,
         )
         name = adapter or self.name
-        context = Context(name, self.tokenizer, params.logprobs or 0, params.n)
+        num_top, on_divergence = params.logprobs or 0, self.metrics.stream_divergence.inc
+        context = Context(name, self.tokenizer, num_top, params.n, on_divergence, reading)
         reply = reply_kind(body, answer, context)
         if body.stream:
             return EventStream(reply.events(), answer)

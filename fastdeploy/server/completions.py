@@ -43,8 +43,8 @@ class CompletionReply(Reply):
             return None
         return self._choice(piece.choice, piece.completion, echo=begins)
 
-    def choice(self, completion: CompletionOutput) -> dict[str, Any]:
-        return self._choice(completion.index, completion, echo=bool(self.body.echo))
+    def choice(self, index: int, completion: CompletionOutput) -> dict[str, Any]:
+        return self._choice(index, completion, echo=bool(self.body.echo))
 
     def _choice(self, index: int, completion: CompletionOutput, *, echo: bool) -> dict[str, Any]:
         number = index // self.context.n

@@ -13,7 +13,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -209,8 +209,12 @@ class ServerEngine:
         priority: int = 0,
         cache_salt: str | None = None,
         adapter: str | None = None,
+        shown: Collection[int] = (),
     ) -> Answer:
-        """Queue every sample of every prompt. Raises RequestError, having queued nothing."""
+        """Queue every sample of every prompt; special tokens in `shown` are part of its text.
+
+        Raises RequestError, having queued nothing.
+        """
         self._check(prompts, params)
         banned = [list(ids) for ids in banned_sequences(self.language.tokenizer, params)]
         answer = Answer(self, prompts, params.num_samples)
@@ -220,7 +224,7 @@ class ServerEngine:
             self.num_submitted += len(ids)
             for index, request_id in enumerate(ids):
                 choice = i * params.num_samples + index
-                sample = Sample(choice, params, self.language.tokenizer)
+                sample = Sample(choice, params, self.language.tokenizer, shown)
                 answer.samples[request_id] = choice, sample
             seed = params.seed if params.seed is not None else self.seeds.getrandbits(59)
             prompt = list(prompt_ids)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -41,15 +41,10 @@ HARMLESS = frozenset(
 )
 # With the values that ask for nothing.
 NOT_OFFERED: dict[str, tuple[Any, ...]] = {
-    "tools": (None, []),
-    "tool_choice": (None, "none", "auto"),
-    "functions": (None, []),
-    "function_call": (None, "none", "auto"),
     "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
     "audio": (None,),
     "prediction": (None,),
-    "reasoning_effort": (None,),
     "verbosity": (None,),
     "web_search_options": (None,),
     "suffix": (None, ""),
@@ -58,8 +53,6 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "guided_regex": (None,),
     "guided_choice": (None,),
     "guided_grammar": (None,),
-    "chat_template": (None,),
-    "disable_chat_template": (None, False),
     "mm_hashes": (None, []),
     "completion_token_ids": (None, []),
     "response_max_tokens": (None,),
@@ -67,6 +60,11 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "include_draft_logprobs": (None, False),
     "max_streaming_response_tokens": (None, 1),
     "use_beam_search": (None, False),
+}
+# Older names, with the values that ask for nothing, and what is to be sent in their place.
+REPLACED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "functions": ((None, []), "tools"),
+    "function_call": ((None, "none", "auto"), "tool_choice"),
 }
 MAX_NAMES_LOGGED = 100
 _logged: set[str] = set()
@@ -139,7 +137,15 @@ class ChatRequest(Common):
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = None
+    tools: list[Any] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    enable_thinking: bool | None = None
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    disable_chat_template: bool | None = False
+    metadata: dict[str, Any] | None = None
 
     def num_logprobs(self) -> int | None:
         if not self.logprobs:
@@ -222,6 +228,15 @@ def validated(kind: type[Kind], values: dict[str, Any]) -> Kind:
 
 def _check_extra(kind: type[Common], name: str, value: Any) -> None:
     if name in HARMLESS:
+        return
+    if name in REPLACED:
+        neutral, newer = REPLACED[name]
+        if value not in neutral:
+            raise RequestError(f"{name} is the older form of {newer}; send {newer}", param=name)
+        return
+    if name in ChatRequest.model_fields:
+        if value not in (None, False, [], {}, "none", "auto"):
+            raise RequestError(f"{name} belongs to chat completions; leave it out", param=name)
         return
     if name in NOT_OFFERED:
         if value not in NOT_OFFERED[name]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator
-from dataclasses import asdict, dataclass, replace
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ernie.tokenizer import Tokenizer
 from fastdeploy.errors import RequestError
 from fastdeploy.outputs import CompletionOutput, Logprob, TokenLogprobs, best
 from fastdeploy.server.engine import Answer, Piece
+from fastdeploy.server.message import Reading
 from fastdeploy.server.protocol import Common
 
 _KIND_BY_STATUS = {
@@ -40,6 +41,8 @@ class Context:
     tokenizer: Tokenizer
     num_top: int  # likeliest tokens to list with each token
     n: int  # choices for each prompt
+    on_divergence: Callable[[], None]  # a stream was not what its whole answer is
+    reading: Reading = field(default_factory=Reading)
 
 
 class Reply(ABC):
@@ -67,17 +70,16 @@ class Reply(ABC):
             self._take(piece)
             pieces[piece.choice].append(piece.completion)
         completions = self._best([CompletionOutput.joined(collected) for collected in pieces])
-        choices = [self.choice(completion) for completion in completions]
+        choices = [self.choice(i, completion) for i, completion in enumerate(completions)]
         return {**self.head, "choices": choices, "usage": self.usage()}
 
     def _best(self, samples: list[CompletionOutput]) -> list[CompletionOutput]:
-        """The `n` best of the samples of each prompt, numbered through."""
+        """The `n` best of the samples of each prompt; each keeps its own index."""
         num_samples, n = self.answer.num_samples, self.context.n
         if num_samples == n:
             return samples
         firsts = range(0, len(samples), num_samples)
-        kept = [one for first in firsts for one in best(samples[first : first + num_samples], n)]
-        return [replace(one, index=i) for i, one in enumerate(kept)]
+        return [one for first in firsts for one in best(samples[first : first + num_samples], n)]
 
     async def events(self) -> AsyncIterator[dict[str, Any]]:
         options = self.body.stream_options
@@ -100,8 +102,8 @@ class Reply(ABC):
             yield {**self.head, "choices": [], "usage": self.usage()}
 
     @abstractmethod
-    def choice(self, completion: CompletionOutput) -> dict[str, Any]:
-        """A finished choice of a whole answer."""
+    def choice(self, index: int, completion: CompletionOutput) -> dict[str, Any]:
+        """A finished choice of a whole answer; `completion.index` is the number of the sample."""
 
     @abstractmethod
     def delta(self, piece: Piece) -> dict[str, Any] | None:

@@ -431,6 +431,33 @@ def test_options_that_a_template_cannot_honour_are_refused(chats):
         LLM.render(messages, tools=[TOOL])
 
 
+def test_options_are_those_that_a_folders_template_reads(chats):
+    plain, tokenizer = chats("byte_level")
+    with pytest.raises(ChatError, match="no option 'colour'"):
+        plain.render(DIALOGUE, colour="red")
+    with pytest.raises(ChatError, match="cannot think"):
+        plain.render(DIALOGUE, enable_thinking=True)
+    with pytest.raises(ChatError, match="no place for tools"):
+        plain.render(DIALOGUE, tools=[TOOL])
+    assert rendered(plain, DIALOGUE, enable_thinking=False) == rendered(plain, DIALOGUE)
+    source = "{% set size = 2 %}{{ colour }}{{ size }}<think>"
+    thinks = ChatTemplate.from_sources({"default": source}, "here", tokenizer)
+    assert thinks.tags == {"<think>"} and plain.tags == frozenset()
+    assert rendered(thinks, DIALOGUE, colour="red", enable_thinking=True) == "red2<think>"
+    with pytest.raises(ChatError, match="no option 'size'"):
+        thinks.render(DIALOGUE, size=3)
+    with pytest.raises(ChatError, match="always thinks"):
+        thinks.render(DIALOGUE, enable_thinking=False)
+
+
+def test_the_result_of_a_tool_may_be_an_object():
+    call = {"type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    said = {"role": "assistant", "tool_calls": [call]}
+    results = [{"role": "tool", "content": c} for c in ({"sky": "蓝"}, '{"sky": "蓝"}')]
+    texts = [rendered(THINKING, [*DIALOGUE[:2], said, result]) for result in results]
+    assert texts[0] == texts[1]
+
+
 def test_folder_without_template_gets_the_built_in_one_its_tokens_belong_to(folders, tmp_path):
     ernie, thinking, neither = (tmp_path / name for name in ("ernie", "thinking", "neither"))
     helpers.sentencepiece_folder(ernie)

@@ -1,0 +1,166 @@
+"""The message of a chat answer as it grows: thoughts, content, tool calls, and their tokens."""
+
+from __future__ import annotations
+
+import uuid
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastdeploy.outputs import CompletionOutput, TokenLogprobs
+from fastdeploy.server.parsers import Call, Parser, Part, Syntax
+
+_CHECKED_PIECE = 8192  # characters; a parser that is fed a long text at once copies it often
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How the answers of one chat request are read."""
+
+    syntax: Syntax = field(default_factory=Syntax)
+    in_thought: bool = False  # the prompt ends in the middle of a thought
+    parallel: bool = True  # False: the first call is made, later ones are left out
+    shown: frozenset[int] = frozenset()  # special tokens that the parser has to see
+
+    def parser(self) -> Parser:
+        return Parser(self.syntax, in_thought=self.in_thought)
+
+
+@dataclass(slots=True)
+class Said:
+    """What a message says, or what is new in it."""
+
+    reasoning: str = ""
+    content: str = ""
+    calls: list[Call] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the tokens of the content
+
+    def add(self, parts: Iterable[Part]) -> None:
+        for part in parts:
+            if part.kind == "reasoning":
+                self.reasoning += part.text
+            elif part.kind == "content":
+                self.content += part.text
+            self.calls += part.calls
+
+
+class Message:
+    """One choice. `push` takes its pieces and says what is new."""
+
+    def __init__(self, reading: Reading) -> None:
+        self.reading = reading
+        self.parser = reading.parser()
+        self.said = Said()
+        self.texts: list[str] = []  # as the model wrote them
+        self.call_ids: list[str] = []
+        self.num_reasoning_tokens = 0
+        self.tokens = _ContentTokens()
+
+    def push(self, piece: CompletionOutput) -> Said:
+        self.texts.append(piece.text)
+        was_thought = self.parser.state == "reasoning"
+        parts = self.parser.push(piece.text)
+        if was_thought and self.parser.state == "reasoning":
+            self.num_reasoning_tokens += len(piece.token_ids)
+        if piece.finish_reason is not None:
+            parts += self.parser.finish()
+        new = Said()
+        new.add(parts)
+        if not self.reading.parallel:
+            del new.calls[max(0, 1 - len(self.said.calls)) :]
+        if piece.logprobs is not None:
+            new.logprobs = piece.logprobs
+            if self.parser.tags:
+                new.logprobs = self.tokens.push(piece, parts)
+        self.said.reasoning += new.reasoning
+        self.said.content += new.content
+        self.said.calls += new.calls
+        self.said.logprobs += new.logprobs
+        return new
+
+    def delta(self, new: Said) -> dict[str, Any]:
+        """What is new in the form of a stream."""
+        first = len(self.call_ids)
+        delta: dict[str, Any] = {}
+        if new.reasoning:
+            delta["reasoning_content"] = new.reasoning
+        if new.content:
+            delta["content"] = new.content
+        if new.calls:
+            calls = self._described(new.calls)
+            delta["tool_calls"] = [{"index": first + i, **call} for i, call in enumerate(calls)]
+        return delta
+
+    def whole(self) -> dict[str, Any]:
+        """All of it in the form of a whole answer."""
+        said = self.said
+        message: dict[str, Any] = {"role": "assistant", "content": said.content}
+        if self.reading.syntax.thoughts is not None:
+            message["reasoning_content"] = said.reasoning or None
+        if said.calls:
+            message["content"] = said.content or None
+            message["tool_calls"] = self._described(said.calls)
+        return message
+
+    def finish_reason(self, reason: str | None) -> str | None:
+        """`tool_calls` where the model stopped to have calls made; `length` stays what it is."""
+        return "tool_calls" if reason == "stop" and self.said.calls else reason
+
+    def diverges(self) -> bool:
+        """Whether the text read once more, in other pieces, says anything else than was sent."""
+        if not self.parser.tags:
+            return False
+        parser, again, text = self.reading.parser(), Said(), "".join(self.texts)
+        for start in range(0, len(text), _CHECKED_PIECE):
+            again.add(parser.push(text[start : start + _CHECKED_PIECE]))
+        again.add(parser.finish())
+        if not self.reading.parallel:
+            del again.calls[1:]
+        said = self.said
+        return (again.reasoning, again.content, again.calls) != (
+            said.reasoning,
+            said.content,
+            said.calls,
+        )
+
+    def _described(self, calls: Iterable[Call]) -> list[dict[str, Any]]:
+        described = []
+        for call in calls:
+            self.call_ids.append(f"chatcmpl-tool-{uuid.uuid4().hex}")
+            function = {"name": call.name, "arguments": call.arguments}
+            described.append({"id": self.call_ids[-1], "type": "function", "function": function})
+        return described
+
+
+class _ContentTokens:
+    """Finds the tokens that wrote content, as the parts of the text become certain.
+
+    A token that completes no character belongs with the next one that does; those at the very end,
+    such as the one that ended the text, belong with what was written last.
+    """
+
+    def __init__(self) -> None:
+        self.num_arrived = self.num_certain = 0  # characters
+        self.content_end = 0  # of the last certain content
+        self.silent: list[TokenLogprobs] = []
+        # Entries with the span of text that their tokens wrote.
+        self.waiting: deque[tuple[int, int, list[TokenLogprobs]]] = deque()
+
+    def push(self, piece: CompletionOutput, parts: Iterable[Part]) -> list[TokenLogprobs]:
+        self.silent += piece.logprobs or ()
+        if piece.text:
+            start, self.num_arrived = self.num_arrived, self.num_arrived + len(piece.text)
+            self.waiting.append((start, self.num_arrived, self.silent))
+            self.silent = []
+        found: list[TokenLogprobs] = []
+        for part in parts:
+            self.num_certain += len(part.text)
+            if part.kind == "content":
+                self.content_end = self.num_certain
+            while self.waiting and self.waiting[0][1] <= self.num_certain:
+                start, _, entries = self.waiting.popleft()
+                found += entries if self.content_end > start else ()
+        if piece.finish_reason is not None and self.content_end == self.num_arrived:
+            found += self.silent
+        return found

@@ -1,0 +1,312 @@
+"""Thoughts and tool calls in what a model writes: a table of tags, and one parser for all.
+
+    <think>\\n thought \\n</think>\\n\\n answer      (some: <response>\\n answer \\n</response>\\n)
+    <think>\\n thought \\n</think>\\n\\n <tool_call>\\n{"name": ..., ...}\\n</tool_call>\\n
+
+`Parser` is fed text in pieces and gives *parts*, which joined are that text: whatever is not a
+thought or a whole call is content, or the form around them ("frame"), and nothing is lost. The
+parts, neighbours of a kind joined, do not depend on how the text was cut. It holds back only what
+could still be a tag, the blanks beside one, and a call until its end.
+
+A call is made once its JSON is whole and valid, in one piece. One that is cut by `max_tokens`, or
+whose JSON is invalid, is content as the model wrote it: arguments that had begun to stream could
+not be taken back. The tags are known by their text, whether a token of their own spells them or
+several do. Imports neither torch nor web libraries.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ernie.settings import ConfigError
+
+THINK, END_THINK = "<think>", "</think>"
+RESPONSE, END_RESPONSE = "<response>", "</response>"
+CALL, END_CALL = "<tool_call>", "</tool_call>"
+NEWLINES_AFTER = {END_THINK: 2}  # at most, as part of the tag; of others one; before any tag one
+
+
+@dataclass(frozen=True, slots=True)
+class Thoughts:
+    """How a model marks its thoughts. Where the prompt opens one, the answer begins within it."""
+
+    always: bool = False  # the answer begins with a thought, unless the prompt closes it
+    has_response: bool = False  # the answer stands between tags of its own
+
+
+REASONING_PARSERS = {
+    "ernie-45-vl": Thoughts(),
+    "ernie-45-vl-thinking": Thoughts(always=True),
+    "ernie-x1": Thoughts(always=True, has_response=True),
+    "qwen3": Thoughts(),
+}
+# All of them write JSON between the same tags.
+TOOL_PARSERS = ("ernie-45-vl-thinking", "ernie-x1", "hermes")
+ALIASES = {"ernie45": "ernie-x1"}
+
+
+@dataclass(frozen=True, slots=True)
+class Syntax:
+    """What is looked for in an answer; without either, all of it is content."""
+
+    thoughts: Thoughts | None = None
+    has_calls: bool = False
+
+    @property
+    def tags(self) -> frozenset[str]:
+        found: set[str] = set()
+        if self.thoughts is not None:
+            found |= {THINK, END_THINK}
+            if self.thoughts.has_response:
+                found |= {RESPONSE, END_RESPONSE}
+        return frozenset(found | ({CALL, END_CALL} if self.has_calls else set()))
+
+    def begins_in_thought(self, prompt_end: str) -> bool:
+        """Whether an answer does, after a prompt that ends with this text."""
+        if self.thoughts is None:
+            return False
+        end = prompt_end.rstrip()
+        return end.endswith(THINK) or (self.thoughts.always and not end.endswith(END_THINK))
+
+
+def find_syntax(reasoning: str | None, tools: str | None, written: Collection[str]) -> Syntax:
+    """The parsers of two names, None for no parser. "auto" goes by the tags that the chat template
+    writes. Raises ConfigError for a name that is not known.
+    """
+    if reasoning == "auto":
+        found = ("ernie-x1" if RESPONSE in written else "qwen3") if THINK in written else None
+    else:
+        found = reasoning and _known("reasoning_parser", reasoning, REASONING_PARSERS)
+    if tools not in (None, "auto"):
+        _known("tool_call_parser", tools, TOOL_PARSERS)
+    has_calls = CALL in written if tools == "auto" else tools is not None
+    return Syntax(REASONING_PARSERS[found] if found else None, has_calls)
+
+
+def _known(flag: str, name: str, names: Iterable[str]) -> str:
+    plain = name.replace("_", "-")
+    plain = ALIASES.get(plain, plain)
+    if plain not in names:
+        raise ConfigError(
+            f"{flag}={name!r} is not known; use auto, none, {', '.join(sorted(names))}"
+        )
+    return plain
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    name: str
+    arguments: str  # JSON text of an object
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A stretch of an answer, as the model wrote it.
+
+    `kind` is reasoning, content, call (then `calls` has what it says) or frame: the tags, and the
+    blanks that belong to them.
+    """
+
+    kind: str
+    text: str
+    calls: tuple[Call, ...] = ()
+
+
+class Parser:
+    """One answer. `push` and `finish` give the parts that are certain by then."""
+
+    def __init__(self, syntax: Syntax, *, in_thought: bool = False) -> None:
+        self.syntax = syntax
+        self.tags = syntax.tags
+        self.state = "reasoning" if in_thought else "content"
+        self.held = ""  # text whose part is not certain yet
+        self.num_newlines = 1 if in_thought else 0  # that may still belong to the tag before
+        self.is_fresh = True  # only blanks since the state began
+        self.in_response = False
+        self.has_closed = False  # a call or response: blanks at the very end are form
+        self.scan = _Scan()
+
+    def push(self, text: str) -> list[Part]:
+        if not self.tags:
+            return [Part("content", text)] if text else []
+        self.held += text
+        parts: list[Part] = []
+        while self._step(parts):
+            pass
+        return parts
+
+    def finish(self) -> list[Part]:
+        """The rest, once no more text comes."""
+        text, self.held = self.held, ""
+        if not text:
+            return []
+        kind = self.state
+        if kind == "call":
+            return [self._call(text, self.scan.opened, len(text))]
+        if kind == "content" and self.is_fresh and self.has_closed and not text.strip():
+            kind = "frame"
+        return [Part(kind, text)]
+
+    def _step(self, parts: list[Part]) -> bool:
+        """Decide about the beginning of `held`; False when that needs more text."""
+        if self.num_newlines and self.held:
+            num = min(self.num_newlines, len(self.held) - len(self.held.lstrip("\n")))
+            self._take(parts, "frame", num)
+            self.num_newlines = 0 if self.held else self.num_newlines - num
+        if self.state == "call":
+            return self._step_in_call(parts)
+        at, tag = min(
+            ((at, tag) for tag in self._expected() if (at := self.held.find(tag)) >= 0),
+            default=(-1, ""),
+        )
+        if at < 0:
+            self._take(parts, self.state, self._num_certain())
+            return False
+        if tag in (THINK, RESPONSE) and self.held[:at].strip():
+            self.is_fresh = False  # so late that it opens nothing
+            return True
+        if tag == CALL:
+            self._open_call(parts, at)
+            return True
+        blank = self.is_fresh and not self.held[:at].strip()
+        num = 0 if blank else at - self.held.endswith("\n", 0, at)
+        self._take(parts, self.state, num)
+        self._take(parts, "frame", at - num + len(tag))
+        self._pass(tag)
+        return True
+
+    def _expected(self) -> list[str]:
+        """The tags that mean something here."""
+        if self.state == "reasoning":
+            expected = [END_THINK, THINK] if self.is_fresh else [END_THINK]
+        else:
+            expected = [CALL, END_RESPONSE] if self.in_response else [CALL]
+            if self.is_fresh and not self.has_closed:
+                expected += [THINK, RESPONSE]
+        return [tag for tag in expected if tag in self.tags]
+
+    def _num_certain(self) -> int:
+        """Characters of `held` that belong to the state, whatever follows."""
+        if self.is_fresh and not self.held.strip():
+            return 0
+        num = 0
+        for tag in self._expected():
+            num = max(num, _overlap(self.held, tag), _overlap(self.held, "\n" + tag))
+        certain = len(self.held) - num
+        return 0 if self.is_fresh and not self.held[:certain].strip() else certain
+
+    def _take(self, parts: list[Part], kind: str, num: int) -> None:
+        if not num:
+            return
+        parts.append(Part(kind, self.held[:num]))
+        self.held = self.held[num:]
+        if kind == self.state:
+            self.is_fresh = False
+
+    def _pass(self, tag: str) -> None:
+        self.state = "reasoning" if tag == THINK else "content"
+        self.is_fresh = True
+        self.in_response = tag == RESPONSE
+        self.has_closed = tag == END_RESPONSE
+        self.num_newlines = NEWLINES_AFTER.get(tag, 1)
+
+    def _open_call(self, parts: list[Part], at: int) -> None:
+        """The blanks in front stay with the call, in case it turns out to be none."""
+        blank = self.is_fresh and not self.held[:at].strip()
+        num = 0 if blank else at - self.held.endswith("\n", 0, at)
+        self._take(parts, self.state, num)
+        self.state = "call"
+        self.scan = _Scan(at - num + len(CALL))
+
+    def _step_in_call(self, parts: list[Part]) -> bool:
+        end = self.scan.end_of_call(self.held)
+        if end < 0:
+            return False
+        part = self._call(self.held[: end + len(END_CALL)], self.scan.opened, end)
+        parts.append(part)
+        self.held = self.held[len(part.text) :]
+        self.state = "content"
+        self.is_fresh = self.has_closed = part.kind == "call"
+        self.num_newlines = int(self.is_fresh)
+        return True
+
+    def _call(self, text: str, start: int, end: int) -> Part:
+        calls = read_calls(text[start:end])
+        return Part("call", text, calls) if calls else Part("content", text)
+
+
+class _Scan:
+    """Looks for the end of a call whose JSON begins at `opened`; a tag within a string is none."""
+
+    def __init__(self, opened: int = 0) -> None:
+        self.opened = self.at = opened
+        self.in_string = False
+
+    def end_of_call(self, text: str) -> int:
+        """Where the closing tag begins, -1 while it is not there. `text` only ever grows."""
+        while self.at < len(text):
+            character = text[self.at]
+            if character == "\\" and self.in_string:
+                if self.at + 1 == len(text):
+                    break
+                self.at += 1
+            elif character == '"':
+                self.in_string = not self.in_string
+            elif character == "\n":
+                self.in_string = False  # no valid string has one: the rest is not lost to it
+            elif character == "<" and not self.in_string:
+                if text.startswith(END_CALL, self.at):
+                    return self.at
+                if END_CALL.startswith(text[self.at :]):
+                    break
+            self.at += 1
+        return -1
+
+
+def read_calls(text: str) -> tuple[Call, ...]:
+    """The calls that JSON text says: an object with name and arguments, or a list of those.
+
+    Empty where it is anything else: not JSON, no name, arguments that are no object, text or
+    numbers that JSON cannot carry on.
+    """
+    try:
+        value = json.loads(text)
+        calls = [_read_call(one) for one in (value if isinstance(value, list) else [value])]
+    except (ValueError, RecursionError):
+        return ()
+    return tuple(calls)
+
+
+def _read_call(value: Any) -> Call:
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
+        raise ValueError("no call")
+    arguments = value.get("arguments", {})
+    if isinstance(arguments, str):  # some models quote them
+        arguments = json.loads(arguments)
+    if not isinstance(arguments, dict):
+        raise ValueError("no arguments")
+    call = Call(value["name"], json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+    (call.name + call.arguments).encode()  # fails on half a surrogate pair
+    return call
+
+
+def _overlap(text: str, tag: str) -> int:
+    """Length of the longest end of `text` with which `tag` begins, short of all of it."""
+    for length in range(min(len(text), len(tag) - 1), 0, -1):
+        if text.endswith(tag[:length]):
+            return length
+    return 0
+
+
+def merged(parts: Iterable[Part]) -> list[Part]:
+    """Neighbours of a kind as one; calls stay apart."""
+    whole: list[Part] = []
+    for part in parts:
+        if whole and whole[-1].kind == part.kind != "call":
+            whole[-1] = Part(part.kind, whole[-1].text + part.text)
+        else:
+            whole.append(part)
+    return whole

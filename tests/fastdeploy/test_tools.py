@@ -1,0 +1,431 @@
+"""Tools and thoughts through the server, with a model that says what a script wants."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import helpers_scripted
+import helpers_tokenizer
+import httpx
+import pytest
+from helpers_scripted import Line
+from helpers_server import Server, start_server, stop_server
+from openai import OpenAI
+
+from ernie.settings import ConfigError
+from ernie.tokenizer import Tokenizer
+from fastdeploy.config import EngineConfig, ServerConfig, read_config
+from fastdeploy.errors import RequestError
+from fastdeploy.server.tools import check_history, constraint_for, tool_use
+
+CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+
+
+def tool(name: Any = "weather", parameters: Any = CITY, **more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters, **more}}
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def written(city: str) -> str:
+    call = {"name": "weather", "arguments": {"city": city}}
+    return f"<tool_call>\n{json.dumps(call)}\n</tool_call>\n"
+
+
+HELLO = [user("Hello!")]
+HISTORY = [
+    user("Paris?"),
+    {
+        "role": "assistant",
+        "content": None,
+        "tool_calls": [
+            {
+                "id": "call-1",
+                "type": "function",
+                "function": {"name": "weather", "arguments": '{"city": "Paris"}'},
+            }
+        ],
+    },
+    {"role": "tool", "tool_call_id": "call-1", "content": "sunny"},
+]
+BROKEN = '<tool_call>\n{"name": weather}\n</tool_call>'
+SCRIPT = [
+    Line(
+        HELLO,
+        "The user says\n\nhello.\n</think>\n\n<response>\nNice to\n\nmeet you.\n</response>\n",
+    ),
+    Line([user("Paris?")], "I look.\n</think>\n\n" + written("Paris"), [tool()]),
+    Line(
+        [user("Both?")],
+        "Two.\n</think>\n\nLet me look.\n" + written("Paris") + written("Rome"),
+        [tool()],
+    ),
+    Line([user("Broken?")], f"Hm.\n</think>\n\n{BROKEN}\n", [tool()]),
+    Line(HISTORY, "So.\n</think>\n\n<response>\nIt is sunny.\n</response>\n", [tool()]),
+]
+
+
+@pytest.fixture(scope="module")
+def scripted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return helpers_scripted.scripted_folder(tmp_path_factory.mktemp("models") / "scripted", SCRIPT)
+
+
+@pytest.fixture(scope="module")
+def thinker(scripted: Path) -> Iterator[Server]:
+    flags = ("--enable-logprob", "--trust-request-chat-template")
+    running = start_server(scripted, *flags, max_len=512)
+    yield running
+    metrics = httpx.get(running.url.removesuffix("/v1") + "/metrics").text
+    assert "fastdeploy:stream_divergence_total 0.0" in metrics
+    assert stop_server(running) == 0
+
+
+@pytest.fixture(scope="module")
+def client(thinker: Server) -> OpenAI:
+    return OpenAI(base_url=thinker.url, api_key="none", max_retries=0)
+
+
+def ask(client: OpenAI, messages: Any, **options: Any) -> Any:
+    return client.chat.completions.create(model="m", messages=messages, temperature=0, **options)
+
+
+def streamed(client: OpenAI, messages: Any, **options: Any) -> dict[str, Any]:
+    """The first choice of a stream, put together as clients do."""
+    message: dict[str, Any] = {"reasoning_content": "", "content": "", "tool_calls": []}
+    for chunk in ask(client, messages, stream=True, **options):
+        (choice,) = chunk.choices or (None,)
+        if choice is None:
+            message["usage"] = chunk.usage
+            continue
+        delta = choice.delta
+        message["content"] += delta.content or ""
+        message["reasoning_content"] += getattr(delta, "reasoning_content", None) or ""
+        for call in delta.tool_calls or ():
+            assert call.index == len(message["tool_calls"]) and call.id
+            message["tool_calls"].append((call.function.name, call.function.arguments))
+        message["finish_reason"] = choice.finish_reason
+    return message
+
+
+CASES = {
+    "an answer": (HELLO, {}, "The user says\n\nhello.", "Nice to\n\nmeet you.", [], "stop"),
+    "a call": ([user("Paris?")], {"tools": [tool()]}, "I look.", None, ["Paris"], "tool_calls"),
+    "two calls": (
+        [user("Both?")],
+        {"tools": [tool()]},
+        "Two.",
+        "Let me look.",
+        ["Paris", "Rome"],
+        "tool_calls",
+    ),
+    "one of two": (
+        [user("Both?")],
+        {"tools": [tool()], "parallel_tool_calls": False},
+        "Two.",
+        "Let me look.",
+        ["Paris"],
+        "tool_calls",
+    ),
+    "a broken one": ([user("Broken?")], {"tools": [tool()]}, "Hm.", BROKEN + "\n", [], "stop"),
+    "a result": (HISTORY, {"tools": [tool()]}, "So.", "It is sunny.", [], "stop"),
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_thoughts_and_calls_whole_and_streamed(client: OpenAI, case: tuple) -> None:
+    messages, options, reasoning, content, cities, reason = case
+    choice = ask(client, messages, **options).choices[0]
+    message = choice.message
+    assert message.reasoning_content == reasoning
+    assert message.content == content
+    calls = [(c.function.name, c.function.arguments) for c in message.tool_calls or ()]
+    assert calls == [("weather", json.dumps({"city": city})) for city in cities]
+    assert choice.finish_reason == reason
+    got = streamed(client, messages, **options)
+    assert got == {
+        "reasoning_content": reasoning,
+        "content": content or "",
+        "tool_calls": calls,
+        "finish_reason": reason,
+    }
+
+
+def test_the_clients_stream_helper_understands_the_calls(client: OpenAI) -> None:
+    with client.chat.completions.stream(
+        model="m", messages=[user("Both?")], tools=[tool()], temperature=0
+    ) as stream:
+        for _ in stream:
+            pass
+        message = stream.get_final_completion().choices[0].message
+    assert [c.function.name for c in message.tool_calls] == ["weather", "weather"]
+    assert len({c.id for c in message.tool_calls}) == 2
+
+
+def test_a_call_that_max_tokens_cuts_is_not_sold(client: OpenAI) -> None:
+    tools: list[Any] = [tool()]
+    whole = ask(client, [user("Paris?")], tools=tools).usage.completion_tokens
+    for missing in (6, 12):
+        most = whole - missing
+        choice = ask(client, [user("Paris?")], tools=tools, max_tokens=most).choices[0]
+        assert choice.finish_reason == "length" and not choice.message.tool_calls
+        assert choice.message.content.lstrip().startswith("<tool_call>")
+        got = streamed(client, [user("Paris?")], tools=tools, max_tokens=most)
+        assert (got["content"], got["tool_calls"]) == (choice.message.content, [])
+
+
+def test_reasoning_tokens_are_counted_alike(client: OpenAI) -> None:
+    usage = ask(client, HELLO).usage
+    thoughts = usage.completion_tokens_details.reasoning_tokens
+    assert 0 < thoughts < usage.completion_tokens
+    got = streamed(client, HELLO, stream_options={"include_usage": True})["usage"]
+    assert got.completion_tokens_details.reasoning_tokens == thoughts
+    effort = {"reasoning_effort": "minimal", "extra_body": {"reasoning_max_tokens": 4}}
+    short = ask(client, HELLO, max_tokens=40, **effort).usage
+    assert short.completion_tokens_details.reasoning_tokens == 4
+
+
+def test_logprobs_list_the_tokens_of_the_content(client: OpenAI) -> None:
+    choice = ask(client, HELLO, logprobs=True, top_logprobs=1).choices[0]
+    spelled = b"".join(bytes(token.bytes) for token in choice.logprobs.content).decode()
+    assert spelled.strip() == choice.message.content
+    chunks = list(ask(client, HELLO, logprobs=True, top_logprobs=1, stream=True))
+    logprobs = [c.choices[0].logprobs for c in chunks if c.choices[0].logprobs]
+    tokens = [token for one in logprobs for token in one.content]
+    assert tokens == choice.logprobs.content
+
+
+def test_best_of_keeps_each_samples_message(client: OpenAI) -> None:
+    body = {"best_of": 3, "return_token_ids": True}
+    answer = client.chat.completions.create(
+        model="m", messages=HELLO, n=2, seed=1, extra_body=body, max_tokens=30
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1]
+
+
+def test_without_tools_tags_of_calls_are_text(client: OpenAI) -> None:
+    """A choice of none leaves the tools out of the prompt as well."""
+    prompts = [
+        ask(client, HELLO, max_tokens=1, extra_body={"return_token_ids": True}, **options)
+        for options in ({}, {"tools": [tool()], "tool_choice": "none"})
+    ]
+    first, second = (answer.choices[0].prompt_token_ids for answer in prompts)
+    assert first == second
+
+
+def test_a_template_of_the_request_and_none_at_all(client: OpenAI) -> None:
+    def prompt(**extra: Any) -> list[int]:
+        body = {"return_token_ids": True, **extra}
+        return (
+            ask(client, [user("Hi <think>")], max_tokens=1, extra_body=body)
+            .choices[0]
+            .prompt_token_ids
+        )
+
+    raw = prompt(disable_chat_template=True)
+    own = prompt(chat_template="{{ messages[0].content }}")
+    assert raw == own, "what a user writes stays text in both"
+    assert raw != prompt()
+
+
+def test_spellings_of_other_clients(client: OpenAI) -> None:
+    def prompt(messages: Any) -> list[int]:
+        body = {"return_token_ids": True}
+        return ask(client, messages, max_tokens=1, extra_body=body).choices[0].prompt_token_ids
+
+    system = [{"role": "system", "content": "Be kind."}, *HELLO]
+    assert prompt(system) == prompt([{**system[0], "role": "developer"}, *HELLO])
+    call = HISTORY[1]["tool_calls"][0]
+    as_object = {**call, "function": {"name": "weather", "arguments": {"city": "Paris"}}}
+    assert prompt(HISTORY) == prompt(
+        [HISTORY[0], {**HISTORY[1], "tool_calls": [as_object]}, HISTORY[2]]
+    )
+    parts = [{"type": "text", "text": "sunny"}]
+    assert prompt(HISTORY) == prompt([*HISTORY[:2], {**HISTORY[2], "content": parts}])
+
+
+DEEP: dict[str, Any] = {"type": "object"}
+for _ in range(200):
+    DEEP = {"type": "object", "properties": {"a": DEEP}}
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"tools": [{"type": "function"}]}, "tools"),
+    ({"tools": ["weather"]}, "tools"),
+    ({"tools": {"type": "function"}}, "tools"),
+    ({"tools": [{"type": "web_search"}]}, "tools"),
+    ({"tools": [tool('we"ather')]}, "tools"),
+    ({"tools": [tool("we\nather")]}, "tools"),
+    ({"tools": [tool("")]}, "tools"),
+    ({"tools": [tool("a" * 65)]}, "tools"),
+    ({"tools": [tool(None)]}, "tools"),
+    ({"tools": [tool(), tool()]}, "tools"),
+    ({"tools": [tool(f"f{i}") for i in range(129)]}, "tools"),
+    ({"tools": [tool(parameters=[1])]}, "tools"),
+    ({"tools": [tool(parameters={"type": "string"})]}, "tools"),
+    ({"tools": [tool(parameters={"type": "object", "properties": [1]})]}, "tools"),
+    ({"tools": [tool(parameters={"properties": {"a": {"type": "strin"}}})]}, "tools"),
+    ({"tools": [tool(parameters={"properties": {"a": {"type": ["string", {}]}}})]}, "tools"),
+    ({"tools": [tool(parameters={"required": [1]})]}, "tools"),
+    ({"tools": [tool(parameters={"anyOf": {}})]}, "tools"),
+    ({"tools": [tool(parameters=DEEP)]}, "tools"),
+    ({"tools": [tool(strict="yes")]}, "tools"),
+    ({"tools": [tool(description=1)]}, "tools"),
+    ({"tools": [tool()], "tool_choice": "any"}, "tool_choice"),
+    ({"tools": [tool()], "tool_choice": {"type": "function"}}, "tool_choice"),
+    (
+        {"tools": [tool()], "tool_choice": {"type": "function", "function": {"name": "x"}}},
+        "tool_choice",
+    ),
+    ({"tool_choice": "required"}, "tool_choice"),
+    ({"functions": [{"name": "f"}]}, "functions"),
+    ({"function_call": {"name": "f"}}, "function_call"),
+    ({"messages": [*HELLO, {"role": "tool", "content": "x"}]}, "messages"),
+    ({"messages": [*HISTORY[:2], {**HISTORY[2], "tool_call_id": "call-2"}]}, "messages"),
+    ({"messages": [*HELLO, {"role": "assistant", "function_call": {"name": "f"}}]}, "messages"),
+    ({"reasoning_effort": "enormous"}, "reasoning_effort"),
+    ({"enable_thinking": "yes"}, "enable_thinking"),
+    ({"enable_thinking": False}, "messages"),
+    ({"metadata": {"enable_thinking": "yes"}}, "metadata"),
+    ({"enable_thinking": True, "reasoning_effort": "none"}, "enable_thinking"),
+    ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs"),
+    (
+        {"chat_template_kwargs": {"enable_thinking": False}, "enable_thinking": True},
+        "enable_thinking",
+    ),
+    ({"chat_template_kwargs": {"colour": "red"}}, "messages"),
+    ({"disable_chat_template": True, "messages": [*HELLO, *HELLO]}, "disable_chat_template"),
+    ({"disable_chat_template": True, "messages": [{"role": "user"}]}, "disable_chat_template"),
+    ({"chat_template": "{{ messages"}, "messages"),
+    ({"chat_template": "{{ messages.__class__ }}"}, "messages"),
+    ({"chat_template": "{{ messages[0].content }}", "tools": [tool()]}, "messages"),
+]
+
+
+@pytest.mark.parametrize(("body", "param"), BAD, ids=lambda value: repr(value)[:70])
+def test_mistakes_with_tools_and_thoughts_are_400s_that_name_them(
+    thinker: Server, body: dict[str, Any], param: str
+) -> None:
+    answer = httpx.post(
+        thinker.url + "/chat/completions", json={"messages": HELLO, "max_tokens": 1} | body
+    )
+    assert answer.status_code == 400, answer.text[:300]
+    error = answer.json()["error"]
+    assert error["param"] == param, error
+    assert len(error["message"]) < 400 and "Traceback" not in error["message"]
+
+
+@pytest.mark.parametrize(
+    "body", [{"tools": [tool()]}, {"tool_choice": "required"}, {"reasoning_effort": "low"}]
+)
+def test_fields_of_chat_are_refused_by_completions(thinker: Server, body: dict[str, Any]) -> None:
+    answer = httpx.post(thinker.url + "/completions", json={"prompt": "a", **body})
+    assert answer.status_code == 400
+    assert "belongs to chat completions" in answer.json()["error"]["message"]
+
+
+def test_a_model_without_tools_or_thoughts_says_so(server: Server) -> None:
+    def error(**body: Any) -> dict[str, Any]:
+        answer = httpx.post(server.url + "/chat/completions", json={"messages": HELLO, **body})
+        assert answer.status_code == 400, answer.text
+        return answer.json()["error"]
+
+    assert "--tool-call-parser" in error(tools=[tool()])["message"]
+    assert error(reasoning_effort="low")["param"] == "reasoning_effort"
+    assert "trust_request_chat_template" in error(chat_template="x{{ 1 }}")["message"]
+    assert "cannot think" in error(enable_thinking=True)["message"]
+    off = {"messages": HELLO, "enable_thinking": False, "max_tokens": 1}
+    assert httpx.post(server.url + "/chat/completions", json=off).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            {"reasoning_parser": "erny"},
+            "use auto, none, ernie-45-vl, ernie-45-vl-thinking, ernie-x1",
+        ),
+        ({"tool_call_parser": "x"}, "use auto, none, ernie-45-vl-thinking, ernie-x1, hermes"),
+        ({"tool_parser_plugin": "/tmp/x.py"}, "it runs code from a file"),
+    ],
+)
+def test_unknown_parsers_and_plugins_stop_the_start(flags: dict[str, str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        read_config([EngineConfig, ServerConfig], {"model": "m", **flags}, "flags")
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Without any tag as a token."""
+    folder = helpers_tokenizer.byte_level_folder(tmp_path_factory.mktemp("tokenizers") / "plain")
+    return Tokenizer.from_folder(folder)
+
+
+def choice_of(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+GRAMMARS = {
+    "required": ("required", None, ["weather", "now"], True),
+    "not parallel": ("required", False, ["weather", "now"], False),
+    "named": (choice_of("now"), None, ["now"], False),
+}
+
+
+@pytest.mark.parametrize("case", GRAMMARS.values(), ids=GRAMMARS)
+def test_a_required_call_is_a_grammar_that_takes_just_that(case: tuple, plain: Tokenizer) -> None:
+    """Judged by llguidance's own reading of the grammar, byte by byte."""
+    llguidance = pytest.importorskip("llguidance")
+    choice, parallel, names, several = case
+    tools = [tool(), tool("now", {"type": "object", "additionalProperties": False})]
+    constraint = constraint_for(choice, tool_use(tools, choice, parallel), plain)
+    assert constraint is not None and constraint.grammar is not None
+    tokenizer = llguidance.LLTokenizer("byte")
+    grammar = llguidance.LLMatcher.grammar_from_lark(constraint.grammar)
+
+    def takes(text: str) -> bool:
+        matcher = llguidance.LLMatcher(tokenizer, grammar)
+        ids = tokenizer.tokenize_str(text)
+        return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
+
+    weather, now = (
+        written("Paris").rstrip(),
+        '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>',
+    )
+    assert takes(now) and takes("\n\n" + now)
+    assert takes(weather) == ("weather" in names)
+    assert takes(now + "\n" + now) == several
+    for wrong in ("", "now", now.replace("{}", '{"x": 1}'), now.replace("now", "then"), now[:-1]):
+        assert not takes(wrong), wrong
+    assert not takes(weather.replace('"Paris"', "3"))
+
+
+def test_tags_that_are_tokens_are_tokens_in_the_grammar(plain: Tokenizer) -> None:
+    ids = {"<tool_call>": 7, "</tool_call>": 8}
+    plain = copy.copy(plain)
+    plain._id_by_token = plain._id_by_token | ids
+    constraint = constraint_for("required", tool_use([tool()], "required", None), plain)
+    assert 'call: <[7]> "\\n" body "\\n" <[8]>' in constraint.grammar
+
+
+def test_only_strict_tools_bind_an_answer_that_need_not_call(plain: Tokenizer) -> None:
+    assert constraint_for(None, tool_use([tool()], None, None), plain) is None
+    assert constraint_for("none", tool_use([tool(strict=True)], "none", None), plain) is None
+    use = tool_use([tool(strict=True), tool("now")], None, None)
+    constraint = constraint_for(None, use, plain)
+    assert constraint is not None and constraint.structural_tag is not None
+    tag = json.loads(constraint.structural_tag)
+    first, second = tag["structures"]
+    assert written("Paris").startswith(first["begin"]) and tag["triggers"] == ["<tool_call>"]
+    assert (first["schema"], second["schema"]) == (CITY, {"type": "object"})
+
+
+def test_results_belong_to_the_calls_before_them() -> None:
+    check_history(HISTORY)
+    check_history([*HISTORY, HISTORY[2]])  # several results
+    check_history([*HISTORY[:2], {"role": "tool", "content": "x"}])  # without an id
+    with pytest.raises(RequestError, match=r"messages\[4\] is the result of a tool"):
+        check_history([*HISTORY, user("Thanks"), HISTORY[2]])
