@@ -56,6 +56,13 @@ class Server:
         children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
         return int(children[0]) if children else None
 
+    @property
+    def num_sockets(self) -> int:
+        """Sockets that the API process has open."""
+        folder = f"/proc/{self.process.pid}/fd"
+        names = [os.path.join(folder, name) for name in os.listdir(folder)]
+        return sum(os.readlink(name).startswith("socket:") for name in names)
+
     def rss_mib(self) -> float:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.findall(r"VmRSS:\s*(\d+)", status)[0]) / 1024

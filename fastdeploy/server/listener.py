@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import socket
 import sys
@@ -27,6 +28,7 @@ from fastdeploy.server.connection import MAX_HEADER_BYTES, Connection
 from fastdeploy.server.log import set_up
 from fastdeploy.server.supervisor import State, spawn
 
+SPARE_FILES = 128  # beside one for each request: refusals under way, logs, libraries
 FLUSH_S = 5  # what ended answers get to reach their clients at a stop
 
 
@@ -37,6 +39,7 @@ def serve(engine_config: EngineConfig, server_config: ServerConfig) -> int:
     reading a tokenizer.
     """
     set_up(server_config.log_level, server_config.log_format)
+    _make_room_for(server_config.max_concurrency)
     with _bound_socket(server_config) as listener:
         child = partial(spawn, server_config.log_level, server_config.log_format)
         app = create_app(engine_config, server_config, child)
@@ -90,6 +93,19 @@ class _Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         self.force_exit = self.should_exit  # the second signal
         super().handle_exit(sig, frame)
+
+
+def _make_room_for(num_connections: int) -> None:
+    """Let this process open as many files. Raises ConfigError where the system says no."""
+    needed = num_connections + SPARE_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise ConfigError(
+            f"max_concurrency={num_connections} takes {needed} open files, the limit is {hard}; "
+            f"raise it (ulimit -n), or use max_concurrency={max(1, hard - SPARE_FILES)} or less"
+        )
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _bound_socket(config: ServerConfig) -> socket.socket:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import socket
+import struct
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, Protocol, TypeVar
 
@@ -74,6 +76,11 @@ class EventStream(Response):
     async def _cut(self, transport: asyncio.WriteTransport | None) -> None:
         await self.source.given_up.wait()
         if transport is not None:
+            # The kernel drops what it holds as well, where it would go on for as long as it takes.
+            linger = struct.pack("ii", 1, 0)
+            transport.get_extra_info("socket").setsockopt(
+                socket.SOL_SOCKET, socket.SO_LINGER, linger
+            )
             transport.abort()  # which `while_connected` sees as a disconnection
 
     async def _send(self, send: Send) -> None:

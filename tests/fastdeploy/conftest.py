@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "faults"))
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import helpers_tokenizer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import socket
 import time
 from pathlib import Path
@@ -338,13 +339,36 @@ def test_the_server_stops_in_the_middle_of_a_stream(folder: Path) -> None:
     running = start_server(folder)
     body = {"prompt": "Hello", "max_tokens": 240, "n": 64, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", running.url + "/completions", json=body) as answer:
-        next(answer.iter_lines())
+        lines = answer.iter_lines()
+        next(lines)
         began = time.monotonic()
         assert stop_server(running) == 0
         assert time.monotonic() - began < 10
+        assert "the server is stopping" in [line for line in lines if line][-2]
     port = int(running.url.split(":")[2].split("/")[0])
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.1", port), timeout=2)
+
+
+def test_a_stop_waits_for_what_is_in_work_unless_it_is_said_twice(folder: Path) -> None:
+    running = start_server(folder, "--timeout-graceful-shutdown", "60")
+    body = {"prompt": "Hello", "max_tokens": 200, "ignore_eos": True, "stream": True}
+    with httpx.stream("POST", running.url + "/completions", json=body) as answer:
+        lines = answer.iter_lines()
+        next(lines)
+        running.process.send_signal(signal.SIGTERM)
+        assert '"finish_reason":"length"' in [line for line in lines if line][-2]
+    assert running.process.wait(20) == 0
+    running.process.communicate()
+    running = start_server(folder, "--timeout-graceful-shutdown", "60")
+    with httpx.stream("POST", running.url + "/completions", json=body | {"n": 128}) as answer:
+        next(answer.iter_lines())
+        running.process.send_signal(signal.SIGTERM)
+        time.sleep(0.3)
+        assert running.process.poll() is None
+        began = time.monotonic()
+        assert stop_server(running) == 0
+        assert time.monotonic() - began < 10
 
 
 @pytest.fixture(scope="module")

@@ -130,7 +130,8 @@ class _Operations(TorchDispatchMode):
         kept, steps = self.recorder.program.kept, self.recorder.program.steps
         kept.append((args, kwargs, result))
         returned = operation._schema.returns
-        if not all(isinstance(value.type, (torch.TensorType, torch.ListType)) for value in returned):
+        tensors = torch.TensorType, torch.ListType
+        if not all(isinstance(value.type, tensors) for value in returned):
             raise NotRecordable(f"{operation} gives a number to Python")
         is_view = returned[0].alias_info is not None and _share_memory(result, args)
         if operation._schema.is_mutable:
