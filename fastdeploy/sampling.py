@@ -83,6 +83,8 @@ class SamplingParams:
     guided_decoding: GuidedDecodingParams | None = None
     logit_bias: dict[int, float] | None = None
     logits_processors_args: dict[str, Any] | None = None  # FastDeploy's way to say logit_bias
+    # "mean" or "last": no text is generated; the prompt's hidden states become one vector.
+    pooling: str | None = None
 
     def __post_init__(self) -> None:
         self.stop = [self.stop] if isinstance(self.stop, str) else self.stop
@@ -136,6 +138,10 @@ class SamplingParams:
                 f"reasoning_max_tokens={thoughts} is more than max_tokens={most}, which bounds "
                 "thoughts and answer together",
                 param="reasoning_max_tokens",
+            )
+        if self.pooling not in (None, "mean", "last"):
+            raise RequestError(
+                f"pooling={self.pooling!r} is not known; use mean or last", param="pooling"
             )
         self._lists()
         if self.guided_decoding is not None:

@@ -77,6 +77,7 @@ class Request:
         self.num_preemptions = 0
         self.prompt_logprobs: list[TokenLogprobs | None] = []
         self.sampler_notes: Any = None
+        self.pooled_sum: Any = None  # of hidden states so far, for a mean
         # Sequences that may not be generated: single tokens, and those of several.
         self.banned_ids = frozenset(ids[0] for ids in banned if len(ids) == 1)
         self.banned_runs = tuple(tuple(ids) for ids in banned if len(ids) > 1)
@@ -143,7 +144,9 @@ class Request:
 
 @dataclass(slots=True)
 class TokenOutput:
-    """News of one request: the token that became known in a step, or (`token` None) its abort."""
+    """News of one request: the token that became known in a step, or (`token` None) its vector or
+    its abort.
+    """
 
     request_id: str
     token: int | None
@@ -153,6 +156,7 @@ class TokenOutput:
     metrics: RequestMetrics
     num_cached: int
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first token, if wanted
+    vector: list[float] | None = None  # the whole answer to a request for pooling
 
 
 def check_prompt(
