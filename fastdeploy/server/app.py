@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import hmac
 import json
 import logging
@@ -15,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,16 @@ from fastdeploy.config import EngineConfig, ServerConfig
 from fastdeploy.engine.loading import Loaded, load
 from fastdeploy.errors import RequestError
 from fastdeploy.metrics import Metrics
-from fastdeploy.sampling import filled
+from fastdeploy.sampling import SamplingParams, filled
 from fastdeploy.server import adapters
+from fastdeploy.server.about import add_about
 from fastdeploy.server.chat import ChatReply, chat_prompts
 from fastdeploy.server.completions import CompletionReply, completion_prompts
 from fastdeploy.server.control import add_control
-from fastdeploy.server.engine import ServerEngine, log_progress
+from fastdeploy.server.engine import Answer, ServerEngine, log_progress
+from fastdeploy.server.pooling import add_pooling
 from fastdeploy.server.protocol import (
+    Addressed,
     ChatRequest,
     Common,
     CompletionRequest,
@@ -47,8 +51,10 @@ from fastdeploy.server.protocol import (
     read_json,
     validated,
 )
-from fastdeploy.server.reply import Context, Reply, error_body
+from fastdeploy.server.reply import Context, Reply, error_body, given_id
+from fastdeploy.server.responses import add_responses
 from fastdeploy.server.stream import Disconnected, EventStream, while_connected
+from fastdeploy.server.tokenise import add_tokenise
 
 log = logging.getLogger("fastdeploy")
 
@@ -76,22 +82,8 @@ class Service:
         """Serve one of the two generating endpoints."""
         self.metrics.requests.inc()
         body = parse(kind, read_json(await self.read(request)))
-        adapter = self._adapter(body.model)
-        params = filled(body.sampling_params(), self.loaded.defaults)
-        if isinstance(body, ChatRequest):
-            prompts = chat_prompts(body, self.loaded)
-        else:
-            assert isinstance(body, CompletionRequest)
-            prompts = completion_prompts(body, self.tokenizer)
-            if body.echo and params.logprobs is not None:
-                params.prompt_logprobs = params.logprobs
-        salt = self._cache_salt(request, body)
-        answer = self.engine.submit(
-            prompts, params, priority=body.priority or 0, cache_salt=salt, adapter=adapter
-        )
-        name = self.name if adapter is None else str(body.model)
-        context = Context(name, self.tokenizer, params.logprobs or 0, params.n)
-        reply = reply_kind(body, answer, context)
+        reply = self.begin(request, body, reply_kind)
+        answer = reply.answer
         if body.stream:
             return EventStream(reply.events(), on_close=answer.close)
         try:
@@ -100,6 +92,52 @@ class Service:
             return Response(status_code=499)  # nobody reads it
         finally:
             answer.close()
+
+    def begin(self, request: Request, body: Common, reply_kind: type[Reply]) -> Reply:
+        """Put a request to work; whoever gets the reply must close its answer."""
+        params = filled(body.sampling_params(), self.loaded.defaults)
+        if isinstance(body, ChatRequest):
+            prompts = chat_prompts(body, self.loaded)
+        else:
+            assert isinstance(body, CompletionRequest)
+            prompts = completion_prompts(body, self.tokenizer)
+            if body.echo and params.logprobs is not None:
+                params.prompt_logprobs = params.logprobs
+        answer = self.submit(request, body, prompts, params, reply_kind.id_prefix)
+        context = Context(self.name_of(body), self.tokenizer, params.logprobs or 0, params.n)
+        return reply_kind(body, answer, context)
+
+    def submit(
+        self,
+        request: Request,
+        body: Addressed,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        prefix: str,
+    ) -> Answer:
+        """Queue the prompts in the engine; whoever gets the answer must close it. Its id begins
+        with `prefix`.
+
+        Raises RequestError, 409 for a `request_id` that is at work already.
+        """
+        adapter = self._adapter(body.model)
+        owner, name = self.owner(request), given_id(prefix, body.request_id)
+        if any((other.owner, other.id) == (owner, name) for other in self.engine.answers):
+            raise RequestError(
+                f"a request {name!r} is at work already; choose another request_id",
+                param="request_id",
+                status=409,
+            )
+        salt = self._cache_salt(request, body)
+        answer = self.engine.submit(
+            prompts, params, priority=body.priority or 0, cache_salt=salt, adapter=adapter
+        )
+        answer.owner, answer.id = owner, name
+        return answer
+
+    def name_of(self, body: Addressed) -> str:
+        """What answers call the model that a request names."""
+        return self.name if self._adapter(body.model) is None else str(body.model)
 
     def _adapter(self, model: str | None) -> Adapter | None:
         """What the request's `model` names: an adapter, or (None) the model itself.
@@ -132,7 +170,15 @@ class Service:
         await self.engine.unload_adapter(body.lora_name)
         return JSONResponse({"id": body.lora_name, "object": "model", "deleted": True})
 
-    def _cache_salt(self, request: Request, body: Common) -> str | None:
+    def owner(self, request: Request) -> str:
+        """Whose request it is: a digest of what it is let in by. Who may see or end what depends on
+        it; without keys all are one.
+        """
+        if not self.config.api_key:
+            return ""
+        return hashlib.sha256(dict(request.scope["headers"])[b"authorization"]).hexdigest()
+
+    def _cache_salt(self, request: Request, body: Addressed) -> str | None:
         """What keeps the cached texts of one tenant from another: its key, and what it adds."""
         headers = dict(request.scope["headers"])  # as the gate has read them
         key = headers[b"authorization"].decode() if self.config.api_key else None
@@ -160,6 +206,13 @@ class Service:
         loaded = self.loaded.engine.adapters.by_name
         cards = [self._card(self.name), *(self._card(name, parent=self.name) for name in loaded)]
         return {"object": "list", "data": cards}
+
+    def model(self, name: str) -> dict[str, Any]:
+        """The card of one model. Raises RequestError if there is none of that name."""
+        for card in self.models()["data"]:
+            if card["id"] == name:
+                return card
+        raise RequestError(f"there is no model {name[:200]!r} here", param="model", status=404)
 
     def _card(self, name: str, parent: str | None = None) -> dict[str, Any]:
         return {
@@ -205,6 +258,10 @@ def create_app(loaded: Loaded, config: ServerConfig) -> FastAPI:
     async def models() -> Response:
         return JSONResponse(service.models())
 
+    add_about(app, service)
+    add_pooling(app, service)
+    add_responses(app, service)
+    add_tokenise(app, service)
     if config.enable_control_api:
         add_control(app, service.engine, service.read)
     if loaded.config.enable_lora:

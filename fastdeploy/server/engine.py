@@ -53,6 +53,7 @@ class Piece:
     completion: CompletionOutput
     num_cached: int
     prompt_logprobs: list[TokenLogprobs | None] | None
+    vector: list[float] | None = None  # of a prompt that is pooled
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +82,7 @@ class Answer:
         self.num_choices = len(prompts) * num_samples
         self.samples: dict[str, tuple[int, Sample]] = {}  # open ones, by the engine's request id
         self.queue: asyncio.Queue[Piece | None] = asyncio.Queue()  # None: the engine has stopped
+        self.id, self.owner = "", ""  # as clients call it, and whose it is
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Every piece of every choice; ends when all choices have ended.
@@ -95,6 +97,10 @@ class Answer:
                 raise EngineStopped
             num_open -= piece.completion.finish_reason is not None
             yield piece
+
+    def abort(self) -> None:
+        """End every open sample here and now; whoever listens gets the reason "abort"."""
+        self.engine.abort(self)
 
     def close(self) -> None:
         """Abort what has not ended; the client has got everything, or has gone."""
@@ -222,6 +228,13 @@ class ServerEngine:
         answer.samples.clear()
         self.answers.discard(answer)
 
+    def abort(self, answer: Answer) -> None:
+        """Report an abort of each open sample to its listener, and have the engine forget it."""
+        for request_id in list(answer.samples):
+            metrics = RequestMetrics(arrival_time=time.monotonic())
+            self._deliver([TokenOutput(request_id, None, None, None, "abort", metrics, 0)])
+            self.inbox.put(partial(self.loaded.engine.abort, request_id))
+
     async def load_adapter(self, name: str, folder: Path) -> None:
         """Read an adapter while the engine works, and offer it from its next step on.
 
@@ -252,7 +265,8 @@ class ServerEngine:
                 if sample.stopped_by_text:
                     self.inbox.put(partial(self.loaded.engine.abort, output.request_id))
                 self._report_end(answer, choice, sample, output, completion)
-            answer.queue.put_nowait(Piece(choice, completion, output.num_cached, scores))
+            piece = Piece(choice, completion, output.num_cached, scores, output.vector)
+            answer.queue.put_nowait(piece)
 
     def _report_end(
         self,

@@ -33,7 +33,6 @@ HARMLESS = frozenset(
         "safety_identifier",
         "prompt_cache_key",
         "prompt_cache_retention",
-        "request_id",
         "parallel_tool_calls",
         "collect_metrics",
         "trace_context",
@@ -78,12 +77,20 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool = False
 
 
-class Common(BaseModel):
-    """Fields of both kinds of request. Ranges are checked by SamplingParams."""
+class Addressed(BaseModel):
+    """Fields of whatever goes to the engine: to which model, as whose, how urgently."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     model: str | None = "default"
+    request_id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.:-]{1,128}$")
+    priority: int | None = None  # lower runs first
+    cache_salt: str | None = Field(default=None, min_length=1, max_length=1024)
+
+
+class Common(Addressed):
+    """Fields of both kinds of request. Ranges are checked by SamplingParams."""
+
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None
@@ -112,8 +119,6 @@ class Common(BaseModel):
     logits_processors_args: dict[str, Any] | None = None
     prompt_token_ids: list[int] | None = None
     return_token_ids: bool | None = False
-    priority: int | None = None  # lower runs first
-    cache_salt: str | None = Field(default=None, min_length=1, max_length=1024)
 
     def sampling_params(self) -> SamplingParams:
         """Raises RequestError naming the field that is out of range."""
@@ -194,9 +199,7 @@ def read_json(body: bytes) -> dict[str, Any]:
 
 def parse(kind: type[Body], values: dict[str, Any]) -> Body:
     """The request in a JSON object. Raises RequestError naming the field at fault."""
-    body = validated(kind, values)
-    for name, value in (body.model_extra or {}).items():
-        _check_extra(kind, name, value)
+    body = with_extras(kind, values)
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options needs stream=true", param="stream_options")
     if body.prompt_logprobs is not None and body.stream:
@@ -220,7 +223,15 @@ def validated(kind: type[Kind], values: dict[str, Any]) -> Kind:
         raise RequestError(f"{name}: {first['msg']}", param=name) from None
 
 
-def _check_extra(kind: type[Common], name: str, value: Any) -> None:
+def with_extras(kind: type[Kind], values: dict[str, Any]) -> Kind:
+    """`validated`, and fields that are not of this kind judged as the head of this file says."""
+    body = validated(kind, values)
+    for name, value in (body.model_extra or {}).items():
+        _check_extra(kind, name, value)
+    return body
+
+
+def _check_extra(kind: type[BaseModel], name: str, value: Any) -> None:
     if name in HARMLESS:
         return
     if name in NOT_OFFERED:

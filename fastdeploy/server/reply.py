@@ -50,7 +50,7 @@ class Reply(ABC):
     def __init__(self, body: Common, answer: Answer, context: Context) -> None:
         self.body, self.answer, self.context = body, answer, context
         self.head = {
-            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
+            "id": answer.id,
             "object": self.chunk_object if body.stream else self.object,
             "created": int(time.time()),
             "model": context.model,
@@ -147,6 +147,12 @@ class Reply(ABC):
             self.num_cached[prompt] = piece.num_cached
         if piece.prompt_logprobs is not None:
             self.prompt_logprobs[prompt] = piece.prompt_logprobs
+
+
+def given_id(prefix: str, request_id: str | None) -> str:
+    """The id of an answer: the one its request has chosen, or a new one; `prefix-` stands once."""
+    name = uuid.uuid4().hex if request_id is None else request_id.removeprefix(f"{prefix}-")
+    return f"{prefix}-{name}"
 
 
 def likeliest(entry: TokenLogprobs, count: int) -> list[tuple[int, Logprob]]:

@@ -41,7 +41,8 @@ async def _disconnection(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Sends each dict of `events` as one `data:` line and `[DONE]` at the end.
+    """Sends each dict of `events` as one `data:` line, after an `event:` line with its `type` if it
+    has one, and `[DONE]` at the end.
 
     `on_close` is called exactly once, however it ends: done, failed, or the client gone.
     """
@@ -64,7 +65,8 @@ class EventStream(Response):
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for event in self.events:
             text = json.dumps(event, ensure_ascii=False, separators=(",", ":"))
-            await send(_body(f"data: {text}\n\n", more=True))
+            name = f"event: {event['type']}\n" if "type" in event else ""
+            await send(_body(f"{name}data: {text}\n\n", more=True))
         await send(_body("data: [DONE]\n\n", more=False))
 
 
