@@ -71,6 +71,7 @@ class SamplingParams:
     ignore_eos: bool = False
     max_tokens: int | None = None  # None: as many as max_model_len leaves room for
     reasoning_max_tokens: int | None = None  # of thoughts; then the closing tag is forced
+    response_max_tokens: int | None = None  # of what is no thought, where the model thinks
     min_tokens: int = 1
     logprobs: int | None = None  # log-probability of each token and of this many likeliest ones
     prompt_logprobs: int | None = None
@@ -113,6 +114,7 @@ class SamplingParams:
         self._integer("seed", 0, MAX_SEED)
         self._integer("max_tokens", 1, None)
         self._integer("reasoning_max_tokens", 1, None)
+        self._integer("response_max_tokens", 1, None)
         self._integer("min_tokens", 0, None)
         self._integer("logprobs", -1, MAX_LOGPROBS)
         self._integer("prompt_logprobs", -1, MAX_LOGPROBS)

@@ -83,7 +83,8 @@ class Request:
         self.banned_runs = tuple(tuple(ids) for ids in banned if len(ids) > 1)
         self.thinking = (
             Thinking(think_tags, params.reasoning_max_tokens, self.token_ids)
-            if think_tags is not None and params.reasoning_max_tokens is not None
+            if think_tags is not None
+            and (params.reasoning_max_tokens or params.response_max_tokens) is not None
             else None
         )
         self.early_stop = early_stop
@@ -91,7 +92,10 @@ class Request:
         stops = frozenset(params.stop_token_ids or ())
         self.stop_ids = stops if params.ignore_eos else stops | frozenset(eos_ids)
         room = max_model_len - self.num_prompt
-        self.max_output = room if params.max_tokens is None else min(params.max_tokens, room)
+        bounds = [params.max_tokens]
+        if think_tags is None:
+            bounds.append(params.response_max_tokens)
+        self.max_output = min([room, *(bound for bound in bounds if bound is not None)])
 
     @property
     def num_known(self) -> int:
@@ -139,7 +143,15 @@ class Request:
                 return "stop"
             if self.early_stop is not None and self.num_sure >= self.early_stop.window_size:
                 return "repetition"
-        return "length" if self.num_output >= self.max_output else None
+        return "length" if self.num_output >= self.max_output or self._has_answered() else None
+
+    def _has_answered(self) -> bool:
+        """Whether what follows the thoughts is as long as it may be."""
+        most = self.params.response_max_tokens
+        if most is None or self.thinking is None:
+            return False
+        self.thinking.follow(self.token_ids)
+        return self.thinking.num_answered >= most
 
 
 @dataclass(slots=True)

@@ -103,6 +103,13 @@ class Service:
             prompts = completion_prompts(body, self.tokenizer)
             if body.echo and params.logprobs is not None:
                 params.prompt_logprobs = params.logprobs
+        if body.completion_token_ids:
+            if len(prompts) > 1:
+                raise RequestError(
+                    f"completion_token_ids continues one answer, there are {len(prompts)} prompts",
+                    param="completion_token_ids",
+                )
+            prompts = [[*prompts[0], *body.completion_token_ids]]
         answer = self.submit(request, body, prompts, params, reply_kind.id_prefix)
         context = Context(self.name_of(body), self.tokenizer, params.logprobs or 0, params.n)
         return reply_kind(body, answer, context)

@@ -37,17 +37,22 @@ class ChatReply(Reply):
         if not self.has_news(completion):
             return None
         delta = {"content": completion.text} if completion.text else {}
+        delta |= self.tokens(piece.choice, completion)
         event = self._event(piece.choice, delta, completion.finish_reason)
         event["logprobs"] = self._logprobs(completion)
-        return event | self.extras(piece.choice, completion)
+        return event | self.scores(piece.choice)
 
     def choice(self, completion: CompletionOutput) -> dict[str, Any]:
         return {
             "index": completion.index,
-            "message": {"role": "assistant", "content": completion.text},
+            "message": {
+                "role": "assistant",
+                "content": completion.text,
+                **self.tokens(completion.index, completion),
+            },
             "logprobs": self._logprobs(completion),
             "finish_reason": completion.finish_reason,
-            **self.extras(completion.index, completion),
+            **self.scores(completion.index),
         }
 
     def _event(self, index: int, delta: dict[str, Any], reason: str | None) -> dict[str, Any]:
@@ -68,7 +73,7 @@ class ChatReply(Reply):
 
     def _described(self, token: int, value: Logprob) -> dict[str, Any]:
         return {
-            "token": value.decoded_token,
+            "token": self.name_of(token, value.decoded_token),
             "logprob": value.logprob,
             "bytes": list(self.context.tokenizer.join_bytes([token])),
         }

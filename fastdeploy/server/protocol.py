@@ -60,11 +60,8 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "chat_template": (None,),
     "disable_chat_template": (None, False),
     "mm_hashes": (None, []),
-    "completion_token_ids": (None, []),
-    "response_max_tokens": (None,),
     "disaggregate_info": (None,),
     "include_draft_logprobs": (None, False),
-    "max_streaming_response_tokens": (None, 1),
     "use_beam_search": (None, False),
 }
 MAX_NAMES_LOGGED = 100
@@ -111,6 +108,7 @@ class Common(Addressed):
     min_tokens: int | None = None
     prompt_logprobs: int | None = None
     reasoning_max_tokens: int | None = None
+    response_max_tokens: int | None = None
     temp_scaled_logprobs: bool | None = None
     top_p_normalized_logprobs: bool | None = None
     bad_words: list[str] | None = None
@@ -118,7 +116,10 @@ class Common(Addressed):
     logit_bias: dict[str, float] | None = None
     logits_processors_args: dict[str, Any] | None = None
     prompt_token_ids: list[int] | None = None
+    completion_token_ids: list[int] | None = None  # the beginning of the answer, to be continued
     return_token_ids: bool | None = False
+    include_logprobs_decode_token: bool | None = True  # false: token_id:5 instead of the text
+    max_streaming_response_tokens: int | None = Field(default=None, ge=1)  # in an event
 
     def sampling_params(self) -> SamplingParams:
         """Raises RequestError naming the field that is out of range."""
