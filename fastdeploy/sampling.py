@@ -16,9 +16,33 @@ from fastdeploy.errors import RequestError
 
 MAX_SEED = 922_337_203_685_477_580  # FastDeploy's bound, a digit short of 2**63
 MAX_SAMPLES = 128
+MAX_INTEGER = 2**63 - 1  # what a message to the engine can carry
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 32, 1024
 MAX_BIASED_TOKENS = 1024
 MAX_LOGPROBS = 20
+
+# From the first to the second, both included; None: no bound but that of the type.
+INTEGERS: dict[str, tuple[int, int]] = {
+    "n": (1, MAX_SAMPLES),
+    "best_of": (1, MAX_SAMPLES),
+    "top_k": (-1, MAX_INTEGER),
+    "seed": (0, MAX_SEED),
+    "max_tokens": (1, MAX_INTEGER),
+    "reasoning_max_tokens": (1, MAX_INTEGER),
+    "response_max_tokens": (1, MAX_INTEGER),
+    "min_tokens": (0, MAX_INTEGER),
+    "logprobs": (-1, MAX_LOGPROBS),
+    "prompt_logprobs": (-1, MAX_LOGPROBS),
+}
+NUMBERS: dict[str, tuple[float, float | None]] = {
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "repetition_penalty": (0, None),
+    "temperature": (0, None),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+}
+ABOVE = frozenset({"repetition_penalty"})  # 0 itself is not allowed
 
 
 @dataclass(kw_only=True)
@@ -108,22 +132,10 @@ class SamplingParams:
 
     def validate(self) -> None:
         """Raise RequestError, naming the field, for a value outside its range."""
-        self._integer("n", 1, MAX_SAMPLES)
-        self._integer("best_of", 1, MAX_SAMPLES)
-        self._integer("top_k", -1, None)
-        self._integer("seed", 0, MAX_SEED)
-        self._integer("max_tokens", 1, None)
-        self._integer("reasoning_max_tokens", 1, None)
-        self._integer("response_max_tokens", 1, None)
-        self._integer("min_tokens", 0, None)
-        self._integer("logprobs", -1, MAX_LOGPROBS)
-        self._integer("prompt_logprobs", -1, MAX_LOGPROBS)
-        self._number("presence_penalty", -2, 2)
-        self._number("frequency_penalty", -2, 2)
-        self._number("repetition_penalty", 0, None, open_low=True)
-        self._number("temperature", 0, None)
-        self._number("top_p", 0, 1)
-        self._number("min_p", 0, 1)
+        for name, (low, high) in INTEGERS.items():
+            self._integer(name, low, high)
+        for name, (low, high) in NUMBERS.items():
+            self._number(name, low, high, open_low=name in ABOVE)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}",
@@ -162,14 +174,14 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         return self.temperature == 0 or self.top_k == 1 or self.top_p == 0
 
-    def _integer(self, name: str, low: int, high: int | None) -> None:
+    def _integer(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)
         if value is None and _may_be_none(name):
             return
-        span = f"at least {low}" if high is None else f"from {low} to {high}"
+        span = f"at least {low}" if high == MAX_INTEGER else f"from {low} to {high}"
         if isinstance(value, bool) or not isinstance(value, int):
             raise RequestError(f"{name}={value!r} is not an integer; it takes {span}", param=name)
-        if value < low or (high is not None and value > high):
+        if not low <= value <= high:
             raise RequestError(f"{name}={value} is out of range; it takes {span}", param=name)
 
     def _number(self, name: str, low: float, high: float | None, *, open_low: bool = False) -> None:

@@ -16,7 +16,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.routing import Match
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from ernie.adapters import Adapter
@@ -41,6 +42,7 @@ from fastdeploy.server.chat import ChatReply, chat_prompts
 from fastdeploy.server.completions import CompletionReply, completion_prompts
 from fastdeploy.server.control import add_control
 from fastdeploy.server.engine import Answer, ServerEngine, log_progress
+from fastdeploy.server.openapi import add_openapi
 from fastdeploy.server.pooling import add_pooling
 from fastdeploy.server.protocol import (
     Addressed,
@@ -280,6 +282,8 @@ def create_app(loaded: Loaded, config: ServerConfig) -> FastAPI:
     async def health() -> Response:
         return Response(status_code=200 if service.engine.is_alive else 503)
 
+    add_openapi(app, service, OPEN_PATHS)
+
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
@@ -311,8 +315,14 @@ class Gate:
 def _add_error_handlers(app: FastAPI) -> None:
     """Every error in OpenAI's form; what the user did not cause says nothing of our insides."""
 
-    def body(message: str, status: int, param: str | None = None) -> Response:
-        headers = {"retry-after": "1"} if status in (429, 503) else None
+    def body(
+        message: str,
+        status: int,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Response:
+        if status in (429, 503):
+            headers = {"retry-after": "1"}
         return JSONResponse(error_body(message, status, param), status, headers=headers)
 
     @app.exception_handler(RequestError)
@@ -325,7 +335,12 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path[:200]}: {error.detail}"
-        return body(message, error.status_code)
+        headers = dict(error.headers or {})
+        if error.status_code == 405:  # the framework names the methods of one route, not of all
+            routes = [r for r in app.routes if r.matches(request.scope)[0] is not Match.NONE]
+            methods = {m for route in routes for m in getattr(route, "methods", None) or ()}
+            headers["allow"] = ", ".join(sorted(methods))
+        return body(message, error.status_code, headers=headers)
 
     @app.exception_handler(Exception)
     async def our_error(_: Request, error: Exception) -> Response:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -65,6 +66,7 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (None, False),
 }
 MAX_NAMES_LOGGED = 100
+MAX_EXTRAS = 64  # each is compared with all names there are
 _logged: set[str] = set()
 
 
@@ -81,7 +83,7 @@ class Addressed(BaseModel):
 
     model: str | None = "default"
     request_id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.:-]{1,128}$")
-    priority: int | None = None  # lower runs first
+    priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)  # lower runs first
     cache_salt: str | None = Field(default=None, min_length=1, max_length=1024)
 
 
@@ -180,7 +182,7 @@ Kind = TypeVar("Kind", bound=BaseModel)
 def read_json(body: bytes) -> dict[str, Any]:
     """A JSON object. Refuses what JSON does not have (NaN, Infinity) and what cannot be text."""
     try:
-        value = json.loads(body, parse_constant=_refuse_constant)
+        value = json.loads(body, parse_constant=_refuse_constant, parse_float=_finite)
         if b"\\u" in body:
             json.dumps(value, ensure_ascii=False).encode()  # fails on half a surrogate pair
     except RecursionError:
@@ -227,7 +229,13 @@ def validated(kind: type[Kind], values: dict[str, Any]) -> Kind:
 def with_extras(kind: type[Kind], values: dict[str, Any]) -> Kind:
     """`validated`, and fields that are not of this kind judged as the head of this file says."""
     body = validated(kind, values)
-    for name, value in (body.model_extra or {}).items():
+    extras = body.model_extra or {}
+    if len(extras) > MAX_EXTRAS:
+        raise RequestError(
+            f"the body has {len(extras)} fields that are not those of such a request; "
+            f"{MAX_EXTRAS} at most are put up with"
+        )
+    for name, value in extras.items():
         _check_extra(kind, name, value)
     return body
 
@@ -247,8 +255,15 @@ def _check_extra(kind: type[BaseModel], name: str, value: Any) -> None:
         log.warning("requests have a field %.64r, which is not known and has no effect", name)
 
 
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        _refuse_constant(text[:64])
+    return value
+
+
 def _refuse_constant(name: str) -> None:
-    raise RequestError(f"the body has {name}, which is not JSON; send finite numbers")
+    raise RequestError(f"the body has {name}, which no number here can be; send finite ones")
 
 
 def _token_id(text: str) -> int:

@@ -24,8 +24,13 @@ _KIND_BY_STATUS = {
 }
 
 
+MAX_MESSAGE = 400
+
+
 def error_body(message: str, status: int, param: str | None = None) -> dict[str, Any]:
-    """`{"error": {message, type, param, code}}`."""
+    """`{"error": {message, type, param, code}}`; a message that quotes a long value is cut."""
+    if len(message) > MAX_MESSAGE:
+        message = message[:MAX_MESSAGE] + " ..."
     kind, code = _KIND_BY_STATUS.get(status, ("invalid_request_error", "invalid_value"))
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 

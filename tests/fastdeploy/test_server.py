@@ -182,7 +182,7 @@ BAD: list[tuple[str, Any, str | None]] = [
     (
         "chat",
         b'{"temperature": 1e999, "messages": [{"role": "user", "content": "x"}]}',
-        "temperature",
+        None,
     ),
     ("chat", b'{"messages": [{"role": "user", "content": "\\ud800"}]}', None),
     ("chat", {"messages": []}, "messages"),
