@@ -21,11 +21,11 @@ class Server:
     greeting: list[str]
 
 
-def start_server(folder: Path, *flags: str) -> Server:
+def start_server(folder: Path, *flags: str, max_len: int = MAX_LEN) -> Server:
     """The published command as a process; returns when it says where it listens."""
     command = [sys.executable, "-m", "fastdeploy.entrypoints.openai.api_server"]
     command += ["--model", str(folder), "--port", "0", "--dtype", "float32"]
-    command += ["--max-model-len", str(MAX_LEN), "--block-size", "8", *flags]
+    command += ["--max-model-len", str(max_len), "--block-size", "8", *flags]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([p for p in sys.path if p])}
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

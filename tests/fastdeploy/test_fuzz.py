@@ -26,7 +26,7 @@ MOST_SECONDS = 10.0
 @pytest.fixture(scope="module")
 def small(folder: Path) -> Iterator[Server]:
     """A server whose longest answer is short."""
-    running = start_server(folder, "--enable-logprob", "--max-model-len", "48", "--api-key", "k")
+    running = start_server(folder, "--enable-logprob", "--api-key", "k", max_len=48)
     yield running
     assert stop_server(running) == 0, "it has not survived"
 
