@@ -24,16 +24,16 @@ from typing import Any
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 
-import harness
-import helpers_tokenizer
-import httpx
-import torch
-from helpers_hostile import cases, complaint, run_schemathesis
-from helpers_server import Server, start_server, stop_server
+import harness  # noqa: E402
+import helpers_tokenizer  # noqa: E402
+import httpx  # noqa: E402
+import torch  # noqa: E402
+from helpers_hostile import cases, complaint, run_schemathesis  # noqa: E402
+from helpers_server import Server, start_server, stop_server  # noqa: E402
 
-import ernie
-from ernie.model import ErnieModel
-from ernie.models import TINY
+import ernie  # noqa: E402
+from ernie.model import ErnieModel  # noqa: E402
+from ernie.models import TINY  # noqa: E402
 
 MOST_SECONDS = 10.0
 KEY = "k"
@@ -148,7 +148,7 @@ def record(hostile: dict[str, Any], made: dict[str, Any], examples: int, works: 
     ]
     reading = (
         f"{total:,} requests, {found} findings; the server "
-        f"{'works afterwards' if works else 'does NOT work afterwards, or its log has a traceback'}."
+        f"{'works afterwards' if works else 'does NOT work afterwards, or logged a traceback'}."
     )
     harness.write_record(
         "fuzz",

@@ -1,4 +1,4 @@
-"""Requests that nobody means well. The large form, with its record, is benchmarks/faults/fuzz.py."""
+"""Requests that nobody means well. The large form of this is benchmarks/faults/fuzz.py."""
 
 from __future__ import annotations
 
