@@ -66,6 +66,7 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (None, False),
 }
 MAX_NAMES_LOGGED = 100
+MAX_DEPTH = 64  # of a body; what walks through it may call itself
 MAX_EXTRAS = 64  # each is compared with all names there are
 _logged: set[str] = set()
 
@@ -195,6 +196,8 @@ def read_json(body: bytes) -> dict[str, Any]:
         raise
     except ValueError as error:  # bad syntax, or an integer of thousands of digits
         raise RequestError(f"the body is not JSON: {error}") from None
+    if body.count(b"[") + body.count(b"{") > MAX_DEPTH:
+        _refuse_depth(value)
     if not isinstance(value, dict):
         raise RequestError(f"the body is a {type(value).__name__}; send a JSON object")
     return value
@@ -253,6 +256,16 @@ def _check_extra(kind: type[BaseModel], name: str, value: Any) -> None:
     if name not in _logged and len(_logged) < MAX_NAMES_LOGGED:
         _logged.add(name)
         log.warning("requests have a field %.64r, which is not known and has no effect", name)
+
+
+def _refuse_depth(value: Any) -> None:
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MAX_DEPTH):
+        values = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [child for some in values for child in some if isinstance(child, (dict, list))]
+        if not level:
+            return
+    raise RequestError(f"the body is nested too deeply; {MAX_DEPTH} levels are read")
 
 
 def _finite(text: str) -> float:
