@@ -134,8 +134,8 @@ class SamplingParams:
         """Raise RequestError, naming the field, for a value outside its range."""
         for name, (low, high) in INTEGERS.items():
             self._integer(name, low, high)
-        for name, (low, high) in NUMBERS.items():
-            self._number(name, low, high, open_low=name in ABOVE)
+        for name, (least, most) in NUMBERS.items():
+            self._number(name, least, most, open_low=name in ABOVE)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}",
@@ -146,10 +146,10 @@ class SamplingParams:
                 f"best_of={self.best_of} is less than n={self.n}; it takes n or more",
                 param="best_of",
             )
-        thoughts, most = self.reasoning_max_tokens, self.max_tokens
-        if thoughts is not None and most is not None and thoughts > most:
+        thoughts, total = self.reasoning_max_tokens, self.max_tokens
+        if thoughts is not None and total is not None and thoughts > total:
             raise RequestError(
-                f"reasoning_max_tokens={thoughts} is more than max_tokens={most}, which bounds "
+                f"reasoning_max_tokens={thoughts} is more than max_tokens={total}, which bounds "
                 "thoughts and answer together",
                 param="reasoning_max_tokens",
             )

@@ -24,7 +24,8 @@ from fastdeploy.server import adapters
 from fastdeploy.server.about import AbortRequest
 from fastdeploy.server.pooling import EmbeddingRequest, RerankRequest, ScoreRequest
 from fastdeploy.server.protocol import ChatRequest, CompletionRequest
-from fastdeploy.server.responses import MAX_PAGE, ResponseRequest
+from fastdeploy.server.response_request import ResponseRequest
+from fastdeploy.server.responses import MAX_PAGE
 from fastdeploy.server.tokenise import DetokenizeRequest, TokenizeRequest
 
 if TYPE_CHECKING:
@@ -76,17 +77,17 @@ class Row:
     links: dict[str, Schema] = field(default_factory=dict)  # what can be done with the answer
 
 
-PAGE = {
+PAGE: Schema = {
     "limit": {"type": "integer", "minimum": 1, "maximum": MAX_PAGE},
     "order": {"enum": ["asc", "desc"]},
     "after": {"type": "string"},
 }
-FOLLOW = {
+FOLLOW: Schema = {
     "stream": {"type": "boolean"},
     "starting_after": {"type": "integer", "minimum": -1, "maximum": 10**9 - 1},
 }
-FOLDER = {"type": "object", "properties": {"path": {"type": "string"}}}
-TAGS = {"tags": {"enum": ["weight,kv_cache", "kv_cache,weight"]}}
+FOLDER: Schema = {"type": "object", "properties": {"path": {"type": "string"}}}
+TAGS: Schema = {"tags": {"enum": ["weight,kv_cache", "kv_cache,weight"]}}
 
 LINKS = {
     name: {
@@ -180,7 +181,7 @@ def document(app: FastAPI, open_paths: frozenset[str], *, needs_key: bool) -> Sc
     )
     for route in app.routes:
         if isinstance(route, APIRoute) and route.include_in_schema:
-            for method in sorted(route.methods):
+            for method in sorted(route.methods or ()):
                 path = route.path_format
                 row = ROWS[f"{method} {path}"]
                 operation = _operation(row, path, needs_key and path not in open_paths)
@@ -225,8 +226,9 @@ def _operation(row: Row, path: str, needs_key: bool) -> Schema:
         "responses": {"200": _success(row), **responses},
     }
     if row.body is not None:
-        is_model = isinstance(row.body, type)
-        schema = {"$ref": f"#/components/schemas/{row.body.__name__}"} if is_model else row.body
+        schema, is_model = row.body, False
+        if isinstance(row.body, type):
+            schema, is_model = {"$ref": f"#/components/schemas/{row.body.__name__}"}, True
         operation["requestBody"] = {"required": is_model, "content": {JSON: {"schema": schema}}}
     if needs_key:
         operation["security"] = [{"key": []}]
