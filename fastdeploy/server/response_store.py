@@ -40,9 +40,9 @@ class Job:
         position = after + 1
         while True:
             changed = self.changed
-            for event in self.events[position:]:
-                yield event
-            position = max(position, len(self.events))
+            while position < len(self.events):  # which may grow while one is being sent
+                position += 1
+                yield self.events[position - 1]
             if self.is_done:
                 return
             await changed.wait()
