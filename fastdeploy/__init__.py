@@ -6,6 +6,7 @@ if TYPE_CHECKING:
     from fastdeploy.llm import LLM
     from fastdeploy.sampling import GuidedDecodingParams, SamplingParams
 
+__version__ = "0.1.0"
 __all__ = ["LLM", "GuidedDecodingParams", "SamplingParams"]
 
 _HOMES = {

@@ -29,6 +29,7 @@ from fastdeploy.errors import RequestError
 from fastdeploy.flags import read_config
 from fastdeploy.outputs import CompletionOutput, Completions, RequestOutput, best, numbered
 from fastdeploy.sampling import SamplingParams, filled
+from fastdeploy.vectors import shaped
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids", "multimodal_data", "cache_salt"})
@@ -125,6 +126,47 @@ class LLM:
         ]
         return self._run(listed, sampling_params, priority, lora, use_tqdm, stream)
 
+    def embed(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        *,
+        pooling: str = "mean",
+        normalize: bool = True,
+        dimensions: int | None = None,
+        lora: str | Sequence[str | None] | None = None,
+    ) -> list[list[float]]:
+        """A vector for each prompt: its hidden states after the final norm, averaged ("mean") or
+        the "last" one, cut to its first `dimensions` numbers and then scaled to length 1. See
+        `fastdeploy.vectors` for what these are worth.
+        """
+        params = SamplingParams(pooling=pooling)
+        orders = [self._order(prompt) for prompt in _as_list(prompts)]
+        for order, name in zip(orders, _loras_of(lora, len(orders))):
+            order.adapter = None if name is None else self.engine.adapters.get(name)
+            self.engine.check(order.token_ids, params)
+        number = next(self.ids)
+        open_ids = {f"{number}-{position}" for position in range(len(orders))}
+        vector_by_id: dict[str, list[float]] = {}
+        try:
+            for position, order in enumerate(orders):
+                self.engine.add(
+                    f"{number}-{position}",
+                    order.token_ids,
+                    params,
+                    cache_salt=order.cache_salt,
+                    adapter=order.adapter,
+                )
+            while open_ids:
+                for output in self.engine.step():
+                    if output.vector is not None and output.request_id in open_ids:
+                        open_ids.remove(output.request_id)
+                        vector_by_id[output.request_id] = output.vector
+        finally:
+            for request_id in open_ids:
+                self.engine.abort(request_id)
+        vectors = [vector_by_id[f"{number}-{position}"] for position in range(len(orders))]
+        return [shaped(vector, dimensions, normalize) for vector in vectors]
+
     def pause(self, mode: str = "abort") -> None:
         """See `Engine.pause`. Open streams end with the reason "abort"; those that are kept must
         not be read before `resume`.
@@ -187,6 +229,8 @@ class LLM:
             order.priority = number
             order.adapter = None if name is None else self.engine.adapters.get(name)
             self.engine.check(order.token_ids, one)
+            if one.pooling is not None:
+                raise RequestError("pooling makes no text; use LLM.embed", param="pooling")
             if one.stop and self.tokenizer is None:
                 raise RequestError("stop needs a tokenizer, and the model has none", param="stop")
         call = _Call(self, orders, params)

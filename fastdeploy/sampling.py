@@ -16,9 +16,33 @@ from fastdeploy.errors import RequestError
 
 MAX_SEED = 922_337_203_685_477_580  # FastDeploy's bound, a digit short of 2**63
 MAX_SAMPLES = 128
+MAX_INTEGER = 2**63 - 1  # what a message to the engine can carry
 MAX_STOP_STRINGS, MAX_STOP_CHARACTERS = 32, 1024
 MAX_BIASED_TOKENS = 1024
 MAX_LOGPROBS = 20
+
+# From the first to the second, both included; None: no bound but that of the type.
+INTEGERS: dict[str, tuple[int, int]] = {
+    "n": (1, MAX_SAMPLES),
+    "best_of": (1, MAX_SAMPLES),
+    "top_k": (-1, MAX_INTEGER),
+    "seed": (0, MAX_SEED),
+    "max_tokens": (1, MAX_INTEGER),
+    "reasoning_max_tokens": (1, MAX_INTEGER),
+    "response_max_tokens": (1, MAX_INTEGER),
+    "min_tokens": (0, MAX_INTEGER),
+    "logprobs": (-1, MAX_LOGPROBS),
+    "prompt_logprobs": (-1, MAX_LOGPROBS),
+}
+NUMBERS: dict[str, tuple[float, float | None]] = {
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "repetition_penalty": (0, None),
+    "temperature": (0, None),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+}
+ABOVE = frozenset({"repetition_penalty"})  # 0 itself is not allowed
 
 
 @dataclass(kw_only=True)
@@ -71,6 +95,7 @@ class SamplingParams:
     ignore_eos: bool = False
     max_tokens: int | None = None  # None: as many as max_model_len leaves room for
     reasoning_max_tokens: int | None = None  # of thoughts; then the closing tag is forced
+    response_max_tokens: int | None = None  # of what is no thought, where the model thinks
     min_tokens: int = 1
     logprobs: int | None = None  # log-probability of each token and of this many likeliest ones
     prompt_logprobs: int | None = None
@@ -83,6 +108,8 @@ class SamplingParams:
     guided_decoding: GuidedDecodingParams | None = None
     logit_bias: dict[int, float] | None = None
     logits_processors_args: dict[str, Any] | None = None  # FastDeploy's way to say logit_bias
+    # "mean" or "last": no text is generated; the prompt's hidden states become one vector.
+    pooling: str | None = None
 
     def __post_init__(self) -> None:
         self.stop = [self.stop] if isinstance(self.stop, str) else self.stop
@@ -105,21 +132,10 @@ class SamplingParams:
 
     def validate(self) -> None:
         """Raise RequestError, naming the field, for a value outside its range."""
-        self._integer("n", 1, MAX_SAMPLES)
-        self._integer("best_of", 1, MAX_SAMPLES)
-        self._integer("top_k", -1, None)
-        self._integer("seed", 0, MAX_SEED)
-        self._integer("max_tokens", 1, None)
-        self._integer("reasoning_max_tokens", 1, None)
-        self._integer("min_tokens", 0, None)
-        self._integer("logprobs", -1, MAX_LOGPROBS)
-        self._integer("prompt_logprobs", -1, MAX_LOGPROBS)
-        self._number("presence_penalty", -2, 2)
-        self._number("frequency_penalty", -2, 2)
-        self._number("repetition_penalty", 0, None, open_low=True)
-        self._number("temperature", 0, None)
-        self._number("top_p", 0, 1)
-        self._number("min_p", 0, 1)
+        for name, (low, high) in INTEGERS.items():
+            self._integer(name, low, high)
+        for name, (least, most) in NUMBERS.items():
+            self._number(name, least, most, open_low=name in ABOVE)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(
                 f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}",
@@ -130,12 +146,16 @@ class SamplingParams:
                 f"best_of={self.best_of} is less than n={self.n}; it takes n or more",
                 param="best_of",
             )
-        thoughts, most = self.reasoning_max_tokens, self.max_tokens
-        if thoughts is not None and most is not None and thoughts > most:
+        thoughts, total = self.reasoning_max_tokens, self.max_tokens
+        if thoughts is not None and total is not None and thoughts > total:
             raise RequestError(
-                f"reasoning_max_tokens={thoughts} is more than max_tokens={most}, which bounds "
+                f"reasoning_max_tokens={thoughts} is more than max_tokens={total}, which bounds "
                 "thoughts and answer together",
                 param="reasoning_max_tokens",
+            )
+        if self.pooling not in (None, "mean", "last"):
+            raise RequestError(
+                f"pooling={self.pooling!r} is not known; use mean or last", param="pooling"
             )
         self._lists()
         if self.guided_decoding is not None:
@@ -154,14 +174,14 @@ class SamplingParams:
     def is_greedy(self) -> bool:
         return self.temperature == 0 or self.top_k == 1 or self.top_p == 0
 
-    def _integer(self, name: str, low: int, high: int | None) -> None:
+    def _integer(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)
         if value is None and _may_be_none(name):
             return
-        span = f"at least {low}" if high is None else f"from {low} to {high}"
+        span = f"at least {low}" if high == MAX_INTEGER else f"from {low} to {high}"
         if isinstance(value, bool) or not isinstance(value, int):
             raise RequestError(f"{name}={value!r} is not an integer; it takes {span}", param=name)
-        if value < low or (high is not None and value > high):
+        if not low <= value <= high:
             raise RequestError(f"{name}={value} is out of range; it takes {span}", param=name)
 
     def _number(self, name: str, low: float, high: float | None, *, open_low: bool = False) -> None:

@@ -23,6 +23,7 @@ from fastdeploy.engine.batch import BatchBuilder
 from fastdeploy.engine.blocks import BlockManager
 from fastdeploy.engine.cache import KVCache, block_bytes, cache_dtype, free_bytes
 from fastdeploy.engine.graphs import cuda_recorder, graph_sizes, program_sizes, record_program
+from fastdeploy.engine.pooler import Pooler
 from fastdeploy.engine.ranks import Ranks
 from fastdeploy.engine.request import Request, Status, TokenOutput, check_params, check_prompt
 from fastdeploy.engine.runner import Runner, on
@@ -90,6 +91,7 @@ class Engine:
         self.runner = Runner(model.eval(), self.allocate(num_blocks=num_blocks), builder, ranks)
         self.adapters = Adapters(model, config)
         self.sampler = Sampler(self.vocab_size)
+        self.pooler = Pooler(self.runner)
         self.blocks = BlockManager(
             num_blocks,
             config.block_size,
@@ -210,11 +212,12 @@ class Engine:
         logits_RV = self.runner.run(schedule)
         choices = self.sampler(logits_RV, schedule.parts)
         tokens = [[choice.token for choice in some] for some in choices]
+        pooled = self.pooler(schedule.parts)
         grown = self.scheduler.update(schedule, tokens)
         if self.drafter is not None:
             with on(self.device):
                 self.drafter(schedule)
-        return self._report(grown, choices)
+        return self._report(grown, choices) + self._report_pooled(pooled)
 
     def pause(self, mode: str = "abort") -> None:
         """Refuse new requests until `resume`. Those there are: "abort" ends them, "keep" holds
@@ -376,6 +379,20 @@ class Engine:
             if first and request.params.prompt_logprobs is not None:
                 reports[0].prompt_logprobs = request.prompt_logprobs or [None]
             outputs += reports
+        return outputs
+
+    def _report_pooled(self, pooled: Sequence[tuple[Request, list[float]]]) -> list[TokenOutput]:
+        """A report for each request that has become a vector; it has ended with that."""
+        now, outputs = time.monotonic(), []
+        for request, vector in pooled:
+            metrics = request.metrics
+            metrics.first_token_time = metrics.finished_time = now
+            del self.requests[request.id]
+            outputs.append(
+                TokenOutput(
+                    request.id, None, None, None, "stop", metrics, request.num_cached, vector=vector
+                )
+            )
         return outputs
 
 

@@ -20,8 +20,11 @@ def chat_prompt(
     messages: Sequence[Mapping[str, Any]],
     tools: Sequence[Mapping[str, Any]] | None,
     options: Mapping[str, Any],
+    *,
+    add_generation_prompt: bool = True,
 ) -> list[int]:
-    """Token ids of a conversation up to where the answer begins.
+    """Token ids of a conversation up to where the answer begins, or (without
+    `add_generation_prompt`) up to where the last message ends.
 
     What the messages say stays text, even where it spells a control token. Raises RequestError, or
     ChatError naming the message at fault.
@@ -36,7 +39,9 @@ def chat_prompt(
             f"chat_template_kwargs sets {key!r}, which belongs to the request itself",
             param="chat_template_kwargs",
         )
-    return template.encode(tokenizer, messages, tools=tools, **options).token_ids
+    return template.encode(
+        tokenizer, messages, tools=tools, add_generation_prompt=add_generation_prompt, **options
+    ).token_ids
 
 
 def banned_sequences(

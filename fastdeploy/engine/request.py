@@ -77,12 +77,14 @@ class Request:
         self.num_preemptions = 0
         self.prompt_logprobs: list[TokenLogprobs | None] = []
         self.sampler_notes: Any = None
+        self.pooled_sum: Any = None  # of hidden states so far, for a mean
         # Sequences that may not be generated: single tokens, and those of several.
         self.banned_ids = frozenset(ids[0] for ids in banned if len(ids) == 1)
         self.banned_runs = tuple(tuple(ids) for ids in banned if len(ids) > 1)
         self.thinking = (
             Thinking(think_tags, params.reasoning_max_tokens, self.token_ids)
-            if think_tags is not None and params.reasoning_max_tokens is not None
+            if think_tags is not None
+            and (params.reasoning_max_tokens or params.response_max_tokens) is not None
             else None
         )
         self.early_stop = early_stop
@@ -90,7 +92,10 @@ class Request:
         stops = frozenset(params.stop_token_ids or ())
         self.stop_ids = stops if params.ignore_eos else stops | frozenset(eos_ids)
         room = max_model_len - self.num_prompt
-        self.max_output = room if params.max_tokens is None else min(params.max_tokens, room)
+        bounds = [params.max_tokens]
+        if think_tags is None:
+            bounds.append(params.response_max_tokens)
+        self.max_output = min([room, *(bound for bound in bounds if bound is not None)])
 
     @property
     def num_known(self) -> int:
@@ -138,12 +143,22 @@ class Request:
                 return "stop"
             if self.early_stop is not None and self.num_sure >= self.early_stop.window_size:
                 return "repetition"
-        return "length" if self.num_output >= self.max_output else None
+        return "length" if self.num_output >= self.max_output or self._has_answered() else None
+
+    def _has_answered(self) -> bool:
+        """Whether what follows the thoughts is as long as it may be."""
+        most = self.params.response_max_tokens
+        if most is None or self.thinking is None:
+            return False
+        self.thinking.follow(self.token_ids)
+        return self.thinking.num_answered >= most
 
 
 @dataclass(slots=True)
 class TokenOutput:
-    """News of one request: the token that became known in a step, or (`token` None) its abort."""
+    """News of one request: the token that became known in a step, or (`token` None) its vector or
+    its abort.
+    """
 
     request_id: str
     token: int | None
@@ -153,6 +168,7 @@ class TokenOutput:
     metrics: RequestMetrics
     num_cached: int
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first token, if wanted
+    vector: list[float] | None = None  # the whole answer to a request for pooling
 
 
 def check_prompt(

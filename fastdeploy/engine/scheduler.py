@@ -47,7 +47,8 @@ class Part:
     # 1 to choose the next token, one more for each draft, and more where tokens of the prompt are
     # scored.
     num_logits: int
-    # Whether the last of these logits (one, and one for each draft) choose new tokens.
+    # Whether the last of these logits (one, and one for each draft) choose new tokens; never for a
+    # request that is pooled.
     chooses: bool
     draft_ids: Sequence[int] = ()
 
@@ -157,6 +158,8 @@ class Scheduler:
                 self.blocks.name(request.table, request.token_ids, request.num_computed)
                 if request.finish_reason():
                     self.finish(request)
+            elif request.num_computed == request.num_known:  # its states were all that was wanted
+                self.finish(request)
         return grown
 
     def finish(self, request: Request) -> None:
@@ -220,8 +223,8 @@ class Scheduler:
         """
         if self.refused == (request, self.blocks.num_free):
             return 0  # nothing has changed: do not search a long text for hits in every step
-        scores = request.num_to_score > 0
-        found = self.blocks.find(() if scores else request.token_ids, request.cache_root)
+        needs_all = request.num_to_score > 0 or request.params.pooling == "mean"
+        found = self.blocks.find(() if needs_all else request.token_ids, request.cache_root)
         num_cached = len(found.blocks) * self.blocks.block_size
         rest = request.num_known - num_cached
         if rest > budget and not self.chunked_prefill:
@@ -247,7 +250,7 @@ class Scheduler:
         start, end = request.num_computed, request.num_computed + num_tokens
         added = self.blocks.grow(request.table, end)
         self.blocks.name(request.table, request.token_ids, end)
-        chooses = end == request.num_known
+        chooses = end == request.num_known and request.params.pooling is None
         scores = request.num_to_score > 0
         return Part(
             request=request,

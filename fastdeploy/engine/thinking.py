@@ -51,25 +51,32 @@ class ThinkTags:
 class Thinking:
     """Follows the tokens of one request and says which one its budget forces.
 
-    All thoughts of an answer share the budget. A forced token must become the next one.
+    All thoughts of an answer share the budget (None: there is none). A forced token must become the
+    next one.
     """
 
-    def __init__(self, tags: ThinkTags, budget: int, prompt_ids: Sequence[int]) -> None:
+    def __init__(self, tags: ThinkTags, budget: int | None, prompt_ids: Sequence[int]) -> None:
         self.tags, self.budget = tags, budget
         self.num_seen = len(prompt_ids)
         self.num_used = 0  # generated tokens within thoughts
+        self.num_answered = 0  # and outside of them
         self.queue: deque[int] = deque()  # of forced tokens that are not there yet
         tag = next((t for t in reversed(prompt_ids) if t in (tags.start, tags.end)), tags.end)
         self.is_open = tag == tags.start
 
     def forced(self, token_ids: Sequence[int]) -> int | None:
         """The token that has to follow `token_ids`, None if any may."""
+        self.follow(token_ids)
+        is_used_up = self.budget is not None and self.num_used >= self.budget
+        if self.is_open and is_used_up and not self.queue:
+            self.queue.extend(self.tags.closing)
+        return self.queue[0] if self.queue else None
+
+    def follow(self, token_ids: Sequence[int]) -> None:
+        """Take note of the tokens that are new since the last call."""
         for token in token_ids[self.num_seen :]:
             self._see(token)
         self.num_seen = len(token_ids)
-        if self.is_open and self.num_used >= self.budget and not self.queue:
-            self.queue.extend(self.tags.closing)
-        return self.queue[0] if self.queue else None
 
     def _see(self, token: int) -> None:
         if self.queue:
@@ -79,5 +86,7 @@ class Thinking:
             self.is_open = False
         elif self.is_open:
             self.num_used += 1
+        elif token == self.tags.start:
+            self.is_open = True
         else:
-            self.is_open = token == self.tags.start
+            self.num_answered += 1

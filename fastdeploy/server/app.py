@@ -11,7 +11,7 @@ import contextlib
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from ernie.chat import ChatError
 from ernie.tokenizer import TokenizerError
@@ -26,23 +27,27 @@ from fastdeploy.config import EngineConfig, ServerConfig
 from fastdeploy.engine.language import Language
 from fastdeploy.errors import RequestError
 from fastdeploy.metrics import Metrics
-from fastdeploy.sampling import filled
+from fastdeploy.sampling import SamplingParams, filled
 from fastdeploy.server import adapters
+from fastdeploy.server.about import add_about
 from fastdeploy.server.chat import ChatReply, chat_order
 from fastdeploy.server.completions import CompletionReply, completion_prompts
 from fastdeploy.server.connection import read_body
 from fastdeploy.server.control import add_control
-from fastdeploy.server.engine import Ended, ServerEngine, log_progress
+from fastdeploy.server.engine import Answer, Ended, ServerEngine, log_progress
 from fastdeploy.server.gate import guard
 from fastdeploy.server.health import OPEN_PATHS, add_health
 from fastdeploy.server.limits import Limits
 from fastdeploy.server.log import ORIGIN
 from fastdeploy.server.message import Reading
 from fastdeploy.server.observe import Observer
+from fastdeploy.server.openapi import add_openapi
 from fastdeploy.server.page import PATHS as PAGE_PATHS
 from fastdeploy.server.page import add_page
 from fastdeploy.server.parsers import find_syntax
+from fastdeploy.server.pooling import add_pooling
 from fastdeploy.server.protocol import (
+    Addressed,
     ChatRequest,
     Common,
     CompletionRequest,
@@ -50,9 +55,11 @@ from fastdeploy.server.protocol import (
     read_json,
     validated,
 )
-from fastdeploy.server.reply import Context, Reply, error_body
+from fastdeploy.server.reply import Context, Reply, error_body, given_id
+from fastdeploy.server.responses import add_responses
 from fastdeploy.server.stream import Disconnected, EventStream, while_connected
 from fastdeploy.server.supervisor import Child, spawn
+from fastdeploy.server.tokenise import add_tokenise
 
 log = logging.getLogger("fastdeploy")
 
@@ -95,9 +102,21 @@ class Service:
     ) -> Response:
         """Serve one of the two generating endpoints."""
         self.metrics.requests.inc()
-        self.limits.admit()
         body = parse(kind, read_json(await self.read(request)))
-        adapter = self._adapter(body.model)
+        reply = self.begin(request, body, reply_kind)
+        answer = reply.answer
+        if body.stream:
+            return EventStream(reply.events(), answer)
+        try:
+            return JSONResponse(await while_connected(request.receive, reply.whole()))
+        except Disconnected:
+            return Response(status_code=499)  # nobody reads it
+        finally:
+            answer.close()
+
+    def begin(self, request: Request, body: Common, reply_kind: type[Reply]) -> Reply:
+        """Put a request to work; whoever gets the reply must close its answer."""
+        self.limits.admit()
         params = filled(body.sampling_params(), self.engine.defaults)
         if isinstance(body, ChatRequest):
             trusts = self.config.trust_request_chat_template
@@ -108,28 +127,61 @@ class Service:
             prompts, reading = completion_prompts(body, self.tokenizer), Reading()
             if body.echo and params.logprobs is not None:
                 params.prompt_logprobs = params.logprobs
+        if body.completion_token_ids:
+            if len(prompts) > 1:
+                raise RequestError(
+                    f"completion_token_ids continues one answer, there are {len(prompts)} prompts",
+                    param="completion_token_ids",
+                )
+            prompts = [[*prompts[0], *body.completion_token_ids]]
+        answer = self.submit(request, body, prompts, params, reply_kind.id_prefix, reading.shown)
+        num_top, on_divergence = params.logprobs or 0, self.metrics.stream_divergence.inc
+        name = self.name_of(body)
+        context = Context(name, self.tokenizer, num_top, params.n, on_divergence, reading)
+        return reply_kind(body, answer, context)
+
+    def prompt_of(self, body: ChatRequest) -> list[int]:
+        """The token ids of a chat."""
+        params, trusts = body.sampling_params(), self.config.trust_request_chat_template
+        return chat_order(body, params, self.loaded, self.syntax, trusts=trusts).prompt
+
+    def submit(
+        self,
+        request: Request,
+        body: Addressed,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        prefix: str,
+        shown: Collection[int] = (),
+    ) -> Answer:
+        """Queue the prompts in the engine; whoever gets the answer must close it. Its id begins
+        with `prefix`; special tokens in `shown` are part of its text.
+
+        Raises RequestError, 409 for a `request_id` that is at work already.
+        """
         self.limits.check_tokens(prompts, params, self.loaded.config.max_model_len)
-        salt = self._cache_salt(request, body)
+        adapter = self._adapter(body.model)
+        owner, name = self.owner(request), given_id(prefix, body.request_id)
+        if any((other.owner, other.id) == (owner, name) for other in self.engine.answers):
+            raise RequestError(
+                f"a request {name!r} is at work already; choose another request_id",
+                param="request_id",
+                status=409,
+            )
         answer = self.engine.submit(
             prompts,
             params,
             priority=body.priority or 0,
-            cache_salt=salt,
+            cache_salt=self._cache_salt(request, body),
             adapter=adapter,
-            shown=reading.shown,
+            shown=shown,
         )
-        name = adapter or self.name
-        num_top, on_divergence = params.logprobs or 0, self.metrics.stream_divergence.inc
-        context = Context(name, self.tokenizer, num_top, params.n, on_divergence, reading)
-        reply = reply_kind(body, answer, context)
-        if body.stream:
-            return EventStream(reply.events(), answer)
-        try:
-            return JSONResponse(await while_connected(request.receive, reply.whole()))
-        except Disconnected:
-            return Response(status_code=499)  # nobody reads it
-        finally:
-            answer.close()
+        answer.owner, answer.id = owner, name
+        return answer
+
+    def name_of(self, body: Addressed) -> str:
+        """What answers call the model that a request names."""
+        return self._adapter(body.model) or self.name
 
     def _adapter(self, model: str | None) -> str | None:
         """What the request's `model` names: an adapter, or (None) the model itself.
@@ -161,7 +213,13 @@ class Service:
         await self.engine.unload_adapter(body.lora_name)
         return JSONResponse({"id": body.lora_name, "object": "model", "deleted": True})
 
-    def _cache_salt(self, request: Request, body: Common) -> str | None:
+    def owner(self, request: Request) -> str:
+        """Whose request it is: a digest of what it is let in by. Who may see or end what depends on
+        it; without keys all are one.
+        """
+        return request.state.tenant or ""
+
+    def _cache_salt(self, request: Request, body: Addressed) -> str | None:
         """What keeps the cached texts of one tenant from another: its key, and what it adds."""
         key = request.state.tenant
         if key is None and body.cache_salt is None:
@@ -177,6 +235,13 @@ class Service:
         cards = [self._card(name) for name in self.names]
         cards += [self._card(name, parent=self.name) for name in self.engine.adapters]
         return {"object": "list", "data": cards}
+
+    def model(self, name: str) -> dict[str, Any]:
+        """The card of one model. Raises RequestError if there is none of that name."""
+        for card in self.models()["data"]:
+            if card["id"] == name:
+                return card
+        raise RequestError(f"there is no model {name[:200]!r} here", param="model", status=404)
 
     def _card(self, name: str, parent: str | None = None) -> dict[str, Any]:
         return {
@@ -228,6 +293,10 @@ def create_app(
         return JSONResponse(service.models())
 
     add_health(app, service.engine)
+    add_about(app, service)
+    add_pooling(app, service)
+    add_responses(app, service)
+    add_tokenise(app, service)
     if config.web:
         add_page(app)
     if config.enable_control_api:
@@ -235,6 +304,8 @@ def create_app(
     if engine_config.enable_lora:
         app.post("/v1/load_lora_adapter")(service.load_adapter)
         app.post("/v1/unload_lora_adapter")(service.unload_adapter)
+
+    add_openapi(app, service, OPEN_PATHS)
 
     @app.get("/metrics")
     async def metrics() -> Response:
@@ -246,8 +317,15 @@ def create_app(
 def _add_error_handlers(app: FastAPI, limits: Limits) -> None:
     """Every error in OpenAI's form; what the user did not cause says nothing of our insides."""
 
-    def body(message: str, status: int, param: str | None = None) -> Response:
-        headers = {"retry-after": "1"} if status == 503 else {}
+    def body(
+        message: str,
+        status: int,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> Response:
+        headers = dict(headers or {})
+        if status == 503:
+            headers["retry-after"] = "1"
         if status == 429:
             headers["retry-after"] = str(limits.retry_after_s())
         if status in (408, 413):
@@ -270,7 +348,12 @@ def _add_error_handlers(app: FastAPI, limits: Limits) -> None:
     @app.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> Response:
         message = f"{request.method} {request.url.path[:200]}: {error.detail}"
-        return body(message, error.status_code)
+        headers = dict(error.headers or {})
+        if error.status_code == 405:  # the framework names the methods of one route, not of all
+            routes = [r for r in app.routes if r.matches(request.scope)[0] is not Match.NONE]
+            methods = {m for route in routes for m in getattr(route, "methods", None) or ()}
+            headers["allow"] = ", ".join(sorted(methods))
+        return body(message, error.status_code, headers=headers)
 
     @app.exception_handler(Exception)
     async def our_error(_: Request, error: Exception) -> Response:

@@ -176,19 +176,20 @@ class ChatReply(Reply):
         if not (delta or new.logprobs or completion.finish_reason or self.body.return_token_ids):
             return None
         reason = message.finish_reason(completion.finish_reason)
+        delta |= self.tokens(piece.choice, completion)
         event = self._event(piece.choice, delta, reason)
         event["logprobs"] = self._logprobs(new.logprobs) if new.logprobs else None
-        return event | self.extras(piece.choice, completion)
+        return event | self.scores(piece.choice)
 
     def choice(self, index: int, completion: CompletionOutput) -> dict[str, Any]:
         message = self.messages[completion.index]
         wanted = completion.logprobs is not None
         return {
             "index": index,
-            "message": message.whole(),
+            "message": message.whole() | self.tokens(index, completion),
             "logprobs": self._logprobs(message.said.logprobs) if wanted else None,
             "finish_reason": message.finish_reason(completion.finish_reason),
-            **self.extras(index, completion),
+            **self.scores(index),
         }
 
     def usage(self) -> dict[str, Any]:
@@ -218,7 +219,7 @@ class ChatReply(Reply):
 
     def _described(self, token: int, value: Logprob) -> dict[str, Any]:
         return {
-            "token": value.decoded_token,
+            "token": self.name_of(token, value.decoded_token),
             "logprob": value.logprob,
             "bytes": list(self.context.tokenizer.join_bytes([token])),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from ernie.tokenizer import Tokenizer
@@ -51,12 +52,13 @@ class CompletionReply(Reply):
         prompt = self.answer.prompts[number] if echo else []
         logprobs = None
         if completion.logprobs is not None:
-            logprobs = Described(self.offsets[index])
+            logprobs = Described(self.offsets[index], self.name_of)
             for token, entry in zip(prompt, self.prompt_logprobs[number] if echo else ()):
-                logprobs.add(self.context.tokenizer.decode([token]), entry, self.context.num_top)
+                text = self.context.tokenizer.decode([token])
+                logprobs.add(token, text, entry, self.context.num_top)
             for entry in completion.logprobs:
-                own = next(iter(entry.values()))
-                logprobs.add(own.decoded_token or "", entry, self.context.num_top)
+                token, own = next(iter(entry.items()))
+                logprobs.add(token, own.decoded_token or "", entry, self.context.num_top)
             self.offsets[index] = logprobs.offset
         return {
             "index": index,
@@ -70,8 +72,9 @@ class CompletionReply(Reply):
 class Described:
     """Log-probabilities in OpenAI's older form: four columns with an entry for each token."""
 
-    def __init__(self, offset: int) -> None:
+    def __init__(self, offset: int, name_of: Callable[[int, str | None], str]) -> None:
         self.offset = offset
+        self.name_of = name_of
         self.columns: dict[str, list[Any]] = {
             "tokens": [],
             "token_logprobs": [],
@@ -79,11 +82,12 @@ class Described:
             "text_offset": [],
         }
 
-    def add(self, text: str, entry: TokenLogprobs | None, num_top: int) -> None:
+    def add(self, token: int, text: str, entry: TokenLogprobs | None, num_top: int) -> None:
         """One token; `entry` is None for the first one of an echoed prompt."""
         own = None if entry is None else next(iter(entry.values())).logprob
         best = None if entry is None else likeliest(entry, num_top)
-        top = best and {value.decoded_token: value.logprob for _, value in best}
-        for column, value in zip(self.columns.values(), (text, own, top, self.offset)):
+        top = best and {self.name_of(i, value.decoded_token): value.logprob for i, value in best}
+        name = self.name_of(token, text)
+        for column, value in zip(self.columns.values(), (name, own, top, self.offset)):
             column.append(value)
         self.offset += len(text)

@@ -67,6 +67,7 @@ class Piece:
     completion: CompletionOutput
     num_cached: int
     prompt_logprobs: list[TokenLogprobs | None] | None
+    vector: list[float] | None = None  # of a prompt that is pooled
 
     @property
     def num_bytes(self) -> int:
@@ -107,6 +108,7 @@ class Answer:
         self.num_unread_bytes = 0  # of pieces in the queue, see MAX_UNREAD_BYTES
         self.given_up = asyncio.Event()  # its client does not read
         self.origin = ORIGIN.get()
+        self.id, self.owner = "", ""  # as clients call it, and whose it is
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Every piece of every choice; ends when all choices have ended.
@@ -129,6 +131,10 @@ class Answer:
         if self.num_unread_bytes > MAX_UNREAD_BYTES:
             self.given_up.set()
             self.close()
+
+    def abort(self) -> None:
+        """End every open sample here and now; whoever listens gets the reason "abort"."""
+        self.engine.abort(self)
 
     def close(self) -> None:
         """Abort what has not ended; the client has got everything, or has gone."""
@@ -286,6 +292,14 @@ class ServerEngine:
             answer.queue.put_nowait(EngineStopped(reason))
             self.forget(answer)
 
+    def abort(self, answer: Answer) -> None:
+        """Report an abort of each open sample to its listener, and have the engine forget it."""
+        ids = list(answer.samples)
+        self.supervisor.send(Abort(ids))
+        for request_id in ids:
+            metrics = RequestMetrics(arrival_time=time.monotonic())
+            self._deliver([TokenOutput(request_id, None, None, None, "abort", metrics, 0)])
+
     async def load_adapter(self, name: str, folder: Path) -> None:
         """Read an adapter while the engine works, and offer it from its next step on.
 
@@ -357,7 +371,7 @@ class ServerEngine:
                     self.supervisor.send(Abort([output.request_id]))
                 output.metrics.arrival_time = answer.arrival
                 self._report_end(answer, choice, sample, output, completion)
-            answer.put(Piece(choice, completion, output.num_cached, scores))
+            answer.put(Piece(choice, completion, output.num_cached, scores, output.vector))
 
     def _report_end(
         self,

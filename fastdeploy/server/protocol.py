@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -33,7 +34,6 @@ HARMLESS = frozenset(
         "safety_identifier",
         "prompt_cache_key",
         "prompt_cache_retention",
-        "request_id",
         "parallel_tool_calls",
         "collect_metrics",
         "trace_context",
@@ -54,11 +54,8 @@ NOT_OFFERED: dict[str, tuple[Any, ...]] = {
     "guided_choice": (None,),
     "guided_grammar": (None,),
     "mm_hashes": (None, []),
-    "completion_token_ids": (None, []),
-    "response_max_tokens": (None,),
     "disaggregate_info": (None,),
     "include_draft_logprobs": (None, False),
-    "max_streaming_response_tokens": (None, 1),
     "use_beam_search": (None, False),
 }
 # Older names, with the values that ask for nothing, and what is to be sent in their place.
@@ -67,6 +64,8 @@ REPLACED: dict[str, tuple[tuple[Any, ...], str]] = {
     "function_call": ((None, "none", "auto"), "tool_choice"),
 }
 MAX_NAMES_LOGGED = 100
+MAX_DEPTH = 64  # of a body; what walks through it may call itself
+MAX_EXTRAS = 64  # each is compared with all names there are
 _logged: set[str] = set()
 
 
@@ -76,12 +75,20 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool = False
 
 
-class Common(BaseModel):
-    """Fields of both kinds of request. Ranges are checked by SamplingParams."""
+class Addressed(BaseModel):
+    """Fields of whatever goes to the engine: to which model, as whose, how urgently."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False)
 
     model: str | None = "default"
+    request_id: str | None = Field(default=None, pattern=r"^[A-Za-z0-9_.:-]{1,128}$")
+    priority: int | None = Field(default=None, ge=-(2**31), lt=2**31)  # lower runs first
+    cache_salt: str | None = Field(default=None, min_length=1, max_length=1024)
+
+
+class Common(Addressed):
+    """Fields of both kinds of request. Ranges are checked by SamplingParams."""
+
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None
@@ -102,6 +109,7 @@ class Common(BaseModel):
     min_tokens: int | None = None
     prompt_logprobs: int | None = None
     reasoning_max_tokens: int | None = None
+    response_max_tokens: int | None = None
     temp_scaled_logprobs: bool | None = None
     top_p_normalized_logprobs: bool | None = None
     bad_words: list[str] | None = None
@@ -109,9 +117,10 @@ class Common(BaseModel):
     logit_bias: dict[str, float] | None = None
     logits_processors_args: dict[str, Any] | None = None
     prompt_token_ids: list[int] | None = None
+    completion_token_ids: list[int] | None = None  # the beginning of the answer, to be continued
     return_token_ids: bool | None = False
-    priority: int | None = None  # lower runs first
-    cache_salt: str | None = Field(default=None, min_length=1, max_length=1024)
+    include_logprobs_decode_token: bool | None = True  # false: token_id:5 instead of the text
+    max_streaming_response_tokens: int | None = Field(default=None, ge=1)  # in an event
 
     def sampling_params(self) -> SamplingParams:
         """Raises RequestError naming the field that is out of range."""
@@ -180,7 +189,7 @@ Kind = TypeVar("Kind", bound=BaseModel)
 def read_json(body: bytes) -> dict[str, Any]:
     """A JSON object. Refuses what JSON does not have (NaN, Infinity) and what cannot be text."""
     try:
-        value = json.loads(body, parse_constant=_refuse_constant)
+        value = json.loads(body, parse_constant=_refuse_constant, parse_float=_finite)
         if b"\\u" in body:
             json.dumps(value, ensure_ascii=False).encode()  # fails on half a surrogate pair
     except RecursionError:
@@ -193,6 +202,8 @@ def read_json(body: bytes) -> dict[str, Any]:
         raise
     except ValueError as error:  # bad syntax, or an integer of thousands of digits
         raise RequestError(f"the body is not JSON: {error}") from None
+    if body.count(b"[") + body.count(b"{") > MAX_DEPTH:
+        _refuse_depth(value)
     if not isinstance(value, dict):
         raise RequestError(f"the body is a {type(value).__name__}; send a JSON object")
     return value
@@ -200,9 +211,7 @@ def read_json(body: bytes) -> dict[str, Any]:
 
 def parse(kind: type[Body], values: dict[str, Any]) -> Body:
     """The request in a JSON object. Raises RequestError naming the field at fault."""
-    body = validated(kind, values)
-    for name, value in (body.model_extra or {}).items():
-        _check_extra(kind, name, value)
+    body = with_extras(kind, values)
     if body.stream_options is not None and not body.stream:
         raise RequestError("stream_options needs stream=true", param="stream_options")
     if body.prompt_logprobs is not None and body.stream:
@@ -226,7 +235,21 @@ def validated(kind: type[Kind], values: dict[str, Any]) -> Kind:
         raise RequestError(f"{name}: {first['msg']}", param=name) from None
 
 
-def _check_extra(kind: type[Common], name: str, value: Any) -> None:
+def with_extras(kind: type[Kind], values: dict[str, Any]) -> Kind:
+    """`validated`, and fields that are not of this kind judged as the head of this file says."""
+    body = validated(kind, values)
+    extras = body.model_extra or {}
+    if len(extras) > MAX_EXTRAS:
+        raise RequestError(
+            f"the body has {len(extras)} fields that are not those of such a request; "
+            f"{MAX_EXTRAS} at most are put up with"
+        )
+    for name, value in extras.items():
+        _check_extra(kind, name, value)
+    return body
+
+
+def _check_extra(kind: type[BaseModel], name: str, value: Any) -> None:
     if name in HARMLESS:
         return
     if name in REPLACED:
@@ -250,8 +273,25 @@ def _check_extra(kind: type[Common], name: str, value: Any) -> None:
         log.warning("requests have a field %.64r, which is not known and has no effect", name)
 
 
+def _refuse_depth(value: Any) -> None:
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(MAX_DEPTH):
+        values = (one.values() if isinstance(one, dict) else one for one in level)
+        level = [child for some in values for child in some if isinstance(child, (dict, list))]
+        if not level:
+            return
+    raise RequestError(f"the body is nested too deeply; {MAX_DEPTH} levels are read")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if math.isinf(value):
+        _refuse_constant(text[:64])
+    return value
+
+
 def _refuse_constant(name: str) -> None:
-    raise RequestError(f"the body has {name}, which is not JSON; send finite numbers")
+    raise RequestError(f"the body has {name}, which no number here can be; send finite ones")
 
 
 def _token_id(text: str) -> int:

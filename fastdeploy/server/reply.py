@@ -6,7 +6,7 @@ import time
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from ernie.tokenizer import Tokenizer
@@ -27,8 +27,13 @@ _KIND_BY_STATUS = {
 }
 
 
+MAX_MESSAGE = 400
+
+
 def error_body(message: str, status: int, param: str | None = None) -> dict[str, Any]:
-    """`{"error": {message, type, param, code}}`."""
+    """`{"error": {message, type, param, code}}`; a message that quotes a long value is cut."""
+    if len(message) > MAX_MESSAGE:
+        message = message[:MAX_MESSAGE] + " ..."
     kind, code = _KIND_BY_STATUS.get(status, ("invalid_request_error", "invalid_value"))
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
@@ -55,11 +60,12 @@ class Reply(ABC):
     def __init__(self, body: Common, answer: Answer, context: Context) -> None:
         self.body, self.answer, self.context = body, answer, context
         self.head = {
-            "id": f"{self.id_prefix}-{uuid.uuid4().hex}",
+            "id": answer.id,
             "object": self.chunk_object if body.stream else self.object,
             "created": int(time.time()),
             "model": context.model,
         }
+        self.began = time.monotonic()
         self.num_generated = [0] * answer.num_choices  # tokens of each sample
         self.num_cached = [0] * len(answer.prompts)
         self.prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}  # by prompt
@@ -89,10 +95,11 @@ class Reply(ABC):
         try:
             for choice in self.first_choices():
                 yield {**self.head, "choices": [choice], **empty_usage}
-            async for piece in self.answer.pieces():
+            async for piece in self._grouped():
                 self._take(piece)
                 delta = self.delta(piece)
                 if delta is not None:
+                    delta["arrival_time"] = round(time.monotonic() - self.began, 6)
                     usage = {"usage": self.usage()} if running_usage else empty_usage
                     yield {**self.head, "choices": [delta], **usage}
         except RequestError as error:  # the engine has stopped, and headers are sent already
@@ -100,6 +107,17 @@ class Reply(ABC):
             return
         if with_usage:
             yield {**self.head, "choices": [], "usage": self.usage()}
+
+    async def _grouped(self) -> AsyncIterator[Piece]:
+        """The pieces; several of a choice as one where `max_streaming_response_tokens` says so."""
+        size = self.body.max_streaming_response_tokens or 1
+        held: dict[int, list[CompletionOutput]] = {}
+        async for piece in self.answer.pieces():
+            group = held.setdefault(piece.choice, [])
+            group.append(piece.completion)
+            num_tokens = sum(len(completion.token_ids) for completion in group)
+            if num_tokens >= size or piece.completion.finish_reason is not None:
+                yield replace(piece, completion=CompletionOutput.joined(held.pop(piece.choice)))
 
     @abstractmethod
     def choice(self, index: int, completion: CompletionOutput) -> dict[str, Any]:
@@ -124,17 +142,36 @@ class Reply(ABC):
         }
 
     def extras(self, choice: int, completion: CompletionOutput) -> dict[str, Any]:
-        """Fields that `return_token_ids` and `prompt_logprobs` ask for."""
+        """Fields of a choice that `return_token_ids` and `prompt_logprobs` ask for."""
+        return {**self.tokens(choice, completion), **self.scores(choice)}
+
+    def tokens(self, choice: int, completion: CompletionOutput) -> dict[str, Any]:
+        """The ids of prompt and answer, and what they spell, control tokens included."""
+        if not self.body.return_token_ids:
+            return {}
+        prompt = self.answer.prompts[choice // self.context.n]
+        decode = self.context.tokenizer.decode
+        return {
+            "prompt_token_ids": list(prompt),
+            "completion_token_ids": completion.token_ids,
+            "prompt_tokens": decode(prompt),
+            "completion_tokens": decode(completion.token_ids),
+        }
+
+    def scores(self, choice: int) -> dict[str, Any]:
         fields: dict[str, Any] = {}
-        if self.body.return_token_ids:
-            fields["prompt_token_ids"] = list(self.answer.prompts[choice // self.context.n])
-            fields["completion_token_ids"] = completion.token_ids
         if self.body.prompt_logprobs is not None:
             fields["prompt_logprobs"] = [
                 entry and {token: asdict(value) for token, value in entry.items()}
                 for entry in self.prompt_logprobs[choice // self.context.n]
             ]
         return fields
+
+    def name_of(self, token: int, text: str | None) -> str:
+        """How log-probabilities call a token."""
+        if self.body.include_logprobs_decode_token is False:
+            return f"token_id:{token}"
+        return text or ""
 
     def has_news(self, completion: CompletionOutput) -> bool:
         return bool(
@@ -151,6 +188,12 @@ class Reply(ABC):
             self.num_cached[prompt] = piece.num_cached
         if piece.prompt_logprobs is not None:
             self.prompt_logprobs[prompt] = piece.prompt_logprobs
+
+
+def given_id(prefix: str, request_id: str | None) -> str:
+    """The id of an answer: the one its request has chosen, or a new one; `prefix-` stands once."""
+    name = uuid.uuid4().hex if request_id is None else request_id.removeprefix(f"{prefix}-")
+    return f"{prefix}-{name}"
 
 
 def likeliest(entry: TokenLogprobs, count: int) -> list[tuple[int, Logprob]]:

@@ -52,7 +52,8 @@ async def _disconnection(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Sends each dict of `events` as one `data:` line and `[DONE]` at the end.
+    """Sends each dict of `events` as one `data:` line, after an `event:` line with its `type` if it
+    has one, and `[DONE]` at the end.
 
     `source` is closed exactly once, however it ends: done, failed, the client gone, or (when the
     source gives up) the client asleep, whose connection is then cut.
@@ -86,7 +87,8 @@ class EventStream(Response):
     async def _send(self, send: Send) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
         async for event in self.events:
-            await send(_body(b"data: %b\n\n" % _encode(event), more=True))
+            name = b"event: %b\n" % event["type"].encode() if "type" in event else b""
+            await send(_body(b"%bdata: %b\n\n" % (name, _encode(event)), more=True))
         await send(_body(b"data: [DONE]\n\n", more=False))
 
 

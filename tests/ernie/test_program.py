@@ -39,9 +39,7 @@ def test_a_decode_step_replayed_with_new_inputs_gives_the_same_bits(name, scheme
     )
 
     def step():
-        hidden_TD = model.hidden(
-            inputs.token_ids_T, inputs.positions_T, PagedAttend(cache, inputs)
-        )
+        hidden_TD = model.hidden(inputs.token_ids_T, inputs.positions_T, PagedAttend(cache, inputs))
         return model.head(hidden_TD)
 
     with torch.inference_mode():

@@ -185,6 +185,21 @@ def test_a_prompt_whose_thought_is_closed_leaves_the_answer_alone(mind: LLM) -> 
         assert answer(mind, prompt, reasoning_max_tokens=2) == answer(mind, prompt)
 
 
+@pytest.mark.parametrize(("thoughts", "most"), [(3, 5), (7, 1), (30, 2)])
+def test_the_answer_after_the_thoughts_has_a_bound_of_its_own(
+    mind: LLM, thoughts: int, most: int
+) -> None:
+    start, _ = tags_of(mind)
+    settings = {"temperature": 0, "reasoning_max_tokens": thoughts, "max_tokens": 40}
+    free = answer(mind, [5, 6, start, 9], **settings)
+    held = answer(mind, [5, 6, start, 9], response_max_tokens=most, **settings)
+    assert held == free[: thoughts + 1 + most], "thoughts, their tag, the answer"
+    assert (
+        answer(mind, [5, 6], response_max_tokens=most, max_tokens=40)
+        == (answer(mind, [5, 6], max_tokens=40)[:most])
+    )
+
+
 def test_a_budget_outlives_a_preemption(tmp_path) -> None:
     sentence = "so</think>then"
     roomy = thinker(tmp_path / "roomy", think_stop_sentence=sentence)

@@ -129,7 +129,7 @@ def test_control_tokens_in_text_stay_text(client: OpenAI, llm: LLM) -> None:
         answer = client.chat.completions.create(
             model="m", messages=messages, max_tokens=1, extra_body=body
         )
-        counts.append(answer.choices[0].prompt_token_ids.count(end))
+        counts.append(answer.choices[0].message.prompt_token_ids.count(end))
     assert counts[0] == counts[1]
 
 
@@ -167,6 +167,7 @@ def test_the_transcript_of_a_stream(http: httpx.Client, llm: LLM) -> None:
     answer = http.post("/chat/completions", json=body)
     text = re.sub(r'"id":"chatcmpl-[0-9a-f]{32}"', '"id":"ID"', answer.text)
     text = re.sub(r'"created":\d+', '"created":0', text)
+    text = re.sub(r'"arrival_time":[0-9.e-]+', '"arrival_time":0', text)
     text = re.sub(r'"(prompt_tokens|total_tokens|cached_tokens)":\d+', r'"\1":0', text)
     assert answer.headers["content-type"].startswith("text/event-stream")
     assert text == (GOLDEN / "chat_stream.txt").read_text(encoding="utf-8")
@@ -183,7 +184,7 @@ BAD: list[tuple[str, Any, str | None]] = [
     (
         "chat",
         b'{"temperature": 1e999, "messages": [{"role": "user", "content": "x"}]}',
-        "temperature",
+        None,
     ),
     ("chat", b'{"messages": [{"role": "user", "content": "\\ud800"}]}', None),
     ("chat", {"messages": []}, "messages"),

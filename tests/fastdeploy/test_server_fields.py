@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers_server import app_client
@@ -74,3 +77,87 @@ def test_the_best_of_several_samples_are_returned(folder: Path) -> None:
     shown = sum(len(choice["completion_token_ids"]) for choice in answer["choices"])
     assert made > 2 * shown, f"{made} tokens were made, {shown} shown"
     assert refused.status_code == 400 and "cannot be streamed" in refused.text
+
+
+def events_of(answer: Any) -> list[dict[str, Any]]:
+    lines = answer.text.splitlines()
+    return [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+
+
+def test_events_of_several_tokens_say_the_same(folder: Path) -> None:
+    body = {"prompt": "Hello", "max_tokens": 11, "temperature": 0, "ignore_eos": True}
+    body |= {"stream": True, "return_token_ids": True, "n": 2}
+    with client(folder, None) as session:
+        single = events_of(session.post("/v1/completions", json=body))
+        grouped = events_of(
+            session.post("/v1/completions", json=body | {"max_streaming_response_tokens": 4})
+        )
+    texts = [
+        ["".join(e["choices"][0]["text"] for e in events if e["choices"][0]["index"] == i)]
+        for events in (single, grouped)
+        for i in (0, 1)
+    ]
+    assert texts[:2] == texts[2:]
+    counts = [len(e["choices"][0]["completion_token_ids"]) for e in grouped]
+    assert sorted(counts) == [3, 3, 4, 4, 4, 4]
+    times = [event["choices"][0]["arrival_time"] for event in grouped]
+    assert times == sorted(times) and times[0] > 0
+
+
+def test_a_begun_answer_is_continued(folder: Path) -> None:
+    body = {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0}
+    body |= {"ignore_eos": True, "return_token_ids": True, "max_tokens": 8}
+    with client(folder, None) as session:
+        whole = session.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
+        begun = whole["completion_token_ids"][:3]
+        body |= {"completion_token_ids": begun, "max_tokens": 5}
+        rest = session.post("/v1/chat/completions", json=body).json()["choices"][0]["message"]
+    assert rest["completion_token_ids"] == whole["completion_token_ids"][3:]
+    assert rest["prompt_token_ids"] == whole["prompt_token_ids"] + begun
+    assert whole["completion_tokens"].startswith(whole["content"][:3])
+
+
+def test_a_bound_of_the_response_is_one_of_the_answer_where_nothing_is_thought(
+    folder: Path,
+) -> None:
+    body = {"prompt": "Hello", "max_tokens": 9, "response_max_tokens": 4, "ignore_eos": True}
+    with client(folder, None) as session:
+        answer = session.post("/v1/completions", json=body).json()
+    assert answer["usage"]["completion_tokens"] == 4
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+
+def test_an_id_is_the_clients_and_not_twice_at_work(folder: Path) -> None:
+    body = {"prompt": "Hello", "max_tokens": 2, "request_id": "mine.1"}
+    with client(folder, ["one", "two"]) as session:
+        headers = [{"authorization": f"Bearer {key}"} for key in ("one", "two")]
+        for _ in range(2):  # one after the other is fine
+            answer = session.post("/v1/completions", json=body, headers=headers[0])
+            assert answer.json()["id"] == "cmpl-mine.1"
+        service = session.app.state.service
+        tokens = [5] * 20
+        at_work = service.engine.submit([tokens], SamplingParams(max_tokens=40, ignore_eos=True))
+        at_work.owner = hashlib.sha256(headers[0]["authorization"].encode()).hexdigest()
+        at_work.id = "cmpl-mine.1"
+        refused = session.post("/v1/completions", json=body, headers=headers[0])
+        assert refused.status_code == 409 and refused.json()["error"]["param"] == "request_id"
+        assert session.post("/v1/completions", json=body, headers=headers[1]).status_code == 200
+        bad = session.post("/v1/completions", json=body | {"request_id": "a\n"}, headers=headers[1])
+        assert bad.status_code == 400
+        at_work.close()
+
+
+def test_logprobs_by_id(folder: Path) -> None:
+    settings = SETTINGS | {"enable_logprob": True}
+    config = EngineConfig(model=str(folder), **settings)
+    body = {"prompt": [9, 10], "max_tokens": 2, "logprobs": 1, "temperature": 0}
+    body |= {"include_logprobs_decode_token": False, "return_token_ids": True}
+    with app_client(config) as session:
+        choice = session.post("/v1/completions", json=body).json()["choices"][0]
+        assert choice["logprobs"]["tokens"] == [
+            f"token_id:{i}" for i in choice["completion_token_ids"]
+        ]
+        chat = {"prompt_token_ids": [9, 10], "max_tokens": 2, "logprobs": True, "temperature": 0}
+        chat |= {"include_logprobs_decode_token": False}
+        answer = session.post("/v1/chat/completions", json=chat).json()["choices"][0]
+        assert [t["token"] for t in answer["logprobs"]["content"]] == choice["logprobs"]["tokens"]

@@ -1,0 +1,131 @@
+"""Responses that clients may come back to: what is kept, how much of it, and for whom.
+
+In memory, gone with the process. Each key has its own shelf, bounded in number, bytes and age; the
+oldest make room, never one that is still being written. What belongs to another key does not exist.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastdeploy.errors import RequestError
+from fastdeploy.server.engine import Answer
+
+MAX_RESPONSES, MAX_BYTES, MAX_AGE_S = 1000, 64 * 2**20, 24 * 3600.0  # of each key
+
+Item = dict[str, Any]
+
+
+class Job:
+    """A response that is written in the background: its events so far, and who waits for more."""
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+        self.events: list[dict[str, Any]] = []
+        self.is_done = False
+        self.changed = asyncio.Event()  # one for each change: set, and replaced by the next
+        self.task: asyncio.Task[None] | None = None
+
+    def start(self, events: AsyncIterator[dict[str, Any]]) -> None:
+        self.task = asyncio.create_task(self._run(events))
+
+    async def follow(self, after: int = -1) -> AsyncIterator[dict[str, Any]]:
+        """Events with a sequence number above `after`, as they come, to the last one."""
+        position = after + 1
+        while True:
+            changed = self.changed
+            while position < len(self.events):  # which may grow while one is being sent
+                position += 1
+                yield self.events[position - 1]
+            if self.is_done:
+                return
+            await changed.wait()
+
+    async def finished(self) -> None:
+        async for _ in self.follow(len(self.events)):
+            pass
+
+    async def _run(self, events: AsyncIterator[dict[str, Any]]) -> None:
+        try:
+            async for event in events:
+                self.events.append(event)
+                self._wake()
+        finally:
+            self.answer.close()
+            self.is_done = True
+            self._wake()
+
+    def _wake(self) -> None:
+        self.changed.set()
+        self.changed = asyncio.Event()
+
+
+@dataclass(slots=True)
+class Stored:
+    response: dict[str, Any]  # as it stands now
+    input: list[Item]  # all that the model was given, the conversation before included
+    job: Job | None = None
+    size: int = 0  # bytes of JSON
+    is_deleted: bool = False  # while it was still being written
+    at: float = field(default_factory=time.monotonic)
+
+    @property
+    def has_ended(self) -> bool:
+        return self.response["status"] not in ("queued", "in_progress")
+
+    @property
+    def conversation(self) -> list[Item]:
+        """What a response that follows this one is given."""
+        return [*self.input, *self.response["output"]]
+
+
+class ResponseStore:
+    def __init__(self) -> None:
+        self.shelves: dict[str, OrderedDict[str, Stored]] = {}  # by key
+
+    def put(self, owner: str, stored: Stored, num_old: int) -> None:
+        """Keep a response; the first `num_old` items of its input are kept with another one."""
+        if stored.is_deleted:
+            return
+        shelf = self.shelves.setdefault(owner, OrderedDict())
+        shelf[stored.response["id"]] = stored
+        stored.size = len(json.dumps([stored.response, stored.input[num_old:]]))
+        self._make_room(shelf)
+
+    def get(self, owner: str, response_id: str, param: str | None = None) -> Stored:
+        """Raises RequestError, 404, also for a response of another key."""
+        shelf = self.shelves.get(owner, OrderedDict())
+        stored = shelf.get(response_id)
+        if stored is None or stored.at < time.monotonic() - MAX_AGE_S:
+            raise RequestError(
+                f"there is no response {response_id[:64]!r}; it was not stored, or not kept so "
+                "long",
+                param=param,
+                status=404,
+            )
+        return stored
+
+    def remove(self, owner: str, response_id: str) -> None:
+        stored = self.get(owner, response_id)
+        stored.is_deleted = True
+        if stored.job is not None:
+            stored.job.answer.abort()
+        del self.shelves[owner][response_id]
+
+    def _make_room(self, shelf: OrderedDict[str, Stored]) -> None:
+        """Forget old responses, and the oldest ones that have ended while there is too much."""
+        expired = time.monotonic() - MAX_AGE_S
+        num, size = len(shelf), sum(stored.size for stored in shelf.values())
+        for name, stored in list(shelf.items()):
+            fits = num <= MAX_RESPONSES and size <= MAX_BYTES and stored.at >= expired
+            if fits:
+                return
+            if stored.has_ended:
+                del shelf[name]
+                num, size = num - 1, size - stored.size
