@@ -185,6 +185,8 @@ class LLM:
             order.priority = number
             order.adapter = None if name is None else self.engine.adapters.get(name)
             self.engine.check(order.token_ids, one)
+            if one.guided_decoding is not None and self.engine.grammars is not None:
+                self.engine.grammars.begin(one.guided_decoding).result()  # refuses it if it has to
             if one.stop and self.tokenizer is None:
                 raise RequestError("stop needs a tokenizer, and the model has none", param="stop")
         call = _Call(self, orders, params)
@@ -267,6 +269,8 @@ class _Call:
             completion = CompletionOutput.joined([piece.outputs.pop(), completion])
         piece.outputs.append(completion)
         piece.finished = self.num_open[position] == 0
+        if output.error is not None:
+            piece.error_code, piece.error_msg = 400, output.error
         if output.prompt_logprobs is not None:
             piece.prompt_logprobs = sample.readable_prompt(output.prompt_logprobs)
 

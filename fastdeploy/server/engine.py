@@ -53,6 +53,7 @@ class Piece:
     completion: CompletionOutput
     num_cached: int
     prompt_logprobs: list[TokenLogprobs | None] | None
+    error: str | None = None  # why the sample has ended, where the request is to blame
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,13 +87,15 @@ class Answer:
         """Every piece of every choice; ends when all choices have ended.
 
         Pieces that pile up while the client is slow are bounded by max_tokens of the samples.
-        Raises EngineStopped.
+        Raises EngineStopped, and RequestError for a request that cannot be served to its end.
         """
         num_open = self.num_choices  # not len(samples): some may have ended before we listen
         while num_open:
             piece = await self.queue.get()
             if piece is None:
                 raise EngineStopped
+            if piece.error is not None:
+                raise RequestError(piece.error)
             num_open -= piece.completion.finish_reason is not None
             yield piece
 
@@ -252,7 +255,9 @@ class ServerEngine:
                 if sample.stopped_by_text:
                     self.inbox.put(partial(self.loaded.engine.abort, output.request_id))
                 self._report_end(answer, choice, sample, output, completion)
-            answer.queue.put_nowait(Piece(choice, completion, output.num_cached, scores))
+            answer.queue.put_nowait(
+                Piece(choice, completion, output.num_cached, scores, output.error)
+            )
 
     def _report_end(
         self,
