@@ -36,7 +36,6 @@ from fastdeploy.engine.weights import HostCopy, Source, read_weights
 from fastdeploy.errors import RequestError
 from fastdeploy.sampling import SamplingParams
 
-
 COMPILE_WAIT_S = 0.02  # for a grammar, when there is nothing else to do
 
 

@@ -88,7 +88,10 @@ class Grammars:
 
     def check_size(self, guided: GuidedDecodingParams) -> None:
         """Raise RequestError for a text that is longer than is compiled."""
-        size = len(guided.text.encode("utf-8", "surrogatepass"))
+        try:
+            size = len(guided.text.encode())
+        except UnicodeEncodeError:
+            raise _refused(f"{guided.kind} has a lone surrogate; send whole characters") from None
         if size > self.max_bytes:
             raise _refused(
                 f"{guided.kind} of {size} bytes is longer than guided_decoding_max_bytes="

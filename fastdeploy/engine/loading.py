@@ -21,7 +21,7 @@ from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
-from fastdeploy.engine.grammar import make_grammars
+from fastdeploy.engine.grammar import Grammars, make_grammars
 from fastdeploy.engine.ranks import Ranks
 from fastdeploy.engine.thinking import ThinkTags
 from fastdeploy.sampling import recommended
@@ -36,6 +36,7 @@ class Loaded:
     tokenizer: Tokenizer | None
     template: ChatTemplate | None  # None where the folder has none
     defaults: dict[str, float]  # sampling settings that the model's folder recommends
+    grammars: Grammars | None  # the engine's; None where answers cannot be held to a form
 
 
 def load(config: EngineConfig, model: ErnieModel | None = None) -> Loaded:
@@ -117,7 +118,7 @@ def _around(model: ErnieModel, config: EngineConfig, ranks: Ranks | None) -> Loa
     grammars = make_grammars(config, tokenizer, model.config.vocab_size, ends)
     engine = Engine(model, config, ends, tags, rebuild=rebuild, ranks=ranks, grammars=grammars)
     defaults = recommended(getattr(model, "generation_config", None) or {})
-    return Loaded(engine, config, tokenizer, _template(config, tokenizer), defaults)
+    return Loaded(engine, config, tokenizer, _template(config, tokenizer), defaults, grammars)
 
 
 def served(model: ErnieModel, config: EngineConfig) -> ErnieModel:

@@ -1,8 +1,8 @@
 """Chooses tokens from logits, for a whole batch at once.
 
-    raw logits -> penalties, biases, bans, masks of forms -> greedy rows: argmax
-                                                          -> others: temperature, min_p, top_k, top_p, one draw
-                                                          -> tokens that a request is forced to take
+    raw logits -> penalties, biases, bans, masks -> greedy rows: argmax
+                                                 -> others: temperature, min_p, top_k, top_p, one draw
+                                                 -> tokens that a request is forced to take
 
 A draw is the inverse of the cumulative distribution at one uniform number, which is made from the
 request's seed and the position of the token. So a seeded result does not depend on the neighbours

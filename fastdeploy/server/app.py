@@ -39,6 +39,7 @@ from fastdeploy.server.chat import ChatReply, chat_prompts
 from fastdeploy.server.completions import CompletionReply, completion_prompts
 from fastdeploy.server.control import add_control
 from fastdeploy.server.engine import ServerEngine, log_progress
+from fastdeploy.server.grammars import GrammarCheck
 from fastdeploy.server.protocol import (
     ChatRequest,
     Common,
@@ -68,6 +69,7 @@ class Service:
             loaded, max_concurrency=config.max_concurrency, on_end=self.metrics.end
         )
         self.metrics.watch(self.engine.stats)
+        self.grammars = GrammarCheck(loaded.grammars)
         self.started = int(time.time())
 
     async def answer(
@@ -78,6 +80,8 @@ class Service:
         body = parse(kind, read_json(await self.read(request)))
         adapter = self._adapter(body.model)
         params = filled(body.sampling_params(), self.loaded.defaults)
+        if form := body.form():
+            params.guided_decoding = await self.grammars.checked(form[1], field=form[0])
         if isinstance(body, ChatRequest):
             prompts = chat_prompts(body, self.loaded)
         else:
@@ -185,6 +189,7 @@ def create_app(loaded: Loaded, config: ServerConfig) -> FastAPI:
         logging_task = asyncio.create_task(log_progress(service.engine))
         yield
         logging_task.cancel()
+        await service.grammars.close()
         service.engine.stop()
 
     # No pages of its own: bodies are read by `protocol`, not by the framework.
