@@ -45,6 +45,7 @@ MAX_COMPILED = 64  # grammars kept, and the bytes of their texts together, in un
 MAX_COMPILED_SIZES = 8
 WHITESPACE = r" |\n {0,32}|\n\t{0,8}"
 MAX_REASON = 300  # characters of the library's own words in an error
+PREFIX = "guided decoding: "  # of errors, until a server knows the field
 TEXT = r"TEXT: /(.|\n)*/"
 
 # Fuel and items bound the work of one mask to about ten milliseconds, states the memory of one
@@ -52,7 +53,7 @@ TEXT = r"TEXT: /(.|\n)*/"
 LIMITS = {
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 100_000,
-    "step_max_items": 50_000,
+    "step_max_items": 10_000,
     "max_lexer_states": 20_000,
     "max_grammar_size": 200_000,
     "verbose_errors": False,
@@ -216,11 +217,8 @@ def grammar_of(
         return lark_of(text)
     if kind == "structural_tag":
         return _lark_of_tags(_object(kind, text), tokenizer, any_whitespace)
-    schema = '{"type": "object"}' if kind == "json_object" else text
-    try:
-        return LLMatcher.grammar_from_json_schema(schema, overrides=_json_options(any_whitespace))
-    except ValueError as error:
-        raise _refused(f"{kind} cannot be used: {_reason(str(error))}") from None
+    schema = {"type": "object"} if kind == "json_object" else _object(kind, text)
+    return LLMatcher.grammar_from_json_schema(schema, overrides=_json_options(any_whitespace))
 
 
 def lark_of(text: str) -> str:
@@ -322,11 +320,12 @@ def _reason(message: str) -> str:
     said = next((line for line in lines if line.startswith("error:")), lines[0])
     if said.startswith("NoExtension"):
         return "no answer fits it"
-    return said.removeprefix("error:").strip()[:MAX_REASON]
+    said = said.removeprefix("error:").partition(" Enable '")[0]  # its options are not the user's
+    return said.strip()[:MAX_REASON]
 
 
 def _refused(what: str) -> RequestError:
-    return RequestError(f"guided decoding: {what}", param="guided_decoding")
+    return RequestError(f"{PREFIX}{what}", param="guided_decoding")
 
 
 def why_stuck(matcher: LLMatcher) -> str:

@@ -25,7 +25,7 @@ import sys
 from typing import Any
 
 from ernie.tokenizer import Tokenizer
-from fastdeploy.engine.grammar import Grammars, lark_of
+from fastdeploy.engine.grammar import PREFIX, Grammars, lark_of
 from fastdeploy.errors import RequestError
 from fastdeploy.sampling import GuidedDecodingParams
 
@@ -120,12 +120,12 @@ def _death(status: int) -> str:
         return _too_much("time", f"{CPU_S} s")
     if ended_by == signal.SIGABRT:  # how the library answers a refused allocation
         return _too_much("memory", f"{MEMORY_MIB} MiB")
-    return "guided decoding: the grammar cannot be compiled; make it smaller or simpler"
+    return f"{PREFIX}the grammar cannot be compiled; make it smaller or simpler"
 
 
 def _too_much(what: str, most: str) -> str:
     return (
-        f"guided decoding: compiling takes more {what} than the {most} there are for it; make it "
+        f"{PREFIX}compiling takes more {what} than the {most} there are for it; make it "
         "smaller or simpler"
     )
 

@@ -1,7 +1,7 @@
 """Chooses tokens from logits, for a whole batch at once.
 
     raw logits -> penalties, biases, bans, masks -> greedy rows: argmax
-                                                 -> others: temperature, min_p, top_k, top_p, one draw
+                                                 -> others: temperature, min_p, top_k, top_p, draw
                                                  -> tokens that a request is forced to take
 
 A draw is the inverse of the cumulative distribution at one uniform number, which is made from the

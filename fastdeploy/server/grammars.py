@@ -14,7 +14,7 @@ import sys
 from collections import OrderedDict
 from typing import Any
 
-from fastdeploy.engine.grammar import Grammars
+from fastdeploy.engine.grammar import PREFIX, Grammars
 from fastdeploy.errors import RequestError
 from fastdeploy.sampling import GuidedDecodingParams
 
@@ -45,10 +45,11 @@ class GrammarCheck:
         try:
             self.grammars.check_size(guided)
             verdict = await self._verdict(guided)
+            if verdict["error"] is not None:
+                raise RequestError(verdict["error"])
         except RequestError as error:
-            raise RequestError(str(error), param=field, status=error.status) from None
-        if verdict["error"] is not None:
-            raise RequestError(verdict["error"], param=field)
+            message = f"{field}: {str(error).removeprefix(PREFIX)}"
+            raise RequestError(message, param=field, status=error.status) from None
         if verdict["grammar"] is not None:
             return dataclasses.replace(guided, grammar=verdict["grammar"])
         return guided
