@@ -190,7 +190,9 @@ class _TokenBytes:
     def __init__(self, tokenizer: Tokenizer, vocab_size: int, eos_ids: list[int]) -> None:
         self.tokenizer = tokenizer
         self.eos_token_id = eos_ids[0]
-        self.tokens = [tokenizer.join_bytes([token]) for token in range(vocab_size)]
+        stands_for = [tokenizer.join_bytes([token]) for token in range(vocab_size)]
+        # The byte token of 0xff, which no form allows, would be taken for a control token.
+        self.tokens = [b"" if one.startswith(b"\xff") else one for one in stands_for]
         self.special_token_ids = []
         for name in tokenizer.control_tokens:
             token = tokenizer.id_of(name)
