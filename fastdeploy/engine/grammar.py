@@ -46,6 +46,7 @@ MAX_COMPILED_SIZES = 8
 WHITESPACE = r" |\n {0,32}|\n\t{0,8}"
 MAX_REASON = 300  # characters of the library's own words in an error
 PREFIX = "guided decoding: "  # of errors, until a server knows the field
+HEADER = re.compile(r"^\s*%llguidance\b.*$", re.MULTILINE)
 TEXT = r"TEXT: /(.|\n)*/"
 
 # Fuel and items bound the work of one mask to about ten milliseconds, states the memory of one
@@ -207,20 +208,26 @@ class _TokenBytes:
 def grammar_of(
     guided: GuidedDecodingParams, tokenizer: Tokenizer, *, any_whitespace: bool = True
 ) -> str:
-    """A form in llguidance's own language. Raises RequestError for what has no such form."""
+    """A form in llguidance's own language. Raises RequestError for what has no such form.
+
+    Its header switches off that text which is certain is only allowed in the tokens into which the
+    tokenizer would cut it: all tokens that the form allows compete, with the model's odds.
+    """
     from llguidance import LLMatcher
 
     kind, text = guided.kind, guided.text
     if kind == "regex":
-        return LLMatcher.grammar_from_regex(text)
-    if kind == "choice":
-        return "start: " + " | ".join(map(_quoted, json.loads(text)))
-    if kind == "grammar":
-        return lark_of(text)
-    if kind == "structural_tag":
-        return _lark_of_tags(_object(kind, text), tokenizer, any_whitespace)
-    schema = {"type": "object"} if kind == "json_object" else _object(kind, text)
-    return LLMatcher.grammar_from_json_schema(schema, overrides=_json_options(any_whitespace))
+        lark = json.loads(LLMatcher.grammar_from_regex(text))["grammars"][0]["lark_grammar"]
+    elif kind == "choice":
+        lark = "start: " + " | ".join(map(_quoted, json.loads(text)))
+    elif kind == "grammar":
+        lark = lark_of(text)
+    elif kind == "structural_tag":
+        lark = _lark_of_tags(_object(kind, text), tokenizer, any_whitespace)
+    else:
+        schema = {"type": "object"} if kind == "json_object" else _object(kind, text)
+        lark = "start: " + _lark_of_schema(schema, any_whitespace)
+    return lark if HEADER.search(lark) else f'%llguidance {{"no_forcing": true}}\n{lark}'
 
 
 def lark_of(text: str) -> str:
@@ -233,23 +240,26 @@ def lark_of(text: str) -> str:
     if not re.search(r"^\s*[\w-]+\s*::=", text, re.MULTILINE):
         return text
     try:
-        return gbnf_to_lark(text)
+        return HEADER.sub("", gbnf_to_lark(text), count=1)
     except GbnfToLarkError as error:
         raise _refused(f"grammar cannot be used: {_reason(str(error))}") from None
     except RecursionError:
         raise _refused("grammar cannot be used: it is nested too deeply") from None
 
 
-def _json_options(any_whitespace: bool) -> Any:
-    """All that a schema could set itself under `x-guidance`, so that it sets none of it."""
-    return {
+def _lark_of_schema(schema: dict[str, Any], any_whitespace: bool) -> str:
+    """JSON of a schema, as a symbol. All that a schema could set itself under `x-guidance` is set,
+    so that it sets none of it.
+    """
+    options = {
         "item_separator": ",",
         "key_separator": ":",
         "whitespace_flexible": any_whitespace,
-        "whitespace_pattern": WHITESPACE if any_whitespace else "",
+        "whitespace_pattern": WHITESPACE if any_whitespace else None,
         "coerce_one_of": False,
         "lenient": False,
     }
+    return f"%json {json.dumps({**schema, 'x-guidance': options})}"
 
 
 def _lark_of_tags(given: Mapping[str, Any], tokenizer: Tokenizer, any_whitespace: bool) -> str:
@@ -276,8 +286,7 @@ def _lark_of_tags(given: Mapping[str, Any], tokenizer: Tokenizer, any_whitespace
                 f"structural_tag has structure {i}, which takes a begin that starts with one of "
                 "the triggers, an object as its schema and a text as its end"
             )
-        schema = {**one["schema"], "x-guidance": _json_options(any_whitespace)}
-        body = [f"%json {json.dumps(schema)}", *_symbols(end, tokenizer)]
+        body = [_lark_of_schema(one["schema"], any_whitespace), *_symbols(end, tokenizer)]
         rules += _rules_of_tag(i, starts[0], begin, body, tokenizer)
     return "\n".join(rules)
 
@@ -307,10 +316,15 @@ def _quoted(text: str) -> str:
 
 
 def _object(kind: str, text: str) -> dict[str, Any]:
+    def integer(digits: str) -> int:
+        if not -(2**63) <= (number := int(digits)) < 2**63:  # the library would round it
+            raise ValueError(f"{digits[:40]} is an integer of more than 64 bits; use a smaller one")
+        return number
+
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_int=integer)
     except (ValueError, RecursionError) as error:
-        raise _refused(f"{kind} is not JSON: {_reason(str(error))}") from None
+        raise _refused(f"{kind} cannot be read as JSON: {_reason(str(error))}") from None
     if not isinstance(value, dict):
         raise _refused(f"{kind} is a {type(value).__name__}; it takes a JSON object")
     return value

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import helpers_tokenizer
 import pytest
 import regex
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import helpers_tokenizer
 
 import ernie
 from ernie.attention import packed_causal
@@ -223,4 +227,6 @@ def test_accepted_and_rejected_drafts_leave_the_form_where_it_belongs(
     assert answers(llm, alone=True) == expected
     stats = llm.engine.stats()
     assert 0 < stats.num_accepted_tokens <= stats.num_draft_tokens
-    assert stats.num_accepted_tokens == stats.num_draft_tokens or every < 1000
+    # Where the last draft ends the text no further token follows it, and it counts as that one.
+    num_refused = stats.num_draft_tokens - stats.num_accepted_tokens
+    assert num_refused <= len(ROWS) or every < 1000
