@@ -56,10 +56,11 @@ class GrammarCheck:
 
     async def close(self) -> None:
         """End the process, if there is one."""
-        if self.process is not None:
-            self.process.kill()
-            await self.process.wait()
-            self.process = None
+        process, self.process = self.process, None
+        if process is not None:
+            if process.returncode is None:
+                process.kill()
+            await process.wait()
 
     async def _verdict(self, guided: GuidedDecodingParams) -> dict[str, Any]:
         key = guided.kind, guided.text
@@ -86,7 +87,7 @@ class GrammarCheck:
 
     async def _ask(self, guided: GuidedDecodingParams) -> dict[str, Any]:
         try:
-            if self.process is None:
+            if self.process is None or self.process.returncode is not None:
                 self.process = await self._started()
                 await self._reply(self.process)
             assert self.process.stdin is not None, "it is a pipe"
