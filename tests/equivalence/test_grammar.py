@@ -27,6 +27,8 @@ from ernie.models import TINY
 from fastdeploy import LLM, GuidedDecodingParams, SamplingParams
 from fastdeploy.engine.speculative import num_allowed
 
+pytest.importorskip("llguidance")
+
 MAX_LEN = 160
 PROMPT = "Hello! The quick brown fox"
 CHOICES = ["yes", "yes, sir", "no", "not today", "语言"]

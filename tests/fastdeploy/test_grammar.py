@@ -24,6 +24,8 @@ from fastdeploy import LLM, GuidedDecodingParams, SamplingParams
 from fastdeploy.engine.grammar import Grammars
 from fastdeploy.errors import RequestError
 
+pytest.importorskip("llguidance")
+
 PERSON = {
     "type": "object",
     "properties": {

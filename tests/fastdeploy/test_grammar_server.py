@@ -185,6 +185,8 @@ HOGS = """
 import os, sys
 from fastdeploy.engine.grammar_check import tried
 
+pytest.importorskip("llguidance")
+
 class Hog:
     def check_size(self, guided): pass
     def compile(self, guided):
