@@ -25,6 +25,8 @@ from fastdeploy.engine.grammar import Grammars
 from fastdeploy.errors import RequestError
 from fastdeploy.server.grammars import GrammarCheck
 
+pytest.importorskip("llguidance")
+
 HELLO: list[Any] = [{"role": "user", "content": "Hello!"}]
 
 
@@ -184,8 +186,6 @@ def test_a_form_that_fails_on_the_way_is_an_error_event_of_its_stream(server: Se
 HOGS = """
 import os, sys
 from fastdeploy.engine.grammar_check import tried
-
-pytest.importorskip("llguidance")
 
 class Hog:
     def check_size(self, guided): pass
