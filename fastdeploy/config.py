@@ -75,6 +75,18 @@ class EngineConfig:
     think_stop_sentence: str | None = option(
         None, "Text that ends a thought whose budget is used up; none: the closing tag alone."
     )
+    guided_decoding_backend: str = option(
+        "auto",
+        "What holds answers to a form: llguidance, off, or auto: llguidance where it is installed; "
+        "xgrammar is accepted and served by llguidance, in the same forms.",
+        choices=("auto", "llguidance", "xgrammar", "off"),
+    )
+    guided_decoding_disable_any_whitespace: bool = option(
+        False, "Write constrained JSON without a space or line break between its parts."
+    )
+    guided_decoding_max_bytes: int = option(
+        65536, "Size of a schema, regular expression or grammar at most, in bytes."
+    )
     enable_early_stop: bool = option(False, "End texts that repeat themselves.")
     early_stop_config: dict | str | None = option(  # noqa: RUF009
         None, "When they end, as JSON: strategy, window_size, threshold; given, it enables them."
@@ -104,6 +116,7 @@ class EngineConfig:
             "num_gpu_blocks_override",
             "max_loras",
             "max_lora_rank",
+            "guided_decoding_max_bytes",
         ):
             value = getattr(self, name)
             if value is not None and value < 1:

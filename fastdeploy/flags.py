@@ -51,8 +51,6 @@ LATER: dict[str, tuple[Any, ...]] = {
     "logprobs_mode": ("raw_logprobs",),
     "enable_keep_sampling_mask": (False,),
     "enable_entropy": (False,),
-    "guided_decoding_backend": ("off",),
-    "guided_decoding_disable_any_whitespace": (False,),
     "logits_processors": (None,),
     "load_choices": ("default_v1", "default"),
     "dynamic_load_weight": (False,),

@@ -231,6 +231,8 @@ class LLM:
             self.engine.check(order.token_ids, one)
             if one.pooling is not None:
                 raise RequestError("pooling makes no text; use LLM.embed", param="pooling")
+            if one.guided_decoding is not None and self.engine.grammars is not None:
+                self.engine.grammars.begin(one.guided_decoding).result()  # refuses it if it has to
             if one.stop and self.tokenizer is None:
                 raise RequestError("stop needs a tokenizer, and the model has none", param="stop")
         call = _Call(self, orders, params)
@@ -313,6 +315,8 @@ class _Call:
             completion = CompletionOutput.joined([piece.outputs.pop(), completion])
         piece.outputs.append(completion)
         piece.finished = self.num_open[position] == 0
+        if output.error is not None:
+            piece.error_code, piece.error_msg = 400, output.error
         if output.prompt_logprobs is not None:
             piece.prompt_logprobs = sample.readable_prompt(output.prompt_logprobs)
 

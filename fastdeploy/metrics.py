@@ -74,6 +74,7 @@ class EngineFigures(Collector):
             ("request_preempted", "Preemptions.", s.num_preemptions),
             ("prompt_tokens", "Tokens of admitted prompts.", s.num_prompt_tokens),
             ("generation_tokens", "Tokens generated.", s.num_generated_tokens),
+            ("guided_unfinished", "Texts cut before their form ended.", s.num_unfinished_forms),
         ):
             yield CounterMetricFamily(f"fastdeploy:{name}", text, value)
 

@@ -28,7 +28,8 @@ TokenLogprobs = dict[int, Logprob]  # by token id: the token itself first, then 
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One sample of an answer. `finish_reason` is None while it grows, else stop, length or abort.
+    """One sample of an answer. `finish_reason` is None while it grows, else stop, length, abort, or
+    error (see `RequestOutput.error_msg`).
 
     `text` ends before the stop string or the token that ended it, unless
     `include_stop_str_in_output`; `token_ids` holds every token that was generated.
@@ -126,9 +127,12 @@ class RequestOutput:
             by_index.setdefault(completion.index, []).append(completion)
         outputs = Completions(CompletionOutput.joined(by_index[i]) for i in sorted(by_index))
         scores = next((p.prompt_logprobs for p in pieces if p.prompt_logprobs is not None), None)
+        failed = next((piece for piece in pieces if piece.error_msg is not None), first)
         return dataclasses.replace(
             first,
             outputs=outputs,
+            error_code=failed.error_code,
+            error_msg=failed.error_msg,
             finished=last.finished,
             metrics=last.metrics,
             prompt_logprobs=scores,
@@ -161,6 +165,7 @@ class Stats:
     num_drafts: int  # how often drafts of a request were verified
     num_draft_tokens: int  # tokens of these drafts
     num_accepted_tokens: int  # of these, became known
+    num_unfinished_forms: int  # texts held to a form that ended, by length, before it did
 
     @property
     def mean_acceptance_length(self) -> float:

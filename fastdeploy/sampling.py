@@ -7,6 +7,7 @@ refused, never ignored. Imports no torch.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
@@ -47,22 +48,60 @@ ABOVE = frozenset({"repetition_penalty"})  # 0 itself is not allowed
 
 @dataclass(kw_only=True)
 class GuidedDecodingParams:
-    """Constraint on the form of the output: exactly one of the fields."""
+    """Constraint on the form of the output: exactly one of the fields.
+
+    `json` is a JSON schema and `structural_tag` an object with `structures` and `triggers`, each
+    also as JSON text; `grammar` is in GBNF or in Lark's form. See `fastdeploy.engine.grammar`.
+    """
 
     json: str | dict | None = None
     regex: str | None = None
     choice: list[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
-    structural_tag: str | None = None
+    structural_tag: str | dict | None = None
 
     def __post_init__(self) -> None:
-        given = [f.name for f in fields(self) if getattr(self, f.name) is not None]
+        given = [f.name for f in fields(self) if getattr(self, f.name) not in (None, False)]
         if len(given) != 1:
-            raise RequestError(
-                f"guided decoding takes one of its fields, {len(given)} were given: {given}",
-                param="guided_decoding",
-            )
+            raise _not_a_form(f"takes one of its fields, {len(given)} were given: {given}")
+        for name in ("json", "structural_tag"):
+            value = getattr(self, name)
+            if isinstance(value, dict):
+                setattr(self, name, _as_json(name, value))
+            elif not isinstance(value, str | None):
+                raise _not_a_form(f"has a {name} that is neither an object nor JSON text")
+        for name in ("regex", "grammar"):
+            if not isinstance(getattr(self, name), str | None):
+                raise _not_a_form(f"has a {name} that is not a text")
+        if self.choice is not None:
+            is_list = isinstance(self.choice, list | tuple) and self.choice
+            if not is_list or not all(isinstance(one, str) for one in self.choice):
+                raise _not_a_form("takes for choice a list of one or more texts")
+
+    @property
+    def kind(self) -> str:
+        """The name of the field that is given."""
+        return next(f.name for f in fields(self) if getattr(self, f.name) not in (None, False))
+
+    @property
+    def text(self) -> str:
+        """What is given, as one text: it and the kind say all there is."""
+        value = getattr(self, self.kind)
+        return value if isinstance(value, str) else _as_json(self.kind, value)
+
+
+def _not_a_form(what: str) -> RequestError:
+    return RequestError(f"guided decoding {what}", param="guided_decoding")
+
+
+def _as_json(name: str, value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False)
+    except RecursionError:
+        raise _not_a_form(f"has a {name} that is nested too deeply") from None
+    except (TypeError, ValueError) as error:
+        raise _not_a_form(f"has a {name} that cannot be said in JSON: {error}") from None
 
 
 @dataclass(kw_only=True)
@@ -158,12 +197,6 @@ class SamplingParams:
                 f"pooling={self.pooling!r} is not known; use mean or last", param="pooling"
             )
         self._lists()
-        if self.guided_decoding is not None:
-            raise RequestError(
-                "guided_decoding is not available; leave it out; the form of the output is not "
-                "constrained yet",
-                param="guided_decoding",
-            )
 
     @property
     def num_samples(self) -> int:

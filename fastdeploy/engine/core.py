@@ -22,6 +22,8 @@ from fastdeploy.engine.adapters import Adapters
 from fastdeploy.engine.batch import BatchBuilder
 from fastdeploy.engine.blocks import BlockManager
 from fastdeploy.engine.cache import KVCache, block_bytes, cache_dtype, free_bytes
+from fastdeploy.engine.constraint import Compiling, Masks
+from fastdeploy.engine.grammar import Grammars, why_none
 from fastdeploy.engine.graphs import cuda_recorder, graph_sizes, program_sizes, record_program
 from fastdeploy.engine.pooler import Pooler
 from fastdeploy.engine.ranks import Ranks
@@ -35,6 +37,8 @@ from fastdeploy.engine.weights import HostCopy, Source, read_weights
 from fastdeploy.errors import RequestError
 from fastdeploy.outputs import Stats
 from fastdeploy.sampling import SamplingParams
+
+COMPILE_WAIT_S = 0.02  # for a grammar, when there is nothing else to do
 
 
 class Engine:
@@ -54,8 +58,11 @@ class Engine:
         *,
         rebuild: Callable[[ErnieModel], ErnieModel] = lambda model: model,
         ranks: Ranks | None = None,
+        grammars: Grammars | None = None,
     ) -> None:
-        """`rebuild` makes the form of `model` from a plain one; needed to update weights."""
+        """`rebuild` makes the form of `model` from a plain one; needed to update weights. Without
+        `grammars` no request can be held to a form.
+        """
         assert config.max_num_batched_tokens is not None, "the config is not resolved"
         self.config = config
         self.vocab_size = model.config.vocab_size
@@ -92,6 +99,8 @@ class Engine:
         self.adapters = Adapters(model, config)
         self.sampler = Sampler(self.vocab_size)
         self.pooler = Pooler(self.runner)
+        self.grammars, self.masks = grammars, Masks(self.vocab_size)
+        self.compiling = Compiling(grammars, think_tags, self.eos_ids)
         self.blocks = BlockManager(
             num_blocks,
             config.block_size,
@@ -111,7 +120,7 @@ class Engine:
         self.paused = self.asleep = False
         self.host_copy: HostCopy | None = None
         self.seeds = random.Random(config.seed)
-        self.num_generated = self.num_steps = 0
+        self.num_generated = self.num_steps = self.num_unfinished_forms = 0
         self._record_decoding()
 
     def add(
@@ -155,12 +164,16 @@ class Engine:
             adapter=adapter,
         )
         self.requests[request_id] = request
-        self.scheduler.add(request)
+        (self.compiling if params.guided_decoding is not None else self.scheduler).add(request)
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
         """Raise RequestError if the engine cannot serve this prompt with these settings."""
         self._refuse_while_resting()
         check_params(params, self.vocab_size, self.config, thinks=self.think_tags is not None)
+        if params.guided_decoding is not None:
+            if self.grammars is None:
+                raise why_none(self.config)
+            self.grammars.check_size(params.guided_decoding)
         check_prompt(prompt_ids, self.vocab_size, self.config.max_model_len, params.min_tokens)
 
     def load_adapter(self, name: str, adapter: Adapter) -> None:
@@ -186,7 +199,7 @@ class Engine:
     def abort(self, request_id: str) -> None:
         """Forget a request and free what it holds; nothing happens if it has ended already."""
         request = self.requests.pop(request_id, None)
-        if request is not None:
+        if request is not None and not self.compiling.forget(request):
             self.scheduler.finish(request)
         self.news = [output for output in self.news if output.request_id != request_id]
 
@@ -204,13 +217,16 @@ class Engine:
         """Compute one batch and return what became known in it. Raises RequestError while the
         engine rests.
         """
-        if self.news:
+        if not self.news:
+            self._refuse_while_resting()
+            self._queue_compiled()
+        if self.news or not self.scheduler.has_work:
             outputs, self.news = self.news, []
             return outputs
-        self._refuse_while_resting()
         schedule = self.scheduler.schedule()
+        masks = self.masks.begin(schedule.parts)
         logits_RV = self.runner.run(schedule)
-        choices = self.sampler(logits_RV, schedule.parts)
+        choices = self.sampler(logits_RV, schedule.parts, masks)
         tokens = [[choice.token for choice in some] for some in choices]
         pooled = self.pooler(schedule.parts)
         grown = self.scheduler.update(schedule, tokens)
@@ -218,6 +234,24 @@ class Engine:
             with on(self.device):
                 self.drafter(schedule)
         return self._report(grown, choices) + self._report_pooled(pooled)
+
+    def _queue_compiled(self) -> None:
+        if not self.compiling.futures:
+            return
+        for request, error in self.compiling.ready(
+            wait_s=0 if self.scheduler.has_work else COMPILE_WAIT_S
+        ):
+            if error is None:
+                self.scheduler.add(request)
+            else:
+                del self.requests[request.id]
+                self.news.append(self._without_token(request, "error", error))
+
+    def _without_token(
+        self, request: Request, reason: str, error: str | None = None
+    ) -> TokenOutput:
+        metrics, num_cached = request.metrics, request.num_cached
+        return TokenOutput(request.id, None, None, None, reason, metrics, num_cached, error=error)
 
     def pause(self, mode: str = "abort") -> None:
         """Refuse new requests until `resume`. Those there are: "abort" ends them, "keep" holds
@@ -228,10 +262,7 @@ class Engine:
         self.paused = True
         for request in list(self.requests.values()) if mode == "abort" else ():
             self.abort(request.id)
-            metrics, num_cached = request.metrics, request.num_cached
-            self.news.append(
-                TokenOutput(request.id, None, None, None, "abort", metrics, num_cached)
-            )
+            self.news.append(self._without_token(request, "abort"))
 
     def resume(self) -> None:
         """Go on after `pause`."""
@@ -347,6 +378,7 @@ class Engine:
             num_drafts=scheduler.num_drafts,
             num_draft_tokens=scheduler.num_draft_tokens,
             num_accepted_tokens=scheduler.num_accepted_tokens,
+            num_unfinished_forms=self.num_unfinished_forms,
         )
 
     def _report(
@@ -375,7 +407,11 @@ class Engine:
                 )
                 for choice in some[:num_taken]
             ]
-            reports[-1].finish_reason = request.finish_reason()
+            reason = reports[-1].finish_reason = request.finish_reason()
+            if reason is not None and request.constraint is not None:
+                reports[-1].error = request.constraint.error
+                is_cut = reason == "length" and not request.constraint.is_complete
+                self.num_unfinished_forms += is_cut
             if first and request.params.prompt_logprobs is not None:
                 reports[0].prompt_logprobs = request.prompt_logprobs or [None]
             outputs += reports

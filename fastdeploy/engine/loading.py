@@ -20,6 +20,7 @@ from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
+from fastdeploy.engine.grammar import make_grammars
 from fastdeploy.engine.language import template_for
 from fastdeploy.engine.ranks import Ranks
 from fastdeploy.engine.thinking import ThinkTags
@@ -113,9 +114,11 @@ def _around(model: ErnieModel, config: EngineConfig, ranks: Ranks | None) -> Loa
     ends = stop_ids(tokenizer) if tokenizer else model.config.eos_token_ids
     tags = ThinkTags.of(tokenizer, config.think_stop_sentence)
     rebuild = partial(served, config=config)
-    engine = Engine(model, config, ends, tags, rebuild=rebuild, ranks=ranks)
+    grammars = make_grammars(config, tokenizer, model.config.vocab_size, ends)
+    engine = Engine(model, config, ends, tags, rebuild=rebuild, ranks=ranks, grammars=grammars)
     defaults = recommended(getattr(model, "generation_config", None) or {})
-    return Loaded(engine, config, tokenizer, template_for(config, tokenizer), defaults)
+    template = template_for(config, tokenizer)
+    return Loaded(engine, config, tokenizer, template, defaults)
 
 
 def served(model: ErnieModel, config: EngineConfig) -> ErnieModel:

@@ -29,6 +29,7 @@ from fastdeploy.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from ernie.adapters import Adapter
+    from fastdeploy.engine.constraint import Constraint
 
 
 class Status(enum.Enum):
@@ -87,6 +88,7 @@ class Request:
             and (params.reasoning_max_tokens or params.response_max_tokens) is not None
             else None
         )
+        self.constraint: Constraint | None = None  # given before it is queued, if it has a form
         self.early_stop = early_stop
         self.num_sure = 0  # newest tokens in a row of which the model was sure
         stops = frozenset(params.stop_token_ids or ())
@@ -138,12 +140,17 @@ class Request:
 
     def finish_reason(self) -> str | None:
         """Why the text ends after its newest token, None when it goes on."""
+        form = self.constraint
+        over = form.reason if form is not None and form.end == self.num_output else None
+        if over == "error":
+            return over
         if self.num_output >= self.params.min_tokens:
             if self.token_ids[-1] in self.stop_ids:
                 return "stop"
             if self.early_stop is not None and self.num_sure >= self.early_stop.window_size:
                 return "repetition"
-        return "length" if self.num_output >= self.max_output or self._has_answered() else None
+        too_long = self.num_output >= self.max_output or self._has_answered()
+        return over or ("length" if too_long else None)
 
     def _has_answered(self) -> bool:
         """Whether what follows the thoughts is as long as it may be."""
@@ -164,11 +171,12 @@ class TokenOutput:
     token: int | None
     logprob: float | None  # of the token in the raw logits, where somebody wanted to know
     logprobs: TokenLogprobs | None  # as the user asked for them
-    finish_reason: str | None  # stop, repetition, length or abort
+    finish_reason: str | None  # stop, repetition, complete, length, error or abort
     metrics: RequestMetrics
     num_cached: int
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # with the first token, if wanted
     vector: list[float] | None = None  # the whole answer to a request for pooling
+    error: str | None = None  # what went wrong, when it ended by an error; the token is void
 
 
 def check_prompt(

@@ -1,8 +1,8 @@
 """Chooses tokens from logits, for a whole batch at once.
 
-    raw logits -> penalties, biases, bans -> greedy rows: argmax
-                                          -> others: temperature, min_p, top_k, top_p, one draw
-                                          -> tokens that a request is forced to take
+    raw logits -> penalties, biases, bans, masks -> greedy rows: argmax
+                                                 -> others: temperature, min_p, top_k, top_p, draw
+                                                 -> tokens that a request is forced to take
 
 A draw is the inverse of the cumulative distribution at one uniform number, which is made from the
 request's seed and the position of the token. So a seeded result does not depend on the neighbours
@@ -32,6 +32,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastdeploy.engine.constraint import Filled
 from fastdeploy.engine.request import Request
 from fastdeploy.engine.scheduler import Part
 from fastdeploy.outputs import Logprob, TokenLogprobs
@@ -56,9 +57,11 @@ class Sampler:
         self.vocab_size = vocab_size
 
     @torch.inference_mode()
-    def __call__(self, logits_RV: Tensor, parts: Sequence[Part]) -> list[list[Choice]]:
+    def __call__(
+        self, logits_RV: Tensor, parts: Sequence[Part], masks: Filled | None = None
+    ) -> list[list[Choice]]:
         """The choices of each part that chooses, in order: its accepted drafts and one token more.
-        Scores prompt tokens on the way.
+        Scores prompt tokens on the way. `masks` are those of the parts that are held to a form.
 
         Overwrites `logits_RV`.
         """
@@ -81,6 +84,8 @@ class Sampler:
         wanted = [i for i, request in enumerate(requests) if request.wants_logprob]
         raw_rV = logits_RV[wanted] if wanted else None  # a copy, made before it is adjusted
         self._adjust(logits_RV, choosing)
+        if masks is not None:
+            masks.apply(logits_RV)
         tokens = _choose(logits_RV, requests, offsets)
         for i, request in enumerate(requests):
             if request.thinking is not None:  # which has no drafts
@@ -114,6 +119,11 @@ class Sampler:
             if note is not None:
                 for choice in accepted[-1]:
                     note.add(choice.token)
+            request = part.request
+            if request.constraint is not None:
+                forced = request.thinking is not None and bool(request.thinking.queue)
+                tokens = [choice.token for choice in accepted[-1]]
+                request.constraint.take(tokens, request.num_output, forced=forced)
         return accepted
 
     def _notes(self, request: Request) -> Notes | None:

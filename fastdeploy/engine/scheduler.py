@@ -98,6 +98,10 @@ class Scheduler:
         self.num_accepted_tokens = 0  # of these, became known
         self.refused: tuple[Request, int] | None = None  # with the number of free blocks there were
 
+    @property
+    def has_work(self) -> bool:
+        return bool(self.running or self.waiting)
+
     def add(self, request: Request) -> None:
         self.num_arrivals += 1
         request.arrival = self.num_arrivals

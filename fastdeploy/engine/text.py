@@ -97,7 +97,10 @@ class Sample:
             piece.stop_reason = output.token
         if output.finish_reason == "repetition":
             piece.finish_reason, piece.stop_reason = "stop", "repetition"
+        if output.finish_reason == "complete":  # its form left nothing but the end
+            piece.finish_reason = "stop"
         hidden = ended_by_token and not self.params.include_stop_str_in_output
+        hidden |= output.error is not None
         piece.text = self._text([] if hidden else [output.token])
         if self.stops.matched is not None:
             self.finished = True

@@ -47,6 +47,11 @@ class ThinkTags:
             )
         return cls(start, end, closing)
 
+    def leave_open(self, token_ids: Sequence[int]) -> bool:
+        """Whether a text ends within a thought."""
+        tags = (self.start, self.end)
+        return next((t for t in reversed(token_ids) if t in tags), self.end) == self.start
+
 
 class Thinking:
     """Follows the tokens of one request and says which one its budget forces.
@@ -61,8 +66,7 @@ class Thinking:
         self.num_used = 0  # generated tokens within thoughts
         self.num_answered = 0  # and outside of them
         self.queue: deque[int] = deque()  # of forced tokens that are not there yet
-        tag = next((t for t in reversed(prompt_ids) if t in (tags.start, tags.end)), tags.end)
-        self.is_open = tag == tags.start
+        self.is_open = tags.leave_open(prompt_ids)
 
     def forced(self, token_ids: Sequence[int]) -> int | None:
         """The token that has to follow `token_ids`, None if any may."""

@@ -12,6 +12,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from starlette.routing import Match
 from ernie.chat import ChatError
 from ernie.tokenizer import TokenizerError
 from fastdeploy.config import EngineConfig, ServerConfig
+from fastdeploy.engine.grammar import Grammars, make_grammars
 from fastdeploy.engine.language import Language
 from fastdeploy.errors import RequestError
 from fastdeploy.metrics import Metrics
@@ -34,8 +36,9 @@ from fastdeploy.server.chat import ChatReply, chat_order
 from fastdeploy.server.completions import CompletionReply, completion_prompts
 from fastdeploy.server.connection import read_body
 from fastdeploy.server.control import add_control
-from fastdeploy.server.engine import Answer, Ended, ServerEngine, log_progress
+from fastdeploy.server.engine import Answer, Ended, EngineStopped, ServerEngine, log_progress
 from fastdeploy.server.gate import guard
+from fastdeploy.server.grammars import GrammarCheck
 from fastdeploy.server.health import OPEN_PATHS, add_health
 from fastdeploy.server.limits import Limits
 from fastdeploy.server.log import ORIGIN
@@ -91,7 +94,15 @@ class Service:
         template = self.loaded.template
         tags = template.tags if template else ()
         self.syntax = find_syntax(config.reasoning_parser, config.tool_call_parser, tags)
+        self.grammars = GrammarCheck(self._make_grammars)
         self.started = int(time.time())
+
+    def _make_grammars(self) -> Grammars | None:
+        ready = self.engine.ready
+        if ready is None:
+            raise EngineStopped(self.engine.state)
+        config, tokenizer = self.loaded.config, self.tokenizer
+        return make_grammars(config, tokenizer, ready.vocab_size, ready.eos_ids)
 
     def _on_end(self, ended: Ended) -> None:
         self.limits.pace.count()
@@ -103,7 +114,7 @@ class Service:
         """Serve one of the two generating endpoints."""
         self.metrics.requests.inc()
         body = parse(kind, read_json(await self.read(request)))
-        reply = self.begin(request, body, reply_kind)
+        reply = await self.begin(request, body, reply_kind)
         answer = reply.answer
         if body.stream:
             return EventStream(reply.events(), answer)
@@ -114,10 +125,11 @@ class Service:
         finally:
             answer.close()
 
-    def begin(self, request: Request, body: Common, reply_kind: type[Reply]) -> Reply:
+    async def begin(self, request: Request, body: Common, reply_kind: type[Reply]) -> Reply:
         """Put a request to work; whoever gets the reply must close its answer."""
         self.limits.admit()
         params = filled(body.sampling_params(), self.engine.defaults)
+        field, params.guided_decoding = body.form() or ("tools", None)
         if isinstance(body, ChatRequest):
             trusts = self.config.trust_request_chat_template
             order = chat_order(body, params, self.loaded, self.syntax, trusts=trusts)
@@ -134,6 +146,9 @@ class Service:
                     param="completion_token_ids",
                 )
             prompts = [[*prompts[0], *body.completion_token_ids]]
+        if params.guided_decoding is not None:
+            checked = await self.grammars.checked(params.guided_decoding, field)
+            params = replace(params, guided_decoding=checked)
         answer = self.submit(request, body, prompts, params, reply_kind.id_prefix, reading.shown)
         num_top, on_divergence = params.logprobs or 0, self.metrics.stream_divergence.inc
         name = self.name_of(body)
@@ -271,6 +286,7 @@ def create_app(
         logging_task = asyncio.create_task(log_progress(service.engine))
         yield
         logging_task.cancel()
+        await service.grammars.close()
         await service.engine.stop()
 
     # No pages of its own: bodies are read by `protocol`, not by the framework.

@@ -68,6 +68,7 @@ class Piece:
     num_cached: int
     prompt_logprobs: list[TokenLogprobs | None] | None
     vector: list[float] | None = None  # of a prompt that is pooled
+    error: str | None = None  # why the sample has ended, where the request is to blame
 
     @property
     def num_bytes(self) -> int:
@@ -113,13 +114,15 @@ class Answer:
     async def pieces(self) -> AsyncIterator[Piece]:
         """Every piece of every choice; ends when all choices have ended.
 
-        Raises EngineStopped, or RequestError when the engine would not take it after all.
+        Raises EngineStopped, and RequestError for a request that cannot be served to its end.
         """
         num_open = self.num_choices  # not len(samples): some may have ended before we listen
         while num_open:
             piece = await self.queue.get()
             if isinstance(piece, RequestError):
                 raise piece
+            if piece.error is not None:
+                raise RequestError(piece.error)
             self.num_unread_bytes -= piece.num_bytes
             num_open -= piece.completion.finish_reason is not None
             yield piece
@@ -371,7 +374,9 @@ class ServerEngine:
                     self.supervisor.send(Abort([output.request_id]))
                 output.metrics.arrival_time = answer.arrival
                 self._report_end(answer, choice, sample, output, completion)
-            answer.put(Piece(choice, completion, output.num_cached, scores, output.vector))
+            answer.put(
+                Piece(choice, completion, output.num_cached, scores, output.vector, output.error)
+            )
 
     def _report_end(
         self,

@@ -80,6 +80,7 @@ class Ready(Message):
     vocab_size: int
     num_blocks: int
     thinks: bool
+    eos_ids: list[int]
     defaults: dict[str, float]  # sampling settings that the model's folder recommends
 
 

@@ -21,7 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ernie.settings import did_you_mean
 from fastdeploy.errors import RequestError
-from fastdeploy.sampling import SamplingParams
+from fastdeploy.sampling import GuidedDecodingParams, SamplingParams
 
 log = logging.getLogger("fastdeploy")
 
@@ -41,18 +41,12 @@ HARMLESS = frozenset(
 )
 # With the values that ask for nothing.
 NOT_OFFERED: dict[str, tuple[Any, ...]] = {
-    "response_format": (None, {"type": "text"}),
     "modalities": (None, ["text"]),
     "audio": (None,),
     "prediction": (None,),
     "verbosity": (None,),
     "web_search_options": (None,),
     "suffix": (None, ""),
-    "structural_tag": (None,),
-    "guided_json": (None,),
-    "guided_regex": (None,),
-    "guided_choice": (None,),
-    "guided_grammar": (None,),
     "mm_hashes": (None, []),
     "disaggregate_info": (None,),
     "include_draft_logprobs": (None, False),
@@ -116,6 +110,12 @@ class Common(Addressed):
     bad_words_token_ids: list[int] | None = None
     logit_bias: dict[str, float] | None = None
     logits_processors_args: dict[str, Any] | None = None
+    response_format: dict[str, Any] | None = None
+    guided_json: dict[str, Any] | str | None = None
+    guided_regex: str | None = None
+    guided_choice: list[str] | None = None
+    guided_grammar: str | None = None
+    structural_tag: dict[str, Any] | str | None = None
     prompt_token_ids: list[int] | None = None
     completion_token_ids: list[int] | None = None  # the beginning of the answer, to be continued
     return_token_ids: bool | None = False
@@ -133,6 +133,39 @@ class Common(Addressed):
             return SamplingParams(**{name: v for name, v in values.items() if v is not None})
         except TypeError as error:
             raise RequestError(str(error), param="logits_processors_args") from None
+
+    def form(self) -> tuple[str, GuidedDecodingParams] | None:
+        """What the answer is held to, and the field that says so; None for free text.
+
+        Raises RequestError for more than one.
+        """
+        fields = (
+            "guided_json",
+            "guided_regex",
+            "guided_choice",
+            "guided_grammar",
+            "structural_tag",
+        )
+        values = {name: getattr(self, name) for name in fields}
+        given: dict[str, dict[str, Any]] = {
+            name: {name.removeprefix("guided_"): value}
+            for name, value in values.items()
+            if value is not None
+        }
+        if self.response_format is not None and (form := _response_format(self.response_format)):
+            given["response_format"] = form
+        if not given:
+            return None
+        if len(given) > 1:
+            raise RequestError(
+                f"{' and '.join(given)} are given; an answer has one form: leave out all but one",
+                param=list(given)[-1],
+            )
+        ((name, form),) = given.items()
+        try:
+            return name, GuidedDecodingParams(**form)
+        except RequestError as error:
+            raise RequestError(str(error), param=name) from None
 
     def num_logprobs(self) -> int | None:
         raise NotImplementedError
@@ -288,6 +321,41 @@ def _finite(text: str) -> float:
     if math.isinf(value):
         _refuse_constant(text[:64])
     return value
+
+
+def _response_format(given: dict[str, Any]) -> dict[str, Any]:
+    """The argument of GuidedDecodingParams that it stands for; empty for plain text."""
+    kind = given.get("type")
+    keys = {
+        "text": set(),
+        "json_object": set(),
+        "json_schema": {"json_schema"},
+        "structural_tag": {"structures", "triggers"},
+    }
+    if not isinstance(kind, str) or kind not in keys:
+        raise RequestError(
+            f"response_format has the type {str(kind)[:64]!r}; it takes one of {', '.join(keys)}",
+            param="response_format",
+        )
+    if unknown := sorted(given.keys() - keys[kind] - {"type"}):
+        raise RequestError(
+            f"response_format of type {kind} has the key {unknown[0][:64]!r}; leave it out",
+            param="response_format",
+        )
+    if kind == "structural_tag":
+        return {"structural_tag": {name: given.get(name) for name in keys[kind]}}
+    if kind == "json_object":
+        return {"json_object": True}
+    if kind == "json_schema":
+        described = given.get("json_schema")
+        schema = described.get("schema") if isinstance(described, dict) else None
+        if not isinstance(schema, dict):
+            raise RequestError(
+                "response_format has no schema; send the JSON schema as json_schema.schema",
+                param="response_format",
+            )
+        return {"json": schema}
+    return {}
 
 
 def _refuse_constant(name: str) -> None:

@@ -46,7 +46,7 @@ def add_responses(app: FastAPI, service: Service) -> None:
         refuse_mistakes(body, items)
         chat = fitting_chat(body, items, service)
         response = empty_response(body, service)
-        reply = service.begin(request, chat, ChatReply)
+        reply = await service.begin(request, chat, ChatReply)
         reply.answer.id = response["id"]
         events = ResponseWriter(response).events(reply.events())
         stored = Stored(response, items)

@@ -117,12 +117,7 @@ def constrained(
             f"{what} and another form of the answer are asked for; leave out one of the two",
             param="tool_choice",
         )
-    try:
-        return replace(params, guided_decoding=constraint)
-    except RequestError as error:
-        raise RequestError(
-            f"{what} needs structured output, and {error}", param="tool_choice"
-        ) from None
+    return replace(params, guided_decoding=constraint)
 
 
 def check_history(messages: Sequence[Mapping[str, Any]]) -> None:

@@ -115,7 +115,8 @@ class Worker:
             engine.pause("keep")
         self.loaded = loaded
         thinks = engine.think_tags is not None
-        self.link.send(Ready(engine.vocab_size, len(engine.blocks.blocks), thinks, loaded.defaults))
+        num_blocks, eos_ids = len(engine.blocks.blocks), sorted(engine.eos_ids)
+        self.link.send(Ready(engine.vocab_size, num_blocks, thinks, eos_ids, loaded.defaults))
         self._say_beat()
         return True
 

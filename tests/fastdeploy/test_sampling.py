@@ -88,11 +88,21 @@ def test_logit_bias_of_processor_arguments_is_converted_or_a_type_error() -> Non
         SamplingParams(logits_processors_args={"logit_bias": {"x": 1}})
 
 
-def test_guided_decoding_takes_one_field_and_is_refused_for_now() -> None:
+def test_guided_decoding_takes_one_field_of_the_right_type() -> None:
     with pytest.raises(RequestError, match="2 were given"):
         GuidedDecodingParams(regex="a", choice=["b"])
-    with pytest.raises(RequestError, match="guided_decoding is not available"):
-        SamplingParams(guided_decoding=GuidedDecodingParams(regex="a"))
+    for wrong in (
+        {"regex": 5},
+        {"choice": []},
+        {"choice": ["a", 1]},
+        {"json": [1]},
+        {"json": {1j: 2}},
+    ):
+        with pytest.raises(RequestError, match=f"{next(iter(wrong))}") as caught:
+            GuidedDecodingParams(**wrong)
+        assert caught.value.param == "guided_decoding"
+    schema = GuidedDecodingParams(json={"type": "object"})
+    assert (schema.kind, schema.text) == ("json", '{"type": "object"}')
 
 
 def test_recommended_settings_fill_only_what_is_missing() -> None:

@@ -216,7 +216,7 @@ BAD: list[tuple[str, Any, str | None]] = [
     ("chat", {"stream_options": {"include_usage": True}}, "stream_options"),
     ("chat", {"stream": True, "stream_options": {"x": 1}}, "stream_options"),
     ("chat", {"tools": [{"type": "function"}]}, "tools"),
-    ("chat", {"response_format": {"type": "json_object"}}, "response_format"),
+    ("chat", {"response_format": {"type": "json"}}, "response_format"),
     ("chat", {"temprature": 1}, "temprature"),
     ("chat", {"chat_template_kwargs": {"tokenize": False}}, "chat_template_kwargs"),
     ("chat", {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),

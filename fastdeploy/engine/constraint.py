@@ -1,0 +1,201 @@
+"""Answers that are held to a form: what may come next, as masks over the vocabulary.
+
+    Compiling             a request waits for its grammar outside of the queue
+    begin(parts)          before the model runs: masks of the step, filled by a thread meanwhile
+    Filled.apply(logits)  after it: what no mask allows becomes impossible
+    Constraint.take       then: the chosen tokens move the matcher on
+
+A row of a mask allows a token as if the drafts before the row had been generated; behind a draft
+that the form does not allow nothing is filled in, because no choice can be that draft. While a
+model thinks its form does not hold: it begins behind the tag that ends the thought.
+
+A text whose form leaves nothing but its end is over with its last token ("complete"); where a form
+allows the end among other things, the model decides by a token that ends texts. A constraint that
+cannot go on ends its text as "error": the grammar outgrew its limits, or bans leave no token.
+
+Legend: R rows of the step's logits, r rows with a mask, V vocabulary, W words of 32 bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastdeploy.engine.grammar import Grammars, why_stuck
+from fastdeploy.engine.thinking import ThinkTags
+from fastdeploy.errors import RequestError
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+    from fastdeploy.engine.request import Request
+    from fastdeploy.engine.scheduler import Part
+
+# Of each byte of a mask, what is added to 8 logits: 0 where the bit is set.
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+ADDED = torch.from_numpy(np.where(_BITS, 0, -np.inf).astype(np.float32))
+ALL = np.uint32(0xFFFFFFFF)
+
+
+class Constraint:
+    """The form of one request's answer, and where in it the answer is."""
+
+    def __init__(
+        self,
+        matcher: LLMatcher,
+        prompt_ids: Sequence[int],
+        tags: ThinkTags | None = None,
+        banned_ends: Iterable[int] = (),
+    ) -> None:
+        """`matcher` is this constraint's own; `banned_ends` are ends that are never allowed."""
+        self.matcher, self.tags = matcher, tags
+        self.is_open = tags is not None and tags.leave_open(prompt_ids)  # within a thought
+        self.banned_ends = tuple(banned_ends)
+        self.end: int | None = None  # how many tokens the answer has, once that is known
+        self.reason = "complete"  # of its end, or "error"
+        self.error: str | None = None
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the answer so far has the whole form."""
+        return not self.is_open and self.matcher.is_accepting()
+
+    def fill(self, masks_nW: np.ndarray, draft_ids: Sequence[int]) -> None:
+        """Set the bits of the tokens that may follow the known ones, and those that may follow
+        each draft; rows are given with all bits set.
+        """
+        num_consumed, is_open = 0, self.is_open
+        for i, mask_W in enumerate(masks_nW):
+            if not is_open:
+                self._fill(mask_W)
+            if i == len(draft_ids):
+                break
+            if is_open:
+                is_open = self._stays_open(draft_ids[i])
+            elif not self.matcher.try_consume_tokens([draft_ids[i]]):
+                break
+            else:
+                num_consumed += 1
+        self.matcher.rollback(num_consumed)
+
+    def take(self, tokens: Sequence[int], num_output: int, *, forced: bool = False) -> None:
+        """Move on by tokens that were chosen after `num_output` others. `forced`: they belong to
+        the end of a thought, whatever the form says.
+        """
+        for count, token in enumerate(tokens, num_output + 1):
+            if self.is_open:
+                self.is_open = self._stays_open(token)
+            elif not forced:
+                if not self.matcher.try_consume_tokens([token]):
+                    self.end, self.reason = count, "error"
+                    self.error = why_stuck(self.matcher)
+                elif self.matcher.is_stopped():
+                    self.end = count
+                if self.end is not None:
+                    return
+
+    def _fill(self, mask_W: np.ndarray) -> None:
+        self.matcher.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes)
+        if self.matcher.is_error():  # which `take` finds again
+            mask_W[:] = ALL
+        for token in self.banned_ends:
+            mask_W[token >> 5] &= ALL ^ np.uint32(1 << (token & 31))
+
+    def _stays_open(self, token: int) -> bool:
+        assert self.tags is not None, "a thought needs tags"
+        return token != self.tags.end
+
+
+class Filled:
+    """The masks of one step, which a thread may still be working on."""
+
+    def __init__(self, rows: Sequence[int], masks_rW: np.ndarray, filling: Future[None]) -> None:
+        self.rows, self.masks_rW, self.filling = rows, masks_rW, filling
+
+    def apply(self, logits_RV: Tensor) -> None:
+        """Make tokens that no mask allows impossible, in place."""
+        self.filling.result()
+        device, vocab_size = logits_RV.device, logits_RV.shape[-1]
+        bytes_r = torch.from_numpy(self.masks_rW.view(np.uint8)).to(device).int()
+        added_rV = torch.nn.functional.embedding(bytes_r, ADDED.to(device)).flatten(1)
+        rows = torch.tensor(self.rows, device=device)
+        logits_RV.index_add_(0, rows, added_rV[:, :vocab_size])
+
+
+class Masks:
+    """Fills the masks of a step while the model computes its logits."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.num_words = -(-vocab_size // 32)
+        self.thread: ThreadPoolExecutor | None = None
+
+    def begin(self, parts: Sequence[Part]) -> Filled | None:
+        """None for a step without a constrained request. Until `apply` nobody else may touch the
+        constraints of the requests.
+        """
+        jobs: list[tuple[Constraint, Sequence[int]]] = []
+        rows: list[int] = []
+        row = 0
+        for part in parts:
+            if part.chooses:
+                end = row + len(part.draft_ids) + 1
+                if part.request.constraint is not None:
+                    jobs.append((part.request.constraint, part.draft_ids))
+                    rows += range(row, end)
+                row = end
+        if not jobs:
+            return None
+        if self.thread is None:
+            self.thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
+        masks_rW = np.full((len(rows), self.num_words), ALL)
+        return Filled(rows, masks_rW, self.thread.submit(_fill_all, jobs, masks_rW))
+
+
+class Compiling:
+    """Requests whose grammar is being compiled; they join the queue when it is."""
+
+    def __init__(
+        self, grammars: Grammars | None, tags: ThinkTags | None, eos_ids: frozenset[int]
+    ) -> None:
+        self.grammars, self.tags, self.eos_ids = grammars, tags, eos_ids
+        self.futures: dict[Request, Future[LLMatcher]] = {}
+
+    def add(self, request: Request) -> None:
+        assert self.grammars is not None, "checked before"
+        assert request.params.guided_decoding is not None, "it has no form"
+        self.futures[request] = self.grammars.begin(request.params.guided_decoding)
+
+    def forget(self, request: Request) -> bool:
+        """Whether it was there."""
+        return self.futures.pop(request, None) is not None
+
+    def ready(self, *, wait_s: float) -> list[tuple[Request, str | None]]:
+        """Requests that have their constraint now, or (with what is wrong) never will. Waits a
+        little where nothing is ready.
+        """
+        wait(self.futures.values(), wait_s, FIRST_COMPLETED)
+        done = [request for request, future in self.futures.items() if future.done()]
+        return [(request, self._finish(request, self.futures.pop(request))) for request in done]
+
+    def _finish(self, request: Request, future: Future[LLMatcher]) -> str | None:
+        try:
+            matcher = future.result()
+        except RequestError as error:
+            return str(error)
+        prompt_ids = request.token_ids[: request.num_prompt]
+        ends = self.eos_ids - request.stop_ids
+        request.constraint = Constraint(matcher, prompt_ids, self.tags, ends)
+        return None
+
+
+def _fill_all(jobs: Sequence[tuple[Constraint, Sequence[int]]], masks_rW: np.ndarray) -> None:
+    row = 0
+    for constraint, draft_ids in jobs:
+        end = row + len(draft_ids) + 1
+        constraint.fill(masks_rW[row:end], draft_ids)
+        row = end
