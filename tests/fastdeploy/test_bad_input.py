@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 from fastapi.routing import APIRoute
-from helpers_server import Server, start_server, stop_server
+from helpers_server import Server, app_client, start_server, stop_server
 from starlette.testclient import TestClient
 
 from fastdeploy import LLM
 from fastdeploy.config import EngineConfig, ServerConfig
-from fastdeploy.engine.loading import load
 from fastdeploy.engine.prompt import RESERVED
 from fastdeploy.server.app import OPEN_PATHS, create_app
 
@@ -30,7 +29,7 @@ CONTROL = ("<|end_of_sentence|>", "<|begin_of_sentence|>", "<s>", "</s>", "<unk>
 @pytest.fixture(scope="module")
 def http(folder: Path) -> Iterator[TestClient]:
     engine = EngineConfig(model=str(folder), max_model_len=MAX_LEN, dtype="float32", block_size=8)
-    with TestClient(create_app(load(engine), ServerConfig())) as session:
+    with app_client(engine) as session:
         yield session
         good = session.post(TEXT, json={"prompt": "Hello", "max_tokens": 3})
         assert good.status_code == 200, good.text
@@ -264,7 +263,7 @@ def locked(folder: Path) -> TestClient:
     """Without its lifespan: nothing behind the gate may be reached."""
     engine = EngineConfig(model=str(folder), max_model_len=64, dtype="float32", enable_lora=True)
     keys = ServerConfig(api_key=["s3cret"], enable_control_api=True)
-    return TestClient(create_app(load(engine), keys))
+    return TestClient(create_app(engine, keys))
 
 
 def test_every_route_but_health_wants_the_key(locked: TestClient) -> None:

@@ -32,13 +32,13 @@ def logits_of_prompt(llm: LLM, others: list[list[int]] = []) -> Tensor:  # noqa:
     seen: list[Tensor] = []
     sample = llm.engine.sampler.__call__
 
-    def spy(logits_RV: Tensor, parts: Any) -> Any:
+    def spy(logits_RV: Tensor, parts: Any, masks: Any) -> Any:
         row = 0
         for part in parts:
             if part.chooses and part.request.id.endswith("-0-0"):
                 seen.append(logits_RV[row + part.num_logits - 1].clone())
             row += part.num_logits
-        return sample(logits_RV, parts)
+        return sample(logits_RV, parts, masks)
 
     llm.engine.sampler = spy  # type: ignore[assignment]
     llm.generate([PROMPT, *others], GREEDY, use_tqdm=False)

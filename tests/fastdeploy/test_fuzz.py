@@ -15,7 +15,6 @@ from helpers_server import Server, start_server, stop_server
 from starlette.testclient import TestClient
 
 from fastdeploy.config import EngineConfig, ServerConfig
-from fastdeploy.engine.loading import load
 from fastdeploy.server.app import OPEN_PATHS, create_app
 from fastdeploy.server.openapi import ROWS, document
 
@@ -35,7 +34,7 @@ def test_every_route_is_in_the_document(folder: Path) -> None:
     engine = EngineConfig(
         model=str(folder), max_model_len=64, dtype="float32", enable_lora=True, max_loras=1
     )
-    app = create_app(load(engine), ServerConfig(enable_control_api=True, api_key=["k"]))
+    app = create_app(engine, ServerConfig(enable_control_api=True, api_key=["k"]))
     written = document(app, OPEN_PATHS, needs_key=True)["paths"]
     routes = [route for route in app.routes if isinstance(route, APIRoute)]
     operations = {f"{m} {r.path_format}" for r in routes for m in r.methods if r.include_in_schema}

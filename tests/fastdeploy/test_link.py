@@ -52,7 +52,7 @@ TO_ENGINE: list[Message] = [
     Command(3, "sleep", {"level": 2}),
 ]
 FROM_ENGINE: list[Message] = [
-    Ready(10, 20, True, {"temperature": 0.5}),
+    Ready(10, 20, True, [2], {"temperature": 0.5}),
     Refused("no"),
     Outputs([OUTPUT, OUTPUT], STATS),
     Rejected(["1"], Problem("no", "prompt", 404)),

@@ -9,6 +9,7 @@ from typing import Any
 
 import openai
 import pytest
+from helpers_server import app_client
 from openai import OpenAI
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
@@ -16,10 +17,8 @@ from starlette.testclient import TestClient
 
 from fastdeploy import LLM
 from fastdeploy.config import EngineConfig, ServerConfig
-from fastdeploy.engine.loading import load
 from fastdeploy.errors import RequestError
 from fastdeploy.server import response_store
-from fastdeploy.server.app import create_app
 from fastdeploy.server.response_events import ResponseWriter
 from fastdeploy.server.response_items import as_items, as_messages
 from fastdeploy.server.response_store import ResponseStore, Stored
@@ -33,7 +32,7 @@ def http(folder: Path) -> Iterator[TestClient]:
     config = EngineConfig(
         model=str(folder), max_model_len=500, block_size=8, dtype="float32", enable_logprob=True
     )
-    with TestClient(create_app(load(config), ServerConfig(api_key=["one", "two"]))) as session:
+    with app_client(config, ServerConfig(api_key=["one", "two"])) as session:
         yield session
 
 

@@ -21,7 +21,7 @@ from starlette.testclient import TestClient
 from fastdeploy import LLM, SamplingParams
 from fastdeploy.config import EngineConfig, ServerConfig
 from fastdeploy.engine.core import Engine
-from fastdeploy.server.app import OPEN_PATHS, create_app
+from fastdeploy.server.app import OPEN_PATHS, PAGE_PATHS, create_app
 from fastdeploy.server.supervisor import MAX_BAD_STARTS
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -407,7 +407,8 @@ def test_every_route_but_health_wants_the_key(app) -> None:
     client = TestClient(app)  # without its lifespan: nothing behind the gate may be reached
     paths = {route.path for route in app.routes}
     assert {"/v1/chat/completions", "/v1/completions", "/v1/models", "/metrics"} <= paths
-    for path in [*paths - OPEN_PATHS, "/web", "/docs", "/openapi.json", "/HEALTH", "/health/"]:
+    guarded = paths - OPEN_PATHS - PAGE_PATHS
+    for path in [*guarded, "/web", "/docs", "/openapi.json", "/HEALTH", "/health/"]:
         for method in ("GET", "POST"):
             answer = client.request(method, path)
             assert answer.status_code == 401, f"{method} {path}: {answer.status_code}"

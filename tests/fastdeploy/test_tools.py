@@ -18,8 +18,9 @@ from openai import OpenAI
 
 from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer
-from fastdeploy.config import EngineConfig, ServerConfig, read_config
+from fastdeploy.config import EngineConfig, ServerConfig
 from fastdeploy.errors import RequestError
+from fastdeploy.flags import read_config
 from fastdeploy.server.tools import check_history, constraint_for, tool_use
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
