@@ -105,6 +105,6 @@ def test_a_frame_that_is_too_long_is_refused_before_it_is_read() -> None:
 
 
 def test_an_integer_beyond_64_bits_is_the_users() -> None:
-    add = Add(["1"], [5], SamplingParams(max_tokens=10**30), 0, [], 0, None, None)
+    add = Add(["1"], [5], SamplingParams(), 10**30, [], 0, None, None)
     with pytest.raises(RequestError, match="more than 64 bits"):
         frame(add)
