@@ -7,7 +7,8 @@
 
 A row of a mask allows a token as if the drafts before the row had been generated; behind a draft
 that the form does not allow nothing is filled in, because no choice can be that draft. While a
-model thinks its form does not hold: it begins behind the tag that ends the thought.
+model thinks its form does not hold: it begins behind the tag that ends the thought, and until then
+the text cannot end.
 
 A text whose form leaves nothing but its end is over with its last token ("complete"); where a form
 allows the end among other things, the model decides by a token that ends texts. A constraint that
@@ -51,11 +52,14 @@ class Constraint:
         prompt_ids: Sequence[int],
         tags: ThinkTags | None = None,
         banned_ends: Iterable[int] = (),
+        ends: Iterable[int] = (),
     ) -> None:
-        """`matcher` is this constraint's own; `banned_ends` are ends that are never allowed."""
+        """`matcher` is this constraint's own; `banned_ends` are ends that are never allowed, `ends`
+        are not within a thought: the form is still to come.
+        """
         self.matcher, self.tags = matcher, tags
         self.is_open = tags is not None and tags.leave_open(prompt_ids)  # within a thought
-        self.banned_ends = tuple(banned_ends)
+        self.banned_ends, self.ends = tuple(banned_ends), tuple(ends)
         self.end: int | None = None  # how many tokens the answer has, once that is known
         self.reason = "complete"  # of its end, or "error"
         self.error: str | None = None
@@ -71,7 +75,9 @@ class Constraint:
         """
         num_consumed, is_open = 0, self.is_open
         for i, mask_W in enumerate(masks_nW):
-            if not is_open:
+            if is_open:
+                _ban(mask_W, self.ends)
+            else:
                 self._fill(mask_W)
             if i == len(draft_ids):
                 break
@@ -103,12 +109,16 @@ class Constraint:
         self.matcher.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes)
         if self.matcher.is_error():  # which `take` finds again
             mask_W[:] = ALL
-        for token in self.banned_ends:
-            mask_W[token >> 5] &= ALL ^ np.uint32(1 << (token & 31))
+        _ban(mask_W, self.banned_ends)
 
     def _stays_open(self, token: int) -> bool:
         assert self.tags is not None, "a thought needs tags"
         return token != self.tags.end
+
+
+def _ban(mask_W: np.ndarray, tokens: Iterable[int]) -> None:
+    for token in tokens:
+        mask_W[token >> 5] &= ALL ^ np.uint32(1 << (token & 31))
 
 
 class Filled:
@@ -188,8 +198,9 @@ class Compiling:
         except RequestError as error:
             return str(error)
         prompt_ids = request.token_ids[: request.num_prompt]
-        ends = self.eos_ids - request.stop_ids
-        request.constraint = Constraint(matcher, prompt_ids, self.tags, ends)
+        banned_ends = self.eos_ids - request.stop_ids
+        ends = self.eos_ids | request.stop_ids
+        request.constraint = Constraint(matcher, prompt_ids, self.tags, banned_ends, ends)
         return None
 
 

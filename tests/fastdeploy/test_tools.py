@@ -168,6 +168,7 @@ def test_a_required_call_is_made_where_the_model_would_only_talk(
         "messages": HELLO,
         "tools": [tool(parameters=enum | {"additionalProperties": False})],
         "tool_choice": choice,
+        "parallel_tool_calls": False,
         "extra_body": {"reasoning_max_tokens": 12},
         "model": "m",
         "temperature": 0,
