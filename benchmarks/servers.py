@@ -63,8 +63,9 @@ class Server:
         names = [os.path.join(folder, name) for name in os.listdir(folder)]
         return sum(os.readlink(name).startswith("socket:") for name in names)
 
-    def rss_mib(self) -> float:
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
+    def rss_mib(self, pid: int | None = None) -> float:
+        """Memory of the API process, or of another one."""
+        status = Path(f"/proc/{pid or self.process.pid}/status").read_text()
         return int(re.findall(r"VmRSS:\s*(\d+)", status)[0]) / 1024
 
     def wait_until_ready(self, patience_s: float = 60) -> float:
