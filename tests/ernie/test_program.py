@@ -54,6 +54,34 @@ def test_a_decode_step_replayed_with_new_inputs_gives_the_same_bits(name, scheme
             assert torch.equal(replayed, step()), f"position {position}"
 
 
+@pytest.fixture(params=[2, 5])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_threads_that_stay_together_give_the_same_bits_every_time(threads):
+    up, down = kernels.pack(torch.randn(2048, 512), parts=2), kernels.pack(torch.randn(512, 1024))
+    square = kernels.pack(kernels.quantize(torch.randn(512, 512), 8))
+    x, norm = torch.randn(2, 512), (torch.ones(512), 1e-5)
+
+    def function():
+        y = x
+        for _ in range(6):
+            y = kernels.project(kernels.mlp(y, up, down, norm=norm), square, norm=norm)
+        return y
+
+    with torch.inference_mode():
+        result, program = record(function)
+        for _ in range(30):
+            x.normal_()
+            program.run()
+            replayed = result.clone()
+            assert torch.equal(replayed, function()), f"{threads} threads"
+
+
 def test_operations_of_torch_between_the_calls_are_done_again():
     weight = kernels.pack(torch.randn(7, 32))
     x = torch.randn(3, 32)
