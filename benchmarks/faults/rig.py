@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import json
 import random
 import resource
 import sys
@@ -66,6 +67,8 @@ def tiny_model(folder: Path, seed: int = 3) -> Path:
     model.init_weights(seed=seed, std=0.3)
     ernie.save(model, folder)
     text.save(str(folder / "tokenizer.json"))
+    ends = {"bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(ends))
     return folder
 
 

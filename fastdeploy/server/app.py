@@ -25,7 +25,7 @@ from starlette.routing import Match
 from ernie.chat import ChatError
 from ernie.tokenizer import TokenizerError
 from fastdeploy.config import EngineConfig, ServerConfig
-from fastdeploy.engine.grammar import Grammars, make_grammars
+from fastdeploy.engine.grammar import Grammars, make_grammars, why_none
 from fastdeploy.engine.language import Language
 from fastdeploy.errors import RequestError
 from fastdeploy.metrics import Metrics
@@ -97,12 +97,15 @@ class Service:
         self.grammars = GrammarCheck(self._make_grammars)
         self.started = int(time.time())
 
-    def _make_grammars(self) -> Grammars | None:
+    def _make_grammars(self) -> Grammars:
         ready = self.engine.ready
         if ready is None:
             raise EngineStopped(self.engine.state)
         config, tokenizer = self.loaded.config, self.tokenizer
-        return make_grammars(config, tokenizer, ready.vocab_size, ready.eos_ids)
+        grammars = make_grammars(config, tokenizer, ready.vocab_size, ready.eos_ids)
+        if grammars is None:
+            raise why_none(config)
+        return grammars
 
     def _on_end(self, ended: Ended) -> None:
         self.limits.pace.count()

@@ -28,10 +28,10 @@ MAX_LINE_BYTES = 2**26
 
 class GrammarCheck:
     """Use from one event loop. `make` gives what the engine compiles, and with what limits; it is
-    called at the first need, when the engine is there.
+    called at the first need, when the engine is there, and raises RequestError if it compiles none.
     """
 
-    def __init__(self, make: Callable[[], Grammars | None]) -> None:
+    def __init__(self, make: Callable[[], Grammars]) -> None:
         self.make = make
         self.grammars: Grammars | None = None
         self.process: asyncio.subprocess.Process | None = None
@@ -45,8 +45,6 @@ class GrammarCheck:
         that it came in.
         """
         self.grammars = self.grammars or self.make()
-        if self.grammars is None:
-            return guided  # the engine says why it takes none
         try:
             self.grammars.check_size(guided)
             verdict = await self._verdict(guided)
