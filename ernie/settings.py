@@ -83,6 +83,14 @@ def fill(kinds: Sequence[type], values: Mapping[str, Any], origin: str) -> list[
     return instances
 
 
+def check_positive(settings: Any, *names: str) -> None:
+    """Raise `ConfigError` unless each of these fields is at least 1, or None."""
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name}={value} is too small; it takes 1 or more")
+
+
 def field_types(kind: type) -> dict[str, Any]:
     """Resolved type of every field of a dataclass, by name."""
     hints = typing.get_type_hints(kind)

@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from ernie.settings import ConfigError, fill, option, required
+from ernie.settings import ConfigError, check_positive, fill, option, required
 from fastdeploy.decoding import EarlyStop, Speculation, read_speculation
 from fastdeploy.server.parsers import find_syntax
 
@@ -108,7 +108,8 @@ class EngineConfig:
                 "batch_invariant with enable_lora is not available: a text beside one with an "
                 "adapter is computed in another order; leave out one of the two"
             )
-        for name in (
+        check_positive(
+            self,
             "max_num_seqs",
             "block_size",
             "tensor_parallel_size",
@@ -117,10 +118,7 @@ class EngineConfig:
             "max_loras",
             "max_lora_rank",
             "guided_decoding_max_bytes",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value} is too small; it takes 1 or more")
+        )
         if self.tensor_parallel_size > 1 and (self.enable_lora or self.has_mtp):
             what = "enable_lora" if self.enable_lora else "speculation by mtp"
             raise ConfigError(
@@ -333,17 +331,15 @@ class ServerConfig:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port={self.port} is not a port; it takes 0 to 65535")
         find_syntax(self.reasoning_parser, self.tool_call_parser, ())  # refuses unknown names
-        for name in (
+        check_positive(
+            self,
             "max_concurrency",
             "max_concurrency_per_key",
             "max_num_waiting",
             "max_tokens_per_request",
             "max_body_mib",
             "engine_step_timeout",
-        ):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name}={value} is too small; it takes 1 or more")
+        )
         for name in ("timeout_graceful_shutdown", "timeout"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}={getattr(self, name)}; it takes 0 or more seconds")

@@ -6,6 +6,7 @@ front, ERNIE's special tokens); `byte_level_folder` is the kind of SmolLM2 (byte
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -14,7 +15,11 @@ from pathlib import Path
 
 import sentencepiece
 import tokenizers
+import torch
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+import ernie
+from ernie.models import TINY
 
 TEXT = """The quick brown fox jumps over the lazy dog, and the dog sleeps on.
 ERNIE 4.5 is a family of language models; this text trains a very small tokenizer for tests.
@@ -47,6 +52,17 @@ CHATML = (
 
 def write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, ensure_ascii=False), "utf-8")
+
+
+def random_model_folder(folder: Path) -> Path:
+    """A random dense model in float32 with a SentencePiece tokenizer of ERNIE's kind."""
+    sentencepiece_folder(folder)
+    size = ernie.Tokenizer.from_folder(folder).vocab_size
+    config = dataclasses.replace(TINY["tiny-dense"], vocab_size=size)
+    model = ernie.ErnieModel(config, dtype=torch.float32)
+    model.init_weights(seed=3, std=0.3)
+    ernie.save(model, folder)
+    return folder
 
 
 def sentencepiece_folder(

@@ -16,15 +16,7 @@ from servers import Server, Stream, streamed
 
 async def _freeze(server: Server, num_streams: int) -> tuple[float, list[Stream], float]:
     """Returns when it froze, the streams at their ends and the worst wait for /live meanwhile."""
-    streams = [Stream() for _ in range(num_streams)]
-    tasks = [
-        asyncio.create_task(streamed(server, rig.body(i, 1000), stream))
-        for i, stream in enumerate(streams)
-    ]
-    while not all(stream.first for stream in streams):
-        await asyncio.sleep(0.01)
-    pid = server.engine_pid
-    assert pid is not None
+    streams, tasks, pid = await rig.open_streams(server, num_streams)
     frozen = time.monotonic()
     os.kill(pid, signal.SIGSTOP)
     worst_s = 0.0

@@ -12,7 +12,6 @@ on an error that is not in OpenAI's form, and on a server that does not work aft
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
 import tempfile
 import threading
@@ -27,13 +26,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks"), str(ROOT / "tests")]
 import harness  # noqa: E402
 import helpers_tokenizer  # noqa: E402
 import httpx  # noqa: E402
-import torch  # noqa: E402
 from helpers_hostile import cases, complaint, run_schemathesis  # noqa: E402
 from helpers_server import Server, start_server, stop_server  # noqa: E402
-
-import ernie  # noqa: E402
-from ernie.model import ErnieModel  # noqa: E402
-from ernie.models import TINY  # noqa: E402
 
 MOST_SECONDS = 10.0
 KEY = "k"
@@ -45,7 +39,9 @@ def main() -> int:
     parser.add_argument("--examples", type=int, default=250, help="of each route at most")
     examples = parser.parse_args().examples
     with tempfile.TemporaryDirectory() as scratch:
-        server = start_server(tiny_model(Path(scratch)), *flags(), max_len=48)
+        server = start_server(
+            helpers_tokenizer.random_model_folder(Path(scratch)), *flags(), max_len=48
+        )
         log: list[str] = []
         assert server.process.stderr is not None
         threading.Thread(target=log.extend, args=(server.process.stderr,), daemon=True).start()
@@ -61,17 +57,6 @@ def main() -> int:
 
 def flags() -> tuple[str, ...]:
     return ("--enable-logprob", "--api-key", KEY, "--max-body-mib", "1")
-
-
-def tiny_model(folder: Path) -> Path:
-    path = helpers_tokenizer.sentencepiece_folder(folder / "tiny")
-    size = ernie.Tokenizer.from_folder(path).vocab_size
-    model = ErnieModel(
-        dataclasses.replace(TINY["tiny-dense"], vocab_size=size), dtype=torch.float32
-    )
-    model.init_weights(seed=3, std=0.3)
-    ernie.save(model, path)
-    return path
 
 
 def send_hostile(server: Server) -> dict[str, Any]:

@@ -20,15 +20,7 @@ from servers import Server, Stream, streamed
 
 async def _kill(server: Server, num_streams: int) -> tuple[float, list[Stream]]:
     """Kill the engine once all streams are alive; returns when, and the streams at their ends."""
-    streams = [Stream() for _ in range(num_streams)]
-    tasks = [
-        asyncio.create_task(streamed(server, rig.body(i, 1000), stream))
-        for i, stream in enumerate(streams)
-    ]
-    while not all(stream.first for stream in streams):
-        await asyncio.sleep(0.01)
-    pid = server.engine_pid
-    assert pid is not None
+    streams, tasks, pid = await rig.open_streams(server, num_streams)
     killed = time.monotonic()
     os.kill(pid, signal.SIGKILL)
     await asyncio.gather(*tasks)

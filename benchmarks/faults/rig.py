@@ -8,6 +8,7 @@ are not.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import dataclasses
 import json
@@ -23,7 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from harness import write_record
-from servers import Server, serving
+from servers import Server, Stream, serving, streamed
 
 FLAGS = ("--max-model-len", "2048", "--block-size", "16", "--dtype", "float32")
 
@@ -92,6 +93,22 @@ def body(nonce: int, max_tokens: int, length: int = 24) -> dict[str, Any]:
         "ignore_eos": True,
         "return_token_ids": True,
     }
+
+
+async def open_streams(
+    server: Server, count: int
+) -> tuple[list[Stream], list[asyncio.Task[Stream]], int]:
+    """Long streams, all of them alive: the streams, their tasks and the engine's process."""
+    streams = [Stream() for _ in range(count)]
+    tasks = [
+        asyncio.create_task(streamed(server, body(i, 1000), stream))
+        for i, stream in enumerate(streams)
+    ]
+    while not all(stream.first for stream in streams):
+        await asyncio.sleep(0.01)
+    pid = server.engine_pid
+    assert pid is not None
+    return streams, tasks, pid
 
 
 def raise_file_limit() -> None:

@@ -1,12 +1,15 @@
-"""Tokenizer folders, made once."""
+"""Tokenizer folders, made once, and the instruction sets that kernels are tested on."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from ernie.kernels.cpu import ops
 from tests import helpers_tokenizer as helpers
+from tests.helpers_isa import forget, isas_found
 
 KINDS = (
     "sentencepiece",
@@ -47,3 +50,14 @@ def kind(request):
 @pytest.fixture(scope="session")
 def folder(folders, kind):
     return folders(kind)
+
+
+@pytest.fixture(params=isas_found())
+def isa(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Kernels of this instruction set, for the length of the test."""
+    monkeypatch.setenv("ERNIE_CPU_ISA", request.param)
+    forget()
+    if reason := ops.available():
+        pytest.skip(reason)
+    yield request.param
+    forget()

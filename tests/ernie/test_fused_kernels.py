@@ -11,23 +11,13 @@ import torch
 from ernie import kernels
 from ernie.kernels import reference
 from ernie.kernels.cpu import build, ops
-from tests.ernie.test_kernels import forget, isas_found
+from tests.helpers_isa import forget, isas_found
 
 BF16, F32 = torch.bfloat16, torch.float32
 FORMATS = ("float32", "bfloat16", "int8", "int4")
 ROWS = (1, 2, 3, 5, 7, 16, 33, 130)
 # Widths and outputs, odd ones among them.
 SHAPES = ((32, 16), (48, 17), (64, 48), (96, 100), (200, 17), (576, 100), (1024, 48), (33, 5))
-
-
-@pytest.fixture(params=isas_found())
-def isa(request, monkeypatch):
-    monkeypatch.setenv("ERNIE_CPU_ISA", request.param)
-    forget()
-    if reason := ops.available():
-        pytest.skip(reason)
-    yield request.param
-    forget()
 
 
 @pytest.fixture(autouse=True)

@@ -13,18 +13,9 @@ import torch
 from ernie import kernels
 from ernie.kernels import dispatch, reference
 from ernie.kernels.cpu import build, ops, products
+from tests.helpers_isa import forget
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-
-
-def isas_found() -> list[str]:
-    names = list(build.ISA_FLAGS)
-    return names[: names.index(build.isa()) + 1]
-
-
-def forget() -> None:
-    for cached in (build.isa, build.loaded_library, dispatch._chosen, dispatch._modules):
-        cached.cache_clear()
 
 
 @pytest.fixture
@@ -33,15 +24,6 @@ def fresh():
     forget()
     yield
     forget()
-
-
-@pytest.fixture(params=isas_found())
-def isa(request, monkeypatch, fresh):
-    monkeypatch.setenv("ERNIE_CPU_ISA", request.param)
-    forget()
-    if reason := ops.available():
-        pytest.skip(reason)
-    return request.param
 
 
 def rand(*shape: int, dtype: torch.dtype = F32, grad: bool = False) -> torch.Tensor:

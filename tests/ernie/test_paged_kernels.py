@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -12,19 +10,9 @@ from torch import Tensor
 from ernie import kernels
 from ernie.kernels import reference
 from ernie.kernels.cpu import ops
-from tests.ernie.test_kernels import angles, bounds, forget, isas_found, rand
+from tests.ernie.test_kernels import angles, bounds, rand
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int8]
-
-
-@pytest.fixture(params=isas_found())
-def isa(request, monkeypatch) -> Iterator[str]:
-    monkeypatch.setenv("ERNIE_CPU_ISA", request.param)
-    forget()
-    if reason := ops.available():
-        pytest.skip(reason)
-    yield request.param
-    forget()
 
 
 def random_caches(

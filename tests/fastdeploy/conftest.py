@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "faults"))
@@ -17,23 +15,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import helpers_tokenizer
 from helpers_server import MAX_LEN, Server, start_server, stop_server
 
-import ernie
-from ernie.model import ErnieModel
-from ernie.models import TINY
 from fastdeploy import LLM
 
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random dense model in float32 with a SentencePiece tokenizer of ERNIE's kind."""
-    path = helpers_tokenizer.sentencepiece_folder(tmp_path_factory.mktemp("models") / "tiny")
-    size = ernie.Tokenizer.from_folder(path).vocab_size
-    model = ErnieModel(
-        dataclasses.replace(TINY["tiny-dense"], vocab_size=size), dtype=torch.float32
-    )
-    model.init_weights(seed=3, std=0.3)
-    ernie.save(model, path)
-    return path
+    return helpers_tokenizer.random_model_folder(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture(scope="session")
