@@ -170,7 +170,11 @@ def markdown(table: Sequence[Sequence[str]]) -> str:
 
 
 def _commit() -> str:
-    done = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
+    """The commit, and whether anything but records has been changed since."""
+    names = ["rev-parse", "--short", "HEAD"]
+    changes = ["status", "--porcelain", "--untracked-files=no", ":!benchmarks/results"]
+    commit, changed = (
+        subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+        for words in (names, changes)
     )
-    return done.stdout.strip() or "unknown"
+    return (commit or "unknown") + ("-dirty" if changed else "")
