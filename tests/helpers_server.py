@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,21 @@ class Server:
     greeting: list[str]
 
 
-def start_server(folder: Path, *flags: str, max_len: int = MAX_LEN) -> Server:
+def start_server(
+    folder: Path, *flags: str, max_len: int = MAX_LEN, environment: Mapping[str, str] = {}
+) -> Server:
     """The published command as a process; returns when it says where it listens."""
     command = [sys.executable, "-m", "fastdeploy.entrypoints.openai.api_server"]
     command += ["--model", str(folder), "--port", "0", "--dtype", "float32"]
     command += ["--max-model-len", str(max_len), "--block-size", "8", *flags]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([p for p in sys.path if p])}
+    paths = [environment.get("PYTHONPATH", ""), *sys.path]
+    variables = {**environment, "PYTHONPATH": os.pathsep.join([p for p in paths if p])}
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | variables,
     )
     assert process.stdout is not None and process.stderr is not None
     greeting = [process.stdout.readline()]

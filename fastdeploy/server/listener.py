@@ -110,12 +110,14 @@ def _make_room_for(num_connections: int) -> None:
 
 def _bound_socket(config: ServerConfig) -> socket.socket:
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener = None
     try:
+        listener = socket.socket(family, socket.SOCK_STREAM)  # refused where there is no IPv6
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((config.host, config.port))
     except OSError as error:
-        listener.close()
+        if listener is not None:
+            listener.close()
         raise ConfigError(
             f"cannot listen on {config.host} port {config.port}: {os.strerror(error.errno or 0)}; "
             "choose another --port or --host"
