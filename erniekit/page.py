@@ -28,7 +28,7 @@ PLOTS = (
     ("Gradient norm, before clipping", [("grad_norm", "", "c0")]),
     ("Tokens per second", [("tokens_per_second", "", "c2")]),
     ("Peak memory, GiB", [("peak_memory_gib", "", "c2")]),
-    ("Router: busiest expert over the mean", [("moe_max_over_mean", "", "c3")]),
+    ("Router: busiest expert / mean", [("moe_max_over_mean", "", "c3")]),
     ("Router: weighted losses", [
         ("aux_loss", "load balance", "c0"), ("z_loss", "z", "c1"),
         ("orthogonal_loss", "orthogonal", "c2"),
@@ -41,14 +41,17 @@ _UNDRAWN = {
     "eval_ppl", "eval_tokens", "eval_seconds",
 }  # fmt: skip
 _SMOOTH_FROM = 40  # points
+_SMOOTH_ALREADY = {"learning_rate", "peak_memory_gib"}
+# Control characters, and those that turn the direction of the text around them.
+_TURNS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
+_HOSTILE = dict.fromkeys((*range(9), *range(11, 32), *_TURNS), "\ufffd")
 
 
 def text(value: Any) -> str:
-    """Any value as text that is safe between tags and in attributes; control characters show."""
+    """Any value as text that is safe between tags and in attributes."""
     if isinstance(value, list):
         value = ", ".join(map(str, value))
-    shown = "none" if value is None else str(value)
-    return escape("".join(c if c >= " " or c in "\n\t" else "\ufffd" for c in shown))
+    return escape(("none" if value is None else str(value)).translate(_HOSTILE))
 
 
 def page(story: Story) -> str:
@@ -91,7 +94,7 @@ def _header(story: Story) -> str:
     filled = 100 * done / max(story.num_steps, 1)
     note = ""
     if story.num_unreadable:
-        note = f'<p class="warn">{story.num_unreadable} lines of the records cannot be read.</p>'
+        note = f'<p class="warn">Lines that cannot be read: {story.num_unreadable}.</p>'
     return (
         f"<header><h1>{text(_title(story))}"
         f'<span class="state {"done" if is_done else "open"}">{state}</span></h1>'
@@ -118,11 +121,17 @@ def _numbers(story: Story) -> str:
     if losses := story.series("loss"):
         tail = losses[-max(len(losses) // 10, 1) :]
         mean = sum(y for _, y in tail) / len(tail)
-        cards.append(("training loss", f"{mean:.4f}", f"mean of the last {len(tail)} steps"))
+        cards.append(
+            (
+                "training loss",
+                f"{mean:.4f}",
+                f"last {len(tail)} steps" if len(tail) > 1 else "last step",
+            )
+        )
     if speeds := sorted(y for _, y in story.series("tokens_per_second")):
-        cards.append(("tokens per second", f"{speeds[len(speeds) // 2]:,.0f}", "median"))
+        cards.append(("tokens/s", f"{speeds[len(speeds) // 2]:,.0f}", "median"))
     if peaks := story.series("peak_memory_gib"):
-        cards.append(("peak memory", f"{max(y for _, y in peaks):.2f} GiB", ""))
+        cards.append(("peak memory, GiB", f"{max(y for _, y in peaks):.2f}", ""))
     if totals := story.series("total_tokens"):
         trained = sum(y for _, y in story.series("num_trained_tokens"))
         cards.append(("tokens", f"{totals[-1][1]:,.0f}", f"{trained:,.0f} trained"))
@@ -151,12 +160,12 @@ def _figure(story: Story, title: str, wanted: list[tuple[str, str, str]]) -> str
         points = story.series(key)
         if not points:
             continue
-        is_noisy = len(points) > _SMOOTH_FROM and key in ("loss", "accuracy", "grad_norm")
+        is_noisy = len(points) > _SMOOTH_FROM and key not in _SMOOTH_ALREADY
         if is_noisy:
             lines.append(Line(key, points, f"{look} faint"))
             points = smoothed(points, max(len(points) / 40, 4))
         lines.append(Line(f"{key}, smoothed" if is_noisy else key, points, look))
-        last = f"{exact(points[-1][1])}"
+        last = exact(points[-1][1])
         legend.append(f'<span class="{look.split()[0]}">{text(name)} <b>{last}</b></span>')
     if not lines:
         return ""
@@ -208,8 +217,9 @@ def _column(record: Mapping[str, Any]) -> tuple[str, Any, str]:
 def _skipped(story: Story) -> str:
     if not story.skipped:
         return ""
+    keys = ("loss", "grad_norm", "learning_rate")
     rows = [
-        (r["step"], r.get("loss"), r.get("grad_norm"), r.get("learning_rate"))
+        (r["step"], *(exact(r[k]) if r.get(k) is not None else "not finite" for k in keys))
         for r in story.skipped
     ]
     head = ("step", "loss", "gradient norm", "learning rate")
@@ -234,11 +244,12 @@ def _data(story: Story) -> str:
     parts = []
     for split, found in story.about.get("data", {}).items():
         rows = [(f["path"], f["format"], f"{f['records']:,} records") for f in found["files"]]
-        counts = [f"{n:,} {what}" for what, n in (found.get("cut") or {}).items()]
-        left = [f"{n:,} left out: {why}" for why, n in (found.get("left_out") or {}).items()]
-        told = "".join(f"<li>{text(line)}</li>" for line in counts + left)
+        met = [f"{n:,} {what}" for what, n in (found.get("cut") or {}).items() if n]
+        met += [f"{n:,} left out: {why}" for why, n in (found.get("left_out") or {}).items()]
+        told = "".join(f"<li>{text(line)}</li>" for line in met)
         name = {"train": "Training", "eval": "Evaluation"}.get(split, split)
-        parts.append(f"<h3>{text(name)}</h3>{_table(rows)}<ul>{told}</ul>")
+        again = "<small>Met while reading, counted again in every pass:</small>" if told else ""
+        parts.append(f"<h3>{text(name)}</h3>{_table(rows)}{again}<ul>{told}</ul>")
     return f"<section><h2>Data</h2>{''.join(parts)}</section>" if parts else ""
 
 

@@ -17,7 +17,7 @@ from itertools import pairwise
 Point = tuple[float, float]
 
 _WIDTH, _HEIGHT = 420.0, 216.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 410.0, 10.0, 190.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 52.0, 404.0, 10.0, 190.0
 _MOST_POINTS = 400
 _MOST_TIPS = 60
 
@@ -38,7 +38,7 @@ def plot(lines: Sequence[Line], marks: Sequence[float] = ()) -> str:
     """
     xs = [x for line in lines for x, _ in line.points] + list(marks)
     ys = [y for line in lines for _, y in line.points]
-    x_ticks, x_edges = _axis(min(xs), max(xs), whole=True)
+    x_ticks, x_edges = _axis(min(0.0, *xs), max(xs), whole=True)
     y_ticks, y_edges = _axis(min(ys), max(ys))
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -101,17 +101,25 @@ def thinned(points: Sequence[Point], most: int) -> list[Point]:
 
 
 def smoothed(points: Sequence[Point], span: float) -> list[Point]:
-    """The running mean with weights that fall off over `span` points, without a bias to zero.
-
-    Source: the correction of Adam (Kingma and Ba, 2015), applied to a plain mean.
+    """The mean of the points around each, with weights that fall off exponentially over `span`
+    points to both sides, so that the curve does not lag behind.
     """
-    decay, mean, weight = math.exp(-1 / span), 0.0, 0.0
-    result = []
-    for x, y in points:
-        mean = decay * mean + (1 - decay) * y
-        weight = decay * weight + (1 - decay)
-        result.append((x, mean / weight))
-    return result
+    decay = math.exp(-1 / span)
+    ys = [y for _, y in points]
+    before, after = _decaying_sums(ys, decay), _decaying_sums(ys[::-1], decay)[::-1]
+    return [(x, (a + b - y) / (m + n - 1)) for (x, y), (a, m), (b, n) in zip(points, before, after)]
+
+
+def _decaying_sums(values: Sequence[float], decay: float) -> list[tuple[float, float]]:
+    """Up to each value: the sum of values times `decay` to the power of their age, and of the
+    weights alone.
+    """
+    total = weight = 0.0
+    sums = []
+    for value in values:
+        total, weight = decay * total + value, decay * weight + 1
+        sums.append((total, weight))
+    return sums
 
 
 def _axis(low: float, high: float, *, whole: bool = False) -> tuple[list[float], Point]:
@@ -142,5 +150,5 @@ def short(value: float) -> str:
 
 
 def exact(value: float) -> str:
-    """A number to be read: grouped when large, else with five figures."""
-    return f"{value:,.0f}" if abs(value) >= 1e5 or value == int(value) else f"{value:.5g}"
+    """A number to be read: grouped when large, else with four figures."""
+    return f"{value:,.0f}" if abs(value) >= 1e4 or value == int(value) else f"{value:.4g}"

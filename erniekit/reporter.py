@@ -125,5 +125,5 @@ def _data(stream: Stream) -> dict[str, Any]:
         ],
         "records_of_an_epoch": stream.epoch_size,
         "left_out": dict(stream.faults.by_reason),
-        "cut": dict(stream.encoder.counts),
+        "cut": {k: stream.encoder.counts[k] for k in ("dialogues cut", "turns dropped")},
     }

@@ -26,15 +26,15 @@ p { margin:.25rem 0 } small, header p { color:var(--soft) }
 section { margin:1.5rem 0; background:var(--card); border:1px solid var(--line);
   border-radius:10px; padding:1.1rem 1.25rem }
 .cards, .plots { background:none; border:0; padding:0; display:grid; gap:.75rem }
-.cards { grid-template-columns:repeat(auto-fit, minmax(9.2rem, 1fr)) }
+.cards { grid-template-columns:repeat(auto-fit, minmax(8.7rem, 1fr)) }
 .cards div, figure { background:var(--card); border:1px solid var(--line); border-radius:10px }
 .cards div { padding:.6rem .9rem; display:flex; flex-direction:column }
 .cards span, .cards small { font-size:.8rem; color:var(--soft) }
-.cards b { font-size:1.35rem; font-variant-numeric:tabular-nums; line-height:1.3 }
+.cards b { font-size:1.25rem; font-variant-numeric:tabular-nums; line-height:1.3 }
 .plots { grid-template-columns:repeat(auto-fit, minmax(min(100%, 23rem), 1fr)) }
 figure { margin:0; padding:.8rem .9rem .4rem; min-width:0 }
 figcaption { display:flex; flex-wrap:wrap; gap:.1rem 1rem; align-items:baseline;
-  font-size:.85rem; min-height:1.6rem }
+  font-size:.82rem; min-height:1.6rem }
 figcaption h3 { margin-right:auto } figcaption b { font-variant-numeric:tabular-nums }
 figcaption span { white-space:nowrap }
 figcaption span::before { content:""; display:inline-block; width:.9em; height:3px;
@@ -66,8 +66,9 @@ details { margin-top:.75rem } summary { cursor:pointer; color:var(--soft) }
 .scroll { overflow-x:auto }
 table { border-collapse:collapse; font-size:.87rem; width:100%; margin:.3rem 0 }
 td, th { text-align:left; padding:.28rem 1rem .28rem 0; border-bottom:1px solid var(--line);
-  vertical-align:top; overflow-wrap:anywhere; font-variant-numeric:tabular-nums }
-td:first-child { color:var(--soft); min-width:9rem } th { font-weight:600 }
+  vertical-align:top; font-variant-numeric:tabular-nums }
+td:first-child { color:var(--soft); min-width:6rem } td:last-child { overflow-wrap:anywhere;
+  min-width:8rem; padding-right:0 } th { font-weight:600 }
 pre { background:var(--back); border-radius:8px; padding:.7rem .9rem; overflow-x:auto;
   font-size:.84rem; white-space:pre-wrap; overflow-wrap:anywhere }
 section h3 ~ h3 { margin-top:1rem } ul { margin:.4rem 0 1rem; padding-left:1.2rem }
