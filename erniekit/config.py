@@ -277,7 +277,9 @@ class Reporting:
         (), "Tasks of lm-eval that `erniekit eval` runs; comma list."
     )
     lm_eval_task_path: str | None = option(
-        None, "Folder of task files of your own; what they name (data, Python functions) is used."
+        None,
+        "Folder of task files, which takes the place of lm-eval's own tasks; what the files name "
+        "(data, Python functions) is used.",
     )
     lm_eval_num_fewshot: int | None = option(None, "Examples before a question; none: the task's.")
     lm_eval_limit: int | None = option(None, "Questions of each task; none: all.")

@@ -149,7 +149,7 @@ class LanguageModel(LM):
             self.model,
             ids or [self.prefix_id],
             max_tokens=most,
-            temperature=options["temperature"],
+            temperature=options.get("temperature", 1.0 if options["do_sample"] else 0.0),
             top_p=options.get("top_p", 1.0),
             stop_ids=sorted(stops),
         ):
@@ -187,9 +187,7 @@ def run_tasks(
     Raises ConfigError for a task that is not known, or whose data cannot be had.
     """
     names, own = list(reporting.lm_eval_tasks), reporting.lm_eval_task_path
-    manager = TaskManager(include_path=own, include_defaults=False)
-    if any(name not in manager.all_tasks for name in names):
-        manager = TaskManager(include_path=own)  # thousands of files, which takes seconds
+    manager = TaskManager(include_path=own, include_defaults=own is None)
     for name in names:
         if name not in manager.all_tasks:
             raise ConfigError(

@@ -8,10 +8,10 @@ row names get a plot of their own.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from html import escape
 from typing import TYPE_CHECKING, Any
 
 from erniekit.bar import duration
+from erniekit.markup import table, text
 from erniekit.plots import Line, exact, plot, smoothed
 from erniekit.style import STYLE
 
@@ -42,16 +42,6 @@ _UNDRAWN = {
 }  # fmt: skip
 _SMOOTH_FROM = 40  # points
 _SMOOTH_ALREADY = {"learning_rate", "peak_memory_gib"}
-# Control characters, and those that turn the direction of the text around them.
-_TURNS = (*range(0x202A, 0x202F), *range(0x2066, 0x206A))
-_HOSTILE = dict.fromkeys((*range(9), *range(11, 32), *_TURNS), "\ufffd")
-
-
-def text(value: Any) -> str:
-    """Any value as text that is safe between tags and in attributes."""
-    if isinstance(value, list):
-        value = ", ".join(map(str, value))
-    return escape(("none" if value is None else str(value)).translate(_HOSTILE))
 
 
 def page(story: Story) -> str:
@@ -131,7 +121,7 @@ def _numbers(story: Story) -> str:
     if speeds := sorted(y for _, y in story.series("tokens_per_second")):
         cards.append(("tokens/s", f"{speeds[len(speeds) // 2]:,.0f}", "median"))
     if peaks := story.series("peak_memory_gib"):
-        cards.append(("peak memory, GiB", f"{max(y for _, y in peaks):.2f}", ""))
+        cards.append(("peak memory", f"{max(y for _, y in peaks):.2f}", "GiB"))
     if totals := story.series("total_tokens"):
         trained = sum(y for _, y in story.series("num_trained_tokens"))
         cards.append(("tokens", f"{totals[-1][1]:,.0f}", f"{trained:,.0f} trained"))
@@ -224,7 +214,7 @@ def _skipped(story: Story) -> str:
     ]
     head = ("step", "loss", "gradient norm", "learning rate")
     told = "<p>Their loss or gradient was not finite; the weights were left as they were.</p>"
-    return f"<section><h2>Skipped steps</h2>{told}{_table(rows, head)}</section>"
+    return f"<section><h2>Skipped steps</h2>{told}{table(rows, head)}</section>"
 
 
 def _results(story: Story) -> str:
@@ -237,7 +227,7 @@ def _results(story: Story) -> str:
             for metric, found in numbers.items():
                 words = " ".join(w for w in (key, name, metric) if w).replace("_", " ")
                 rows.append((words, exact(found) if isinstance(found, float) else found))
-    return f"<section><h2>Evaluation</h2>{_table(rows)}</section>" if rows else ""
+    return f"<section><h2>Evaluation</h2>{table(rows)}</section>" if rows else ""
 
 
 def _data(story: Story) -> str:
@@ -249,7 +239,7 @@ def _data(story: Story) -> str:
         told = "".join(f"<li>{text(line)}</li>" for line in met)
         name = {"train": "Training", "eval": "Evaluation"}.get(split, split)
         again = "<small>Met while reading, counted again in every pass:</small>" if told else ""
-        parts.append(f"<h3>{text(name)}</h3>{_table(rows)}{again}<ul>{told}</ul>")
+        parts.append(f"<h3>{text(name)}</h3>{table(rows)}{again}<ul>{told}</ul>")
     return f"<section><h2>Data</h2>{''.join(parts)}</section>" if parts else ""
 
 
@@ -259,8 +249,8 @@ def _settings(story: Story) -> str:
         return ""
     rest = [(k, v) for k, v in story.settings.items() if k not in changed]
     return (
-        f"<section><h2>Settings</h2>{_table(changed.items())}"
-        f"<details><summary>{len(rest)} at their defaults</summary>{_table(rest)}</details>"
+        f"<section><h2>Settings</h2>{table(changed.items())}"
+        f"<details><summary>{len(rest)} at their defaults</summary>{table(rest)}</details>"
         "</section>"
     )
 
@@ -275,16 +265,6 @@ def _starts(story: Story) -> str:
         folder, command = text(start.get("folder", ".")), text(start["command"])
         parts.append(
             f"<h3>{text(start['time'])}, after step {text(start['step'])}</h3>"
-            f"<pre>cd {folder}\n{command}</pre>{_table(rows)}"
+            f"<pre>cd {folder}\n{command}</pre>{table(rows)}"
         )
     return f"<section><h2>How it was run</h2>{''.join(parts)}</section>" if parts else ""
-
-
-def _table(rows: Any, head: tuple[str, ...] = ()) -> str:
-    top = "".join(f"<th>{text(name)}</th>" for name in head)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{text(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    if not body:
-        return ""
-    return f'<div class="scroll"><table>{f"<tr>{top}</tr>" if top else ""}{body}</table></div>'

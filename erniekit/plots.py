@@ -11,8 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
+
+from erniekit.markup import text
 
 Point = tuple[float, float]
 
@@ -64,7 +65,7 @@ def plot(lines: Sequence[Line], marks: Sequence[float] = ()) -> str:
     for line in lines:
         places = [at(x, y) for x, y in thinned(line.points, _MOST_POINTS)]
         drawn = " ".join(f"{u:.2f},{v:.2f}" for u, v in places)
-        name = escape(line.name)
+        name = text(line.name)
         parts.append(f'<polyline class="{line.look}" data-name="{name}" points="{drawn}"/>')
         if "dots" in line.look or len(places) == 1:
             parts += [f'<circle class="{line.look}" cx="{u:.2f}" cy="{v:.2f}" r="3"/>'
@@ -80,8 +81,8 @@ def _tips(line: Line, at) -> list[str]:
     tips = []
     for x, y in line.points[::every]:
         u, v = at(x, y)
-        text = f"<title>{escape(line.name)} at step {x:g}: {exact(y)}</title>"
-        tips.append(f'<circle class="tip" cx="{u:.1f}" cy="{v:.1f}" r="7">{text}</circle>')
+        tip = f"<title>{text(line.name)} at step {x:g}: {exact(y)}</title>"
+        tips.append(f'<circle class="tip" cx="{u:.1f}" cy="{v:.1f}" r="7">{tip}</circle>')
     return tips
 
 
