@@ -15,7 +15,7 @@ import sys
 from dataclasses import dataclass
 
 from ernie.settings import ConfigError, describe, did_you_mean
-from erniekit import about, config
+from erniekit import config
 from erniekit.config import (
     Data,
     Export,
@@ -26,6 +26,7 @@ from erniekit.config import (
     Server,
     Training,
 )
+from erniekit.report import about
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ VERBS = {
         "writes eval_results.json and eval_samples.jsonl.",
     ),
     "report": Verb(
-        "erniekit.report:run_report",
+        "erniekit.report.story:run_report",
         (),
         "Write report.html of a run anew from the files in its output folder.",
         "OUTPUT_DIR",

@@ -54,8 +54,11 @@ class LanguageModel(LM):
         assert model.tokenizer is not None
         self.model, self.tokenizer, self.chunk_size = model, model.tokenizer, chunk_size
         self.max_length = model.config.max_position_embeddings
-        first = self.tokenizer.bos_id
-        self.prefix_id = self.tokenizer.eos_id if first is None else first
+        first, last = self.tokenizer.bos_id, self.tokenizer.eos_id
+        prefix_id = last if first is None else first
+        if prefix_id is None:
+            raise ConfigError("the tokenizer has neither bos nor eos, with which texts would begin")
+        self.prefix_id = prefix_id
 
     def loglikelihood(self, requests: list[Instance]) -> list[tuple[float, bool]]:
         """(sum of the log-probabilities of the continuation, whether each token is the likeliest)

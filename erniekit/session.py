@@ -31,7 +31,7 @@ from erniekit.evaluate import evaluate
 from erniekit.gradients import Gradients, SummedEmbedding
 from erniekit.loop import Parts, Progress, train
 from erniekit.optim import AdamW, treatments
-from erniekit.reporter import Reporter
+from erniekit.report.reporter import Reporter
 
 log = logging.getLogger("erniekit")
 

@@ -1,7 +1,8 @@
 """Evaluation alone: what training left in output_dir, or the base model, on held-out data.
 
 Writes eval_results.json (loss, perplexity, token accuracy, mean scores of the answers, metrics of
-lm-eval's tasks) and eval_samples.jsonl (each prompt, its reference and the model's answer).
+lm-eval's tasks) and eval_samples.jsonl (each prompt, its reference and the model's answer), and
+brings the report.html of a run up to date.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
+import time
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -16,15 +18,16 @@ from typing import Any
 import ernie
 from ernie.settings import ConfigError
 from erniekit import checkpoint, lora
-from erniekit.answers import SAMPLES_FILE, answers, prompts
 from erniekit.build import build_model, read_model
 from erniekit.config import Run, resolved
 from erniekit.evaluate import evaluate
 from erniekit.launch import device_of
-from erniekit.metrics import eval_line
+from erniekit.metrics import METRICS_FILE, eval_line
 from erniekit.recipes import sft
-from erniekit.report import RESULTS_FILE
-from erniekit.scores import SCORES, mean_scores
+from erniekit.report import story
+from erniekit.report.answers import answers, prompts
+from erniekit.report.scores import SCORES, mean_scores
+from erniekit.report.story import RESULTS_FILE, SAMPLES_FILE
 from erniekit.session import load_adapter
 
 log = logging.getLogger("erniekit")
@@ -41,7 +44,7 @@ def evaluate_run(run: Run) -> int:
     folder = trained_folder(run.output)
     model, what = _model(run, device, folder)
     run.output.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {"model": str(what)}
+    results: dict[str, Any] = {"model": str(what), "time": time.strftime("%Y-%m-%d %H:%M:%S %z")}
     if run.data.eval_dataset_path:
         results |= _on_data(run, model, what)
     if run.reporting.lm_eval_tasks:
@@ -51,6 +54,8 @@ def evaluate_run(run: Run) -> int:
         for task, values in results["lm_eval"].items():
             log.info("%s | %s", task, " | ".join(f"{k} {v:.4f}" for k, v in values.items()))
     checkpoint.replace_text(run.output / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
+    if (run.output / METRICS_FILE).is_file():
+        story.write(run.output)
     return 0
 
 

@@ -16,12 +16,12 @@ import torch
 import ernie
 from ernie.generate import generate
 from ernie.settings import ConfigError
-from erniekit import plots, report
-from erniekit.bar import Bar, duration
 from erniekit.cli import main
 from erniekit.config import run_from, to_yaml
-from erniekit.plots import Line, plot, smoothed, thinned
-from erniekit.scores import scores
+from erniekit.report import plots, story
+from erniekit.report.bar import Bar, duration
+from erniekit.report.plots import Line, plot, smoothed, thinned
+from erniekit.report.scores import scores
 
 HOSTILE = '</p><script>alert(1)</script><img src="x" onerror=alert(2)>&amp;\x00\u202e"\'\ud800'
 
@@ -68,7 +68,7 @@ def step(number: int, **more) -> dict:
 
 
 def page_of(folder: Path) -> str:
-    return report.write(folder).read_text(encoding="utf-8")
+    return story.write(folder).read_text(encoding="utf-8")
 
 
 def test_points_of_a_plot_are_the_numbers_of_the_records(tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_report_of_no_run_is_refused(tmp_path: Path, capsys) -> None:
     assert main(["report", str(tmp_path)]) == 2
     assert "has no metrics.jsonl" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="erniekit report OUTPUT_DIR"):
-        report.run_report([])
+        story.run_report([])
 
 
 # --- a run ---
@@ -274,6 +274,7 @@ def test_answers_of_a_resumed_run_are_those_of_an_unbroken_one(
 
 def test_evaluation_writes_answers_with_scores(tiny, data: Path, tmp_path: Path) -> None:
     arguments = words(tiny("tiny-dense"), data, tmp_path, num_answers=-1)
+    write_run(tmp_path, [step(1)])
     assert main(["eval", *arguments]) == 0
     given = lines(tmp_path / "eval_samples.jsonl")
     results = json.loads((tmp_path / "eval_results.json").read_text())
@@ -281,6 +282,7 @@ def test_evaluation_writes_answers_with_scores(tiny, data: Path, tmp_path: Path)
     for name in ("exact", "contains", "f1"):
         mean = sum(scores(a["answer"], a["reference"])[name] for a in given) / 8
         assert results["answers"][name] == pytest.approx(mean)
+    assert "<td>eval loss</td>" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(
@@ -322,7 +324,7 @@ def test_bar_tells_the_time_that_is_left_and_makes_room_for_lines(monkeypatch) -
     handler = logging.StreamHandler(out)
     monkeypatch.setattr(log, "handlers", [handler])
     clock = iter([100.0, 130.0])
-    monkeypatch.setattr("erniekit.bar.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("erniekit.report.bar.time.monotonic", lambda: next(clock))
     bar = Bar(10, 40, out)
     bar.update({"step": 20, "loss": 2.5, "seconds": 3.0})
     assert out.getvalue().endswith(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,9 +9,9 @@ from types import SimpleNamespace
 import pytest
 
 from ernie.settings import ConfigError
-from erniekit import sinks
 from erniekit.cli import main
 from erniekit.config import run_from
+from erniekit.report import sinks
 from tests.erniekit.test_report import lines, words
 
 
@@ -28,7 +27,6 @@ def scalars(folder: Path) -> dict[str, dict[int, float]]:
 def test_tensorboard_shows_the_numbers_of_the_records(tiny, data: Path, tmp_path: Path) -> None:
     more = {"report_to": "tensorboard", "num_answers": 0, "logging_dir": tmp_path / "logs"}
     assert main(["train", *words(tiny("tiny-dense"), data, tmp_path / "out", **more)]) == 0
-    # Resumed from step 3 of 5 that were done, as after a crash: each step is there once.
     shown = scalars(tmp_path / "logs/tensorboard")
     for tag, key in (
         ("train/loss", "loss"), ("train/lr", "learning_rate"), ("eval/loss", "eval_loss"),
@@ -114,7 +112,7 @@ def test_missing_package_is_named_before_anything_is_trained(
     assert main(["train", *arguments]) == 2
     error = capsys.readouterr().err
     assert f"pip install {name}" in error and error.count("\n") == 1
-    assert not (tmp_path / "metrics.jsonl").read_text()
+    assert not (tmp_path / "metrics.jsonl").exists()
 
 
 def test_all_means_those_that_are_installed(tmp_path: Path, monkeypatch) -> None:
@@ -130,4 +128,4 @@ def test_all_means_those_that_are_installed(tmp_path: Path, monkeypatch) -> None
 def test_unknown_name_is_refused() -> None:
     with pytest.raises(ConfigError, match="report_to='tensorbord' is not known; use tensorboard"):
         run_from({"report_to": "tensorbord"})
-    assert json.loads(json.dumps(run_from({"report_to": "none"}).flat()["report_to"])) == ["none"]
+    assert sinks.open_sinks(run_from({"report_to": "none"}), 0) == []

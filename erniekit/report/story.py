@@ -14,18 +14,19 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from ernie.settings import ConfigError, read_yaml
-from erniekit import about
 from erniekit.config import Run
 from erniekit.metrics import METRICS_FILE
-from erniekit.page import page
+from erniekit.report import about
+from erniekit.report.page import page
 
 REPORT_FILE = "report.html"
 SETTINGS_FILE = "run.yaml"
-ANSWERS_FILE = "answers.jsonl"
+ANSWERS_FILE = "answers.jsonl"  # while training
 RESULTS_FILE = "eval_results.json"
+SAMPLES_FILE = "eval_samples.jsonl"  # of `erniekit eval`
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ class Story:
         return list(dict.fromkeys(k for r in self.records for k, v in r.items() if is_number(v)))
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from erniekit.markup import text
+from erniekit.report.markup import text
 
 Point = tuple[float, float]
 

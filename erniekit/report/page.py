@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from erniekit.bar import duration
-from erniekit.markup import table, text
-from erniekit.plots import Line, exact, plot, smoothed
-from erniekit.style import STYLE
+from erniekit.report.bar import duration
+from erniekit.report.markup import table, text
+from erniekit.report.plots import Line, exact, plot, smoothed
+from erniekit.report.style import STYLE
 
 if TYPE_CHECKING:
-    from erniekit.report import Story
+    from erniekit.report.story import Story
 
 # (title, [(key, name, look), ...]); keys without numbers are left out.
 PLOTS = (

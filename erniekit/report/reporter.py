@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from ernie.model import ErnieModel
-from erniekit import about, checkpoint, metrics, report, sinks
-from erniekit.answers import ANSWERS_FILE, answers, prompts
-from erniekit.bar import Bar
+from erniekit import checkpoint, metrics
 from erniekit.config import Run
 from erniekit.data.loader import Stream
 from erniekit.metrics import Metrics
-from erniekit.scores import SCORES, mean_scores
+from erniekit.report import about, sinks, story
+from erniekit.report.answers import answers, prompts
+from erniekit.report.bar import Bar
+from erniekit.report.scores import SCORES, mean_scores
 
 log = logging.getLogger("erniekit")
 
@@ -43,13 +44,13 @@ class Reporter:
     ) -> None:
         self.run, self.model, self.num_steps = run, model, num_steps
         self.streams = {"train": train_stream, "eval": eval_stream}
+        self.sinks = sinks.open_sinks(run, max(step, 0))
         self.metrics = Metrics(run.output)
-        self.answers = Metrics(run.output, ANSWERS_FILE)
+        self.answers = Metrics(run.output, story.ANSWERS_FILE)
         for records in (self.metrics, self.answers):
             records.rewind(step)
         starts = about.read(run.output).get("starts", []) if step >= 0 else []
         self.starts = [*starts, about.start(max(step, 0), "train", run.words)]
-        self.sinks = sinks.open_sinks(run, max(step, 0))
         has_bar = sys.stderr.isatty() and not run.reporting.disable_tqdm
         self.bar = Bar(max(step, 0), num_steps) if has_bar and step < num_steps else None
         self.has_lines = not (self.bar and sys.stdout.isatty())
@@ -81,7 +82,7 @@ class Reporter:
     def write_page(self) -> None:
         """Bring about.json and report.html up to date."""
         self._write_about()
-        report.write(self.run.output)
+        story.write(self.run.output)
 
     def close(self) -> None:
         """Take the bar away, close the sinks and write the last page."""

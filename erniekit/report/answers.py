@@ -18,10 +18,7 @@ from ernie.model import ErnieModel
 from erniekit.data.dialogue import read_dialogue
 from erniekit.data.loader import Stream
 from erniekit.data.sources import DataError
-from erniekit.scores import scores
-
-ANSWERS_FILE = "answers.jsonl"  # while training
-SAMPLES_FILE = "eval_samples.jsonl"  # of `erniekit eval`
+from erniekit.report.scores import scores
 
 
 @dataclass(frozen=True)

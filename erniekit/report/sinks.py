@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -89,7 +90,12 @@ class SwanLab:
         self.package.finish()
 
 
-_SINKS = {"tensorboard": TensorBoard, "visualdl": VisualDL, "wandb": WandB, "swanlab": SwanLab}
+_SINKS: dict[str, Callable[[Run, Path, int], Sink]] = {
+    "tensorboard": TensorBoard,
+    "visualdl": VisualDL,
+    "wandb": WandB,
+    "swanlab": SwanLab,
+}
 
 
 def open_sinks(run: Run, step: int) -> list[Sink]:
