@@ -31,22 +31,22 @@ class Bar:
 
     def __init__(self, step: int, num_steps: int, out: TextIO | None = None) -> None:
         self.first, self.num_steps, self.out = step, num_steps, out or sys.stderr
-        self.begun, self.text = time.monotonic(), ""
+        self.begun: float | None = None  # when the first step began
         self.handlers = list(logging.getLogger("erniekit").handlers)
         for handler in self.handlers:
             handler.addFilter(self._make_room)
 
     def update(self, record: dict[str, Any]) -> None:
         """Show a step. Time left is that of all steps so far, evaluations and saves included."""
-        step, total = record["step"], self.num_steps
+        step, total, now = record["step"], self.num_steps, time.monotonic()
+        self.begun = now - record["seconds"] if self.begun is None else self.begun
         filled = "#" * (_WIDTH * step // total)
-        spent = time.monotonic() - self.begun
-        left = spent / max(step - self.first, 1) * (total - step)
-        self.text = (
+        left = (now - self.begun) / max(step - self.first, 1) * (total - step)
+        text = (
             f"[{filled:-<{_WIDTH}}] {step:{len(str(total))}d}/{total} | loss {record['loss']:.4f} "
             f"| {record['seconds'] * 1000:,.0f} ms | {duration(left)} left"
         )
-        self._show(_CLEAR + self.text)
+        self._show(_CLEAR + text)
 
     def close(self) -> None:
         self._show(_CLEAR)

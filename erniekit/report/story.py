@@ -9,8 +9,8 @@ was killed while it wrote still has a report. Needs no torch.
 from __future__ import annotations
 
 import json
+import logging
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,8 @@ from erniekit.config import Run
 from erniekit.metrics import METRICS_FILE
 from erniekit.report import about
 from erniekit.report.page import page
+
+log = logging.getLogger("erniekit")
 
 REPORT_FILE = "report.html"
 SETTINGS_FILE = "run.yaml"
@@ -133,5 +135,5 @@ def run_report(words: Sequence[str]) -> int:
     """`erniekit report OUTPUT_DIR`; returns the exit code."""
     if len(words) != 1:
         raise ConfigError(f"{len(words)} words were given; write: erniekit report OUTPUT_DIR")
-    sys.stdout.write(f"{write(Path(words[0]))}\n")
+    log.info("wrote %s", write(Path(words[0])))
     return 0

@@ -323,9 +323,11 @@ def test_bar_tells_the_time_that_is_left_and_makes_room_for_lines(monkeypatch) -
     out, log = io.StringIO(), logging.getLogger("erniekit")
     handler = logging.StreamHandler(out)
     monkeypatch.setattr(log, "handlers", [handler])
-    clock = iter([100.0, 130.0])
+    clock = iter([103.0, 130.0])
     monkeypatch.setattr("erniekit.report.bar.time.monotonic", lambda: next(clock))
     bar = Bar(10, 40, out)
+    bar.update({"step": 11, "loss": 2.5, "seconds": 3.0})
+    assert out.getvalue().endswith("| 1:27 left")
     bar.update({"step": 20, "loss": 2.5, "seconds": 3.0})
     assert out.getvalue().endswith(
         "[##########----------] 20/40 | loss 2.5000 | 3,000 ms | 1:00 left"
