@@ -16,7 +16,17 @@ from dataclasses import dataclass
 
 from ernie.settings import ConfigError, describe, did_you_mean
 from erniekit import config
-from erniekit.config import Data, Export, Generation, Model, Optimisation, Server, Training
+from erniekit.config import (
+    Data,
+    Export,
+    Generation,
+    Model,
+    Optimisation,
+    Reporting,
+    Server,
+    Training,
+)
+from erniekit.report import about
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,7 @@ class Verb:
 VERBS = {
     "train": Verb(
         "erniekit.launch:run_training",
-        (Model, Data, Training, Optimisation),
+        (Model, Data, Training, Optimisation, Reporting),
         "Train a model; started again, it goes on where it was. SIGTERM and Ctrl-C finish the step "
         "and save first (exit status 0 and 130).",
     ),
@@ -45,8 +55,15 @@ VERBS = {
     ),
     "eval": Verb(
         "erniekit.recipes.evaluation:evaluate_run",
-        (Model, Data, Training),
-        "Loss, perplexity and accuracy on the evaluation data; writes eval_results.json.",
+        (Model, Data, Training, Reporting),
+        "Loss, perplexity, accuracy and answers on the evaluation data, and tasks of lm-eval; "
+        "writes eval_results.json and eval_samples.jsonl.",
+    ),
+    "report": Verb(
+        "erniekit.report.story:run_report",
+        (),
+        "Write report.html of a run anew from the files in its output folder.",
+        "OUTPUT_DIR",
     ),
     "server": Verb(
         "erniekit.serve:run_server",
@@ -96,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
         print(usage())
         return 0
     if name in ("version", "--version"):
-        print(f"erniekit {_version()}")
+        print(f"erniekit {about.version()}")
         return 0
     if name not in VERBS:
         print(f"erniekit: there is no command {name!r}{did_you_mean(name, VERBS)}", file=sys.stderr)
@@ -151,15 +168,6 @@ def help_of(name: str) -> str:
         title = (group.__doc__ or "").strip().splitlines()[0]
         parts.append(f"{group.__name__}: {title}\n{describe(group)}")
     return "\n\n".join(parts)
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("ernie-open")
-    except PackageNotFoundError:
-        return "unknown (not installed)"
 
 
 class _Lines(logging.Formatter):

@@ -248,8 +248,46 @@ class Export:
     max_shard_size: float = option(5.0, "Largest weight file, in GB.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reporting:
+    """What a run tells: where its numbers go, answers to evaluation prompts, public benchmarks."""
+
+    report_to: tuple[str, ...] = option(
+        (),
+        "Where numbers go besides metrics.jsonl and report.html: tensorboard, visualdl, wandb, "
+        "swanlab (the last two write to disk unless WANDB_MODE or SWANLAB_MODE says otherwise); "
+        "all: those that are installed; comma list.",
+    )
+    logging_dir: str | None = option(
+        None, "Folder of what report_to writes; none: output_dir/logs."
+    )
+    disable_tqdm: bool = option(
+        False, "Print a line a step on a terminal too, where there is a progress bar otherwise."
+    )
+    num_answers: int = option(
+        3, "Evaluation prompts, spread over the data, that the model answers; -1: all, 0: none."
+    )
+    max_answer_tokens: int = option(64, "Most tokens of such an answer.")
+    answer_steps: int | None = option(
+        None,
+        "Steps between answers while training; none: where the run evaluates, before the first "
+        "and after the last step.",
+    )
+    lm_eval_tasks: tuple[str, ...] = option(
+        (), "Tasks of lm-eval that `erniekit eval` runs; comma list."
+    )
+    lm_eval_task_path: str | None = option(
+        None,
+        "Folder of task files, which takes the place of lm-eval's own tasks; what the files name "
+        "(data, Python functions) is used.",
+    )
+    lm_eval_num_fewshot: int | None = option(None, "Examples before a question; none: the task's.")
+    lm_eval_limit: int | None = option(None, "Questions of each task; none: all.")
+
+
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "wsd")
-GROUPS = (Model, Data, Training, Optimisation, Generation, Server, Export)
+SINKS = ("tensorboard", "visualdl", "wandb", "swanlab", "all", "none")
+GROUPS = (Model, Data, Training, Optimisation, Generation, Server, Export, Reporting)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +301,8 @@ class Run:
     generation: Generation = field(default_factory=Generation)
     server: Server = field(default_factory=Server)
     export: Export = field(default_factory=Export)
+    reporting: Reporting = field(default_factory=Reporting)
+    words: tuple[str, ...] = field(default=(), compare=False)  # of the command line
     without_effect: tuple[str, ...] = ()
 
     def flat(self) -> dict[str, Any]:
@@ -290,7 +330,7 @@ def read_run(words: Sequence[str]) -> Run:
 
     Raises ConfigError in one sentence for anything that does not fit.
     """
-    words = list(words)
+    given, words = tuple(words), list(words)
     values: dict[str, Any] = {}
     origin = "the command line"
     if words and "=" not in words[0] and not words[0].startswith("-"):
@@ -298,7 +338,8 @@ def read_run(words: Sequence[str]) -> Run:
         if Path(origin).suffix not in (".yaml", ".yml", ".json"):
             raise ConfigError(f"{origin!r} is not a .yaml, .yml or .json file of settings")
         values = read_yaml(origin)
-    return run_from(values | read_overrides(_undashed(words)), origin)
+    run = run_from(values | read_overrides(_undashed(words)), origin)
+    return dataclasses.replace(run, words=given)
 
 
 def run_from(values: Mapping[str, Any], origin: str = "the settings") -> Run:
@@ -361,11 +402,16 @@ def validate(run: Run) -> None:
         (training, "logging_steps", 1),
         (training, "save_steps", 1),
         (training, "seed", 0),
+        (run.reporting, "num_answers", -1),
+        (run.reporting, "max_answer_tokens", 1),
         (optimisation, "learning_rate", 0),
         (optimisation, "warmup_steps", 0),
     ):
         if getattr(group, key) < low:
             raise ConfigError(f"{key}={getattr(group, key)} is too small; give {low} or more")
+    for name in run.reporting.report_to:
+        if name not in SINKS:
+            raise ConfigError(f"report_to={name!r} is not known; use {', '.join(SINKS)}")
     for split in ("train", "eval"):
         _check_sources(data, split)
     schedule, _, steady = optimisation.lr_scheduler_type.partition(":")

@@ -27,9 +27,6 @@ WITHOUT_EFFECT: dict[str, str] = {
     "save_rng_states": "always saved",
     "save_tokenizer": "always saved",
     "logging_strategy": "logging_steps decides; metrics.jsonl has every step",
-    "disable_tqdm": "there is one line a step, no bar",
-    "logging_dir": "metrics.jsonl lies in output_dir",
-    "report_to": "metrics.jsonl lies in output_dir",
     # PaddlePaddle's kernels and precision machinery
     "use_flash_attention": "ernie.kernels picks",
     "use_flash_attn_with_mask": "ernie.kernels picks",

@@ -145,15 +145,21 @@ def _backward(
     values: list[Tensor] = []
     extra: dict[str, Tensor] = {}
     loads: list[Tensor] = []
+    num_right: list[Tensor] = []
     for batch in window:
         flat = to_device(batch, parts.model.device)
         loss = parts.loss(parts.model, flat, scale=scale, share=1 / len(window))
         loss.total.backward()
         values.append(loss.value)
+        if loss.num_right is not None:
+            num_right.append(loss.num_right)
         for name, value in loss.parts.items():
             extra[name] = extra.get(name, 0) + value
         loads = [a + b for a, b in zip(loads, loss.loads_LE)] if loads else loss.loads_LE
     numbers = {name: float(value) for name, value in extra.items()}
+    if num_right:
+        total = sum(batch.num_trained for batch in window)
+        numbers["accuracy"] = int(torch.stack(num_right).sum()) / total
     if loads:
         busiest = [float(load.max() / load.float().mean()) for load in loads]
         numbers["moe_max_over_mean"] = max(busiest)

@@ -48,12 +48,16 @@ class Terms:
 
 @dataclass
 class Loss:
-    """`total` is to be differentiated; `value` is the next-token part alone, detached."""
+    """`total` is to be differentiated; `value` is the next-token part alone, detached.
+
+    `num_right` counts the trained tokens that the model held the likeliest, where that is known.
+    """
 
     total: Tensor
     value: Tensor
     parts: dict[str, Tensor]
     loads_LE: list[Tensor]  # tokens per expert of each MoE layer
+    num_right: Tensor | None = None
 
 
 def next_token(
@@ -74,7 +78,8 @@ def next_token(
     routings: list[Routing | None] = []
     attend = packed_causal(batch.cu_seqlens_S1)
     hidden_TD = model.hidden(batch.token_ids_T, batch.positions_T, attend, routings=routings)
-    value = _head_loss(model, hidden_TD, batch.labels_T, scale, chunk_size, gradients)
+    num_right = torch.zeros((), dtype=torch.int64, device=hidden_TD.device)
+    value = _head_loss(model, hidden_TD, batch.labels_T, scale, chunk_size, gradients, num_right)
     parts = {}
     if terms.multi_token:
         weighted = scale * terms.multi_token / len(model.model.mtp)
@@ -83,7 +88,8 @@ def next_token(
     parts |= {name: part * share for name, part in _routing_terms(model, routed, terms).items()}
     total = value + torch.stack(list(parts.values())).sum() if parts else value
     detached = {name: part.detach() for name, part in parts.items()}
-    return Loss(total, value.detach(), detached, [routing.load_E for routing in routed])
+    loads_LE = [routing.load_E for routing in routed]
+    return Loss(total, value.detach(), detached, loads_LE, num_right)
 
 
 def _routing_terms(model: ErnieModel, routed: list[Routing], terms: Terms) -> dict[str, Tensor]:
@@ -139,13 +145,14 @@ def _head_loss(
     scale: float,
     chunk_size: int,
     gradients: Gradients | None,
+    num_right: Tensor | None = None,
 ) -> Tensor:
     trained = labels_T != UNTRAINED
     hidden_ND = model.model.norm(hidden_TD[trained])
     weight_VD = model.head_weight
     into = gradients.sum_of(weight_VD) if gradients and weight_VD.requires_grad else None
     return ChunkedCrossEntropy.apply(
-        hidden_ND, weight_VD, labels_T[trained], scale, chunk_size, into
+        hidden_ND, weight_VD, labels_T[trained], scale, chunk_size, into, num_right
     )
 
 
@@ -153,7 +160,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     """`scale * sum_n -log softmax(W h_n)[target_n]`, logits `chunk_size` rows at a time, float32.
 
     Gradients are formed in the forward pass. That of the weight is added to `into` (float32) when
-    it is given, for an upstream gradient of 1, and is otherwise returned like any other.
+    it is given, for an upstream gradient of 1, and is otherwise returned like any other. Tokens
+    whose logit is the largest are added to `num_right`.
     """
 
     @staticmethod
@@ -165,6 +173,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         scale: float,
         chunk_size: int,
         into: Tensor | None,
+        num_right: Tensor | None = None,
     ) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
@@ -184,6 +193,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             logits_CV = logits_CV if logits_CV.dtype == torch.float32 else logits_CV.float()
             logits_CV -= logits_CV.amax(-1, keepdim=True)
             chosen_C1 = logits_CV.gather(-1, targets_C)
+            if num_right is not None:
+                num_right += (chosen_C1 == 0).sum()
             sums_C1 = logits_CV.exp_().sum(-1, keepdim=True)
             total += (sums_C1.log() - chosen_C1).sum()
             if not (wants_hidden or wants_weight):
@@ -205,6 +216,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return (
             None if grad_ND is None else grad_ND * upstream.to(grad_ND.dtype),
             None if grad_VD is None else grad_VD * upstream,
+            None,
             None,
             None,
             None,

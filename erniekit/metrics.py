@@ -3,10 +3,10 @@
     step 00120/01000 | loss 2.1034 | lr 2.9e-04 | grad 0.83 | 812 ms | 1,174 tok/s | 2.3 GiB
 
 A record has: step, loss, learning_rate, grad_norm, tokens_per_second, num_tokens and
-num_trained_tokens (of this step), total_tokens, seconds, epoch, peak_memory_gib; `skipped` where
-the step was; `moe_max_over_mean` and the router's losses for experts; eval_loss, eval_ppl,
-eval_accuracy and eval_tokens where the model was evaluated after it. Step 0 is the evaluation
-before training.
+num_trained_tokens (of this step), total_tokens, seconds, epoch, peak_memory_gib; accuracy (share of
+the trained tokens that the model held the likeliest); `skipped` where the step was;
+`moe_max_over_mean` and the router's losses for experts; eval_loss, eval_ppl, eval_accuracy and
+eval_tokens where the model was evaluated after it. Step 0 is the evaluation before training.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ METRICS_FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """The record of a run on disk, appended step by step."""
+    """Records of a run on disk, one JSON object a line, appended step by step."""
 
-    def __init__(self, output: Path) -> None:
-        self.path = output / METRICS_FILE
+    def __init__(self, output: Path, name: str = METRICS_FILE) -> None:
+        self.path = output / name
 
     def rewind(self, step: int) -> None:
         """Drop records after `step` (and a half-written one), so that every step appears once."""

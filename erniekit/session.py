@@ -6,6 +6,7 @@ and random state come from the checkpoint, and records of steps after it are dro
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from erniekit.evaluate import evaluate
 from erniekit.gradients import Gradients, SummedEmbedding
 from erniekit.loop import Parts, Progress, train
 from erniekit.optim import AdamW, treatments
+from erniekit.report.reporter import Reporter
 
 log = logging.getLogger("erniekit")
 
@@ -80,8 +82,14 @@ class Session:
             self.progress = Progress.from_dict(self.state["progress"])
             _compare_settings(self.state["settings"], run)
             torch.set_rng_state(torch.tensor(self.state["rng"], dtype=torch.uint8))
-        self.metrics = metrics.Metrics(run.output)
-        self.metrics.rewind(self.progress.step if self.resumed else -1)
+        self.reporter = Reporter(
+            run,
+            self.model,
+            self.train_stream,
+            self.eval_stream,
+            step=self.progress.step if self.resumed else -1,
+            num_steps=self.num_steps,
+        )
         self.signal: int | None = None
         t = run.training
         has_eval = self.eval_stream is not None
@@ -117,8 +125,10 @@ class Session:
 
     def train(self) -> bool:
         """Run the loop; True when it came to its end, False when a signal stopped it."""
-        if not self.progress.step and self.eval_every:
-            self.metrics.write({"step": 0, **self._evaluated(0)})
+        if not self.progress.step:
+            if self.eval_every:
+                self.reporter.write({"step": 0, **self._evaluated(0)})
+            self.reporter.answer(0)
         data, training = self.run.data, self.run.training
         batches = prefetched(
             self.train_stream.batches(training.batch_size, self.progress.cursor),
@@ -126,7 +136,7 @@ class Session:
             if data.dataloader_num_workers
             else 0,
         )
-        with _caught_signals(self):
+        with _caught_signals(self), contextlib.closing(self.reporter):
             train(self._parts(), batches, self.progress, self._after_step)
         batches.close()
         return self.signal is None or self.progress.step == self.num_steps
@@ -162,11 +172,10 @@ class Session:
     def _after_step(self, record: dict[str, Any]) -> bool:
         step = record["step"]
         is_last = step == self.num_steps
-        if step % self.run.training.logging_steps == 0 or is_last:
-            log.info("%s", metrics.line(record, self.num_steps))
+        self.reporter.tell(record)
         if self.eval_every and (step % self.eval_every == 0 or is_last):
             record = record | self._evaluated(step)
-        self.metrics.write(record)
+        self.reporter.write(record)
         is_due = bool(self.save_every) and (is_last or step % self.save_every == 0)
         if is_due or self.signal is not None:
             self.save()
@@ -209,6 +218,7 @@ class Session:
 
         folder = checkpoint.save(self.run.output, self.progress.step, write, state, num_bytes)
         checkpoint.prune(self.run.output, self.run.training.save_total_limit)
+        self.reporter.write_page()
         log.info("saved %s", folder)
 
     def _write_weights(self, folder: Path) -> None:

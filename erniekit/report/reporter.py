@@ -1,0 +1,130 @@
+"""Everything a training run tells while it goes on, and all the places it goes to.
+
+each step        a log line or the bar; metrics.jsonl; the sinks of `report_to`
+now and then     answers to evaluation prompts: answers.jsonl
+each checkpoint, at the end        about.json, report.html
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+from ernie.model import ErnieModel
+from erniekit import checkpoint, metrics
+from erniekit.config import Run
+from erniekit.data.loader import Stream
+from erniekit.metrics import Metrics
+from erniekit.report import about, sinks, story
+from erniekit.report.answers import answers, prompts
+from erniekit.report.bar import Bar
+from erniekit.report.scores import SCORES, mean_scores
+
+log = logging.getLogger("erniekit")
+
+
+class Reporter:
+    """Made once a start, after `step` steps of `num_steps`; `step` -1 starts the records anew.
+
+    Raises ConfigError where a package of `report_to` is missing.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        model: ErnieModel,
+        train_stream: Stream,
+        eval_stream: Stream | None,
+        *,
+        step: int,
+        num_steps: int,
+    ) -> None:
+        self.run, self.model, self.num_steps = run, model, num_steps
+        self.streams = {"train": train_stream, "eval": eval_stream}
+        self.sinks = sinks.open_sinks(run, max(step, 0))
+        self.metrics = Metrics(run.output)
+        self.answers = Metrics(run.output, story.ANSWERS_FILE)
+        for records in (self.metrics, self.answers):
+            records.rewind(step)
+        starts = about.read(run.output).get("starts", []) if step >= 0 else []
+        self.starts = [*starts, about.start(max(step, 0), "train", run.words)]
+        has_bar = sys.stderr.isatty() and not run.reporting.disable_tqdm
+        self.bar = Bar(max(step, 0), num_steps) if has_bar and step < num_steps else None
+        self.has_lines = not (self.bar and sys.stdout.isatty())
+        is_wanted = run.reporting.answer_steps or run.training.evaluation_strategy != "no"
+        has_dialogues = eval_stream is not None and run.model.stage == "SFT" and is_wanted
+        count = run.reporting.num_answers if has_dialogues else 0
+        self.prompts = prompts(eval_stream, count) if eval_stream is not None and count else []
+        self._write_about()
+
+    def tell(self, record: dict[str, Any]) -> None:
+        """Show a step: a line every `logging_steps`, the bar at every one."""
+        step = record["step"]
+        is_due = step % self.run.training.logging_steps == 0 or step == self.num_steps
+        if is_due and self.has_lines:
+            log.info("%s", metrics.line(record, self.num_steps))
+        if self.bar is not None:
+            self.bar.update(record)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Record a step, with what was evaluated after it, and answer prompts where it is due."""
+        self.metrics.write(record)
+        numbers = sinks.numbers_of(record)
+        for sink in self.sinks:
+            sink.write(record["step"], numbers)
+        step, every = record["step"], self.run.reporting.answer_steps
+        if step and (step == self.num_steps or (every and step % every == 0)):
+            self.answer(step)
+
+    def write_page(self) -> None:
+        """Bring about.json and report.html up to date."""
+        self._write_about()
+        story.write(self.run.output)
+
+    def close(self) -> None:
+        """Take the bar away, close the sinks and write the last page."""
+        if self.bar is not None:
+            self.bar.close()
+        for sink in self.sinks:
+            sink.close()
+        self.write_page()
+
+    def answer(self, step: int) -> None:
+        """Answer the prompts with the model as it is after `step` steps."""
+        if not self.prompts:
+            return
+        records = answers(self.model, self.prompts, self.run.reporting.max_answer_tokens, step)
+        for record in records:
+            self.answers.write(record)
+        means = mean_scores([{k: r[k] for k in SCORES} for r in records])
+        log.info("answers at step %d | %d prompts | f1 %.3f", step, len(records), means["f1"])
+
+    def _write_about(self) -> None:
+        parameters = list(self.model.parameters())
+        facts = {
+            "num_steps": self.num_steps,
+            "model": {
+                "parameters": sum(p.numel() for p in parameters),
+                "trained": sum(p.numel() for p in parameters if p.requires_grad),
+            },
+            "data": {split: _data(s) for split, s in self.streams.items() if s is not None},
+            "starts": self.starts,
+        }
+        path = self.run.output / about.ABOUT_FILE
+        checkpoint.replace_text(path, json.dumps(facts, indent=1) + "\n")
+
+
+def _data(stream: Stream) -> dict[str, Any]:
+    files = zip(stream.sources, stream.kinds)
+    return {
+        "files": [
+            {"path": str(Path(source.path)), "format": kind, "records": len(source)}
+            for source, kind in files
+        ],
+        "records_of_an_epoch": stream.epoch_size,
+        "left_out": dict(stream.faults.by_reason),
+        "cut": {k: stream.encoder.counts[k] for k in ("dialogues cut", "turns dropped")},
+    }
