@@ -87,7 +87,10 @@ def preference(
 
 
 def sequence_log_probs(model: ErnieModel, batch: Pairs, *, chunk_size: int = 128) -> Tensor:
-    """Log-probability of the chosen and the rejected answer of every pair, float32 `(P, 2)`."""
+    """Log-probability of the chosen and the rejected answer of every pair, float64 `(P, 2)`.
+
+    Sums are float64: what counts is the difference of two of them, each hundreds of nats large.
+    """
     attend = shared_prompt(batch.pairs_P4)
     hidden_TD = model.hidden(batch.token_ids_T, batch.positions_T, attend)
     labelled_N = (batch.labels_T != UNTRAINED).nonzero()[:, 0]
@@ -99,7 +102,8 @@ def sequence_log_probs(model: ErnieModel, batch: Pairs, *, chunk_size: int = 128
     )
     ends = batch.pairs_P4[:, 2:].flatten().contiguous()  # of chosen, rejected, chosen, ...
     answer_N = torch.searchsorted(ends, labelled_N, right=True)
-    return values_N.new_zeros(len(ends)).index_add(0, answer_N, values_N).view(-1, 2)
+    zeros = values_N.new_zeros(len(ends), dtype=torch.float64)
+    return zeros.index_add(0, answer_N, values_N.double()).view(-1, 2)
 
 
 class ChunkedLogProbs(torch.autograd.Function):
