@@ -7,6 +7,7 @@ import torch
 
 import ernie
 from ernie.chat import UNTRAINED
+from erniekit.lora import LoRA, add_lora, without_adapters
 from erniekit.preference import Pairs, preference, sequence_log_probs
 from tests.helpers import hf_dense, hf_moe, saved, some_ids
 
@@ -14,9 +15,10 @@ from tests.helpers import hf_dense, hf_moe, saved, some_ids
 SIZES = ((7, 5, 3), (1, 2, 9), (12, 1, 1), (4, 130, 6))
 
 
-def sequences() -> list[tuple[list[int], list[int], list[int]]]:
+def sequences() -> list[tuple[list[int], ...]]:
+    """Without id 0, whose embedding transformers takes to be padding and never trains."""
     return [
-        tuple(some_ids(n, 199, seed=10 * i + j) for j, n in enumerate(sizes))
+        tuple([1 + t for t in some_ids(n, 198, seed=10 * i + j)] for j, n in enumerate(sizes))
         for i, sizes in enumerate(SIZES)
     ]
 
@@ -86,3 +88,21 @@ def test_a_row_of_pairs_equals_rows_of_one_pair(tmp_path) -> None:
     together = sequence_log_probs(model, row(sequences()))
     alone = torch.cat([sequence_log_probs(model, row([pair])) for pair in sequences()])
     assert float((together - alone).detach().abs().max()) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("make", [hf_dense, hf_moe])
+def test_the_reference_of_lora_is_the_model_before_adapters(make, tmp_path) -> None:
+    model = ernie.load(saved(make(), tmp_path), dtype=torch.float32)
+    batch = row(sequences())
+    before = sequence_log_probs(model, batch)
+    add_lora(model, LoRA(rank=2, alpha=4), seed=1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            parameter.fill_(0.05)
+    changed = sequence_log_probs(model, batch)
+    with without_adapters(model):
+        without = sequence_log_probs(model, batch)
+    assert float((without - before).abs().max()) == 0.0
+    assert float((changed - before).abs().max()) > 1e-3
+    assert torch.equal(sequence_log_probs(model, batch), changed)
