@@ -6,6 +6,7 @@ The layer makes queries, keys and values and hands them to `attend`; what a quer
 where old keys are kept, is the business of whoever runs the model:
 
     training        packed_causal(cu_seqlens)          segments of a packed row
+    preferences     shared_prompt(pairs)               two answers after one prompt
     plain decoding  GrowingCache (ernie.generate)      one sequence, keys appended
     serving         PagedAttend (fastdeploy.engine)    many sequences, blocks of a pool
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ernie import kernels
@@ -39,6 +41,35 @@ def packed_causal(cu_seqlens_S1: Tensor) -> Attend:
     def attend(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, *, layer: int) -> Tensor:
         del layer  # nothing is remembered between layers
         return kernels.attend_packed(q_THd, k_TGd, v_TGd, cu_seqlens_S1, q_THd.shape[-1] ** -0.5)
+
+    return attend
+
+
+def shared_prompt(pairs_P4: Tensor) -> Attend:
+    """Causal attention over pairs of answers that share one prompt; no cache.
+
+    A row of `pairs` is (start, chosen, rejected, end): tokens start:chosen are the prompt,
+    chosen:rejected one answer, rejected:end the other. Answers look at their prompt and at
+    themselves. The pairs cover the row, one after another. Queries and keys are laid out as whole
+    sequences, prompt and answer, so any kernel of `attend_packed` serves; only attention is
+    computed twice for a prompt, everything else of the model once.
+    """
+    order, lengths, place, laid = [], [0], [], 0
+    for start, chosen, rejected, end in pairs_P4.tolist():
+        prompt = chosen - start
+        order += [*range(start, rejected), *range(start, chosen), *range(rejected, end)]
+        lengths += [rejected - start, prompt + end - rejected]
+        second = laid + rejected - start + prompt
+        place += [*range(laid, laid + rejected - start), *range(second, second + end - rejected)]
+        laid = len(order)
+    device = pairs_P4.device
+    order_U = torch.tensor(order, device=device)
+    place_T = torch.tensor(place, device=device)
+    attend_whole = packed_causal(torch.tensor(lengths, device=device).cumsum(0).to(torch.int32))
+
+    def attend(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, *, layer: int) -> Tensor:
+        out_UHd = attend_whole(q_THd[order_U], k_TGd[order_U], v_TGd[order_U], layer=layer)
+        return out_UHd[place_T]
 
     return attend
 

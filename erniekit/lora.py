@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,6 +129,21 @@ def add_lora(model: ErnieModel, lora: LoRA, *, seed: int) -> None:
                 bound = parameter.shape[-1] ** -0.5
                 values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
                 parameter.data.copy_(values)
+
+
+@contextmanager
+def without_adapters(model: ErnieModel) -> Iterator[None]:
+    """Inside, the model computes what it computed before `add_lora`, exactly."""
+    kinds = (LoRALinear, LoRAExpertsProjection)
+    adapters = [module for module in model.modules() if isinstance(module, kinds)]
+    scales = [adapter.scale for adapter in adapters]
+    for adapter in adapters:
+        adapter.scale = 0.0
+    try:
+        yield
+    finally:
+        for adapter, scale in zip(adapters, scales, strict=True):
+            adapter.scale = scale
 
 
 def merge_lora(model: ErnieModel) -> None:
