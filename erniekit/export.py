@@ -53,6 +53,7 @@ def export(run: Run) -> int:
     target = run.output / "export"
     with checkpoint.locked(run.output):
         if form == "peft":
+            target = target / "peft"  # a model may lie in the folder above
             _copy_adapter(folder, run.model.model_name_or_path, target)
         elif form == "gguf":
             with _whole(run, folder, is_adapter=is_adapter) as source:

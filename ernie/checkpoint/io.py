@@ -78,6 +78,8 @@ def open_weights(
     the layout at a time. `dtype` as for `load`. Raises CheckpointError or ConfigError.
     """
     config = _readable_config(folder)
+    if "quantization_config" in config.extra:
+        raise CheckpointError(f"{folder} is quantised; give the model that it was made from")
     tokenizer = _tokenizer(folder, config)
     config, tensors = _agree_on_mtp(config, read_folder(folder))
     model = ErnieModel(config, dtype=dtype or stored_dtype(tensors), device="meta")

@@ -90,28 +90,27 @@ def test_transformers_has_the_names_of_its_layout(trained) -> None:
     assert all(ours[name] == shapes[name] for name in ours)
 
 
+def dense_base(tiny):
+    return AutoModelForCausalLM.from_pretrained(tiny("tiny-dense"), dtype=torch.float32)
+
+
 def test_peft_loads_the_adapter_and_computes_the_same(trained, tiny) -> None:
     out, words = trained("tiny-dense", "LoRA")
     assert main(["export", "export_format=peft", *words]) == 0
-    config = json.loads((out / "export/adapter_config.json").read_text())
+    config = json.loads((out / "export/peft/adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tiny("tiny-dense"))
-    base = AutoModelForCausalLM.from_pretrained(tiny("tiny-dense"), dtype=torch.float32)
-    theirs = logits_of(peft.PeftModel.from_pretrained(base, out / "export"))
+    theirs = logits_of(peft.PeftModel.from_pretrained(dense_base(tiny), out / "export/peft"))
     expected = expected_logits(tiny, "tiny-dense", out, "LoRA")
     worst = (theirs - expected).abs().max().item()
-    plain = (logits_of(ernie_base(tiny)) - expected).abs().max().item()
+    plain = (logits_of(dense_base(tiny)) - expected).abs().max().item()
     assert worst < 2e-4 < plain, f"logits are off by {worst:.1e}; without the adapter {plain:.1e}"
-
-
-def ernie_base(tiny):
-    return AutoModelForCausalLM.from_pretrained(tiny("tiny-dense"), dtype=torch.float32)
 
 
 def test_an_adapter_of_peft_is_read_here(tiny, tmp_path: Path) -> None:
     torch.manual_seed(0)
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     config = peft.LoraConfig(r=2, lora_alpha=5, target_modules=targets, init_lora_weights=False)
-    theirs = peft.get_peft_model(ernie_base(tiny), config)
+    theirs = peft.get_peft_model(dense_base(tiny), config)
     theirs.save_pretrained(tmp_path)
     model = ernie.load(tiny("tiny-dense"), dtype=torch.float32)
     add_lora(model, lora.read_adapter_config(tmp_path), seed=0)

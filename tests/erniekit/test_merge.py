@@ -152,12 +152,16 @@ def test_layout_and_dtype_are_chosen_and_files_are_kept(models, tmp_path: Path) 
         (["{one}", "{two}", "{one}"], "one of the models to merge"),
         (["{one}", "{dense}", "{target}"], "only models of one shape"),
         (["{one}", "{two}/no", "{target}"], "there is no folder"),
+        (["{one}", "{quantised}", "{target}"], "is quantised; give the model"),
     ],
 )
 def test_what_cannot_be_merged_is_refused(
     words, message, models, tiny, tmp_path: Path, capsys
 ) -> None:
     places = {**models, "dense": tiny("tiny-dense"), "target": tmp_path / "mix"}
+    if "{quantised}" in words:
+        places["quantised"] = tmp_path / "quantised"
+        assert main(["quantize", str(models["one"]), str(places["quantised"])]) == 0
     assert main(["merge", *(word.format(**places) for word in words)]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "mix").exists()
