@@ -69,4 +69,4 @@ def _train_tokenizer(folder: Path) -> None:
 if __name__ == "__main__":
     if len(sys.argv) not in (2, 3) or sys.argv[2:] not in ([], *([name] for name in TINY)):
         sys.exit(f"usage: python examples/tiny_model.py FOLDER [{'|'.join(TINY)}]")
-    make(Path(sys.argv[1]), *sys.argv[2:])
+    make(Path(sys.argv[1]), sys.argv[2] if sys.argv[2:] else "tiny-dense")
