@@ -170,8 +170,7 @@ def _mixed(
         mix = torch.empty(template[name].shape, dtype=template[name].dtype)
         parts = zip(_parts(name, mix), *(_parts(name, tensor) for _, tensor in found), strict=True)
         for number, (out, *tensors) in enumerate(parts):
-            values = [tensor.float() for tensor in tensors]
-            out.copy_(mix_of(values, options, f"{name}/{number}"))
+            out.copy_(mix_of(tensors, options, f"{name}/{number}"))
         yield name, mix
 
 
@@ -183,7 +182,7 @@ def _parts(name: str, tensor: Tensor) -> list[Tensor]:
     return [part for expert in tensor for part in expert.chunk(halves)]
 
 
-# --- the methods; float32 tensors of one shape ---
+# --- the methods; tensors of one shape, results in float32 ---
 
 
 def mix_of(tensors: Sequence[Tensor], options: Merge, name: str) -> Tensor:
@@ -192,9 +191,11 @@ def mix_of(tensors: Sequence[Tensor], options: Merge, name: str) -> Tensor:
     `options` is checked: as many weights as sources. `name` makes random drops the tensor's own.
     """
     if options.method == "linear":
-        total = sum(w * x for w, x in zip(options.weights, tensors))
-        assert isinstance(total, Tensor)
-        return total / sum(options.weights) if options.normalize else total
+        total = torch.zeros(tensors[0].shape)
+        for weight, x in zip(options.weights, tensors):
+            total.add_(x, alpha=weight)
+        return total.div_(sum(options.weights)) if options.normalize else total
+    tensors = [x.float() for x in tensors]
     if options.method == "slerp":
         return slerp(tensors[0], tensors[1], options.t)
     *sources, base = tensors
