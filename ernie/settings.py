@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -158,9 +159,9 @@ def _scalar(value: Any, hint: Any, key: str) -> Any:
             number = float(value)
         except (TypeError, ValueError):
             raise _mismatch(key, value, hint) from None
-        if hint is float:
+        if hint is float and not math.isnan(number):
             return number
-        if number == int(number):
+        if hint is int and math.isfinite(number) and number == int(number):
             return (
                 int(value)
                 if isinstance(value, (int, str)) and str(value).lstrip("-").isdigit()

@@ -51,7 +51,21 @@ VERBS = {
     "export": Verb(
         "erniekit.export:export",
         (Model, Training, Export),
-        "Merge a LoRA checkpoint of output_dir into its base, into output_dir/export.",
+        "Turn what training left in output_dir into files for others, in output_dir/export; a LoRA "
+        "checkpoint is merged into its base.",
+    ),
+    "split": Verb(
+        "erniekit.export:split",
+        (Training, Export),
+        "Write the model of output_dir in files of max_shard_size, into output_dir/split_export.",
+    ),
+    "merge": Verb(
+        "erniekit.merge:run_merge",
+        (),
+        "Mix models of one shape into a new one, tensor by tensor; sources and target are folders.",
+        "SOURCE SOURCE [...] FOLDER [method=linear|slerp|ties|dare|dare_ties] [weights=0.5,0.5] "
+        "[base=FOLDER] [density=0.5] [scale=1] [t=0.5] [normalize=true|false] [seed=0] "
+        "[layout=pt|paddle|transformers] [dtype=bfloat16|float16|float32]",
     ),
     "eval": Verb(
         "erniekit.recipes.evaluation:evaluate_run",

@@ -19,6 +19,9 @@ from typing import Any
 from ernie.settings import ConfigError, fill, option, read_overrides, read_yaml
 from erniekit import foreign
 
+# Names of the published files; `erniekit.launch` refuses those that cannot be trained yet.
+STAGES = ("SFT", "DPO", "PT", "VL-SFT", "OCR-VL-SFT")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
@@ -27,7 +30,7 @@ class Model:
     model_name_or_path: str = option(
         "", "Folder of a saved model (-PT or -Paddle layout), or its name on the hub."
     )
-    stage: str = option("SFT", "What kind of training.", choices=("SFT",))
+    stage: str = option("SFT", "What kind of training.", choices=STAGES)
     fine_tuning: str = option(
         "LoRA", "Train small adapters beside frozen weights, or all.", choices=("LoRA", "Full")
     )
@@ -242,9 +245,18 @@ class Server:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """What `erniekit export` writes."""
+    """What `erniekit export` and `erniekit split` write."""
 
-    copy_tokenizer: bool = option(True, "Put the tokenizer beside the merged weights.")
+    export_format: str | None = option(
+        None,
+        "A model folder in one of the layouts, a GGUF file for llama.cpp, or the adapter alone for "
+        "PEFT; none: the base with the adapter merged into it, in the layout of the base.",
+        choices=(None, "pt", "paddle", "transformers", "gguf", "peft"),
+    )
+    gguf_dtype: str = option(
+        "f16", "Type of the weights in a GGUF file.", choices=("f32", "f16", "bf16", "q8_0", "q4_0")
+    )
+    copy_tokenizer: bool = option(True, "Put the tokenizer beside the weights.")
     max_shard_size: float = option(5.0, "Largest weight file, in GB.")
 
 
@@ -432,6 +444,10 @@ def validate(run: Run) -> None:
     if run.is_lora and model.num_nextn_predict_layers:
         raise ConfigError(
             "num_nextn_predict_layers trains a block of the model itself; use fine_tuning: Full"
+        )
+    if run.export.max_shard_size <= 0:
+        raise ConfigError(
+            f"max_shard_size={run.export.max_shard_size:g} GB is no size; give a number above 0"
         )
     if model.lora_path and not run.is_lora:
         raise ConfigError("lora_path is an adapter to start from; it needs fine_tuning: LoRA")

@@ -1,13 +1,26 @@
-"""`erniekit export`: an adapter merged into its base, a model that anything can load and serve."""
+"""`erniekit export` and `erniekit split`: what training left, as files that others load.
+
+    pt, paddle, transformers   a model folder in that layout; an adapter is merged into its base
+    gguf                       the same model as one file, for llama.cpp
+    peft                       the adapter by itself, for the PEFT library
+
+The sum of base and adapter is made in float32 and rounded once. Refused: a whole model without a
+form to turn it into, and adapters of experts in the form `peft`, which that library cannot hold.
+"""
 
 from __future__ import annotations
 
 import logging
 import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from safetensors.torch import load_file
 
 import ernie
+from ernie.checkpoint.gguf_export import export_gguf
 from ernie.checkpoint.hub import resolve
 from ernie.settings import ConfigError
 from erniekit import checkpoint, lora
@@ -17,37 +30,110 @@ from erniekit.recipes.evaluation import trained_folder
 log = logging.getLogger("erniekit")
 
 # Beside weights and tokenizer; absent ones are not made up.
-_KEPT_FILES = ("generation_config.json", "chat_template.jinja")
+KEPT_FILES = ("generation_config.json", "chat_template.jinja")
 
 
 def export(run: Run) -> int:
-    """Write `output_dir/export` in the layout and dtype of the base; returns the exit code.
+    """Write `output_dir/export` in the form `export_format`; returns the exit code.
 
-    The sum of base and adapter is made in float32 and rounded once.
+    Without a form, the layout and dtype of the base are kept. Raises ConfigError.
     """
+    folder = _trained(run)
+    is_adapter = (folder / lora.ADAPTER_CONFIG).is_file()
+    form = run.export.export_format
+    if not is_adapter and form is None:
+        raise ConfigError(
+            f"{folder} holds no adapter but a whole model, which needs no export; serve it as it "
+            "is, or give export_format to turn it into another form"
+        )
+    if not is_adapter and form == "peft":
+        raise ConfigError(
+            f"{folder} holds a whole model, of which there is no adapter; use another export_format"
+        )
+    target = run.output / "export"
+    with checkpoint.locked(run.output):
+        if form == "peft":
+            target = target / "peft"  # a model may lie in the folder above
+            _copy_adapter(folder, run.model.model_name_or_path, target)
+        elif form == "gguf":
+            with _whole(run, folder, is_adapter=is_adapter) as source:
+                target = target / f"model-{run.export.gguf_dtype}.gguf"
+                export_gguf(source, target, dtype=run.export.gguf_dtype)
+        else:
+            _write_whole(run, folder, target, form, is_adapter=is_adapter)
+    log.info("exported %s as %s", folder, target)
+    return 0
+
+
+def split(run: Run) -> int:
+    """Write the model of `output_dir` anew, in files of max_shard_size, into `split_export`.
+
+    Weights, dtype and layout stay. Raises ConfigError for an adapter, which is one small file.
+    """
+    folder = _trained(run)
+    if (folder / lora.ADAPTER_CONFIG).is_file():
+        raise ConfigError(f"{folder} holds an adapter, which is one file; use erniekit export")
+    target = run.output / "split_export"
+    with checkpoint.locked(run.output):
+        _write_whole(run, folder, target, None, is_adapter=False)
+    log.info(
+        "split %s into files of at most %g GB in %s", folder, run.export.max_shard_size, target
+    )
+    return 0
+
+
+def _trained(run: Run) -> Path:
     folder = trained_folder(run.output)
     if folder is None:
         raise ConfigError(f"{run.output} holds no checkpoint; train first, or give its output_dir")
-    if not (folder / lora.ADAPTER_CONFIG).is_file():
-        raise ConfigError(
-            f"{folder} holds no adapter but a whole model, which needs no export; serve it as it is"
-        )
-    base = resolve(run.model.model_name_or_path)
-    target = run.output / "export"
-    with checkpoint.locked(run.output):
-        model = ernie.load(base, dtype=None)
-        pair = lora.read_adapter_config(folder)
-        lora.add_lora(model, pair, seed=0)
+    return folder
+
+
+def _write_whole(
+    run: Run, folder: Path, target: Path, layout: str | None, *, is_adapter: bool
+) -> None:
+    """The model of `folder` as a model folder; `layout` None: as the base (or itself) has it."""
+    base = resolve(run.model.model_name_or_path) if is_adapter else folder
+    model = ernie.load(base, dtype=None)
+    if is_adapter:
+        lora.add_lora(model, lora.read_adapter_config(folder), seed=0)
         path = folder / lora.ADAPTER_FILE
         lora.load_adapter(model, load_file(path), str(path))
         lora.merge_lora(model)
-        if not run.export.copy_tokenizer:
-            model.tokenizer = None
-        size = int(run.export.max_shard_size * 1e9)
-        ernie.save(model, target, layout=model.layout, max_shard_bytes=size)
-        for name in _KEPT_FILES:
-            if (base / name).is_file() and not (target / name).exists():
-                shutil.copyfile(base / name, target / name)
-    dtype = str(model.model.norm.weight.dtype).removeprefix("torch.")
-    log.info("merged %s into %s (%s, layout %s)", folder, target, dtype, model.layout)
-    return 0
+    if not run.export.copy_tokenizer:
+        model.tokenizer = None
+    size = int(run.export.max_shard_size * 1e9)
+    ernie.save(model, target, layout=layout or model.layout, max_shard_bytes=size)
+    copy_kept_files(base, target)
+
+
+def copy_kept_files(source: Path, target: Path) -> None:
+    """The small files of a model folder that saving a model does not write by itself."""
+    for name in KEPT_FILES:
+        if (source / name).is_file() and not (target / name).exists():
+            shutil.copyfile(source / name, target / name)
+
+
+@contextmanager
+def _whole(run: Run, folder: Path, *, is_adapter: bool) -> Iterator[Path]:
+    """A folder with the whole model: `folder` itself, or a merged one for as long as needed."""
+    if not is_adapter:
+        yield folder
+        return
+    with tempfile.TemporaryDirectory(prefix=".merged-", dir=run.output) as hidden:
+        _write_whole(run, folder, Path(hidden), None, is_adapter=True)
+        yield Path(hidden)
+
+
+def _copy_adapter(folder: Path, base: str, target: Path) -> None:
+    tensors = load_file(folder / lora.ADAPTER_FILE)
+    if stacked := [name for name in tensors if ".mlp.experts." in name]:
+        raise ConfigError(
+            f"the adapter in {folder} has pairs of experts ({stacked[0]} and {len(stacked) - 1} "
+            "more), which PEFT cannot load beside those of the shared experts; export the merged "
+            "model: leave export_format out"
+        )
+    target.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / lora.ADAPTER_FILE, target / lora.ADAPTER_FILE)
+    text = (folder / lora.ADAPTER_CONFIG).read_text(encoding="utf-8")
+    checkpoint.replace_text(target / lora.ADAPTER_CONFIG, lora.with_base(text, base))

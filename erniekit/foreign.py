@@ -190,7 +190,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 _LATER = {
-    "stage": ("SFT",),
     "compute_type": ("bf16",),
     "optim": ("adamw", "adamw_custom"),
 }

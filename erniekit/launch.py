@@ -21,7 +21,10 @@ def run_training(run: Run) -> int:
         from erniekit.recipes import evaluation
 
         return evaluation.evaluate_run(run)
-    recipe = importlib.import_module(RECIPES[run.model.stage])
+    stage = run.model.stage
+    if stage not in RECIPES:
+        raise ConfigError(f"stage={stage} is not available yet; use {' or '.join(RECIPES)}")
+    recipe = importlib.import_module(RECIPES[stage])
     return recipe.run(run, device_of(run))
 
 

@@ -194,6 +194,13 @@ def adapter_config(model: ErnieModel, lora: LoRA, base: str) -> str:
     return json.dumps(values, indent=2) + "\n"
 
 
+def with_base(config: str, base: str) -> str:
+    """The text of an `adapter_config.json`, for another folder or name of the base model."""
+    values = json.loads(config)
+    values["base_model_name_or_path"] = base or values.get("base_model_name_or_path")
+    return json.dumps(values, indent=2) + "\n"
+
+
 def read_adapter_config(folder: str | Path) -> LoRA:
     """Rank and scale of a saved adapter; raises ConfigError where there is none."""
     path = Path(folder) / ADAPTER_CONFIG

@@ -54,23 +54,39 @@ def load(
     """
     folder = resolve(path_or_name)
     config = _readable_config(folder)
-    tokenizer = _tokenizer(folder, config)
     if "quantization_config" in config.extra:
         from ernie.checkpoint.quantized import dequantize, read_quantized
 
         assert keep_integers or not swap_block, "blocks are swapped before they are dequantised"
+        tokenizer = _tokenizer(folder, config)
         model = read_quantized(folder, config, device, swap_block)
         if not keep_integers:
             dequantize(model, dtype or model.model.embed_tokens.weight.dtype)
+        model.tokenizer, model.generation_config = tokenizer, _generation_config(folder)
     else:
-        config, tensors = _agree_on_mtp(config, read_folder(folder))
-        model = ErnieModel(config, dtype=dtype or stored_dtype(tensors), device="meta")
-        template = dict(model.named_parameters())
-        model.layout, weights = stored_weights(folder, tensors, template, device)
+        model, weights = open_weights(folder, dtype, device)
         fill(model, weights, swap_block)
-    model.tokenizer = tokenizer
-    model.generation_config = _generation_config(folder)
     return model
+
+
+def open_weights(
+    folder: Path, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> tuple[ErnieModel, Iterator[tuple[str, Tensor]]]:
+    """A model of which all but the weights is there, and its weights as they are read.
+
+    Parameters are on the meta device; the iterator gives (name, tensor) in their order, one unit of
+    the layout at a time. `dtype` as for `load`. Raises CheckpointError or ConfigError.
+    """
+    config = _readable_config(folder)
+    if "quantization_config" in config.extra:
+        raise CheckpointError(f"{folder} is quantised; give the model that it was made from")
+    tokenizer = _tokenizer(folder, config)
+    config, tensors = _agree_on_mtp(config, read_folder(folder))
+    model = ErnieModel(config, dtype=dtype or stored_dtype(tensors), device="meta")
+    model.tokenizer, model.generation_config = tokenizer, _generation_config(folder)
+    template = dict(model.named_parameters())
+    model.layout, weights = stored_weights(folder, tensors, template, device)
+    return model, weights
 
 
 def stored_weights(

@@ -17,6 +17,7 @@ from erniekit import config, foreign
 from erniekit.build import config_of
 from erniekit.cli import VERBS, main
 from erniekit.config import Optimisation, read_run, resolved, run_from, to_yaml
+from erniekit.launch import RECIPES
 from erniekit.optim import learning_rate_at, treatments
 
 ROOT = Path(__file__).parents[2]
@@ -31,8 +32,103 @@ def test_examples_parse_and_their_model_builds(path: Path) -> None:
     if name == "SmolLM2-135M":  # made by the user with import-gguf
         return
     model = ernie.ErnieModel(config_of(name), device="meta")
-    expected = MODELS["ERNIE-4.5-0.3B"].config.num_params()
-    assert sum(p.numel() for p in model.parameters()) == expected
+    released = MODELS[name.removeprefix("baidu/").removesuffix("-Paddle")].config
+    assert sum(p.numel() for p in model.parameters()) == released.num_params(mtp=True)
+
+
+def test_stages_that_cannot_be_trained_say_so(capsys) -> None:
+    path = ROOT / "examples/configs/ERNIE-4.5-0.3B/pt/run_pt_8k.yaml"
+    assert read_run([str(path)]).model.stage == "PT"
+    untrained = sorted(set(config.STAGES) - set(RECIPES))
+    assert untrained
+    for stage in untrained:
+        assert main(["train", str(path), f"stage={stage}"]) == 2
+        assert f"stage={stage} is not available yet; use SFT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("max_steps: 1\nlearning_rat: 1", "unknown key 'learning_rat' in {path}; did you mean"),
+        ("seed: 1\nseed: 2", "{path}, line 2, column 1: key 'seed' is given twice"),
+        ("a: &x [1]\nb: *x", "{path}, line 2, column 4: YAML aliases are refused"),
+        ("seed: !!python/object/apply:os.system [true]", "{path}, line 1, column 7: could not"),
+        ("seed:\n\t- 1", "{path}, line 2, column 1: found character"),
+        ("seed: [1", "{path}, line 1"),
+        ("- seed", "{path} holds a list"),
+        ("seed: one", "seed='one' is a str; it takes int"),
+        ("seed: 1.5", "seed=1.5 is a float; it takes int"),
+        ("seed: true", "seed=True is a bool; it takes int"),
+        ("max_steps: .inf", "max_steps=inf is a float; it takes int"),
+        ("learning_rate: .nan", "learning_rate=nan is a float; it takes float"),
+        ("packing: maybe", "packing='maybe' is a str; it takes bool"),
+        ("max_seq_len: [1, 2]", "max_seq_len=[1, 2] is a list; it takes int"),
+        ("model_name_or_path: {a: 1}", "model_name_or_path={{'a': 1}} is a dict; it takes str"),
+    ],
+)
+def test_mistakes_in_files_are_one_sentence(text, message, tmp_path: Path, capsys) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    assert main(["train", str(path)]) == 2
+    error = capsys.readouterr().err
+    assert message.format(path=path) in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("learning_rate: 1e-4", "learning_rate", 1e-4),  # a string to YAML 1.1
+        ("learning_rate: 1E-4", "learning_rate", 1e-4),
+        ("learning_rate: 1", "learning_rate", 1.0),
+        ("max_steps: 1_000", "max_steps", 1000),
+        ("max_steps: 1e3", "max_steps", 1000),
+        ("packing: off", "packing", False),  # booleans of YAML 1.1
+        ("packing: No", "packing", False),
+        ("packing: 0", "packing", False),
+        ("packing: 'true'", "packing", True),
+        ("save_strategy: no", "save_strategy", "no"),
+        ("lora_path:", "lora_path", None),
+        ("lora_path: ''", "lora_path", None),
+        ("lora_path: ~", "lora_path", None),
+        ("\ufeffseed: 7", "seed", 7),
+        ("seed: 7\r\nmax_steps: 3\r\n", "seed", 7),
+        ("train_dataset_path: a.jsonl", "train_dataset_path", ["a.jsonl"]),
+        ("eval_dataset_prob: '1, 2'\neval_dataset_type: []", "eval_dataset_prob", [1.0, 2.0]),
+        ("eval_dataset_prob: [1, 2.5]", "eval_dataset_prob", [1.0, 2.5]),
+        ("no_recompute_layers: 3", "no_recompute_layers", [3]),
+        ("output_dir: ./a/../b", "output_dir", "./a/../b"),
+        ('{"seed": 7}', "seed", 7),
+    ],
+)
+def test_yaml_values_are_read_as_they_are_meant(text, key, value, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    found = read_run([str(path)]).flat()[key]
+    assert found == value and type(found) is type(value)
+
+
+def test_relative_paths_are_those_of_the_working_folder(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/run.yaml").write_text("output_dir: out")
+    monkeypatch.chdir(tmp_path)
+    assert read_run(["configs/run.yaml"]).output.resolve() == tmp_path / "out"
+
+
+def test_words_win_over_the_file_and_the_last_word_wins(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("seed: 1\nmax_steps: 5")
+    run = read_run([str(path), "seed=2", "seed=3"])
+    assert (run.training.seed, run.training.max_steps) == (3, 5)
+
+
+def test_environment_variables_are_no_settings(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("SEED", "99")
+    monkeypatch.setenv("OUTPUT", "elsewhere")
+    path = tmp_path / "run.yaml"
+    path.write_text("output_dir: $OUTPUT/${SEED}")
+    run = read_run([str(path)])
+    assert run.training.seed == 42 and run.training.output_dir == "$OUTPUT/${SEED}"
 
 
 def test_example_keys_are_read_as_they_are_meant() -> None:

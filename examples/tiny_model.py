@@ -1,0 +1,72 @@
+"""Make a model folder with random weights and a tokenizer, small enough to try every command on.
+
+    python examples/tiny_model.py FOLDER [tiny-dense|tiny-moe]
+
+The network is a small one of the family; the tokenizer is trained on the questions and answers of
+examples/data. It writes nonsense until it is trained, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import sentencepiece
+import torch
+
+import ernie
+from ernie.models import TINY
+
+TEXTS = Path(__file__).parent / "data/sft-train.jsonl"
+SPECIAL = ("<|end_of_sentence|>", "<|begin_of_sentence|>", "<|IMAGE_PLACEHOLDER|>")
+
+
+def make(folder: Path, name: str = "tiny-dense", seed: int = 0) -> None:
+    """Write the model `name` of `ernie.models.TINY`, in float32, with a tokenizer of its own."""
+    folder.mkdir(parents=True, exist_ok=True)
+    _train_tokenizer(folder)
+    tokenizer = ernie.Tokenizer.from_folder(folder)
+    config = dataclasses.replace(TINY[name], vocab_size=tokenizer.vocab_size)
+    model = ernie.ErnieModel(config, dtype=torch.float32)
+    model.init_weights(seed=seed)
+    model.tokenizer = tokenizer
+    ernie.save(model, folder)
+
+
+def _train_tokenizer(folder: Path) -> None:
+    with TEXTS.open(encoding="utf-8") as lines:
+        texts = [text for line in lines for part in json.loads(line).values() for text in part]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_prefix=str(folder / "tokenizer"),
+        model_type="bpe",
+        vocab_size=1000,
+        byte_fallback=True,
+        split_digits=True,
+        add_dummy_prefix=False,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        user_defined_symbols=list(SPECIAL),
+        control_symbols=["<mask:1>"],
+        minloglevel=2,
+    )
+    (folder / "tokenizer.vocab").unlink()
+    config = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "unk_token": "<unk>",
+        "pad_token": "<unk>",
+        "cls_token": "<|begin_of_sentence|>",
+        "sep_token": "<|end_of_sentence|>",
+        "mask_token": "<mask:1>",
+        "additional_special_tokens": ["<|IMAGE_PLACEHOLDER|>"],
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) not in (2, 3) or sys.argv[2:] not in ([], *([name] for name in TINY)):
+        sys.exit(f"usage: python examples/tiny_model.py FOLDER [{'|'.join(TINY)}]")
+    make(Path(sys.argv[1]), sys.argv[2] if sys.argv[2:] else "tiny-dense")
