@@ -38,6 +38,7 @@ OPERATIONS = (
     "mlp",
     "moe",
     "adamw_step",
+    "adamw_8bit_step",
 )
 
 # The modules that are asked for an operation, best first, by device type. Each offers `available()
