@@ -44,6 +44,12 @@ class Model:
         "bfloat16, Full trains float32 weights and saves bfloat16 ones.",
         choices=("bf16",),
     )
+    cpu_products: str = option(
+        "float32",
+        "Products of a CPU run: float32, or bfloat16 with float32 sums, faster on processors with "
+        "AVX512-BF16 or AMX and refused on others. Experts multiply in float32.",
+        choices=("float32", "bfloat16"),
+    )
     continue_training: bool = option(
         True, "Start from the model's weights; false: from random ones (needs only config.json)."
     )

@@ -182,11 +182,11 @@ class AdamW:
         }
 
     def load(self, tensors: Mapping[str, Tensor], num_updates: int) -> None:
-        """Take over a state made by `tensors()`; raises ConfigError for one of another optimizer."""
+        """Take over a state made by `tensors()`; ConfigError for that of another optimizer."""
         if tensors.keys() != self.tensors().keys():
             raise ConfigError(
-                f"the checkpoint's optimizer state does not fit optim={self.o.optim} and the trained "
-                "weights; give the optim of the checkpoint, or another output_dir"
+                f"the checkpoint's optimizer state does not fit optim={self.o.optim} and the "
+                "trained weights; give the optim of the checkpoint, or another output_dir"
             )
         self.num_updates = num_updates
         for key, tensor in tensors.items():

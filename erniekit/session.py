@@ -116,6 +116,8 @@ class Session:
         )
         modules = sorted(set(report(self.device).values()))
         log.info("kernels: %s", ", ".join(modules))
+        if self.device == "cpu":
+            log.info("products: %s", self.run.model.cpu_products)
         if names := self.run.without_effect:
             log.info("settings of ERNIEKit without effect here: %s", ", ".join(names))
 

@@ -30,6 +30,8 @@ from torch import Tensor
 
 from ernie.kernels.dispatch import (
     batch_invariant,
+    bfloat16_products,
+    has_bfloat16_products,
     is_batch_invariant,
     is_compiled,
     pick,
@@ -49,9 +51,11 @@ __all__ = [
     "attend_packed",
     "attend_paged",
     "batch_invariant",
+    "bfloat16_products",
     "cache_width",
     "expert",
     "grouped_linear",
+    "has_bfloat16_products",
     "is_batch_invariant",
     "is_compiled",
     "linear",

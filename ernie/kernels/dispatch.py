@@ -98,6 +98,30 @@ def is_batch_invariant() -> bool:
     return _batch_invariant
 
 
+_has_bfloat16_products = False
+
+
+def bfloat16_products(on: bool) -> None:
+    """Switch for the whole process: whether differentiable `linear` on a CPU multiplies in
+    bfloat16.
+
+    On, rows and weights are rounded to bfloat16 first and the result after; sums are float32.
+    Raises ValueError on a processor without instructions for it, where it would be many times
+    slower.
+    """
+    global _has_bfloat16_products
+    if on and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        raise ValueError(
+            "bfloat16 products need a processor with AVX512-BF16 or AMX, which this one lacks; "
+            "use float32"
+        )
+    _has_bfloat16_products = on
+
+
+def has_bfloat16_products() -> bool:
+    return _has_bfloat16_products
+
+
 @cache
 def _chosen(device_type: str) -> dict[str, Callable]:
     modules = [*_modules(device_type)[0], reference]

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ernie
+from ernie import kernels
 from ernie.attention import packed_causal
 from ernie.chat import UNTRAINED
 from ernie.model import ErnieModel
@@ -217,6 +218,23 @@ def test_bfloat16_sums_and_moments_stay_close_to_float32() -> None:
     gap = (lean["losses"] - exact["losses"]).abs().max().item()
     assert last < 0.7 * first, f"the loss only went from {first:.3f} to {last:.3f}"
     assert gap < 0.05 * first, f"losses differ by up to {gap:.4f}"
+
+
+def test_bfloat16_products_train_as_float32_ones() -> None:
+    rows = [samples([40], seed=0)] * 30
+    exact = trained(fresh("tiny-dense"), rows, 1, 30)
+    try:
+        kernels.bfloat16_products(True)
+    except ValueError as error:
+        assert "AVX512-BF16" in str(error)
+        pytest.skip(str(error))
+    try:
+        short = trained(fresh("tiny-dense"), rows, 1, 30)
+    finally:
+        kernels.bfloat16_products(False)
+    first = exact["losses"][0]
+    gap = (short["losses"] - exact["losses"]).abs().max().item()
+    assert 0 < gap < 0.05 * first, f"losses differ by up to {gap:.4f} of {first:.3f}"
 
 
 def test_moments_of_8_bits_train_as_float32_ones() -> None:
