@@ -9,8 +9,8 @@ packing, clipping, metrics. The peer is the plainest loop around transformers (n
 pipeline), in float32 and with bfloat16 autocast, and with adapters by peft; and TRL's SFTTrainer
 in float32, full and with peft, on rows of the same size, with its own defaults otherwise.
 
-"lean" is ours with everything that saves memory: 8-bit moments, updates within the backward pass (so
-no clipping), blocks computed again, and a smaller chunk of the loss.
+"lean" is ours with everything that saves memory: 8-bit moments, updates within the backward pass
+(so no clipping), blocks computed again, and a smaller chunk of the loss.
 
 The floor of a full step is six operations per weight and token at the peak of float32 products.
 """
@@ -147,7 +147,8 @@ def run_trl(folder: Path, side: str) -> dict[str, float]:
     from trl import SFTConfig, SFTTrainer
 
     class Clock(TrainerCallback):
-        seconds: list[float] = []
+        def __init__(self) -> None:
+            self.seconds: list[float] = []
 
         def on_step_begin(self, *_, **__):
             self.start = time.perf_counter()
