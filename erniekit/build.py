@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import ernie
+from ernie import kernels
 from ernie.config import ErnieConfig
 from ernie.models import MODELS, TINY
 from ernie.settings import ConfigError, did_you_mean
@@ -50,6 +51,10 @@ def build_model(run: Run, device: str, weights_from: Path | None = None) -> erni
     `weights_from` is the folder of a full checkpoint that takes the place of the base model.
     Raises ConfigError or CheckpointError in one sentence.
     """
+    try:
+        kernels.bfloat16_products(device == "cpu" and run.model.cpu_products == "bfloat16")
+    except ValueError as error:
+        raise ConfigError(f"cpu_products=bfloat16: {error}") from None
     model = read_model(run, device, weights_from)
     if run.is_lora:
         add_lora(model, lora_of(run), seed=run.training.seed)

@@ -47,6 +47,12 @@ class Model:
         "bfloat16, Full trains float32 weights and saves bfloat16 ones.",
         choices=("bf16",),
     )
+    cpu_products: str = option(
+        "float32",
+        "Products of a CPU run: float32, or bfloat16 with float32 sums, faster on processors with "
+        "AVX512-BF16 or AMX and refused on others. Experts multiply in float32.",
+        choices=("float32", "bfloat16"),
+    )
     continue_training: bool = option(
         True, "Start from the model's weights; false: from random ones (needs only config.json)."
     )
@@ -193,7 +199,16 @@ class Optimisation:
     lr_end: float = option(1e-7, "Last learning rate of the polynomial schedule.")
     power: float = option(1.0, "Exponent of the polynomial schedule.")
     optim: str = option(
-        "adamw", "Optimizer; both names are AdamW.", choices=("adamw", "adamw_custom")
+        "adamw",
+        "Optimizer: adamw (also adamw_custom), adamw_8bit (moments of one byte), or muon for "
+        "matrices with adamw for the rest.",
+        choices=("adamw", "adamw_custom", "adamw_8bit", "muon"),
+    )
+    muon_momentum: float = option(0.95, "Decay of muon's mean of gradients.")
+    optimizer_in_backward: bool = option(
+        False,
+        "Update each weight, and free its gradient, the moment it is known; needs "
+        "max_grad_norm: 0 and gradient_accumulation_steps: 1.",
     )
     adam_beta1: float = option(0.9, "Decay of the mean of gradients.")
     adam_beta2: float = option(0.999, "Decay of the mean of squared gradients.")
@@ -440,6 +455,15 @@ def validate(run: Run) -> None:
     if training.max_steps == 0 or training.max_steps < -1:
         raise ConfigError(
             f"max_steps={training.max_steps} is no number of steps; give -1 or 1, 2.."
+        )
+    if optimisation.optimizer_in_backward and (
+        optimisation.max_grad_norm or training.gradient_accumulation_steps > 1
+    ):
+        raise ConfigError(
+            "optimizer_in_backward cannot go with "
+            f"max_grad_norm={optimisation.max_grad_norm:g} and "
+            f"gradient_accumulation_steps={training.gradient_accumulation_steps}, which need all "
+            "gradients first; give max_grad_norm: 0 and gradient_accumulation_steps: 1"
         )
     if run.is_lora and model.num_nextn_predict_layers:
         raise ConfigError(

@@ -191,7 +191,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 _LATER = {
     "compute_type": ("bf16",),
-    "optim": ("adamw", "adamw_custom"),
+    "optim": ("adamw", "adamw_custom", "adamw_8bit", "muon"),
 }
 
 

@@ -8,7 +8,8 @@ straight into its sum (`sum_of`), chunk by chunk, and the embedding adds only th
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +35,8 @@ class Gradients:
         self._dtypes = {id(p): dtype for p in self.parameters.values()}
         self._dtypes |= {id(p): torch.float32 for p in float32_for if id(p) in self._dtypes}
         self._sums: dict[int, Tensor] = {}
+        self._names = {id(p): name for name, p in self.parameters.items()}
+        self._when_ready: Callable[[str, Tensor], None] | None = None
         for parameter in self.parameters.values():
             parameter.register_post_accumulate_grad_hook(self._take)
 
@@ -52,11 +55,24 @@ class Gradients:
     @torch.no_grad()
     def norm(self) -> float:
         """Length of all sums taken as one vector; inf or nan where one is."""
-        squares = [
-            torch.linalg.vector_norm(total, dtype=torch.float32).double().square()
-            for total in self.present().values()
-        ]
-        return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+        return length([square_of(total) for total in self.present().values()])
+
+    @contextmanager
+    def given_away(self, when_ready: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Within, `when_ready(name, gradient)` is called for each parameter, once, and its gradient
+        is freed. Those that are summed apart (`sum_of`: head, embedding) come at the end.
+
+        Autograd has used a weight for the last time when its gradient is complete, so it may be
+        changed there.
+        """
+        self._when_ready = when_ready
+        try:
+            yield
+            for name, gradient in self.present().items():
+                when_ready(name, gradient)
+        finally:
+            self._when_ready = None
+            self.release()
 
     def release(self) -> None:
         self._sums.clear()
@@ -70,6 +86,17 @@ class Gradients:
         is_first = id(parameter) not in self._sums
         total = self.sum_of(parameter)
         total.copy_(gradient) if is_first else total.add_(gradient)
+        if self._when_ready is not None and is_first:
+            self._when_ready(self._names[id(parameter)], self._sums.pop(id(parameter)))
+
+
+def square_of(gradient: Tensor) -> Tensor:
+    """Squared length, float64."""
+    return torch.linalg.vector_norm(gradient, dtype=torch.float32).double().square()
+
+
+def length(squares: list[Tensor]) -> float:
+    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
 
 
 class _AddRows(torch.autograd.Function):

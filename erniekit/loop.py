@@ -28,7 +28,7 @@ from erniekit import memory
 from erniekit.config import Optimisation
 from erniekit.data.loader import Batch
 from erniekit.data.pack import Cursor
-from erniekit.gradients import Gradients
+from erniekit.gradients import Gradients, length, square_of
 from erniekit.losses import Flat, Loss
 from erniekit.optim import AdamW, clip_scale, learning_rate_at
 
@@ -108,12 +108,16 @@ def train(
 def _step(parts: Parts, window: list[Batch], progress: Progress) -> dict[str, Any]:
     learning_rate = learning_rate_at(progress.step, parts.num_steps, parts.optimisation)
     num_trained = sum(batch.num_trained for batch in window)
-    loss, extra, loads = _backward(parts, window, 1 / num_trained)
-    norm = parts.gradients.norm()
+    if parts.optimisation.optimizer_in_backward:
+        loss, extra, loads, norm = _backward_and_update(parts, window, learning_rate)
+    else:
+        loss, extra, loads = _backward(parts, window, 1 / num_trained)
+        norm = parts.gradients.norm()
     is_finite = math.isfinite(loss) and math.isfinite(norm)
     if is_finite:
-        scale = clip_scale(norm, parts.optimisation.max_grad_norm)
-        parts.optimizer.step(parts.gradients.present(), learning_rate, scale)
+        if not parts.optimisation.optimizer_in_backward:
+            scale = clip_scale(norm, parts.optimisation.max_grad_norm)
+            parts.optimizer.step(parts.gradients.present(), learning_rate, scale)
         if parts.bias_step:
             _balance(parts.model, loads, parts.bias_step)
     parts.gradients.release()
@@ -164,6 +168,27 @@ def _backward(
         busiest = [float(load.max() / load.float().mean()) for load in loads]
         numbers["moe_max_over_mean"] = max(busiest)
     return float(torch.stack(values).sum()), numbers, loads
+
+
+def _backward_and_update(
+    parts: Parts, window: list[Batch], learning_rate: float
+) -> tuple[float, dict[str, float], list[Tensor], float]:
+    """As `_backward`, but weights move within; and the length of the gradient.
+
+    A gradient that is not finite leaves its own weight as it was, and the step counts as skipped.
+    """
+    squares: list[Tensor] = []
+    parts.optimizer.num_updates += 1
+
+    def update(name: str, gradient: Tensor) -> None:
+        squares.append(square_of(gradient))
+        if bool(squares[-1].isfinite()):
+            parts.optimizer.update(name, gradient, learning_rate, 1.0)
+
+    assert len(window) == 1 and not parts.optimisation.max_grad_norm
+    with parts.gradients.given_away(update):
+        result = _backward(parts, window, 1 / window[0].num_trained)
+    return *result, length(squares)
 
 
 def _balance(model: ErnieModel, loads: list[Tensor], step_size: float) -> None:

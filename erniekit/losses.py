@@ -181,7 +181,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_VD = into
         if wants_weight and into is None:
             grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        frozen_VD = weight_VD.detach()
+        # Rounded once for all chunks where products are to be bfloat16.
+        is_short = hidden_ND.device.type == "cpu" and kernels.has_bfloat16_products()
+        frozen_VD = weight_VD.detach().to(torch.bfloat16) if is_short else weight_VD.detach()
         for start in range(0, len(hidden_ND), chunk_size):
             rows = slice(start, start + chunk_size)
             chunk_CD, targets_C = hidden_ND[rows].detach(), targets_N[rows, None]
@@ -205,7 +207,12 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if grad_ND is not None:
                 (grad_ND[rows],) = torch.autograd.grad(product_CV, chunk_CD, grad_CV)
             if wants_weight and grad_VD is not None:
-                grad_VD.addmm_(grad_CV.T.to(grad_VD.dtype), chunk_CD.detach().to(grad_VD.dtype))
+                dtype = torch.bfloat16 if is_short else grad_VD.dtype
+                left_VC, right_CD = grad_CV.T.to(dtype), chunk_CD.detach().to(dtype)
+                if is_short:
+                    grad_VD += left_VC @ right_CD
+                else:
+                    grad_VD.addmm_(left_VC, right_CD)
         ctx.is_summed = into is not None
         ctx.save_for_backward(grad_ND, None if ctx.is_summed or not wants_weight else grad_VD)
         return total * scale

@@ -1,4 +1,6 @@
-"""AdamW, what it remembers, and the learning rate at each step.
+"""Optimizers, what they remember, and the learning rate at each step.
+
+`AdamW`, `AdamW8bit` (moments of one byte) and `Muon` (matrices by direction alone).
 
 Parameters are grouped by what differs between them: decay (never for norms, biases and other
 vectors) and a factor on the learning rate (LoRA+, layers, routers). On a CPU the arithmetic is
@@ -12,11 +14,14 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ernie import kernels
+from ernie.kernels.reference import MOMENT_BLOCK
+from ernie.settings import ConfigError
 from erniekit.config import Optimisation
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
@@ -115,57 +120,150 @@ class AdamW:
         self.moment_dtype = torch.bfloat16 if o.use_lowprecision_moment else torch.float32
         self.seed = seed
         self.num_updates = 0
-        self.state = {name: self._new_state(p) for name, p in self.parameters.items()}
+        self._index = {name: index for index, name in enumerate(self.parameters)}
+        self.state = {name: self._new_state(name) for name in self.parameters}
 
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor], learning_rate: float, scale: float) -> None:
         """Update every parameter that has a gradient; gradients are multiplied with `scale`."""
         self.num_updates += 1
-        for index, name in enumerate(self.parameters):
-            if name not in gradients:
-                continue
-            parameter, treatment = self.parameters[name], self.treatments[name]
-            state = self.state[name]
-            original = state.get("original", parameter.data)
-            kernels.adamw_step(
-                original,
-                gradients[name],
-                state["moment"],
-                state["square"],
-                learning_rate=learning_rate * treatment.factor,
-                beta1=self.o.adam_beta1,
-                beta2=self.o.adam_beta2,
-                eps=self.o.adam_epsilon,
-                weight_decay=treatment.weight_decay,
-                step=self.num_updates,
-                grad_scale=scale,
-                seed=(self.seed * 1_000_003 + index) & 0xFFFFFFFF,
-            )
-            if original.dtype != parameter.dtype:
-                parameter.copy_(original)
+        for name in self.parameters:
+            if name in gradients:
+                self.update(name, gradients[name], learning_rate, scale)
 
-    def _new_state(self, parameter: nn.Parameter) -> dict[str, Tensor]:
-        state = {
+    @torch.no_grad()
+    def update(self, name: str, gradient: Tensor, learning_rate: float, scale: float) -> None:
+        """Update one parameter as a part of update number `num_updates`, counted by the caller."""
+        parameter, state = self.parameters[name], self.state[name]
+        original = state.get("original", parameter.data)
+        rate = learning_rate * self.treatments[name].factor
+        self._move(name, original, gradient, rate, scale)
+        if original.dtype != parameter.dtype:
+            parameter.copy_(original)
+
+    def _move(
+        self, name: str, weights: Tensor, gradient: Tensor, rate: float, scale: float
+    ) -> None:
+        state = self.state[name]
+        kernels.adamw_step(
+            weights, gradient, state["moment"], state["square"], **self._rates(name, rate, scale)
+        )
+
+    def _rates(self, name: str, rate: float, scale: float) -> dict[str, Any]:
+        return {
+            "learning_rate": rate,
+            "beta1": self.o.adam_beta1,
+            "beta2": self.o.adam_beta2,
+            "eps": self.o.adam_epsilon,
+            "weight_decay": self.treatments[name].weight_decay,
+            "step": self.num_updates,
+            "grad_scale": scale,
+            "seed": (self.seed * 1_000_003 + self._index[name]) & 0xFFFFFFFF,
+        }
+
+    def _new_state(self, name: str) -> dict[str, Tensor]:
+        return self._new_moments(name) | self._new_original(self.parameters[name])
+
+    def _new_moments(self, name: str) -> dict[str, Tensor]:
+        parameter = self.parameters[name]
+        return {
             key: torch.zeros_like(parameter, dtype=self.moment_dtype)
             for key in ("moment", "square")
         }
-        if parameter.dtype != torch.float32:
-            state["original"] = parameter.detach().float()
-        return state
+
+    def _new_original(self, parameter: nn.Parameter) -> dict[str, Tensor]:
+        is_exact = parameter.dtype == torch.float32
+        return {} if is_exact else {"original": parameter.detach().float()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state by `<parameter>.<moment|square|original>`, for a checkpoint."""
+        """The state by `<parameter>.<moment|square|scales|original>`, for a checkpoint."""
         return {
             f"{name}.{key}": t for name, state in self.state.items() for key, t in state.items()
         }
 
     def load(self, tensors: Mapping[str, Tensor], num_updates: int) -> None:
-        """Take over a state made by `tensors()`."""
+        """Take over a state made by `tensors()`; ConfigError for that of another optimizer."""
+        if tensors.keys() != self.tensors().keys():
+            raise ConfigError(
+                f"the checkpoint's optimizer state does not fit optim={self.o.optim} and the "
+                "trained weights; give the optim of the checkpoint, or another output_dir"
+            )
         self.num_updates = num_updates
         for key, tensor in tensors.items():
             name, _, part = key.rpartition(".")
-            assert name in self.parameters, name
             self.state[name][part].copy_(tensor)
+
+
+class AdamW8bit(AdamW):
+    """AdamW that remembers 2 bytes and a bit for a weight; see `ernie.kernels.adamw_8bit_step`."""
+
+    def _new_moments(self, name: str) -> dict[str, Tensor]:
+        parameter = self.parameters[name]
+        blocks = -(-parameter.numel() // MOMENT_BLOCK)
+        return {
+            "moment": torch.zeros_like(parameter, dtype=torch.int8),
+            "square": torch.zeros_like(parameter, dtype=torch.uint8),
+            "scales": torch.zeros(2, blocks, dtype=torch.float32, device=parameter.device),
+        }
+
+    def _move(
+        self, name: str, weights: Tensor, gradient: Tensor, rate: float, scale: float
+    ) -> None:
+        state = self.state[name]
+        moments = (state["moment"], state["square"], state["scales"])
+        kernels.adamw_8bit_step(weights, gradient, *moments, **self._rates(name, rate, scale))
+
+
+class Muon(AdamW):
+    """Matrices move along the orthogonal factor of their averaged gradient; the rest by AdamW.
+
+    The rest is vectors, embedding, head and adapters. A matrix remembers one moment (float32) and
+    its steps are scaled to the usual size of AdamW's, so one learning rate serves both. A stack of
+    experts is taken expert by expert.
+
+    Source: Jordan et al., "Muon", 2024; Liu et al., arXiv:2502.16982 (step size, decay).
+    """
+
+    def _is_matrix(self, name: str) -> bool:
+        others = ("embed_tokens.weight", "lm_head.weight", "lora_A", "lora_B")
+        return self.parameters[name].dim() > 1 and not name.endswith(others)
+
+    def _new_moments(self, name: str) -> dict[str, Tensor]:
+        if not self._is_matrix(name):
+            return super()._new_moments(name)
+        return {"moment": torch.zeros_like(self.parameters[name], dtype=torch.float32)}
+
+    def _move(
+        self, name: str, weights: Tensor, gradient: Tensor, rate: float, scale: float
+    ) -> None:
+        if not self._is_matrix(name):
+            super()._move(name, weights, gradient, rate, scale)
+            return
+        moment, beta = self.state[name]["moment"], self.o.muon_momentum
+        gradient = gradient.float() * scale
+        moment.lerp_(gradient, 1 - beta)
+        matrices = gradient.lerp(moment, beta)
+        step_size = 0.2 * math.sqrt(max(weights.shape[-2:]))
+        weights.mul_(1 - rate * self.treatments[name].weight_decay)
+        weights.sub_(orthogonal(matrices).view_as(weights), alpha=rate * step_size)
+
+
+def orthogonal(x_OI: Tensor) -> Tensor:
+    """About `U V'` of `x = U S V'`, of a matrix or a batch: singular values end at 0.7 to 1.2.
+
+    Five steps of Newton-Schulz, in bfloat16 on a GPU and float32 on a CPU.
+    Source: Jordan et al., "Muon", 2024.
+    """
+    is_tall = x_OI.shape[-2] > x_OI.shape[-1]
+    x = (x_OI.mT if is_tall else x_OI).to(torch.bfloat16 if x_OI.is_cuda else torch.float32)
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return (x.mT if is_tall else x).float().contiguous()
+
+
+OPTIMIZERS = {"adamw": AdamW, "adamw_custom": AdamW, "adamw_8bit": AdamW8bit, "muon": Muon}
 
 
 def clip_scale(norm: float, max_norm: float) -> float:

@@ -30,7 +30,7 @@ from erniekit.data.loader import Stream, prefetched
 from erniekit.evaluate import evaluate
 from erniekit.gradients import Gradients, SummedEmbedding
 from erniekit.loop import Parts, Progress, train
-from erniekit.optim import AdamW, treatments
+from erniekit.optim import OPTIMIZERS, treatments
 from erniekit.report.reporter import Reporter
 
 log = logging.getLogger("erniekit")
@@ -64,7 +64,7 @@ class Session:
             load_adapter(self.model, run, Path(adapter))
         self.trained = trained_parameters(self.model)
         self.gradients = _gradients(self.model, run, self.trained)
-        self.optimizer = AdamW(
+        self.optimizer = OPTIMIZERS[run.optimisation.optim](
             self.trained,
             treatments(
                 self.trained,
@@ -115,11 +115,17 @@ class Session:
             self.run.model.fine_tuning,
             self.model.device,
             "float32" if o.amp_master_grad else "bfloat16",
-            "bfloat16" if o.use_lowprecision_moment else "float32",
+            "of 8 bits"
+            if o.optim == "adamw_8bit"
+            else "bfloat16"
+            if o.use_lowprecision_moment
+            else "float32",
             f"steps {first} to {last}" if first <= last else f"all {last} steps are done",
         )
         modules = sorted(set(report(self.device).values()))
         log.info("kernels: %s", ", ".join(modules))
+        if self.device == "cpu":
+            log.info("products: %s", self.run.model.cpu_products)
         if names := self.run.without_effect:
             log.info("settings of ERNIEKit without effect here: %s", ", ".join(names))
 

@@ -30,6 +30,8 @@ from torch import Tensor
 
 from ernie.kernels.dispatch import (
     batch_invariant,
+    bfloat16_products,
+    has_bfloat16_products,
     is_batch_invariant,
     is_compiled,
     pick,
@@ -44,13 +46,16 @@ __all__ = [
     "Norm",
     "PackedWeight",
     "QuantTensor",
+    "adamw_8bit_step",
     "adamw_step",
     "attend_packed",
     "attend_paged",
     "batch_invariant",
+    "bfloat16_products",
     "cache_width",
     "expert",
     "grouped_linear",
+    "has_bfloat16_products",
     "is_batch_invariant",
     "is_compiled",
     "linear",
@@ -292,6 +297,50 @@ def adamw_step(
         gradient_N,
         moment_N,
         square_N,
+        learning_rate=learning_rate,
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=weight_decay,
+        step=step,
+        grad_scale=grad_scale,
+        seed=seed,
+    )
+
+
+def adamw_8bit_step(
+    parameter_N: Tensor,
+    gradient_N: Tensor,
+    moment_N: Tensor,
+    square_N: Tensor,
+    scales_2B: Tensor,
+    *,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float = 1.0,
+    seed: int = 0,
+) -> None:
+    """`adamw_step` whose moments take one byte a weight and 8 bytes for each 256 weights.
+
+    `moment` is int8 and `square` uint8, both of the parameter's size; `scales` float32 `(2, B)`, B
+    blocks of 256 in flat order: a moment is code * scale, the root of a square is code * scale. The
+    update itself uses the new moments before they are rounded. What is kept is off by less than
+    1/127 of the block's largest moment and 1/255 of its largest root, is rounded at random as in
+    `adamw_step`, and has the right mean, but that a root above zero is kept at least 1/255. Every
+    implementation gives the same bits.
+
+    Source: Dettmers et al., arXiv:2110.02861 (block-wise moments); linear codes of the root here.
+    """
+    pick("adamw_8bit_step", parameter_N.device)(
+        parameter_N,
+        gradient_N,
+        moment_N,
+        square_N,
+        scales_2B,
         learning_rate=learning_rate,
         beta1=beta1,
         beta2=beta2,

@@ -38,6 +38,7 @@ OPERATIONS = (
     "mlp",
     "moe",
     "adamw_step",
+    "adamw_8bit_step",
 )
 
 # The modules that are asked for an operation, best first, by device type. Each offers `available()
@@ -95,6 +96,30 @@ def batch_invariant(on: bool, device: str = "cpu") -> None:
 
 def is_batch_invariant() -> bool:
     return _batch_invariant
+
+
+_has_bfloat16_products = False
+
+
+def bfloat16_products(on: bool) -> None:
+    """Switch for the whole process: whether differentiable `linear` on a CPU multiplies in
+    bfloat16.
+
+    On, rows and weights are rounded to bfloat16 first and the result after; sums are float32.
+    Raises ValueError on a processor without instructions for it, where it would be many times
+    slower.
+    """
+    global _has_bfloat16_products
+    if on and not (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        raise ValueError(
+            "bfloat16 products need a processor with AVX512-BF16 or AMX, which this one lacks; "
+            "use float32"
+        )
+    _has_bfloat16_products = on
+
+
+def has_bfloat16_products() -> bool:
+    return _has_bfloat16_products
 
 
 @cache

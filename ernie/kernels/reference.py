@@ -293,6 +293,9 @@ def route(
     return experts_TK, weights_TK.to(y_TD.dtype)
 
 
+MOMENT_BLOCK = 256  # weights that share the scales of their 8-bit moments
+
+
 class AdamWConstants(NamedTuple):
     """The factors of one AdamW step."""
 
@@ -359,6 +362,54 @@ def adamw_step(
         square = _rounded_at_random(square, bits >> 16)
     moment_N.copy_(moment)
     square_N.copy_(square)
+
+
+def adamw_8bit_step(
+    parameter_N: Tensor,
+    gradient_N: Tensor,
+    moment_N: Tensor,
+    square_N: Tensor,
+    scales_2B: Tensor,
+    *,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float = 1.0,
+    seed: int = 0,
+) -> None:
+    c = adamw_constants(learning_rate, beta1, beta2, eps, weight_decay, step, grad_scale)
+    size, num_blocks = parameter_N.numel(), scales_2B.shape[1]
+
+    def by_block(flat_N: Tensor) -> Tensor:
+        flat = flat_N.float().flatten()
+        return torch.nn.functional.pad(flat, (0, num_blocks * MOMENT_BLOCK - size)).view(
+            num_blocks, MOMENT_BLOCK
+        )
+
+    gradient = by_block(gradient_N) * c.grad_scale
+    moment = by_block(moment_N) * scales_2B[0, :, None] * c.beta1 + gradient * c.rest1
+    root = by_block(square_N) * scales_2B[1, :, None]
+    square = root * root * c.beta2 + gradient * gradient * c.rest2
+    root = square.double().sqrt().float()
+    update = moment * c.step_size / (root * c.root_scale + c.eps)
+    flat_update = update.flatten()[:size].view(parameter_N.shape)
+    parameter_N.copy_(parameter_N * c.decay - flat_update)
+
+    bits = _rounding_bits(num_blocks * MOMENT_BLOCK, rounding_key(seed, step)).view(moment.shape)
+    bits = bits.to(moment.device)
+    tops = moment.abs().amax(1, keepdim=True), root.amax(1, keepdim=True)
+    to_moment, to_root = (
+        torch.where(top > 1e-30, most / top, 0.0) for most, top in zip((127.0, 255.0), tops)
+    )
+    codes = (moment * to_moment + 128 + (bits & 0xFFFF).float() * 2**-16).int().clamp(max=255) - 128
+    roots = (root * to_root + (bits >> 16).float() * 2**-16).int().clamp(max=255)
+    roots = torch.maximum(roots, (root > 0).int())
+    moment_N.copy_(codes.flatten()[:size].view(moment_N.shape))
+    square_N.copy_(roots.flatten()[:size].view(square_N.shape))
+    scales_2B.copy_(torch.stack((tops[0][:, 0] / 127, tops[1][:, 0] / 255)))
 
 
 def rounding_key(seed: int, step: int) -> int:

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 import ernie
+from ernie import kernels
 from ernie.attention import packed_causal
 from ernie.chat import UNTRAINED
 from ernie.model import ErnieModel
 from ernie.models import TINY
+from ernie.settings import ConfigError
 from erniekit import losses
 from erniekit.config import Optimisation
 from erniekit.data.dialogue import Sample
@@ -21,7 +23,7 @@ from erniekit.data.pack import Cursor
 from erniekit.gradients import Gradients, SummedEmbedding
 from erniekit.loop import Parts, Progress, to_device, train
 from erniekit.lora import LoRA, add_lora, merge_lora
-from erniekit.optim import AdamW, treatments
+from erniekit.optim import OPTIMIZERS, orthogonal, treatments
 from erniekit.recompute import recompute
 from tests.helpers import hf_dense, hf_moe, saved
 
@@ -161,7 +163,7 @@ def trained(
     if model.model.embed_tokens.weight.requires_grad:
         model.model.embed_tokens = SummedEmbedding(model.model.embed_tokens, gradients)
     rules = treatments(parameters, o, num_layers=model.config.num_hidden_layers)
-    optimizer = AdamW(parameters, rules, o, seed=3)
+    optimizer = OPTIMIZERS[o.optim](parameters, rules, o, seed=3)
     loss = partial(losses.next_token, gradients=gradients, chunk_size=16)
     batches: list[Batch] = [batch_of([rows], Cursor()) for rows in windows]
     parts = Parts(model, loss, optimizer, gradients, o, steps, per_step, 1, 0)
@@ -216,6 +218,103 @@ def test_bfloat16_sums_and_moments_stay_close_to_float32() -> None:
     gap = (lean["losses"] - exact["losses"]).abs().max().item()
     assert last < 0.7 * first, f"the loss only went from {first:.3f} to {last:.3f}"
     assert gap < 0.05 * first, f"losses differ by up to {gap:.4f}"
+
+
+def test_bfloat16_products_train_as_float32_ones() -> None:
+    rows = [samples([40], seed=0)] * 30
+    exact = trained(fresh("tiny-dense"), rows, 1, 30)
+    try:
+        kernels.bfloat16_products(True)
+    except ValueError as error:
+        assert "AVX512-BF16" in str(error)
+        pytest.skip(str(error))
+    try:
+        short = trained(fresh("tiny-dense"), rows, 1, 30)
+    finally:
+        kernels.bfloat16_products(False)
+    first = exact["losses"][0]
+    gap = (short["losses"] - exact["losses"]).abs().max().item()
+    assert 0 < gap < 0.05 * first, f"losses differ by up to {gap:.4f} of {first:.3f}"
+
+
+def test_moments_of_8_bits_train_as_float32_ones() -> None:
+    rows = [samples([24], seed=0)] * 30
+    exact = trained(fresh("tiny-dense"), rows, 1, 30)
+    lean = trained(fresh("tiny-dense"), rows, 1, 30, optim="adamw_8bit")
+    first, last = exact["losses"][0], exact["losses"][-1]
+    gap = (lean["losses"] - exact["losses"]).abs().max().item()
+    assert last < 0.7 * first, f"the loss only went from {first:.3f} to {last:.3f}"
+    assert gap < 0.05 * first, f"losses differ by up to {gap:.4f}"
+
+
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit", "muon"])
+@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
+def test_updating_within_backward_changes_nothing(name: str, optim: str) -> None:
+    rows = [samples([12, 20], seed=seed) for seed in range(3)]
+    usual = trained(fresh(name), rows, 1, 3, max_grad_norm=0.0, optim=optim)
+    within = trained(
+        fresh(name), rows, 1, 3, max_grad_norm=0.0, optim=optim, optimizer_in_backward=True
+    )
+    for key, value in usual.items():
+        assert torch.equal(within[key], value), f"{key} differs"
+
+
+@pytest.mark.parametrize("optim", list(OPTIMIZERS))
+def test_resumed_optimizer_goes_on_bit_for_bit(optim: str) -> None:
+    torch.manual_seed(0)
+    o = Optimisation(optim=optim, use_lowprecision_moment=True, weight_decay=0.1)
+    steps = [{"w": torch.randn(8, 70), "b": torch.randn(70)} for _ in range(6)]
+
+    def optimizer_of(weights: dict[str, torch.Tensor]):
+        own = {n: torch.nn.Parameter(t.clone()) for n, t in weights.items()}
+        return OPTIMIZERS[optim](own, treatments(own, o, num_layers=1), o, seed=3)
+
+    unbroken = optimizer_of(steps[0])
+    for gradients in steps[:3]:
+        unbroken.step(gradients, 1e-2, 0.5)
+    resumed = optimizer_of(unbroken.parameters)
+    resumed.load({n: t.clone() for n, t in unbroken.tensors().items()}, unbroken.num_updates)
+    for gradients in steps[3:]:
+        unbroken.step(gradients, 1e-2, 0.5)
+        resumed.step(gradients, 1e-2, 0.5)
+    for name, parameter in unbroken.parameters.items():
+        assert torch.equal(resumed.parameters[name], parameter), f"{name} differs"
+    other = OPTIMIZERS["muon" if optim != "muon" else "adamw"]
+    with pytest.raises(ConfigError, match="optim"):
+        other(dict(unbroken.parameters), unbroken.treatments, o, seed=3).load(unbroken.tensors(), 3)
+
+
+def test_muon_equals_torch() -> None:
+    torch.manual_seed(0)
+    shapes = {"wide": (12, 40), "tall": (40, 12)}
+    ours = {n: torch.nn.Parameter(torch.randn(s)) for n, s in shapes.items()}
+    theirs = {n: torch.nn.Parameter(p.detach().clone()) for n, p in ours.items()}
+    start = {n: p.detach().clone() for n, p in ours.items()}
+    o = Optimisation(optim="muon", weight_decay=0.1)
+    optimizer = OPTIMIZERS["muon"](ours, treatments(ours, o, num_layers=1), o, seed=0)
+    peer = torch.optim.Muon(
+        theirs.values(), lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
+    )
+    for _ in range(3):
+        gradients = {n: torch.randn(s) for n, s in shapes.items()}
+        for n, parameter in theirs.items():
+            parameter.grad = gradients[n].clone()
+        peer.step()
+        optimizer.step(gradients, 1e-2, 1.0)
+    for n in shapes:  # theirs iterates in bfloat16
+        gap = (ours[n] - theirs[n]).norm() / (theirs[n] - start[n]).norm()
+        assert gap < 0.03, f"{n}: steps differ by {gap:.4f} of their length"
+
+
+def test_orthogonal_factor_has_the_singular_vectors_of_its_matrix() -> None:
+    torch.manual_seed(0)
+    stack = torch.randn(3, 24, 10)
+    for matrix, got in zip(stack, orthogonal(stack)):
+        left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+        inner = left.T @ got @ right.T
+        off = (inner - inner.diag().diag()).abs().max().item()
+        assert off < 1e-4, f"singular vectors are mixed by {off:.2e}"
+        assert inner.diag().min() > 0.6 and inner.diag().max() < 1.3, f"values {inner.diag()}"
 
 
 @pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])

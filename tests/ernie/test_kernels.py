@@ -196,6 +196,43 @@ def test_adamw_equals_its_definition_bit_for_bit(gradient, moments, isa):
         assert torch.equal(own, other), f"{name}: {(own != other).sum()} of 10007 differ"
 
 
+@pytest.mark.parametrize("gradient", [F32, BF16])
+def test_adamw_of_8_bits_equals_its_definition_bit_for_bit(gradient, isa):
+    torch.manual_seed(0)
+    start = [rand(10_007), torch.zeros(10_007, dtype=torch.int8)]
+    start += [torch.zeros(10_007, dtype=torch.uint8), torch.zeros(2, 40)]
+    ours, theirs = ([t.clone() for t in start] for _ in range(2))
+    for step in range(1, 6):
+        grad = rand(10_007, dtype=gradient) * 0.01
+        for module, (parameter, *state) in ((ops, ours), (reference, theirs)):
+            module.adamw_8bit_step(
+                parameter, grad, *state, **ADAMW, step=step, grad_scale=0.7, seed=12345
+            )
+    for name, own, other in zip(("parameter", "moment", "square", "scales"), ours, theirs):
+        assert torch.equal(own, other), f"{name}: {(own != other).sum()} of 10007 differ"
+
+
+def test_moments_of_8_bits_are_within_their_bounds_and_right_on_average():
+    size, steps = 8192, 1500
+    torch.manual_seed(0)
+    gradient = rand(size).abs() + 0.1
+    state = [torch.zeros(size, dtype=torch.int8), torch.zeros(size, dtype=torch.uint8)]
+    parameter, scales = torch.zeros(size), torch.zeros(2, size // 256)
+    rates = {**ADAMW, "beta2": 0.999, "learning_rate": 0.0}
+    kernels.adamw_8bit_step(parameter, gradient, *state, scales, **rates, step=1, seed=3)
+    for name, codes, scale, exact in zip(
+        ("moment", "root"), state, scales, (gradient * 0.1, gradient * 0.001**0.5)
+    ):
+        gap = ((codes.float().view(-1, 256) * scale[:, None]).flatten() - exact).view(-1, 256)
+        worst = (gap.abs().amax(1) / scale).max().item()
+        assert worst < 1.001, f"{name} is off by {worst:.4f} of its unit"
+    for step in range(2, steps + 1):
+        kernels.adamw_8bit_step(parameter, gradient, *state, scales, **rates, step=step, seed=3)
+    roots = (state[1].double().view(-1, 256) * scales[1, :, None]).flatten()
+    ratio = float((roots**2).sum() / (gradient.double() ** 2 * (1 - 0.999**steps)).sum())
+    assert abs(ratio - 1) < 0.02, f"mean square is {ratio:.4f} of the exact one"
+
+
 def test_adamw_equals_torch():
     torch.manual_seed(0)
     parameter = torch.nn.Parameter(rand(501))

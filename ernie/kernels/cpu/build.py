@@ -56,6 +56,7 @@ SIGNATURES = {
     "attend_packed_backward": "plplplppppllllflpppp" + "i",
     "attend_paged": "p",
     "adamw": "ppippilp" + "i",
+    "adamw_8bit": "ppippplp" + "i",
     "packed_bytes": "p",
     "quantize": "pillippp" + "i",
     "pack": "pppp" + "i",

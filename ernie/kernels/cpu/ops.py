@@ -11,13 +11,21 @@ from __future__ import annotations
 from ernie.kernels.cpu.attention import attend_packed, attend_paged, write_cache
 from ernie.kernels.cpu.build import BuildError, isa, library
 from ernie.kernels.cpu.fused import expert, mlp, moe, pack, project, quantize
-from ernie.kernels.cpu.pointwise import adamw_step, rms_norm, rotate, rotate_, swiglu
+from ernie.kernels.cpu.pointwise import (
+    adamw_8bit_step,
+    adamw_step,
+    rms_norm,
+    rotate,
+    rotate_,
+    swiglu,
+)
 from ernie.kernels.cpu.products import grouped_linear, linear
 
 HEEDS_BATCH_INVARIANT = True
 
 __all__ = [
     "HEEDS_BATCH_INVARIANT",
+    "adamw_8bit_step",
     "adamw_step",
     "attend_packed",
     "attend_paged",

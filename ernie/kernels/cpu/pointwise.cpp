@@ -151,6 +151,61 @@ void adamw(float *p, const G *grad, M *moment, M *square, long count, const Upda
     });
 }
 
+constexpr long MOMENT_BLOCK = 256;  // weights that share the two scales of their 8-bit moments
+
+// The codes of one block. Rounding is at random, upwards with the probability of what is cut off; no
+// root above zero becomes zero, which would turn the next update into a leap.
+ERNIE_INLINE void put_codes(const float *m, const float *root, const vu *random, long n, float top_m, float top_r,
+                            int8_t *moment, uint8_t *square) {
+    const float to_m = top_m > 1e-30f ? 127.0f / top_m : 0.0f, to_r = top_r > 1e-30f ? 255.0f / top_r : 0.0f;
+    const auto *bits = reinterpret_cast<const uint32_t *>(random);
+    for (long i = 0; i < n; i++) {
+        const float low = (float)(int)(bits[i] & 0xffffu) * 0x1p-16f, high = (float)(int)(bits[i] >> 16) * 0x1p-16f;
+        const int a = (int)(m[i] * to_m + 128.0f + low), b = (int)(root[i] * to_r + high);
+        const int least = root[i] > 0.0f;
+        moment[i] = (int8_t)((a < 255 ? a : 255) - 128);
+        square[i] = (uint8_t)(b > 255 ? 255 : b < least ? least : b);
+    }
+}
+
+template <class G>
+void adamw_8bit(float *p, const G *grad, int8_t *moment, uint8_t *square, float *scales, long count,
+                const Update &u, int threads) {
+    const long blocks = (count + MOMENT_BLOCK - 1) / MOMENT_BLOCK;
+    for_rows(threads, blocks, MOMENT_BLOCK, [&](long first, long some) {
+        for (long block = first; block < first + some; block++) {
+            const long begin = block * MOMENT_BLOCK;
+            const long n = count - begin < MOMENT_BLOCK ? count - begin : MOMENT_BLOCK;
+            alignas(64) float m[MOMENT_BLOCK], r[MOMENT_BLOCK];
+            vu random[MOMENT_BLOCK / VL];
+            const float scale_m = scales[block], scale_r = scales[blocks + block];
+            for (long i = 0; i < n; i++) {
+                m[i] = moment[begin + i] * scale_m;
+                r[i] = square[begin + i] * scale_r;
+            }
+            for_vectors(n, [&](long i, auto part) {
+                const vf g = part.get(grad + begin + i) * splat(u.grad_scale), old = part.get(r + i);
+                const vf mean = part.get(m + i) * splat(u.beta1) + g * splat(u.rest1);
+                const vf now = root(old * old * splat(u.beta2) + g * g * splat(u.rest2));
+                const vf step = mean * splat(u.step_size) / (now * splat(u.root_scale) + splat(u.eps));
+                part.put(p + begin + i, part.get(p + begin + i) * splat(u.decay) - step);
+                part.put(m + i, mean);
+                part.put(r + i, now);
+                random[i / VL] = random_bits(begin + i, u.key);
+            });
+            float top_m = 0.0f, top_r = 0.0f;
+            for (long i = 0; i < n; i++) {
+                const float size = std::fabs(m[i]);
+                top_m = size > top_m ? size : top_m;
+                top_r = r[i] > top_r ? r[i] : top_r;
+            }
+            put_codes(m, r, random, n, top_m, top_r, moment + begin, square + begin);
+            scales[block] = top_m / 127.0f;
+            scales[blocks + block] = top_r / 255.0f;
+        }
+    });
+}
+
 }  // namespace
 
 // x (T, D) with row stride ldx; weight (D); out (T, D); rstd (T) or null.
@@ -236,4 +291,13 @@ extern "C" void ernie_adamw(float *p, const void *grad, int grad_dtype, void *mo
         with_grad(static_cast<const bf16 *>(grad));
     else
         with_grad(static_cast<const float *>(grad));
+}
+
+// moment int8, square uint8, scales (2, ceil(count / 256)): of the moments, then of the roots of the squares.
+extern "C" void ernie_adamw_8bit(float *p, const void *grad, int grad_dtype, int8_t *moment, uint8_t *square,
+                                 float *scales, long count, const Update *update, int threads) {
+    if (grad_dtype == BFLOAT16)
+        adamw_8bit(p, static_cast<const bf16 *>(grad), moment, square, scales, count, *update, threads);
+    else
+        adamw_8bit(p, static_cast<const float *>(grad), moment, square, scales, count, *update, threads);
 }

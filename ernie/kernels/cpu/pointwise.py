@@ -88,6 +88,43 @@ def adamw_step(
     del update  # it had to live until here
 
 
+def adamw_8bit_step(
+    parameter_N: Tensor,
+    gradient_N: Tensor,
+    moment_N: Tensor,
+    square_N: Tensor,
+    scales_2B: Tensor,
+    *,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    step: int,
+    grad_scale: float = 1.0,
+    seed: int = 0,
+) -> None:
+    tensors = (parameter_N, gradient_N, moment_N, square_N)
+    assert parameter_N.dtype == torch.float32 and scales_2B.is_contiguous()
+    assert (moment_N.dtype, square_N.dtype) == (torch.int8, torch.uint8)
+    assert all(t.is_contiguous() and t.numel() == parameter_N.numel() for t in tensors)
+    constants = reference.adamw_constants(
+        learning_rate, beta1, beta2, eps, weight_decay, step, grad_scale
+    )
+    library().ernie_adamw_8bit(
+        parameter_N.data_ptr(),
+        gradient_N.data_ptr(),
+        DTYPES[gradient_N.dtype],
+        moment_N.data_ptr(),
+        square_N.data_ptr(),
+        scales_2B.data_ptr(),
+        parameter_N.numel(),
+        ctypes.addressof(update := Update(*constants, reference.rounding_key(seed, step))),
+        torch.get_num_threads(),
+    )
+    del update  # it had to live until here
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:

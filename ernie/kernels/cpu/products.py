@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ernie.kernels.cpu.build import DTYPES, isa, library
-from ernie.kernels.dispatch import is_batch_invariant
+from ernie.kernels.dispatch import has_bfloat16_products, is_batch_invariant
 
 # From so many rows on, torch's float32 product is faster than ours, by instruction set (measured on
 # Zen 4; with AVX-512 ours stays ahead).
@@ -32,7 +32,8 @@ def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Ten
         or weight_OI.requires_grad
         or (bias_O is not None and bias_O.requires_grad)
     ):
-        return _Linear.apply(x_TI, weight_OI, bias_O)
+        product = _LinearInBfloat16 if has_bfloat16_products() else _Linear
+        return product.apply(x_TI, weight_OI, bias_O)
     return _product(x_TI, weight_OI, bias_O, None)
 
 
@@ -59,6 +60,33 @@ class _Linear(torch.autograd.Function):
         return (
             _grad_rows(grad_TO, weight_OI) if need_x else None,
             (grad_TO.T @ x_TI).to(weight_OI.dtype) if need_weight else None,
+            grad_TO.sum(0).to(ctx.bias_dtype) if need_bias else None,
+        )
+
+
+class _LinearInBfloat16(torch.autograd.Function):
+    """`_Linear` by torch's bfloat16 products; rows are kept in half the bytes.
+
+    Float32 weights are rounded anew in both passes: that is a small part of a product of many rows,
+    and a copy kept for backward would be as large as all activations.
+    """
+
+    @staticmethod
+    def forward(ctx, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        rows_TI = x_TI.to(torch.bfloat16)
+        ctx.save_for_backward(rows_TI if ctx.needs_input_grad[1] else None, weight_OI)
+        ctx.bias_dtype = None if bias_O is None else bias_O.dtype
+        out_TO = (rows_TI @ weight_OI.to(torch.bfloat16).T).float()
+        return out_TO if bias_O is None else out_TO.add_(bias_O.float())
+
+    @staticmethod
+    def backward(ctx, grad_TO: Tensor) -> tuple[Tensor | None, ...]:
+        rows_TI, weight_OI = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        short_TO = grad_TO.to(torch.bfloat16)
+        return (
+            (short_TO @ weight_OI.to(torch.bfloat16)).float() if need_x else None,
+            (short_TO.T @ rows_TI).to(weight_OI.dtype) if need_weight else None,
             grad_TO.sum(0).to(ctx.bias_dtype) if need_bias else None,
         )
 
