@@ -290,6 +290,11 @@ def read_run(words: Sequence[str]) -> Run:
 
     Raises ConfigError in one sentence for anything that does not fit.
     """
+    return run_from(*read_values(words))
+
+
+def read_values(words: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """The flat, unchecked values of such words, and where they come from."""
     words = list(words)
     values: dict[str, Any] = {}
     origin = "the command line"
@@ -298,7 +303,7 @@ def read_run(words: Sequence[str]) -> Run:
         if Path(origin).suffix not in (".yaml", ".yml", ".json"):
             raise ConfigError(f"{origin!r} is not a .yaml, .yml or .json file of settings")
         values = read_yaml(origin)
-    return run_from(values | read_overrides(_undashed(words)), origin)
+    return values | read_overrides(_undashed(words)), origin
 
 
 def run_from(values: Mapping[str, Any], origin: str = "the settings") -> Run:

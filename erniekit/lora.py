@@ -118,7 +118,7 @@ def add_lora(model: ErnieModel, lora: LoRA, *, seed: int) -> None:
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for parent, name, child in list(_projections(model)):
+    for parent, name, child in list(projections(model)):
         wrapped = (
             LoRAExperts(child, lora) if isinstance(child, Experts) else LoRALinear(child, lora)
         )
