@@ -138,7 +138,8 @@ def merge_lora(model: ErnieModel) -> None:
                 setattr(parent, name, child.merge())
 
 
-def _projections(model: ErnieModel) -> Iterator[tuple[nn.Module, str, Linear | Experts]]:
+def projections(model: ErnieModel) -> Iterator[tuple[nn.Module, str, Linear | Experts]]:
+    """Parent, name and module of everything that gets a pair."""
     for block in model.model.layers:
         for parent in block.modules():
             for name, child in parent.named_children():
