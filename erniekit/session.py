@@ -30,6 +30,7 @@ from erniekit.evaluate import evaluate
 from erniekit.gradients import Gradients, SummedEmbedding
 from erniekit.loop import Parts, Progress, train
 from erniekit.optim import AdamW, treatments
+from erniekit.plan_report import record_error
 
 log = logging.getLogger("erniekit")
 
@@ -227,6 +228,7 @@ class Session:
     def finish(self) -> int:
         """Write the final model into the output folder itself: adapter, or bfloat16 weights."""
         output = self.run.output
+        record_error(self.run, self.device)
         self.gradients.release()
         if not self.run.is_lora:
             self.optimizer.state.clear()
