@@ -4,7 +4,8 @@
 
 Twenty short runs of the real command, each a process of its own: networks of random weights with
 the sizes of ERNIE-4.5-0.3B in fewer layers and a small mixture of experts, full and LoRA, and every
-setting that the plan says changes memory. The measure is the largest resident memory of the process.
+setting that the plan says changes memory. The measure is the largest resident memory of the
+process.
 """
 
 from __future__ import annotations

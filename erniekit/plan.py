@@ -22,8 +22,6 @@ import re
 from collections import Counter
 from dataclasses import dataclass, field
 
-import torch
-
 from ernie.config import ErnieConfig
 from ernie.model import ErnieModel
 from ernie.settings import ConfigError
