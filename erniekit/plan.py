@@ -8,6 +8,7 @@ largest of the moments of a step:
     head       everything kept, and a chunk of logits
     layer l    sums of the layers above l, activations of l and those below, temporaries of l
     update     all sums, no activations
+    loading    the weights, and the pages of the file they come from
 
 Rows are taken as full: the plan is for the longest batch. Refused: multimodal networks, and degrees
 that are no positive numbers.
@@ -36,6 +37,7 @@ _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 CPU_BASE = 265 * 2**20
 TOKENIZER_BYTES = 700  # resident, by token of the vocabulary
 GPU_BASE = 0  # peaks on a GPU count tensors only
+FILE_BYTES = 5 * 10**9  # largest weight file of a checkpoint; one is read at a time
 BLOCK_BUFFER = 16 * 2**20  # of bfloat16 weights widened block by block (ernie.kernels.cpu)
 
 
@@ -202,6 +204,8 @@ def layer_words(config: ErnieConfig, run: Run, layer: int) -> dict[str, float]:
 def kept_words(config: ErnieConfig, run: Run, layer: int) -> float:
     """Words per token kept of a block from the forward to the backward pass."""
     words = layer_words(config, run, layer)
+    if layer == 0 and run.is_lora:  # nothing below is trained: its first norm keeps nothing
+        words["stream"] -= config.hidden_size + 1
     granularity = run.model.recompute_granularity if run.model.recompute else None
     if layer in run.model.no_recompute_layers:
         granularity = None
@@ -239,7 +243,7 @@ def _peak(
         "gradients": sizes.sums[-1],
     }
     update = {"gradients": sizes.sums.total()}
-    moments = {"the loss": head, "the update": update}
+    moments: dict[str, dict[str, float]] = {"the loss": head, "the update": update}
     all_at_once = run.training.gradient_accumulation_steps > 1
     if all_at_once:
         head["gradients"] = sizes.sums.total()
@@ -251,15 +255,21 @@ def _peak(
             "temporaries": unit * _temporary_words(config, run, n) + word * sizes.largest[n],
             "gradients": sizes.sums.total() if all_at_once else done,
         }
+    for parts in moments.values():
+        parts["gradients"] /= degrees.pipeline
+        parts["optimizer"] = sizes.state.total() / degrees.pipeline
+    if device == "cpu" and run.model.continue_training:
+        # Pages of the file that is being read are resident beside the weights.
+        moments["loading"] = {"file": min(2 * sizes.num_params, FILE_BYTES)}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     resident = {
         "weights": sizes.weights.total() / degrees.pipeline,
-        "optimizer": sizes.state.total() / degrees.pipeline,
         **moments[moment],
         "process": _process_bytes(config, run, device),
     }
-    resident["gradients"] /= degrees.pipeline
-    names = ("weights", "gradients", "optimizer", "activations", "temporaries", "loss", "process")
+    names = (
+        "weights", "file", "gradients", "optimizer", "activations", "temporaries", "loss", "process"
+    )  # fmt: skip
     return {name: round(resident.get(name, 0)) for name in names}, moment
 
 

@@ -196,21 +196,20 @@ def _candidates(run: Run) -> list[tuple[dict[str, Any], str]]:
 
 
 def changes_that_fit(run: Run, device: str, degrees: Degrees, limit: int) -> list[Change]:
-    """At most three changes that fit, cheapest first: single ones, else pairs, else triples."""
+    """At most three changes that fit: single ones, then pairs; each cheapest first."""
     singles = _candidates(run)
     groups = [[single] for single in singles]
     found: list[Change] = []
-    for _ in range(3):
+    for _ in range(2):
         for group in groups:
             settings = {key: value for change, _ in group for key, value in change.items()}
-            changed = _changed(run, settings, device)
-            planned = plan(changed, device, degrees)
+            if any(change.settings.items() <= settings.items() for change in found):
+                continue  # more than what already fits
+            planned = plan(_changed(run, settings, device), device, degrees)
             if planned.peak <= limit:
                 found.append(Change(settings, "; ".join(cost for _, cost in group), planned))
                 if len(found) == 3:
                     return found
-        if found:
-            return found
         groups = [
             [*group, single]
             for group in groups
@@ -310,7 +309,7 @@ def _table(
     if changes:
         lines.append("changes that make it fit, cheapest first:")
     elif found.peak > here.memory:
-        lines.append("no three settings make it fit; divide it over ranks, or take a smaller model")
+        lines.append("no two settings make it fit; divide it over ranks, or take a smaller model")
     for c in changes:
         words = " ".join(f"{key}={_word(value)}" for key, value in c.settings.items())
         saved = (found.peak - c.plan.peak) / GIB
