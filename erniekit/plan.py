@@ -242,7 +242,7 @@ def _peak(
         "loss": chunk * vocabulary * 4 * (1 if word == 4 else 2.5) + unit * 3 * config.hidden_size,
         "gradients": sizes.sums[-1],
     }
-    update = {"gradients": sizes.sums.total()}
+    update: dict[str, float] = {"gradients": sizes.sums.total()}
     moments: dict[str, dict[str, float]] = {"the loss": head, "the update": update}
     all_at_once = run.training.gradient_accumulation_steps > 1
     if all_at_once:
