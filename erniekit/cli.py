@@ -48,6 +48,13 @@ VERBS = {
         "Train a model; started again, it goes on where it was. SIGTERM and Ctrl-C finish the step "
         "and save first (exit status 0 and 130).",
     ),
+    "plan": Verb(
+        "erniekit.plan_report:run_plan",
+        (),
+        "Memory, time and disk of a training run, and what makes it fit, from its settings alone; "
+        "no weights are read.",
+        "[FILE.yaml] [KEY=VALUE ...] [plan_memory_gib=N] [--json]",
+    ),
     "export": Verb(
         "erniekit.export:export",
         (Model, Training, Export),

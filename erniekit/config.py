@@ -357,7 +357,12 @@ def read_run(words: Sequence[str]) -> Run:
 
     Raises ConfigError in one sentence for anything that does not fit.
     """
-    given, words = tuple(words), list(words)
+    return dataclasses.replace(run_from(*read_values(words)), words=tuple(words))
+
+
+def read_values(words: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """The flat, unchecked values of such words, and where they come from."""
+    words = list(words)
     values: dict[str, Any] = {}
     origin = "the command line"
     if words and "=" not in words[0] and not words[0].startswith("-"):
@@ -365,8 +370,7 @@ def read_run(words: Sequence[str]) -> Run:
         if Path(origin).suffix not in (".yaml", ".yml", ".json"):
             raise ConfigError(f"{origin!r} is not a .yaml, .yml or .json file of settings")
         values = read_yaml(origin)
-    run = run_from(values | read_overrides(_undashed(words)), origin)
-    return dataclasses.replace(run, words=given)
+    return values | read_overrides(_undashed(words)), origin
 
 
 def run_from(values: Mapping[str, Any], origin: str = "the settings") -> Run:

@@ -119,7 +119,7 @@ def add_lora(model: ErnieModel, lora: LoRA, *, seed: int) -> None:
     """
     model.requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)
-    for parent, name, child in list(_projections(model)):
+    for parent, name, child in list(projections(model)):
         wrapped = (
             LoRAExperts(child, lora) if isinstance(child, Experts) else LoRALinear(child, lora)
         )
@@ -154,7 +154,8 @@ def merge_lora(model: ErnieModel) -> None:
                 setattr(parent, name, child.merge())
 
 
-def _projections(model: ErnieModel) -> Iterator[tuple[nn.Module, str, Linear | Experts]]:
+def projections(model: ErnieModel) -> Iterator[tuple[nn.Module, str, Linear | Experts]]:
+    """Parent, name and module of everything that gets a pair."""
     for block in model.model.layers:
         for parent in block.modules():
             for name, child in parent.named_children():

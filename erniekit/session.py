@@ -31,6 +31,7 @@ from erniekit.evaluate import evaluate
 from erniekit.gradients import Gradients, SummedEmbedding
 from erniekit.loop import Parts, Progress, train
 from erniekit.optim import OPTIMIZERS, treatments
+from erniekit.plan_report import record_error
 from erniekit.report.reporter import Reporter
 
 log = logging.getLogger("erniekit")
@@ -243,6 +244,7 @@ class Session:
     def finish(self) -> int:
         """Write the final model into the output folder itself: adapter, or bfloat16 weights."""
         output = self.run.output
+        record_error(self.run, self.device)
         self.gradients.release()
         if not self.run.is_lora:
             self.optimizer.state.clear()

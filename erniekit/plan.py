@@ -1,0 +1,291 @@
+"""What a training run will take, from its settings alone: memory by part, and arithmetic.
+
+The network is built on the meta device, so nothing is read and nothing is allocated. Weights,
+sums of gradients and the optimizer's state are exact. Activations are what autograd keeps in our
+own blocks, counted in words (`layer_words`, checked against autograd in the tests); the peak is the
+largest of the moments of a step:
+
+    head       everything kept, and a chunk of logits
+    layer l    sums of the layers above l, activations of l and those below, temporaries of l
+    update     all sums, no activations
+    loading    the weights, and the pages of the file they come from
+
+Rows are taken as full: the plan is for the longest batch. Refused: multimodal networks, and degrees
+that are no positive numbers.
+
+Legend: T tokens of a batch, D hidden size, I width of the feed-forward, M of an expert, E experts,
+K chosen ones, H query heads, G key heads, d head width, r rank of the adapters.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+from ernie.config import ErnieConfig
+from ernie.model import ErnieModel
+from ernie.settings import ConfigError
+from erniekit.build import config_of, weights_dtype
+from erniekit.config import Run
+from erniekit.lora import projections
+
+GIB = 2**30
+_LAYER = re.compile(r"^model\.layers\.(\d+)\.")
+
+# Resident memory of a process with torch and this package imported and its thread pool running.
+CPU_BASE = 265 * 2**20
+TOKENIZER_BYTES = 700  # resident, by token of the vocabulary
+GPU_BASE = 0  # peaks on a GPU count tensors only
+FILE_BYTES = 5 * 10**9  # largest weight file of a checkpoint; one is read at a time
+BLOCK_BUFFER = 16 * 2**20  # of bfloat16 weights widened block by block (ernie.kernels.cpu)
+
+
+@dataclass(frozen=True)
+class Degrees:
+    """Over how many processes each kind of division spreads one copy of the model."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    sharding: int = 1
+    expert: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ConfigError(f"the {name} degree {value} is too small; give 1 or more")
+
+    @property
+    def num_ranks(self) -> int:
+        return self.tensor * self.pipeline * max(self.sharding, self.expert)
+
+
+@dataclass
+class Sizes:
+    """Bytes of what lives through a step on one rank, by layer number; -1 is outside the blocks."""
+
+    weights: Counter[int] = field(default_factory=Counter)
+    sums: Counter[int] = field(default_factory=Counter)
+    state: Counter[int] = field(default_factory=Counter)
+    largest: Counter[int] = field(default_factory=Counter)  # trained elements of one tensor
+    num_params: int = 0
+    num_trained: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes of one rank at its peak, and the arithmetic of a step."""
+
+    parts: dict[str, int]
+    moment: str  # at which the peak is reached
+    num_params: int
+    num_trained: int
+    tokens_per_step: int  # of one data parallel copy
+    flops_per_step: float  # of one rank
+    checkpoint_bytes: int
+    final_bytes: int
+
+    @property
+    def peak(self) -> int:
+        return sum(self.parts.values())
+
+
+def plan(run: Run, device: str, degrees: Degrees = Degrees()) -> Plan:
+    """The plan of a `resolved` run on a `device` ("cpu" or "cuda").
+
+    Raises ConfigError for a model that is not known or cannot be trained here.
+    """
+    config = config_of(run.model.model_name_or_path)
+    if config.vision_config:
+        raise ConfigError(
+            f"{run.model.model_name_or_path} reads images, which cannot be trained here; plan one "
+            "of the text models (0.3B, 21B-A3B, 300B-A47B)"
+        )
+    sizes = sizes_of(config, run, device, degrees)
+    batch = run.training.batch_size * run.data.max_seq_len
+    parts, moment = _peak(config, run, device, degrees, sizes, batch)
+    tokens = batch * run.training.gradient_accumulation_steps
+    saved = sizes.state.total() + (0 if run.is_lora else sizes.weights.total())
+    trained = 4 * sizes.num_trained
+    return Plan(
+        parts,
+        moment,
+        sizes.num_params,
+        sizes.num_trained,
+        tokens,
+        _flops(config, run, tokens) / (degrees.tensor * degrees.pipeline),
+        saved + (trained if run.is_lora else 0),
+        trained if run.is_lora else 2 * sizes.num_params,
+    )
+
+
+# --- what lives through a step ---
+
+
+def sizes_of(config: ErnieConfig, run: Run, device: str, degrees: Degrees = Degrees()) -> Sizes:
+    """Exact bytes of weights, sums of gradients and optimizer state on the fullest rank."""
+    dtype = weights_dtype(run, device)
+    model = ErnieModel(config, dtype=dtype, device="meta")
+    sizes = Sizes()
+    has_float32_sum = {"model.embed_tokens.weight", "lm_head.weight"}
+    for name, p in model.named_parameters():
+        trained = not run.is_lora and p.requires_grad
+        if name.startswith("model.mtp."):
+            trained = trained and bool(run.model.num_nextn_predict_layers)
+        float32 = name in has_float32_sum
+        _add(sizes, name, p.numel(), p.element_size(), trained, float32, run, degrees)
+    if run.is_lora:
+        names = {module: name for name, module in model.named_modules()}
+        for parent, child_name, child in projections(model):
+            name = f"{names[parent]}.{child_name}"
+            for weight in child.parameters():
+                if weight.dim() > 1:
+                    *stack, out_size, in_size = weight.shape
+                    for size in (in_size, out_size):
+                        count = run.model.lora_rank * size * (stack[0] if stack else 1)
+                        _add(sizes, name, count, 4, True, False, run, degrees)
+    return sizes
+
+
+def _add(
+    sizes: Sizes,
+    name: str,
+    numel: int,
+    width: int,
+    trained: bool,
+    float32_sum: bool,
+    run: Run,
+    degrees: Degrees,
+) -> None:
+    match = _LAYER.match(name)
+    layer = int(match[1]) if match else -1
+    sizes.num_params += numel
+    sizes.num_trained += numel * trained
+    experts = ".experts" in name and degrees.expert > 1
+    count = numel // (degrees.expert if experts else degrees.tensor)
+    sizes.weights[layer] += count * width
+    if not trained:
+        return
+    o = run.optimisation
+    moments = 2 * (2 if o.use_lowprecision_moment else 4)
+    original = 4 if width < 4 else 0
+    copies = max(degrees.sharding // degrees.expert, 1) if experts else degrees.sharding
+    sizes.sums[layer] += count * (4 if o.amp_master_grad or float32_sum else 2)
+    sizes.state[layer] += count * (moments + original) // copies
+    sizes.largest[layer] = max(sizes.largest[layer], count)
+
+
+# --- activations ---
+
+
+def layer_words(config: ErnieConfig, run: Run, layer: int) -> dict[str, float]:
+    """Words per token that autograd keeps of a block when nothing of it is computed again.
+
+    A word is an element of the activations' dtype; int64 indices count two, as on a CPU.
+    """
+    c, rank = config, run.model.lora_rank * run.is_lora
+    d = c.hidden_size
+    words = {
+        "stream": 2.0 * (d + 1),  # the two inputs of norms, and their scales
+        "attention_input": float(d),
+        "attention": 2.0 * c.q_size + 2 * c.kv_size + c.num_attention_heads + 4 * rank,
+        "mlp_input": float(d),
+    }
+    if not c.is_moe_layer(layer):
+        return words | {"mlp": 2.0 * c.intermediate_size + 3 * rank}
+    top_k, size, experts = c.moe_k or 0, c.expert_sizes[0], c.experts_per_bank[0]
+    routing = 2 * experts + 2 * top_k + 2 * top_k + 2
+    indices = 2 * 2 * top_k
+    rows = top_k * (d + 3 * size + d + 2 * rank)
+    shared = 2 * c.shared_size + 3 * rank if c.shared_size else 0
+    return words | {"mlp": float(routing + indices + rows + shared)}
+
+
+def kept_words(config: ErnieConfig, run: Run, layer: int) -> float:
+    """Words per token kept of a block from the forward to the backward pass."""
+    words = layer_words(config, run, layer)
+    if layer == 0 and run.is_lora:  # nothing below is trained: its first norm keeps nothing
+        words["stream"] -= config.hidden_size + 1
+    granularity = run.model.recompute_granularity if run.model.recompute else None
+    if layer in run.model.no_recompute_layers:
+        granularity = None
+    if granularity == "full":
+        routing = 2 * config.experts_per_bank[0] if config.is_moe_layer(layer) else 0
+        return config.hidden_size + routing
+    dropped = {"full_attn": "attention", "mlp": "mlp"}.get(granularity or "")
+    return sum(count for part, count in words.items() if part != dropped)
+
+
+def _temporary_words(config: ErnieConfig, run: Run, layer: int) -> float:
+    """Words per token that the backward pass of a block holds at once besides what was kept."""
+    words = layer_words(config, run, layer)
+    recomputed = sum(words.values()) - kept_words(config, run, layer)
+    d = config.hidden_size
+    if config.is_moe_layer(layer):
+        top_k, size = config.moe_k or 0, config.expert_sizes[0]
+        return recomputed + top_k * (2 * d + 5 * size) + 3 * d
+    return recomputed + 4 * config.intermediate_size + 3 * d
+
+
+def _peak(
+    config: ErnieConfig, run: Run, device: str, degrees: Degrees, sizes: Sizes, batch: int
+) -> tuple[dict[str, int], str]:
+    """Bytes by part at the fullest moment of a step, and its name."""
+    word = 4 if device == "cpu" else 2
+    unit = word * batch / degrees.tensor
+    layers = range(config.num_hidden_layers)
+    kept = [unit * kept_words(config, run, n) for n in layers]
+    chunk = min(run.model.loss_subbatch_seqlen, batch)
+    vocabulary = config.vocab_size / degrees.tensor
+    head = {
+        "activations": sum(kept) + unit * (config.hidden_size + config.head_dim),
+        "loss": chunk * vocabulary * 4 * (1 if word == 4 else 2.5) + unit * 3 * config.hidden_size,
+        "gradients": sizes.sums[-1],
+    }
+    update: dict[str, float] = {"gradients": sizes.sums.total()}
+    moments: dict[str, dict[str, float]] = {"the loss": head, "the update": update}
+    all_at_once = run.training.gradient_accumulation_steps > 1
+    if all_at_once:
+        head["gradients"] = sizes.sums.total()
+    done = sizes.sums[-1]
+    for n in reversed(layers):
+        done += sizes.sums[n]
+        moments[f"layer {n} backward"] = {
+            "activations": sum(kept[: n + 1]) + unit * 2 * config.hidden_size,
+            "temporaries": unit * _temporary_words(config, run, n) + word * sizes.largest[n],
+            "gradients": sizes.sums.total() if all_at_once else done,
+        }
+    for parts in moments.values():
+        parts["gradients"] /= degrees.pipeline
+        parts["optimizer"] = sizes.state.total() / degrees.pipeline
+    if device == "cpu" and run.model.continue_training:
+        # Pages of the file that is being read are resident beside the weights.
+        moments["loading"] = {"file": min(2 * sizes.num_params, FILE_BYTES)}
+    moment = max(moments, key=lambda name: sum(moments[name].values()))
+    resident = {
+        "weights": sizes.weights.total() / degrees.pipeline,
+        **moments[moment],
+        "process": _process_bytes(config, run, device),
+    }
+    names = (
+        "weights", "file", "gradients", "optimizer", "activations", "temporaries", "loss", "process"
+    )  # fmt: skip
+    return {name: round(resident.get(name, 0)) for name in names}, moment
+
+
+def _process_bytes(config: ErnieConfig, run: Run, device: str) -> int:
+    if device != "cpu":
+        return GPU_BASE
+    buffer = BLOCK_BUFFER if run.is_lora else 0
+    return CPU_BASE + TOKENIZER_BYTES * config.vocab_size + buffer
+
+
+# --- arithmetic ---
+
+
+def _flops(config: ErnieConfig, run: Run, tokens: int) -> float:
+    """Forward once, backward twice as much (once with frozen weights), and what is done again."""
+    forward = tokens * config.flops_per_token(run.data.max_seq_len // 2)
+    again = {"full": 1.0, "full_attn": 0.25, "mlp": 0.65}.get(run.model.recompute_granularity, 0)
+    share = 1 - len(run.model.no_recompute_layers) / config.num_hidden_layers
+    return forward * ((2 if run.is_lora else 3) + again * share * run.model.recompute)

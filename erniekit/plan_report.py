@@ -1,0 +1,362 @@
+"""`erniekit plan`: what a run takes on this machine, what makes it fit, and how wrong the plan was.
+
+Nothing is invented: every suggested change is planned like the run itself, and shown only if it
+fits. Degrees of parallelism are read for the arithmetic of one rank whether or not this build runs
+them; a file that `erniekit train` would refuse says so in a note.
+
+Refused: a memory that is no positive number, and all that `erniekit.plan` refuses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from ernie.settings import ConfigError
+from erniekit import checkpoint, config, memory
+from erniekit.config import Run, resolved, run_from
+from erniekit.plan import GIB, Degrees, Plan, plan
+
+log = logging.getLogger("erniekit")
+
+ERROR_FILE = "plan_error.json"
+# Keys that divide a model; -1 and nothing mean 1, for sharding "what is left", which a file alone
+# does not say.
+DEGREES = {
+    "tensor": ("tensor_parallel_degree", "tensor_model_parallel_size"),
+    "pipeline": ("pipeline_parallel_degree", "pipeline_model_parallel_size"),
+    "sharding": ("sharding_parallel_degree", "sharding_parallel_size"),
+    "expert": ("expert_parallel_degree", "expert_model_parallel_size"),
+}
+# Values of other keys that are planned as the default when this build refuses them.
+PLANNED_AS = {"stage": "SFT", "compute_type": "bf16"}
+
+# Dense bfloat16 products, TFLOP/s, of the makers' data sheets; and the share a run is taken to get.
+GPU_TFLOPS = {"H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0}
+GPU_SHARE = 0.4
+CPU_SHARE = 0.7
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan is held against: bytes of memory, operations a second, and where that is from."""
+
+    memory: int
+    flops_per_second: float
+    told: str
+
+
+@dataclass(frozen=True)
+class Change:
+    """Settings that make a run fit: what they are, and the run's plan with them."""
+
+    settings: dict[str, Any]
+    cost: str
+    plan: Plan
+
+
+def run_plan(words: Sequence[str]) -> int:
+    """The verb: prints a table, or with `--json` one object; returns 0, or 1 if it does not fit."""
+    words = list(words)
+    as_json = "--json" in words
+    words = [word for word in words if word != "--json"]
+    if not words:
+        raise ConfigError("no settings were given; give a .yaml file, or key=value words")
+    values, origin = config.read_values(words)
+    limit = _limit(values.pop("plan_memory_gib", None))
+    run, degrees, notes = read_plannable(values, origin)
+    device = _device(run)
+    run = resolved(run, device)
+    found, here = plan(run, device, degrees), machine(device, limit)
+    fits = found.peak <= here.memory
+    changes = [] if fits else changes_that_fit(run, device, degrees, here.memory)
+    if as_json:
+        print(json.dumps(_as_dict(run, found, here, degrees, changes, notes), indent=1))
+    else:
+        print(_table(run, found, here, degrees, changes, notes))
+    return 0 if fits else 1
+
+
+def _limit(value: Any) -> int | None:
+    if value is None:
+        return None
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = 0.0
+    if not 0 < number < float("inf"):
+        raise ConfigError(f"plan_memory_gib={value} is no size; give a number of GiB above 0")
+    return int(number * GIB)
+
+
+def read_plannable(values: dict[str, Any], origin: str) -> tuple[Run, Degrees, list[str]]:
+    """The run without what only divides it, the degrees, and what `train` would say against it."""
+    notes = []
+    try:
+        run_from(values, origin)
+    except ConfigError as error:
+        notes.append(f"erniekit train would refuse this: {error}")
+    rest, degrees = dict(values), {}
+    for name, keys in DEGREES.items():
+        given = [_degree(key, rest.pop(key)) for key in keys if key in rest]
+        degrees[name] = max(given, default=1)
+    for key, planned in PLANNED_AS.items():
+        if notes and str(rest.get(key, planned)) != planned:
+            notes.append(f"planned as {key}={planned}; {key}={rest[key]} is not counted")
+            rest[key] = planned
+    return run_from(rest, origin), Degrees(**degrees), notes
+
+
+def _degree(key: str, value: Any) -> int:
+    text = str(value).strip().lower()
+    if text in ("", "none", "null", "-1"):
+        return 1
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"{key}={value} is no degree; give -1, or 1, 2..")
+    return int(text)
+
+
+def _device(run: Run) -> str:
+    """cpu or cuda as `run` says; a GPU that is not here can be planned for all the same."""
+    wanted = {"gpu": "cuda"}.get(run.training.device, run.training.device)
+    if wanted == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if wanted not in ("cpu", "cuda"):
+        raise ConfigError(f"device={run.training.device!r} is not known; use auto, cpu or gpu")
+    return wanted
+
+
+def machine(device: str, limit: int | None = None) -> Machine:
+    """This machine; a GPU that is not here is taken as an H100 of 80 GB. Takes under a second."""
+    if device == "cpu":
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        rate = _product_rate()
+        told = f"CPU, products measured at {rate / 1e9:.0f} GFLOP/s, of which {CPU_SHARE:.0%}"
+        return Machine(limit or total, rate * CPU_SHARE, told)
+    name, total = "H100", int(80e9)
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        name, total = properties.name, properties.total_memory
+    peak = next((rate for key, rate in GPU_TFLOPS.items() if key in name), GPU_TFLOPS["A100"])
+    told = f"{name}, {peak:g} TFLOP/s by the table, of which {GPU_SHARE:.0%} assumed"
+    return Machine(limit or total, peak * 1e12 * GPU_SHARE, told)
+
+
+def _product_rate(size: int = 768, repeats: int = 5) -> float:
+    """Operations a second of float32 products, by the best of a few."""
+    a = torch.ones(size, size)
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        seconds.append(time.perf_counter() - start)
+    return 2 * size**3 / min(seconds)
+
+
+# --- what makes it fit ---
+
+
+def _candidates(run: Run) -> list[tuple[dict[str, Any], str]]:
+    """Single changes and what they cost, cheapest first."""
+    model, training, o = run.model, run.training, run.optimisation
+    found: list[tuple[dict[str, Any], str]] = []
+    if model.loss_subbatch_seqlen > 64:
+        found.append(({"loss_subbatch_seqlen": 64}, "smaller products in the loss"))
+    if training.batch_size > 1:
+        rows = training.batch_size * training.gradient_accumulation_steps
+        split = {"batch_size": 1, "gradient_accumulation_steps": rows}
+        found.append((split, "the same step in smaller passes"))
+    if not (model.recompute and model.recompute_granularity == "full"):
+        for part, cost in (
+            ("full_attn", "attention"),
+            ("mlp", "feed-forwards"),
+            ("full", "blocks"),
+        ):
+            again = {"recompute": True, "recompute_granularity": part}
+            found.append((again, f"{cost} are computed twice"))
+    if not o.use_lowprecision_moment:
+        found.append(({"use_lowprecision_moment": True}, "moments are rounded, without bias"))
+    if o.amp_master_grad and not run.is_lora:
+        found.append(({"amp_master_grad": False}, "sums of gradients are rounded"))
+    lengths = [n for n in (32768, 16384, 8192, 4096, 2048, 1024, 512) if n < run.data.max_seq_len]
+    found += [({"max_seq_len": n}, f"dialogues above {n} tokens are cut") for n in lengths]
+    if not run.is_lora:
+        found.append(({"fine_tuning": "LoRA"}, "only adapters are trained"))
+    return found
+
+
+def changes_that_fit(run: Run, device: str, degrees: Degrees, limit: int) -> list[Change]:
+    """At most three changes that fit: single ones, then pairs; each cheapest first."""
+    singles = _candidates(run)
+    groups = [[single] for single in singles]
+    found: list[Change] = []
+    for _ in range(2):
+        for group in groups:
+            settings = {key: value for change, _ in group for key, value in change.items()}
+            if any(change.settings.items() <= settings.items() for change in found):
+                continue  # more than what already fits
+            planned = plan(_changed(run, settings, device), device, degrees)
+            if planned.peak <= limit:
+                found.append(Change(settings, "; ".join(cost for _, cost in group), planned))
+                if len(found) == 3:
+                    return found
+        groups = [
+            [*group, single]
+            for group in groups
+            for single in singles[singles.index(group[-1]) + 1 :]
+            if not any(set(single[0]) & set(change) for change, _ in group)
+        ]
+    return found
+
+
+def _changed(run: Run, settings: dict[str, Any], device: str) -> Run:
+    """The run with other settings, as if its file had said so."""
+    groups = {}
+    for name in ("model", "data", "training", "optimisation"):
+        group = getattr(run, name)
+        own = {f.name for f in dataclasses.fields(group)} & set(settings)
+        groups[name] = dataclasses.replace(group, **{key: settings[key] for key in own})
+    if settings.get("fine_tuning") == "LoRA":  # its precisions are not those chosen for Full
+        free = {"amp_master_grad": None, "use_lowprecision_moment": None} | {
+            key: settings[key] for key in ("use_lowprecision_moment",) if key in settings
+        }
+        groups["optimisation"] = dataclasses.replace(groups["optimisation"], **free)
+    return resolved(dataclasses.replace(run, **groups), device)
+
+
+# --- for people and for programs ---
+
+
+def _checkpoints(run: Run, found: Plan) -> int:
+    """Bytes on disk when the run is over: checkpoints kept, and the final model."""
+    t = run.training
+    steps = t.max_steps if t.max_steps > 0 else None
+    if t.save_strategy == "no":
+        kept = 1
+    elif t.save_strategy == "steps" and steps is not None:
+        kept = max(-(-steps // t.save_steps), 1)
+    else:
+        kept = t.save_total_limit or 1
+    return min(kept, t.save_total_limit or kept) * found.checkpoint_bytes + found.final_bytes
+
+
+def _as_dict(
+    run: Run,
+    found: Plan,
+    here: Machine,
+    degrees: Degrees,
+    changes: list[Change],
+    notes: list[str],
+) -> dict[str, Any]:
+    return {
+        "model": run.model.model_name_or_path,
+        "fits": found.peak <= here.memory,
+        "peak_bytes": found.peak,
+        "memory_bytes": here.memory,
+        "moment": found.moment,
+        "parts": found.parts,
+        "num_params": found.num_params,
+        "num_trained": found.num_trained,
+        "ranks": degrees.num_ranks,
+        "tokens_per_step": found.tokens_per_step,
+        "flops_per_step": found.flops_per_step,
+        "seconds_per_step": found.flops_per_step / here.flops_per_second,
+        "steps": run.training.max_steps if run.training.max_steps > 0 else None,
+        "disk_bytes": _checkpoints(run, found),
+        "machine": here.told,
+        "changes": [
+            {"settings": c.settings, "cost": c.cost, "peak_bytes": c.plan.peak} for c in changes
+        ],
+        "notes": notes,
+    }
+
+
+def _table(
+    run: Run,
+    found: Plan,
+    here: Machine,
+    degrees: Degrees,
+    changes: list[Change],
+    notes: list[str],
+) -> str:
+    seconds = found.flops_per_step / here.flops_per_second
+    fits = "fits" if found.peak <= here.memory else "does not fit"
+    rows = [f"  {name:<14}{size / GIB:>10.2f} GiB" for name, size in found.parts.items() if size]
+    steps = run.training.max_steps
+    length = f", {steps} steps {_duration(steps * seconds)}" if steps > 0 else ""
+    lines = [
+        f"{run.model.model_name_or_path}: {found.num_trained:,} of {found.num_params:,} parameters "
+        f"trained ({run.model.fine_tuning})",
+        f"memory{f' of one of {degrees.num_ranks} ranks' if degrees.num_ranks > 1 else ''}, at its "
+        f"peak ({found.moment}):",
+        *rows,
+        f"  {'together':<14}{found.peak / GIB:>10.2f} GiB, which {fits} in {here.memory / GIB:.2f}",
+        f"a step: {found.tokens_per_step:,} tokens, {found.flops_per_step / 1e12:.3g} TFLOP, "
+        f"{_duration(seconds)}{length} ({here.told})",
+        f"disk: {_checkpoints(run, found) / GIB:.2f} GiB; a checkpoint is "
+        f"{found.checkpoint_bytes / GIB:.2f}",
+    ]
+    if changes:
+        lines.append("changes that make it fit, cheapest first:")
+    elif found.peak > here.memory:
+        lines.append("no two settings make it fit; divide it over ranks, or take a smaller model")
+    for c in changes:
+        words = " ".join(f"{key}={_word(value)}" for key, value in c.settings.items())
+        saved = (found.peak - c.plan.peak) / GIB
+        more = c.plan.flops_per_step / c.plan.tokens_per_step
+        share = more / (found.flops_per_step / found.tokens_per_step) - 1
+        lines.append(
+            f"  {words}\n      {c.plan.peak / GIB:.2f} GiB, {saved:.2f} less; {share:+.0%} "
+            f"arithmetic a token; {c.cost}"
+        )
+    return "\n".join([*lines, *(f"note: {note}" for note in notes)])
+
+
+def _word(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.2g} s"
+
+
+# --- after a run ---
+
+
+def record_error(run: Run, device: str) -> None:
+    """Write planned and measured peak and step time beside the metrics of a run that ended."""
+    lines = (run.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [r for r in map(json.loads, lines) if "seconds" in r]
+    if not steps:
+        return
+    found, here = plan(run, device), machine(device)
+    measured = memory.peak_gib(torch.device(device))
+    values = {
+        "planned_peak_gib": found.peak / GIB,
+        "measured_peak_gib": measured,
+        "planned_seconds": found.flops_per_step / here.flops_per_second,
+        "measured_seconds": median(r["seconds"] for r in steps),
+        "row_fill": median(r["num_tokens"] for r in steps) / found.tokens_per_step,
+    }
+    checkpoint.replace_text(Path(run.output) / ERROR_FILE, json.dumps(values, indent=1) + "\n")
+    log.info(
+        "plan: %.2f GiB planned, %.2f measured; a step %s planned, %s measured (rows %.0f %% full)",
+        values["planned_peak_gib"],
+        measured,
+        _duration(values["planned_seconds"]),
+        _duration(values["measured_seconds"]),
+        100 * values["row_fill"],
+    )

@@ -1,0 +1,140 @@
+"""The plan of a run beside the real tensors of tiny models, and what it suggests."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+import ernie
+from ernie.models import TINY
+from erniekit import losses, plan_report
+from erniekit.build import lora_of, trained_parameters, weights_dtype
+from erniekit.cli import main
+from erniekit.config import Run, resolved, run_from
+from erniekit.gradients import Gradients
+from erniekit.lora import add_lora
+from erniekit.optim import AdamW, treatments
+from erniekit.plan import GIB, Degrees, kept_words, plan, sizes_of
+from erniekit.recompute import recompute
+
+DENSE = TINY["tiny-dense"]
+MOE = dataclasses.replace(
+    TINY["tiny-moe"], head_dim=16, num_nextn_predict_layers=0, num_hidden_layers=3
+)
+RELEASED = "baidu/ERNIE-4.5-0.3B-PT"
+
+
+def planned(**settings: object) -> Run:
+    return resolved(run_from(settings), "cpu")
+
+
+def built(config, run: Run) -> ernie.ErnieModel:
+    model = ernie.ErnieModel(config, dtype=weights_dtype(run, "cpu"))
+    model.init_weights(seed=0)
+    if run.is_lora:
+        add_lora(model, lora_of(run), seed=0)
+    return model
+
+
+def num_bytes(tensors) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
+@pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("fine_tuning", ["Full", "LoRA"])
+@pytest.mark.parametrize("low", ["true", "false"])
+def test_weights_sums_and_state_equal_those_of_real_tensors(config, fine_tuning, low) -> None:
+    run = planned(
+        fine_tuning=fine_tuning, use_lowprecision_moment=low, amp_master_grad=low, lora_rank=3
+    )
+    model = built(config, run)
+    trained = trained_parameters(model)
+    dtype = torch.float32 if run.optimisation.amp_master_grad else torch.bfloat16
+    head = (model.head_weight, model.model.embed_tokens.weight)
+    sums = Gradients(trained, dtype, float32_for=head)
+    rates = treatments(trained, run.optimisation, num_layers=3, lora_plus_scale=1.0)
+    optimizer = AdamW(trained, rates, run.optimisation, seed=0)
+    sizes = sizes_of(config, run, "cpu")
+    assert sizes.weights.total() == num_bytes(model.parameters())
+    assert sizes.sums.total() == num_bytes(sums.sum_of(p) for p in trained.values())
+    assert sizes.state.total() == num_bytes(optimizer.tensors().values())
+    assert sizes.num_trained == sum(p.numel() for p in trained.values())
+
+
+@pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
+@pytest.mark.parametrize("fine_tuning", ["Full", "LoRA"])
+@pytest.mark.parametrize("granularity", [None, "full", "full_attn", "mlp"])
+def test_kept_activations_equal_what_autograd_saves(config, fine_tuning, granularity) -> None:
+    again = {"recompute": True, "recompute_granularity": granularity} if granularity else {}
+    run = planned(fine_tuning=fine_tuning, lora_rank=3, **again)
+    model = built(config, run)
+    recompute(model, granularity)
+    tokens = 64
+    ids_T, positions_T = torch.arange(tokens) % 199, torch.arange(tokens)
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes: dict[int, int] = {}
+
+    def note(saved: torch.Tensor) -> torch.Tensor:
+        storage = saved.untyped_storage()
+        if storage.data_ptr() not in known:
+            sizes[storage.data_ptr()] = storage.nbytes()
+        return saved
+
+    batch = losses.Flat(ids_T, ids_T, positions_T, torch.tensor([0, tokens], dtype=torch.int32))
+    attend = losses.packed_causal(batch.cu_seqlens_S1)
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
+        routings: list = []
+        hidden_TD = model.hidden(ids_T, positions_T, attend, routings=routings)
+    for routing in filter(None, routings):  # held for the balance losses
+        note(routing.probs_TE)
+        note(routing.logits_TE)
+    counted = sum(sizes.values()) / tokens / 4
+    # cos and sin, shared by the layers; a recomputed attention holds them without saving them
+    tables = 0 if granularity in ("full", "full_attn") else config.head_dim
+    formula = tables + sum(kept_words(config, run, n) for n in range(config.num_hidden_layers))
+    assert hidden_TD.requires_grad
+    assert formula == pytest.approx(counted, rel=0.05), f"{formula:.0f} planned, {counted:.0f} kept"
+
+
+def test_each_suggested_change_fits_when_it_is_planned_itself() -> None:
+    run = planned(model_name_or_path=RELEASED, fine_tuning="Full", batch_size=4)
+    limit = 6 * GIB
+    assert plan(run, "cpu").peak > limit
+    changes = plan_report.changes_that_fit(run, "cpu", Degrees(), limit)
+    assert len(changes) == 3
+    for change in changes:
+        values = {k: v for k, v in run.flat().items() if v not in (None, [])}
+        own = planned(**{**values, **change.settings})
+        assert plan(own, "cpu").peak == change.plan.peak <= limit, change.settings
+
+
+def test_ranks_divide_the_weights_and_the_note_says_what_cannot_run(capsys) -> None:
+    words = ["plan", "model_name_or_path=baidu/ERNIE-4.5-300B-A47B-PT", "device=cpu", "--json"]
+    found = []
+    for more in ([], ["tensor_parallel_degree=8", "pipeline_parallel_degree=2"]):
+        main([*words, *more])
+        found.append(json.loads(capsys.readouterr().out))
+    one, many = found
+    assert many["ranks"] == 16
+    share = one["parts"]["weights"] / many["parts"]["weights"]
+    assert share == pytest.approx(16, rel=0.01), share
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ([], "no settings were given"),
+        (["model_name_or_path=nowhere"], "neither a folder nor a model"),
+        (["model_name_or_path=baidu/ERNIE-4.5-VL-28B-A3B-PT"], "reads images"),
+        ([f"model_name_or_path={RELEASED}", "plan_memory_gib=much"], "is no size"),
+        ([f"model_name_or_path={RELEASED}", "tensor_parallel_degree=x"], "is no degree"),
+        ([f"model_name_or_path={RELEASED}", "batch_sise=2"], "unknown key"),
+    ],
+)
+def test_bad_input_is_one_sentence(words, told, capsys) -> None:
+    assert main(["plan", *words]) == 2
+    error = capsys.readouterr().err.strip()
+    assert told in error and "\n" not in error, error
