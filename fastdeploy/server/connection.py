@@ -1,7 +1,8 @@
 """One client's connection: how long it may take, and how much it may send before it is heard.
 
     headers     HEADERS_S from the first moment, MAX_HEADER_BYTES: else closed, or 431
-    body        BODY_S, and a second more for each MIN_BYTES_PER_S that arrived: else 408
+    body        BODY_S, and a second more for each MIN_BYTES_PER_S that arrived: else 408;
+                of one too long LINGER_S more are read and thrown away before the 413
     answers     UNSENT_BYTES wait in the kernel and about MAX_UNREAD_BYTES (`engine`) here; a client
                 that leaves more unread is cut off, see `stream`
 
@@ -11,8 +12,10 @@ A client that is slow costs a socket and nothing else, and that not for long.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
 import sys
+from collections.abc import AsyncIterator
 from typing import Any
 
 import h11
@@ -27,6 +30,7 @@ HEADERS_S = 15.0
 MAX_HEADER_BYTES = 64 * 1024
 BODY_S = 15.0
 MIN_BYTES_PER_S = 64 * 1024
+LINGER_S = 2.0
 UNSENT_BYTES = 256 * 1024
 
 
@@ -88,20 +92,36 @@ class Connection(H11Protocol):
 
 
 async def read_body(request: Request, max_bytes: int, too_long: str) -> bytes:
-    """The body of a request. Raises RequestError: 413 as soon as it is known to be too long, 408
-    when it comes too slowly.
+    """The body of a request. Raises RequestError: 413 when it is known to be too long, 408 when it
+    comes too slowly.
     """
+    stream = request.stream()
     announced = request.headers.get("content-length", "0")
     if announced.isdigit() and int(announced) > max_bytes:
+        if "expect" not in request.headers:  # else nothing has been sent yet, and nothing need be
+            await _discard(stream)
         raise RequestError(too_long, status=413)
     body, began = bytearray(), asyncio.get_running_loop().time()
     try:
         async with asyncio.timeout_at(began + BODY_S) as limit:
-            async for chunk in request.stream():
+            async for chunk in stream:
                 body += chunk
                 if len(body) > max_bytes:
-                    raise RequestError(too_long, status=413)
+                    break
                 limit.reschedule(began + BODY_S + len(body) / MIN_BYTES_PER_S)
     except TimeoutError:
         raise RequestError("the body of the request came too slowly", status=408) from None
+    if len(body) > max_bytes:
+        del body
+        await _discard(stream)
+        raise RequestError(too_long, status=413)
     return bytes(body)
+
+
+async def _discard(stream: AsyncIterator[bytes]) -> None:
+    """Read on for a moment: to a client that is still sending, a closed connection is a reset, and
+    it may never see the answer."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_S):
+            async for _ in stream:
+                pass
