@@ -45,17 +45,19 @@ def weights_dtype(run: Run, device: str) -> torch.dtype:
     return torch.float32 if device == "cpu" and not run.is_lora else torch.bfloat16
 
 
-def build_model(run: Run, device: str, weights_from: Path | None = None) -> ernie.ErnieModel:
+def build_model(
+    run: Run, device: str, weights_from: Path | None = None, *, in_host_memory: bool = False
+) -> ernie.ErnieModel:
     """The model with its tokenizer, ready to be trained; adapters have their start values.
 
-    `weights_from` is the folder of a full checkpoint that takes the place of the base model.
-    Raises ConfigError or CheckpointError in one sentence.
+    `weights_from` is the folder of a full checkpoint that takes the place of the base model; with
+    `in_host_memory` the model for `device` is not put there yet. Raises ConfigError or CheckpointError in one sentence.
     """
     try:
         kernels.bfloat16_products(device == "cpu" and run.model.cpu_products == "bfloat16")
     except ValueError as error:
         raise ConfigError(f"cpu_products=bfloat16: {error}") from None
-    model = read_model(run, device, weights_from)
+    model = read_model(run, device, weights_from, in_host_memory=in_host_memory)
     if run.is_lora:
         add_lora(model, lora_of(run), seed=run.training.seed)
     else:
@@ -65,12 +67,15 @@ def build_model(run: Run, device: str, weights_from: Path | None = None) -> erni
     return model
 
 
-def read_model(run: Run, device: str, weights_from: Path | None = None) -> ernie.ErnieModel:
+def read_model(
+    run: Run, device: str, weights_from: Path | None = None, *, in_host_memory: bool = False
+) -> ernie.ErnieModel:
     """The base model of a run as it is on disk, or a new one with random weights."""
     source = weights_from or run.model.model_name_or_path
     if not source:
         raise ConfigError("model_name_or_path is not set; give a folder or a name on the hub")
     dtype = weights_dtype(run, device)
+    device = "cpu" if in_host_memory else device
     if run.model.continue_training or weights_from:
         return ernie.load(source, dtype=dtype, device=device)
     model = ernie.ErnieModel(config_of(str(source)), dtype=dtype, device=device)

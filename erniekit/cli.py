@@ -22,6 +22,7 @@ from erniekit.config import (
     Generation,
     Model,
     Optimisation,
+    Parallel,
     Reporting,
     Server,
     Training,
@@ -44,7 +45,7 @@ class Verb:
 VERBS = {
     "train": Verb(
         "erniekit.launch:run_training",
-        (Model, Data, Training, Optimisation, Reporting),
+        (Model, Data, Training, Optimisation, Parallel, Reporting),
         "Train a model; started again, it goes on where it was. SIGTERM and Ctrl-C finish the step "
         "and save first (exit status 0 and 130).",
     ),

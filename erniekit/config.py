@@ -312,9 +312,33 @@ class Reporting:
     lm_eval_limit: int | None = option(None, "Questions of each task; none: all.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Parallel:
+    """Several processes: how many, and what is divided among them (docs/parallelism.md)."""
+
+    nproc_per_node: int | None = option(
+        None, "Processes to start on this machine; none: one for each visible GPU, one on a CPU."
+    )
+    sharding: str | None = option(
+        None,
+        "What each rank holds a part of: nothing (none), the optimizer's state (stage1), gradients "
+        "too (stage2), weights too (stage3).",
+        choices=(None, "stage1", "stage2", "stage3"),
+    )
+    sharding_parallel_degree: int = option(
+        -1, "Ranks over which one copy is divided; -1: all that data_parallel_degree leaves."
+    )
+    data_parallel_degree: int = option(
+        -1, "Copies; -1: what sharding leaves. Every rank of every copy has its own batches."
+    )
+    ddp_timeout: int = option(
+        1800, "Seconds that a rank waits for another before all stop, naming it."
+    )
+
+
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "wsd")
 SINKS = ("tensorboard", "visualdl", "wandb", "swanlab", "all", "none")
-GROUPS = (Model, Data, Training, Optimisation, Generation, Server, Export, Reporting)
+GROUPS = (Model, Data, Training, Optimisation, Generation, Server, Export, Reporting, Parallel)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,6 +353,7 @@ class Run:
     server: Server = field(default_factory=Server)
     export: Export = field(default_factory=Export)
     reporting: Reporting = field(default_factory=Reporting)
+    parallel: Parallel = field(default_factory=Parallel)
     words: tuple[str, ...] = field(default=(), compare=False)  # of the command line
     without_effect: tuple[str, ...] = ()
 
@@ -437,6 +462,7 @@ def validate(run: Run) -> None:
         (run.reporting, "max_answer_tokens", 1),
         (optimisation, "learning_rate", 0),
         (optimisation, "warmup_steps", 0),
+        (run.parallel, "ddp_timeout", 1),
     ):
         if getattr(group, key) < low:
             raise ConfigError(f"{key}={getattr(group, key)} is too small; give {low} or more")
@@ -477,6 +503,10 @@ def validate(run: Run) -> None:
         raise ConfigError(
             f"max_shard_size={run.export.max_shard_size:g} GB is no size; give a number above 0"
         )
+    for key in ("nproc_per_node", "sharding_parallel_degree", "data_parallel_degree"):
+        value = getattr(run.parallel, key)
+        if value is not None and (value < -1 or value == 0 or (value < 0 and key[0] == "n")):
+            raise ConfigError(f"{key}={value} is no number of processes; give 1 or more")
     if model.lora_path and not run.is_lora:
         raise ConfigError("lora_path is an adapter to start from; it needs fine_tuning: LoRA")
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 
@@ -18,13 +19,19 @@ from ernie.chat import UNTRAINED
 from ernie.model import ErnieModel
 from erniekit.data.loader import Batch
 from erniekit.loop import to_device
+from erniekit.parallel.ranks import ALONE, Ranks
 
 
 @torch.no_grad()
-def evaluate(model: ErnieModel, batches: Iterable[Batch], chunk_size: int) -> dict[str, float]:
-    """eval_loss (mean over tokens), eval_ppl, eval_accuracy, eval_tokens and eval_seconds."""
+def evaluate(
+    model: ErnieModel, batches: Iterable[Batch], chunk_size: int, ranks: Ranks = ALONE
+) -> dict[str, float]:
+    """eval_loss (mean over tokens), eval_ppl, eval_accuracy, eval_tokens and eval_seconds.
+
+    All ranks are given the same batches and answer with the same numbers, of all of them.
+    """
     start, total, num_right, num_tokens = time.monotonic(), 0.0, 0, 0
-    for batch in batches:
+    for batch, counts in _shared(batches, ranks):
         flat = to_device(batch, model.device)
         attend = packed_causal(flat.cu_seqlens_S1)
         hidden_TD = model.hidden(flat.token_ids_T, flat.positions_T, attend)
@@ -33,9 +40,10 @@ def evaluate(model: ErnieModel, batches: Iterable[Batch], chunk_size: int) -> di
         for rows_CD, targets_C in zip(hidden_ND.split(chunk_size), targets_N.split(chunk_size)):
             logits_CV = kernels.linear(rows_CD, model.head_weight).float()
             chosen_C = logits_CV.gather(-1, targets_C[:, None])[:, 0]
-            total += float((logits_CV.logsumexp(-1) - chosen_C).double().sum())
-            num_right += int((logits_CV.argmax(-1) == targets_C).sum())
-        num_tokens += len(targets_N)
+            total += counts * float((logits_CV.logsumexp(-1) - chosen_C).double().sum())
+            num_right += counts * int((logits_CV.argmax(-1) == targets_C).sum())
+        num_tokens += counts * len(targets_N)
+    total, num_right, num_tokens = _summed(ranks, total, num_right, num_tokens)
     loss = total / max(num_tokens, 1)
     return {
         "eval_loss": loss,
@@ -44,3 +52,21 @@ def evaluate(model: ErnieModel, batches: Iterable[Batch], chunk_size: int) -> di
         "eval_tokens": num_tokens,
         "eval_seconds": time.monotonic() - start,
     }
+
+
+def _shared(batches: Iterable[Batch], ranks: Ranks) -> Iterator[tuple[Batch, bool]]:
+    """This rank's batches, and whether each counts: all ranks compute equally many, because the
+    shards of a model are put together by all.
+    """
+    rest = iter(batches)
+    while group := list(islice(rest, ranks.size)):
+        is_own = ranks.rank < len(group)
+        yield group[ranks.rank if is_own else 0], is_own
+
+
+def _summed(
+    ranks: Ranks, total: float, num_right: int, num_tokens: int
+) -> tuple[float, int, int]:
+    numbers = torch.tensor([total, num_right, num_tokens], dtype=torch.float64)
+    summed = ranks.totals([numbers])[0].tolist()
+    return summed[0], int(summed[1]), int(summed[2])

@@ -58,8 +58,7 @@ WITHOUT_EFFECT: dict[str, str] = {
     "optim_shard_num": "one optimizer file",
     "pre_alloc_memory": "torch manages memory",
     "gc_interval": "Python collects",
-    # one process
-    "sharding": "one process",
+    # one division, by `sharding` and its degrees
     "sharding_parallel_config": "one process",
     "sharding_comm_buffer_size_MB": "one process",
     "tensor_parallel_config": "one process",
@@ -125,9 +124,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tensor_model_parallel_size": (-1, 1),
     "pipeline_parallel_degree": (-1, 1),
     "pipeline_model_parallel_size": (-1, 1),
-    "sharding_parallel_degree": (-1, 1),
     "sharding_parallel_size": (-1, 1),
-    "data_parallel_degree": (-1, 1),
     "expert_parallel_degree": (-1, 1),
     "expert_model_parallel_size": (-1, 1),
     "context_parallel_degree": (-1, 1),

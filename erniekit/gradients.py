@@ -43,9 +43,17 @@ class Gradients:
     def sum_of(self, parameter: nn.Parameter) -> Tensor:
         """The sum of a trained parameter's gradients, zeros when there was none yet."""
         if id(parameter) not in self._sums:
-            dtype = self._dtypes[id(parameter)]
-            self._sums[id(parameter)] = torch.zeros_like(parameter, dtype=dtype)
+            self._sums[id(parameter)] = self._zeros(parameter)
         return self._sums[id(parameter)]
+
+    def _zeros(self, parameter: nn.Parameter) -> Tensor:
+        return torch.zeros_like(parameter, dtype=self._dtypes[id(parameter)])
+
+    def expect_last(self) -> None:
+        """The next backward pass is the last of the step."""
+
+    def complete(self) -> None:
+        """After the last backward pass: sums are what they are to be when this returns."""
 
     def present(self) -> dict[str, Tensor]:
         """Name and sum of every parameter that got a gradient."""
@@ -81,8 +89,10 @@ class Gradients:
     def _take(self, parameter: Tensor) -> None:
         assert isinstance(parameter, nn.Parameter)
         gradient, parameter.grad = parameter.grad, None
-        if gradient is None:  # all of it went straight into the sum
-            return
+        if gradient is not None:  # else all of it went straight into the sum
+            self._add(parameter, gradient)
+
+    def _add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
         is_first = id(parameter) not in self._sums
         total = self.sum_of(parameter)
         total.copy_(gradient) if is_first else total.add_(gradient)

@@ -1,18 +1,24 @@
-"""From a configuration to the function that trains: this process, one device.
+"""From a configuration to the function that trains, in this process or in several.
 
-`RECIPES` names the function of each stage. Several processes (NNODES, torchrun) are refused: a run
-that silently trained four copies would be worse than none.
+`RECIPES` names the function of each stage. A process that torchrun has started is one rank; else,
+where more than one process is wanted (`nproc_per_node`, NNODES), this one starts them with
+torchrun's agent, waits, and says how they ended.
 """
 
 from __future__ import annotations
 
 import importlib
+import logging
 import os
+import sys
 
 from ernie.settings import ConfigError
 from erniekit.config import Run
 
 RECIPES = {"SFT": "erniekit.recipes.sft"}
+
+# Seconds for a step and a save after SIGTERM, before the agent ends a rank.
+GRACE_S = 600
 
 
 def run_training(run: Run) -> int:
@@ -24,20 +30,49 @@ def run_training(run: Run) -> int:
     stage = run.model.stage
     if stage not in RECIPES:
         raise ConfigError(f"stage={stage} is not available yet; use {' or '.join(RECIPES)}")
-    recipe = importlib.import_module(RECIPES[stage])
-    return recipe.run(run, device_of(run))
+    device = device_of(run)
+    num_nodes, num_here = num_processes(run, device)
+    if is_rank() or num_nodes * num_here == 1:
+        return _run_rank(run, device, RECIPES[stage])
+    return _run_agent(run, device, num_nodes, num_here)
+
+
+def is_rank() -> bool:
+    """Whether torchrun has started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+
+
+def num_processes(run: Run, device: str) -> tuple[int, int]:
+    """Machines, and processes on this one. Raises ConfigError for numbers that make no sense."""
+    import torch
+
+    text = os.environ.get("NNODES") or "1"
+    if not text.isdigit() or int(text) < 1:
+        raise ConfigError(f"NNODES={text} is no number of machines; give 1 or more")
+    if is_rank() and "RANK" not in os.environ:
+        raise ConfigError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but RANK is not set; start the ranks with "
+            "torchrun or nproc_per_node=N, or unset it to train in one process"
+        )
+    here = run.parallel.nproc_per_node or (torch.cuda.device_count() if device == "cuda" else 1)
+    if device == "cuda" and here > torch.cuda.device_count():
+        raise ConfigError(
+            f"nproc_per_node={here}, but {torch.cuda.device_count()} GPUs are visible; each "
+            "process needs one"
+        )
+    return int(text), here
+
+
+def refuse_ranks(verb: str) -> None:
+    """Raises ConfigError in a process of torchrun: a verb that runs in one."""
+    if is_rank():
+        raise ConfigError(f"erniekit {verb} runs in one process; start it without torchrun")
 
 
 def device_of(run: Run) -> str:
-    """cpu or cuda. Raises ConfigError for a device or a number of processes that is not here."""
+    """cpu or cuda. Raises ConfigError for a device that is not here."""
     import torch
 
-    for variable in ("NNODES", "WORLD_SIZE"):
-        if os.environ.get(variable, "1") not in ("", "1"):
-            raise ConfigError(
-                f"{variable}={os.environ[variable]} asks for several processes, which are not "
-                "available yet; unset it to train in one"
-            )
     wanted = {"gpu": "cuda"}.get(run.training.device, run.training.device)
     if wanted == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
@@ -50,3 +85,72 @@ def device_of(run: Run) -> str:
         torch.use_deterministic_algorithms(True, warn_only=True)
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     return wanted
+
+
+def _run_rank(run: Run, device: str, recipe: str) -> int:
+    from erniekit.parallel.ranks import RankError, joined
+
+    if is_rank() and os.environ["RANK"] != "0":
+        for name in ("erniekit", "ernie"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with joined(run.parallel, device) as ranks:
+            return importlib.import_module(recipe).run(run, device, ranks)
+    except RankError as error:
+        print(f"erniekit train, rank {os.environ['RANK']}: {error}", file=sys.stderr)
+        return 1
+
+
+def _run_agent(run: Run, device: str, num_nodes: int, num_here: int) -> int:
+    """Start the ranks of this machine and wait for them; returns the exit code of all.
+
+    As in ERNIEKit, every machine runs the same command with the same NNODES, MASTER_ADDR and
+    MASTER_PORT, and ranks go by order of arrival.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    from erniekit.parallel.ranks import degrees
+    from erniekit.session import STOPPED
+
+    degrees(run.parallel, num_nodes * num_here)
+    if device == "cpu":
+        threads = max(len(os.sched_getaffinity(0)) // num_here, 1)
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE_S))
+    address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    port = os.environ.get("MASTER_PORT", "8080" if num_nodes > 1 else "0")
+    config = LaunchConfig(
+        min_nodes=num_nodes,
+        max_nodes=num_nodes,
+        nproc_per_node=num_here,
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"{address}:{port}",
+        run_id=os.environ.get("TORCHELASTIC_RUN_ID", "erniekit"),
+        max_restarts=0,
+        local_addr=None if num_nodes > 1 else "127.0.0.1",
+    )
+    command = ["-m", "erniekit.cli", "train", *run.words]
+    try:
+        elastic_launch(config, sys.executable)(*command)
+        return 0
+    except SignalException as error:
+        return STOPPED[error.sigval]
+    except ChildFailedError as error:
+        return _told(error)
+
+
+def _told(error: object) -> int:
+    """Say which rank failed first, where it could not say so itself; returns its exit code."""
+    failures = error.failures  # type: ignore[attr-defined]
+    # One that was ended from outside is the cause of those that then failed.
+    rank, first = min(failures.items(), key=lambda f: (f[1].exitcode >= 0, f[1].timestamp))
+    if first.exitcode < 0:
+        print(
+            f"erniekit train: rank {rank} was ended by {first.signal_name()}; all ranks "
+            "stopped, and the same command goes on from the last checkpoint",
+            file=sys.stderr,
+        )
+        return 1
+    return first.exitcode

@@ -31,6 +31,7 @@ from erniekit.data.pack import Cursor
 from erniekit.gradients import Gradients, length, square_of
 from erniekit.losses import Flat, Loss
 from erniekit.optim import AdamW, clip_scale, learning_rate_at
+from erniekit.parallel.ranks import ALONE, Ranks
 
 log = logging.getLogger("erniekit")
 
@@ -58,7 +59,10 @@ class Progress:
 
 @dataclass
 class Parts:
-    """What a loop drives. `loss(model, batch, scale=, share=)` is the training method."""
+    """What a loop drives. `loss(model, batch, scale=, share=)` is the training method.
+
+    `batches_per_step` counts the passes of one rank; `after_update()` follows every update.
+    """
 
     model: ErnieModel
     loss: Callable[..., Loss]
@@ -70,6 +74,8 @@ class Parts:
     epoch_size: int
     max_skipped_steps: int
     bias_step: float = 0.0  # of the routing bias, per optimizer step
+    ranks: Ranks = ALONE
+    after_update: Callable[[], None] = lambda: None
 
 
 def to_device(batch: Batch, device: torch.device) -> Flat:
@@ -85,11 +91,12 @@ def train(
 ) -> None:
     """Steps until `num_steps`, or until `after_step(record)` answers that it is enough.
 
-    `progress` is moved along. Raises TrainingError when too many steps were not finite.
+    `progress` is moved along. All ranks are given the same batches, and each trains on its share.
+    Raises TrainingError when too many steps were not finite.
     """
     while progress.step < parts.num_steps:
         start = time.monotonic()
-        window = list(islice(batches, parts.batches_per_step))
+        window = list(islice(batches, parts.batches_per_step * parts.ranks.size))
         assert window, "the stream of training batches has no end"
         record = _step(parts, window, progress)
         record["seconds"] = time.monotonic() - start
@@ -118,6 +125,7 @@ def _step(parts: Parts, window: list[Batch], progress: Progress) -> dict[str, An
         if not parts.optimisation.optimizer_in_backward:
             scale = clip_scale(norm, parts.optimisation.max_grad_norm)
             parts.optimizer.step(parts.gradients.present(), learning_rate, scale)
+            parts.after_update()
         if parts.bias_step:
             _balance(parts.model, loads, parts.bias_step)
     parts.gradients.release()
@@ -145,14 +153,20 @@ def _step(parts: Parts, window: list[Batch], progress: Progress) -> dict[str, An
 def _backward(
     parts: Parts, window: list[Batch], scale: float
 ) -> tuple[float, dict[str, float], list[Tensor]]:
-    """Gradients of a window; its loss, what else is to be recorded, and each MoE layer's load."""
+    """Gradients of a window; its loss, what else is to be recorded, and each MoE layer's load.
+
+    All are sums over the whole window, of which this rank computes its share.
+    """
     values: list[Tensor] = []
     extra: dict[str, Tensor] = {}
     loads: list[Tensor] = []
     num_right: list[Tensor] = []
-    for batch in window:
+    own = parts.ranks.own(window)
+    for number, batch in enumerate(own, 1):
         flat = to_device(batch, parts.model.device)
         loss = parts.loss(parts.model, flat, scale=scale, share=1 / len(window))
+        if number == len(own):
+            parts.gradients.expect_last()
         loss.total.backward()
         values.append(loss.value)
         if loss.num_right is not None:
@@ -160,14 +174,19 @@ def _backward(
         for name, value in loss.parts.items():
             extra[name] = extra.get(name, 0) + value
         loads = [a + b for a, b in zip(loads, loss.loads_LE)] if loads else loss.loads_LE
-    numbers = {name: float(value) for name, value in extra.items()}
+    parts.gradients.complete()
+    counts = [torch.stack(num_right).sum()] if num_right else []
+    sums = [torch.stack(values).sum(), *extra.values(), *counts, *loads]
+    value, *sums = parts.ranks.totals(sums)
+    numbers = {name: float(total) for name, total in zip(extra, sums)}
     if num_right:
         total = sum(batch.num_trained for batch in window)
-        numbers["accuracy"] = int(torch.stack(num_right).sum()) / total
+        numbers["accuracy"] = int(sums[len(extra)]) / total
     if loads:
+        loads = sums[-len(loads) :]
         busiest = [float(load.max() / load.float().mean()) for load in loads]
         numbers["moe_max_over_mean"] = max(busiest)
-    return float(torch.stack(values).sum()), numbers, loads
+    return float(value), numbers, loads
 
 
 def _backward_and_update(

@@ -166,11 +166,11 @@ def projections(model: ErnieModel) -> Iterator[tuple[nn.Module, str, Linear | Ex
 # --- files ---
 
 
-def adapter_tensors(model: ErnieModel) -> dict[str, Tensor]:
-    """The pairs under their names in the file."""
+def adapter_tensors(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The pairs among the weights of a model, under their names in the file."""
     return {
-        f"{_PREFIX}{name}.weight": parameter.detach()
-        for name, parameter in model.named_parameters()
+        f"{_PREFIX}{name}.weight": weight.detach()
+        for name, weight in weights.items()
         if name.endswith(("lora_A", "lora_B"))
     }
 
@@ -220,7 +220,7 @@ def load_adapter(model: ErnieModel, tensors: Mapping[str, Tensor], origin: str) 
     Raises ConfigError naming the first tensor that is missing, left over or of another shape:
     an adapter that would silently do nothing is refused.
     """
-    expected = adapter_tensors(model)
+    expected = adapter_tensors(dict(model.named_parameters()))
     for name in [*expected, *tensors]:
         if name not in tensors or name not in expected:
             where = "missing in" if name not in tensors else "unknown to this model but in"

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -105,7 +105,8 @@ class AdamW:
     """AdamW over named parameters. All state is made at once, so that memory does not grow later.
 
     `moment_dtype` bfloat16 halves the state; its rounding is random and without bias, and repeats
-    exactly, since it depends only on (seed, step, parameter, element).
+    exactly, since it depends only on (seed, step, parameter, element). With `kept` there is state
+    for those parameters only, and the others are not updated.
     """
 
     def __init__(
@@ -115,19 +116,20 @@ class AdamW:
         o: Optimisation,
         *,
         seed: int,
+        kept: Collection[str] | None = None,
     ) -> None:
         self.parameters, self.treatments, self.o = dict(parameters), dict(treatments), o
         self.moment_dtype = torch.bfloat16 if o.use_lowprecision_moment else torch.float32
         self.seed = seed
         self.num_updates = 0
         self._index = {name: index for index, name in enumerate(self.parameters)}
-        self.state = {name: self._new_state(name) for name in self.parameters}
+        self.state = {n: self.new_state(n) for n in self.parameters if kept is None or n in kept}
 
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor], learning_rate: float, scale: float) -> None:
         """Update every parameter that has a gradient; gradients are multiplied with `scale`."""
         self.num_updates += 1
-        for name in self.parameters:
+        for name in self.state:
             if name in gradients:
                 self.update(name, gradients[name], learning_rate, scale)
 
@@ -161,7 +163,8 @@ class AdamW:
             "seed": (self.seed * 1_000_003 + self._index[name]) & 0xFFFFFFFF,
         }
 
-    def _new_state(self, name: str) -> dict[str, Tensor]:
+    def new_state(self, name: str) -> dict[str, Tensor]:
+        """What is remembered of a parameter before the first update."""
         return self._new_moments(name) | self._new_original(self.parameters[name])
 
     def _new_moments(self, name: str) -> dict[str, Tensor]:

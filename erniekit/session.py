@@ -7,6 +7,7 @@ and random state come from the checkpoint, and records of steps after it are dro
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import signal
 from dataclasses import dataclass
@@ -20,17 +21,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ernie
+from ernie.checkpoint.io import write as write_model
 from ernie.kernels import report
 from ernie.model import KEPT_FLOAT32
 from ernie.settings import ConfigError
 from erniekit import checkpoint, lora, losses, metrics
 from erniekit.build import build_model, lora_of, trained_parameters
-from erniekit.config import Run
+from erniekit.config import Parallel, Run
 from erniekit.data.loader import Stream, prefetched
 from erniekit.evaluate import evaluate
-from erniekit.gradients import Gradients, SummedEmbedding
 from erniekit.loop import Parts, Progress, train
 from erniekit.optim import OPTIMIZERS, treatments
+from erniekit.parallel.forms import form_of
+from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.plan_report import record_error
 from erniekit.report.reporter import Reporter
 
@@ -55,18 +58,25 @@ class Session:
     state: dict[str, Any]
     train_stream: Stream
     eval_stream: Stream | None
+    ranks: Ranks = ALONE
     stopped_by_signal: int = 0
 
     def __post_init__(self) -> None:
         run = self.run
         weights = None if run.is_lora else self.resumed
-        self.model = build_model(run, self.device, weights)
+        self.form = form_of(run, self.ranks)
+        self.model = build_model(
+            run, self.device, weights, in_host_memory=not self.form.straight_into_sums
+        )
         if run.is_lora and (adapter := self.resumed or run.model.lora_path):
             load_adapter(self.model, run, Path(adapter))
+        self.form.divide(self.model)
+        self.parameters = dict(self.model.named_parameters())
         self.trained = trained_parameters(self.model)
-        self.gradients = _gradients(self.model, run, self.trained)
+        dtype = torch.float32 if run.optimisation.amp_master_grad else torch.bfloat16
+        self.gradients = self.form.gradients(self.model, self.trained, dtype)
         self.optimizer = OPTIMIZERS[run.optimisation.optim](
-            self.trained,
+            self.form.parts(self.trained),
             treatments(
                 self.trained,
                 run.optimisation,
@@ -75,13 +85,14 @@ class Session:
             ),
             run.optimisation,
             seed=run.training.seed,
+            kept=self.form.kept(),
         )
         self.progress = Progress()
         if self.resumed:
             tensors = load_file(self.resumed / checkpoint.OPTIMIZER_FILE)
-            self.optimizer.load(tensors, self.state["num_updates"])
+            self.form.load_state(self.optimizer, tensors, self.state["num_updates"])
             self.progress = Progress.from_dict(self.state["progress"])
-            _compare_settings(self.state["settings"], run)
+            _compare_settings(self.state["settings"], run, self.state.get("ranks", 1), self.ranks.size)
             torch.set_rng_state(torch.tensor(self.state["rng"], dtype=torch.uint8))
         self.reporter = Reporter(
             run,
@@ -90,6 +101,7 @@ class Session:
             self.eval_stream,
             step=self.progress.step if self.resumed else -1,
             num_steps=self.num_steps,
+            is_silent=not self.ranks.is_first,
         )
         self.signal: int | None = None
         t = run.training
@@ -139,7 +151,7 @@ class Session:
         data, training = self.run.data, self.run.training
         batches = prefetched(
             self.train_stream.batches(training.batch_size, self.progress.cursor),
-            data.prefetch_factor * training.gradient_accumulation_steps
+            data.prefetch_factor * training.gradient_accumulation_steps * self.ranks.size
             if data.dataloader_num_workers
             else 0,
         )
@@ -161,7 +173,7 @@ class Session:
             losses.next_token,
             chunk_size=model.loss_subbatch_seqlen,
             terms=terms,
-            gradients=self.gradients,
+            gradients=self.gradients if self.form.straight_into_sums else None,
         )
         return Parts(
             self.model,
@@ -174,6 +186,8 @@ class Session:
             self.train_stream.epoch_size,
             run.training.max_skipped_steps,
             model.moe_use_aux_free_update_coef if full else 0.0,
+            self.ranks,
+            partial(self.form.after_update, self.trained),
         )
 
     def _after_step(self, record: dict[str, Any]) -> bool:
@@ -184,9 +198,11 @@ class Session:
             record = record | self._evaluated(step)
         self.reporter.write(record)
         is_due = bool(self.save_every) and (is_last or step % self.save_every == 0)
-        if is_due or self.signal is not None:
+        # A signal comes to each rank in its own time; all stop after the same step.
+        is_stopping = bool(self.ranks.largest(self.signal is not None))
+        if is_due or is_stopping:
             self.save()
-        return self.signal is not None
+        return is_stopping
 
     def _evaluated(self, step: int) -> dict[str, float]:
         assert self.eval_stream is not None
@@ -196,6 +212,7 @@ class Session:
             self.model,
             islice(batches, limit if limit > 0 else None),
             self.run.model.loss_subbatch_seqlen,
+            self.ranks,
         )
         log.info("%s", metrics.eval_line(values, step))
         return values
@@ -210,13 +227,16 @@ class Session:
             "progress": self.progress.to_dict(),
             "rng": torch.get_rng_state().tolist(),
             "settings": self.run.flat(),
+            "ranks": self.ranks.size,
         }
-        tensors = self.optimizer.tensors()
-        kept = self.trained if self.run.is_lora else dict(self.model.named_parameters())
-        num_bytes = sum(t.numel() * t.element_size() for t in (*tensors.values(), *kept.values()))
+        tensors, weights = self.form.whole_state(self.optimizer), self._whole_weights()
+        if not self.ranks.is_first:
+            self.ranks.wait()
+            return
+        num_bytes = sum(t.nbytes for t in (*tensors.values(), *weights.values()))
 
         def write(folder: Path) -> None:
-            self._write_weights(folder)
+            self._write_weights(folder, weights)
             (folder / checkpoint.OPTIMIZER_FILE).parent.mkdir()
             save_file(
                 {name: t.contiguous() for name, t in tensors.items()},
@@ -227,12 +247,21 @@ class Session:
         checkpoint.prune(self.run.output, self.run.training.save_total_limit)
         self.reporter.write_page()
         log.info("saved %s", folder)
+        self.ranks.wait()
 
-    def _write_weights(self, folder: Path) -> None:
+    def _whole_weights(self) -> dict[str, torch.Tensor]:
+        """What is saved of the model, by name, on rank 0: all weights, or the adapter."""
+        return self.form.whole(self.trained if self.run.is_lora else self.parameters)
+
+    def _write_weights(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
         if not self.run.is_lora:
-            ernie.save(self.model, folder, layout=self.model.layout)
+            write_model(
+                folder, self.model.config, weights, weights.__getitem__,
+                layout=self.model.layout, tokenizer=self.model.tokenizer,
+                generation_config=self.model.generation_config,
+            )  # fmt: skip
             return
-        tensors = {k: t.cpu().contiguous() for k, t in lora.adapter_tensors(self.model).items()}
+        tensors = {k: t.cpu().contiguous() for k, t in lora.adapter_tensors(weights).items()}
         save_file(tensors, folder / lora.ADAPTER_FILE, metadata={"format": "pt"})
         config = lora.adapter_config(
             self.model, lora_of(self.run), self.run.model.model_name_or_path
@@ -244,12 +273,14 @@ class Session:
     def finish(self) -> int:
         """Write the final model into the output folder itself: adapter, or bfloat16 weights."""
         output = self.run.output
-        record_error(self.run, self.device)
         self.gradients.release()
         if not self.run.is_lora:
             self.optimizer.state.clear()
-            _to_bfloat16(self.model)
-        self._write_weights(output)
+        weights = self._whole_weights()
+        if not self.ranks.is_first:
+            return 0
+        record_error(self.run, self.device)
+        self._write_weights(output, weights if self.run.is_lora else _in_bfloat16(weights))
         faults = self.train_stream.faults
         if faults.total:
             log.warning(
@@ -265,11 +296,28 @@ class Session:
 
 # Changing these between two starts changes nothing that has been computed.
 _HARMLESS = {"output_dir", "resume_from_checkpoint", "max_steps", "logging_steps", "save_steps"}
+_HARMLESS |= {field.name for field in dataclasses.fields(Parallel)}
 
 
-def _compare_settings(before: dict[str, Any], run: Run) -> None:
-    """Warn that a resumed run is not what the unbroken one would have been."""
+def _compare_settings(
+    before: dict[str, Any], run: Run, ranks_before: int = 1, ranks_now: int = 1
+) -> None:
+    """Warn that a resumed run is not what the unbroken one would have been.
+
+    On another number of ranks it is, within rounding, if a step has as many rows as before.
+    """
     now = run.flat()
+    if ranks_before != ranks_now:
+        steps = "gradient_accumulation_steps"
+        rows_before, rows_now = before[steps] * ranks_before, now[steps] * ranks_now
+        if rows_before == rows_now:
+            before = before | {steps: now[steps]}
+        else:
+            log.warning(
+                "the checkpoint is of %d ranks with %s=%d, this run has %d with %d: a step has %g "
+                "times as many rows", ranks_before, steps, before[steps], ranks_now, now[steps],
+                rows_now / rows_before,
+            )  # fmt: skip
     changed = [k for k in now if k not in _HARMLESS and now[k] != before.get(k, now[k])]
     if changed:
         told = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in changed)
@@ -288,20 +336,13 @@ def load_adapter(model: ernie.ErnieModel, run: Run, folder: Path) -> None:
     lora.load_adapter(model, load_file(path), str(path))
 
 
-def _gradients(model: ernie.ErnieModel, run: Run, trained: dict[str, Any]) -> Gradients:
-    dtype = torch.float32 if run.optimisation.amp_master_grad else torch.bfloat16
-    head, embedding = model.head_weight, model.model.embed_tokens
-    gradients = Gradients(trained, dtype, float32_for=(head, embedding.weight))
-    if embedding.weight.requires_grad:
-        model.model.embed_tokens = SummedEmbedding(embedding, gradients)
-    return gradients
-
-
-def _to_bfloat16(model: ernie.ErnieModel) -> None:
-    """Round the weights to what is published and served; routers and their bias stay float32."""
-    for name, parameter in model.named_parameters():
+def _in_bfloat16(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Weights rounded to what is published and served; routers and their bias stay float32."""
+    for name, weight in weights.items():
         if not name.endswith(KEPT_FLOAT32):
-            parameter.data = parameter.data.to(torch.bfloat16)
+            # In its place: a model is not to lie in memory twice.
+            weight.data = weight.data.to(torch.bfloat16)
+    return weights
 
 
 class _caught_signals:

@@ -21,7 +21,7 @@ from erniekit import checkpoint, lora
 from erniekit.build import build_model, read_model
 from erniekit.config import Run, resolved
 from erniekit.evaluate import evaluate
-from erniekit.launch import device_of
+from erniekit.launch import device_of, refuse_ranks
 from erniekit.metrics import METRICS_FILE, eval_line
 from erniekit.recipes import sft
 from erniekit.report import story
@@ -39,6 +39,7 @@ def evaluate_run(run: Run) -> int:
         raise ConfigError("eval_dataset_path is not set; give a .jsonl file of dialogues")
     if run.reporting.lm_eval_tasks and importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("lm_eval_tasks needs the package lm-eval; pip install lm-eval")
+    refuse_ranks("eval")
     device = device_of(run)
     run = resolved(run, device)
     folder = trained_folder(run.output)

@@ -9,8 +9,10 @@ bit.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+from pathlib import Path
 from typing import Any
 
 from ernie.chat import ChatTemplate
@@ -21,29 +23,43 @@ from erniekit import checkpoint, memory
 from erniekit.config import Run, changed, resolved, to_yaml
 from erniekit.data.dialogue import Encoder
 from erniekit.data.loader import Stream, Survey, survey
+from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.session import Session
 
 log = logging.getLogger("erniekit")
 
 
-def run(run: Run, device: str) -> int:
-    """Train as `run` says; returns the exit code of the process."""
+def run(run: Run, device: str, ranks: Ranks = ALONE) -> int:
+    """Train as `run` says; returns the exit code of the process. Rank 0 decides and writes."""
     run = resolved(run, device)
     memory.map_large_tensors()
-    with checkpoint.locked(run.output):
+    with checkpoint.locked(run.output) if ranks.is_first else contextlib.nullcontext():
+        folder, state = _where_to_go_on(run, ranks)
+        train_stream, eval_stream = _streams(run)
+        found = _num_steps(run, train_stream, eval_stream, state, ranks) if ranks.is_first else 0
+        num_steps = ranks.told(found)
+        if ranks.is_first:
+            checkpoint.replace_text(run.output / "run.yaml", to_yaml(run))
+        log.info("settings that are not defaults (all are in %s/run.yaml):", run.output)
+        log.info("%s", "\n".join(f"  {k}: {v}" for k, v in changed(run).items()))
+        session = Session(run, device, num_steps, folder, state, train_stream, eval_stream, ranks)
+        return session.finish() if session.train() else session.stopped_by_signal
+
+
+def _where_to_go_on(run: Run, ranks: Ranks) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint to go on from and its state, as rank 0 finds them; None and {} at the start."""
+    folder, state = None, {}
+    if ranks.is_first:
         if run.training.overwrite_output_dir:
             checkpoint.remove_all(run.output)
         checkpoint.prune(run.output, None)
         folder, state = checkpoint.to_resume(
             run.output, run.training.resume_from_checkpoint, run.model.fine_tuning
         )
-        train_stream, eval_stream = _streams(run)
-        num_steps = _num_steps(run, train_stream, eval_stream, state)
-        checkpoint.replace_text(run.output / "run.yaml", to_yaml(run))
-        log.info("settings that are not defaults (all are in %s/run.yaml):", run.output)
-        log.info("%s", "\n".join(f"  {k}: {v}" for k, v in changed(run).items()))
-        session = Session(run, device, num_steps, folder, state, train_stream, eval_stream)
-        return session.finish() if session.train() else session.stopped_by_signal
+    if ranks.size > 1:
+        name, state = ranks.told([str(folder or ""), state])
+        folder = Path(name) if name else None
+    return folder, state
 
 
 def _streams(run: Run) -> tuple[Stream, Stream | None]:
@@ -68,7 +84,11 @@ def stream(run: Run, split: str) -> Stream:
 
 
 def _num_steps(
-    run: Run, train_stream: Stream, eval_stream: Stream | None, state: dict[str, Any]
+    run: Run,
+    train_stream: Stream,
+    eval_stream: Stream | None,
+    state: dict[str, Any],
+    ranks: Ranks,
 ) -> int:
     """Steps of the whole run: given, remembered, or found by packing an epoch without training."""
     if run.training.max_steps > 0:
@@ -79,7 +99,7 @@ def _num_steps(
     _tell(train_stream, found)
     if eval_stream is not None:
         _compare(found, survey(eval_stream, run.data.max_estimate_samples))
-    rows_per_step = run.training.batch_size * run.training.gradient_accumulation_steps
+    rows_per_step = run.training.batch_size * run.training.gradient_accumulation_steps * ranks.size
     num_rows = found.num_rows * run.training.num_train_epochs
     if num_rows < rows_per_step:
         log.warning(

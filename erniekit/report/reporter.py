@@ -29,7 +29,8 @@ log = logging.getLogger("erniekit")
 class Reporter:
     """Made once a start, after `step` steps of `num_steps`; `step` -1 starts the records anew.
 
-    Raises ConfigError where a package of `report_to` is missing.
+    A silent one, of all ranks but the first, only has the model answer along. Raises ConfigError
+    where a package of `report_to` is missing.
     """
 
     def __init__(
@@ -41,9 +42,20 @@ class Reporter:
         *,
         step: int,
         num_steps: int,
+        is_silent: bool = False,
     ) -> None:
         self.run, self.model, self.num_steps = run, model, num_steps
         self.streams = {"train": train_stream, "eval": eval_stream}
+        self.is_silent = is_silent
+        is_wanted = run.reporting.answer_steps or run.training.evaluation_strategy != "no"
+        has_dialogues = eval_stream is not None and run.model.stage == "SFT" and is_wanted
+        count = run.reporting.num_answers if has_dialogues else 0
+        self.prompts = prompts(eval_stream, count) if eval_stream is not None and count else []
+        if not is_silent:
+            self._open(step)
+
+    def _open(self, step: int) -> None:
+        run, num_steps = self.run, self.num_steps
         self.sinks = sinks.open_sinks(run, max(step, 0))
         self.metrics = Metrics(run.output)
         self.answers = Metrics(run.output, story.ANSWERS_FILE)
@@ -54,14 +66,12 @@ class Reporter:
         has_bar = sys.stderr.isatty() and not run.reporting.disable_tqdm
         self.bar = Bar(max(step, 0), num_steps) if has_bar and step < num_steps else None
         self.has_lines = not (self.bar and sys.stdout.isatty())
-        is_wanted = run.reporting.answer_steps or run.training.evaluation_strategy != "no"
-        has_dialogues = eval_stream is not None and run.model.stage == "SFT" and is_wanted
-        count = run.reporting.num_answers if has_dialogues else 0
-        self.prompts = prompts(eval_stream, count) if eval_stream is not None and count else []
         self._write_about()
 
     def tell(self, record: dict[str, Any]) -> None:
         """Show a step: a line every `logging_steps`, the bar at every one."""
+        if self.is_silent:
+            return
         step = record["step"]
         is_due = step % self.run.training.logging_steps == 0 or step == self.num_steps
         if is_due and self.has_lines:
@@ -71,10 +81,11 @@ class Reporter:
 
     def write(self, record: dict[str, Any]) -> None:
         """Record a step, with what was evaluated after it, and answer prompts where it is due."""
-        self.metrics.write(record)
-        numbers = sinks.numbers_of(record)
-        for sink in self.sinks:
-            sink.write(record["step"], numbers)
+        if not self.is_silent:
+            self.metrics.write(record)
+            numbers = sinks.numbers_of(record)
+            for sink in self.sinks:
+                sink.write(record["step"], numbers)
         step, every = record["step"], self.run.reporting.answer_steps
         if step and (step == self.num_steps or (every and step % every == 0)):
             self.answer(step)
@@ -86,6 +97,8 @@ class Reporter:
 
     def close(self) -> None:
         """Take the bar away, close the sinks and write the last page."""
+        if self.is_silent:
+            return
         if self.bar is not None:
             self.bar.close()
         for sink in self.sinks:
@@ -97,6 +110,8 @@ class Reporter:
         if not self.prompts:
             return
         records = answers(self.model, self.prompts, self.run.reporting.max_answer_tokens, step)
+        if self.is_silent:
+            return
         for record in records:
             self.answers.write(record)
         means = mean_scores([{k: r[k] for k in SCORES} for r in records])

@@ -1,0 +1,181 @@
+"""Weights, gradients and optimizer state in shards: a walk that hands a model to FSDP2.
+
+    stage2    weights are whole from a step's forward pass to its backward pass
+    stage3    weights are whole only while their block computes
+
+Every block is gathered by itself; embedding, final norm and head together stay whole from the
+forward pass to the backward pass, as the loss needs the head in between. Parameters become DTensors
+cut along their first dimension; the optimizer is given this rank's parts and knows nothing of it.
+Routers and their bias, small and float32, stay whole everywhere.
+
+Gradients come through autograd alone, the vocabulary's too, so that FSDP2 can sum and cut them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from ernie.model import KEPT_FLOAT32, Block, ErnieModel
+from erniekit.gradients import Gradients, length, square_of
+from erniekit.optim import AdamW
+from erniekit.parallel.ranks import Ranks
+
+
+def shard(model: ErnieModel, ranks: Ranks, *, keep_whole_in_step: bool) -> None:
+    """Cut the weights of `model` over the ranks, in place, and move them to their device.
+
+    `keep_whole_in_step` is stage2.
+    """
+    assert ranks.mesh is not None
+    has_copies = ranks.size > ranks.shards
+    whole = {p for name, p in model.named_parameters() if name.endswith(KEPT_FLOAT32)}
+    for parameter in whole:
+        parameter.data = parameter.data.to(ranks.mesh.device_type)
+    cut = partial(
+        fully_shard,
+        mesh=ranks.mesh if has_copies else ranks.mesh["shard"],
+        mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
+        ignored_params=whole,
+    )
+    for block in [module for module in model.modules() if isinstance(module, Block)]:
+        cut(block, reshard_after_forward=not keep_whole_in_step)
+    cut(model, reshard_after_forward=False)
+    register_fsdp_forward_method(model, "hidden")
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            # Losses are scaled by the tokens of all ranks, so gradients are sums, not means.
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo has no other
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+class ShardedGradients(Gradients):
+    """`Gradients` of this rank's parts, which FSDP2 has summed over the ranks, and of the whole
+    parameters, summed here.
+    """
+
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype, *, ranks: Ranks
+    ) -> None:
+        super().__init__(parameters, dtype)
+        self.ranks = ranks
+        self._whole = {n: p for n, p in self.parameters.items() if not isinstance(p, DTensor)}
+
+    def _zeros(self, parameter: nn.Parameter) -> Tensor:
+        return torch.zeros_like(_local(parameter), dtype=self._dtypes[id(parameter)])
+
+    def _add(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        super()._add(parameter, _local(gradient))
+
+    @torch.no_grad()
+    def complete(self) -> None:
+        sums = [self.sum_of(parameter) for parameter in self._whole.values()]
+        if sums:
+            flat = torch.cat([total.view(-1) for total in sums])
+            dist.all_reduce(flat)
+            for total, part in zip(sums, flat.split([total.numel() for total in sums])):
+                total.view(-1).copy_(part)
+
+    @torch.no_grad()
+    def norm(self) -> float:
+        squares = torch.zeros(len(self.parameters), dtype=torch.float64)
+        is_first_part = self.ranks.rank % self.ranks.shards == 0
+        for place, (name, parameter) in enumerate(self.parameters.items()):
+            if id(parameter) in self._sums and (name not in self._whole or is_first_part):
+                squares[place] = square_of(self._sums[id(parameter)])
+        copies = self.ranks.size // self.ranks.shards
+        return length(list(self.ranks.totals([squares])[0] / copies))
+
+
+class Sharded:
+    """The form of a run whose ranks hold parts of the weights: stage2 and stage3."""
+
+    def __init__(self, ranks: Ranks, *, keep_whole_in_step: bool) -> None:
+        self.ranks, self.keep_whole_in_step = ranks, keep_whole_in_step
+        self.model: ErnieModel | None = None
+        self.trained: dict[str, nn.Parameter] = {}
+
+    straight_into_sums = False
+
+    def divide(self, model: ErnieModel) -> None:
+        """Cut the weights over the ranks, in place."""
+        shard(model, self.ranks, keep_whole_in_step=self.keep_whole_in_step)
+        self.model = model
+
+    def gradients(
+        self, model: ErnieModel, trained: Mapping[str, nn.Parameter], dtype: torch.dtype
+    ) -> Gradients:
+        """Sums of this rank's parts of the gradients."""
+        return ShardedGradients(trained, dtype, ranks=self.ranks)
+
+    def parts(self, trained: Mapping[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """This rank's part of each parameter, on the same memory."""
+        self.trained = dict(trained)
+        return {n: nn.Parameter(_local(p), requires_grad=False) for n, p in trained.items()}
+
+    def kept(self) -> None:
+        """Every rank updates its part of everything."""
+
+    def load_state(
+        self, optimizer: AdamW, tensors: Mapping[str, Tensor], num_updates: int
+    ) -> None:
+        """Take this rank's parts of the state of whole parameters that a checkpoint holds."""
+        parts = {k: _cut_like(t, self._home(k)) for k, t in tensors.items()}
+        optimizer.load(parts, num_updates)
+
+    def whole_state(self, optimizer: AdamW) -> dict[str, Tensor]:
+        """On rank 0 the optimizer's state of whole parameters; all ranks must call it."""
+        parts = optimizer.tensors()
+        return self.whole({k: _as_part_of(self._home(k), t) for k, t in parts.items()})
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """On rank 0 the whole of tensors of the model, in the host's memory; all ranks must call
+        it.
+        """
+        found = {}
+        for name, tensor in tensors.items():
+            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            if self.ranks.is_first:
+                found[name] = whole.detach().cpu()
+        return found
+
+    def after_update(self, trained: Mapping[str, nn.Parameter]) -> None:
+        """Weights are gathered when they are next needed."""
+
+    def _home(self, key: str) -> Tensor | None:
+        """The parameter of `<parameter>.<part of its state>`."""
+        return self.trained.get(key.rpartition(".")[0])
+
+
+def _as_part_of(parameter: Tensor | None, part: Tensor) -> Tensor:
+    """A DTensor that is cut as `parameter` is, and of which this rank has `part`."""
+    if not isinstance(parameter, DTensor):
+        return part
+    return DTensor.from_local(
+        part, parameter.device_mesh, parameter.placements,
+        run_check=False, shape=parameter.shape, stride=parameter.stride(),
+    )  # fmt: skip
+
+
+def _cut_like(tensor: Tensor, parameter: Tensor | None) -> Tensor:
+    """This rank's part of a tensor that all ranks have, cut as `parameter` is."""
+    if not isinstance(parameter, DTensor):
+        return tensor
+    mesh, placements = parameter.device_mesh, parameter.placements
+    moved = tensor.to(parameter.device)
+    return distribute_tensor(moved, mesh, placements, src_data_rank=None).to_local()

@@ -1,0 +1,128 @@
+"""Signs of life between ranks: each writes one a second into the store that torchrun keeps.
+
+An exchange that fails does not say who failed; the signs do. A rank that was silent for longer than
+the run's patience ends the others even where they are waiting in an exchange that would never
+return. Keys are `alive/<rank>`, a count and the rank's step, and `left/<rank>`, why it went.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import threading
+import time
+
+import torch.distributed as dist
+
+log = logging.getLogger("erniekit")
+
+PULSE_S = 1.0
+LOST_PULSES = 4  # without a sign for so many pulses a rank is named as missing
+EXIT_CODE = 1
+
+
+class Watch:
+    """A thread that shows that rank `rank` of `size` lives, and that sees whether the others do.
+
+    `patience_s` is how long one may be silent. The thread ends with the `with` block.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int, patience_s: float) -> None:
+        self.rank, self.size, self.patience_s = rank, size, patience_s
+        self.step = 0
+        self._store = store.clone()  # a connection of its own: others wait in theirs
+        self._seen: dict[int, tuple[bytes, float]] = {}  # sign of a rank, and when it was new
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        self._count = 0
+        self._thread = threading.Thread(target=self._watch, daemon=True, name="erniekit-watch")
+
+    def __enter__(self) -> Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._stop.set()
+        if self._thread.ident is not None and self._thread is not threading.current_thread():
+            self._thread.join()
+
+    def leave(self, why: str) -> None:
+        """Tell the others, who will find their connections closed, why this rank goes."""
+        with contextlib.suppress(RuntimeError), self._lock:
+            self._store.set(f"left/{self.rank}", why[:500])
+
+    def missing(self) -> str:
+        """After an exchange has failed: which rank is to blame, in words. Takes some pulses."""
+        until = time.monotonic() + LOST_PULSES * PULSE_S + 1
+        gone: dict[int, str] = {}
+        while time.monotonic() < until and not gone:
+            time.sleep(PULSE_S / 4)
+            gone = self._left() or self._silent(LOST_PULSES * PULSE_S)
+        if not gone:
+            steps = {r: int(sign.split()[1]) for r, (sign, _) in self._seen.items()}
+            slowest = min(steps.values(), default=self.step)
+            gone = {
+                r: f"is still at step {step}"
+                for r, step in steps.items()
+                if step == slowest < self.step
+            }
+        if not gone:
+            return f"rank {self.rank} lost its connection to the others, which are alive"
+        return ", ".join(f"rank {rank} {what}" for rank, what in sorted(gone.items()))
+
+    def _watch(self) -> None:
+        last_look = time.monotonic()
+        while not self._stop.wait(PULSE_S):
+            try:
+                self._show()
+                # Each rank looks at all others: rarer, where there are many of them.
+                if time.monotonic() - last_look > self.size / 64:
+                    self._look()
+                    last_look = time.monotonic()
+            except RuntimeError:  # the store went with its process; torchrun ends us
+                return
+            if silent := self._silent(self.patience_s):
+                told = ", ".join(f"rank {r} {what}" for r, what in sorted(silent.items()))
+                self.leave(f"stopped because {told}")
+                log.error("rank %d: %s; all ranks stop, the same command goes on", self.rank, told)
+                logging.shutdown()
+                os._exit(EXIT_CODE)
+
+    def _show(self) -> None:
+        self._count += 1
+        with self._lock:
+            self._store.set(f"alive/{self.rank}", f"{self._count} {self.step}")
+
+    def _look(self) -> None:
+        now = time.monotonic()
+        for rank in range(self.size):
+            if rank == self.rank:
+                continue
+            with self._lock:
+                key = f"alive/{rank}"
+                sign = self._store.get(key) if self._store.check([key]) else b"0 0"
+            if rank not in self._seen or self._seen[rank][0] != sign:
+                self._seen[rank] = (sign, now)
+
+    def _silent(self, limit_s: float) -> dict[int, str]:
+        now = time.monotonic()
+        return {
+            rank: f"has been silent for {now - since:.0f} s (it was at step {sign.split()[1].decode()})"
+            for rank, (sign, since) in list(self._seen.items())
+            if now - since > limit_s
+        }
+
+    def _left(self) -> dict[int, str]:
+        """Why each rank went that has gone of its own accord, and not because of another."""
+        found = {}
+        with contextlib.suppress(RuntimeError), self._lock:
+            for rank in range(self.size):
+                key = f"left/{rank}"
+                if rank != self.rank and self._store.check([key]):
+                    found[rank] = self._store.get(key).decode()
+        causes = {r: why for r, why in found.items() if not why.startswith("stopped because")}
+        return causes
