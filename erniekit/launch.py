@@ -19,6 +19,7 @@ RECIPES = {"SFT": "erniekit.recipes.sft"}
 
 # Seconds for a step and a save after SIGTERM, before the agent ends a rank.
 GRACE_S = 600
+SAME_TIME_S = 5
 
 
 def run_training(run: Run) -> int:
@@ -109,6 +110,7 @@ def _run_agent(run: Run, device: str, num_nodes: int, num_here: int) -> int:
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from erniekit.parallel.ranks import degrees
@@ -127,16 +129,25 @@ def _run_agent(run: Run, device: str, num_nodes: int, num_here: int) -> int:
         nproc_per_node=num_here,
         rdzv_backend="c10d",
         rdzv_endpoint=f"{address}:{port}",
-        run_id=os.environ.get("TORCHELASTIC_RUN_ID", "erniekit"),
+        rdzv_configs={"join_timeout": run.parallel.ddp_timeout},
+        run_id="erniekit",
         max_restarts=0,
-        local_addr=None if num_nodes > 1 else "127.0.0.1",
+        local_addr=address if address in ("127.0.0.1", "localhost") else None,
     )
+    # It logs what `_told` says in one sentence.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     command = ["-m", "erniekit.cli", "train", *run.words]
     try:
         elastic_launch(config, sys.executable)(*command)
         return 0
     except SignalException as error:
         return STOPPED[error.sigval]
+    except RendezvousError:
+        raise ConfigError(
+            f"NNODES={num_nodes} machines did not meet at MASTER_ADDR={address} "
+            f"MASTER_PORT={port} within {run.parallel.ddp_timeout} s; start the same "
+            "command on each of them, with the same values"
+        ) from None
     except ChildFailedError as error:
         return _told(error)
 
@@ -144,8 +155,10 @@ def _run_agent(run: Run, device: str, num_nodes: int, num_here: int) -> int:
 def _told(error: object) -> int:
     """Say which rank failed first, where it could not say so itself; returns its exit code."""
     failures = error.failures  # type: ignore[attr-defined]
-    # One that was ended from outside is the cause of those that then failed.
-    rank, first = min(failures.items(), key=lambda f: (f[1].exitcode >= 0, f[1].timestamp))
+    # One that was ended from outside is the cause of those that failed at about the same time.
+    start = min(failure.timestamp for failure in failures.values())
+    early = [f for f in failures.items() if f[1].timestamp <= start + SAME_TIME_S]
+    rank, first = min(early, key=lambda f: (f[1].exitcode >= 0, f[1].timestamp))
     if first.exitcode < 0:
         print(
             f"erniekit train: rank {rank} was ended by {first.signal_name()}; all ranks "

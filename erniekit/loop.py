@@ -96,6 +96,7 @@ def train(
     """
     while progress.step < parts.num_steps:
         start = time.monotonic()
+        parts.ranks.come_to(progress.step + 1)
         window = list(islice(batches, parts.batches_per_step * parts.ranks.size))
         assert window, "the stream of training batches has no end"
         record = _step(parts, window, progress)

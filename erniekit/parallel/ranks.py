@@ -33,7 +33,6 @@ from erniekit.parallel.watch import Watch
 log = logging.getLogger("erniekit")
 T = TypeVar("T")
 
-MOST_ELEMENTS = 2**31 - 1  # of a message between ranks
 GRACE_S = 3  # a rank that fails lets rank 0, which may have the same to say, say it first
 
 
@@ -97,6 +96,11 @@ class Ranks:
         dist.broadcast(content, 0)
         return json.loads(content.numpy().tobytes())
 
+    def come_to(self, step: int) -> None:
+        """Let the others know how far this rank is, should it be missed."""
+        if self.watch is not None:
+            self.watch.step = step
+
     def wait(self) -> None:
         """Return when all ranks have come here."""
         self.largest(0)
@@ -108,8 +112,8 @@ ALONE = Ranks()
 def degrees(parallel: Parallel, size: int) -> tuple[int, int]:
     """Copies, and shards of each, of a run on `size` processes; raises ConfigError.
 
-    As in ERNIEKit, -1 takes what is left, and `sharding_parallel_degree` says nothing without
-    `sharding` but 1.
+    As in ERNIEKit, -1 takes what is left, and a `sharding_parallel_degree` without `sharding` is
+    that of stage1.
     """
     given_shards, given_copies = parallel.sharding_parallel_degree, parallel.data_parallel_degree
     if parallel.sharding is None:

@@ -1,0 +1,230 @@
+"""Several processes train the same model as one; a checkpoint knows nothing of how many there were.
+
+One process that accumulates over two batches is what two ranks with a batch each are compared to.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ernie.settings import ConfigError
+from erniekit import checkpoint, losses
+from erniekit.cli import main
+from erniekit.config import Parallel, run_from
+from erniekit.parallel import replicated
+from erniekit.parallel.ranks import ALONE, degrees
+from tests.helpers_train_ranks import NaNAt, ranks_train
+
+STEPS = 5
+
+
+def words(model: Path, data: Path, output: Path, **more: object) -> list[str]:
+    values = {
+        "model_name_or_path": model,
+        "train_dataset_path": data / "train.jsonl",
+        "eval_dataset_path": data / "eval.jsonl",
+        "max_seq_len": 96,
+        "buffer_size": 7,
+        "max_steps": STEPS,
+        "save_steps": STEPS,
+        "evaluation_strategy": "steps",
+        "eval_steps": STEPS,
+        "num_answers": 1,
+        "max_answer_tokens": 3,
+        "learning_rate": 1e-2,
+        "lr_scheduler_type": "constant",
+        "moe_aux_loss_lambda": 0.1,
+        # Sums in float32, and an epsilon that keeps AdamW from making rounding into whole steps.
+        "amp_master_grad": True,
+        "use_lowprecision_moment": False,
+        "adam_epsilon": 1e-3,
+        "weight_decay": 0.1,
+        **more,
+        "output_dir": output,
+    }
+    return [f"{key}={value}" for key, value in values.items()]
+
+
+KINDS = {
+    "dense-full": ("tiny-dense", {"fine_tuning": "Full"}),
+    "moe-full": ("tiny-moe", {"fine_tuning": "Full"}),
+    "dense-lora": ("tiny-dense", {"fine_tuning": "LoRA"}),
+    "moe-lora": ("tiny-moe", {"fine_tuning": "LoRA"}),
+    "moe-nan": ("tiny-moe", {"fine_tuning": "Full"}),
+    "dense-muon": ("tiny-dense", {"fine_tuning": "Full", "optim": "muon"}),
+}
+FORMS = {
+    "none": {},
+    "stage1": {"sharding": "stage1"},
+    "stage2": {"sharding": "stage2"},
+    "stage3": {"sharding": "stage3", "recompute": True},
+}
+ALIKE = [
+    *((kind, form) for kind in ("dense-full", "moe-full", "moe-lora") for form in FORMS),
+    *(("dense-lora", form) for form in ("none", "stage3")),
+    *(("moe-nan", form) for form in ("stage1", "stage3")),
+    ("dense-muon", "stage1"),
+]
+# The second pass of step 3 in one process is the third one of rank 1.
+NAN_OF_ONE, NAN_OF_TWO = 6, [1, 3]
+
+
+@pytest.fixture(scope="module")
+def runs(tiny, data: Path, tmp_path_factory) -> Path:
+    """A folder with the results: `<kind>` of one process, `<kind>-<form>` of two."""
+    root = tmp_path_factory.mktemp("runs")
+    for kind, (name, settings) in KINDS.items():
+        options = {**settings, "gradient_accumulation_steps": 2}
+        with pytest.MonkeyPatch.context() as patch:
+            if kind.endswith("nan"):
+                patch.setattr(losses, "next_token", NaNAt(NAN_OF_ONE))
+            assert main(["train", *words(tiny(name), data, root / kind, **options)]) == 0
+    entries = []
+    for kind, form in ALIKE:
+        name, settings = KINDS[kind]
+        options = {**settings, **FORMS[form]}
+        entry = {"words": words(tiny(name), data, root / f"{kind}-{form}", **options)}
+        entries.append(entry | {"nan": NAN_OF_TWO if kind.endswith("nan") else None})
+    ranks_train(2, entries, root)
+    return root
+
+
+def records(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+
+
+def saved(output: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
+    """Weights and optimizer state of a checkpoint."""
+    folder = output / f"checkpoint-{step}"
+    state = load_file(folder / checkpoint.OPTIMIZER_FILE)
+    (weights,) = folder.glob("*model.safetensors")
+    return load_file(weights) | {f"state of {name}": tensor for name, tensor in state.items()}
+
+
+def assert_alike(ours: dict, theirs: dict, bound: float = 1e-5) -> None:
+    """Largest difference, relative to the largest value of a tensor, and its signed mean."""
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        gap = (ours[name].double() - expected.double()) / expected.abs().max().clamp(min=1e-9)
+        worst, bias = gap.abs().max().item(), gap.mean().item()
+        assert worst < bound, f"{name} is off by {worst:.2e}, relative to its largest value"
+        assert abs(bias) < bound / 10, f"{name} is biased by {bias:.2e}"
+
+
+def assert_same_curve(ours: list[dict], theirs: list[dict], bound: float = 1e-5) -> None:
+    exact = ("step", "num_tokens", "num_trained_tokens", "total_tokens", "epoch", "eval_tokens")
+    near = ("loss", "grad_norm", "eval_loss", "accuracy", "aux_loss", "moe_max_over_mean")
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        assert [a.get(k) for k in exact] == [b.get(k) for k in exact]
+        assert a.get("skipped") == b.get("skipped")
+        for key in near:
+            if b.get(key) is not None:
+                assert abs(a[key] - b[key]) <= bound * abs(b[key]), f"{key}: {a[key]}, not {b[key]}"
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("kind", "form"), ALIKE)
+def test_two_ranks_equal_one_process(runs: Path, kind: str, form: str) -> None:
+    ours, theirs = runs / f"{kind}-{form}", runs / kind
+    assert_same_curve(records(ours), records(theirs))
+    assert_alike(saved(ours), saved(theirs))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("kind", ["dense-full", "moe-full", "moe-lora"])
+def test_sharded_state_equals_replicated_bit_for_bit(runs: Path, kind: str) -> None:
+    ours, theirs = saved(runs / f"{kind}-stage1"), saved(runs / f"{kind}-none")
+    for name, expected in theirs.items():
+        assert torch.equal(ours[name], expected), f"{name} differs"
+
+
+@pytest.mark.ranks
+def test_nan_on_one_rank_is_skipped_by_all(runs: Path) -> None:
+    for output in (runs / "moe-nan-stage1", runs / "moe-nan-stage3"):
+        assert [r["step"] for r in records(output) if r.get("skipped")] == [3]
+
+
+@pytest.mark.ranks
+def test_checkpoint_goes_on_with_other_numbers_of_ranks(tiny, data: Path, tmp_path: Path) -> None:
+    """On 2, 4 and 1 ranks in turn, and on 1, 2 and 4, in other forms each time: as on one all
+    along. Four ranks are two copies of two shards.
+    """
+    name, settings = KINDS["moe-full"]
+
+    def part(output: str, steps: int, num_ranks: int, **more: object) -> list[str]:
+        given = {**settings, "max_steps": steps, "save_steps": steps, "evaluation_strategy": "no"}
+        given["gradient_accumulation_steps"] = 4 // num_ranks
+        return words(tiny(name), data, tmp_path / output, **given, **more)
+
+    def train_here(*of_part: object) -> None:
+        assert main(["train", *part(*of_part)]) == 0  # type: ignore[arg-type]
+
+    half = {"sharding_parallel_degree": 2}
+    train_here("unbroken", 6, 1)
+    train_here("up", 2, 1)
+    on_two = [part("down", 2, 2, sharding="stage1"), part("up", 4, 2, sharding="stage3")]
+    on_four = [
+        part("down", 4, 4, sharding="stage3", **half),
+        part("up", 6, 4, sharding="stage1", **half),
+    ]
+    ranks_train(2, [{"words": given} for given in on_two], tmp_path)
+    ranks_train(4, [{"words": given} for given in on_four], tmp_path)
+    train_here("down", 6, 1)
+    for output in (tmp_path / "down", tmp_path / "up"):
+        assert_same_curve(records(output), records(tmp_path / "unbroken"))
+        assert_alike(saved(output, 6), saved(tmp_path / "unbroken", 6))
+
+
+def test_owners_have_about_the_same() -> None:
+    sizes = [100, 90, 40, 30, 20, 10, 5, 5]
+    parameters = {str(i): torch.nn.Parameter(torch.empty(n)) for i, n in enumerate(sizes)}
+    owners = replicated.owners_of(parameters, 3)
+    loads = [sum(sizes[int(n)] for n, o in owners.items() if o == rank) for rank in range(3)]
+    assert sum(loads) == sum(sizes) and max(loads) - min(loads) <= 10, loads
+
+
+@pytest.mark.parametrize(
+    ("settings", "size", "expected"),
+    [
+        ({}, 8, (8, 1)),
+        ({"sharding": "stage1"}, 8, (1, 8)),
+        ({"sharding": "stage3", "sharding_parallel_degree": 4}, 8, (2, 4)),
+        ({"sharding": "stage3", "data_parallel_degree": 2}, 8, (2, 4)),
+        ({"sharding_parallel_degree": 2}, 8, (4, 2)),
+        ({"sharding": "stage1", "sharding_parallel_degree": 3}, 8, None),
+        ({"data_parallel_degree": 2}, 8, None),
+        ({"sharding": "stage1", "sharding_parallel_degree": 2}, 1, None),
+    ],
+)
+def test_degrees(settings: dict, size: int, expected: tuple[int, int] | None) -> None:
+    if expected is not None:
+        assert degrees(Parallel(**settings), size) == expected
+        return
+    with pytest.raises(ConfigError, match=f"but there are {size}"):
+        degrees(Parallel(**settings), size)
+
+
+def test_one_process_exchanges_nothing() -> None:
+    values = [torch.tensor(1.5), torch.tensor([2, 3])]
+    assert ALONE.totals(values) is values and ALONE.own(values) == values
+    assert ALONE.told({"a": 1}) == {"a": 1} and ALONE.largest(3) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"sharding": "stage4"}, "stage3"),
+        ({"nproc_per_node": 0}, "nproc_per_node=0"),
+        ({"data_parallel_degree": -2}, "data_parallel_degree=-2"),
+        ({"ddp_timeout": 0}, "ddp_timeout=0"),
+    ],
+)
+def test_bad_settings_are_refused(settings: dict, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        run_from(settings)
