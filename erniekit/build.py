@@ -51,7 +51,8 @@ def build_model(
     """The model with its tokenizer, ready to be trained; adapters have their start values.
 
     `weights_from` is the folder of a full checkpoint that takes the place of the base model; with
-    `in_host_memory` the model for `device` is not put there yet. Raises ConfigError or CheckpointError in one sentence.
+    `in_host_memory` the model for `device` is not put there yet. Raises ConfigError or
+    CheckpointError in one sentence.
     """
     try:
         kernels.bfloat16_products(device == "cpu" and run.model.cpu_products == "bfloat16")

@@ -64,9 +64,7 @@ def _shared(batches: Iterable[Batch], ranks: Ranks) -> Iterator[tuple[Batch, boo
         yield group[ranks.rank if is_own else 0], is_own
 
 
-def _summed(
-    ranks: Ranks, total: float, num_right: int, num_tokens: int
-) -> tuple[float, int, int]:
+def _summed(ranks: Ranks, total: float, num_right: int, num_tokens: int) -> tuple[float, int, int]:
     numbers = torch.tensor([total, num_right, num_tokens], dtype=torch.float64)
     summed = ranks.totals([numbers])[0].tolist()
     return summed[0], int(summed[1]), int(summed[2])

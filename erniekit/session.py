@@ -92,7 +92,9 @@ class Session:
             tensors = load_file(self.resumed / checkpoint.OPTIMIZER_FILE)
             self.form.load_state(self.optimizer, tensors, self.state["num_updates"])
             self.progress = Progress.from_dict(self.state["progress"])
-            _compare_settings(self.state["settings"], run, self.state.get("ranks", 1), self.ranks.size)
+            _compare_settings(
+                self.state["settings"], run, self.state.get("ranks", 1), self.ranks.size
+            )
             torch.set_rng_state(torch.tensor(self.state["rng"], dtype=torch.uint8))
         self.reporter = Reporter(
             run,

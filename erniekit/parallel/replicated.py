@@ -85,7 +85,8 @@ class ReplicatedGradients(Gradients):
         # Summed by the loss and the embedding, so that no hook tells when they are complete.
         self._apart = {id(p) for p in float32_for}
         dtypes = {name: self._dtypes[id(p)] for name, p in self.parameters.items()}
-        order = sorted(reversed(self.parameters), key=lambda n: id(self.parameters[n]) in self._apart)
+        order = [n for n, p in reversed(self.parameters.items()) if id(p) not in self._apart]
+        order += [n for n, p in self.parameters.items() if id(p) in self._apart]
         self._buckets = buckets_of({n: self.parameters[n] for n in order}, dtypes, self.owners)
         self._bucket_by_name = {n: i for i, b in enumerate(self._buckets) for n in b.names}
         self._missing: list[int] | None = None  # parameters of each bucket yet to come
@@ -160,13 +161,14 @@ class Replicated:
     ) -> Gradients:
         """Sums of gradients, and the embedding that adds to them."""
         head, embedding = model.head_weight, model.model.embed_tokens
-        options = {"float32_for": (head, embedding.weight)}
-        if self.ranks.size > 1:
-            if self.shards_state:
-                self.owners = owners_of(trained, self.ranks.shards)
-            found = ReplicatedGradients(trained, dtype, ranks=self.ranks, owners=self.owners, **options)
+        apart = (head, embedding.weight)
+        if self.ranks.size == 1:
+            found = Gradients(trained, dtype, float32_for=apart)
         else:
-            found = Gradients(trained, dtype, **options)
+            self.owners = owners_of(trained, self.ranks.shards) if self.shards_state else {}
+            found = ReplicatedGradients(
+                trained, dtype, float32_for=apart, ranks=self.ranks, owners=self.owners
+            )
         if embedding.weight.requires_grad:
             model.model.embed_tokens = SummedEmbedding(embedding, found)
         return found
@@ -185,9 +187,7 @@ class Replicated:
         mine = self.ranks.rank % self.ranks.shards
         return {n for n, owner in self.owners.items() if owner == mine} if self.owners else None
 
-    def load_state(
-        self, optimizer: AdamW, tensors: Mapping[str, Tensor], num_updates: int
-    ) -> None:
+    def load_state(self, optimizer: AdamW, tensors: Mapping[str, Tensor], num_updates: int) -> None:
         """Take over the state of whole parameters that a checkpoint holds."""
         if (kept := self.kept()) is not None:
             tensors = {k: t for k, t in tensors.items() if k.rpartition(".")[0] in kept}

@@ -61,7 +61,7 @@ def shard(model: ErnieModel, ranks: Ranks, *, keep_whole_in_step: bool) -> None:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 class ShardedGradients(Gradients):
@@ -131,9 +131,7 @@ class Sharded:
     def kept(self) -> None:
         """Every rank updates its part of everything."""
 
-    def load_state(
-        self, optimizer: AdamW, tensors: Mapping[str, Tensor], num_updates: int
-    ) -> None:
+    def load_state(self, optimizer: AdamW, tensors: Mapping[str, Tensor], num_updates: int) -> None:
         """Take this rank's parts of the state of whole parameters that a checkpoint holds."""
         parts = {k: _cut_like(t, self._home(k)) for k, t in tensors.items()}
         optimizer.load(parts, num_updates)

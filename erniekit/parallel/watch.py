@@ -31,7 +31,8 @@ class Watch:
     def __init__(self, store: dist.Store, rank: int, size: int, patience_s: float) -> None:
         self.rank, self.size, self.patience_s = rank, size, patience_s
         self.step = 0
-        self._store = store.clone()  # a connection of its own: others wait in theirs
+        # A connection of its own, as others wait in theirs; unknown to torch's stubs.
+        self._store: dist.Store = store.clone()  # type: ignore[attr-defined]
         self._seen: dict[int, tuple[bytes, float]] = {}  # sign of a rank, and when it was new
         self._stop = threading.Event()
         self._lock = threading.Lock()
@@ -109,9 +110,9 @@ class Watch:
                 self._seen[rank] = (sign, now)
 
     def _silent(self, limit_s: float) -> dict[int, str]:
-        now = time.monotonic()
+        now, told = time.monotonic(), "has been silent for {:.0f} s (it was at step {})"
         return {
-            rank: f"has been silent for {now - since:.0f} s (it was at step {sign.split()[1].decode()})"
+            rank: told.format(now - since, sign.split()[1].decode())
             for rank, (sign, since) in list(self._seen.items())
             if now - since > limit_s
         }
@@ -124,5 +125,4 @@ class Watch:
                 key = f"left/{rank}"
                 if rank != self.rank and self._store.check([key]):
                     found[rank] = self._store.get(key).decode()
-        causes = {r: why for r, why in found.items() if not why.startswith("stopped because")}
-        return causes
+        return {r: why for r, why in found.items() if not why.startswith("stopped because")}

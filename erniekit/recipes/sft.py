@@ -47,8 +47,9 @@ def run(run: Run, device: str, ranks: Ranks = ALONE) -> int:
 
 
 def _where_to_go_on(run: Run, ranks: Ranks) -> tuple[Path | None, dict[str, Any]]:
-    """The checkpoint to go on from and its state, as rank 0 finds them; None and {} at the start."""
-    folder, state = None, {}
+    """The checkpoint to go on from, as rank 0 finds it, and its state; None and {} at the start."""
+    folder: Path | None = None
+    state: dict[str, Any] = {}
     if ranks.is_first:
         if run.training.overwrite_output_dir:
             checkpoint.remove_all(run.output)

@@ -269,10 +269,23 @@ def test_treatments_know_vectors_layers_routers_and_lora() -> None:
     assert [t.factor for t in found.values()] == pytest.approx(expected)
 
 
-def test_several_processes_are_refused(monkeypatch, capsys) -> None:
-    monkeypatch.setenv("NNODES", "2")
-    assert main(["train", "model_name_or_path=x"]) == 2
-    assert "NNODES=2 asks for several processes" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("variables", "words", "told"),
+    [
+        ({"NNODES": "two"}, [], "NNODES=two is no number of machines"),
+        ({"WORLD_SIZE": "2"}, [], "RANK is not set"),
+        ({}, ["nproc_per_node=2", "sharding=stage1", "sharding_parallel_degree=3"], "there are 2"),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, ["do_train=false"], "erniekit eval runs in one process"),
+    ],
+)
+def test_processes_that_do_not_fit_are_refused(
+    variables: dict, words: list[str], told: str, monkeypatch, capsys
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    settings = ["model_name_or_path=x", "eval_dataset_path=x", "device=cpu"]
+    assert main(["train", *settings, *words]) == 2
+    assert told in capsys.readouterr().err
 
 
 def test_unknown_models_are_refused() -> None:

@@ -83,7 +83,10 @@ def test_adapter_files_have_the_names_that_peft_expects() -> None:
     model.init_weights(seed=0)
     pair = LoRA(rank=3, alpha=6, is_rank_stabilised=True)
     add_lora(model, pair, seed=0)
-    shapes = {name: tuple(t.shape) for name, t in lora.adapter_tensors(dict(model.named_parameters())).items()}
+    shapes = {
+        name: tuple(t.shape)
+        for name, t in lora.adapter_tensors(dict(model.named_parameters())).items()
+    }
     layer = "base_model.model.model.layers.2"
     assert shapes[f"{layer}.self_attn.q_proj.lora_A.weight"] == (3, 48)
     assert shapes[f"{layer}.self_attn.q_proj.lora_B.weight"] == (96, 3)
