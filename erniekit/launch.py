@@ -10,10 +10,15 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import signal
 import sys
+from typing import TYPE_CHECKING
 
 from ernie.settings import ConfigError
 from erniekit.config import Run
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 RECIPES = {"SFT": "erniekit.recipes.sft"}
 
@@ -152,18 +157,28 @@ def _run_agent(run: Run, device: str, num_nodes: int, num_here: int) -> int:
         return _told(error)
 
 
-def _told(error: object) -> int:
-    """Say which rank failed first, where it could not say so itself; returns its exit code."""
-    failures = error.failures  # type: ignore[attr-defined]
-    # One that was ended from outside is the cause of those that failed at about the same time.
-    start = min(failure.timestamp for failure in failures.values())
-    early = [f for f in failures.items() if f[1].timestamp <= start + SAME_TIME_S]
-    rank, first = min(early, key=lambda f: (f[1].exitcode >= 0, f[1].timestamp))
+def _told(error: ChildFailedError) -> int:
+    """Say which rank ended first, where it could not say so itself; returns its exit code."""
+    start = min(failure.timestamp for failure in error.failures.values())
+    early = [f for f in error.failures.items() if f[1].timestamp <= start + SAME_TIME_S]
+    rank, first = min(early, key=lambda f: (_order(f[1].exitcode), f[1].timestamp))
+    if first.exitcode == 2:  # a mistake of the user, which the rank has told
+        return 2
+    ended = f"exited with {first.exitcode}"
     if first.exitcode < 0:
-        print(
-            f"erniekit train: rank {rank} was ended by {first.signal_name()}; all ranks "
-            "stopped, and the same command goes on from the last checkpoint",
-            file=sys.stderr,
-        )
-        return 1
-    return first.exitcode
+        ended = f"was ended by {first.signal_name()}"
+    print(
+        f"erniekit train: rank {rank} {ended}; all ranks stopped, and the same command goes on from "
+        "the last checkpoint",
+        file=sys.stderr,
+    )
+    return max(first.exitcode, 1)
+
+
+def _order(exitcode: int) -> int:
+    """Of ranks that ended at about the same time, the cause comes first: one that was ended from
+    outside, then one that failed, then those that the agent has ended for it.
+    """
+    if exitcode == -signal.SIGTERM:
+        return 2
+    return 0 if exitcode < 0 else 1

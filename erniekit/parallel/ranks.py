@@ -176,6 +176,7 @@ def _explained(watch: Watch) -> Iterator[None]:
             watch.leave(f"stopped by {type(error).__name__}: {error}")
             if watch.rank:  # all ranks fail alike where the settings or the data are wrong
                 time.sleep(GRACE_S)
+                log.error("rank %d stopped by %s: %s", watch.rank, type(error).__name__, error)
             raise
         found = watch.missing()
         watch.leave(f"stopped because {found}")

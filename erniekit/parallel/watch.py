@@ -2,7 +2,8 @@
 
 An exchange that fails does not say who failed; the signs do. A rank that was silent for longer than
 the run's patience ends the others even where they are waiting in an exchange that would never
-return. Keys are `alive/<rank>`, a count and the rank's step, and `left/<rank>`, why it went.
+return. Keys are `alive/<rank>`: a count, the rank's step and where it is; and `left/<rank>`: why it
+went.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import threading
 import time
 
@@ -20,6 +22,7 @@ log = logging.getLogger("erniekit")
 PULSE_S = 1.0
 LOST_PULSES = 4  # without a sign for so many pulses a rank is named as missing
 EXIT_CODE = 1
+WAITS = "an exchange"
 
 
 class Watch:
@@ -64,15 +67,9 @@ class Watch:
             time.sleep(PULSE_S / 4)
             gone = self._left() or self._silent(LOST_PULSES * PULSE_S)
         if not gone:
-            steps = {r: int(sign.split()[1]) for r, (sign, _) in self._seen.items()}
-            slowest = min(steps.values(), default=self.step)
-            gone = {
-                r: f"is still at step {step}"
-                for r, step in steps.items()
-                if step == slowest < self.step
-            }
+            gone = self._behind()
         if not gone:
-            return f"rank {self.rank} lost its connection to the others, which are alive"
+            return f"an exchange of rank {self.rank} failed in step {self.step}, and all are alive"
         return ", ".join(f"rank {rank} {what}" for rank, what in sorted(gone.items()))
 
     def _watch(self) -> None:
@@ -96,7 +93,7 @@ class Watch:
     def _show(self) -> None:
         self._count += 1
         with self._lock:
-            self._store.set(f"alive/{self.rank}", f"{self._count} {self.step}")
+            self._store.set(f"alive/{self.rank}", f"{self._count} {self.step} {_place()}")
 
     def _look(self) -> None:
         now = time.monotonic()
@@ -105,7 +102,7 @@ class Watch:
                 continue
             with self._lock:
                 key = f"alive/{rank}"
-                sign = self._store.get(key) if self._store.check([key]) else b"0 0"
+                sign = self._store.get(key) if self._store.check([key]) else b"0 0 -"
             if rank not in self._seen or self._seen[rank][0] != sign:
                 self._seen[rank] = (sign, now)
 
@@ -117,6 +114,21 @@ class Watch:
             if now - since > limit_s
         }
 
+    def _behind(self) -> dict[int, str]:
+        """The ranks that are in no exchange while this one was; else those at an earlier step."""
+        signs = {r: sign.decode().split(" ", 2) for r, (sign, _) in list(self._seen.items())}
+        busy = {
+            rank: f"is still at step {step}, in {place}"
+            for rank, (_, step, place) in signs.items()
+            if place != WAITS
+        }
+        slowest = min((int(step) for _, step, _ in signs.values()), default=self.step)
+        return busy or {
+            rank: f"is still at step {step}"
+            for rank, (_, step, _) in signs.items()
+            if int(step) == slowest < self.step
+        }
+
     def _left(self) -> dict[int, str]:
         """Why each rank went that has gone of its own accord, and not because of another."""
         found = {}
@@ -126,3 +138,16 @@ class Watch:
                 if rank != self.rank and self._store.check([key]):
                     found[rank] = self._store.get(key).decode()
         return {r: why for r, why in found.items() if not why.startswith("stopped because")}
+
+
+def _place() -> str:
+    """Where the main thread is: the innermost function outside of torch, or `WAITS`."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    while frame is not None:
+        path = frame.f_code.co_filename.replace(os.sep, "/")
+        if "torch/distributed" in path or "erniekit/parallel" in path:
+            return WAITS
+        if "/torch/" not in path:
+            return f"{frame.f_code.co_name} ({path.rpartition('/')[2]}:{frame.f_lineno})"
+        frame = frame.f_back
+    return WAITS
