@@ -168,8 +168,8 @@ def _told(error: ChildFailedError) -> int:
     if first.exitcode < 0:
         ended = f"was ended by {first.signal_name()}"
     print(
-        f"erniekit train: rank {rank} {ended}; all ranks stopped, and the same command goes on from "
-        "the last checkpoint",
+        f"erniekit train: rank {rank} {ended}; all ranks stopped, and the same command goes on "
+        "from the last checkpoint",
         file=sys.stderr,
     )
     return max(first.exitcode, 1)
