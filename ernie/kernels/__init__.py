@@ -278,6 +278,7 @@ def adamw_step(
     step: int,
     grad_scale: float = 1.0,
     seed: int = 0,
+    short_N: Tensor | None = None,
 ) -> None:
     """One AdamW step with decoupled weight decay, in place, over one tensor of any shape taken as
     flat.
@@ -288,7 +289,8 @@ def adamw_step(
     down at random, with probabilities that make the mean exact, so that updates far below their
     last bit still count; the random bits are a hash of (seed, step, element), so a resumed run
     repeats them. Give each tensor its own seed. Every implementation gives the same bits.
-    Contiguous tensors. Not differentiable.
+    `short`, if given, gets the new parameter in its own dtype (bfloat16, to nearest). Contiguous
+    tensors. Not differentiable.
 
     Source: Loshchilov and Hutter, arXiv:1711.05101, algorithm 2.
     """
@@ -305,6 +307,7 @@ def adamw_step(
         step=step,
         grad_scale=grad_scale,
         seed=seed,
+        short_N=short_N,
     )
 
 
@@ -323,6 +326,7 @@ def adamw_8bit_step(
     step: int,
     grad_scale: float = 1.0,
     seed: int = 0,
+    short_N: Tensor | None = None,
 ) -> None:
     """`adamw_step` whose moments take one byte a weight and 8 bytes for each 256 weights.
 
@@ -349,4 +353,5 @@ def adamw_8bit_step(
         step=step,
         grad_scale=grad_scale,
         seed=seed,
+        short_N=short_N,
     )

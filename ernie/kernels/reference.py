@@ -346,6 +346,7 @@ def adamw_step(
     step: int,
     grad_scale: float = 1.0,
     seed: int = 0,
+    short_N: Tensor | None = None,
 ) -> None:
     c = adamw_constants(learning_rate, beta1, beta2, eps, weight_decay, step, grad_scale)
     # Each operation rounds to float32 by itself and in this order: the twins fuse none of them.
@@ -355,6 +356,8 @@ def adamw_step(
     root = square.double().sqrt().float()  # torch's float32 root may be off by a last bit
     update = moment * c.step_size / (root * c.root_scale + c.eps)
     parameter_N.copy_(parameter_N * c.decay - update)
+    if short_N is not None:
+        short_N.copy_(parameter_N)
     if moment_N.dtype == torch.bfloat16:
         bits = _rounding_bits(moment_N.numel(), rounding_key(seed, step)).view(moment_N.shape)
         bits = bits.to(moment_N.device)
@@ -379,6 +382,7 @@ def adamw_8bit_step(
     step: int,
     grad_scale: float = 1.0,
     seed: int = 0,
+    short_N: Tensor | None = None,
 ) -> None:
     c = adamw_constants(learning_rate, beta1, beta2, eps, weight_decay, step, grad_scale)
     size, num_blocks = parameter_N.numel(), scales_2B.shape[1]
@@ -397,6 +401,8 @@ def adamw_8bit_step(
     update = moment * c.step_size / (root * c.root_scale + c.eps)
     flat_update = update.flatten()[:size].view(parameter_N.shape)
     parameter_N.copy_(parameter_N * c.decay - flat_update)
+    if short_N is not None:
+        short_N.copy_(parameter_N)
 
     bits = _rounding_bits(num_blocks * MOMENT_BLOCK, rounding_key(seed, step)).view(moment.shape)
     bits = bits.to(moment.device)

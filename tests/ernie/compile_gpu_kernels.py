@@ -30,7 +30,7 @@ POINTERS = {
     BF16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
     I8: "*i8", torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
-OPTIONS = ("num_warps", "num_stages", "num_ctas")
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "enable_fp_fusion")
 seen: set[str] = set()
 
 
@@ -117,6 +117,18 @@ def main() -> None:
             ops.project(x, weight(bits, 3584, hidden))
     x = rand(800, hidden).requires_grad_()
     ops.grouped_linear(x, rand(8, 512, hidden), torch.full((8,), 100)).sum().backward()
+    update()
+
+
+def update() -> None:
+    """Optimizer steps of a bfloat16 parameter."""
+    rates = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+    rates |= {"step": 3, "seed": 5, "short_N": rand(4096)}
+    weights, scales = torch.ones(4096), torch.ones(2, 16)
+    for moments in (torch.ones(4096), rand(4096)):
+        ops.adamw_step(weights, rand(4096), moments, moments, **rates)
+    codes = torch.zeros(4096, dtype=I8), torch.zeros(4096, dtype=torch.uint8)
+    ops.adamw_8bit_step(weights, rand(4096), *codes, scales, **rates)
 
 
 if __name__ == "__main__":

@@ -303,6 +303,41 @@ def test_grouped_product_equals_its_definition(rows, dtype, weight):
         close(own, other, dtype)
 
 
+ADAMW = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+
+
+def five_updates(module, operation: str, state: list, gradients: list, copied: bool):
+    """Parameter, moments and the parameter's bfloat16 copy after as many steps as gradients."""
+    parameter, *rest = (t.clone() for t in state)
+    short = torch.empty_like(parameter, dtype=BF16) if copied else None
+    for step, gradient in enumerate(gradients, 1):
+        getattr(module, operation)(
+            parameter, gradient, *rest, **ADAMW, step=step, grad_scale=0.7, seed=12345, short_N=short
+        )
+    return [parameter, *rest], short
+
+
+@pytest.mark.parametrize("gradient", [F32, BF16])
+@pytest.mark.parametrize("moments", [F32, BF16, I8])
+def test_optimizer_step_equals_its_definition_bit_for_bit(moments, gradient):
+    size = 5003
+    state = [rand(size), rand(size).to(moments) * 0, rand(size).to(moments) * 0]
+    operation = "adamw_step"
+    if moments == I8:
+        operation = "adamw_8bit_step"
+        state = [*state[:2], state[2].to(torch.uint8), torch.zeros(2, -(-size // 256)).to(DEVICE)]
+    steps = [rand(size, dtype=gradient) * 0.01 for _ in range(5)]
+    steps[2][:600] = 0
+    ours, own = five_updates(ops, operation, state, steps, True)
+    theirs, other = five_updates(reference, operation, state, steps, True)
+    for name, a, b in zip(("parameter", "moment", "square", "scales"), ours, theirs):
+        assert torch.equal(a, b), f"{name}: {(a != b).sum()} of {a.numel()} differ"
+    if ON_GPU:
+        assert torch.equal(own, other)
+    else:  # the interpreter cuts numbers off to bfloat16
+        torch.testing.assert_close(own.float(), other.float(), rtol=2**-7, atol=0)
+
+
 def fake_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
     assert window_size == (-1, 0)
     assert enable_gqa

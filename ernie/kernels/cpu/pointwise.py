@@ -67,6 +67,7 @@ def adamw_step(
     step: int,
     grad_scale: float = 1.0,
     seed: int = 0,
+    short_N: Tensor | None = None,
 ) -> None:
     tensors = (parameter_N, gradient_N, moment_N, square_N)
     assert parameter_N.dtype == torch.float32 and moment_N.dtype == square_N.dtype
@@ -86,6 +87,8 @@ def adamw_step(
         torch.get_num_threads(),
     )
     del update  # it had to live until here
+    if short_N is not None:
+        short_N.copy_(parameter_N)
 
 
 def adamw_8bit_step(
@@ -103,6 +106,7 @@ def adamw_8bit_step(
     step: int,
     grad_scale: float = 1.0,
     seed: int = 0,
+    short_N: Tensor | None = None,
 ) -> None:
     tensors = (parameter_N, gradient_N, moment_N, square_N)
     assert parameter_N.dtype == torch.float32 and scales_2B.is_contiguous()
@@ -123,6 +127,8 @@ def adamw_8bit_step(
         torch.get_num_threads(),
     )
     del update  # it had to live until here
+    if short_N is not None:
+        short_N.copy_(parameter_N)
 
 
 class _RmsNorm(torch.autograd.Function):

@@ -29,6 +29,8 @@ MODULE_BY_OPERATION = {
     "grouped_linear": "experts",
     "attend_packed": "attention",
     "attend_paged": "attention",
+    "adamw_step": "optimizer",
+    "adamw_8bit_step": "optimizer",
 }
 
 
