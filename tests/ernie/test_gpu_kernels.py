@@ -303,6 +303,19 @@ def test_grouped_product_equals_its_definition(rows, dtype, weight):
         close(own, other, dtype)
 
 
+@pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="torch lacks it")
+def test_grouped_product_by_torch_equals_its_definition(monkeypatch):
+    from ernie.kernels.gpu import experts
+
+    monkeypatch.setattr(experts, "_has_grouped", lambda device: True)
+    counts = torch.tensor([3, 0, 18, 7, 0], device=DEVICE)
+    args = (rand(28, 40, dtype=BF16, grad=True), rand(5, 72, 40, dtype=BF16, grad=True), counts)
+    ours, theirs = ops.grouped_linear(*args), reference.grouped_linear(*args)
+    close(ours, theirs, BF16)
+    for own, other in zip(gradients(ours, args), gradients(theirs, args), strict=True):
+        close(own, other, BF16)
+
+
 ADAMW = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 
 
