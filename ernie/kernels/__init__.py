@@ -53,6 +53,8 @@ __all__ = [
     "batch_invariant",
     "bfloat16_products",
     "cache_width",
+    "combine",
+    "combine_backward",
     "expert",
     "grouped_linear",
     "has_bfloat16_products",
@@ -68,6 +70,8 @@ __all__ = [
     "rms_norm",
     "rotate",
     "rotate_",
+    "sort_pairs",
+    "spread",
     "swiglu",
     "write_cache",
 ]
@@ -89,6 +93,34 @@ def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor
     `counts_E` is int64 and sums to N. Differentiable in x and weight.
     """
     return pick("grouped_linear", x_NI.device)(x_NI, weight_EOI, counts_E)
+
+
+def sort_pairs(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The (token, choice) pairs of T tokens with K choices each, stably sorted by expert.
+
+    Returns `order_N`: place n holds pair `order[n] = t * K + k`; its inverse, `place_TK`; and how
+    many pairs each expert got, int64 `(E,)`. The first two are integers of the device's liking, for
+    `spread` and `combine`. Not differentiable, like these: `ernie.moe.dispatch` puts them together.
+    """
+    return pick("sort_pairs", experts_TK.device)(experts_TK, num_experts)
+
+
+def spread(x_TD: Tensor, order_N: Tensor, top_k: int) -> Tensor:
+    """A row for each sorted pair, that of its token; `(N, D)`."""
+    return pick("spread", x_TD.device)(x_TD, order_N, top_k)
+
+
+def combine(rows_ND: Tensor, place_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
+    """`sum over k of weights[t, k] * rows[place[t, k]]`, in float32 and in this order; `(T, D)` in
+    the dtype of the rows. Weights are float32, or all one."""
+    return pick("combine", rows_ND.device)(rows_ND, place_TK, weights_TK)
+
+
+def combine_backward(
+    grad_TD: Tensor, rows_ND: Tensor, weights_TK: Tensor, order_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `combine` for its rows `(N, D)`, in their dtype, and its weights `(T, K)`."""
+    return pick("combine_backward", rows_ND.device)(grad_TD, rows_ND, weights_TK, order_N)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:

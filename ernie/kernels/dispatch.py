@@ -24,6 +24,10 @@ log = logging.getLogger("ernie.kernels")
 OPERATIONS = (
     "linear",
     "grouped_linear",
+    "sort_pairs",
+    "spread",
+    "combine",
+    "combine_backward",
     "rms_norm",
     "rotate",
     "rotate_",

@@ -29,6 +29,36 @@ def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor
     return torch.cat(parts or [linear(x_NI, weight_EOI[0])])
 
 
+def sort_pairs(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    pairs_N = experts_TK.flatten()
+    order_N = pairs_N.argsort(stable=True)
+    place_N = torch.empty_like(order_N)
+    place_N[order_N] = torch.arange(len(order_N), device=order_N.device)
+    return order_N, place_N.view(experts_TK.shape), pairs_N.bincount(minlength=num_experts)
+
+
+def spread(x_TD: Tensor, order_N: Tensor, top_k: int) -> Tensor:
+    return x_TD[order_N // top_k]
+
+
+def combine(rows_ND: Tensor, place_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
+    out_TD = torch.zeros(len(place_TK), rows_ND.shape[1], device=rows_ND.device)
+    for k, place_T in enumerate(place_TK.unbind(1)):
+        part_TD = rows_ND[place_T].float()
+        out_TD += part_TD if weights_TK is None else part_TD * weights_TK[:, k, None]
+    return out_TD.to(rows_ND.dtype)
+
+
+def combine_backward(
+    grad_TD: Tensor, rows_ND: Tensor, weights_TK: Tensor, order_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    grad_ND = grad_TD[order_N // weights_TK.shape[1]].float()
+    dweights_TK = torch.empty_like(weights_TK)
+    dweights_TK.view(-1)[order_N] = (grad_ND * rows_ND.float()).sum(-1)
+    drows_ND = grad_ND.mul_(weights_TK.flatten()[order_N, None])
+    return drows_ND.to(rows_ND.dtype), dweights_TK
+
+
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     x = x_TD.float()
     normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)

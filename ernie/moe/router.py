@@ -34,7 +34,12 @@ class Routing:
     @property
     def load_E(self) -> Tensor:
         """How many (token, choice) pairs each expert got, int64 `(E,)`."""
-        return torch.bincount(self.experts_TK.flatten(), minlength=self.probs_TE.shape[1])
+        return counts_of(self.experts_TK, self.probs_TE.shape[1])
+
+
+def counts_of(experts: Tensor, num_experts: int) -> Tensor:
+    """How often each expert occurs, int64 `(E,)`; unlike bincount it does not wait for a GPU."""
+    return (experts.flatten()[:, None] == torch.arange(num_experts, device=experts.device)).sum(0)
 
 
 class Router(nn.Module):

@@ -117,7 +117,19 @@ def main() -> None:
             ops.project(x, weight(bits, 3584, hidden))
     x = rand(800, hidden).requires_grad_()
     ops.grouped_linear(x, rand(8, 512, hidden), torch.full((8,), 100)).sum().backward()
+    experts_and_back(x.detach(), experts)
     update()
+
+
+def experts_and_back(x: torch.Tensor, experts: int) -> None:
+    """Rows of pairs and their weighted sums."""
+    chosen = torch.arange(len(x) * 6).view(-1, 6) % experts
+    order, place = (torch.zeros(shape, dtype=torch.int32) for shape in (chosen.numel(), (len(x), 6)))
+    ops.sort_pairs(chosen, experts)
+    rows, weights = ops.spread(x, order, 6), torch.ones(len(x), 6)
+    ops.combine(rows, place)
+    ops.combine(rows, place, weights)
+    ops.combine_backward(x, rows, weights, order)
 
 
 def update() -> None:

@@ -316,6 +316,25 @@ def test_grouped_product_by_torch_equals_its_definition(monkeypatch):
         close(own, other, BF16)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("tokens, experts, top_k, width", [(37, 7, 3, 40), (5, 4, 1, 1100), (0, 3, 2, 8)])
+def test_ways_to_experts_and_back_equal_their_definition(tokens, experts, top_k, width, dtype):
+    chosen = rand(tokens, experts).topk(top_k).indices
+    order, place, counts = ops.sort_pairs(chosen, experts)
+    expected = reference.sort_pairs(chosen, experts)
+    for name, own, other in zip(("order", "place", "counts"), (order, place, counts), expected):
+        assert torch.equal(own.long(), other), name
+    x, grad = rand(tokens, width, dtype=dtype), rand(tokens, width, dtype=dtype)
+    rows, weights = rand(tokens * top_k, width, dtype=dtype), rand(tokens, top_k)
+    assert torch.equal(ops.spread(x, order, top_k), reference.spread(x, expected[0], top_k))
+    for given in (None, weights):
+        close(ops.combine(rows, place, given), reference.combine(rows, expected[1], given), dtype)
+    own = ops.combine_backward(grad, rows, weights, order)
+    other = reference.combine_backward(grad, rows, weights, expected[0])
+    close(own[0], other[0], dtype)
+    close(own[1], other[1], F32)
+
+
 ADAMW = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 
 

@@ -131,7 +131,7 @@ def sorted_by_expert(experts_N: Tensor, num_experts: int) -> tuple[Tensor, Tenso
     """Pairs in the order of their experts, those of one expert in their own, int32 `(N,)`; and how
     many pairs stand before the end of each expert's, int32 `(E,)`."""
     num_pairs = len(experts_N)
-    num_blocks = triton.cdiv(num_pairs, SORT_BLOCK)
+    num_blocks = max(1, triton.cdiv(num_pairs, SORT_BLOCK))
     sizes = (num_pairs, num_experts, triton.next_power_of_2(num_experts), SORT_BLOCK)
     counts_Eb = experts_N.new_empty(num_experts, num_blocks)
     _count[(num_blocks,)](experts_N, counts_Eb, *sizes)
