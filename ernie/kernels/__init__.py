@@ -55,6 +55,7 @@ __all__ = [
     "cache_width",
     "combine",
     "combine_backward",
+    "cross_entropy_",
     "expert",
     "grouped_linear",
     "has_bfloat16_products",
@@ -153,6 +154,16 @@ def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
     """`silu(gate) * up`, `(T, I)`. Differentiable. Inputs may be column slices of one wider
     tensor."""
     return pick("swiglu", gate_TI.device)(gate_TI, up_TI)
+
+
+def cross_entropy_(logits_NV: Tensor, targets_N: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`-log softmax(logits[n])[targets[n]]`, float32 `(N,)`, and whether no logit is larger than
+    the target's, bool `(N,)`.
+
+    In place: logits become the gradient of `scale` times the sum of the losses, in their own dtype;
+    all arithmetic is float32. Targets are int64. Contiguous logits; not differentiable.
+    """
+    return pick("cross_entropy_", logits_NV.device)(logits_NV, targets_N, scale)
 
 
 def attend_packed(

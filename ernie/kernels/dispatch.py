@@ -32,6 +32,7 @@ OPERATIONS = (
     "rotate",
     "rotate_",
     "swiglu",
+    "cross_entropy_",
     "attend_packed",
     "attend_paged",
     "write_cache",

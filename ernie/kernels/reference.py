@@ -83,6 +83,18 @@ def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
     return F.silu(gate_TI) * up_TI
 
 
+def cross_entropy_(logits_NV: Tensor, targets_N: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    x_NV = logits_NV if logits_NV.dtype == torch.float32 else logits_NV.float()
+    x_NV -= x_NV.amax(-1, keepdim=True)
+    chosen_N1 = x_NV.gather(-1, targets_N[:, None])
+    sums_N1 = x_NV.exp_().sum(-1, keepdim=True)
+    x_NV *= scale / sums_N1
+    x_NV.scatter_add_(-1, targets_N[:, None], torch.full_like(chosen_N1, -scale))
+    if x_NV is not logits_NV:
+        logits_NV.copy_(x_NV)
+    return (sums_N1.log() - chosen_N1)[:, 0], chosen_N1[:, 0] == 0
+
+
 def attend_packed(
     q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, cu_seqlens_S1: Tensor, scale: float
 ) -> Tensor:

@@ -28,7 +28,7 @@ from ernie.kernels.weights import QuantTensor
 BF16, I8 = torch.bfloat16, torch.int8
 POINTERS = {
     BF16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
-    I8: "*i8", torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64",
+    I8: "*i8", torch.uint8: "*u8", torch.bool: "*i1", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "enable_fp_fusion")
 seen: set[str] = set()
@@ -119,6 +119,8 @@ def main() -> None:
     ops.grouped_linear(x, rand(8, 512, hidden), torch.full((8,), 100)).sum().backward()
     experts_and_back(x.detach(), experts)
     update()
+    for dtype in (BF16, torch.float32):
+        ops.cross_entropy_(torch.ones(2, 103424, dtype=dtype), torch.zeros(2).long(), 0.5)
 
 
 def experts_and_back(x: torch.Tensor, experts: int) -> None:

@@ -335,6 +335,19 @@ def test_ways_to_experts_and_back_equal_their_definition(tokens, experts, top_k,
     close(own[1], other[1], F32)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("rows, vocabulary", [(3, 40), (2, 9001), (0, 5)])
+def test_cross_entropy_equals_its_definition(rows, vocabulary, dtype):
+    logits = (rand(rows, vocabulary) * 5).to(dtype)
+    targets = torch.randint(0, vocabulary, (rows,), device=DEVICE)
+    targets[:1] = logits[:1].argmax(-1)
+    own, other = logits.clone(), logits.clone()
+    ours, theirs = ops.cross_entropy_(own, targets, 0.5), reference.cross_entropy_(other, targets, 0.5)
+    close(ours[0], theirs[0], F32)
+    assert torch.equal(ours[1], theirs[1])
+    close(own, other, dtype)
+
+
 ADAMW = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
 
 

@@ -33,6 +33,7 @@ MODULE_BY_OPERATION = {
     "combine_backward": "pairs",
     "attend_packed": "attention",
     "attend_paged": "attention",
+    "cross_entropy_": "loss",
     "adamw_step": "optimizer",
     "adamw_8bit_step": "optimizer",
 }
