@@ -26,9 +26,7 @@ def local(x_TD: Tensor, routing: Routing, experts: Callable[[Tensor, Tensor], Te
     chance), and summed per token in the order of choice. Both ways are gathers, forward and
     backward: no two pairs are ever added to one place at once.
     """
-    order_N, place_TK, counts_E = kernels.sort_pairs(
-        routing.experts_TK, routing.probs_TE.shape[1]
-    )
+    order_N, place_TK, counts_E = kernels.sort_pairs(routing.experts_TK, routing.probs_TE.shape[1])
     rows_ND = experts(_Spread.apply(x_TD, order_N, place_TK), counts_E)
     return _Combine.apply(rows_ND, routing.weights_TK, order_N, place_TK)
 

@@ -126,7 +126,9 @@ def main() -> None:
 def experts_and_back(x: torch.Tensor, experts: int) -> None:
     """Rows of pairs and their weighted sums."""
     chosen = torch.arange(len(x) * 6).view(-1, 6) % experts
-    order, place = (torch.zeros(shape, dtype=torch.int32) for shape in (chosen.numel(), (len(x), 6)))
+    order, place = (
+        torch.zeros(shape, dtype=torch.int32) for shape in (chosen.numel(), (len(x), 6))
+    )
     ops.sort_pairs(chosen, experts)
     rows, weights = ops.spread(x, order, 6), torch.ones(len(x), 6)
     ops.combine(rows, place)

@@ -317,7 +317,9 @@ def test_grouped_product_by_torch_equals_its_definition(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-@pytest.mark.parametrize("tokens, experts, top_k, width", [(37, 7, 3, 40), (5, 4, 1, 1100), (0, 3, 2, 8)])
+@pytest.mark.parametrize(
+    "tokens, experts, top_k, width", [(37, 7, 3, 40), (5, 4, 1, 1100), (0, 3, 2, 8)]
+)
 def test_ways_to_experts_and_back_equal_their_definition(tokens, experts, top_k, width, dtype):
     chosen = rand(tokens, experts).topk(top_k).indices
     order, place, counts = ops.sort_pairs(chosen, experts)
@@ -342,7 +344,10 @@ def test_cross_entropy_equals_its_definition(rows, vocabulary, dtype):
     targets = torch.randint(0, vocabulary, (rows,), device=DEVICE)
     targets[:1] = logits[:1].argmax(-1)
     own, other = logits.clone(), logits.clone()
-    ours, theirs = ops.cross_entropy_(own, targets, 0.5), reference.cross_entropy_(other, targets, 0.5)
+    ours, theirs = (
+        ops.cross_entropy_(own, targets, 0.5),
+        reference.cross_entropy_(other, targets, 0.5),
+    )
     close(ours[0], theirs[0], F32)
     assert torch.equal(ours[1], theirs[1])
     close(own, other, dtype)
@@ -357,7 +362,14 @@ def five_updates(module, operation: str, state: list, gradients: list, copied: b
     short = torch.empty_like(parameter, dtype=BF16) if copied else None
     for step, gradient in enumerate(gradients, 1):
         getattr(module, operation)(
-            parameter, gradient, *rest, **ADAMW, step=step, grad_scale=0.7, seed=12345, short_N=short
+            parameter,
+            gradient,
+            *rest,
+            **ADAMW,
+            step=step,
+            grad_scale=0.7,
+            seed=12345,
+            short_N=short,
         )
     return [parameter, *rest], short
 
