@@ -74,6 +74,7 @@ __all__ = [
     "sort_pairs",
     "spread",
     "swiglu",
+    "swiglu_halves",
     "write_cache",
 ]
 
@@ -154,6 +155,11 @@ def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
     """`silu(gate) * up`, `(T, I)`. Differentiable. Inputs may be column slices of one wider
     tensor."""
     return pick("swiglu", gate_TI.device)(gate_TI, up_TI)
+
+
+def swiglu_halves(gate_up_Tw: Tensor) -> Tensor:
+    """`swiglu` of the two halves of each row, gate first; `(T, w / 2)`. Differentiable."""
+    return pick("swiglu_halves", gate_up_Tw.device)(gate_up_Tw)
 
 
 def cross_entropy_(logits_NV: Tensor, targets_N: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,7 @@ OPERATIONS = (
     "rotate",
     "rotate_",
     "swiglu",
+    "swiglu_halves",
     "cross_entropy_",
     "attend_packed",
     "attend_paged",

@@ -83,6 +83,10 @@ def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
     return F.silu(gate_TI) * up_TI
 
 
+def swiglu_halves(gate_up_Tw: Tensor) -> Tensor:
+    return swiglu(*gate_up_Tw.chunk(2, dim=-1))
+
+
 def cross_entropy_(logits_NV: Tensor, targets_N: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     x_NV = logits_NV if logits_NV.dtype == torch.float32 else logits_NV.float()
     x_NV -= x_NV.amax(-1, keepdim=True)

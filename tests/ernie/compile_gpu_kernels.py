@@ -97,6 +97,7 @@ def main() -> None:
     x, norm = rand(3, hidden).requires_grad_(), rand(hidden).requires_grad_()
     ops.rms_norm(x, norm, 1e-5).sum().backward()
     ops.swiglu(rand(3, size).requires_grad_(), rand(3, size)).sum().backward()
+    ops.swiglu_halves(rand(3, 2 * size).requires_grad_()).sum().backward()
     ops.rotate_(rand(3, heads + groups, width), torch.ones(3, 64), torch.ones(3, 64))
     tables, lens = torch.zeros(3, 32, dtype=torch.int32), torch.ones(3, dtype=torch.int32)
     for row, dtype in ((width, BF16), (width + 4, I8)):

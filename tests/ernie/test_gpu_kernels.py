@@ -61,6 +61,7 @@ POINTWISE = {
         *angles(4, 16),
     ),
     "swiglu": lambda t: ("swiglu", sliced(3, 37, t), sliced(3, 37, t)),
+    "swiglu halves": lambda t: ("swiglu_halves", sliced(3, 74, t)),
     "swiglu wide": lambda t: (
         "swiglu",
         rand(2, 1500, dtype=t, grad=True),

@@ -45,6 +45,10 @@ def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
     return _swiglu(_rows(gate_TI), _rows(up_TI))
 
 
+def swiglu_halves(gate_up_Tw: Tensor) -> Tensor:
+    return swiglu(*gate_up_Tw.chunk(2, dim=-1))
+
+
 class Update(ctypes.Structure):
     """The constants of one optimizer step, in the order of `struct Update` in pointwise.cpp."""
 

@@ -21,6 +21,7 @@ MODULE_BY_OPERATION = {
     "rotate": "pointwise",
     "rotate_": "pointwise",
     "swiglu": "pointwise",
+    "swiglu_halves": "pointwise",
     "write_cache": "pointwise",
     "pack": "products",
     "project": "products",
