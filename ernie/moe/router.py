@@ -43,8 +43,8 @@ def counts_of(experts: Tensor, num_experts: int) -> Tensor:
 
 
 class _Chosen(torch.autograd.Function):
-    """`probs.gather(-1, experts)`. The experts of a row differ, so its gradient has no sums, which a
-    GPU would have to sort for."""
+    """`probs.gather(-1, experts)`. The experts of a row differ, so its gradient has no sums, for
+    which a GPU would have to sort."""
 
     @staticmethod
     def forward(ctx, probs_TE: Tensor, experts_TK: Tensor) -> Tensor:
