@@ -14,16 +14,12 @@ from ernie.kernels.gpu.experts import sorted_by_expert
 from ernie.kernels.gpu.language import rows_of
 
 COLUMNS = 1024  # of a row that one program takes
-PAIRS = 1024  # whose places one program notes
 
 
 def sort_pairs(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    order_N, ends_E = sorted_by_expert(experts_TK.flatten().int(), num_experts)
-    place_TK = order_N.new_empty(experts_TK.shape)
-    if num_pairs := len(order_N):
-        _invert[(triton.cdiv(num_pairs, PAIRS),)](order_N, place_TK, num_pairs, PAIRS)
+    order_N, place_N, ends_E = sorted_by_expert(experts_TK.flatten().int(), num_experts)
     counts_E = ends_E.diff(prepend=ends_E.new_zeros(1)).long()
-    return order_N, place_TK, counts_E
+    return order_N, place_N.view(experts_TK.shape), counts_E
 
 
 def spread(x_TD: Tensor, order_N: Tensor, top_k: int) -> Tensor:
@@ -60,12 +56,6 @@ def combine_backward(
             dweights_TK, width, weights_TK.shape[1], COLUMNS,
         )  # fmt: skip
     return drows_ND, dweights_TK
-
-
-@triton.jit
-def _invert(order, place, num_pairs, BLOCK: tl.constexpr):
-    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    tl.store(place + tl.load(order + n, n < num_pairs, 0), n, n < num_pairs)
 
 
 @triton.jit
