@@ -61,6 +61,11 @@ class Ranks:
         """Over how many ranks one copy of what is sharded lies."""
         return self.mesh["shard"].size() if self.mesh is not None else 1
 
+    @property
+    def copies(self) -> int:
+        """How many ranks hold the same shard."""
+        return self.size // self.shards
+
     def own(self, window: Sequence[T]) -> Sequence[T]:
         """This rank's share of something that all ranks have in the same order."""
         return window[self.rank :: self.size]

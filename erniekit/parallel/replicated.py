@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ernie.model import ErnieModel
-from erniekit.gradients import Gradients, SummedEmbedding, length, square_of
+from erniekit.gradients import Gradients, SummedEmbedding, length, squares_of
 from erniekit.optim import AdamW
 from erniekit.parallel.ranks import Ranks
 
@@ -105,8 +105,12 @@ class ReplicatedGradients(Gradients):
 
     @torch.no_grad()
     def _send(self, bucket: Bucket) -> None:
-        sums = [self.sum_of(self.parameters[name]) for name in bucket.names]
-        flat = sums[0].view(-1) if len(sums) == 1 else torch.cat([s.view(-1) for s in sums])
+        sums = [
+            # A single gradient may still be shorter than its sum is to be.
+            self.sum_of(p).to(self._dtypes[id(p)]).reshape(-1)
+            for p in (self.parameters[name] for name in bucket.names)
+        ]
+        flat = sums[0] if len(sums) == 1 else torch.cat(sums)
         if bucket.owner is not None and self.ranks.shards == self.ranks.size:
             work = dist.reduce(flat, bucket.owner, async_op=True)
         else:
@@ -119,28 +123,38 @@ class ReplicatedGradients(Gradients):
         """Send what is left, and wait: sums of parameters without a gradient count as zeros."""
         for bucket in self._buckets[len(self._sent) :]:
             self._send(bucket)
+        mine = self.ranks.rank % self.ranks.shards
         for bucket, flat, work in self._sent:
             work.wait()
             parts = flat.split([self.parameters[name].numel() for name in bucket.names])
             for name, part in zip(bucket.names, parts):
                 parameter = self.parameters[name]
-                if bucket.owner in (None, self.ranks.rank % self.ranks.shards):
-                    self._sums[id(parameter)].view(-1).copy_(part)
-                else:
-                    del self._sums[id(parameter)]
+                del self._sums[id(parameter)]
+                if bucket.owner in (None, mine):
+                    self._sums[id(parameter)] = part.view(parameter.shape)
         self._sent, self._missing = [], None
 
     @torch.no_grad()
-    def norm(self) -> float:
+    def norm(self) -> Tensor:
         """As in one process, to the bit: each rank's squares at their places, then one sum."""
         if not self.owners:
             return super().norm()
-        squares = torch.zeros(len(self.parameters), dtype=torch.float64)
-        place = {name: i for i, name in enumerate(self.parameters)}
-        for name, total in self.present().items():
-            squares[place[name]] = square_of(total)
-        copies = self.ranks.size // self.ranks.shards
-        return length(list(self.ranks.totals([squares])[0] / copies))
+        squares = placed_squares(self.parameters, self.present())
+        return length(list(self.ranks.totals([squares])[0] / self.ranks.copies))
+
+
+def placed_squares(parameters: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> Tensor:
+    """Squared length of each parameter's sum, float64 `(parameters,)`; 0 where there is none."""
+    place = {name: i for i, name in enumerate(parameters)}
+    device = next((total.device for total in sums.values()), None)
+    squares = torch.zeros(len(place), dtype=torch.float64, device=device)
+    if sums:
+        # By dtype, as `squares_of` answers.
+        names = sorted(sums, key=lambda name: str(sums[name].dtype))
+        squares[[place[name] for name in names]] = torch.stack(
+            squares_of([sums[name] for name in names])
+        )
+    return squares
 
 
 class Replicated:

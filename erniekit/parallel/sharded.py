@@ -28,9 +28,10 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ernie.model import KEPT_FLOAT32, Block, ErnieModel
-from erniekit.gradients import Gradients, length, square_of
+from erniekit.gradients import Gradients, length
 from erniekit.optim import AdamW
 from erniekit.parallel.ranks import Ranks
+from erniekit.parallel.replicated import placed_squares
 
 
 def shard(model: ErnieModel, ranks: Ranks, *, keep_whole_in_step: bool) -> None:
@@ -39,13 +40,12 @@ def shard(model: ErnieModel, ranks: Ranks, *, keep_whole_in_step: bool) -> None:
     `keep_whole_in_step` is stage2.
     """
     assert ranks.mesh is not None
-    has_copies = ranks.size > ranks.shards
     whole = {p for name, p in model.named_parameters() if name.endswith(KEPT_FLOAT32)}
     for parameter in whole:
         parameter.data = parameter.data.to(ranks.mesh.device_type)
     cut = partial(
         fully_shard,
-        mesh=ranks.mesh if has_copies else ranks.mesh["shard"],
+        mesh=ranks.mesh if ranks.copies > 1 else ranks.mesh["shard"],
         mp_policy=MixedPrecisionPolicy(reduce_dtype=torch.float32),
         ignored_params=whole,
     )
@@ -84,22 +84,20 @@ class ShardedGradients(Gradients):
 
     @torch.no_grad()
     def complete(self) -> None:
-        sums = [self.sum_of(parameter) for parameter in self._whole.values()]
-        if sums:
-            flat = torch.cat([total.view(-1) for total in sums])
+        for dtype in {self._dtypes[id(p)] for p in self._whole.values()}:
+            alike = [p for p in self._whole.values() if self._dtypes[id(p)] == dtype]
+            flat = torch.cat([self.sum_of(p).to(dtype).view(-1) for p in alike])
             dist.all_reduce(flat)
-            for total, part in zip(sums, flat.split([total.numel() for total in sums])):
-                total.view(-1).copy_(part)
+            for parameter, part in zip(alike, flat.split([p.numel() for p in alike])):
+                self._sums[id(parameter)] = part.view(parameter.shape)
 
     @torch.no_grad()
-    def norm(self) -> float:
-        squares = torch.zeros(len(self.parameters), dtype=torch.float64)
-        is_first_part = self.ranks.rank % self.ranks.shards == 0
-        for place, (name, parameter) in enumerate(self.parameters.items()):
-            if id(parameter) in self._sums and (name not in self._whole or is_first_part):
-                squares[place] = square_of(self._sums[id(parameter)])
-        copies = self.ranks.size // self.ranks.shards
-        return length(list(self.ranks.totals([squares])[0] / copies))
+    def norm(self) -> Tensor:
+        sums = self.present()
+        if self.ranks.rank % self.ranks.shards:  # whole ones count once
+            sums = {name: total for name, total in sums.items() if name not in self._whole}
+        squares = placed_squares(self.parameters, sums)
+        return length(list(self.ranks.totals([squares])[0] / self.ranks.copies))
 
 
 class Sharded:
