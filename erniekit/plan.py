@@ -19,6 +19,8 @@ K chosen ones, H query heads, G key heads, d head width, r rank of the adapters.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -29,6 +31,7 @@ from ernie.settings import ConfigError
 from erniekit.build import config_of, weights_dtype
 from erniekit.config import Run
 from erniekit.lora import projections
+from erniekit.parallel.replicated import owners_of
 
 GIB = 2**30
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
@@ -43,7 +46,10 @@ BLOCK_BUFFER = 16 * 2**20  # of bfloat16 weights widened block by block (ernie.k
 
 @dataclass(frozen=True)
 class Degrees:
-    """Over how many processes each kind of division spreads one copy of the model."""
+    """Over how many processes each kind of division spreads one copy of the model.
+
+    What `sharding` divides is the run's own setting.
+    """
 
     tensor: int = 1
     pipeline: int = 1
@@ -68,6 +74,8 @@ class Sizes:
     sums: Counter[int] = field(default_factory=Counter)
     state: Counter[int] = field(default_factory=Counter)
     largest: Counter[int] = field(default_factory=Counter)  # trained elements of one tensor
+    gathered: int = 0  # weights that lie whole beside this rank's shard of them
+    trained: dict[str, int] = field(default_factory=dict)  # elements by name
     num_params: int = 0
     num_trained: int = 0
 
@@ -105,7 +113,8 @@ def plan(run: Run, device: str, degrees: Degrees = Degrees()) -> Plan:
     batch = run.training.batch_size * run.data.max_seq_len
     parts, moment = _peak(config, run, device, degrees, sizes, batch)
     tokens = batch * run.training.gradient_accumulation_steps
-    saved = sizes.state.total() + (0 if run.is_lora else sizes.weights.total())
+    whole = sizes_of(config, run, device, dataclasses.replace(degrees, sharding=1))
+    saved = whole.state.total() + (0 if run.is_lora else whole.weights.total())
     trained = 4 * sizes.num_trained
     return Plan(
         parts,
@@ -143,8 +152,39 @@ def sizes_of(config: ErnieConfig, run: Run, device: str, degrees: Degrees = Degr
                     *stack, out_size, in_size = weight.shape
                     for size in (in_size, out_size):
                         count = run.model.lora_rank * size * (stack[0] if stack else 1)
-                        _add(sizes, name, count, 4, True, False, run, degrees)
+                        key = f"{name}.{len(sizes.trained)}"
+                        _add(sizes, key, count, 4, True, False, run, degrees)
+    if degrees.sharding > 1:
+        _shard(sizes, run, degrees.sharding)
     return sizes
+
+
+def _shard(sizes: Sizes, run: Run, shards: int) -> None:
+    """What `sharding` divides, on the fullest rank.
+
+    stage1 gives whole parameters to owners. stage2 and stage3 cut all of them, and put together all
+    weights for a step, or those outside the blocks, the block that computes and the next one; and a
+    block's gradients, before they are cut.
+    """
+    stage = run.parallel.sharding or "stage1"
+    share = 1 / shards
+    if stage == "stage1":
+        loads: Counter[int] = Counter()
+        for name, owner in owners_of(sizes.trained, shards).items():
+            loads[owner] += sizes.trained[name]
+        share = max(loads.values()) / sum(loads.values())
+    else:
+        blocks = [count for layer, count in sizes.weights.items() if layer >= 0]
+        whole = sizes.weights[-1] + 2 * max(blocks) if stage == "stage3" else sizes.weights.total()
+        sizes.gathered = whole + (0 if run.is_lora else max(blocks))
+        _scale(sizes.weights, share)
+        _scale(sizes.sums, share)
+    _scale(sizes.state, share)
+
+
+def _scale(counts: Counter[int], share: float) -> None:
+    for key in counts:
+        counts[key] = math.ceil(counts[key] * share)
 
 
 def _add(
@@ -161,6 +201,8 @@ def _add(
     layer = int(match[1]) if match else -1
     sizes.num_params += numel
     sizes.num_trained += numel * trained
+    if trained:
+        sizes.trained[name] = numel
     experts = ".experts" in name and degrees.expert > 1
     count = numel // (degrees.expert if experts else degrees.tensor)
     sizes.weights[layer] += count * width
@@ -169,12 +211,11 @@ def _add(
     o = run.optimisation
     moments = 2 * (2 if o.use_lowprecision_moment else 4)
     original = 4 if width < 4 else 0
-    copies = max(degrees.sharding // degrees.expert, 1) if experts else degrees.sharding
     # A single gradient is its own sum, and has the weight's dtype.
     is_short = width == 2 and run.training.gradient_accumulation_steps == 1
     is_long = float32_sum or (o.amp_master_grad and not is_short)
     sizes.sums[layer] += count * (4 if is_long else 2)
-    sizes.state[layer] += count * (moments + original) // copies
+    sizes.state[layer] += count * (moments + original)
     sizes.largest[layer] = max(sizes.largest[layer], count)
 
 
@@ -259,11 +300,14 @@ def _peak(
             "gradients": sizes.sums.total() if all_at_once else done,
         }
     for parts in moments.values():
+        parts["gathered"] = sizes.gathered / degrees.pipeline
         parts["gradients"] /= degrees.pipeline
         parts["optimizer"] = sizes.state.total() / degrees.pipeline
     if device == "cpu" and run.model.continue_training:
         # Pages of the file that is being read are resident beside the weights.
         moments["loading"] = {"file": min(2 * sizes.num_params, FILE_BYTES)}
+        if sizes.gathered:  # a rank reads the whole model before it gives up what is not its own
+            moments["loading"]["gathered"] = (degrees.sharding - 1) * sizes.weights.total()
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     resident = {
         "weights": sizes.weights.total() / degrees.pipeline,
@@ -271,7 +315,8 @@ def _peak(
         "process": _process_bytes(config, run, device),
     }
     names = (
-        "weights", "file", "gradients", "optimizer", "activations", "temporaries", "loss", "process"
+        "weights", "gathered", "file", "gradients", "optimizer", "activations", "temporaries",
+        "loss", "process",
     )  # fmt: skip
     return {name: round(resident.get(name, 0)) for name in names}, moment
 

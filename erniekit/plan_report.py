@@ -25,13 +25,14 @@ import torch
 from ernie.settings import ConfigError
 from erniekit import checkpoint, config, memory
 from erniekit.config import Run, resolved, run_from
+from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.plan import GIB, Degrees, Plan, plan
 
 log = logging.getLogger("erniekit")
 
 ERROR_FILE = "plan_error.json"
-# Keys that divide a model; -1 and nothing mean 1, for sharding "what is left", which a file alone
-# does not say.
+# Keys that divide a model; -1 and nothing mean 1, for sharding "what is left", which a file says
+# with nproc_per_node only.
 DEGREES = {
     "tensor": ("tensor_parallel_degree", "tensor_model_parallel_size"),
     "pipeline": ("pipeline_parallel_degree", "pipeline_model_parallel_size"),
@@ -114,7 +115,11 @@ def read_plannable(values: dict[str, Any], origin: str) -> tuple[Run, Degrees, l
         if notes and str(rest.get(key, planned)) != planned:
             notes.append(f"planned as {key}={planned}; {key}={rest[key]} is not counted")
             rest[key] = planned
-    return run_from(rest, origin), Degrees(**degrees), notes
+    run = run_from(rest, origin)
+    here = run.parallel.nproc_per_node
+    if run.parallel.sharding and here and degrees["sharding"] == 1:
+        degrees["sharding"] = max(here // max(run.parallel.data_parallel_degree, 1), 1)
+    return run, Degrees(**degrees), notes
 
 
 def _degree(key: str, value: Any) -> int:
@@ -336,20 +341,22 @@ def _duration(seconds: float) -> str:
 # --- after a run ---
 
 
-def record_error(run: Run, device: str) -> None:
-    """Write planned and measured peak and step time beside the metrics of a run that ended."""
+def record_error(run: Run, device: str, ranks: Ranks = ALONE) -> None:
+    """Write planned and measured peak and step time of a rank beside the metrics of a run that
+    ended.
+    """
     lines = (run.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     steps = [r for r in map(json.loads, lines) if "seconds" in r]
     if not steps:
         return
-    found, here = plan(run, device), machine(device)
+    found, here = plan(run, device, Degrees(sharding=ranks.shards)), machine(device)
     measured = memory.peak_gib(torch.device(device))
     values = {
         "planned_peak_gib": found.peak / GIB,
         "measured_peak_gib": measured,
         "planned_seconds": found.flops_per_step / here.flops_per_second,
         "measured_seconds": median(r["seconds"] for r in steps),
-        "row_fill": median(r["num_tokens"] for r in steps) / found.tokens_per_step,
+        "row_fill": median(r["num_tokens"] for r in steps) / (found.tokens_per_step * ranks.size),
     }
     checkpoint.replace_text(Path(run.output) / ERROR_FILE, json.dumps(values, indent=1) + "\n")
     log.info(

@@ -281,7 +281,7 @@ class Session:
         weights = self._whole_weights()
         if not self.ranks.is_first:
             return 0
-        record_error(self.run, self.device)
+        record_error(self.run, self.device, self.ranks)
         self._write_weights(output, weights if self.run.is_lora else _in_bfloat16(weights))
         faults = self.train_stream.faults
         if faults.total:

@@ -74,7 +74,8 @@ class Ranks:
         """Each tensor summed over the ranks: integers exactly, numbers in float64."""
         if self.size == 1 or not values:
             return values
-        flat = torch.cat([v.detach().reshape(-1).to("cpu", torch.float64) for v in values])
+        device = values[0].device  # from which all go to the host at once
+        flat = torch.cat([v.detach().reshape(-1).to(device, torch.float64) for v in values]).cpu()
         dist.all_reduce(flat)
         parts = flat.split([v.numel() for v in values])
         return [

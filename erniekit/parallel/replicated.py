@@ -26,15 +26,15 @@ from erniekit.parallel.ranks import Ranks
 BUCKET_BYTES = 25 * 2**20  # as in DistributedDataParallel
 
 
-def owners_of(parameters: Mapping[str, nn.Parameter], num_owners: int) -> dict[str, int]:
-    """Which of `num_owners` keeps each parameter's optimizer state: largest first, each to the one
-    that has the least.
+def owners_of(sizes: Mapping[str, int], num_owners: int) -> dict[str, int]:
+    """Which of `num_owners` keeps each parameter's optimizer state, by the numbers of elements:
+    largest first, each to the one that has the least.
     """
     loads, owners = [0] * num_owners, {}
-    for name in sorted(parameters, key=lambda n: -parameters[n].numel()):
+    for name in sorted(sizes, key=lambda n: -sizes[n]):
         owner = loads.index(min(loads))
         owners[name] = owner
-        loads[owner] += parameters[name].numel()
+        loads[owner] += sizes[name]
     return owners
 
 
@@ -179,7 +179,8 @@ class Replicated:
         if self.ranks.size == 1:
             found = Gradients(trained, dtype, float32_for=apart)
         else:
-            self.owners = owners_of(trained, self.ranks.shards) if self.shards_state else {}
+            sizes = {name: p.numel() for name, p in trained.items()}
+            self.owners = owners_of(sizes, self.ranks.shards) if self.shards_state else {}
             found = ReplicatedGradients(
                 trained, dtype, float32_for=apart, ranks=self.ranks, owners=self.owners
             )

@@ -17,7 +17,7 @@ from erniekit.config import Run, resolved, run_from
 from erniekit.gradients import Gradients
 from erniekit.lora import add_lora
 from erniekit.optim import AdamW, treatments
-from erniekit.plan import GIB, Degrees, kept_words, plan, sizes_of
+from erniekit.plan import GIB, Degrees, Sizes, kept_words, plan, sizes_of
 from erniekit.recompute import recompute
 
 DENSE = TINY["tiny-dense"]
@@ -121,6 +121,40 @@ def test_ranks_divide_the_weights_and_the_note_says_what_cannot_run(capsys) -> N
     assert many["ranks"] == 16
     share = one["parts"]["weights"] / many["parts"]["weights"]
     assert share == pytest.approx(16, rel=0.01), share
+
+
+@pytest.mark.parametrize("fine_tuning", ["Full", "LoRA"])
+def test_sharding_divides_what_it_says(fine_tuning: str) -> None:
+    config = TINY["tiny-moe"]
+
+    def sizes(stage: str | None, shards: int) -> Sizes:
+        given = {"fine_tuning": fine_tuning, "sharding": stage}
+        return sizes_of(config, planned(**given), "cpu", Degrees(sharding=shards))
+
+    one = sizes(None, 1)
+    for stage, divided in (
+        ("stage1", ("state",)),
+        ("stage2", ("state", "sums", "weights")),
+        ("stage3", ("state", "sums", "weights")),
+    ):
+        many = sizes(stage, 4)
+        for part in ("state", "sums", "weights"):
+            share = getattr(many, part).total() / getattr(one, part).total()
+            if part not in divided:
+                assert share == 1, f"{stage}: {part}"
+            else:  # owners have whole parameters, of which there are few here
+                assert 0.25 <= share < 0.4, f"{stage}: {part} is {share:.2f} of one rank's"
+    assert one.gathered == sizes("stage1", 4).gathered == 0
+    blocks = [size for layer, size in one.weights.items() if layer >= 0]
+    again = max(blocks) * (fine_tuning == "Full")
+    assert sizes("stage2", 4).gathered == one.weights.total() + again
+    assert sizes("stage3", 4).gathered == one.weights[-1] + 2 * max(blocks) + again
+
+
+def test_the_number_of_processes_says_how_often_sharding_divides(capsys) -> None:
+    words = ["plan", f"model_name_or_path={RELEASED}", "device=cpu", "--json", "fine_tuning=Full"]
+    main([*words, "sharding=stage3", "nproc_per_node=8", "data_parallel_degree=2"])
+    assert json.loads(capsys.readouterr().out)["ranks"] == 4
 
 
 @pytest.mark.parametrize(
