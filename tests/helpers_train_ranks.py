@@ -23,10 +23,12 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from erniekit import losses
 from erniekit.config import Parallel, read_run
+from erniekit.parallel import replicated
 from erniekit.parallel.ranks import degrees, joined
 from erniekit.recipes import sft
 
 ROOT = Path(__file__).parents[1]
+BUCKET_BYTES = 20_000  # so that tiny models have several
 
 
 def ranks_train(size: int, runs: list[dict[str, Any]], folder: Path) -> None:
@@ -84,7 +86,10 @@ def main() -> int:
             rank, number = entry.get("nan") or (None, 0)
             loss = NaNAt(number) if rank == joint.rank else losses.next_token
             start = time.monotonic()
-            with mock.patch.object(losses, "next_token", loss):
+            with (
+                mock.patch.object(losses, "next_token", loss),
+                mock.patch.object(replicated, "BUCKET_BYTES", BUCKET_BYTES),
+            ):
                 assert sft.run(run, "cpu", ranks) == 0
             print(entry["words"][-1], f"{time.monotonic() - start:.2f} s", flush=True)
     return 0

@@ -85,9 +85,13 @@ class ReplicatedGradients(Gradients):
         # Summed by the loss and the embedding, so that no hook tells when they are complete.
         self._apart = {id(p) for p in float32_for}
         dtypes = {name: self._dtypes[id(p)] for name, p in self.parameters.items()}
-        order = [n for n, p in reversed(self.parameters.items()) if id(p) not in self._apart]
-        order += [n for n, p in self.parameters.items() if id(p) in self._apart]
-        self._buckets = buckets_of({n: self.parameters[n] for n in order}, dtypes, self.owners)
+        hooked: dict[str, nn.Parameter] = {}
+        apart: dict[str, nn.Parameter] = {}
+        for name, parameter in reversed(self.parameters.items()):
+            (apart if id(parameter) in self._apart else hooked)[name] = parameter
+        self._buckets = [
+            bucket for part in (hooked, apart) for bucket in buckets_of(part, dtypes, self.owners)
+        ]
         self._bucket_by_name = {n: i for i, b in enumerate(self._buckets) for n in b.names}
         self._missing: list[int] | None = None  # parameters of each bucket yet to come
         self._sent: list[tuple[Bucket, Tensor, dist.Work]] = []

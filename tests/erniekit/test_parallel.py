@@ -8,17 +8,20 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from ernie.model import ErnieModel
+from ernie.models import TINY
 from ernie.settings import ConfigError
 from erniekit import checkpoint, losses
 from erniekit.cli import main
 from erniekit.config import Parallel, run_from
 from erniekit.parallel import replicated
-from erniekit.parallel.ranks import ALONE, degrees
+from erniekit.parallel.ranks import ALONE, Ranks, degrees
 from tests.helpers_train_ranks import NaNAt, ranks_train
 
 STEPS = 5
@@ -196,6 +199,42 @@ def test_checkpoint_goes_on_with_other_numbers_of_ranks(tiny, data: Path, tmp_pa
     for output in (tmp_path / "down", tmp_path / "up"):
         assert_same_curve(records(output), records(tmp_path / "unbroken"))
         assert_alike(saved(output, 6), saved(tmp_path / "unbroken", 6))
+
+
+def test_sums_travel_during_the_backward_pass(monkeypatch) -> None:
+    """All but those of the vocabulary, which are complete at its end; each once, in order."""
+    sent: list[tuple[bool, int]] = []
+
+    def all_reduce(flat: torch.Tensor, **_: object) -> SimpleNamespace:
+        sent.append((is_over, flat.numel()))
+        return SimpleNamespace(wait=lambda: flat.mul_(2))
+
+    monkeypatch.setattr(replicated.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(replicated, "BUCKET_BYTES", 20_000)
+    model = ErnieModel(TINY["tiny-dense"], dtype=torch.float32)
+    model.init_weights(seed=0)
+    named = dict(model.named_parameters())
+    ids_T = torch.arange(20)
+    flat = losses.Flat(ids_T, ids_T.roll(-1), ids_T, torch.tensor([0, 20], dtype=torch.int32))
+    loss = losses.next_token(model, flat, scale=1.0)
+    expected = torch.autograd.grad(loss.total, list(named.values()))
+    form = replicated.Replicated(Ranks(0, 2), shards_state=False)
+    gradients = form.gradients(model, named, torch.float32)
+    loss = losses.next_token(model, flat, scale=1.0, gradients=gradients)
+    gradients.expect_last()
+    is_over = False
+    loss.total.backward()
+    is_over = True
+    gradients.complete()
+
+    sizes = {
+        over: sum(size for was_over, size in sent if was_over is over) for over in (True, False)
+    }
+    apart = {id(p): p.numel() for p in (model.head_weight, model.model.embed_tokens.weight)}
+    assert sizes[True] == sum(apart.values()) and len(sent) > 4, sent
+    assert sum(sizes.values()) == sum(p.numel() for p in named.values())
+    found = gradients.present()
+    assert_alike(found, {name: 2 * g for name, g in zip(named, expected)})
 
 
 def test_owners_have_about_the_same() -> None:
