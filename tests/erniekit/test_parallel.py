@@ -12,16 +12,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
 
 from ernie.model import ErnieModel
 from ernie.models import TINY
 from ernie.settings import ConfigError
-from erniekit import checkpoint, losses
+from erniekit import checkpoint, losses, session
 from erniekit.cli import main
-from erniekit.config import Parallel, run_from
-from erniekit.parallel import replicated
+from erniekit.config import Parallel, read_run, run_from
+from erniekit.parallel import replicated, sharded
 from erniekit.parallel.ranks import ALONE, Ranks, degrees
+from erniekit.recipes import sft
 from tests.helpers_train_ranks import NaNAt, ranks_train
 
 STEPS = 5
@@ -199,6 +202,36 @@ def test_checkpoint_goes_on_with_other_numbers_of_ranks(tiny, data: Path, tmp_pa
     for output in (tmp_path / "down", tmp_path / "up"):
         assert_same_curve(records(output), records(tmp_path / "unbroken"))
         assert_alike(saved(output, 6), saved(tmp_path / "unbroken", 6))
+
+
+@pytest.fixture
+def one_rank(tmp_path: Path):
+    """A group of one process by itself."""
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    store = dist.FileStore(str(tmp_path / "group"), 1)
+    dist.init_process_group(backend, store=store, rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("kind", ["moe-full", "moe-lora"])
+def test_model_in_the_hands_of_fsdp_equals_a_plain_one(
+    kind: str, device: str, one_rank, tiny, data: Path, tmp_path: Path, monkeypatch
+) -> None:
+    """One shard of one: all that sharding does, on either kind of device, but the exchange."""
+    name, settings = KINDS[kind]
+    more = {**settings, "device": device, "nproc_per_node": 1}
+    plain, cut = words(tiny(name), data, tmp_path / "plain", **more), tmp_path / "cut"
+    assert main(["train", *plain]) == 0
+    mesh = init_device_mesh(device, (1, 1), mesh_dim_names=("replicate", "shard"))
+    ranks = Ranks(0, 1, mesh)
+    form = sharded.Sharded(ranks, keep_whole_in_step=False)
+    monkeypatch.setattr(session, "form_of", lambda run, ranks: form)
+    assert sft.run(read_run(words(tiny(name), data, cut, **more)), device, ranks) == 0
+    bound = 1e-5 if device == "cpu" else 2e-2
+    assert_same_curve(records(cut), records(tmp_path / "plain"), bound)
+    assert_alike(saved(cut), saved(tmp_path / "plain"), bound)
 
 
 def test_sums_travel_during_the_backward_pass(monkeypatch) -> None:
