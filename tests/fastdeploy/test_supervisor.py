@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -196,3 +196,44 @@ def test_a_request_that_does_not_become_whole_is_ended(
         except (ConnectionResetError, BrokenPipeError):
             pass
     assert answer.startswith(begins) and bool(answer) == bool(begins), answer
+
+
+def announced(num_bytes: int) -> bytes:
+    return HEAD.replace(b"50", str(num_bytes).encode())
+
+
+def chunked(num_bytes: int) -> bytes:
+    return HEAD.replace(b"Content-Length: 50", b"Transfer-Encoding: chunked")
+
+
+@pytest.mark.parametrize("head_of", [announced, chunked])
+def test_who_is_still_sending_too_much_reads_the_413(
+    address: tuple[str, int], head_of: Callable[[int], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that closed its side at once would reset the connection under the sender."""
+    monkeypatch.setattr(connection, "LINGER_S", 60.0)
+    monkeypatch.setattr(connection, "BODY_S", 60.0)
+    piece, count = b"x" * 2**14, 2**12
+    frame = b"4000\r\n%b\r\n" % piece if head_of is chunked else piece
+    with socket.create_connection(address, timeout=60) as client:
+        client.sendall(head_of(len(piece) * count))
+        for _ in range(count):
+            client.sendall(frame)
+        client.sendall(b"0\r\n\r\n" if head_of is chunked else b"")
+        answer = b""
+        while data := client.recv(65536):
+            answer += data
+    assert answer.startswith(b"HTTP/1.1 413") and b"the body is longer than" in answer
+
+
+def test_who_never_stops_sending_too_much_is_cut_off(
+    address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "LINGER_S", 0.2)
+    with (
+        socket.create_connection(address, timeout=10) as client,
+        pytest.raises((ConnectionResetError, BrokenPipeError)),
+    ):
+        client.sendall(announced(2**40))
+        while True:
+            client.sendall(b"x" * 2**14)
