@@ -2,10 +2,11 @@
 
     Observe -> CORS -> Gate -> Deadline -> the routes
 
-With keys, every route but the open ones wants one, as a bearer token and nowhere else. Without keys
-the server trusts who can reach it, and so has to tell its users from web pages that use their
-browsers: a page's origin must be the server's own or an allowed one, and the name the server is
-called by must be one that no page's owner can have pointed here (DNS rebinding).
+With keys, every route but the open ones wants one, as a bearer token or (Anthropic's clients) in
+the header `x-api-key`, and nowhere else. Without keys the server trusts who can reach it, and so
+has to tell its users from web pages that use their browsers: a page's origin must be the server's
+own or an allowed one, and the name the server is called by must be one that no page's owner can
+have pointed here (DNS rebinding).
 """
 
 from __future__ import annotations
@@ -141,7 +142,8 @@ class Gate:
             raise RequestError(
                 "a key in the address ends in logs; send `Authorization: Bearer KEY`", status=401
             )
-        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        named = headers.get(b"authorization", b"bearer " + headers.get(b"x-api-key", b""))
+        scheme, _, key = named.partition(b" ")
         digest = hashlib.sha256(key).digest()
         # All keys are compared, so that the time does not tell which one was near.
         matches = sum(hmac.compare_digest(digest, known) for known in self.digests)

@@ -191,6 +191,32 @@ def test_the_clients_stream_helper_understands_the_calls(client: OpenAI) -> None
     assert len({c.id for c in message.tool_calls}) == 2
 
 
+def test_anthropics_form_has_thoughts_calls_and_results_as_blocks(thinker: Server) -> None:
+    weather = {"name": "weather", "input_schema": CITY}
+
+    def create(messages: Any, **fields: Any) -> dict[str, Any]:
+        body = {"model": "m", "max_tokens": 200, "temperature": 0, "tools": [weather], **fields}
+        return httpx.post(f"{thinker.url}/messages", json=body | {"messages": messages}).json()
+
+    asked = [user("Paris?")]
+    answer = create(asked)
+    thought, used = answer["content"]
+    assert thought == {"type": "thinking", "thinking": "I look.", "signature": ""}
+    assert (used["type"], used["name"], used["input"]) == ("tool_use", "weather", {"city": "Paris"})
+    assert answer["stop_reason"] == "tool_use"
+    result = {"type": "tool_result", "tool_use_id": used["id"], "content": "sunny"}
+    history = [
+        *asked,
+        {"role": "assistant", "content": answer["content"]},
+        {"role": "user", "content": [result]},
+    ]
+    assert create(history)["content"][-1] == {"type": "text", "text": "It is sunny."}
+    chosen = create([user("Hello!")], tool_choice={"type": "tool", "name": "weather"})
+    assert chosen["content"][-1]["name"] == "weather"
+    refused = create([*asked, {"role": "assistant", "content": "It"}])["error"]
+    assert "does not think" in refused["message"]
+
+
 def test_a_call_that_max_tokens_cuts_is_not_sold(client: OpenAI) -> None:
     tools: list[Any] = [tool()]
     whole = ask(client, [user("Paris?")], tools=tools).usage.completion_tokens
