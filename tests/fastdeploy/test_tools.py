@@ -174,10 +174,32 @@ def test_a_required_call_is_made_where_the_model_would_only_talk(
         "temperature": 0,
         "max_tokens": 120,
     }
-    answer = client.chat.completions.create(**fields).choices[0]
+    whole = client.chat.completions.create(**fields)
+    answer = whole.choices[0]
     assert answer.finish_reason == "tool_calls", answer
-    for call in answer.message.tool_calls or ():
-        assert json.loads(call.function.arguments) == {"city": "Rome"}
+    (call,) = answer.message.tool_calls
+    assert json.loads(call.function.arguments) == {"city": "Rome"}
+    assert whole.usage is not None
+    most: list[str] = []
+    for num_missing in range(0, 21, 5):  # cut in the end of the call, and within it
+        fields["max_tokens"] = whole.usage.completion_tokens - num_missing
+        stream = list(client.chat.completions.create(**fields, stream=True))
+        parts = [p for c in stream for p in c.choices[0].delta.tool_calls or ()]
+        assert num_missing or len(parts) > 3, "in fragments, as they are written"
+        names = [p.function.name for p in parts]
+        assert names[0] == "weather" and not any(names[1:])
+        assert parts[0].id and not any(p.id for p in parts[1:])
+        arguments = "".join(p.function.arguments for p in parts)
+        reason = stream[-1].choices[0].finish_reason
+        cut = client.chat.completions.create(**fields).choices[0]
+        assert (arguments, reason) == (
+            cut.message.tool_calls[0].function.arguments,
+            cut.finish_reason,
+        )
+        assert reason == ("length" if num_missing else "tool_calls")
+        most.append(arguments)
+    assert most[0] == call.function.arguments
+    assert not most[-1].endswith("}") and most[0].startswith(most[-1])
 
 
 def test_the_clients_stream_helper_understands_the_calls(client: OpenAI) -> None:
