@@ -43,9 +43,8 @@ from fastdeploy.server.health import OPEN_PATHS, add_health
 from fastdeploy.server.limits import Limits
 from fastdeploy.server.log import ORIGIN
 from fastdeploy.server.message import Reading
-from fastdeploy.server.messages import PATH as MESSAGES_PATH
 from fastdeploy.server.messages import add_messages
-from fastdeploy.server.messages_events import error_of
+from fastdeploy.server.messages_events import error_at
 from fastdeploy.server.observe import Observer
 from fastdeploy.server.openapi import add_openapi
 from fastdeploy.server.page import PATHS as PAGE_PATHS
@@ -358,9 +357,7 @@ def _add_error_handlers(app: FastAPI, limits: Limits) -> None:
             headers["connection"] = "close"  # or what is left of the body would come in
         if status == 500 and (origin := ORIGIN.get()):  # it is answered outside of all else
             headers["x-request-id"] = origin.request_id
-        said = error_body(message, status, param)
-        if request.url.path.startswith(MESSAGES_PATH):
-            said = error_of(said, status)
+        said = error_at(request.url.path, error_body(message, status, param), status)
         return JSONResponse(said, status, headers=headers)
 
     @app.exception_handler(RequestError)

@@ -28,6 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from fastdeploy.config import ServerConfig
 from fastdeploy.errors import RequestError
 from fastdeploy.server.limits import Deadline, Limits
+from fastdeploy.server.messages_events import error_at
 from fastdeploy.server.observe import Observe, Observer
 from fastdeploy.server.reply import error_body
 
@@ -123,7 +124,7 @@ class Gate:
             if error.status == 429:
                 wait_s = self.wrong_keys.wait_s(_address(scope)) or self.limits.retry_after_s()
                 headers["retry-after"] = str(math.ceil(wait_s))
-            body = error_body(str(error), error.status)
+            body = error_at(scope["path"], error_body(str(error), error.status), error.status)
             await JSONResponse(body, error.status, headers=headers)(scope, receive, send)
 
     def _tenant(self, scope: Scope) -> str | None:

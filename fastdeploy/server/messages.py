@@ -13,15 +13,13 @@ from fastapi.responses import JSONResponse, Response
 
 from fastdeploy.errors import RequestError
 from fastdeploy.server.chat import ChatReply
-from fastdeploy.server.messages_events import MessageWriter, empty_message
+from fastdeploy.server.messages_events import PATH, MessageWriter, empty_message
 from fastdeploy.server.messages_request import CountRequest, MessagesRequest, chat_of
 from fastdeploy.server.protocol import read_json, with_extras
 from fastdeploy.server.stream import Disconnected, EventStream, drained, while_connected
 
 if TYPE_CHECKING:
     from fastdeploy.server.app import Service
-
-PATH = "/v1/messages"
 
 
 def add_messages(app: FastAPI, service: Service) -> None:

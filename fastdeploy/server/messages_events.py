@@ -20,6 +20,7 @@ _FIELD = {"text": "text", "thinking": "thinking"}  # of a block, and of its delt
 # An abort from outside cuts an answer as well; the form has no word of its own for it.
 _STOP = {"tool_calls": "tool_use", "length": "max_tokens", "abort": "max_tokens"}
 _KIND_BY_STATUS = {404: "not_found_error", 413: "request_too_large"}
+PATH = "/v1/messages"
 
 
 def empty_message(model: str, num_prompt: int) -> dict[str, Any]:
@@ -45,6 +46,11 @@ def usage_of(usage: dict[str, Any]) -> dict[str, Any]:
         "cache_read_input_tokens": cached,
         "output_tokens": usage["completion_tokens"],
     }
+
+
+def error_at(path: str, body: dict[str, Any], status: int) -> dict[str, Any]:
+    """An error (see `reply.error_body`) in the words of the route that it is about."""
+    return error_of(body, status) if path.startswith(PATH) else body
 
 
 def error_of(body: dict[str, Any], status: int) -> dict[str, Any]:

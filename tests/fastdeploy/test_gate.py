@@ -189,6 +189,9 @@ def test_a_request_that_takes_too_long_is_ended() -> None:
     assert stream.status_code == 200
     first, last = stream.text.strip().split("\n\n")
     assert first == "data: one" and '"code": "timeout"' in last
+    messages = Gated(timeout=0.5).client.post("/v1/messages/stream")
+    last = messages.text.strip().split("\n\n")[-1]
+    assert last.startswith('event: error\ndata: {"type": "error", "error": ')
     assert gated.client.post(ECHO).status_code == 200
 
 

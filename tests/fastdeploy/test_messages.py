@@ -166,6 +166,7 @@ def test_other_errors_have_the_forms_names(http: TestClient) -> None:
     assert (gone["type"], gone["error"]["type"]) == ("error", "not_found_error")
     refused = http.post("/v1/messages", json={}, headers={"x-api-key": "two"})
     assert refused.status_code == 401
+    assert refused.json()["type"] == "error"
     assert refused.json()["error"]["type"] == "authentication_error"
 
 
