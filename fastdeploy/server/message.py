@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastdeploy.outputs import CompletionOutput, TokenLogprobs
-from fastdeploy.server.parsers import Call, Parser, Part, Syntax
+from fastdeploy.server.calls import Call
+from fastdeploy.server.parsers import Parser, Part, Syntax
 
 _CHECKED_PIECE = 8192  # characters; a parser that is fed a long text at once copies it often
 
