@@ -125,8 +125,8 @@ class _AddRows(torch.autograd.Function):
     def backward(ctx, grad_TD: Tensor):
         (ids_T,) = ctx.saved_tensors
         total = ctx.gradients.sum_of(ctx.weight)
-        # Sequential on a CPU; on a GPU index_add_ is the one operation of a step whose order of
-        # additions is not fixed unless torch is told to be deterministic (`erniekit.launch` does).
+        # Sequential on a CPU; on a GPU its order of additions is fixed only where torch is told to
+        # be deterministic (`erniekit.launch.repeatable`).
         total.index_add_(0, ids_T, grad_TD.to(total.dtype))
         return None, None, None
 

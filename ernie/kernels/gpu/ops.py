@@ -3,7 +3,8 @@
 Kernels are written in Triton; dense bfloat16 products and attention without a cache are torch's
 own. Nothing here waits for the device, so a decode step can be recorded in a CUDA graph; the
 exceptions are of training, where torch lacks a kernel: the weight's gradient of `grouped_linear`,
-and `attend_packed`. Sums have a fixed order: the same inputs give the same bits.
+and `attend_packed`. Sums have a fixed order, so the same inputs give the same bits, but for the
+backward pass of torch's attention.
 
 Modules are imported when an operation is first asked for, so that this one can say that Triton is
 missing.
