@@ -60,11 +60,14 @@ def num_processes(run: Run, device: str) -> tuple[int, int]:
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but RANK is not set; start the ranks with "
             "torchrun or nproc_per_node=N, or unset it to train in one process"
         )
-    here = run.parallel.nproc_per_node or (torch.cuda.device_count() if device == "cuda" else 1)
-    if device == "cuda" and here > torch.cuda.device_count():
+    num_gpus = torch.cuda.device_count()
+    here = run.parallel.nproc_per_node or (num_gpus if device == "cuda" else 1)
+    if is_rank():
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", here))
+    if device == "cuda" and here > num_gpus:
         raise ConfigError(
-            f"nproc_per_node={here}, but {torch.cuda.device_count()} GPUs are visible; each "
-            "process needs one"
+            f"{here} processes of this machine need a GPU each, but {num_gpus} are visible; give "
+            "a smaller nproc_per_node"
         )
     return int(text), here
 
