@@ -44,8 +44,9 @@ def run_training(run: Run) -> int:
 
 
 def is_rank() -> bool:
-    """Whether torchrun has started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+    """Whether this process was started as one of a number, by torchrun or in its way."""
+    has_agent = "TORCHELASTIC_RUN_ID" in os.environ
+    return has_agent or int(os.environ.get("WORLD_SIZE") or 1) > 1
 
 
 def num_processes(run: Run, device: str) -> tuple[int, int]:
