@@ -31,7 +31,7 @@ def evaluate(
     All ranks are given the same batches and answer with the same numbers, of all of them.
     """
     start, total, num_right, num_tokens = time.monotonic(), 0.0, 0, 0
-    for batch, counts in _shared(batches, ranks):
+    for batch, counts in shared(batches, ranks):
         flat = to_device(batch, model.device)
         attend = packed_causal(flat.cu_seqlens_S1, flat.lengths)
         hidden_TD = model.hidden(flat.token_ids_T, flat.positions_T, attend)
@@ -54,7 +54,7 @@ def evaluate(
     }
 
 
-def _shared(batches: Iterable[Batch], ranks: Ranks) -> Iterator[tuple[Batch, bool]]:
+def shared(batches: Iterable[Batch], ranks: Ranks) -> Iterator[tuple[Batch, bool]]:
     """This rank's batches, and whether each counts: all ranks compute equally many, because the
     shards of a model are put together by all.
     """

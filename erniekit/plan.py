@@ -211,8 +211,9 @@ def _add(
     o = run.optimisation
     moments = 2 * (2 if o.use_lowprecision_moment else 4)
     original = 4 if width < 4 else 0
-    # A single gradient is its own sum, and has the weight's dtype.
-    is_short = width == 2 and run.training.gradient_accumulation_steps == 1
+    # A single gradient is its own sum, and has the weight's dtype; not where whole ones travel.
+    travels = degrees.sharding > 1 and run.parallel.sharding in (None, "stage1")
+    is_short = width == 2 and run.training.gradient_accumulation_steps == 1 and not travels
     is_long = float32_sum or (o.amp_master_grad and not is_short)
     sizes.sums[layer] += count * (4 if is_long else 2)
     sizes.state[layer] += count * (moments + original)

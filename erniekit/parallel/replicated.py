@@ -109,11 +109,12 @@ class ReplicatedGradients(Gradients):
 
     @torch.no_grad()
     def _send(self, bucket: Bucket) -> None:
-        sums = [
+        sums = []
+        for parameter in (self.parameters[name] for name in bucket.names):
             # A single gradient may still be shorter than its sum is to be.
-            self.sum_of(p).to(self._dtypes[id(p)]).reshape(-1)
-            for p in (self.parameters[name] for name in bucket.names)
-        ]
+            total = self.sum_of(parameter).to(self._dtypes[id(parameter)])
+            sums.append(total.reshape(-1))
+            del self._sums[id(parameter)]  # from here on it is in the bucket
         flat = sums[0] if len(sums) == 1 else torch.cat(sums)
         if bucket.owner is not None and self.ranks.shards == self.ranks.size:
             work = dist.reduce(flat, bucket.owner, async_op=True)
@@ -133,7 +134,6 @@ class ReplicatedGradients(Gradients):
             parts = flat.split([self.parameters[name].numel() for name in bucket.names])
             for name, part in zip(bucket.names, parts):
                 parameter = self.parameters[name]
-                del self._sums[id(parameter)]
                 if bucket.owner in (None, mine):
                     self._sums[id(parameter)] = part.view(parameter.shape)
         self._sent, self._missing = [], None
@@ -227,19 +227,33 @@ class Replicated:
         """Every owner's weights replace the other ranks' of its copy."""
         if not self.owners:
             return
+        dtypes = {name: parameter.dtype for name, parameter in trained.items()}
+        sent: list[tuple[Bucket, Tensor, dist.Work]] = []
+        for bucket in buckets_of(trained, dtypes, self.owners):
+            sent.append(self._broadcast(bucket, trained))
+            if len(sent) > 1:  # one on its way while the next is packed
+                self._unpack(*sent.pop(0), trained)
+        for one in sent:
+            self._unpack(*one, trained)
+
+    def _broadcast(
+        self, bucket: Bucket, trained: Mapping[str, nn.Parameter]
+    ) -> tuple[Bucket, Tensor, dist.Work]:
         assert self.ranks.mesh is not None
-        group, mine = self.ranks.mesh["shard"].get_group(), self.ranks.rank % self.ranks.shards
-        sent = []
-        for bucket in buckets_of(trained, {n: p.dtype for n, p in trained.items()}, self.owners):
+        flat = torch.cat([trained[name].data.view(-1) for name in bucket.names])
+        group = self.ranks.mesh["shard"].get_group()
+        work = dist.broadcast(flat, group=group, group_src=bucket.owner, async_op=True)
+        assert work is not None
+        return bucket, flat, work
+
+    def _unpack(
+        self, bucket: Bucket, flat: Tensor, work: dist.Work, trained: Mapping[str, nn.Parameter]
+    ) -> None:
+        work.wait()
+        if bucket.owner != self.ranks.rank % self.ranks.shards:
             weights = [trained[name].data for name in bucket.names]
-            flat = torch.cat([w.view(-1) for w in weights])
-            work = dist.broadcast(flat, group=group, group_src=bucket.owner, async_op=True)
-            sent.append((bucket.owner == mine, weights, flat, work))
-        for is_mine, weights, flat, work in sent:
-            work.wait()
-            if not is_mine:
-                for weight, part in zip(weights, flat.split([w.numel() for w in weights])):
-                    weight.view(-1).copy_(part)
+            for weight, part in zip(weights, flat.split([w.numel() for w in weights])):
+                weight.view(-1).copy_(part)
 
 
 def gathered_state(optimizer: AdamW, owners: Mapping[str, int], ranks: Ranks) -> dict[str, Tensor]:
