@@ -25,6 +25,7 @@ from erniekit.config import (
     Reporting,
     Server,
     Training,
+    View,
 )
 from erniekit.report import about
 
@@ -47,6 +48,13 @@ VERBS = {
         (Model, Data, Training, Optimisation, Reporting),
         "Train a model; started again, it goes on where it was. SIGTERM and Ctrl-C finish the step "
         "and save first (exit status 0 and 130).",
+    ),
+    "data": Verb(
+        "erniekit.data.audit:run_data",
+        (Model, Data, Training, View),
+        "Go through the data of a run: every unusable line with its place and reason, where each "
+        "token goes, and what evaluation shares with training; exit status 2 above "
+        "max_bad_data_share.",
     ),
     "plan": Verb(
         "erniekit.plan_report:run_plan",

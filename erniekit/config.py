@@ -312,9 +312,19 @@ class Reporting:
     lm_eval_limit: int | None = option(None, "Questions of each task; none: all.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What `erniekit data` shows token by token, in place of going through the files."""
+
+    show: int = option(0, "Samples to show, in the order of training, packed into rows; 0: none.")
+    sample: str | None = option(
+        None, "File and line of a record to show, as in data/train.jsonl:17; with what is cut off."
+    )
+
+
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "wsd")
 SINKS = ("tensorboard", "visualdl", "wandb", "swanlab", "all", "none")
-GROUPS = (Model, Data, Training, Optimisation, Generation, Server, Export, Reporting)
+GROUPS = (Model, Data, Training, Optimisation, Generation, Server, Export, Reporting, View)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,6 +339,7 @@ class Run:
     server: Server = field(default_factory=Server)
     export: Export = field(default_factory=Export)
     reporting: Reporting = field(default_factory=Reporting)
+    view: View = field(default_factory=View)
     words: tuple[str, ...] = field(default=(), compare=False)  # of the command line
     without_effect: tuple[str, ...] = ()
 
@@ -434,6 +445,7 @@ def validate(run: Run) -> None:
         (training, "save_steps", 1),
         (training, "seed", 0),
         (run.reporting, "num_answers", -1),
+        (run.view, "show", 0),
         (run.reporting, "max_answer_tokens", 1),
         (optimisation, "learning_rate", 0),
         (optimisation, "warmup_steps", 0),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import queue
+import re
 import threading
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
@@ -22,8 +23,10 @@ from typing import Any
 
 import numpy as np
 
-from ernie.chat import UNTRAINED
-from erniekit.config import Data
+from ernie.chat import UNTRAINED, ChatTemplate
+from ernie.checkpoint.hub import resolve
+from ernie.tokenizer import Tokenizer
+from erniekit.config import Data, Run
 from erniekit.data.dialogue import Encoder, Sample, read_dialogue
 from erniekit.data.mix import Mix
 from erniekit.data.pack import START, Cursor, Drawn, pack
@@ -85,8 +88,8 @@ class Faults:
         return sum(self.by_reason.values())
 
     def add(self, where: str, error: DataError) -> None:
-        reason = str(error).removeprefix(f"{where}: ")
-        self.by_reason[reason.split(";")[0]] += 1
+        reason = str(error)
+        self.by_reason[kind_of(error)] += 1
         if self.total <= _SHOWN:
             log.warning("left out %s: %s", where, reason)
         elif self.total == _SHOWN + 1:
@@ -166,6 +169,24 @@ class Stream:
         rows = self.rows(start, end)
         while group := list(islice(rows, batch_size)):
             yield batch_of([row for row, _ in group], group[-1][1], fixed_size=fixed_size)
+
+
+def kind_of(error: DataError) -> str:
+    """What is wrong with a record, in words that other records share."""
+    return re.sub(r"\[\d+\]", "[]", str(error).split(";")[0])
+
+
+def stream(run: Run, split: str) -> Stream:
+    """The records of a split, encoded with the tokenizer and template of the run's model."""
+    folder = resolve(run.model.model_name_or_path)
+    tokenizer = Tokenizer.from_folder(folder)
+    encoder = Encoder(
+        tokenizer,
+        ChatTemplate.for_folder(folder, tokenizer),
+        run.data.max_seq_len,
+        one_answer_per_sample=run.data.split_multi_turn,
+    )
+    return Stream(run.data, split, encoder, seed=run.training.seed)
 
 
 @dataclass(frozen=True)

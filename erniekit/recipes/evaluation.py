@@ -20,10 +20,10 @@ from ernie.settings import ConfigError
 from erniekit import checkpoint, lora
 from erniekit.build import build_model, read_model
 from erniekit.config import Run, resolved
+from erniekit.data.loader import stream
 from erniekit.evaluate import evaluate
 from erniekit.launch import device_of
 from erniekit.metrics import METRICS_FILE, eval_line
-from erniekit.recipes import sft
 from erniekit.report import story
 from erniekit.report.answers import answers, prompts
 from erniekit.report.scores import SCORES, mean_scores
@@ -61,17 +61,17 @@ def evaluate_run(run: Run) -> int:
 
 def _on_data(run: Run, model: ernie.ErnieModel, what: str | Path) -> dict[str, Any]:
     """Loss and accuracy on the evaluation data, and how near the model's own answers come."""
-    stream = sft.stream(run, "eval")
+    held_out = stream(run, "eval")
     limit = run.training.max_evaluate_steps
-    batches = stream.batches(run.training.batch_size, end=stream.epoch_size)
+    batches = held_out.batches(run.training.batch_size, end=held_out.epoch_size)
     values = evaluate(
         model, islice(batches, limit if limit > 0 else None), run.model.loss_subbatch_seqlen
     )
-    num_left_out = stream.faults.total
-    stream.faults.judge(at_end=True)
+    num_left_out = held_out.faults.total
+    held_out.faults.judge(at_end=True)
     log.info("evaluated %s", what)
     log.info("%s", eval_line(values, 0).replace("eval at step 0", "eval"))
-    asked = prompts(stream, run.reporting.num_answers)
+    asked = prompts(held_out, run.reporting.num_answers)
     given = answers(model, asked, run.reporting.max_answer_tokens, step=0)
     lines = [json.dumps({k: v for k, v in a.items() if k != "step"}) + "\n" for a in given]
     checkpoint.replace_text(run.output / SAMPLES_FILE, "".join(lines))

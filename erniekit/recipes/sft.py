@@ -13,14 +13,10 @@ import logging
 import math
 from typing import Any
 
-from ernie.chat import ChatTemplate
-from ernie.checkpoint.hub import resolve
 from ernie.settings import ConfigError
-from ernie.tokenizer import Tokenizer
 from erniekit import checkpoint, memory
 from erniekit.config import Run, changed, resolved, to_yaml
-from erniekit.data.dialogue import Encoder
-from erniekit.data.loader import Stream, Survey, survey
+from erniekit.data.loader import Stream, Survey, stream, survey
 from erniekit.session import Session
 
 log = logging.getLogger("erniekit")
@@ -52,19 +48,6 @@ def _streams(run: Run) -> tuple[Stream, Stream | None]:
         raise ConfigError("train_dataset_path is not set; give a .jsonl file of dialogues")
     has_eval = run.training.do_eval and run.data.eval_dataset_path
     return stream(run, "train"), stream(run, "eval") if has_eval else None
-
-
-def stream(run: Run, split: str) -> Stream:
-    """The records of a split, encoded with the tokenizer and template of the run's model."""
-    folder = resolve(run.model.model_name_or_path)
-    tokenizer = Tokenizer.from_folder(folder)
-    encoder = Encoder(
-        tokenizer,
-        ChatTemplate.for_folder(folder, tokenizer),
-        run.data.max_seq_len,
-        one_answer_per_sample=run.data.split_multi_turn,
-    )
-    return Stream(run.data, split, encoder, seed=run.training.seed)
 
 
 def _num_steps(
