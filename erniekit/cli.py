@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from ernie.settings import ConfigError, describe, did_you_mean
 from erniekit import config
 from erniekit.config import (
+    Audit,
     Data,
     Export,
     Generation,
@@ -25,7 +26,6 @@ from erniekit.config import (
     Reporting,
     Server,
     Training,
-    View,
 )
 from erniekit.report import about
 
@@ -51,7 +51,7 @@ VERBS = {
     ),
     "data": Verb(
         "erniekit.data.audit:run_data",
-        (Model, Data, Training, View),
+        (Model, Data, Training, Audit),
         "Go through the data of a run: every unusable line with its place and reason, where each "
         "token goes, and what evaluation shares with training; exit status 2 above "
         "max_bad_data_share.",

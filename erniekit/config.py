@@ -313,18 +313,21 @@ class Reporting:
 
 
 @dataclass(frozen=True, kw_only=True)
-class View:
-    """What `erniekit data` shows token by token, in place of going through the files."""
+class Audit:
+    """What `erniekit data` does: show samples token by token, or else go through the files."""
 
     show: int = option(0, "Samples to show, in the order of training, packed into rows; 0: none.")
     sample: str | None = option(
         None, "File and line of a record to show, as in data/train.jsonl:17; with what is cut off."
     )
+    preprocessing_num_workers: int | None = option(
+        None, "Processes that go through the files; none: one for each processor."
+    )
 
 
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "wsd")
 SINKS = ("tensorboard", "visualdl", "wandb", "swanlab", "all", "none")
-GROUPS = (Model, Data, Training, Optimisation, Generation, Server, Export, Reporting, View)
+GROUPS = (Model, Data, Training, Optimisation, Generation, Server, Export, Reporting, Audit)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,7 +342,7 @@ class Run:
     server: Server = field(default_factory=Server)
     export: Export = field(default_factory=Export)
     reporting: Reporting = field(default_factory=Reporting)
-    view: View = field(default_factory=View)
+    audit: Audit = field(default_factory=Audit)
     words: tuple[str, ...] = field(default=(), compare=False)  # of the command line
     without_effect: tuple[str, ...] = ()
 
@@ -445,7 +448,7 @@ def validate(run: Run) -> None:
         (training, "save_steps", 1),
         (training, "seed", 0),
         (run.reporting, "num_answers", -1),
-        (run.view, "show", 0),
+        (run.audit, "show", 0),
         (run.reporting, "max_answer_tokens", 1),
         (optimisation, "learning_rate", 0),
         (optimisation, "warmup_steps", 0),

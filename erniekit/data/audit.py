@@ -24,12 +24,11 @@ from ernie.settings import ConfigError
 from erniekit import checkpoint
 from erniekit.config import Run
 from erniekit.data import ledger
-from erniekit.data.columns import column_of
-from erniekit.data.dialogue import CutAway
+from erniekit.data.chunks import Chunks, Fault
 from erniekit.data.ledger import KINDS, Account, Samples
-from erniekit.data.loader import Faults, Stream, kind_of, stream
+from erniekit.data.loader import Faults, Stream, stream
 from erniekit.data.readers import READERS, Reader
-from erniekit.data.sources import DataError
+from erniekit.data.sources import Source
 
 log = logging.getLogger("erniekit")
 
@@ -45,11 +44,11 @@ class Split:
 
     name: str
     stream: Stream
+    faults: Faults
     samples: Samples = field(default_factory=Samples)
     accounts: list[Account] = field(default_factory=list)
     reasons: list[Counter[str]] = field(default_factory=list)
     cut_away: list[str] = field(default_factory=list)  # places
-    faults: Faults = field(default_factory=lambda: Faults(0.0))
 
     def place(self, sample: int) -> str:
         """File and line of a sample."""
@@ -67,20 +66,21 @@ def run_data(run: Run) -> int:
     names = [s for s in ("train", "eval") if getattr(run.data, f"{s}_dataset_path")]
     if not names:
         raise ConfigError("train_dataset_path is not set; give a .jsonl file of dialogues")
-    if run.view.show or run.view.sample:
+    streams = {name: stream(run, name) for name in names}
+    if run.audit.show or run.audit.sample:
         from erniekit.data import view
 
-        return view.show(run, {name: stream(run, name) for name in names}, reader)
+        return view.show(run.audit, streams, reader)
     folder = _made(run.output / FOLDER)
-    taken: set[str] = set()
-    splits = [
-        _read_split(name, stream(run, name), reader, folder, taken, run.data.max_bad_data_share)
-        for name in names
-    ]
-    found = _found(run, splits, with_rows=reader.is_packed)
+    splits = [Split(name, s, Faults(run.data.max_bad_data_share)) for name, s in streams.items()]
+    with Chunks(streams, reader, run.audit.preprocessing_num_workers) as chunks:
+        taken: set[str] = set()
+        for split in splits:
+            _read(split, chunks, folder, taken)
+    found = _found(run, splits, reader)
     checkpoint.replace_text(folder / LEDGER_FILE, json.dumps(found, indent=1) + "\n")
     _tell(splits, found)
-    log.info("all of this is in %s", folder / LEDGER_FILE)
+    log.info("\nall of this is in %s", folder / LEDGER_FILE)
     for split in splits:
         split.faults.judge(at_end=True)
     return 0
@@ -97,16 +97,26 @@ def _made(folder: Path) -> Path:
 # --- reading ---
 
 
-def _read_split(
-    name: str, records: Stream, reader: Reader, folder: Path, taken: set[str], max_share: float
-) -> Split:
-    split = Split(name, records, faults=Faults(max_share))
-    for number, source in enumerate(records.sources):
-        bad = folder / f"{_unique(source.path.name, name, number, taken)}.bad.jsonl"
-        with _Quarantine(bad) as quarantine:
-            _read_file(split, number, reader, quarantine)
+def _read(split: Split, chunks: Chunks, folder: Path, taken: set[str]) -> None:
+    """Go through the files of a split, and close its accounts."""
+    for number, source in enumerate(split.stream.sources):
+        bad = folder / f"{_unique(source.path.name, split.name, number, taken)}.bad.jsonl"
+        account, reasons = Account(str(source.path), num_records=len(source)), Counter[str]()
+        split.accounts.append(account)
+        split.reasons.append(reasons)
+        with _Quarantine(bad, source) as quarantine:
+            for chunk in chunks.of(split.name, number):
+                split.samples.extend(chunk.samples)
+                account.tokens["truncated"] += chunk.num_truncated
+                account.tokens["dropped"] += chunk.num_dropped
+                account.num_unusable += len(chunk.faults)
+                reasons.update(fault.kind for fault in chunk.faults)
+                split.cut_away += [source.where(f.index) for f in chunk.faults if f.is_cut_away]
+                quarantine.add(chunk.faults)
+        if number in split.stream.mix.drawn:
+            split.faults.read += len(source)
+            split.faults.by_reason.update(reasons)
     ledger.close(split.accounts, split.samples)
-    return split
 
 
 def _unique(file: str, split: str, number: int, taken: set[str]) -> str:
@@ -116,43 +126,13 @@ def _unique(file: str, split: str, number: int, taken: set[str]) -> str:
     return name
 
 
-def _read_file(split: Split, number: int, reader: Reader, quarantine: _Quarantine) -> None:
-    records = split.stream
-    source, kind = records.sources[number], records.kinds[number]
-    account, reasons = Account(str(source.path), num_records=len(source)), Counter[str]()
-    is_drawn = number in records.mix.drawn
-    split.accounts.append(account)
-    split.reasons.append(reasons)
-    for index in range(len(source)):
-        try:
-            read = reader.read(records.encoder, source[index], kind)
-        except DataError as error:
-            account.num_unusable += 1
-            reasons[kind_of(error)] += 1
-            account.tokens["dropped"] += reader.size(records.encoder, source, index, kind)
-            if isinstance(error, CutAway):
-                split.cut_away.append(source.where(index))
-            quarantine.add(source, index, error)
-            continue
-        account.tokens["dropped"] += read.num_left_out
-        for sample in read.samples:
-            if is_drawn:
-                account.tokens["truncated"] += sample.num_cut
-                split.samples.add(number, index, sample)
-            else:
-                account.tokens["dropped"] += len(sample) + 1 + sample.num_cut
-    if is_drawn:
-        split.faults.read += len(source)
-        split.faults.by_reason.update(reasons)
-
-
 class _Quarantine:
     """The unusable records of a file: the first are told, all are written. There is no file where
     there are none.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.count = path, 0
+    def __init__(self, path: Path, source: Source) -> None:
+        self.path, self.source, self.count = path, source, 0
         self.file: TextIO | None = None
 
     def __enter__(self) -> _Quarantine:
@@ -165,40 +145,41 @@ class _Quarantine:
         if self.count > _SHOWN_FAULTS:
             log.info("... and %d more, all of them in %s", self.count - _SHOWN_FAULTS, self.path)
 
-    def add(self, source: Any, index: int, error: DataError) -> None:
-        text = source.text(index)
-        column = error.column or column_of(text, error.at)
-        if self.file is None:
-            self.file = self.path.open("w", encoding="utf-8")
-        record = {
-            "line": source.number(index), "column": column, "reason": str(error), "record": text,
-        }  # fmt: skip
-        self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self.count += 1
-        if self.count <= _SHOWN_FAULTS:
-            place = source.where(index) + (f":{column}" if column else "")
-            log.info("%s: %s", place, error)
+    def add(self, faults: Sequence[Fault]) -> None:
+        for fault in faults:
+            if self.file is None:
+                self.file = self.path.open("w", encoding="utf-8")
+            record = {
+                "line": self.source.number(fault.index),
+                "column": fault.column,
+                "reason": fault.reason,
+                "record": self.source.text(fault.index),
+            }
+            self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
+            self.count += 1
+            if self.count <= _SHOWN_FAULTS:
+                column = f":{fault.column}" if fault.column else ""
+                log.info("%s%s: %s", self.source.where(fault.index), column, fault.reason)
 
 
 # --- what was found ---
 
 
-def _found(run: Run, splits: Sequence[Split], *, with_rows: bool) -> dict[str, Any]:
+def _found(run: Run, splits: Sequence[Split], reader: Reader) -> dict[str, Any]:
     """The content of ledger.json."""
     found: dict[str, Any] = {"max_seq_len": run.data.max_seq_len}
     for split in splits:
-        files = [
-            {**_as_dict(account), "unusable": dict(reasons.most_common())}
-            for account, reasons in zip(split.accounts, split.reasons)
-        ]
         near_empty = (split.samples.column("trained") <= ledger.NEAR_EMPTY).nonzero()[0]
         found[split.name] = {
-            "files": files,
-            "all": _as_dict(ledger.total(split.accounts)),
+            "files": [
+                {**account.as_dict(), "reasons": dict(reasons.most_common())}
+                for account, reasons in zip(split.accounts, split.reasons)
+            ],
+            "all": ledger.total(split.accounts).as_dict(),
             "cut_away": split.cut_away[:_KEPT_PLACES],
             "near_empty": [split.place(i) for i in near_empty[:_KEPT_PLACES].tolist()],
         }
-        if with_rows and len(split.samples):
+        if reader.is_packed and len(split.samples):
             size = run.training.batch_size
             epoch = ledger.first_epoch(split.stream, split.samples, size)
             found[split.name]["epoch"] = dataclasses.asdict(epoch)
@@ -214,57 +195,47 @@ def _found(run: Run, splits: Sequence[Split], *, with_rows: bool) -> dict[str, A
     return found
 
 
-def _as_dict(account: Account) -> dict[str, Any]:
-    values = dataclasses.asdict(account)
-    return {**values, "num_tokens": account.num_tokens, "tokens": values["tokens"]}
-
-
 def _tell(splits: Sequence[Split], found: dict[str, Any]) -> None:
     for split in splits:
+        its = found[split.name]
         log.info("\n%s", table(split.name, split.accounts))
-        if epoch := found[split.name].get("epoch"):
+        if epoch := its.get("epoch"):
             log.info("%s", _rows(epoch, found["max_seq_len"]))
-        if epoch and epoch["num_never_drawn"]:
-            log.warning(
-                "%s: %d records are not drawn in the first epoch, by the weights of their files",
-                split.name,
-                epoch["num_never_drawn"],
+            count = epoch["num_never_drawn"]
+            _warn(
+                split.name, count, "records are not drawn in the first epoch, by the file weights"
             )
-        _warn(split.name, split.cut_away, "samples have no trained token left after cutting; they "
-              "are not trained")  # fmt: skip
-        near_empty = found[split.name]["near_empty"]
-        count = found[split.name]["all"]["num_near_empty"]
-        _warn(split.name, near_empty, f"samples train at most {ledger.NEAR_EMPTY} tokens", count)
-    overlap = found.get("overlap", {"count": 0, "examples": []})
-    pairs = [f"{mine} = {theirs}" for mine, theirs in overlap["examples"]]
-    _warn("eval", pairs, "samples are also in the training data: eval_loss will look too good",
-          overlap["count"])  # fmt: skip
+        what = "samples have no trained token left after cutting; they are not trained"
+        _warn(split.name, len(split.cut_away), what, split.cut_away)
+        what = f"samples train at most {ledger.NEAR_EMPTY} tokens"
+        _warn(split.name, its["all"]["num_near_empty"], what, its["near_empty"])
+    if overlap := found.get("overlap"):
+        pairs = [f"{mine} = {theirs}" for mine, theirs in overlap["examples"]]
+        what = "samples are also in the training data: eval_loss will look too good"
+        _warn("eval", overlap["count"], what, pairs)
 
 
-def _warn(split: str, places: Sequence[str], what: str, count: int | None = None) -> None:
-    count = len(places) if count is None else count
-    if count:
-        more = ", ..." if count > _SHOWN_PLACES else ""
-        log.warning("%s: %d %s (%s%s)", split, count, what, ", ".join(places[:_SHOWN_PLACES]), more)
+def _warn(split: str, count: int, what: str, places: Sequence[str] = ()) -> None:
+    if not count:
+        return
+    shown = ", ".join(places[:_SHOWN_PLACES]) + ", ..." * (count > _SHOWN_PLACES)
+    log.warning("%s: %d %s%s", split, count, what, f" ({shown})" if places else "")
 
 
 def table(split: str, accounts: Sequence[Account]) -> str:
     """Records, samples and tokens of each file, their sum, and what share of all tokens that is."""
     everything = ledger.total(accounts)
-    head = (split, "records", "unusable", "samples", "tokens", *KINDS)
-    rows = [
-        (a.path, *(f"{n:,}" for n in (
-            a.num_records, a.num_unusable, a.num_samples, a.num_tokens, *a.tokens.values())))
-        for a in (*accounts, everything)
-    ]  # fmt: skip
-    rows = rows[-1:] if len(accounts) == 1 else rows
-    rows[-1] = ("all" if len(accounts) > 1 else accounts[0].path, *rows[-1][1:])
+    shown = [*accounts, everything] if len(accounts) > 1 else accounts
     shares = shares_of(list(everything.tokens.values()))
-    rows.append(("", "", "", "", "100 %", *(f"{share / 10:.1f} %" for share in shares)))
-    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    rows = [
+        (split, "records", "unusable", "samples", "tokens", *KINDS),
+        *((a.path, *(f"{n:,}" for n in a.row())) for a in shown),
+        ("", "", "", "", "100 %", *(f"{share / 10:.1f} %" for share in shares)),
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows)]
     return "\n".join(
-        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths)))
-        for row in (head, *rows)
+        "  ".join(c.rjust(w) if i else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths)))
+        for row in rows
     )
 
 
@@ -274,8 +245,8 @@ def shares_of(counts: Sequence[int]) -> list[int]:
     if not total:
         return [0 for _ in counts]
     shares = [1000 * n // total for n in counts]
-    left = sorted(range(len(counts)), key=lambda i: -(1000 * counts[i] % total))
-    for i in left[: 1000 - sum(shares)]:
+    by_remainder = sorted(range(len(counts)), key=lambda i: -(1000 * counts[i] % total))
+    for i in by_remainder[: 1000 - sum(shares)]:
         shares[i] += 1
     return shares
 

@@ -40,6 +40,10 @@ class Sample:
     def __len__(self) -> int:
         return len(self.token_ids)
 
+    @property
+    def num_trained(self) -> int:
+        return len(self.labels) - self.labels.count(UNTRAINED)
+
 
 class CutAway(DataError):
     """All trained answers of a dialogue were in the turns that did not fit."""
@@ -212,9 +216,7 @@ class Encoder:
         """The samples of a dialogue; raises DataError where there is nothing to train on."""
         samples = [self.sample(messages, dialogue.tools) for messages in self.parts(dialogue)]
         self.counts["tokens"] += sum(map(len, samples))
-        self.counts["trained tokens"] += sum(
-            label != UNTRAINED for sample in samples for label in sample.labels
-        )
+        self.counts["trained tokens"] += sum(sample.num_trained for sample in samples)
         return samples
 
     def parts(self, dialogue: Dialogue) -> list[list[dict[str, Any]]]:
@@ -235,11 +237,12 @@ class Encoder:
         self.counts["dialogues cut"] += dropped > 0
         self.counts["turns dropped"] += dropped
         labels = encoded.labels[1:]
-        if all(label == UNTRAINED for label in labels):
+        sample = Sample(encoded.token_ids[:-1], labels, num_cut)
+        if not sample.num_trained:
             if dropped:
                 raise CutAway("no trained answer is left after cutting")
             raise DataError("no answer with label 1; nothing to train on")
-        return Sample(encoded.token_ids[:-1], labels, num_cut)
+        return sample
 
     def _shortened(self, messages: list[dict[str, Any]], tools: Any) -> tuple[Encoded, int]:
         """A dialogue that is too long without as few of its oldest turns as possible, and their

@@ -17,12 +17,12 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
-from ernie.chat import UNTRAINED
 from erniekit.data.dialogue import Sample
 from erniekit.data.loader import Stream
 from erniekit.data.pack import Drawn, pack
@@ -47,8 +47,17 @@ class Account:
     def num_tokens(self) -> int:
         return sum(self.tokens.values())
 
-    def drop(self, num_tokens: int) -> None:
-        self.tokens["dropped"] += num_tokens
+    def row(self) -> tuple[int, ...]:
+        return (
+            self.num_records,
+            self.num_unusable,
+            self.num_samples,
+            self.num_tokens,
+            *self.tokens.values(),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "num_tokens": self.num_tokens}
 
 
 def total(accounts: Sequence[Account]) -> Account:
@@ -65,17 +74,19 @@ class Samples:
         self._columns = {name: array("q") for name in ("source", "record", "size", "trained")}
         self._digests = {name: array("Q") for name in ("text", "exact")}
 
-    def add(self, source: int, record: int, sample: Sample) -> int:
-        """Note a sample of a record; returns its number of trained tokens."""
-        labels = list(sample.labels)
-        trained = len(labels) - labels.count(UNTRAINED)
-        for name, value in zip(self._columns, (source, record, len(sample) + 1, trained)):
-            self._columns[name].append(value)
+    def add(self, source: int, record: int, sample: Sample) -> None:
+        values = (source, record, len(sample) + 1, sample.num_trained)
+        for column, value in zip(self._columns.values(), values):
+            column.append(value)
         digest = hashlib.blake2b(np.asarray(sample.token_ids, np.int32).tobytes(), digest_size=8)
         self._digests["text"].append(int.from_bytes(digest.digest(), "little"))
-        digest.update(np.asarray(labels, np.int32).tobytes())
+        digest.update(np.asarray(sample.labels, np.int32).tobytes())
         self._digests["exact"].append(int.from_bytes(digest.digest(), "little"))
-        return trained
+
+    def extend(self, others: Samples) -> None:
+        for mine, theirs in ((self._columns, others._columns), (self._digests, others._digests)):
+            for name, values in theirs.items():
+                mine[name].extend(values)
 
     def column(self, name: str) -> np.ndarray:
         """One number a sample: source, record, size (tokens), trained; digests text and exact."""
@@ -92,8 +103,8 @@ class Samples:
         return first[group]
 
 
-def close(accounts: Sequence[Account], samples: Samples) -> np.ndarray:
-    """Enter the samples of a split into the accounts of its files; returns the duplicates."""
+def close(accounts: Sequence[Account], samples: Samples) -> None:
+    """Enter the samples of a split into the accounts of its files."""
     source, size, trained = (samples.column(name) for name in ("source", "size", "trained"))
     is_duplicate = samples.first_alike() != np.arange(len(samples))
     for number, account in enumerate(accounts):
@@ -105,7 +116,6 @@ def close(accounts: Sequence[Account], samples: Samples) -> np.ndarray:
         account.tokens["trained"] = int(trained[new].sum())
         account.tokens["masked"] = int((size - trained)[new].sum())
         account.tokens["duplicate"] = int(size[mine & is_duplicate].sum())
-    return np.flatnonzero(is_duplicate)
 
 
 @dataclass(frozen=True)

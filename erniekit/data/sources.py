@@ -99,7 +99,7 @@ class Lines:
     def __getitem__(self, index: int) -> Any:
         line = self._line(index)
         try:
-            return json.loads(line.decode("utf-8"), object_pairs_hook=_object)
+            return _decode(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             column = len(line[: error.start].decode("utf-8")) + 1
             raise DataError(
@@ -162,12 +162,15 @@ class Array:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object; raises ValueError for a key that is given twice, of which one would be lost."""
+    """A JSON object; raises ValueError for a key that is given twice: one would be lost."""
     found = dict(pairs)
     if len(found) < len(pairs):
         [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
         raise ValueError(f"the key {key!r} is given twice")
     return found
+
+
+_decode = json.JSONDecoder(object_pairs_hook=_object).decode
 
 
 def _line_bounds(file: BinaryIO) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -24,8 +24,7 @@ from typing import TextIO
 from ernie.chat import UNTRAINED
 from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer
-from erniekit.config import Run
-from erniekit.data.dialogue import Encoder, Sample
+from erniekit.config import Audit
 from erniekit.data.loader import Stream
 from erniekit.data.pack import START, Drawn, pack
 from erniekit.data.readers import Reader, Shown
@@ -54,20 +53,20 @@ class Token:
     kind: str  # of GUTTERS
 
 
-def show(run: Run, streams: Mapping[str, Stream], reader: Reader) -> int:
-    """Print what `run.view` asks for; returns 0. Raises ConfigError, or DataError for a record
+def show(wanted: Audit, streams: Mapping[str, Stream], reader: Reader) -> int:
+    """Print what is wanted; returns 0. Raises ConfigError, or DataError for a record
     that cannot be used.
     """
     page = Page.on(sys.stdout)
     page.legend()
-    if run.view.sample:
-        _show_record(page, run.view.sample, streams, reader)
-    if run.view.show:
+    if wanted.sample:
+        _show_record(page, wanted.sample, streams, reader)
+    if wanted.show:
         records = next(iter(streams.values()))
         if reader.is_packed:
-            _show_rows(page, records, run.view.show)
+            _show_rows(page, records, wanted.show)
         else:
-            _show_records(page, records, reader, run.view.show)
+            _show_records(page, records, reader, wanted.show)
     return 0
 
 
