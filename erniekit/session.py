@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ernie
+from ernie.chat import write_lock
 from ernie.kernels import report
 from ernie.model import KEPT_FLOAT32
 from ernie.settings import ConfigError
@@ -229,6 +230,11 @@ class Session:
         log.info("saved %s", folder)
 
     def _write_weights(self, folder: Path) -> None:
+        self._write_model(folder)
+        encoder = self.train_stream.encoder
+        write_lock(folder, encoder.template, encoder.tokenizer)
+
+    def _write_model(self, folder: Path) -> None:
         if not self.run.is_lora:
             ernie.save(self.model, folder, layout=self.model.layout)
             return

@@ -18,6 +18,7 @@ trained.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,13 +53,15 @@ class Encoded:
 class ChatTemplate:
     """How a model wants a dialogue written. Choose one with `for_folder`, or `LLM`, `THINKING`.
 
-    `tags` are those its text spells, such as `<think>`: they tell how the model answers.
+    `tags` are those its text spells, such as `<think>`: they tell how the model answers. `source`
+    is that text; empty for a built-in one.
     """
 
     name: str
     _segments: Callable[[Dialogue], list[Segment]]
     _required: tuple[str, ...] = ()
     tags: frozenset[str] = frozenset()
+    source: str = ""
 
     @classmethod
     def for_folder(cls, path: str | Path, tokenizer: Tokenizer | None = None) -> ChatTemplate:
@@ -88,7 +91,7 @@ class ChatTemplate:
         """Jinja texts by name, of which one is "default"; `where` names them in errors."""
         tags = frozenset(_TAG.findall("\n".join(sources.values())))
         segments = JinjaSegments(sources, where, tokenizer, stop_ids(tokenizer))
-        return cls(where, segments, tags=tags)
+        return cls(where, segments, tags=tags, source=json.dumps(sources, sort_keys=True))
 
     def render(
         self,
