@@ -6,7 +6,7 @@ one; the rest of the rejected one. Of both only the answers are trained.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,14 +94,13 @@ def _read_pair(encoder: Encoder, record: Any, kind: str) -> Read:
 
 def joined_pair(chosen: Sample, rejected: Sample) -> Sample:
     """Both dialogues one after the other; what they begin with, up to the answers, once."""
-    shared = 0
-    for a, b, c, d in zip(chosen.token_ids, rejected.token_ids, chosen.labels, rejected.labels):
-        if a != b or c != UNTRAINED or d != UNTRAINED:
-            break
-        shared += 1
+    answers = (
+        next(i for i, n in enumerate(s.labels) if n != UNTRAINED) for s in (chosen, rejected)
+    )
+    shared = min(_common(chosen.token_ids, rejected.token_ids), 1 + min(answers))
     return Sample(
         [*chosen.token_ids, chosen.labels[-1], *rejected.token_ids[shared:]],
-        [*chosen.labels, UNTRAINED, *rejected.labels[shared:]],
+        [*chosen.labels, *rejected.labels[shared - 1 :]],
     )
 
 
@@ -125,13 +124,13 @@ def _cut(whole: list[int], sample: Sample) -> tuple[list[int], int]:
     """
     if not sample.num_cut:
         return [], 0
-    start = _common(whole, list(sample.token_ids))
+    start = _common(whole, sample.token_ids)
     while start and whole[start - 1] == whole[start - 1 + sample.num_cut]:
         start -= 1
     return whole[start : start + sample.num_cut], start
 
 
-def _common(a: list[int], b: list[int]) -> int:
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 

@@ -111,7 +111,7 @@ class Lines:
             raise DataError(f"not a JSON object ({error})") from None
 
     def _line(self, index: int) -> bytes:
-        return self.content[self.starts[index] : self.ends[index]]
+        return self.content[self.starts[index] : self.ends[index]].rstrip(b"\r")
 
     def where(self, index: int) -> str:
         return f"{self.path}:{self.numbers[index]}"
@@ -124,7 +124,7 @@ class Lines:
         return index if index < len(self) and self.numbers[index] == number else None
 
     def text(self, index: int) -> str:
-        return self._line(index).decode("utf-8", "backslashreplace").rstrip("\r")
+        return self._line(index).decode("utf-8", "backslashreplace")
 
 
 class Array:
