@@ -189,8 +189,8 @@ def _shown(data: bytes, pending: bytes) -> tuple[str, bytes]:
         if taken and len(whole) < size and not data:
             return f"⟨{taken.hex(' ')}⟩", whole
         if taken:
-            character = whole.decode("utf-8", "replace")
-            text = f"⟨{taken.hex(' ')}={_visible(character)}⟩"
+            character = _visible(whole.decode("utf-8", "ignore"))
+            text = f"⟨{taken.hex(' ')}{'=' if character else ''}{character}⟩"
     while data:
         size = _size_of_character(data[0])
         piece, data = data[:size], data[size:]

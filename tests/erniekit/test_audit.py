@@ -369,7 +369,7 @@ def test_shared_samples_are_warned_of_with_both_places(words, data, tmp_path, ca
 
 
 def test_samples_cut_to_nothing_and_near_empty_ones_are_listed(words, tmp_path, capsys) -> None:
-    cut = {"src": ["a", "word " * 16], "tgt": ["b", "c"], "label": [1, 0]}
+    cut = {"src": ["a", "word " * 19], "tgt": ["b", "c"], "label": [1, 0]}
     records = [*dialogues(3), cut, {"src": ["What?"], "tgt": ["a"]}]
     path = write_lines(tmp_path / "train.jsonl", records)
     assert main(["data", *words(path)]) == 0
