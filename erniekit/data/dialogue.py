@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -214,7 +214,7 @@ class Encoder:
 
     def samples(self, dialogue: Dialogue) -> list[Sample]:
         """The samples of a dialogue; raises DataError where there is nothing to train on."""
-        samples = [self.sample(messages, dialogue.tools) for messages in self.parts(dialogue)]
+        samples = [self.fitted(messages, dialogue.tools) for messages in self.parts(dialogue)]
         self.counts["tokens"] += sum(map(len, samples))
         self.counts["trained tokens"] += sum(sample.num_trained for sample in samples)
         return samples
@@ -228,7 +228,7 @@ class Encoder:
             raise DataError("no answer with label 1; nothing to train on")
         return parts
 
-    def sample(self, messages: list[dict[str, Any]], tools: Any = None) -> Sample:
+    def fitted(self, messages: list[dict[str, Any]], tools: Any = None) -> Sample:
         """One sample of messages, cut to fit; raises DataError where nothing is left to train."""
         encoded, dropped, num_cut = self.encode(messages, tools), 0, 0
         if (size := len(encoded.token_ids)) > self.max_tokens:
@@ -248,18 +248,16 @@ class Encoder:
         """A dialogue that is too long without as few of its oldest turns as possible, and their
         number; found in a few encodings, because every turn makes it longer.
         """
-        head = messages[: int(messages[0]["role"] == "system")]
-        later = range(len(head) + 1, len(messages))
-        turns = [len(head), *(i for i in later if messages[i]["role"] == "user")]
+        shorter = list(_without_oldest_turns(messages))
 
         @cache
         def without(num_turns: int) -> Encoded:
-            return self.encode([*head, *messages[turns[num_turns] :]], tools)
+            return self.encode(shorter[num_turns], tools)
 
         def fits(num_turns: int) -> bool:
             return len(without(num_turns).token_ids) <= self.max_tokens
 
-        last = len(turns) - 1
+        last = len(shorter) - 1
         if not fits(last):
             raise DataError(
                 f"its last turn is longer than max_seq_len={self.max_tokens}; it has "
@@ -277,3 +275,14 @@ class Encoder:
             )
         except (ChatError, TokenizerError) as error:
             raise DataError(str(error)) from None
+
+
+def _without_oldest_turns(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """The messages; without the first turn; without the first two; ... A turn starts with the
+    user.
+    """
+    start = int(messages[0].get("role") == "system") if isinstance(messages[0], dict) else 0
+    turns = [i for i in range(start, len(messages)) if messages[i].get("role") == "user"]
+    yield messages
+    for i in turns[1:]:
+        yield messages[:start] + messages[i:]

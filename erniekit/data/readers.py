@@ -52,7 +52,7 @@ class Reader:
         for dialogue, title in zip(self.dialogues(record, kind), self.titles):
             parts = encoder.parts(dialogue)
             for number, messages in enumerate(parts, start=1):
-                sample = encoder.sample(messages, dialogue.tools)
+                sample = encoder.fitted(messages, dialogue.tools)
                 whole = encoder.encode(messages, dialogue.tools).token_ids
                 which = f", answer {number} of {len(parts)}" if len(parts) > 1 else ""
                 found.append(Shown(title + which, sample, *_cut(whole, sample)))
@@ -85,7 +85,7 @@ def _after_last_answer(encoder: Encoder, dialogue: Dialogue) -> int:
 
 def _read_pair(encoder: Encoder, record: Any, kind: str) -> Read:
     wholes = _dialogues_of_pair(record, kind)
-    chosen, rejected = (encoder.sample(d.messages) for d in wholes)
+    chosen, rejected = (encoder.fitted(d.messages) for d in wholes)
     joined, num_cut = joined_pair(chosen, rejected), 0
     if chosen.num_cut or rejected.num_cut:
         num_cut = _num_tokens(encoder, wholes) - (len(joined) + 1)

@@ -471,7 +471,7 @@ def test_pairs_count_their_prompt_once_and_both_answers(words, folder, tmp_path:
 def test_what_two_answers_begin_with_is_in_both(folder) -> None:
     encoder = fuzzed_stream(folder).encoder
     one, two = (
-        encoder.sample([{"role": "user", "content": "q"}, {"role": "assistant", "content": a}])
+        encoder.fitted([{"role": "user", "content": "q"}, {"role": "assistant", "content": a}])
         for a in ("It is sunny", "It is cold")
     )
     joined = joined_pair(one, two)
