@@ -85,14 +85,14 @@ def next_token(
         weighted = scale * terms.multi_token / len(model.model.mtp)
         parts["mtp_loss"] = _multi_token(model, batch, hidden_TD, weighted, chunk_size, gradients)
     routed = [routing for routing in routings if routing is not None]
-    parts |= {name: part * share for name, part in _routing_terms(model, routed, terms).items()}
+    parts |= {name: part * share for name, part in routing_terms(model, routed, terms).items()}
     total = value + torch.stack(list(parts.values())).sum() if parts else value
     detached = {name: part.detach() for name, part in parts.items()}
     loads_LE = [routing.load_E for routing in routed]
     return Loss(total, value.detach(), detached, loads_LE, num_right)
 
 
-def _routing_terms(model: ErnieModel, routed: list[Routing], terms: Terms) -> dict[str, Tensor]:
+def routing_terms(model: ErnieModel, routed: list[Routing], terms: Terms) -> dict[str, Tensor]:
     """Mean over the MoE layers of each wanted loss, times its weight."""
     if not routed:
         return {}

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ernie.chat import UNTRAINED, ChatError, ChatTemplate, one_answer_each
 from ernie.tokenizer import Tokenizer
 from erniekit.data.sources import DataError
@@ -34,6 +36,10 @@ class Sample:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def positions(self) -> np.ndarray:
+        return np.arange(len(self))
 
 
 @dataclass(frozen=True)
@@ -163,6 +169,13 @@ class Encoder:
         self.tokenizer, self.template, self.max_tokens = tokenizer, template, max_tokens
         self.one_answer_per_sample = one_answer_per_sample
         self.counts: Counter[str] = Counter()
+
+    def dialogue(self, record: Any, kind: str) -> Dialogue:
+        return read_dialogue(record, kind)
+
+    def read(self, record: Any, kind: str) -> list[Sample]:
+        """The samples of a record of a format; raises DataError for one that cannot be used."""
+        return self.samples(self.dialogue(record, kind))
 
     def samples(self, dialogue: Dialogue) -> list[Sample]:
         """The samples of a dialogue; raises DataError where there is nothing to train on."""

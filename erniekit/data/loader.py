@@ -24,9 +24,10 @@ import numpy as np
 
 from ernie.chat import UNTRAINED
 from erniekit.config import Data
-from erniekit.data.dialogue import Encoder, Sample, read_dialogue
+from erniekit.data.dialogue import Encoder, Sample
 from erniekit.data.mix import Mix
 from erniekit.data.pack import START, Cursor, Drawn, pack
+from erniekit.data.preference import PairSample
 from erniekit.data.sources import DataError, open_source
 
 log = logging.getLogger("erniekit")
@@ -46,6 +47,8 @@ class Batch:
     cursor: Cursor  # how the stream goes on after this batch
     num_tokens: int  # without padding
     num_trained: int
+    pairs_P4: np.ndarray | None = None  # int64, bounds as in `ernie.attention.shared_prompt`
+    keys: tuple[bytes, ...] = ()  # of the pairs
 
 
 def batch_of(rows: list[list[Sample]], cursor: Cursor, *, fixed_size: int = 0) -> Batch:
@@ -61,14 +64,22 @@ def batch_of(rows: list[list[Sample]], cursor: Cursor, *, fixed_size: int = 0) -
         ids = np.pad(ids, (0, missing))
         labels = np.pad(labels, (0, missing), constant_values=UNTRAINED)
         lengths.append(missing)
+    bounds_S1 = np.concatenate(([0], np.cumsum(lengths)))
+    pairs = [
+        (start, start + sample.chosen, start + sample.rejected, start + len(sample))
+        for start, sample in zip(bounds_S1, samples)
+        if isinstance(sample, PairSample)
+    ]
     return Batch(
         ids,
         labels,
-        np.concatenate([np.arange(n) for n in lengths]),
-        np.concatenate(([0], np.cumsum(lengths))).astype(np.int32),
+        np.concatenate([*(s.positions for s in samples), np.arange(missing)]),
+        bounds_S1.astype(np.int32),
         cursor,
         num_tokens,
         int((labels != UNTRAINED).sum()),
+        np.array(pairs, np.int64) if pairs else None,
+        tuple(sample.key for sample in samples if isinstance(sample, PairSample)),
     )
 
 
@@ -145,7 +156,7 @@ class Stream:
         self.faults.read += 1
         try:
             record = self.sources[source][index]
-            samples = self.encoder.samples(read_dialogue(record, self.kinds[source]))
+            samples = self.encoder.read(record, self.kinds[source])
         except DataError as error:
             self.faults.add(self.sources[source].where(index), error)
             samples = []

@@ -8,7 +8,7 @@ import torch
 import ernie
 from ernie.chat import UNTRAINED
 from erniekit.lora import LoRA, add_lora, without_adapters
-from erniekit.preference import Pairs, preference, sequence_log_probs
+from erniekit.preference import Objective, Pairs, preference, sequence_log_probs
 from tests.helpers import hf_dense, hf_moe, saved, some_ids
 
 # Tokens of prompt, chosen and rejected answer of each pair.
@@ -66,9 +66,8 @@ def test_loss_and_gradients_equal_plain_ones_on_separate_sequences(make, tmp_pat
     log_sigmoid = torch.nn.functional.logsigmoid
     wanted = -((1 - smoothing) * log_sigmoid(margin) + smoothing * log_sigmoid(-margin)).mean()
     wanted.backward()
-    found = preference(
-        ours, row(pairs), reference, scale=1 / 4, beta=beta, label_smoothing=smoothing
-    )
+    objective = Objective(beta=beta, label_smoothing=smoothing)
+    found = preference(ours, row(pairs), reference, scale=1 / 4, objective=objective)
     found.total.backward()
     difference = float((found.total - wanted).detach()) / float(wanted.detach())
     assert abs(difference) < 1e-5, difference
