@@ -403,7 +403,8 @@ def run_from(values: Mapping[str, Any], origin: str = "the settings") -> Run:
     names = [f.name for f in dataclasses.fields(Run)][: len(GROUPS)]
     run = Run(**dict(zip(names, groups)))
     if run.model.stage != "DPO":
-        without_effect += [k for k in kept if hasattr(run.preferences, k)]
+        unused, defaults = dataclasses.asdict(run.preferences), dataclasses.asdict(Preferences())
+        without_effect += [key for key in unused if unused[key] != defaults[key]]
     run = dataclasses.replace(run, without_effect=tuple(without_effect))
     validate(run)
     return run
