@@ -24,7 +24,14 @@ from ernie.chat import UNTRAINED
 from ernie.model import ErnieModel
 from ernie.moe.router import Routing
 from erniekit.gradients import Gradients
-from erniekit.losses import Loss, Terms, routing_terms
+from erniekit.losses import (
+    Loss,
+    Terms,
+    add_outer,
+    exponentials,
+    head_of_chunks,
+    routing_terms,
+)
 
 _NO_TERMS = Terms()
 
@@ -179,17 +186,15 @@ class ChunkedLogProbs(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         values_N = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
         grad_ND = torch.empty_like(hidden_ND) if wants_hidden and not wants_weight else None
-        frozen_VD = weight_VD.detach()
+        frozen_VD = head_of_chunks(weight_VD)
         for start in range(0, len(hidden_ND), chunk_size):
             rows = slice(start, start + chunk_size)
             chunk_CD, product_CV = _product(hidden_ND[rows], frozen_VD, grad_ND is not None)
-            logits_CV = product_CV.detach().float()
-            log_sums_C1 = logits_CV.logsumexp(-1, keepdim=True)
             targets_C1 = targets_N[rows, None]
-            values_N[rows] = (logits_CV.gather(-1, targets_C1) - log_sums_C1)[:, 0]
+            exp_CV, sums_C1, chosen_C1 = exponentials(product_CV, targets_C1)
+            values_N[rows] = (chosen_C1 - sums_C1.log())[:, 0]
             if grad_ND is not None:
-                ones_C1 = torch.ones_like(log_sums_C1)
-                grad_CV = _logits_gradient(logits_CV, log_sums_C1, targets_C1, ones_C1)
+                grad_CV = _logits_gradient(exp_CV, sums_C1, targets_C1, torch.ones_like(sums_C1))
                 grad_CV = grad_CV.to(product_CV.dtype)
                 (grad_ND[rows],) = torch.autograd.grad(product_CV, chunk_CD, grad_CV)
         ctx.chunk_size, ctx.into = chunk_size, into
@@ -210,18 +215,16 @@ class ChunkedLogProbs(torch.autograd.Function):
         grad_VD = ctx.into
         if grad_VD is None:
             grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        frozen_VD = weight_VD.detach()
+        frozen_VD = head_of_chunks(weight_VD)
         for start in range(0, len(hidden_ND), ctx.chunk_size):
             rows = slice(start, start + ctx.chunk_size)
             chunk_CD, product_CV = _product(hidden_ND[rows], frozen_VD, wants_hidden)
-            logits_CV = product_CV.detach().float()
-            log_sums_C1 = logits_CV.logsumexp(-1, keepdim=True)
             targets_C1, up_C1 = targets_N[rows, None], upstream_N[rows, None]
-            grad_CV = _logits_gradient(logits_CV, log_sums_C1, targets_C1, up_C1)
+            exp_CV, sums_C1, _ = exponentials(product_CV, targets_C1)
+            grad_CV = _logits_gradient(exp_CV, sums_C1, targets_C1, up_C1).to(product_CV.dtype)
             if grad_ND is not None:
-                short_CV = grad_CV.to(product_CV.dtype)
-                (grad_ND[rows],) = torch.autograd.grad(product_CV, chunk_CD, short_CV)
-            grad_VD.addmm_(grad_CV.T.to(grad_VD.dtype), chunk_CD.detach().to(grad_VD.dtype))
+                (grad_ND[rows],) = torch.autograd.grad(product_CV, chunk_CD, grad_CV)
+            add_outer(grad_VD, grad_CV, chunk_CD)
         returned = None if ctx.into is not None else grad_VD.to(weight_VD.dtype)
         return grad_ND, returned, None, None, None
 
@@ -234,9 +237,6 @@ def _product(hidden_CD: Tensor, weight_VD: Tensor, wants_grad: bool) -> tuple[Te
         return chunk_CD, kernels.linear(chunk_CD, weight_VD)
 
 
-def _logits_gradient(
-    logits_CV: Tensor, log_sums_C1: Tensor, targets_C1: Tensor, up_C1: Tensor
-) -> Tensor:
-    """`up * (onehot - softmax)`, written over the logits."""
-    grad_CV = logits_CV.sub_(log_sums_C1).exp_().mul_(-up_C1)
-    return grad_CV.scatter_add_(-1, targets_C1, up_C1)
+def _logits_gradient(exp_CV: Tensor, sums_C1: Tensor, targets_C1: Tensor, up_C1: Tensor) -> Tensor:
+    """`up * (onehot - softmax)`, written over the exponentials."""
+    return exp_CV.mul_(-up_C1 / sums_C1).scatter_add_(-1, targets_C1, up_C1)
