@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ernie.checkpoint.hub import resolve
 from ernie.model import ErnieModel
+from ernie.settings import ConfigError
 from erniekit import checkpoint
 from erniekit.build import choose_products, read_model
 from erniekit.config import Run
@@ -93,8 +94,14 @@ class References:
                 json.dumps({"pair": key.hex(), "log_probs": pair}) + "\n"
                 for key, pair in found.items()
             ]
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(lines)
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.writelines(lines)
+            except OSError as error:
+                raise ConfigError(
+                    f"{self.path} cannot be written ({error.strerror}); make room and start again: "
+                    "what is there is kept"
+                ) from None
 
     def _read(self) -> None:
         """Take over what the file has, if it is of this model; start it anew otherwise."""
