@@ -90,5 +90,10 @@ class ActiveAdapters:
 
     groups: tuple[tuple[Adapter, Tensor], ...]
 
+    def to(self, device: torch.device) -> ActiveAdapters:
+        return ActiveAdapters(
+            tuple((adapter, rows_N.to(device)) for adapter, rows_N in self.groups)
+        )
+
     def at(self, layer: int) -> Changes:
         return Changes([(rows_N, adapter.layers[layer]) for adapter, rows_N in self.groups])
