@@ -47,7 +47,8 @@ def prepare(folder: Path) -> None:
 def run_ours(folder: Path, side: str) -> dict[str, float]:
     from erniekit.cli import main
     from erniekit.config import read_run, resolved
-    from erniekit.recipes import preference, sft
+    from erniekit.data.loader import stream
+    from erniekit.recipes import preference
 
     with tempfile.TemporaryDirectory() as output:
         settings = {
@@ -69,7 +70,7 @@ def run_ours(folder: Path, side: str) -> dict[str, float]:
         words = [f"{key}={value}" for key, value in settings.items()]
         run = resolved(read_run(words), "cpu")
         method = preference.method(run, "cpu")
-        batches = sft.stream(run, "train", method).batches(PAIRS)
+        batches = stream(run, "train").batches(PAIRS)
         start = time.perf_counter()
         method.prepare(islice(batches, STEPS))
         reference_s = (time.perf_counter() - start) / (PAIRS * STEPS)

@@ -21,15 +21,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ernie
-from ernie.chat import ChatTemplate
 from ernie.kernels import report
 from ernie.model import KEPT_FLOAT32
 from ernie.settings import ConfigError
-from ernie.tokenizer import Tokenizer
 from erniekit import checkpoint, lora, losses, metrics
 from erniekit.build import build_model, lora_of, trained_parameters
 from erniekit.config import Run
-from erniekit.data.dialogue import Encoder
 from erniekit.data.loader import Batch, Stream, prefetched
 from erniekit.gradients import Gradients, SummedEmbedding
 from erniekit.loop import Parts, Progress, train
@@ -48,11 +45,10 @@ class Method:
     """What one kind of training has of its own; `prepare` gets every batch that will be used, to be
     looked at before the model is built.
 
-    `encoder(run, tokenizer, template)`; `loss(model, batch, scale=, share=, gradients=)`;
-    `evaluate(model, batches)` gives numbers for `metrics.eval_line`.
+    `loss(model, batch, scale=, share=, gradients=)`; `evaluate(model, batches)` gives numbers for
+    `metrics.eval_line`.
     """
 
-    encoder: Callable[[Run, Tokenizer, ChatTemplate], Encoder]
     loss: Callable[..., losses.Loss]
     evaluate: Callable[[ernie.ErnieModel, Iterable[Batch]], dict[str, float]]
     prepare: Callable[[Iterable[Batch]], None] = lambda batches: None

@@ -194,7 +194,7 @@ class Encoder:
     def _sample(self, messages: list[dict[str, Any]], tools: Any) -> Sample:
         dropped = -1
         for shorter in _without_oldest_turns(messages):
-            encoded, dropped = self._encoded(shorter, tools), dropped + 1
+            encoded, dropped = self.encode(shorter, tools), dropped + 1
             if len(encoded.token_ids) <= self.max_tokens:
                 break
         else:
@@ -213,7 +213,8 @@ class Encoder:
             )
         return Sample(encoded.token_ids[:-1], labels)
 
-    def _encoded(self, messages: list[dict[str, Any]], tools: Any) -> Any:
+    def encode(self, messages: list[dict[str, Any]], tools: Any = None) -> Any:
+        """A whole dialogue as the template writes it, labels not shifted; raises DataError."""
         extra = {"tools": tools} if tools else {}
         try:
             return self.template.encode(

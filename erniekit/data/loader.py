@@ -22,12 +22,14 @@ from typing import Any
 
 import numpy as np
 
-from ernie.chat import UNTRAINED
-from erniekit.config import Data
+from ernie.chat import UNTRAINED, ChatTemplate
+from ernie.checkpoint.hub import resolve
+from ernie.tokenizer import Tokenizer
+from erniekit.config import Data, Run
 from erniekit.data.dialogue import Encoder, Sample
 from erniekit.data.mix import Mix
 from erniekit.data.pack import START, Cursor, Drawn, pack
-from erniekit.data.preference import PairSample
+from erniekit.data.preference import PairEncoder, PairSample
 from erniekit.data.sources import DataError, open_source
 
 log = logging.getLogger("erniekit")
@@ -177,6 +179,30 @@ class Stream:
         rows = self.rows(start, end)
         while group := list(islice(rows, batch_size)):
             yield batch_of([row for row, _ in group], group[-1][1], fixed_size=fixed_size)
+
+
+def stream(run: Run, split: str) -> Stream:
+    """The records of a split, encoded with the tokenizer and template of the run's model."""
+    folder = resolve(run.model.model_name_or_path)
+    tokenizer = Tokenizer.from_folder(folder)
+    encoder = encoder_of(run, tokenizer, ChatTemplate.for_folder(folder, tokenizer))
+    return Stream(run.data, split, encoder, seed=run.training.seed)
+
+
+def encoder_of(run: Run, tokenizer: Tokenizer, template: ChatTemplate) -> Encoder:
+    """What reads the records of a run's stage: pairs for DPO, dialogues otherwise."""
+    data, p = run.data, run.preferences
+    if run.model.stage == "DPO":
+        return PairEncoder(
+            tokenizer,
+            template,
+            data.max_seq_len,
+            max_prompt_tokens=min(p.max_prompt_len, data.max_seq_len - 10),
+            masks_end=p.mask_out_eos_token,
+        )
+    return Encoder(
+        tokenizer, template, data.max_seq_len, one_answer_per_sample=data.split_multi_turn
+    )
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ class Pair:
     tools: list[dict[str, Any]] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PairSample(Sample):
     """A pair in the order above; the chosen answer begins at token `chosen`, the other one at
     `rejected`.
@@ -227,7 +227,7 @@ class PairEncoder(Encoder):
     def _sample_after(self, prompt: list[dict[str, Any]], pair: Pair) -> PairSample:
         """The pair after another prompt, however long that is."""
         chosen, rejected = (
-            self._encoded(prompt + messages[pair.num_prompt :], pair.tools)
+            self.encode(prompt + messages[pair.num_prompt :], pair.tools)
             for messages in (pair.chosen, pair.rejected)
         )
         starts = [_first_trained(encoded.labels) for encoded in (chosen, rejected)]
@@ -241,7 +241,7 @@ class PairEncoder(Encoder):
             targets = self._targets(encoded.labels[common:])
             ids += encoded.token_ids[common - 1 :][: len(targets)]
             labels += targets
-        return PairSample(ids, labels, *bounds)
+        return PairSample(ids, labels, chosen=bounds[0], rejected=bounds[1])
 
     def _targets(self, labels: list[int]) -> list[int]:
         """Labels of an answer without ends where those are masked, up to the last one with loss."""

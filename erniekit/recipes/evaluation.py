@@ -19,9 +19,10 @@ from ernie.settings import ConfigError
 from erniekit import checkpoint, lora
 from erniekit.build import build_model, read_model
 from erniekit.config import Run, resolved
+from erniekit.data.loader import stream
 from erniekit.launch import device_of, recipe_of
 from erniekit.metrics import METRICS_FILE, eval_line
-from erniekit.recipes.sft import eval_batches, stream
+from erniekit.recipes.sft import eval_batches
 from erniekit.report import story
 from erniekit.report.answers import answers, prompts
 from erniekit.report.scores import SCORES, mean_scores
@@ -42,7 +43,7 @@ def evaluate_run(run: Run) -> int:
     folder = trained_folder(run.output)
     method = recipe_of(run).method(run, device, is_kept=False)
     if run.data.eval_dataset_path:
-        method.prepare(eval_batches(run, stream(run, "eval", method)))
+        method.prepare(eval_batches(run, stream(run, "eval")))
     model, what = _model(run, device, folder)
     run.output.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"model": str(what), "time": time.strftime("%Y-%m-%d %H:%M:%S %z")}
@@ -62,13 +63,13 @@ def evaluate_run(run: Run) -> int:
 
 def _on_data(run: Run, method: Method, model: ernie.ErnieModel, what: str | Path) -> dict[str, Any]:
     """Loss and accuracy on the evaluation data, and how near the model's own answers come."""
-    records = stream(run, "eval", method)
-    values = method.evaluate(model, eval_batches(run, records))
-    num_left_out = records.faults.total
-    records.faults.judge(at_end=True)
+    held_out = stream(run, "eval")
+    values = method.evaluate(model, eval_batches(run, held_out))
+    num_left_out = held_out.faults.total
+    held_out.faults.judge(at_end=True)
     log.info("evaluated %s", what)
     log.info("%s", eval_line(values, 0).replace("eval at step 0", "eval"))
-    asked = prompts(records, run.reporting.num_answers)
+    asked = prompts(held_out, run.reporting.num_answers)
     given = answers(model, asked, run.reporting.max_answer_tokens, step=0)
     lines = [json.dumps({k: v for k, v in a.items() if k != "step"}) + "\n" for a in given]
     checkpoint.replace_text(run.output / SAMPLES_FILE, "".join(lines))

@@ -14,12 +14,8 @@ from functools import partial
 
 import torch
 
-from ernie.chat import ChatTemplate
 from ernie.model import ErnieModel
-from ernie.tokenizer import Tokenizer
 from erniekit.config import Run, resolved
-from erniekit.data.dialogue import Encoder
-from erniekit.data.preference import PairEncoder
 from erniekit.evaluate import evaluate_pairs
 from erniekit.losses import Loss
 from erniekit.preference import Objective, Pairs, preference
@@ -35,7 +31,7 @@ def run(run: Run, device: str) -> int:
 
 
 def method(run: Run, device: str, *, is_kept: bool = True) -> Method:
-    """Pairs, the preference loss, and its value and rewards on held-out pairs.
+    """The preference loss, and its value and rewards on held-out pairs.
 
     `is_kept` as in `References`; the reference of `reference_free` is zero for every answer.
     """
@@ -58,16 +54,5 @@ def method(run: Run, device: str, *, is_kept: bool = True) -> Method:
 
     evaluate = partial(evaluate_pairs, loss=loss)
     if references is None:
-        return Method(_encoder, loss, evaluate)
-    return Method(_encoder, loss, evaluate, references.fill)
-
-
-def _encoder(run: Run, tokenizer: Tokenizer, template: ChatTemplate) -> Encoder:
-    data, p = run.data, run.preferences
-    return PairEncoder(
-        tokenizer,
-        template,
-        data.max_seq_len,
-        max_prompt_tokens=min(p.max_prompt_len, data.max_seq_len - 10),
-        masks_end=p.mask_out_eos_token,
-    )
+        return Method(loss, evaluate)
+    return Method(loss, evaluate, references.fill)

@@ -16,14 +16,10 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-from ernie.chat import ChatTemplate
-from ernie.checkpoint.hub import resolve
 from ernie.settings import ConfigError
-from ernie.tokenizer import Tokenizer
 from erniekit import checkpoint, losses, memory
 from erniekit.config import Run, changed, resolved, to_yaml
-from erniekit.data.dialogue import Encoder
-from erniekit.data.loader import Batch, Stream, Survey, survey
+from erniekit.data.loader import Batch, Stream, Survey, stream, survey
 from erniekit.evaluate import evaluate
 from erniekit.loop import Progress
 from erniekit.session import Method, Session
@@ -38,18 +34,11 @@ def run(run: Run, device: str) -> int:
 
 
 def method(run: Run, device: str, *, is_kept: bool = True) -> Method:
-    """Dialogues, the next-token loss, and its value on held-out data."""
+    """The next-token loss, and its value on held-out data."""
     del device, is_kept  # nothing is computed before training
     chunk_size = run.model.loss_subbatch_seqlen
     loss = partial(losses.next_token, chunk_size=chunk_size, terms=terms(run))
-    return Method(_encoder, loss, partial(evaluate, chunk_size=chunk_size))
-
-
-def _encoder(run: Run, tokenizer: Tokenizer, template: ChatTemplate) -> Encoder:
-    data = run.data
-    return Encoder(
-        tokenizer, template, data.max_seq_len, one_answer_per_sample=data.split_multi_turn
-    )
+    return Method(loss, partial(evaluate, chunk_size=chunk_size))
 
 
 def terms(run: Run) -> losses.Terms:
@@ -73,7 +62,7 @@ def train(run: Run, device: str, method: Method) -> int:
         folder, state = checkpoint.to_resume(
             run.output, run.training.resume_from_checkpoint, run.model.fine_tuning
         )
-        train_stream, eval_stream = _streams(run, method)
+        train_stream, eval_stream = _streams(run)
         num_steps = _num_steps(run, train_stream, eval_stream, state)
         checkpoint.replace_text(run.output / "run.yaml", to_yaml(run))
         log.info("settings that are not defaults (all are in %s/run.yaml):", run.output)
@@ -106,20 +95,12 @@ def eval_batches(run: Run, eval_stream: Stream) -> Iterator[Batch]:
     return islice(batches, limit if limit > 0 else None)
 
 
-def _streams(run: Run, method: Method) -> tuple[Stream, Stream | None]:
+def _streams(run: Run) -> tuple[Stream, Stream | None]:
     """The training records, and those for evaluation where there are any."""
     if not run.data.train_dataset_path:
         raise ConfigError("train_dataset_path is not set; give a .jsonl file of records")
     has_eval = run.training.do_eval and run.data.eval_dataset_path
-    return stream(run, "train", method), stream(run, "eval", method) if has_eval else None
-
-
-def stream(run: Run, split: str, method: Method) -> Stream:
-    """The records of a split, encoded with the tokenizer and template of the run's model."""
-    folder = resolve(run.model.model_name_or_path)
-    tokenizer = Tokenizer.from_folder(folder)
-    encoder = method.encoder(run, tokenizer, ChatTemplate.for_folder(folder, tokenizer))
-    return Stream(run.data, split, encoder, seed=run.training.seed)
+    return stream(run, "train"), stream(run, "eval") if has_eval else None
 
 
 def _num_steps(

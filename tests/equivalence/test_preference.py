@@ -179,7 +179,8 @@ def samples() -> list[PairSample]:
     for pair in sequences() * 2:
         r = row([pair])
         (_, chosen, rejected, _) = r.pairs_P4[0].tolist()
-        made.append(PairSample(r.token_ids_T.tolist(), r.labels_T.tolist(), chosen, rejected))
+        columns = (r.token_ids_T.tolist(), r.labels_T.tolist())
+        made.append(PairSample(*columns, chosen=chosen, rejected=rejected))
     return made
 
 

@@ -14,10 +14,11 @@ import ernie
 from erniekit import checkpoint, lora, reference
 from erniekit.cli import main
 from erniekit.config import run_from
+from erniekit.data.loader import stream
 from erniekit.loop import to_device
 from erniekit.lora import add_lora, without_adapters
 from erniekit.preference import Pairs, sequence_log_probs
-from erniekit.recipes import preference, sft
+from erniekit.recipes import sft
 from erniekit.reference import REFERENCE_FILE
 from tests.erniekit.conftest import preferences, write_lines
 from tests.erniekit.test_resume import killed
@@ -108,8 +109,7 @@ def test_references_of_lora_and_full_agree_with_adapters_off(words, tiny, tmp_pa
     model = ernie.load(base, dtype=torch.bfloat16)
     add_lora(model, lora.read_adapter_config(outputs["LoRA"]), seed=9)
     lora.load_adapter(model, load_file(outputs["LoRA"] / lora.ADAPTER_FILE), "the file")
-    stream = sft.stream(run, "eval", preference.method(run, "cpu"))
-    for batch in sft.eval_batches(run, stream):
+    for batch in sft.eval_batches(run, stream(run, "eval")):
         pairs = to_device(batch, model.device)
         assert isinstance(pairs, Pairs)
         with torch.no_grad(), without_adapters(model):
