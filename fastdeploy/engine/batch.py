@@ -21,8 +21,8 @@ from fastdeploy.engine.scheduler import Schedule
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Inputs of the model in one step. As they are built, the tensors share the builder's buffers in
-    the host's memory: use them, or take them to the device, before the next batch is built.
+    """Inputs of the model in one step. As built, the tensors share the builder's buffers in the
+    host's memory: use them, or take them to the device, before the next batch is built.
     """
 
     token_ids_T: Tensor  # int64

@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -84,8 +85,9 @@ class FixedBatch:
         """The first `size` rows on the device."""
         if size not in self.views:
             columns = self._columns(self.on_device)
+            inputs: dict[str, Any] = {name: column[:size] for name, column in columns.items()}
             self.views[size] = Batch(
-                **{name: column[:size] for name, column in columns.items()},
+                **inputs,
                 cu_seqlens_S1=self.cu_seqlens[: size + 1],
                 rows_R=self.rows[:size],
                 adapters=None,

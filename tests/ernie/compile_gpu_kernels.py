@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
@@ -23,7 +24,7 @@ from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
 from ernie.kernels.gpu import experts as experts_of_gpu
-from ernie.kernels.gpu import ops, products, rows
+from ernie.kernels.gpu import language, ops, products, rows
 from ernie.kernels.weights import QuantTensor
 
 BF16, I8 = torch.bfloat16, torch.int8
@@ -31,7 +32,7 @@ POINTERS = {
     BF16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
     I8: "*i8", torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
-OPTIONS = ("num_warps", "num_stages", "num_ctas")
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "launch_pdl")
 seen: set[str] = set()
 
 
@@ -73,7 +74,7 @@ def stack_bytes(cubin: bytes) -> int:
 
 def tried(kernel: Autotuner, *args: Any, **kwargs: Any) -> None:
     """Stands in for `Autotuner.run`: one of the configs for few rows, or one for many."""
-    config = rows.CONFIGS[0]
+    config = rows.ALL[-1]
     if "BLOCK_T" in kwargs:
         config = (products.FEW if kwargs["BLOCK_T"] <= 64 else products.MANY)[0]
     kernel.fn.run(*args, **{**kwargs, **config.all_kwargs()})
@@ -95,6 +96,7 @@ def weight(bits: int, *shape: int) -> products.PackedWeight:
 def main() -> None:
     """The shapes of ERNIE-4.5-21B-A3B, with fewer experts."""
     JITFunction.run, Autotuner.run = compiled, tried
+    language.OVERLAPS = tl.constexpr(True)
     experts_of_gpu.grouped_mm = None  # torch's, which would take the place of kernels of ours
     hidden, heads, groups, width, size, experts = 2560, 20, 4, 128, 1536, 8
     x, norm = rand(3, hidden).requires_grad_(), rand(hidden).requires_grad_()

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ernie.kernels.gpu.language import converted, dot, rows_of
+from ernie.kernels.gpu.language import converted, dot, overlapped, rows_of, wait
 from ernie.kernels.gpu.pointwise import scales_of, write_cache
 
 FEW_ROWS = 16  # of a tile (tokens x heads of a group) in which new tokens count as few
@@ -106,8 +106,8 @@ def _attend_segments(
     q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, cu_seqlens_S1: Tensor, scale: float
 ) -> Tensor:
     sizes = cu_seqlens_S1.diff().tolist()
-    parts = zip(*(x.split(sizes) for x in (q_THd, k_TGd, v_TGd)))
-    return torch.cat([_attend_one(*part, scale) for part in parts])
+    parts = zip(q_THd.split(sizes), k_TGd.split(sizes), v_TGd.split(sizes))
+    return torch.cat([_attend_one(q, k, v, scale) for q, k, v in parts])
 
 
 def _attend_one(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, scale: float) -> Tensor:
@@ -250,6 +250,7 @@ def _look_step(
     return total, new_top, weight
 
 
+@overlapped
 @triton.jit
 def _pieces(
     q, k_cache, v_cache, k_scales, v_scales, tables, cu_seqlens, lens, sums, tops, weights,
@@ -258,6 +259,7 @@ def _pieces(
     MOST_TOKENS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One piece of the keys of one sequence, for the heads of one group; unnormalised."""
+    wait()
     sequence, group, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin = tl.load(cu_seqlens + sequence)
     num_tokens = tl.load(cu_seqlens + sequence + 1) - begin
@@ -293,6 +295,7 @@ def _pieces(
         tl.store(weights + place, weight, there)
 
 
+@overlapped
 @triton.jit
 def _combine(
     sums, tops, weights, cu_seqlens, lens, out,
@@ -300,6 +303,7 @@ def _combine(
     MOST_TOKENS: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """The pieces of one head of a sequence's tokens put together; zeros where there are no keys."""
+    wait()
     sequence, head = tl.program_id(0), tl.program_id(1)
     begin = tl.load(cu_seqlens + sequence)
     num_tokens = tl.load(cu_seqlens + sequence + 1) - begin
@@ -324,6 +328,7 @@ def _combine(
         tl.store(out + row * width + at, mean, at < width)
 
 
+@overlapped
 @triton.jit
 def _tiles(
     q, k_cache, v_cache, k_scales, v_scales, tables, cu_seqlens, lens, out,
@@ -332,6 +337,7 @@ def _tiles(
     GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one sequence, for the heads of one group."""
+    wait()
     TOKENS: tl.constexpr = ROWS // GROUP
     tile, group = tl.program_id(0), tl.program_id(1)
     # Sequence s begins at tile `cu_seqlens[s] // TOKENS + s`: the last one that is not past ours.
@@ -357,10 +363,11 @@ def _tiles(
     row = (begin + own).to(tl.int64)
     q_rows = tl.load(q + row[:, None] * q_stride + head[:, None] * width + at[None, :], here, 0.0)
     before = length - num_tokens
+    end = tl.minimum(before + token + TOKENS, length)
     total, _, weight = _look(
-        q_rows, before + own + 1, 0, before + token + 1, tl.minimum(before + token + TOKENS, length),
-        k_cache, v_cache, k_scales, v_scales, tables + tl.cast(sequence, tl.int64) * table_stride,
-        scale, group, positions, num_groups, width, ROWS, WIDTH,
+        q_rows, before + own + 1, 0, before + token + 1, end, k_cache, v_cache,
+        k_scales, v_scales, tables + tl.cast(sequence, tl.int64) * table_stride, scale, group,
+        positions, num_groups, width, ROWS, WIDTH,
     )  # fmt: skip
     mean = total / tl.where(weight == 0.0, 1.0, weight)[:, None]
     tl.store(out + (row * num_heads + head)[:, None] * width + at[None, :], mean, here)

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ernie.kernels.gpu.language import rows_of
+from ernie.kernels.gpu.language import overlapped, rows_of, wait
 from ernie.kernels.gpu.pointwise import rms_norm, swiglu
 from ernie.kernels.gpu.products import MANY_ROWS, Norm, mlp, product
 from ernie.kernels.gpu.rows import row_products
@@ -178,11 +178,13 @@ def _combine(
     return out_TD
 
 
+@overlapped
 @triton.jit
 def _choose_kernel(
     logits, bias, experts, weights, num_experts, norm_min,
     K: tl.constexpr, CHOICES: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
+    wait()
     token = tl.program_id(0).to(tl.int64)
     e, choice = tl.arange(0, EXPERTS), tl.arange(0, CHOICES)
     real = e < num_experts
@@ -212,20 +214,24 @@ def _belongs(experts, num_pairs, num_experts, EXPERTS: tl.constexpr, BLOCK: tl.c
     return ((own[:, None] == e) & (e < num_experts)).to(tl.int32)
 
 
+@overlapped
 @triton.jit
 def _count(
     experts, counts, num_pairs, num_experts, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
+    wait()
     e = tl.arange(0, EXPERTS)
     count = tl.sum(_belongs(experts, num_pairs, num_experts, EXPERTS, BLOCK), 0)
     tl.store(counts + e * tl.num_programs(0) + tl.program_id(0), count, e < num_experts)
 
 
+@overlapped
 @triton.jit
 def _place(
     experts, counts, ends, order, places, num_pairs, num_experts,
     EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    wait()
     e = tl.arange(0, EXPERTS)
     at = e * tl.num_programs(0) + tl.program_id(0)
     begin = tl.load(ends + at, e < num_experts, 0) - tl.load(counts + at, e < num_experts, 0)
@@ -237,11 +243,13 @@ def _place(
     tl.store(places + pair, place, pair < num_pairs)
 
 
+@overlapped
 @triton.jit
 def _combine_kernel(
     parts, weights, places, first, second, out, first_stride, second_stride, width,
     K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    wait()
     token = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width

@@ -34,7 +34,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ernie.kernels.gpu.language import INTERPRETED, converted, dot, rows_of
+from ernie.kernels.gpu.language import INTERPRETED, converted, dot, overlapped, rows_of, wait
 from ernie.kernels.gpu.pointwise import rms_norm, swiglu
 from ernie.kernels.gpu.rows import row_products
 from ernie.kernels.gpu.unpack import unpacked
@@ -240,6 +240,7 @@ def _tile_of(ends, tile, num_rows, num_experts, EXPERTS: tl.constexpr, BLOCK_T: 
     return expert, first, tl.sum(tl.where(mine, end, 0), 0)
 
 
+@overlapped
 @triton.autotune(
     FEW[:1] if INTERPRETED.value else FEW + MANY,
     key=["num_outputs", "width", "BITS", "GATED", "BLOCK_T"],
@@ -259,6 +260,7 @@ def _product(
 
     With GATED the upper half of the tile's outputs are of the gate, the lower half those of up.
     """
+    wait()
     tile = tl.program_id(1)
     expert, first, end = 0, tile * BLOCK_T, num_rows
     if ends is not None:
@@ -351,11 +353,13 @@ def _columns_of(x_rows, at, width, WHOLE: tl.constexpr):
     return tl.load(x_rows[None, :] + at[:, None], at[:, None] < width, 0.0)
 
 
+@overlapped
 @triton.jit
 def _reduce(
     parts, bias, residual, out, num_outputs, residual_stride, num_parts, part_stride,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    wait()
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < num_outputs

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ernie.kernels.gpu.language import INTERPRETED, rows_of
+from ernie.kernels.gpu.language import INTERPRETED, overlapped, rows_of, wait
 from ernie.kernels.weights import PackedWeight
 
 BYTES = tl.constexpr(32)  # of a row in a block of a 4-bit weight: 64 columns
@@ -72,11 +72,24 @@ def _config(outputs: int, columns: int, num_warps: int) -> triton.Config:
     return triton.Config(settings, num_warps=num_warps, num_stages=1)
 
 
-CONFIGS = [_config(4, 512, 4), _config(8, 512, 4), _config(8, 512, 8), _config(16, 256, 4)]
+CONFIGS = {  # by the bits of the weight
+    0: [_config(8, 512, 4), _config(4, 512, 4), _config(16, 256, 4)],
+    8: [_config(8, 512, 4), _config(16, 512, 4), _config(8, 1024, 4)],
+    4: [_config(8, 512, 4), _config(16, 512, 4), _config(16, 1024, 8)],
+}
+ALL = list({str(config): config for some in CONFIGS.values() for config in some}.values())
 
 
+def _fitting(configs: list[triton.Config], arguments: dict, **rest: Any) -> list[triton.Config]:
+    """The configs that are worth a trial for such a weight."""
+    return CONFIGS[{**arguments, **rest}["BITS"]]
+
+
+@overlapped
 @triton.autotune(
-    CONFIGS[1:2] if INTERPRETED.value else CONFIGS, key=["num_outputs", "width", "BITS", "GATED"]
+    ALL[:1] if INTERPRETED.value else ALL,
+    key=["num_outputs", "width", "BITS", "GATED"],
+    prune_configs_by=None if INTERPRETED.value else {"early_config_prune": _fitting},
 )
 @triton.jit
 def _row(
@@ -85,6 +98,7 @@ def _row(
     COPIES: tl.constexpr, BITS: tl.constexpr, GATED: tl.constexpr,
     BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
+    wait()
     row = tl.program_id(1).to(tl.int64)
     expert = tl.cast(0, tl.int64)
     if experts is not None:
