@@ -2,9 +2,9 @@
 
     window of batches -> loss and backward for each -> norm, clip, update -> record
 
-Losses are sums over tokens times one over the number of trained tokens of the *whole* window, so a
-step means the same however it is cut into batches. A step whose loss or gradient is not finite
-changes nothing but a counter.
+Losses are sums over tokens times one over the number of trained tokens of the *whole* window (over
+pairs and their number, where those are compared), so a step means the same however it is cut into
+batches. A step whose loss or gradient is not finite changes nothing but a counter.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from erniekit.data.pack import Cursor
 from erniekit.gradients import Gradients, length, square_of
 from erniekit.losses import Flat, Loss
 from erniekit.optim import AdamW, clip_scale, learning_rate_at
+from erniekit.preference import Pairs
 
 log = logging.getLogger("erniekit")
 
@@ -72,9 +73,16 @@ class Parts:
     bias_step: float = 0.0  # of the routing bias, per optimizer step
 
 
-def to_device(batch: Batch, device: torch.device) -> Flat:
-    arrays = (batch.token_ids_T, batch.labels_T, batch.positions_T, batch.cu_seqlens_S1)
-    return Flat(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
+def to_device(batch: Batch, device: torch.device) -> Flat | Pairs:
+    pairs_P4 = batch.pairs_P4
+    bounds = batch.cu_seqlens_S1 if pairs_P4 is None else pairs_P4
+    arrays = (batch.token_ids_T, batch.labels_T, batch.positions_T, bounds)
+    ids_T, labels_T, positions_T, ends = (
+        torch.from_numpy(array).to(device, non_blocking=True) for array in arrays
+    )
+    if pairs_P4 is None:
+        return Flat(ids_T, labels_T, positions_T, ends)
+    return Pairs(ids_T, labels_T, positions_T, ends, batch.keys)
 
 
 def train(
@@ -108,10 +116,12 @@ def train(
 def _step(parts: Parts, window: list[Batch], progress: Progress) -> dict[str, Any]:
     learning_rate = learning_rate_at(progress.step, parts.num_steps, parts.optimisation)
     num_trained = sum(batch.num_trained for batch in window)
+    num_pairs = sum(len(batch.keys) for batch in window)
+    weight = num_pairs or num_trained
     if parts.optimisation.optimizer_in_backward:
-        loss, extra, loads, norm = _backward_and_update(parts, window, learning_rate)
+        loss, extra, loads, norm = _backward_and_update(parts, window, 1 / weight, learning_rate)
     else:
-        loss, extra, loads = _backward(parts, window, 1 / num_trained)
+        loss, extra, loads = _backward(parts, window, 1 / weight)
         norm = parts.gradients.norm()
     is_finite = math.isfinite(loss) and math.isfinite(norm)
     if is_finite:
@@ -134,6 +144,7 @@ def _step(parts: Parts, window: list[Batch], progress: Progress) -> dict[str, An
         "grad_norm": norm,
         "num_tokens": num_tokens,
         "num_trained_tokens": num_trained,
+        **({"num_pairs": num_pairs} if num_pairs else {}),
         "total_tokens": progress.total_tokens,
         "epoch": round(progress.cursor.num_records / parts.epoch_size, 4),
         "peak_memory_gib": memory.peak_gib(parts.model.device),
@@ -171,7 +182,7 @@ def _backward(
 
 
 def _backward_and_update(
-    parts: Parts, window: list[Batch], learning_rate: float
+    parts: Parts, window: list[Batch], scale: float, learning_rate: float
 ) -> tuple[float, dict[str, float], list[Tensor], float]:
     """As `_backward`, but weights move within; and the length of the gradient.
 
@@ -187,7 +198,7 @@ def _backward_and_update(
 
     assert len(window) == 1 and not parts.optimisation.max_grad_norm
     with parts.gradients.given_away(update):
-        result = _backward(parts, window, 1 / window[0].num_trained)
+        result = _backward(parts, window, scale)
     return *result, length(squares)
 
 

@@ -85,14 +85,14 @@ def next_token(
         weighted = scale * terms.multi_token / len(model.model.mtp)
         parts["mtp_loss"] = _multi_token(model, batch, hidden_TD, weighted, chunk_size, gradients)
     routed = [routing for routing in routings if routing is not None]
-    parts |= {name: part * share for name, part in _routing_terms(model, routed, terms).items()}
+    parts |= {name: part * share for name, part in routing_terms(model, routed, terms).items()}
     total = value + torch.stack(list(parts.values())).sum() if parts else value
     detached = {name: part.detach() for name, part in parts.items()}
     loads_LE = [routing.load_E for routing in routed]
     return Loss(total, value.detach(), detached, loads_LE, num_right)
 
 
-def _routing_terms(model: ErnieModel, routed: list[Routing], terms: Terms) -> dict[str, Tensor]:
+def routing_terms(model: ErnieModel, routed: list[Routing], terms: Terms) -> dict[str, Tensor]:
     """Mean over the MoE layers of each wanted loss, times its weight."""
     if not routed:
         return {}
@@ -156,6 +156,37 @@ def _head_loss(
     )
 
 
+def head_of_chunks(weight_VD: Tensor) -> Tensor:
+    """The head, rounded once for all chunks where products are to be bfloat16."""
+    return weight_VD.detach().to(torch.bfloat16) if _has_short(weight_VD) else weight_VD.detach()
+
+
+def _has_short(tensor: Tensor) -> bool:
+    return tensor.device.type == "cpu" and kernels.has_bfloat16_products()
+
+
+def exponentials(product_CV: Tensor, targets_C1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """exp of the logits less their largest, float32, written over `product` where that is float32;
+    its sums `(C, 1)`; and the logits of the targets, less the largest, `(C, 1)`.
+    """
+    logits_CV = product_CV.detach()
+    logits_CV = logits_CV if logits_CV.dtype == torch.float32 else logits_CV.float()
+    logits_CV -= logits_CV.amax(-1, keepdim=True)
+    chosen_C1 = logits_CV.gather(-1, targets_C1)
+    return logits_CV, logits_CV.exp_().sum(-1, keepdim=True), chosen_C1
+
+
+def add_outer(grad_VD: Tensor, grad_CV: Tensor, hidden_CD: Tensor) -> None:
+    """Add a chunk's gradient of the head to `grad_VD`, float32."""
+    is_short = _has_short(grad_VD)
+    dtype = torch.bfloat16 if is_short else grad_VD.dtype
+    left_VC, right_CD = grad_CV.T.to(dtype), hidden_CD.detach().to(dtype)
+    if is_short:
+        grad_VD += left_VC @ right_CD
+    else:
+        grad_VD.addmm_(left_VC, right_CD)
+
+
 class ChunkedCrossEntropy(torch.autograd.Function):
     """`scale * sum_n -log softmax(W h_n)[target_n]`, logits `chunk_size` rows at a time, float32.
 
@@ -181,9 +212,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_VD = into
         if wants_weight and into is None:
             grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        # Rounded once for all chunks where products are to be bfloat16.
-        is_short = hidden_ND.device.type == "cpu" and kernels.has_bfloat16_products()
-        frozen_VD = weight_VD.detach().to(torch.bfloat16) if is_short else weight_VD.detach()
+        frozen_VD = head_of_chunks(weight_VD)
         for start in range(0, len(hidden_ND), chunk_size):
             rows = slice(start, start + chunk_size)
             chunk_CD, targets_C = hidden_ND[rows].detach(), targets_N[rows, None]
@@ -191,13 +220,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 chunk_CD.requires_grad_(wants_hidden)
                 product_CV = kernels.linear(chunk_CD, frozen_VD)
             # In place: logits, then probabilities, then the gradient of the logits.
-            logits_CV = product_CV.detach()
-            logits_CV = logits_CV if logits_CV.dtype == torch.float32 else logits_CV.float()
-            logits_CV -= logits_CV.amax(-1, keepdim=True)
-            chosen_C1 = logits_CV.gather(-1, targets_C)
+            logits_CV, sums_C1, chosen_C1 = exponentials(product_CV, targets_C)
             if num_right is not None:
                 num_right += (chosen_C1 == 0).sum()
-            sums_C1 = logits_CV.exp_().sum(-1, keepdim=True)
             total += (sums_C1.log() - chosen_C1).sum()
             if not (wants_hidden or wants_weight):
                 continue
@@ -207,12 +232,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if grad_ND is not None:
                 (grad_ND[rows],) = torch.autograd.grad(product_CV, chunk_CD, grad_CV)
             if wants_weight and grad_VD is not None:
-                dtype = torch.bfloat16 if is_short else grad_VD.dtype
-                left_VC, right_CD = grad_CV.T.to(dtype), chunk_CD.detach().to(dtype)
-                if is_short:
-                    grad_VD += left_VC @ right_CD
-                else:
-                    grad_VD.addmm_(left_VC, right_CD)
+                add_outer(grad_VD, grad_CV, chunk_CD)
         ctx.is_summed = into is not None
         ctx.save_for_backward(grad_ND, None if ctx.is_summed or not wants_weight else grad_VD)
         return total * scale

@@ -27,8 +27,8 @@ from erniekit.data import ledger
 from erniekit.data.chunks import Chunks, Fault
 from erniekit.data.ledger import KINDS, Account, Samples
 from erniekit.data.loader import Faults, Stream, stream
-from erniekit.data.readers import READERS, Reader
 from erniekit.data.sources import Source
+from erniekit.launch import RECIPES
 
 log = logging.getLogger("erniekit")
 
@@ -58,11 +58,10 @@ class Split:
 
 def run_data(run: Run) -> int:
     """The verb. Returns 0; raises ConfigError, or DataError for too many unusable records."""
-    if run.model.stage not in READERS:
+    if run.model.stage not in RECIPES:
         raise ConfigError(
-            f"stage={run.model.stage} has data of another kind; use {' or '.join(READERS)}"
+            f"stage={run.model.stage} has data of another kind; use {' or '.join(RECIPES)}"
         )
-    reader = READERS[run.model.stage]
     names = [s for s in ("train", "eval") if getattr(run.data, f"{s}_dataset_path")]
     if not names:
         raise ConfigError("train_dataset_path is not set; give a .jsonl file of dialogues")
@@ -70,14 +69,14 @@ def run_data(run: Run) -> int:
     if run.audit.show or run.audit.sample:
         from erniekit.data import view
 
-        return view.show(run.audit, streams, reader)
+        return view.show(run.audit, streams)
     folder = _made(run.output / FOLDER)
     splits = [Split(name, s, Faults(run.data.max_bad_data_share)) for name, s in streams.items()]
-    with Chunks(streams, reader, run.audit.preprocessing_num_workers) as chunks:
+    with Chunks(streams, run.audit.preprocessing_num_workers) as chunks:
         taken: set[str] = set()
         for split in splits:
             _read(split, chunks, folder, taken)
-    found = _found(run, splits, reader)
+    found = _found(run, splits)
     checkpoint.replace_text(folder / LEDGER_FILE, json.dumps(found, indent=1) + "\n")
     _tell(splits, found)
     log.info("\nall of this is in %s", folder / LEDGER_FILE)
@@ -165,7 +164,7 @@ class _Quarantine:
 # --- what was found ---
 
 
-def _found(run: Run, splits: Sequence[Split], reader: Reader) -> dict[str, Any]:
+def _found(run: Run, splits: Sequence[Split]) -> dict[str, Any]:
     """The content of ledger.json."""
     found: dict[str, Any] = {"max_seq_len": run.data.max_seq_len}
     for split in splits:
@@ -179,7 +178,7 @@ def _found(run: Run, splits: Sequence[Split], reader: Reader) -> dict[str, Any]:
             "cut_away": split.cut_away[:_KEPT_PLACES],
             "near_empty": [split.place(i) for i in near_empty[:_KEPT_PLACES].tolist()],
         }
-        if reader.is_packed and len(split.samples):
+        if len(split.samples):
             size = run.training.batch_size
             epoch = ledger.first_epoch(split.stream, split.samples, size)
             found[split.name]["epoch"] = dataclasses.asdict(epoch)

@@ -18,8 +18,8 @@ from erniekit.data.columns import column_of
 from erniekit.data.dialogue import CutAway
 from erniekit.data.ledger import Samples
 from erniekit.data.loader import Stream, kind_of
-from erniekit.data.readers import Reader
 from erniekit.data.sources import DataError
+from erniekit.data.wholes import num_left_out, num_tokens
 
 SIZE = 1000  # records
 
@@ -45,7 +45,7 @@ class Chunk:
     num_dropped: int = 0
 
 
-def read_chunk(stream: Stream, reader: Reader, number: int, start: int) -> Chunk:
+def read_chunk(stream: Stream, number: int, start: int) -> Chunk:
     """The `SIZE` records of a file from `start` on. Those of a file that is never drawn (weight 0)
     are checked, and dropped.
     """
@@ -53,15 +53,16 @@ def read_chunk(stream: Stream, reader: Reader, number: int, start: int) -> Chunk
     is_drawn = number in stream.mix.drawn
     for index in range(start, min(start + SIZE, len(source))):
         try:
-            read = reader.read(stream.encoder, source[index], kind)
+            record = source[index]
+            samples = stream.encoder.read(record, kind)
+            chunk.num_dropped += num_left_out(stream.encoder, record, kind)
         except DataError as error:
-            chunk.num_dropped += reader.size(stream.encoder, source, index, kind)
+            chunk.num_dropped += num_tokens(stream.encoder, source, index, kind)
             column = error.column or column_of(source.text(index), error.at)
             is_cut_away = isinstance(error, CutAway)
             chunk.faults.append(Fault(index, column, str(error), kind_of(error), is_cut_away))
             continue
-        chunk.num_dropped += read.num_left_out
-        for sample in read.samples:
+        for sample in samples:
             if is_drawn:
                 chunk.num_truncated += sample.num_cut
                 chunk.samples.add(number, index, sample)
@@ -77,10 +78,8 @@ class Chunks:
     forked.
     """
 
-    def __init__(
-        self, streams: Mapping[str, Stream], reader: Reader, num_workers: int | None
-    ) -> None:
-        self.streams, self.reader = streams, reader
+    def __init__(self, streams: Mapping[str, Stream], num_workers: int | None) -> None:
+        self.streams = streams
         longest = max(len(source) for stream in streams.values() for source in stream.sources)
         can_fork = "fork" in multiprocessing.get_all_start_methods()
         wanted = len(os.sched_getaffinity(0)) if can_fork and num_workers is None else num_workers
@@ -89,7 +88,7 @@ class Chunks:
 
     def __enter__(self) -> Chunks:
         if self.num_workers > 1:
-            _forked.update(streams=self.streams, reader=self.reader)
+            _forked.update(self.streams)
             self.pool = ProcessPoolExecutor(
                 self.num_workers,
                 multiprocessing.get_context("fork"),
@@ -107,13 +106,13 @@ class Chunks:
         stream = self.streams[split]
         starts = range(0, len(stream.sources[number]), SIZE)
         if self.pool is None:
-            return (read_chunk(stream, self.reader, number, start) for start in starts)
+            return (read_chunk(stream, number, start) for start in starts)
         return self.pool.map(partial(_read_forked, split, number), starts)
 
 
 # What forked processes find here is what the one that forked them had put here.
-_forked: dict = {}
+_forked: dict[str, Stream] = {}
 
 
 def _read_forked(split: str, number: int, start: int) -> Chunk:
-    return read_chunk(_forked["streams"][split], _forked["reader"], number, start)
+    return read_chunk(_forked[split], number, start)

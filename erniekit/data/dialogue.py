@@ -15,9 +15,11 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
+
+import numpy as np
 
 from ernie.chat import UNTRAINED, ChatError, ChatTemplate, Encoded, one_answer_each
 from ernie.chat.messages import checked_message
@@ -35,7 +37,7 @@ class Sample:
 
     token_ids: Sequence[int]
     labels: Sequence[int]
-    num_cut: int = 0
+    num_cut: int = field(default=0, compare=False)
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -43,6 +45,10 @@ class Sample:
     @property
     def num_trained(self) -> int:
         return len(self.labels) - self.labels.count(UNTRAINED)
+
+    @property
+    def positions(self) -> np.ndarray:
+        return np.arange(len(self))
 
 
 class CutAway(DataError):
@@ -211,6 +217,17 @@ class Encoder:
         self.tokenizer, self.template, self.max_tokens = tokenizer, template, max_tokens
         self.one_answer_per_sample = one_answer_per_sample
         self.counts: Counter[str] = Counter()
+
+    def dialogue(self, record: Any, kind: str) -> Dialogue:
+        return read_dialogue(record, kind)
+
+    def dialogues(self, record: Any, kind: str) -> list[Dialogue]:
+        """Everything that is trained of a record."""
+        return [self.dialogue(record, kind)]
+
+    def read(self, record: Any, kind: str) -> list[Sample]:
+        """The samples of a record of a format; raises DataError for one that cannot be used."""
+        return self.samples(self.dialogue(record, kind))
 
     def samples(self, dialogue: Dialogue) -> list[Sample]:
         """The samples of a dialogue; raises DataError where there is nothing to train on."""

@@ -27,9 +27,10 @@ from ernie.chat import UNTRAINED, ChatTemplate
 from ernie.checkpoint.hub import resolve
 from ernie.tokenizer import Tokenizer
 from erniekit.config import Data, Run
-from erniekit.data.dialogue import Encoder, Sample, read_dialogue
+from erniekit.data.dialogue import Encoder, Sample
 from erniekit.data.mix import Mix
 from erniekit.data.pack import START, Cursor, Drawn, pack
+from erniekit.data.preference import PairEncoder, PairSample
 from erniekit.data.sources import DataError, open_source
 
 log = logging.getLogger("erniekit")
@@ -49,6 +50,8 @@ class Batch:
     cursor: Cursor  # how the stream goes on after this batch
     num_tokens: int  # without padding
     num_trained: int
+    pairs_P4: np.ndarray | None = None  # int64, bounds as in `ernie.attention.shared_prompt`
+    keys: tuple[bytes, ...] = ()  # of the pairs
 
 
 def batch_of(rows: list[list[Sample]], cursor: Cursor, *, fixed_size: int = 0) -> Batch:
@@ -64,14 +67,22 @@ def batch_of(rows: list[list[Sample]], cursor: Cursor, *, fixed_size: int = 0) -
         ids = np.pad(ids, (0, missing))
         labels = np.pad(labels, (0, missing), constant_values=UNTRAINED)
         lengths.append(missing)
+    bounds_S1 = np.concatenate(([0], np.cumsum(lengths)))
+    pairs = [
+        (start, start + sample.chosen, start + sample.rejected, start + len(sample))
+        for start, sample in zip(bounds_S1, samples)
+        if isinstance(sample, PairSample)
+    ]
     return Batch(
         ids,
         labels,
-        np.concatenate([np.arange(n) for n in lengths]),
-        np.concatenate(([0], np.cumsum(lengths))).astype(np.int32),
+        np.concatenate([*(s.positions for s in samples), np.arange(missing)]),
+        bounds_S1.astype(np.int32),
         cursor,
         num_tokens,
         int((labels != UNTRAINED).sum()),
+        np.array(pairs, np.int64) if pairs else None,
+        tuple(sample.key for sample in samples if isinstance(sample, PairSample)),
     )
 
 
@@ -148,7 +159,7 @@ class Stream:
         self.faults.read += 1
         try:
             record = self.sources[source][index]
-            samples = self.encoder.samples(read_dialogue(record, self.kinds[source]))
+            samples = self.encoder.read(record, self.kinds[source])
         except DataError as error:
             self.faults.add(self.sources[source].where(index), error)
             samples = []
@@ -173,20 +184,31 @@ class Stream:
 
 def kind_of(error: DataError) -> str:
     """What is wrong with a record, in words that other records share."""
-    return re.sub(r"\[\d+\]", "[]", str(error).split(";")[0])
+    return re.sub(r"\[\d+\]|\d+(?= tokens)", "#", str(error).split(";")[0])
 
 
 def stream(run: Run, split: str) -> Stream:
     """The records of a split, encoded with the tokenizer and template of the run's model."""
     folder = resolve(run.model.model_name_or_path)
     tokenizer = Tokenizer.from_folder(folder)
-    encoder = Encoder(
-        tokenizer,
-        ChatTemplate.for_folder(folder, tokenizer),
-        run.data.max_seq_len,
-        one_answer_per_sample=run.data.split_multi_turn,
-    )
+    encoder = encoder_of(run, tokenizer, ChatTemplate.for_folder(folder, tokenizer))
     return Stream(run.data, split, encoder, seed=run.training.seed)
+
+
+def encoder_of(run: Run, tokenizer: Tokenizer, template: ChatTemplate) -> Encoder:
+    """What reads the records of a run's stage: pairs for DPO, dialogues otherwise."""
+    data, p = run.data, run.preferences
+    if run.model.stage == "DPO":
+        return PairEncoder(
+            tokenizer,
+            template,
+            data.max_seq_len,
+            max_prompt_tokens=min(p.max_prompt_len, data.max_seq_len - 10),
+            masks_end=p.mask_out_eos_token,
+        )
+    return Encoder(
+        tokenizer, template, data.max_seq_len, one_answer_per_sample=data.split_multi_turn
+    )
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import sys
 import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby, islice
+from itertools import groupby
 from typing import TextIO
 
 from ernie.chat import UNTRAINED
@@ -27,8 +27,8 @@ from ernie.tokenizer import Tokenizer
 from erniekit.config import Audit
 from erniekit.data.loader import Stream
 from erniekit.data.pack import START, Drawn, pack
-from erniekit.data.readers import Reader, Shown
 from erniekit.data.sources import DataError
+from erniekit.data.wholes import Shown, shown, sides_of
 
 GUTTERS = {"masked": "    ", "trained": "  + ", "cut": "  - "}
 MEANINGS = {
@@ -53,32 +53,28 @@ class Token:
     kind: str  # of GUTTERS
 
 
-def show(wanted: Audit, streams: Mapping[str, Stream], reader: Reader) -> int:
+def show(wanted: Audit, streams: Mapping[str, Stream]) -> int:
     """Print what is wanted; returns 0. Raises ConfigError, or DataError for a record
     that cannot be used.
     """
     page = Page.on(sys.stdout)
     page.legend()
     if wanted.sample:
-        _show_record(page, wanted.sample, streams, reader)
+        _show_record(page, wanted.sample, streams)
     if wanted.show:
-        records = next(iter(streams.values()))
-        if reader.is_packed:
-            _show_rows(page, records, wanted.show)
-        else:
-            _show_records(page, records, reader, wanted.show)
+        _show_rows(page, next(iter(streams.values())), wanted.show)
     return 0
 
 
-def _show_record(page: Page, wanted: str, streams: Mapping[str, Stream], reader: Reader) -> None:
+def _show_record(page: Page, wanted: str, streams: Mapping[str, Stream]) -> None:
     records, source, index = find(wanted, streams)
     place = records.sources[source].where(index)
     try:
         record = records.sources[source][index]
-        shown = reader.shown(records.encoder, record, records.kinds[source])
+        found = shown(records.encoder, record, records.kinds[source])
     except DataError as error:
         raise DataError(f"{place}: {error}") from None
-    for one in shown:
+    for one in found:
         page.sample(f"{place}{one.title}", one, records.encoder.tokenizer)
 
 
@@ -99,23 +95,6 @@ def find(wanted: str, streams: Mapping[str, Stream]) -> tuple[Stream, int, int]:
     raise ConfigError(f"{file} is no file of this run; give one of {files}")
 
 
-def _show_records(page: Page, stream: Stream, reader: Reader, count: int) -> None:
-    """The first `count` records of the stream that can be used."""
-    for source, index in islice(stream.mix.draws(), stream.epoch_size):
-        where = stream.sources[source].where(index)
-        try:
-            record = stream.sources[source][index]
-            shown = reader.shown(stream.encoder, record, stream.kinds[source])
-        except DataError as error:
-            stream.faults.add(where, error)
-            continue
-        for one in shown:
-            page.sample(f"{where}{one.title}", one, stream.encoder.tokenizer)
-        count -= 1
-        if count == 0:
-            return
-
-
 def _show_rows(page: Page, stream: Stream, count: int) -> None:
     """The first `count` samples of the stream, in the rows they are trained in."""
     drawn_by_id: dict[int, Drawn] = {}
@@ -132,7 +111,9 @@ def _show_rows(page: Page, stream: Stream, count: int) -> None:
             position = drawn_by_id[id(sample)].position
             source, index = next(stream.mix.draws(position))
             place = stream.sources[source].where(index)
-            page.sample(f"row {number}, sample {i}: {place}", Shown("", sample, []), tokenizer)
+            for title, side in sides_of(sample):
+                shown_side = Shown(title, side)
+                page.sample(f"row {number}, sample {i}: {place}{title}", shown_side, tokenizer)
         free = data.max_seq_len - sum(map(len, row))
         if len(row) <= count:
             page.border(
@@ -147,18 +128,18 @@ def _show_rows(page: Page, stream: Stream, count: int) -> None:
 # --- tokens ---
 
 
-def tokens_of(shown: Shown, tokenizer: Tokenizer) -> list[Token]:
+def tokens_of(one: Shown, tokenizer: Tokenizer) -> list[Token]:
     """The tokens of a sample, the last label too, with those that were cut off where they stood."""
-    sample = shown.sample
+    sample = one.sample
     ids, labels = list(sample.token_ids), [UNTRAINED, *sample.labels]
     ids.append(labels[-1])
     if labels[-1] == UNTRAINED:  # nothing follows the last input that anyone asks for
         del ids[-1], labels[-1]
     kinds = ["masked" if label == UNTRAINED else "trained" for label in labels]
-    start = shown.cut_at
-    ids[start:start] = shown.cut_ids
-    kinds[start:start] = ["cut"] * len(shown.cut_ids)
-    labels[start:start] = [UNTRAINED] * len(shown.cut_ids)
+    start = one.cut_at
+    ids[start:start] = one.cut_ids
+    kinds[start:start] = ["cut"] * len(one.cut_ids)
+    labels[start:start] = [UNTRAINED] * len(one.cut_ids)
     found = []
     for i, label, kind, text in zip(ids, labels, kinds, texts_of(ids, tokenizer)):
         other = tokenizer.token_of(label) if label not in (UNTRAINED, i) else None
@@ -243,14 +224,14 @@ class Page:
         rule = "─" * max(self.width - _columns(text) - 4, 2)
         self.out.write(self._painted(f"── {text} {rule}", BORDER) + "\n")
 
-    def sample(self, title: str, shown: Shown, tokenizer: Tokenizer) -> None:
+    def sample(self, title: str, one: Shown, tokenizer: Tokenizer) -> None:
         """A border, then the tokens, a new line for every change of kind."""
-        tokens = tokens_of(shown, tokenizer)
+        tokens = tokens_of(one, tokenizer)
         num_trained = sum(token.kind == "trained" for token in tokens)
-        cut = f", {shown.sample.num_cut} cut" if shown.sample.num_cut else ""
+        cut = f", {one.sample.num_cut} cut" if one.sample.num_cut else ""
         self.border(
-            f"{title}: {len(shown.sample) + 1} tokens, {num_trained} trained, "
-            f"{len(shown.sample) + 1 - num_trained} masked{cut}"
+            f"{title}: {len(one.sample) + 1} tokens, {num_trained} trained, "
+            f"{len(one.sample) + 1 - num_trained} masked{cut}"
         )
         for kind, group in groupby(tokens, key=lambda token: token.kind):
             for line in self._lines([token.text for token in group]):

@@ -21,7 +21,6 @@ from erniekit.data.chunks import SIZE
 from erniekit.data.columns import column_of
 from erniekit.data.dialogue import read_dialogue
 from erniekit.data.loader import stream, survey
-from erniekit.data.readers import READERS, joined_pair
 from erniekit.data.sources import DataError, open_source
 from tests.erniekit.conftest import dialogues, write_lines
 
@@ -55,6 +54,8 @@ def found(tmp_path: Path) -> dict:
 def quarantined(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
+
+ROOT = Path(__file__).parents[2]
 
 # --- faults ---
 
@@ -198,26 +199,26 @@ RECORDS = st.dictionaries(
 @settings(max_examples=300, deadline=None)
 @given(record=RECORDS | ANY_JSON, kind=st.sampled_from(["erniekit", "alpaca", "messages"]))
 def test_any_record_is_read_or_refused(record, kind, folder) -> None:
-    encoder = fuzzed_stream(folder).encoder
     for stage in ("SFT", "DPO"):
         try:
-            read = READERS[stage].read(encoder, record, kind)
+            samples = fuzzed_stream(folder, stage).encoder.read(record, kind)
         except DataError as error:
             assert "\n" not in str(error)
         else:
-            assert all(sample.num_trained for sample in read.samples)
+            assert all(sample.num_trained for sample in samples)
 
 
 _streams: dict = {}
 
 
-def fuzzed_stream(folder: Path):
+def fuzzed_stream(folder: Path, stage: str = "SFT"):
     """A stream whose encoder the fuzzing tests share."""
-    if folder not in _streams:
+    if (folder, stage) not in _streams:
         path = write_lines(folder.parent / "shared.jsonl", dialogues(1))
         values = {"model_name_or_path": str(folder), "train_dataset_path": str(path)}
-        _streams[folder] = stream(run_from(values | {"max_seq_len": 96}), "train")
-    return _streams[folder]
+        run = run_from(values | {"max_seq_len": 96, "stage": stage})
+        _streams[folder, stage] = stream(run, "train")
+    return _streams[folder, stage]
 
 
 @settings(max_examples=200, deadline=None)
@@ -420,7 +421,7 @@ def test_what_is_held_does_not_grow_with_the_text(folder, tmp_path: Path) -> Non
     records = stream(run, "train")
     split = audit.Split("train", records, audit.Faults(1.0))
     tracemalloc.start()
-    with audit.Chunks({"train": records}, READERS["SFT"], 1) as chunks:
+    with audit.Chunks({"train": records}, 1) as chunks:
         audit._read(split, chunks, tmp_path, set())
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -448,7 +449,8 @@ def test_pairs_count_their_prompt_once_and_both_answers(words, folder, tmp_path:
             "sort": [0, 1]}  # fmt: skip
     same = {**pair, "response": [["x"], ["x"]]}
     path = write_lines(tmp_path / "train.jsonl", [pair, same, {**pair, "sort": [1, 1]}])
-    assert main(["data", *words(path, stage="DPO", max_bad_data_share=1)]) == 0
+    more = {"stage": "DPO", "mask_out_eos_token": False}
+    assert main(["data", *words(path, **more)]) == 0
     kept = quarantined(tmp_path / "out/data/train.jsonl.bad.jsonl")
     assert [k["reason"].split(";")[0] for k in kept] == [
         "both answers are the same", "sort is [1, 1]",
@@ -468,14 +470,31 @@ def test_pairs_count_their_prompt_once_and_both_answers(words, folder, tmp_path:
     assert tokens["masked"] == size
 
 
-def test_what_two_answers_begin_with_is_in_both(folder) -> None:
-    encoder = fuzzed_stream(folder).encoder
-    one, two = (
-        encoder.fitted([{"role": "user", "content": "q"}, {"role": "assistant", "content": a}])
-        for a in ("It is sunny", "It is cold")
+def test_pairs_fill_the_rows_that_training_fills(words, tmp_path: Path) -> None:
+    path = ROOT / "examples/data/dpo-train.jsonl"
+    more = {"stage": "DPO", "max_seq_len": 256}
+    assert main(["data", *words(path, **more)]) == 0
+    its = found(tmp_path)["train"]
+    trained = survey(
+        stream(run_from(dict(w.split("=") for w in words(path, **more))), "train"), 999
     )
-    joined = joined_pair(one, two)
-    assert joined.num_trained == one.num_trained + two.num_trained
+    epoch = its["epoch"]
+    assert (trained.num_rows, trained.num_tokens) == (epoch["num_rows"], epoch["num_tokens"])
+    assert trained.num_trained == its["all"]["tokens"]["trained"]
+
+
+def test_pairs_that_are_cut_count_the_turns_once(words, tmp_path: Path) -> None:
+    pair = {"src": [f"question {i}?" for i in range(6)], "tgt": ["It is sunny."] * 5,
+            "response": [["one and two"], ["one"]], "sort": [0, 1]}  # fmt: skip
+    path, told = write_lines(tmp_path / "train.jsonl", [pair]), []
+    for size in (96, 512):
+        more = {"stage": "DPO", "mask_out_eos_token": False, "max_seq_len": size}
+        assert main(["data", *words(path, **more)]) == 0
+        told.append(found(tmp_path)["train"]["all"])
+    cut, whole = told
+    assert cut["num_tokens"] == whole["num_tokens"]
+    assert cut["tokens"]["truncated"] > 0 == whole["tokens"]["truncated"]
+    assert cut["tokens"]["trained"] == whole["tokens"]["trained"]
 
 
 # --- text stays text ---

@@ -52,6 +52,7 @@ def test_settings_in_the_text_exist(page: str) -> None:
     words = set(re.findall(r"`([a-z_]+(?:_[a-z]+)+)(?:: [\w.]+)?`", text_of(page)))
     words -= {f.name for f in dataclasses.fields(EngineConfig)}
     keys = {f.name for kind in config.GROUPS for f in dataclasses.fields(kind)}
-    metrics = {"moe_max_over_mean", "full_attn", "dare_ties"}
+    metrics = {"moe_max_over_mean", "full_attn", "dare_ties", "rewards_accuracy", "rewards_margin"}
+    metrics |= {"rewards_chosen", "rewards_rejected"}
     unknown = words - keys - metrics
     assert not unknown, f"docs/{page}.md names {sorted(unknown)}"
