@@ -99,16 +99,20 @@ def preference(
     routed = [routing for routing in routings if routing is not None]
     added = {name: part * share for name, part in routing_terms(model, routed, terms).items()}
     total = value + torch.stack(list(added.values())).sum() if added else value
-    kept_P2, kept_P = rewards_P2.detach(), margin_P.detach()
-    parts = {
-        "rewards_chosen": kept_P2[:, 0],
-        "rewards_rejected": kept_P2[:, 1],
-        "rewards_margin": kept_P,
-        "rewards_accuracy": (kept_P.sign() + 1) / 2,
+    parts = {name: part.detach() for name, part in added.items()}
+    parts |= {name: n_P.sum() * scale for name, n_P in _told(rewards_P2.detach()).items()}
+    return Loss(total, value.detach(), parts, [routing.load_E for routing in routed])
+
+
+def _told(rewards_P2: Tensor) -> dict[str, Tensor]:
+    """What is recorded of each pair, by name."""
+    margin_P = rewards_P2[:, 0] - rewards_P2[:, 1]
+    return {
+        "rewards_chosen": rewards_P2[:, 0],
+        "rewards_rejected": rewards_P2[:, 1],
+        "rewards_margin": margin_P,
+        "rewards_accuracy": (margin_P.sign() + 1) / 2,
     }
-    told = {name: part_P.sum() * scale for name, part_P in parts.items()}
-    told |= {name: part.detach() for name, part in added.items()}
-    return Loss(total, value.detach(), told, [routing.load_E for routing in routed])
 
 
 def sequence_log_probs(
