@@ -24,14 +24,7 @@ from ernie.chat import UNTRAINED
 from ernie.model import ErnieModel
 from ernie.moe.router import Routing
 from erniekit.gradients import Gradients
-from erniekit.losses import (
-    Loss,
-    Terms,
-    add_outer,
-    exponentials,
-    head_of_chunks,
-    routing_terms,
-)
+from erniekit.losses import Loss, Selected, Terms, add_product, head_of_chunks, routing_terms
 
 _NO_TERMS = Terms()
 
@@ -106,16 +99,20 @@ def preference(
     routed = [routing for routing in routings if routing is not None]
     added = {name: part * share for name, part in routing_terms(model, routed, terms).items()}
     total = value + torch.stack(list(added.values())).sum() if added else value
-    kept_P2, kept_P = rewards_P2.detach(), margin_P.detach()
-    parts = {
-        "rewards_chosen": kept_P2[:, 0],
-        "rewards_rejected": kept_P2[:, 1],
-        "rewards_margin": kept_P,
-        "rewards_accuracy": (kept_P.sign() + 1) / 2,
+    parts = {name: part.detach() for name, part in added.items()}
+    parts |= {name: n_P.sum() * scale for name, n_P in _told(rewards_P2.detach()).items()}
+    return Loss(total, value.detach(), parts, [routing.load_E for routing in routed])
+
+
+def _told(rewards_P2: Tensor) -> dict[str, Tensor]:
+    """What is recorded of each pair, by name."""
+    margin_P = rewards_P2[:, 0] - rewards_P2[:, 1]
+    return {
+        "rewards_chosen": rewards_P2[:, 0],
+        "rewards_rejected": rewards_P2[:, 1],
+        "rewards_margin": margin_P,
+        "rewards_accuracy": (margin_P.sign() + 1) / 2,
     }
-    told = {name: part_P.sum() * scale for name, part_P in parts.items()}
-    told |= {name: part.detach() for name, part in added.items()}
-    return Loss(total, value.detach(), told, [routing.load_E for routing in routed])
 
 
 def sequence_log_probs(
@@ -134,11 +131,12 @@ def sequence_log_probs(
     """
     attend = shared_prompt(batch.pairs_P4)
     hidden_TD = model.hidden(batch.token_ids_T, batch.positions_T, attend, routings=routings)
-    labelled_N = _labelled(batch)
+    labelled_T = batch.labels_T != UNTRAINED
+    labelled_N = labelled_T.nonzero()[:, 0]
     weight_VD = model.head_weight
     is_summed = gradients is not None and torch.is_grad_enabled() and weight_VD.requires_grad
     values_N = ChunkedLogProbs.apply(
-        model.model.norm(hidden_TD[labelled_N]),
+        model.model.norm(Selected.apply(hidden_TD, labelled_N, labelled_T)),
         weight_VD,
         batch.labels_T[labelled_N],
         chunk_size,
@@ -151,12 +149,8 @@ def sequence_log_probs(
 
 def answer_lengths(batch: Pairs) -> Tensor:
     """Tokens with a loss of the chosen and the rejected answer of every pair, int64 `(P, 2)`."""
-    answer_N = _answers(batch, _labelled(batch))
+    answer_N = _answers(batch, (batch.labels_T != UNTRAINED).nonzero()[:, 0])
     return torch.bincount(answer_N, minlength=2 * len(batch.pairs_P4)).view(-1, 2)
-
-
-def _labelled(batch: Pairs) -> Tensor:
-    return (batch.labels_T != UNTRAINED).nonzero()[:, 0]
 
 
 def _answers(batch: Pairs, labelled_N: Tensor) -> Tensor:
@@ -186,17 +180,15 @@ class ChunkedLogProbs(torch.autograd.Function):
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         values_N = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
         grad_ND = torch.empty_like(hidden_ND) if wants_hidden and not wants_weight else None
-        frozen_VD = head_of_chunks(weight_VD)
+        frozen_VD, _ = head_of_chunks(weight_VD)
         for start in range(0, len(hidden_ND), chunk_size):
             rows = slice(start, start + chunk_size)
             chunk_CD, product_CV = _product(hidden_ND[rows], frozen_VD, grad_ND is not None)
-            targets_C1 = targets_N[rows, None]
-            exp_CV, sums_C1, chosen_C1 = exponentials(product_CV, targets_C1)
-            values_N[rows] = (chosen_C1 - sums_C1.log())[:, 0]
+            logits_CV = product_CV.detach()  # overwritten by onehot - softmax
+            loss_C, _ = kernels.cross_entropy_(logits_CV, targets_N[rows], -1.0)
+            values_N[rows] = -loss_C
             if grad_ND is not None:
-                grad_CV = _logits_gradient(exp_CV, sums_C1, targets_C1, torch.ones_like(sums_C1))
-                grad_CV = grad_CV.to(product_CV.dtype)
-                (grad_ND[rows],) = torch.autograd.grad(product_CV, chunk_CD, grad_CV)
+                (grad_ND[rows],) = torch.autograd.grad(product_CV, chunk_CD, logits_CV)
         ctx.chunk_size, ctx.into = chunk_size, into
         if wants_weight:
             ctx.save_for_backward(hidden_ND, weight_VD, targets_N)
@@ -215,16 +207,17 @@ class ChunkedLogProbs(torch.autograd.Function):
         grad_VD = ctx.into
         if grad_VD is None:
             grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        frozen_VD = head_of_chunks(weight_VD)
+        frozen_VD, is_short = head_of_chunks(weight_VD)
         for start in range(0, len(hidden_ND), ctx.chunk_size):
             rows = slice(start, start + ctx.chunk_size)
             chunk_CD, product_CV = _product(hidden_ND[rows], frozen_VD, wants_hidden)
-            targets_C1, up_C1 = targets_N[rows, None], upstream_N[rows, None]
-            exp_CV, sums_C1, _ = exponentials(product_CV, targets_C1)
-            grad_CV = _logits_gradient(exp_CV, sums_C1, targets_C1, up_C1).to(product_CV.dtype)
+            logits_CV, up_C1 = product_CV.detach(), upstream_N[rows, None]
+            kernels.cross_entropy_(logits_CV, targets_N[rows], -1.0)
             if grad_ND is not None:
-                (grad_ND[rows],) = torch.autograd.grad(product_CV, chunk_CD, grad_CV)
-            add_outer(grad_VD, grad_CV, chunk_CD)
+                (grad_CD,) = torch.autograd.grad(product_CV, chunk_CD, logits_CV)
+                grad_ND[rows] = grad_CD * up_C1
+            dtype = torch.bfloat16 if is_short else logits_CV.dtype
+            add_product(grad_VD, logits_CV.to(dtype), (chunk_CD.detach() * up_C1).to(dtype))
         returned = None if ctx.into is not None else grad_VD.to(weight_VD.dtype)
         return grad_ND, returned, None, None, None
 
@@ -235,8 +228,3 @@ def _product(hidden_CD: Tensor, weight_VD: Tensor, wants_grad: bool) -> tuple[Te
     with torch.set_grad_enabled(wants_grad):
         chunk_CD.requires_grad_(wants_grad)
         return chunk_CD, kernels.linear(chunk_CD, weight_VD)
-
-
-def _logits_gradient(exp_CV: Tensor, sums_C1: Tensor, targets_C1: Tensor, up_C1: Tensor) -> Tensor:
-    """`up * (onehot - softmax)`, written over the exponentials."""
-    return exp_CV.mul_(-up_C1 / sums_C1).scatter_add_(-1, targets_C1, up_C1)

@@ -53,6 +53,11 @@ class Batch:
     pairs_P4: np.ndarray | None = None  # int64, bounds as in `ernie.attention.shared_prompt`
     keys: tuple[bytes, ...] = ()  # of the pairs
 
+    @property
+    def weight(self) -> int:
+        """What its loss is a sum over: pairs where there are any, else trained tokens."""
+        return len(self.keys) or self.num_trained
+
 
 def batch_of(rows: list[list[Sample]], cursor: Cursor, *, fixed_size: int = 0) -> Batch:
     """Flat arrays of some rows; with `fixed_size` filled up to that many tokens by one segment of

@@ -84,7 +84,7 @@ def _batches_of(
     size = run.training.batch_size
     num_left = (num_steps - progress.step) * run.training.gradient_accumulation_steps
     yield from islice(train_stream.batches(size, progress.cursor), max(num_left, 0))
-    if eval_stream is not None:
+    if eval_stream is not None and run.training.evaluation_strategy != "no":
         yield from eval_batches(run, eval_stream)
 
 
