@@ -54,10 +54,18 @@ class Token:
 
 
 def show(wanted: Audit, streams: Mapping[str, Stream], reader: Reader) -> int:
-    """Print what is wanted; returns 0. Raises ConfigError, or DataError for a record
-    that cannot be used.
+    """Print what is wanted; returns 0, also when the reader of a pipe has seen enough. Raises
+    ConfigError, or DataError for a record that cannot be used.
     """
-    page = Page.on(sys.stdout)
+    try:
+        _show(Page.on(sys.stdout), wanted, streams, reader)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _show(page: Page, wanted: Audit, streams: Mapping[str, Stream], reader: Reader) -> None:
     page.legend()
     if wanted.sample:
         _show_record(page, wanted.sample, streams, reader)
@@ -67,7 +75,6 @@ def show(wanted: Audit, streams: Mapping[str, Stream], reader: Reader) -> int:
             _show_rows(page, records, wanted.show)
         else:
             _show_records(page, records, reader, wanted.show)
-    return 0
 
 
 def _show_record(page: Page, wanted: str, streams: Mapping[str, Stream], reader: Reader) -> None:
