@@ -54,16 +54,23 @@ class Token:
 
 
 def show(wanted: Audit, streams: Mapping[str, Stream]) -> int:
-    """Print what is wanted; returns 0. Raises ConfigError, or DataError for a record
-    that cannot be used.
+    """Print what is wanted; returns 0, also when the reader of a pipe has seen enough. Raises
+    ConfigError, or DataError for a record that cannot be used.
     """
-    page = Page.on(sys.stdout)
+    try:
+        _show(Page.on(sys.stdout), wanted, streams)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _show(page: Page, wanted: Audit, streams: Mapping[str, Stream]) -> None:
     page.legend()
     if wanted.sample:
         _show_record(page, wanted.sample, streams)
     if wanted.show:
         _show_rows(page, next(iter(streams.values())), wanted.show)
-    return 0
 
 
 def _show_record(page: Page, wanted: str, streams: Mapping[str, Stream]) -> None:
