@@ -29,7 +29,7 @@ def evaluate(model: ErnieModel, batches: Iterable[Batch], chunk_size: int) -> di
     for batch in batches:
         flat = to_device(batch, model.device)
         assert isinstance(flat, Flat), "pairs have an evaluation of their own"
-        attend = packed_causal(flat.cu_seqlens_S1)
+        attend = packed_causal(flat.cu_seqlens_S1, flat.lengths)
         hidden_TD = model.hidden(flat.token_ids_T, flat.positions_T, attend)
         trained = flat.labels_T != UNTRAINED
         hidden_ND, targets_N = model.model.norm(hidden_TD[trained]), flat.labels_T[trained]

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -82,7 +83,8 @@ def to_device(batch: Batch, device: torch.device) -> Flat | Pairs:
         tensors = [tensor.pin_memory() for tensor in tensors]
     ids_T, labels_T, positions_T, ends = (t.to(device, non_blocking=True) for t in tensors)
     if pairs_P4 is None:
-        return Flat(ids_T, labels_T, positions_T, ends)
+        lengths = tuple(np.diff(batch.cu_seqlens_S1).tolist())
+        return Flat(ids_T, labels_T, positions_T, ends, lengths)
     return Pairs(ids_T, labels_T, positions_T, ends, batch.keys)
 
 
