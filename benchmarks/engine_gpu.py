@@ -139,7 +139,7 @@ def main() -> None:
         f"bandwidth, prefill {share('prefill')} of the tensor cores."
     )
     write_record(
-        f"engine_gpu_{form}", QUESTION,
+        f"gpu_engine_{form}", QUESTION,
         f"python benchmarks/engine_gpu.py --model {arguments.model}"
         + (f" --quantization {form}" if arguments.quantization else ""),
         {"prompt": PROMPT, "decode_prompt": DECODE_PROMPT, "new": NEW},

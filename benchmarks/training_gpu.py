@@ -348,7 +348,7 @@ def main() -> None:
         "flop": "3 x forward, attention causal, nothing for recomputation",
     }  # fmt: skip
     write_record(
-        "training_gpu", QUESTION,
+        "gpu_training", QUESTION,
         f"python benchmarks/training_gpu.py --cases {arguments.cases} --order {arguments.order}",
         settings, results, table, f"MFU of full fine-tuning: {reading}.", where=where,
     )  # fmt: skip

@@ -1,6 +1,6 @@
 """From a configuration to the function that trains, in this process or in several.
 
-`RECIPES` names the function of each stage. A process that torchrun has started is one rank; else,
+`RECIPES` names the module of each stage. A process that torchrun has started is one rank; else,
 where more than one process is wanted (`nproc_per_node`, NNODES), this one starts them with
 torchrun's agent, waits, and says how they ended.
 """
@@ -12,6 +12,7 @@ import logging
 import os
 import signal
 import sys
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ernie.settings import ConfigError
@@ -20,7 +21,7 @@ from erniekit.config import Run
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-RECIPES = {"SFT": "erniekit.recipes.sft"}
+RECIPES = {"SFT": "erniekit.recipes.sft", "DPO": "erniekit.recipes.preference"}
 
 # Seconds for a step and a save after SIGTERM, before the agent ends a rank.
 GRACE_S = 600
@@ -33,14 +34,20 @@ def run_training(run: Run) -> int:
         from erniekit.recipes import evaluation
 
         return evaluation.evaluate_run(run)
-    stage = run.model.stage
-    if stage not in RECIPES:
-        raise ConfigError(f"stage={stage} is not available yet; use {' or '.join(RECIPES)}")
+    recipe = recipe_of(run)
     device = device_of(run)
     num_nodes, num_here = num_processes(run, device)
     if is_rank() or num_nodes * num_here == 1:
-        return _run_rank(run, device, RECIPES[stage])
+        return _run_rank(run, device, recipe)
     return _run_agent(run, device, num_nodes, num_here)
+
+
+def recipe_of(run: Run) -> ModuleType:
+    """The module of a run's stage, which has `run` and `method`."""
+    stage = run.model.stage
+    if stage not in RECIPES:
+        raise ConfigError(f"stage={stage} is not available yet; use {' or '.join(RECIPES)}")
+    return importlib.import_module(RECIPES[stage])
 
 
 def is_rank() -> bool:
@@ -110,7 +117,7 @@ def repeatable() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _run_rank(run: Run, device: str, recipe: str) -> int:
+def _run_rank(run: Run, device: str, recipe: ModuleType) -> int:
     from erniekit.parallel.ranks import RankError, joined
 
     if is_rank() and os.environ["RANK"] != "0":
@@ -118,7 +125,7 @@ def _run_rank(run: Run, device: str, recipe: str) -> int:
             logging.getLogger(name).setLevel(logging.ERROR)
     try:
         with joined(run.parallel, device) as ranks:
-            return importlib.import_module(recipe).run(run, device, ranks)
+            return recipe.run(run, device, ranks)
     except RankError as error:
         print(f"erniekit train, rank {os.environ['RANK']}: {error}", file=sys.stderr)
         return 1
