@@ -23,9 +23,9 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from erniekit import losses
 from erniekit.config import Parallel, read_run
+from erniekit.launch import recipe_of
 from erniekit.parallel import replicated
 from erniekit.parallel.ranks import degrees, joined
-from erniekit.recipes import sft
 
 ROOT = Path(__file__).parents[1]
 BUCKET_BYTES = 20_000  # so that tiny models have several
@@ -90,7 +90,7 @@ def main() -> int:
                 mock.patch.object(losses, "next_token", loss),
                 mock.patch.object(replicated, "BUCKET_BYTES", BUCKET_BYTES),
             ):
-                assert sft.run(run, "cpu", ranks) == 0
+                assert recipe_of(run).run(run, "cpu", ranks) == 0
             print(entry["words"][-1], f"{time.monotonic() - start:.2f} s", flush=True)
     return 0
 

@@ -25,16 +25,18 @@ from erniekit.config import Parallel, read_run, run_from
 from erniekit.parallel import replicated, sharded
 from erniekit.parallel.ranks import ALONE, Ranks, degrees
 from erniekit.recipes import sft
+from tests.erniekit.conftest import preferences, write_lines
 from tests.helpers_train_ranks import NaNAt, ranks_train
 
 STEPS = 5
 
 
 def words(model: Path, data: Path, output: Path, **more: object) -> list[str]:
+    kind = "pairs-" if more.get("stage") == "DPO" else ""
     values = {
         "model_name_or_path": model,
-        "train_dataset_path": data / "train.jsonl",
-        "eval_dataset_path": data / "eval.jsonl",
+        "train_dataset_path": data / f"{kind}train.jsonl",
+        "eval_dataset_path": data / f"{kind}eval.jsonl",
         "max_seq_len": 96,
         "buffer_size": 7,
         "max_steps": STEPS,
@@ -63,6 +65,8 @@ KINDS = {
     "dense-lora": ("tiny-dense", {"fine_tuning": "LoRA"}),
     "moe-lora": ("tiny-moe", {"fine_tuning": "LoRA"}),
     "moe-nan": ("tiny-moe", {"fine_tuning": "Full"}),
+    "dense-dpo": ("tiny-dense", {"fine_tuning": "Full", "stage": "DPO", "max_seq_len": 256}),
+    "moe-dpo": ("tiny-moe", {"fine_tuning": "LoRA", "stage": "DPO", "max_seq_len": 256}),
     "dense-muon": ("tiny-dense", {"fine_tuning": "Full", "optim": "muon"}),
 }
 FORMS = {
@@ -76,6 +80,8 @@ ALIKE = [
     *(("dense-lora", form) for form in ("none", "stage3")),
     *(("moe-nan", form) for form in ("stage1", "stage3")),
     ("dense-muon", "stage1"),
+    *(("dense-dpo", form) for form in ("none", "stage3")),
+    ("moe-dpo", "stage3"),
 ]
 # The second pass of step 3 in one process is the third one of rank 1.
 NAN_OF_ONE, NAN_OF_TWO = 6, [1, 3]
@@ -85,6 +91,8 @@ NAN_OF_ONE, NAN_OF_TWO = 6, [1, 3]
 def runs(tiny, data: Path, tmp_path_factory) -> Path:
     """A folder with the results: `<kind>` of one process, `<kind>-<form>` of two."""
     root = tmp_path_factory.mktemp("runs")
+    write_lines(data / "pairs-train.jsonl", preferences(40))
+    write_lines(data / "pairs-eval.jsonl", preferences(9, salt="about "))
     for kind, (name, settings) in KINDS.items():
         options = {**settings, "gradient_accumulation_steps": 2}
         with pytest.MonkeyPatch.context() as patch:
@@ -125,15 +133,17 @@ def assert_alike(ours: dict, theirs: dict, bound: float = 1e-5) -> None:
 
 def assert_same_curve(ours: list[dict], theirs: list[dict], bound: float = 1e-5) -> None:
     exact = ("step", "num_tokens", "num_trained_tokens", "total_tokens", "epoch", "eval_tokens")
+    exact += ("num_pairs", "eval_pairs")
     near = ("loss", "mtp_loss", "aux_loss", "grad_norm", "eval_loss", "accuracy")
-    near += ("moe_max_over_mean",)
+    near += ("moe_max_over_mean", "rewards_margin", "rewards_accuracy", "eval_rewards_margin")
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
         assert [a.get(k) for k in exact] == [b.get(k) for k in exact]
         assert a.get("skipped") == b.get("skipped")
         for key in near:
             if b.get(key) is not None:
-                assert abs(a[key] - b[key]) <= bound * abs(b[key]), f"{key}: {a[key]}, not {b[key]}"
+                size = max(abs(b[key]), 1.0) if "rewards" in key else abs(b[key])
+                assert abs(a[key] - b[key]) <= bound * size, f"{key}: {a[key]}, not {b[key]}"
 
 
 @pytest.mark.ranks
