@@ -25,7 +25,6 @@ from ernie.checkpoint.hub import resolve
 from ernie.settings import ConfigError
 from erniekit import checkpoint, lora
 from erniekit.config import Run
-from erniekit.recipes.evaluation import trained_folder
 
 log = logging.getLogger("erniekit")
 
@@ -83,7 +82,7 @@ def split(run: Run) -> int:
 
 
 def _trained(run: Run) -> Path:
-    folder = trained_folder(run.output)
+    folder = checkpoint.chosen(run.output, run.training.use_checkpoint)
     if folder is None:
         raise ConfigError(f"{run.output} holds no checkpoint; train first, or give its output_dir")
     return folder

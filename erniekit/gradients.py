@@ -55,7 +55,12 @@ class Gradients:
     @torch.no_grad()
     def norm(self) -> float:
         """Length of all sums taken as one vector; inf or nan where one is."""
-        return length([square_of(total) for total in self.present().values()])
+        return length(list(self.squares().values()))
+
+    @torch.no_grad()
+    def squares(self) -> dict[str, Tensor]:
+        """Squared length of each sum, float64."""
+        return {name: square_of(total) for name, total in self.present().items()}
 
     @contextmanager
     def given_away(self, when_ready: Callable[[str, Tensor], None]) -> Iterator[None]:

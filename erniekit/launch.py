@@ -11,6 +11,7 @@ import os
 
 from ernie.settings import ConfigError
 from erniekit.config import Run
+from erniekit.faults import told_in_a_sentence
 
 RECIPES = {"SFT": "erniekit.recipes.sft"}
 
@@ -25,7 +26,9 @@ def run_training(run: Run) -> int:
     if stage not in RECIPES:
         raise ConfigError(f"stage={stage} is not available yet; use {' or '.join(RECIPES)}")
     recipe = importlib.import_module(RECIPES[stage])
-    return recipe.run(run, device_of(run))
+    device = device_of(run)
+    with told_in_a_sentence(run, device):
+        return recipe.run(run, device)
 
 
 def device_of(run: Run) -> str:

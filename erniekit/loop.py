@@ -3,8 +3,8 @@
     window of batches -> loss and backward for each -> norm, clip, update -> record
 
 Losses are sums over tokens times one over the number of trained tokens of the *whole* window, so a
-step means the same however it is cut into batches. A step whose loss or gradient is not finite
-changes nothing but a counter.
+step means the same however it is cut into batches. A step whose loss or gradient is not finite, or
+whose gradient is far longer than lately, changes nothing but counters.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from statistics import median
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from ernie.model import ErnieModel
 from ernie.moe import balance
 from ernie.moe.layer import MoE
 from erniekit import memory
-from erniekit.config import Optimisation
+from erniekit.average import Average
+from erniekit.config import Optimisation, Training
 from erniekit.data.loader import Batch
 from erniekit.data.pack import Cursor
 from erniekit.gradients import Gradients, length, square_of
@@ -35,8 +37,30 @@ from erniekit.optim import AdamW, clip_scale, learning_rate_at
 log = logging.getLogger("erniekit")
 
 
+_FEWEST_NORMS = 10  # before a median says what is usual
+
+
 class TrainingError(ValueError):
     """Training cannot go on, and the user can do something about it."""
+
+
+@dataclass
+class SkippedStep:
+    """A step that was not taken, with what it takes to find out why."""
+
+    step: int
+    reason: str
+    start: Cursor  # place in the data before it
+    window: list[Batch]
+    norm_by_parameter: dict[str, float]
+
+
+class TooManySkipped(TrainingError):
+    """`last` is the step that was one too many."""
+
+    def __init__(self, message: str, last: SkippedStep) -> None:
+        super().__init__(message)
+        self.last = last
 
 
 @dataclass
@@ -47,6 +71,7 @@ class Progress:
     cursor: Cursor = field(default_factory=Cursor)
     total_tokens: int = 0
     skipped_steps: int = 0
+    norms: list[float] = field(default_factory=list)  # of recent steps, where spikes are looked for
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -68,8 +93,9 @@ class Parts:
     num_steps: int
     batches_per_step: int
     epoch_size: int
-    max_skipped_steps: int
+    training: Training
     bias_step: float = 0.0  # of the routing bias, per optimizer step
+    average: Average | None = None
 
 
 def to_device(batch: Batch, device: torch.device) -> Flat:
@@ -85,49 +111,61 @@ def train(
 ) -> None:
     """Steps until `num_steps`, or until `after_step(record)` answers that it is enough.
 
-    `progress` is moved along. Raises TrainingError when too many steps were not finite.
+    `progress` is moved along. Raises TooManySkipped.
     """
     while progress.step < parts.num_steps:
         start = time.monotonic()
         window = list(islice(batches, parts.batches_per_step))
         assert window, "the stream of training batches has no end"
-        record = _step(parts, window, progress)
+        record, skipped = _step(parts, window, progress)
         record["seconds"] = time.monotonic() - start
         record["tokens_per_second"] = record["num_tokens"] / record["seconds"]
-        if progress.skipped_steps > parts.max_skipped_steps:
+        if skipped and progress.skipped_steps > parts.training.max_skipped_steps:
             after_step(record)
-            raise TrainingError(
-                f"{progress.skipped_steps} steps had a loss or gradient that is not finite (the "
-                f"last at step {progress.step}, data position {progress.cursor.position}); lower "
-                "learning_rate, check the data, or raise max_skipped_steps"
+            raise TooManySkipped(
+                f"{progress.skipped_steps} steps were skipped, the last at step {progress.step} "
+                f"(data position {progress.cursor.position}): {skipped.reason}; lower "
+                "learning_rate, check the data, or raise max_skipped_steps",
+                skipped,
             )
         if after_step(record):
             return
 
 
-def _step(parts: Parts, window: list[Batch], progress: Progress) -> dict[str, Any]:
+def _step(
+    parts: Parts, window: list[Batch], progress: Progress
+) -> tuple[dict[str, Any], SkippedStep | None]:
     learning_rate = learning_rate_at(progress.step, parts.num_steps, parts.optimisation)
     num_trained = sum(batch.num_trained for batch in window)
+    squares: dict[str, Tensor] = {}
     if parts.optimisation.optimizer_in_backward:
-        loss, extra, loads, norm = _backward_and_update(parts, window, learning_rate)
+        loss, extra, loads, squares = _backward_and_update(parts, window, learning_rate)
+        norm = length(list(squares.values()))
     else:
         loss, extra, loads = _backward(parts, window, 1 / num_trained)
         norm = parts.gradients.norm()
-    is_finite = math.isfinite(loss) and math.isfinite(norm)
-    if is_finite:
+    reason = _why_skip(loss, norm, parts.training, progress)
+    if not reason:
         if not parts.optimisation.optimizer_in_backward:
             scale = clip_scale(norm, parts.optimisation.max_grad_norm)
             parts.optimizer.step(parts.gradients.present(), learning_rate, scale)
         if parts.bias_step:
             _balance(parts.model, loads, parts.bias_step)
+        if parts.average is not None:
+            parts.average.update()
+    skipped = None
+    if reason:
+        squares = squares or parts.gradients.squares()
+        norms = {name: length([square]) for name, square in squares.items()}
+        skipped = SkippedStep(progress.step + 1, reason, progress.cursor, window, norms)
     parts.gradients.release()
 
     num_tokens = sum(batch.num_tokens for batch in window)
     progress.step += 1
     progress.cursor = window[-1].cursor
     progress.total_tokens += num_tokens
-    progress.skipped_steps += not is_finite
-    return {
+    progress.skipped_steps += bool(reason)
+    record = {
         "step": progress.step,
         "loss": loss,
         "learning_rate": learning_rate,
@@ -138,8 +176,27 @@ def _step(parts: Parts, window: list[Batch], progress: Progress) -> dict[str, An
         "epoch": round(progress.cursor.num_records / parts.epoch_size, 4),
         "peak_memory_gib": memory.peak_gib(parts.model.device),
         **extra,
-        **({} if is_finite else {"skipped": True}),
+        **({"skipped": True, "skipped_because": reason} if reason else {}),
     }
+    return record, skipped
+
+
+def _why_skip(loss: float, norm: float, training: Training, progress: Progress) -> str:
+    """Why a step must not be taken, or the empty string. Notes its norm where spikes are skipped.
+
+    A spike counts in the median too: one changes it little, and what lasts becomes usual.
+    """
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        return "its loss or gradient is not finite"
+    if not training.max_grad_spike:
+        return ""
+    reason, window = "", training.grad_spike_window
+    if len(progress.norms) >= min(_FEWEST_NORMS, window):
+        usual = median(progress.norms)
+        if norm > training.max_grad_spike * usual > 0:
+            reason = f"its gradient norm {norm:.3g} is {norm / usual:.3g} times the usual one"
+    progress.norms = [*progress.norms, norm][-window:]
+    return reason
 
 
 def _backward(
@@ -172,23 +229,23 @@ def _backward(
 
 def _backward_and_update(
     parts: Parts, window: list[Batch], learning_rate: float
-) -> tuple[float, dict[str, float], list[Tensor], float]:
-    """As `_backward`, but weights move within; and the length of the gradient.
+) -> tuple[float, dict[str, float], list[Tensor], dict[str, Tensor]]:
+    """As `_backward`, but weights move within; and the squared length of each gradient.
 
     A gradient that is not finite leaves its own weight as it was, and the step counts as skipped.
     """
-    squares: list[Tensor] = []
+    squares: dict[str, Tensor] = {}
     parts.optimizer.num_updates += 1
 
     def update(name: str, gradient: Tensor) -> None:
-        squares.append(square_of(gradient))
-        if bool(squares[-1].isfinite()):
+        squares[name] = square_of(gradient)
+        if bool(squares[name].isfinite()):
             parts.optimizer.update(name, gradient, learning_rate, 1.0)
 
     assert len(window) == 1 and not parts.optimisation.max_grad_norm
     with parts.gradients.given_away(update):
         result = _backward(parts, window, 1 / window[0].num_trained)
-    return *result, length(squares)
+    return *result, squares
 
 
 def _balance(model: ErnieModel, loads: list[Tensor], step_size: float) -> None:

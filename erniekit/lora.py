@@ -166,10 +166,15 @@ def projections(model: ErnieModel) -> Iterator[tuple[nn.Module, str, Linear | Ex
 # --- files ---
 
 
+def file_name(parameter: str) -> str:
+    """The name in the file of a parameter of a pair."""
+    return f"{_PREFIX}{parameter}.weight"
+
+
 def adapter_tensors(model: ErnieModel) -> dict[str, Tensor]:
     """The pairs under their names in the file."""
     return {
-        f"{_PREFIX}{name}.weight": parameter.detach()
+        file_name(name): parameter.detach()
         for name, parameter in model.named_parameters()
         if name.endswith(("lora_A", "lora_B"))
     }

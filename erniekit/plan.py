@@ -1,7 +1,8 @@
 """What a training run will take, from its settings alone: memory by part, and arithmetic.
 
 The network is built on the meta device, so nothing is read and nothing is allocated. Weights,
-sums of gradients and the optimizer's state are exact. Activations are what autograd keeps in our
+sums of gradients, the optimizer's state, the average of the weights (`ema_decay`) and the copy that
+`use_async_save` writes from are exact. Activations are what autograd keeps in our
 own blocks, counted in words (`layer_words`, checked against autograd in the tests); the peak is the
 largest of the moments of a step:
 
@@ -67,6 +68,7 @@ class Sizes:
     weights: Counter[int] = field(default_factory=Counter)
     sums: Counter[int] = field(default_factory=Counter)
     state: Counter[int] = field(default_factory=Counter)
+    average: Counter[int] = field(default_factory=Counter)
     largest: Counter[int] = field(default_factory=Counter)  # trained elements of one tensor
     num_params: int = 0
     num_trained: int = 0
@@ -103,10 +105,14 @@ def plan(run: Run, device: str, degrees: Degrees = Degrees()) -> Plan:
         )
     sizes = sizes_of(config, run, device, degrees)
     batch = run.training.batch_size * run.data.max_seq_len
-    parts, moment = _peak(config, run, device, degrees, sizes, batch)
-    tokens = batch * run.training.gradient_accumulation_steps
-    saved = sizes.state.total() + (0 if run.is_lora else sizes.weights.total())
     trained = 4 * sizes.num_trained
+    kept = trained if run.is_lora else sizes.weights.total()
+    saved = kept + sizes.state.total() + sizes.average.total()
+    # On a GPU the copy that is written lies in host memory, which is not planned.
+    has_copy = device == "cpu" and run.training.use_async_save
+    parts, moment = _peak(config, run, device, degrees, sizes, batch, saved * has_copy)
+    tokens = batch * run.training.gradient_accumulation_steps
+    final = trained if run.is_lora else 2 * sizes.num_params
     return Plan(
         parts,
         moment,
@@ -114,8 +120,8 @@ def plan(run: Run, device: str, degrees: Degrees = Degrees()) -> Plan:
         sizes.num_trained,
         tokens,
         _flops(config, run, tokens) / (degrees.tensor * degrees.pipeline),
-        saved + (trained if run.is_lora else 0),
-        trained if run.is_lora else 2 * sizes.num_params,
+        saved,
+        final * (2 if sizes.average else 1),
     )
 
 
@@ -172,6 +178,8 @@ def _add(
     copies = max(degrees.sharding // degrees.expert, 1) if experts else degrees.sharding
     sizes.sums[layer] += count * (4 if o.amp_master_grad or float32_sum else 2)
     sizes.state[layer] += count * (moments + original) // copies
+    if o.ema_decay:
+        sizes.average[layer] += count * 4 // copies
     sizes.largest[layer] = max(sizes.largest[layer], count)
 
 
@@ -228,7 +236,13 @@ def _temporary_words(config: ErnieConfig, run: Run, layer: int) -> float:
 
 
 def _peak(
-    config: ErnieConfig, run: Run, device: str, degrees: Degrees, sizes: Sizes, batch: int
+    config: ErnieConfig,
+    run: Run,
+    device: str,
+    degrees: Degrees,
+    sizes: Sizes,
+    batch: int,
+    copy: int,
 ) -> tuple[dict[str, int], str]:
     """Bytes by part at the fullest moment of a step, and its name."""
     word = 4 if device == "cpu" else 2
@@ -258,6 +272,8 @@ def _peak(
     for parts in moments.values():
         parts["gradients"] /= degrees.pipeline
         parts["optimizer"] = sizes.state.total() / degrees.pipeline
+        parts["average"] = sizes.average.total() / degrees.pipeline
+        parts["copy"] = copy / degrees.pipeline
     if device == "cpu" and run.model.continue_training:
         # Pages of the file that is being read are resident beside the weights.
         moments["loading"] = {"file": min(2 * sizes.num_params, FILE_BYTES)}
@@ -268,7 +284,8 @@ def _peak(
         "process": _process_bytes(config, run, device),
     }
     names = (
-        "weights", "file", "gradients", "optimizer", "activations", "temporaries", "loss", "process"
+        "weights", "file", "gradients", "optimizer", "average", "copy", "activations",
+        "temporaries", "loss", "process",
     )  # fmt: skip
     return {name: round(resident.get(name, 0)) for name in names}, moment
 

@@ -184,6 +184,8 @@ def _candidates(run: Run) -> list[tuple[dict[str, Any], str]]:
         ):
             again = {"recompute": True, "recompute_granularity": part}
             found.append((again, f"{cost} are computed twice"))
+    if training.use_async_save and run.training.device != "gpu":
+        found.append(({"use_async_save": False}, "training waits while a checkpoint is written"))
     if not o.use_lowprecision_moment:
         found.append(({"use_lowprecision_moment": True}, "moments are rounded, without bias"))
     if o.amp_master_grad and not run.is_lora:

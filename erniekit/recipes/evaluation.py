@@ -41,7 +41,7 @@ def evaluate_run(run: Run) -> int:
         raise ConfigError("lm_eval_tasks needs the package lm-eval; pip install lm-eval")
     device = device_of(run)
     run = resolved(run, device)
-    folder = trained_folder(run.output)
+    folder = checkpoint.chosen(run.output, run.training.use_checkpoint)
     model, what = _model(run, device, folder)
     run.output.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"model": str(what), "time": time.strftime("%Y-%m-%d %H:%M:%S %z")}
@@ -94,10 +94,3 @@ def _model(run: Run, device: str, folder: Path | None) -> tuple[ernie.ErnieModel
     model = build_model(run, device)
     load_adapter(model, run, folder)
     return model, folder
-
-
-def trained_folder(output: Path) -> Path | None:
-    """What training has left in `output`: the final model, else the newest good checkpoint."""
-    if any((output / name).is_file() for name in ("config.json", lora.ADAPTER_CONFIG)):
-        return output
-    return checkpoint.newest_good(output)
