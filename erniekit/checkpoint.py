@@ -9,9 +9,9 @@
     output_dir/best.json                            which checkpoint had the best evaluation
 
 A save is written to `checkpoint-120.partial`, every file and the folder are flushed to the disk,
-and only then it is renamed: a folder with the final name is whole. `complete.json` also tells
-whether it still is, so a damaged checkpoint is skipped (loudly) for the one before. One trainer at
-a time writes to a folder (`locked`).
+and only then it is renamed; a removal goes the other way: a folder with the final name is whole.
+`complete.json` also tells whether it still is, so a damaged checkpoint is skipped (loudly) for the
+one before. One trainer at a time writes to a folder (`locked`).
 """
 
 from __future__ import annotations
@@ -187,7 +187,8 @@ def save(
             f"the disk of {output} ran full while a checkpoint of {num_bytes:,} bytes was "
             "written; earlier ones are intact: make room and start again"
         ) from None
-    shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
+    if final.exists():  # a damaged one of the same step
+        shutil.rmtree(final)
     partial.rename(final)
     _flush(output)
     return final
@@ -231,13 +232,17 @@ def _flush(path: Path) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old or the new one, whole."""
     hidden = path.with_name(f".{path.name}.partial")
-    _write_text(hidden, text)
+    try:
+        _write_text(hidden, text)
+    except OSError:
+        hidden.unlink(missing_ok=True)
+        raise
     hidden.replace(path)
 
 
 def remove_all(output: Path) -> None:
     for _, folder in checkpoints(output):
-        shutil.rmtree(folder)
+        _remove(folder)
     (output / BEST_FILE).unlink(missing_ok=True)
 
 
@@ -255,7 +260,11 @@ def prune(output: Path, limit: int | None, kept: Path | None = None) -> None:
         folders.remove(kept)
         limit = max(limit - 1, 1)
     for folder in folders[:-limit]:
-        shutil.rmtree(folder)
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.partial")))
 
 
 @contextlib.contextmanager

@@ -86,8 +86,12 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """
     hidden = path.with_name(f".{path.name}.partial")
     planned = [Planned(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
-    _write_file(hidden, planned, iter(tensors.items()))
-    _sync(hidden)
+    try:
+        _write_file(hidden, planned, iter(tensors.items()))
+        _sync(hidden)
+    except OSError:
+        hidden.unlink(missing_ok=True)
+        raise
     os.replace(hidden, path)
 
 

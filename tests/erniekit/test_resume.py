@@ -158,3 +158,26 @@ def test_second_trainer_in_a_folder_is_refused(tiny, data: Path, tmp_path: Path,
     with checkpoint.locked(tmp_path):
         assert main(words(tiny("tiny-dense"), data, tmp_path)) == 2
     assert f"another run (process {os.getpid()})" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("use_async_save", [False, True])
+def test_resumed_at_7_and_13_equals_unbroken(
+    use_async_save: bool, tiny, data: Path, tmp_path: Path
+) -> None:
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    more = {"max_steps": 20, "fine_tuning": "Full", "ema_decay": 0.9, "num_answers": 0}
+    assert main(words(tiny("tiny-moe"), data, unbroken, **more)) == 0
+    more["use_async_save"] = use_async_save
+    for last in (7, 13, 20):
+        assert main(words(tiny("tiny-moe"), data, broken, stop_after_step=last, **more)) == 0
+        assert checkpoint.checkpoints(broken)[-1][0] == last
+    assert curve(broken) == curve(unbroken)
+    for part in ("model.safetensors", "ema/model.safetensors", checkpoint.OPTIMIZER_FILE):
+        ours, theirs = (load_file(f / "checkpoint-20" / part) for f in (broken, unbroken))
+        assert all((ours[key] == tensor).all() for key, tensor in theirs.items()), part
+    ours, theirs = (
+        json.loads((f / "checkpoint-20" / checkpoint.STATE_FILE).read_text())
+        for f in (broken, unbroken)
+    )
+    for key in ("rng", "progress", "num_updates"):
+        assert ours[key] == theirs[key], key
