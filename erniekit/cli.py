@@ -46,7 +46,8 @@ VERBS = {
         "erniekit.launch:run_training",
         (Model, Data, Training, Optimisation, Reporting),
         "Train a model; started again, it goes on where it was. SIGTERM and Ctrl-C finish the step "
-        "and save first (exit status 0 and 130).",
+        "and save first (exit status 0 and 130); a file SAVE in output_dir asks for a checkpoint "
+        "after the step.",
     ),
     "resume": Verb(
         "erniekit.resume:run_resume",

@@ -9,8 +9,7 @@ which no program can turn into a sentence.
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 from ernie.settings import ConfigError
 from erniekit.config import Run, resolved
@@ -31,16 +30,14 @@ class DiskFull(ValueError):
     exit_status = 3
 
 
-@contextmanager
-def told_in_a_sentence(run: Run, device: str) -> Iterator[None]:
-    """Within, running out of memory or disk raises OutOfMemory or DiskFull."""
+def told_in_a_sentence(work: Callable[[], int], run: Run, device: str) -> int:
+    """What `work()` returns; memory or disk that runs out raises OutOfMemory or DiskFull."""
     try:
-        yield
-        return
+        return work()
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
-        what = str(error).splitlines()[0] if str(error) else "the allocation failed"
+        what = str(error).splitlines()[0] if str(error) else "an allocation failed"
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -59,15 +56,19 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _advice(run: Run, device: str) -> str:
     from erniekit.plan import GIB, Degrees, plan
-    from erniekit.plan_report import changes_that_fit, machine
+    from erniekit.plan_report import changes_that_fit, memory_of
 
     try:
         run = resolved(run, device)
         found = plan(run, device)
-        limit = min(machine(device).memory, int(0.9 * found.peak))
+        limit = min(memory_of(device), int(0.9 * found.peak))
         changes = changes_that_fit(run, device, Degrees(), limit)
     except ConfigError as error:
         return f"no plan can be made of this run ({error})"
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return "too little is left even to plan a smaller run: see erniekit plan"
     told = f"planned are {found.peak / GIB:.2f} GiB"
     if not changes:
         return f"{told} and no two settings take a tenth less: take a larger machine"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from functools import partial
 
 from ernie.settings import ConfigError
 from erniekit.config import Run
@@ -27,8 +28,7 @@ def run_training(run: Run) -> int:
         raise ConfigError(f"stage={stage} is not available yet; use {' or '.join(RECIPES)}")
     recipe = importlib.import_module(RECIPES[stage])
     device = device_of(run)
-    with told_in_a_sentence(run, device):
-        return recipe.run(run, device)
+    return told_in_a_sentence(partial(recipe.run, run, device), run, device)
 
 
 def device_of(run: Run) -> str:
