@@ -19,6 +19,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,8 +47,10 @@ class Runs:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 
-    def run(self, words: list[str], output: Path, *, at: int = 0, fault: str = "kill") -> Ended:
-        """`erniekit <words>`; at operation `at` (0: never) comes the fault, "kill" or "full"."""
+    def run(self, words: list[str], output: Path, *, at: float = 0, fault: str = "kill") -> Ended:
+        """`erniekit <words>`; at operation `at` (0: never) comes the fault, "kill" or "full"; the
+        fault "term" is a SIGTERM after `at` seconds.
+        """
         assert self.process.stdin and self.process.stdout
         order = {"words": words, "output": str(output), "at": at, "fault": fault}
         self.process.stdin.write(json.dumps(order) + "\n")
@@ -75,7 +78,7 @@ def forked_runs() -> Iterator[Runs]:
 class Counter:
     """Counts operations below `folder`; the one numbered `at` ends as `fault` says."""
 
-    def __init__(self, folder: str, at: int, fault: str, note: Path) -> None:
+    def __init__(self, folder: str, at: float, fault: str, note: Path) -> None:
         self.folder, self.at, self.fault, self.note = folder, at, fault, note
         self.count = 0
 
@@ -150,6 +153,9 @@ def _child(order: dict[str, Any], log: Path, count: Path) -> None:
     sys.stderr = os.fdopen(2, "w", buffering=1)
     counter = Counter(order["output"], order["at"], order["fault"], count)
     counter.install()
+    if order["fault"] == "term":
+        counter.at = 0
+        threading.Timer(order["at"], os.kill, (os.getpid(), signal.SIGTERM)).start()
     status = main(order["words"])
     count.write_text(str(counter.count))
     os._exit(status)
@@ -158,7 +164,10 @@ def _child(order: dict[str, Any], log: Path, count: Path) -> None:
 def main() -> None:
     import tempfile
 
-    import erniekit.recipes.sft  # noqa: F401 - what every run imports
+    # What every run imports; torch does the first on its first backward pass.
+    import torch.fx.experimental.symbolic_shapes  # noqa: F401
+
+    import erniekit.recipes.sft  # noqa: F401
 
     with tempfile.TemporaryDirectory() as name:
         log, count = Path(name) / "log", Path(name) / "count"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import signal
 import threading
 from pathlib import Path
 
@@ -85,6 +86,26 @@ def test_full_disk_at_any_write_is_one_sentence_and_the_last_checkpoint_is_whole
     num_operations = full(0).operations
     for at in random.Random(5).sample(range(1, num_operations), 6):
         assert full(at).status, f"operation {at} of {num_operations} failed, and nobody noticed"
+
+
+@pytest.mark.parametrize("seconds", [0.15, 0.4])
+def test_sigterm_at_any_time_loses_nothing(
+    seconds: float, runs, tiny, data: Path, tmp_path: Path
+) -> None:
+    """With seconds that fall into the steps on most machines; all that is said holds on any."""
+    output, more = tmp_path / "run", {"max_steps": 400, "save_steps": 400, "use_async_save": True}
+    arguments = quick(tiny("tiny-dense"), data, output, **more)
+    ended = runs.run(arguments, output, at=seconds, fault="term")
+    steps = [row[0] for row in curve(output)] if ended.told.count("\nstep") else [0]
+    if "stopping after this step" in ended.told:
+        assert ended.status == 0, ended.told
+        assert checkpoint.newest_good(output) == output / f"checkpoint-{steps[-1]}"
+    else:  # it had not begun
+        assert ended.status == -signal.SIGTERM and steps == [0], ended.told
+    last = steps[-1] + 2
+    again = runs.run([*arguments, f"stop_after_step={last}"], output)
+    assert again.status == 0, again.told
+    assert [row[0] for row in curve(output)] == list(range(last + 1))
 
 
 def test_a_copy_is_written_while_the_tensors_change_and_one_at_a_time(tmp_path: Path) -> None:
