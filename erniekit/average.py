@@ -8,7 +8,7 @@ about the last 1 / (1 - decay) steps. Of LoRA, A and B are averaged each by itse
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -30,9 +30,14 @@ class Average:
         for name, average in self.tensors.items():
             average.lerp_(self.optimizer.exact(name), 1 - self.decay)
 
-    def load(self, tensors: Mapping[str, Tensor], origin: str) -> None:
-        """Go on from an average that was saved; further tensors are left alone."""
-        for name, average in self.tensors.items():
-            if name not in tensors:
-                raise ConfigError(f"{origin} has no {name}; give the checkpoint of this run")
-            average.copy_(tensors[name])
+    def load(self, tensors: Iterable[tuple[str, Tensor]], origin: str) -> None:
+        """Go on from averages that were saved; what is not averaged is left alone."""
+        missing = set(self.tensors)
+        for name, tensor in tensors:
+            if name in self.tensors:
+                self.tensors[name].copy_(tensor)
+                missing.discard(name)
+        if missing:
+            raise ConfigError(
+                f"{origin} has no {min(missing)}; give a checkpoint of a run that trains the same"
+            )

@@ -12,6 +12,7 @@ import errno
 from collections.abc import Callable
 
 from ernie.settings import ConfigError
+from erniekit.checkpoint import checkpoints
 from erniekit.config import Run, resolved
 
 # What torch's allocators say; only that of CUDA has a class of its own.
@@ -81,7 +82,5 @@ def _advice(run: Run, device: str) -> str:
 
 
 def _last_checkpoint(run: Run) -> str:
-    from erniekit.checkpoint import newest_good
-
-    folder = newest_good(run.output)
-    return f"; {folder} is whole" if folder else ""
+    found = checkpoints(run.output)
+    return f"; training goes on from {found[-1][1]}" if found else ""

@@ -209,10 +209,12 @@ def renamed(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
             if ours in result:
                 raise ConfigError(f"{theirs} and {ours} in {origin} are one setting; give {ours}")
             result[ours] = result.pop(theirs)
-    words = result.get("unified_checkpoint_config") or ()
-    if "async_save" in (words.split() if isinstance(words, str) else words):
+    given = result.pop("unified_checkpoint_config", None) or ()
+    words = given.split() if isinstance(given, str) else list(given)
+    if "async_save" in words:
         result.setdefault("use_async_save", True)
-    return result
+        words.remove("async_save")
+    return result | ({"unified_checkpoint_config": " ".join(words)} if words else {})
 
 
 def separate(

@@ -171,6 +171,11 @@ def file_name(parameter: str) -> str:
     return f"{_PREFIX}{parameter}.weight"
 
 
+def parameter_name(in_file: str) -> str:
+    """The way back from `file_name`."""
+    return in_file.removeprefix(_PREFIX).removesuffix(".weight")
+
+
 def adapter_tensors(model: ErnieModel) -> dict[str, Tensor]:
     """The pairs under their names in the file."""
     return {

@@ -117,7 +117,7 @@ class Session:
         assert self.average is not None
         source = folder / checkpoint.AVERAGE_FOLDER
         if source.is_dir():
-            self.average.load(snapshot.read_weights(self.run, self.trained, source), str(source))
+            self.average.load(snapshot.read_weights(self.run, source), str(source))
         else:
             log.warning("%s has no averaged weights: the average begins with its weights", folder)
 
@@ -303,9 +303,9 @@ class Session:
     @torch.no_grad()
     def _take_weights(self, folder: Path) -> None:
         """The weights of a checkpoint, and its averages, in place of those of the last step."""
-        kept = self.trained if self.run.is_lora else dict(self.model.named_parameters())
-        for name, tensor in snapshot.read_weights(self.run, kept, folder).items():
-            kept[name].copy_(tensor)
+        parameters = dict(self.model.named_parameters())
+        for name, tensor in snapshot.read_weights(self.run, folder):
+            parameters[name].copy_(tensor)
         if self.average is not None:
             self._take_average(folder)
 
@@ -342,6 +342,7 @@ _HARMLESS = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_steps", "stop_after_step",
     "logging_steps", "save_steps", "save_strategy", "save_total_limit", "use_async_save",
     "load_best_model_at_end", "use_checkpoint", "report_to", "logging_dir", "disable_tqdm",
+    "evaluation_strategy", "eval_steps", "max_evaluate_steps", "answer_steps", "num_answers",
 }  # fmt: skip
 
 

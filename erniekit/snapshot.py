@@ -10,7 +10,7 @@ not trained beside them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -93,12 +93,10 @@ def _write_adapter(
         model.tokenizer.save(folder)
 
 
-def read_weights(run: Run, names: Mapping[str, Tensor], folder: Path) -> dict[str, Tensor]:
-    """The weights of a folder made by `write_model`, by parameter, float32; those in `names`."""
-    if run.is_lora:
-        stored = load_file(folder / lora.ADAPTER_FILE)
-        found = {name: stored[lora.file_name(name)] for name in names}
-    else:
-        _, weights = io.open_weights(folder, torch.float32)
-        found = {name: tensor for name, tensor in weights if name in names}
-    return found
+def read_weights(run: Run, folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a folder made by `write_model`, by parameter, float32, one after the other."""
+    if not run.is_lora:
+        yield from io.open_weights(folder, torch.float32)[1]
+        return
+    for name, tensor in load_file(folder / lora.ADAPTER_FILE).items():
+        yield lora.parameter_name(name), tensor

@@ -2,10 +2,10 @@
 
     python benchmarks/faults/kill_training.py [--kills 50] [--stops 20] [--full 100]
 
-Kills (SIGKILL, half of them with saves beside the training) and full disks come at file operations
-drawn at random among all of a run: logs, checkpoints, pointers, pages, the final model, each write
-half done. SIGTERM comes at random times. Each run is then started again to its end and compared
-with an unbroken one.
+Kills (SIGKILL, half of them in LoRA, half in Full with saves beside the training) and full disks
+come at file operations drawn at random among all of a run: logs, checkpoints, pointers, pages, the
+final model, each write half done. SIGTERM comes at random times. Each run is then started again to
+its end and compared with an unbroken one.
 """
 
 from __future__ import annotations
@@ -56,7 +56,8 @@ class Trial:
             "model_name_or_path": self.root / "tiny",
             "train_dataset_path": ROOT / "examples/data/sft-train.jsonl",
             "eval_dataset_path": ROOT / "examples/data/sft-eval.jsonl",
-            "output_dir": output, "use_async_save": self.is_async, "max_steps": NUM_STEPS,
+            "output_dir": output, "use_async_save": self.is_async,
+            "fine_tuning": "Full" if self.is_async else "LoRA", "max_steps": NUM_STEPS,
             "save_steps": SAVE_STEPS, "save_total_limit": 2, "evaluation_strategy": "steps",
             "eval_steps": SAVE_STEPS, "max_evaluate_steps": 4, "num_answers": 0, "ema_decay": 0.9,
             "max_seq_len": 96, "buffer_size": 20, "learning_rate": 1e-2,
@@ -150,10 +151,10 @@ def run(kills: int, stops: int, full: int) -> list[rig.Claim]:
         wrong, different_stopped = stopped(beside, stops)
         silent, damaged_full, different_full = filled(sync, full)
     return [
-        rig.Claim("killed, ended differently from the unbroken run", different, 0),
-        rig.Claim("the same, saves beside the training", different_beside, 0),
+        rig.Claim("LoRA killed, ended differently from the unbroken run", different, 0),
+        rig.Claim("Full with saves beside it killed, ended differently", different_beside, 0),
         rig.Claim("damaged checkpoints under a final name", damaged + damaged_beside, 0),
-        rig.Claim("most steps lost", lost, SAVE_STEPS, "steps"),
+        rig.Claim("most steps recorded and lost", lost, SAVE_STEPS, "steps"),
         rig.Claim("the same, saves beside the training", lost_beside, 2 * SAVE_STEPS, "steps"),
         rig.Claim("SIGTERM: wrong status, or no checkpoint", wrong, 0),
         rig.Claim("SIGTERM: ended differently when resumed", different_stopped, 0),

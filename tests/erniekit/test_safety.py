@@ -135,9 +135,9 @@ real = loop._backward
 def limited(parts, window, scale):
     if window[0].cursor.num_records > {records}:
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (used + (4 << 20), resource.RLIM_INFINITY))
+        resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
         import torch
-        torch.zeros(64 << 20)
+        torch.zeros(1 << 28)
     return real(parts, window, scale)
 loop._backward = limited
 sys.exit(main(sys.argv[1:]))
