@@ -22,7 +22,7 @@ class Average:
 
     def __init__(self, optimizer: AdamW, decay: float) -> None:
         self.optimizer, self.decay = optimizer, decay
-        self.tensors = {n: optimizer.exact(n).detach().clone() for n in optimizer.parameters}
+        self.tensors = {n: optimizer.exact(n).detach().clone() for n in optimizer.state}
 
     @torch.no_grad()
     def update(self) -> None:

@@ -42,6 +42,12 @@ _MARKER = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
+class DiskFull(ConfigError):
+    """A file could not be written whole; what was whole before still is."""
+
+    exit_status = 3
+
+
 def checkpoints(output: Path) -> list[tuple[int, Path]]:
     """(step, folder) of everything named like a checkpoint, oldest first."""
     found = ((_NAME.fullmatch(path.name), path) for path in output.glob("checkpoint-*"))
@@ -164,13 +170,13 @@ def save(
 ) -> Path:
     """Make `checkpoint-<step>`: `write(folder)` writes the large files, `num_bytes` in all.
 
-    Raises ConfigError when the disk is full; what was there before is untouched.
+    Raises DiskFull; what was there before is untouched.
     """
     final, partial = output / f"checkpoint-{step}", output / f"checkpoint-{step}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     free = shutil.disk_usage(output).free
     if free < num_bytes:
-        raise ConfigError(
+        raise DiskFull(
             f"a checkpoint in {output} needs {num_bytes:,} bytes and {free:,} are free; make room "
             "and start again: training goes on from the last checkpoint"
         )
@@ -183,7 +189,7 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise ConfigError(
+        raise DiskFull(
             f"the disk of {output} ran full while a checkpoint of {num_bytes:,} bytes was "
             "written; earlier ones are intact: make room and start again"
         ) from None

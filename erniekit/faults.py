@@ -12,7 +12,7 @@ import errno
 from collections.abc import Callable
 
 from ernie.settings import ConfigError
-from erniekit.checkpoint import checkpoints
+from erniekit.checkpoint import DiskFull, checkpoints
 from erniekit.config import Run, resolved
 
 # What torch's allocators say; only that of CUDA has a class of its own.
@@ -21,12 +21,6 @@ _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 class OutOfMemory(ValueError):
     """A step or the model did not fit."""
-
-    exit_status = 3
-
-
-class DiskFull(ValueError):
-    """A file could not be written whole."""
 
     exit_status = 3
 

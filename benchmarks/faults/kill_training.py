@@ -131,7 +131,7 @@ def filled(trial: Trial, count: int) -> tuple[int, int, int]:
         ended = trial.run(output, at, "full")
         sentence = ended.told.strip().splitlines()[-1] if ended.told.strip() else ""
         is_told = "the disk of" in sentence and "Traceback" not in ended.told
-        num_silent += not (ended.status in (2, 3) and is_told)
+        num_silent += not (ended.status == 3 and is_told)
         damaged += num_damaged(output)
         num_different += not trial.is_equal_after_restart(output)
     return num_silent, damaged, num_different
