@@ -121,6 +121,8 @@ def main() -> None:
     ceilings = {"prefill": rate / prefill_flop}
     ceilings |= {f"decode {n}": n * bandwidth / step_bytes(model, n) for n in TEXTS}
     prefill_rate(engine)  # compiles what prompts need
+    for texts in TEXTS:
+        decode_rate(engine, texts)
     rates = {"prefill": prefill_rate(engine)}
     rates |= {f"decode {n}": decode_rate(engine, n) for n in TEXTS}
 

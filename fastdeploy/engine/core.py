@@ -93,7 +93,6 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_blocks=-(-config.max_model_len // config.block_size),
             block_size=config.block_size,
-            device=torch.device("cpu") if ranks else model.device,  # to be sent from there
         )
         self.runner = Runner(model.eval(), self.allocate(num_blocks=num_blocks), builder, ranks)
         self.adapters = Adapters(model, config)

@@ -12,7 +12,7 @@ import pytest
 SHARED_MEMORY = 227 * 1024  # bytes that a block may have on an H100
 KERNELS = {
     "_norm_forward", "_norm_backward", "_swiglu_forward", "_swiglu_backward", "_rotate",
-    "_write_cache", "_pieces", "_combine", "_tiles", "_product", "_reduce",
+    "_write_cache", "_pieces", "_combine", "_tiles", "_product", "_reduce", "_row", "_unpack",
     "_choose_kernel", "_count", "_place", "_combine_kernel",
 }  # fmt: skip
 

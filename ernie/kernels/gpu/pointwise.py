@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ernie.kernels.gpu.language import rows_of
+from ernie.kernels.gpu.language import overlapped, rows_of, wait
 
 NORM_PROGRAMS = 264  # two for each multiprocessor of an H100, in the backward pass of the norm
 SWIGLU_BLOCK = 1024
@@ -143,8 +143,10 @@ def _warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
 
+@overlapped
 @triton.jit
 def _norm_forward(x, weight, out, scales, x_stride, width, eps, BLOCK: tl.constexpr):
+    wait()
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
@@ -179,12 +181,14 @@ def _norm_backward(x, weight, scales, grad, dx, dw, x_stride, num_rows, width, B
     tl.store(dw + tl.program_id(0) * width + at, dw_sum, inside)
 
 
+@overlapped
 @triton.jit
 def _rotate(
     x, cos, sin, out, x_stride, out_stride, direction,
     num_heads, width, HEADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """All heads of one token. Heads are read whole, and pairs are taken apart in registers."""
+    wait()
     token = tl.program_id(0).to(tl.int64)
     head, at = tl.arange(0, HEADS)[:, None], tl.arange(0, WIDTH)[None, :]
     place, inside = head * width + at, (head < num_heads) & (at < width)
@@ -198,8 +202,10 @@ def _rotate(
     tl.store(out + token * out_stride + place, tl.reshape(turned, [HEADS, WIDTH]), inside)
 
 
+@overlapped
 @triton.jit
 def _swiglu_forward(gate, up, out, gate_stride, up_stride, width, BLOCK: tl.constexpr):
+    wait()
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
@@ -224,12 +230,14 @@ def _swiglu_backward(
     tl.store(dup + row * width + at, d * g * gated, inside)
 
 
+@overlapped
 @triton.jit
 def _write_cache(
     k, v, k_cache, v_cache, k_scales, v_scales, slots, k_stride, v_stride,
     num_heads, width, row_size, HEADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The key, or the value, of one token: all heads."""
+    wait()
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
     if slot < 0:
