@@ -36,7 +36,6 @@ from erniekit.optim import AdamW, clip_scale, learning_rate_at
 
 log = logging.getLogger("erniekit")
 
-
 _FEWEST_NORMS = 10  # before a median says what is usual
 
 
@@ -145,16 +144,10 @@ def _step(
         loss, extra, loads = _backward(parts, window, 1 / num_trained)
         norm = parts.gradients.norm()
     reason = _why_skip(loss, norm, parts.training, progress)
-    if not reason:
-        if not parts.optimisation.optimizer_in_backward:
-            scale = clip_scale(norm, parts.optimisation.max_grad_norm)
-            parts.optimizer.step(parts.gradients.present(), learning_rate, scale)
-        if parts.bias_step:
-            _balance(parts.model, loads, parts.bias_step)
-        if parts.average is not None:
-            parts.average.update()
     skipped = None
-    if reason:
+    if not reason:
+        _update(parts, loads, learning_rate, norm)
+    else:
         squares = squares or parts.gradients.squares()
         norms = {name: length([square]) for name, square in squares.items()}
         skipped = SkippedStep(progress.step + 1, reason, progress.cursor, window, norms)
@@ -179,6 +172,17 @@ def _step(
         **({"skipped": True, "skipped_because": reason} if reason else {}),
     }
     return record, skipped
+
+
+def _update(parts: Parts, loads: list[Tensor], learning_rate: float, norm: float) -> None:
+    """Move the weights, the routing bias and the average."""
+    if not parts.optimisation.optimizer_in_backward:
+        scale = clip_scale(norm, parts.optimisation.max_grad_norm)
+        parts.optimizer.step(parts.gradients.present(), learning_rate, scale)
+    if parts.bias_step:
+        _balance(parts.model, loads, parts.bias_step)
+    if parts.average is not None:
+        parts.average.update()
 
 
 def _why_skip(loss: float, norm: float, training: Training, progress: Progress) -> str:

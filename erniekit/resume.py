@@ -147,12 +147,15 @@ def _replayed(
     folders: dict[int, Path],
 ) -> str:
     """The first difference between the run and its repetition; the empty string if none."""
+    for left in output.glob(".replay-*"):  # by a verification that was killed
+        shutil.rmtree(left)
     hidden = Path(tempfile.mkdtemp(prefix=".replay-", dir=output))
     try:
         run = _replay(_settings(output, start, folders), start, hidden, end)
-        if status := launch.run_training(run):
-            return f"the repetition ended with status {status}"
+        launch.run_training(run)
         again = _records(hidden)
+        if (last := max(again, default=0)) < max(records):
+            raise ConfigError(f"the repetition was stopped at step {last}: no verdict was written")
         for step, record in records.items():
             if difference := _of_records(record, again.get(step, {})):
                 return f"step {step}: {difference}"

@@ -247,6 +247,11 @@ class Session:
             self.run.model.loss_subbatch_seqlen,
         )
         log.info("%s", metrics.eval_line(values, step))
+        if self.metric not in values:
+            raise ConfigError(
+                f"metric_for_best_model={self.metric} is no number of an evaluation; use one of "
+                f"{', '.join(values)}"
+            )
         return values
 
     # --- saving ---

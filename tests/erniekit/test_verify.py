@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from erniekit import checkpoint
+from erniekit import checkpoint, session
 from erniekit.cli import main
 from tests.erniekit.test_resume import curve, words
 
@@ -108,6 +108,13 @@ def test_a_flipped_byte_of_the_random_state_fails(folder: str, copied: Path) -> 
     assert main(["resume", "--verify", str(copied)]) == 1
     found = certificate(copied, 6)["first_difference"]
     assert found.startswith("checkpoint-8: trainer_state.json: rng differs at number 104"), found
+
+
+def test_a_repetition_that_is_stopped_gives_no_verdict(copied: Path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(session.Session, "_is_stopped", property(lambda s: s.progress.step == 7))
+    assert main(["resume", "--verify", str(copied)]) == 2
+    assert "the repetition was stopped at step 7" in capsys.readouterr().err
+    assert not list(copied.glob("*.certificate.json")) + list(copied.glob(".replay-*"))
 
 
 def test_a_changed_record_fails(copied: Path) -> None:
