@@ -3,7 +3,7 @@
 `AdamW`, `AdamW8bit` (moments of one byte) and `Muon` (matrices by direction alone).
 
 Parameters are grouped by what differs between them: decay (never for norms, biases and other
-vectors) and a factor on the learning rate (LoRA+, layers, routers). On a CPU the arithmetic is
+vectors) and a factor on the learning rate (LoRA+, layers, routers). The arithmetic is
 `ernie.kernels.adamw_step`, one pass over each tensor. A bfloat16 parameter (GPU) gets a float32
 original that is updated in its place, so that no update is too small to count.
 """
@@ -134,11 +134,9 @@ class AdamW:
     @torch.no_grad()
     def update(self, name: str, gradient: Tensor, learning_rate: float, scale: float) -> None:
         """Update one parameter as a part of update number `num_updates`, counted by the caller."""
-        parameter, original = self.parameters[name], self.exact(name)
+        original = self.exact(name)
         rate = learning_rate * self.treatments[name].factor
         self._move(name, original, gradient, rate, scale)
-        if original.dtype != parameter.dtype:
-            parameter.copy_(original)
 
     def exact(self, name: str) -> Tensor:
         """The float32 weight of a parameter: its original where it has one, else itself."""
@@ -147,6 +145,7 @@ class AdamW:
     def _move(
         self, name: str, weights: Tensor, gradient: Tensor, rate: float, scale: float
     ) -> None:
+        """Update `weights`, in float32, and the parameter where it is another tensor."""
         state = self.state[name]
         kernels.adamw_step(
             weights, gradient, state["moment"], state["square"], **self._rates(name, rate, scale)
@@ -162,6 +161,7 @@ class AdamW:
             "step": self.num_updates,
             "grad_scale": scale,
             "seed": (self.seed * 1_000_003 + self._index[name]) & 0xFFFFFFFF,
+            "short_N": self.parameters[name].data if "original" in self.state[name] else None,
         }
 
     def _new_state(self, name: str) -> dict[str, Tensor]:
@@ -249,6 +249,8 @@ class Muon(AdamW):
         step_size = 0.2 * math.sqrt(max(weights.shape[-2:]))
         weights.mul_(1 - rate * self.treatments[name].weight_decay)
         weights.sub_(orthogonal(matrices).view_as(weights), alpha=rate * step_size)
+        if "original" in self.state[name]:
+            self.parameters[name].data.copy_(weights)
 
 
 def orthogonal(x_OI: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ width, M expert size.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -104,29 +105,61 @@ def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
-        ctx.save_for_backward(x_NI, weight_EOI, counts_E)
-        return _grouped(x_NI, weight_EOI, counts_E)
+        ends_E = counts_E.cumsum(0).int()
+        x_NI = rows_of(x_NI)
+        ctx.save_for_backward(x_NI, weight_EOI, ends_E)
+        return _grouped(x_NI, weight_EOI.mT, ends_E)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_NI, weight_EOI, counts_E = ctx.saved_tensors
+        x_NI, weight_EOI, ends_E = ctx.saved_tensors
         grad_NO = grads[0].contiguous()
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = _grouped(grad_NO, weight_EOI.mT, counts_E)
+            dx = _grouped(grad_NO, weight_EOI, ends_E)
         if ctx.needs_input_grad[1]:
-            dw, counts = torch.zeros_like(weight_EOI), counts_E.tolist()
-            for e, (g, x) in enumerate(zip(grad_NO.split(counts), x_NI.split(counts))):
-                if len(x):
-                    dw[e] = g.T @ x
+            dw = _grouped_outer(grad_NO, x_NI, weight_EOI, ends_E)
         return dx, dw, None
 
 
-def _grouped(x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
-    """The product with one weight for each group of rows; the weight may be transposed."""
-    name, num_bytes = str(weight_EOI.dtype).removeprefix("torch."), weight_EOI.nbytes
+def _grouped(x_NI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    """`x @ weight[e]` for the rows of each expert; the weight may be transposed."""
+    if grouped_mm is not None and _takes_grouped(x_NI, weight_EIO):
+        return grouped_mm(x_NI, weight_EIO, offs=ends_E)
+    name, num_bytes = str(weight_EIO.dtype).removeprefix("torch."), weight_EIO.nbytes
+    weight_EOI = weight_EIO.mT
     weight = PackedWeight(tuple(weight_EOI.shape), name, num_bytes, {"weight": weight_EOI})
-    return product(x_NI, weight, ends_E=counts_E.cumsum(0).int())
+    return product(x_NI, weight, ends_E=ends_E)
+
+
+def _grouped_outer(grad_NO: Tensor, x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+    """`grad.T @ x` over the rows of each expert, in the weight's shape and dtype."""
+    if grouped_mm is not None and _takes_grouped(x_NI, weight_EOI):
+        return grouped_mm(grad_NO.T, x_NI, offs=ends_E)
+    dw, begin = torch.zeros_like(weight_EOI), 0
+    for e, end in enumerate(ends_E.tolist()):
+        if end > begin:
+            dw[e] = grad_NO[begin:end].T @ x_NI[begin:end]
+        begin = end
+    return dw
+
+
+def _takes_grouped(x_NI: Tensor, weight: Tensor) -> bool:
+    """Whether torch multiplies these group by group without waiting for their sizes: bfloat16, rows
+    of a multiple of 16 bytes, on the devices that it has a kernel for."""
+    return (
+        _has_grouped(x_NI.device)
+        and x_NI.dtype == weight.dtype == torch.bfloat16
+        and len(x_NI) > 0
+        and not any(width % 8 for width in weight.shape[1:])
+    )
+
+
+@cache
+def _has_grouped(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    return torch.cuda.get_device_capability(device)[0] in (9, 10)
 
 
 def sorted_by_expert(experts_N: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -134,7 +167,7 @@ def sorted_by_expert(experts_N: Tensor, num_experts: int) -> tuple[Tensor, Tenso
     place of each pair in it, int32 `(N,)`; and how many pairs stand before the end of each
     expert's, int32 `(E,)`."""
     num_pairs = len(experts_N)
-    num_blocks = triton.cdiv(num_pairs, SORT_BLOCK)
+    num_blocks = max(1, triton.cdiv(num_pairs, SORT_BLOCK))
     sizes = (num_pairs, num_experts, triton.next_power_of_2(num_experts), SORT_BLOCK)
     counts_Eb = experts_N.new_empty(num_experts, num_blocks)
     _count[(num_blocks,)](experts_N, counts_Eb, *sizes)
