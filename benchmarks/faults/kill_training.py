@@ -1,6 +1,6 @@
 """What is lost when a training is killed, told to stop, or finds the disk full, at any moment?
 
-    python benchmarks/faults/kill_training.py [--kills 50] [--stops 20] [--full 100]
+    python benchmarks/faults/kill_training.py [--kills 50] [--stops 10] [--full 30]
 
 Kills (SIGKILL, half of them in LoRA, half in Full with saves beside the training) and full disks
 come at file operations drawn at random among all of a run: logs, checkpoints, pointers, pages, the
@@ -30,8 +30,8 @@ from erniekit import checkpoint
 from examples.tiny_model import make
 from tests.helpers_faults import Ended, Runs, forked_runs
 
-SAVE_STEPS = 3
-NUM_STEPS = 9
+SAVE_STEPS = 2
+NUM_STEPS = 6
 NUMBERS = ("step", "loss", "grad_norm", "learning_rate", "total_tokens", "eval_loss")
 
 
@@ -59,7 +59,7 @@ class Trial:
             "output_dir": output, "use_async_save": self.is_async,
             "fine_tuning": "Full" if self.is_async else "LoRA", "max_steps": NUM_STEPS,
             "save_steps": SAVE_STEPS, "save_total_limit": 2, "evaluation_strategy": "steps",
-            "eval_steps": SAVE_STEPS, "max_evaluate_steps": 4, "num_answers": 0, "ema_decay": 0.9,
+            "eval_steps": SAVE_STEPS, "max_evaluate_steps": 1, "num_answers": 0, "ema_decay": 0.9,
             "max_seq_len": 96, "buffer_size": 20, "learning_rate": 1e-2,
         }  # fmt: skip
         words = ["train", *(f"{key}={value}" for key, value in values.items())]
@@ -105,6 +105,7 @@ def killed(trial: Trial, count: int) -> tuple[int, int, int]:
         damaged += num_damaged(output)
         lost.append(num_lost(output))
         num_different += not trial.is_equal_after_restart(output)
+        print(f"killed at {at}: {num_different} of {len(lost) - 1} differ", file=sys.stderr)
     return num_different, damaged, max(lost)
 
 
@@ -165,5 +166,5 @@ def run(kills: int, stops: int, full: int) -> list[rig.Claim]:
 
 
 if __name__ == "__main__":
-    settings = {"kills": 50, "stops": 20, "full": 100}
+    settings = {"kills": 50, "stops": 10, "full": 30}
     raise SystemExit(rig.script("kill_training", __doc__, settings, run))
