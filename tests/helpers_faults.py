@@ -22,6 +22,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from os.path import exists
 from pathlib import Path
 from typing import Any
 
@@ -111,8 +112,9 @@ class Counter:
     def counted(self, name: str, real: Any) -> Any:
         def called(*arguments: Any, **options: Any) -> Any:
             is_ours = name == "fsync" or options.get("dir_fd") or self.is_here(arguments[0])
-            # Making room does not fail on a full disk.
-            if is_ours and not (self.fault == "full" and name in ("unlink", "rmdir")):
+            # Making room does not fail on a full disk, nor does making a folder that is there.
+            is_free = name in ("unlink", "rmdir") or (name == "mkdir" and exists(arguments[0]))
+            if is_ours and not (self.fault == "full" and is_free):
                 self.come()
             return real(*arguments, **options)
 
