@@ -8,7 +8,8 @@ originals of the bfloat16 weights), on random weights and tokens made on the spo
 
     dense    ERNIE-4.5-0.3B, rows of 8192 tokens that are one segment each
     packed   the same, eight segments of different lengths in a row
-    moe      a slice of ERNIE-4.5-21B-A3B: all widths, the dense layer and four MoE layers
+    moe      a slice of ERNIE-4.5-21B-A3B: all widths, the dense layer and four MoE layers, two
+             forward passes a step
 
 The peer is transformers on the rows of `dense` and `moe`: sdpa, bfloat16 weights, gradients and
 moments without originals, torch's fused AdamW, no clipping; two rows at a time, which is what fits.
@@ -63,6 +64,7 @@ class Case:
     segments: tuple[int, ...]  # of one row
     rows: int  # of one step
     optim: str = "adamw"
+    parts: int = 1  # forward passes of one step
 
     @property
     def tokens(self) -> int:
@@ -84,18 +86,18 @@ def cases(moe_layers: int, optim: str) -> dict[str, Case]:
     return {
         "dense": Case(dense, (ROW,), 4),
         "packed": Case(dense, SEGMENTS, 4),
-        "moe": Case(slice_, (ROW,), 2, optim),
+        "moe": Case(slice_, (ROW,), 4, optim, parts=2),
     }
 
 
 def batches(case: Case) -> Iterator[Batch]:
     generator = np.random.default_rng(0)
-    lengths = case.segments * case.rows
+    lengths, tokens = case.segments * (case.rows // case.parts), case.tokens // case.parts
     positions = np.concatenate([np.arange(n) for n in lengths])
     bounds = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
     while True:
-        ids = generator.integers(10, case.config.vocab_size, case.tokens + 1)
-        yield Batch(ids[:-1], ids[1:], positions, bounds, Cursor(), case.tokens, case.tokens)
+        ids = generator.integers(10, case.config.vocab_size, tokens + 1)
+        yield Batch(ids[:-1], ids[1:], positions, bounds, Cursor(), tokens, tokens)
 
 
 class Clock:
@@ -150,7 +152,7 @@ def our_parts(case: Case, clock: Clock) -> Parts:
     optimizer.step = clock.around(optimizer.step, "optimizer", "rest")  # type: ignore[method-assign]
     return Parts(
         model, clock.around(loss, "forward and head", "backward"), optimizer, gradients, settings,
-        WARM + STEPS, 1, 1, 0,
+        WARM + STEPS, case.parts, 1, 0,
     )  # fmt: skip
 
 
@@ -193,7 +195,8 @@ def run_transformers(case: Case) -> dict[str, Any]:
             torch.cuda.synchronize()
             clock.marks.clear()
             begun = time.perf_counter()
-        ids = torch.from_numpy(next(stream).token_ids_T).view(case.rows, ROW).cuda()
+        ids = np.concatenate([next(stream).token_ids_T for _ in range(case.parts)])
+        ids = torch.from_numpy(ids).view(case.rows, ROW).cuda()
         total = torch.zeros((), device="cuda")
         for part in ids.split(PEER_ROWS):
             clock.mark("forward and head")
@@ -256,6 +259,7 @@ def profiled(case: Case) -> None:
 
 def attention(case: Case) -> None:
     """Attention alone, forward and backward: ours over packed rows, torch's over separate ones."""
+    case = dataclasses.replace(case, parts=1)
     c, scale = case.config, case.config.head_dim**-0.5
     heads = (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)
     bounds = torch.tensor(next(batches(case)).cu_seqlens_S1, device="cuda")
@@ -344,7 +348,7 @@ def main() -> None:
         "flop": "3 x forward, attention causal, nothing for recomputation",
     }  # fmt: skip
     write_record(
-        "training_gpu", QUESTION,
+        "gpu_training", QUESTION,
         f"python benchmarks/training_gpu.py --cases {arguments.cases} --order {arguments.order}",
         settings, results, table, f"MFU of full fine-tuning: {reading}.", where=where,
     )  # fmt: skip

@@ -19,6 +19,7 @@ from itertools import islice
 from statistics import median
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,7 +103,9 @@ def to_device(batch: Batch, device: torch.device) -> Flat:
     tensors = [torch.from_numpy(array) for array in arrays]
     if device.type == "cuda":  # a copy from other memory waits for all work before it
         tensors = [tensor.pin_memory() for tensor in tensors]
-    return Flat(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+    ids_T, labels_T, positions_T, ends = (t.to(device, non_blocking=True) for t in tensors)
+    lengths = tuple(np.diff(batch.cu_seqlens_S1).tolist())
+    return Flat(ids_T, labels_T, positions_T, ends, lengths)
 
 
 def train(

@@ -34,6 +34,7 @@ class Flat:
     labels_T: Tensor
     positions_T: Tensor
     cu_seqlens_S1: Tensor
+    lengths: tuple[int, ...] | None = None  # of the segments, where the host knows them
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def next_token(
     batch are weighted. With `gradients` the head's gradient is added to its sum there at once.
     """
     routings: list[Routing | None] = []
-    attend = packed_causal(batch.cu_seqlens_S1)
+    attend = packed_causal(batch.cu_seqlens_S1, batch.lengths)
     hidden_TD = model.hidden(batch.token_ids_T, batch.positions_T, attend, routings=routings)
     num_right = torch.zeros((), dtype=torch.int64, device=hidden_TD.device)
     value = _head_loss(model, hidden_TD, batch.labels_T, scale, chunk_size, gradients, num_right)
@@ -126,7 +127,7 @@ def _multi_token(
     """
     losses = []
     token_ids_T, labels_T = batch.token_ids_T, batch.labels_T
-    attend = packed_causal(batch.cu_seqlens_S1)
+    attend = packed_causal(batch.cu_seqlens_S1, batch.lengths)
     ends = batch.cu_seqlens_S1[1:].long() - 1
     for depth in range(len(model.model.mtp)):
         token_ids_T, labels_T = token_ids_T.roll(-1), labels_T.roll(-1)

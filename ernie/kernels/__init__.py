@@ -26,6 +26,8 @@ operations have a backward pass for every floating point tensor they take.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from ernie.kernels.dispatch import (
@@ -173,15 +175,21 @@ def cross_entropy_(logits_NV: Tensor, targets_N: Tensor, scale: float) -> tuple[
 
 
 def attend_packed(
-    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, cu_seqlens_S1: Tensor, scale: float
+    q_THd: Tensor,
+    k_TGd: Tensor,
+    v_TGd: Tensor,
+    cu_seqlens_S1: Tensor,
+    scale: float,
+    lengths: Sequence[int] | None = None,
 ) -> Tensor:
     """Causal attention inside each segment of a packed row; `(T, H, d)`.
 
     `cu_seqlens` is int32 `(S + 1,)`, begins with 0 and ends with T: segment s is rows
-    `cu_seqlens[s]:cu_seqlens[s+1]`. Query head h reads key/value head `h // (H // G)`. Softmax in
+    `cu_seqlens[s]:cu_seqlens[s+1]`. `lengths` are those of the segments, where the host knows
+    them: it spares a GPU some work. Query head h reads key/value head `h // (H // G)`. Softmax in
     float32. Differentiable in q, k, v.
     """
-    return pick("attend_packed", q_THd.device)(q_THd, k_TGd, v_TGd, cu_seqlens_S1, scale)
+    return pick("attend_packed", q_THd.device)(q_THd, k_TGd, v_TGd, cu_seqlens_S1, scale, lengths)
 
 
 def attend_paged(

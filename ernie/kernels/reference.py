@@ -6,6 +6,7 @@ Written to be read, and to run on any device; see `ernie.kernels` for shapes and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -100,8 +101,14 @@ def cross_entropy_(logits_NV: Tensor, targets_N: Tensor, scale: float) -> tuple[
 
 
 def attend_packed(
-    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, cu_seqlens_S1: Tensor, scale: float
+    q_THd: Tensor,
+    k_TGd: Tensor,
+    v_TGd: Tensor,
+    cu_seqlens_S1: Tensor,
+    scale: float,
+    lengths: Sequence[int] | None = None,
 ) -> Tensor:
+    del lengths
     bounds = cu_seqlens_S1.tolist()
     out = [
         _attend_one(q_THd[a:b], k_TGd[a:b], v_TGd[a:b], scale) for a, b in pairwise(bounds) if b > a

@@ -33,7 +33,7 @@ class Batch:
     tables_SM: Tensor  # int32, entries past a request's last block mean nothing
     rows_R: Tensor  # int64, the tokens after which logits are wanted
     adapters: ActiveAdapters | None  # and which tokens each one changes; None: nobody has one
-    begins: bool = False  # whether no request has anything in the cache before this step
+    begins: bool = False  # whether the step is the beginning of one text, and nothing else
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
@@ -95,7 +95,7 @@ class BatchBuilder:
             tables_SM=torch.from_numpy(self.tables[self.seats[:num_parts], :num_blocks]),
             rows_R=torch.from_numpy(self.rows[:num_rows]),
             adapters=self._adapters(schedule),
-            begins=all(part.start == 0 for part in schedule.parts),
+            begins=num_parts == 1 and schedule.parts[0].start == 0,
         )
 
     def _adapters(self, schedule: Schedule) -> ActiveAdapters | None:

@@ -99,7 +99,8 @@ class Engine:
         self.sampler = Sampler(self.vocab_size)
         self.pooler = Pooler(self.runner)
         self.grammars, self.masks = grammars, Masks(self.vocab_size)
-        self.compiling = Compiling(grammars, think_tags, self.eos_ids)
+        most_s = config.guided_decoding_max_stall_ms / 1000
+        self.compiling = Compiling(grammars, think_tags, self.eos_ids, most_s)
         self.blocks = BlockManager(
             num_blocks,
             config.block_size,
@@ -408,7 +409,8 @@ class Engine:
             ]
             reason = reports[-1].finish_reason = request.finish_reason()
             if reason is not None and request.constraint is not None:
-                reports[-1].error = request.constraint.error
+                end = request.constraint.end
+                reports[-1].error = end.error if end is not None else None
                 is_cut = reason == "length" and not request.constraint.is_complete
                 self.num_unfinished_forms += is_cut
             if first and request.params.prompt_logprobs is not None:

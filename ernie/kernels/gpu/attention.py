@@ -15,7 +15,7 @@ longest table, B blocks of the cache, P positions of a block, r elements of a ca
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -32,6 +32,8 @@ MANY_ROWS = 128  # of a tile of a sequence with many
 MIN_PIECE = tl.constexpr(128)  # keys of a piece at least
 MAX_PIECES = tl.constexpr(32)  # pieces of a sequence at most
 KEYS = tl.constexpr(64)  # keys of one step
+LONG = 2048  # tokens of a segment, from which on its shape is worth a plan of its own
+LONG_STEP = 1024  # multiples of this are such shapes
 
 
 def attend_paged(
@@ -63,16 +65,23 @@ def attend_paged(
 
 
 def attend_packed(
-    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, cu_seqlens_S1: Tensor, scale: float
+    q_THd: Tensor,
+    k_TGd: Tensor,
+    v_TGd: Tensor,
+    cu_seqlens_S1: Tensor,
+    scale: float,
+    lengths: Sequence[int] | None = None,
 ) -> Tensor:
-    """torch's attention: for one segment as it is, over segments of any lengths where it has one,
-    else one call for each segment, which waits for the device."""
-    if len(cu_seqlens_S1) == 2:
-        return _attend_one(q_THd, k_TGd, v_TGd, scale)
+    """torch's attention: for long segments that are all alike, over segments of any lengths where
+    it has one, else one call for each segment, which waits for the device."""
+    lengths = (len(q_THd),) if len(cu_seqlens_S1) == 2 else lengths
+    if lengths and lengths[0] >= LONG and len(set(lengths)) == 1:
+        return _attend_alike(q_THd, k_TGd, v_TGd, len(lengths), scale)
     attend = _varlen()
     if attend is None or q_THd.dtype == torch.float32 or q_THd.device.type != "cuda":
         return _attend_segments(q_THd, k_TGd, v_TGd, cu_seqlens_S1, scale)
-    return attend(q_THd, k_TGd, v_TGd, cu_seqlens_S1, scale)
+    longest = max(lengths) if lengths else len(q_THd)
+    return attend(q_THd, k_TGd, v_TGd, cu_seqlens_S1, longest, scale)
 
 
 @cache
@@ -92,10 +101,11 @@ def adapted_varlen(varlen_attn: Callable) -> Callable[..., Tensor] | None:
     # Versions without the switch take fewer key/value heads as they are.
     settings = {"enable_gqa": True} if "enable_gqa" in known else {}
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
-        # The longest segment is on the device; a row's length is no less and known here.
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float
+    ) -> Tensor:
         return varlen_attn(
-            q, k, v, cu_seqlens, cu_seqlens, len(q), len(k),
+            q, k, v, cu_seqlens, cu_seqlens, longest, longest,
             scale=scale, window_size=(-1, 0), **settings,
         )  # fmt: skip
 
@@ -107,16 +117,28 @@ def _attend_segments(
 ) -> Tensor:
     sizes = cu_seqlens_S1.diff().tolist()
     parts = zip(q_THd.split(sizes), k_TGd.split(sizes), v_TGd.split(sizes))
-    return torch.cat([_attend_one(q, k, v, scale) for q, k, v in parts])
+    return torch.cat([_attend_alike(q, k, v, 1, scale) for q, k, v in parts])
 
 
-def _attend_one(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, scale: float) -> Tensor:
-    q, k, v = (x[None].transpose(1, 2) for x in (q_THd, k_TGd, v_TGd))
+def _attend_alike(
+    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, num_segments: int, scale: float
+) -> Tensor:
+    """Segments of one length, as the batch of torch's attention: cuDNN's, where that is fastest.
+
+    It makes a plan for each length that it meets, so long ones are filled up to few different ones;
+    no token looks at what comes after it.
+    """
+    length = len(q_THd) // num_segments
+    missing = -length % LONG_STEP if length >= LONG else 0
+    q, k, v = (
+        F.pad(x.unflatten(0, (num_segments, length)).transpose(1, 2), (0, 0, 0, missing))
+        for x in (q_THd, k_TGd, v_TGd)
+    )
     is_grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(
         q, k, v, is_causal=True, scale=scale, enable_gqa=is_grouped
     )
-    return out[0].transpose(0, 1)
+    return out[:, :, :length].transpose(1, 2).flatten(0, 1)
 
 
 def _attend_few(
@@ -328,7 +350,6 @@ def _combine(
         tl.store(out + row * width + at, mean, at < width)
 
 
-@overlapped
 @triton.jit
 def _tiles(
     q, k_cache, v_cache, k_scales, v_scales, tables, cu_seqlens, lens, out,
@@ -337,7 +358,6 @@ def _tiles(
     GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one sequence, for the heads of one group."""
-    wait()
     TOKENS: tl.constexpr = ROWS // GROUP
     tile, group = tl.program_id(0), tl.program_id(1)
     # Sequence s begins at tile `cu_seqlens[s] // TOKENS + s`: the last one that is not past ours.

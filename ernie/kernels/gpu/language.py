@@ -29,7 +29,8 @@ OVERLAPS = tl.constexpr(
 
 class overlapped:
     """A kernel that is started before the one in front of it has ended; its first line is
-    `wait()`. That hides what a start takes: a microsecond, and a decode step has hundreds.
+    `wait()`. That hides what a start takes: a microsecond, and a decode step has hundreds. A large
+    kernel needs none of this, and one that comes early stands in its way.
     """
 
     def __init__(self, kernel: Any) -> None:

@@ -240,7 +240,6 @@ def _tile_of(ends, tile, num_rows, num_experts, EXPERTS: tl.constexpr, BLOCK_T: 
     return expert, first, tl.sum(tl.where(mine, end, 0), 0)
 
 
-@overlapped
 @triton.autotune(
     FEW[:1] if INTERPRETED.value else FEW + MANY,
     key=["num_outputs", "width", "BITS", "GATED", "BLOCK_T"],
@@ -260,7 +259,6 @@ def _product(
 
     With GATED the upper half of the tile's outputs are of the gate, the lower half those of up.
     """
-    wait()
     tile = tl.program_id(1)
     expert, first, end = 0, tile * BLOCK_T, num_rows
     if ends is not None:

@@ -11,7 +11,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ernie.kernels.gpu.language import overlapped, wait
 from ernie.kernels.weights import GROUP_SIZE, PackedWeight
 
 BLOCK_O = 64
@@ -34,13 +33,11 @@ def unpacked(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     return out
 
 
-@overlapped
 @triton.jit
 def _unpack(
     data, group_scale, channel_scale, out, num_outputs, width, expert_stride,
     BITS: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr,
 ):  # fmt: skip
-    wait()
     block, expert = tl.program_id(0), tl.program_id(2).to(tl.int64)
     row = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     inside = row < num_outputs
