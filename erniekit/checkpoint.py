@@ -240,10 +240,10 @@ def replace_text(path: Path, text: str) -> None:
     hidden = path.with_name(f".{path.name}.partial")
     try:
         _write_text(hidden, text)
+        hidden.replace(path)
     except OSError:
         hidden.unlink(missing_ok=True)
         raise
-    hidden.replace(path)
 
 
 def remove_all(output: Path) -> None:

@@ -18,6 +18,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from erniekit.checkpoint import replace_text
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -34,9 +36,7 @@ class Metrics:
             for line in self.path.read_text(encoding="utf-8").splitlines():
                 if 0 <= _step_of(line) <= step:
                     lines.append(line + "\n")
-        hidden = self.path.with_name(f".{self.path.name}.partial")
-        hidden.write_text("".join(lines), encoding="utf-8")
-        hidden.replace(self.path)
+        replace_text(self.path, "".join(lines))
 
     def write(self, record: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:

@@ -89,10 +89,10 @@ def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         _write_file(hidden, planned, iter(tensors.items()))
         _sync(hidden)
+        os.replace(hidden, path)
     except OSError:
         hidden.unlink(missing_ok=True)
         raise
-    os.replace(hidden, path)
 
 
 def _assign(planned: Sequence[Planned], max_shard_bytes: int) -> dict[str, list[Planned]]:
