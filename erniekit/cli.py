@@ -22,6 +22,7 @@ from erniekit.config import (
     Generation,
     Model,
     Optimisation,
+    Preferences,
     Reporting,
     Server,
     Training,
@@ -44,7 +45,7 @@ class Verb:
 VERBS = {
     "train": Verb(
         "erniekit.launch:run_training",
-        (Model, Data, Training, Optimisation, Reporting),
+        (Model, Data, Preferences, Training, Optimisation, Reporting),
         "Train a model; started again, it goes on where it was. SIGTERM and Ctrl-C finish the step "
         "and save first (exit status 0 and 130); a file SAVE in output_dir asks for a checkpoint "
         "after the step.",
@@ -86,7 +87,7 @@ VERBS = {
     ),
     "eval": Verb(
         "erniekit.recipes.evaluation:evaluate_run",
-        (Model, Data, Training, Reporting),
+        (Model, Data, Preferences, Training, Reporting),
         "Loss, perplexity, accuracy and answers on the evaluation data, and tasks of lm-eval; "
         "writes eval_results.json and eval_samples.jsonl.",
     ),

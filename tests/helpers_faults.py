@@ -73,6 +73,34 @@ def forked_runs() -> Iterator[Runs]:
         runs.close()
 
 
+# Runs the real command, but dies by SIGKILL when `erniekit.<module>.<function>` is called for the
+# given time: in the middle of a step, of a save, of a log record.
+KILLER = """
+import os, signal, sys, importlib
+module, function, when = sys.argv[1:4]
+home = importlib.import_module(module)
+for part in function.split(".")[:-1]:
+    home = getattr(home, part)
+name, calls = function.split(".")[-1], 0
+real = getattr(home, name)
+def deadly(*arguments, **options):
+    global calls
+    calls += 1
+    if calls == int(when):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments, **options)
+setattr(home, name, deadly)
+from erniekit.cli import main
+sys.exit(main(sys.argv[4:]))
+"""
+
+
+def killed(module: str, function: str, when: int, arguments: list[str]) -> None:
+    command = [sys.executable, "-c", KILLER, module, function, str(when), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+
+
 # --- in the process that forks ---
 
 

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from ernie.chat import UNTRAINED, ChatError, ChatTemplate, one_answer_each
 from ernie.tokenizer import Tokenizer
 from erniekit.data.sources import DataError
@@ -34,6 +36,10 @@ class Sample:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def positions(self) -> np.ndarray:
+        return np.arange(len(self))
 
 
 @dataclass(frozen=True)
@@ -164,6 +170,13 @@ class Encoder:
         self.one_answer_per_sample = one_answer_per_sample
         self.counts: Counter[str] = Counter()
 
+    def dialogue(self, record: Any, kind: str) -> Dialogue:
+        return read_dialogue(record, kind)
+
+    def read(self, record: Any, kind: str) -> list[Sample]:
+        """The samples of a record of a format; raises DataError for one that cannot be used."""
+        return self.samples(self.dialogue(record, kind))
+
     def samples(self, dialogue: Dialogue) -> list[Sample]:
         """The samples of a dialogue; raises DataError where there is nothing to train on."""
         parts = [dialogue.messages]
@@ -181,7 +194,7 @@ class Encoder:
     def _sample(self, messages: list[dict[str, Any]], tools: Any) -> Sample:
         dropped = -1
         for shorter in _without_oldest_turns(messages):
-            encoded, dropped = self._encoded(shorter, tools), dropped + 1
+            encoded, dropped = self.encode(shorter, tools), dropped + 1
             if len(encoded.token_ids) <= self.max_tokens:
                 break
         else:
@@ -200,7 +213,8 @@ class Encoder:
             )
         return Sample(encoded.token_ids[:-1], labels)
 
-    def _encoded(self, messages: list[dict[str, Any]], tools: Any) -> Any:
+    def encode(self, messages: list[dict[str, Any]], tools: Any = None) -> Any:
+        """A whole dialogue as the template writes it, labels not shifted; raises DataError."""
         extra = {"tools": tools} if tools else {}
         try:
             return self.template.encode(

@@ -36,6 +36,7 @@ def test_commands_work_in_order(tmp_path: Path) -> None:
 def test_settings_in_the_text_exist() -> None:
     words = set(re.findall(r"`([a-z_]+(?:_[a-z]+)+)(?:: [\w.]+)?`", TEXT))
     keys = {f.name for kind in config.GROUPS for f in dataclasses.fields(kind)}
-    metrics = {"moe_max_over_mean", "full_attn", "dare_ties", "eval_loss"}
+    metrics = {"moe_max_over_mean", "full_attn", "dare_ties", "rewards_accuracy", "rewards_margin"}
+    metrics |= {"rewards_chosen", "rewards_rejected", "eval_loss"}
     unknown = words - keys - metrics - foreign.RENAMED.keys() - foreign.WITHOUT_EFFECT.keys()
     assert not unknown, f"docs/training.md names {sorted(unknown)}"

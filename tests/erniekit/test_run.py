@@ -127,8 +127,8 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(
     monkeypatch.setattr(losses, "next_token", sometimes_nan)
     assert main(["train", *words(max_skipped_steps=3, evaluation_strategy="no")]) == 2
     error = capsys.readouterr().err
-    assert "4 steps were skipped, the last at step 7" in error
-    assert "its loss or gradient is not finite" in error
+    assert "skipped steps: 4, the last step 7" in error
+    assert "because its loss or gradient is not finite" in error
     found = records(tmp_path / "out")
     assert [r["step"] for r in found if r.get("skipped")] == [1, 3, 5, 7]
     assert all(math.isfinite(r["loss"]) for r in found[1::2])
