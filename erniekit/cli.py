@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from ernie.settings import ConfigError, describe, did_you_mean
 from erniekit import config
 from erniekit.config import (
+    Audit,
     Data,
     Export,
     Generation,
@@ -58,6 +59,13 @@ VERBS = {
         "and every bit, and write a certificate beside the checkpoint; exit status 1 if anything "
         "differs.",
         "OUTPUT_DIR [KEY=VALUE ...] | --verify OUTPUT_DIR [steps=K] [checkpoint=FOLDER]",
+    ),
+    "data": Verb(
+        "erniekit.data.audit:run_data",
+        (Model, Data, Training, Audit),
+        "Go through the data of a run: every unusable line with its place and reason, where each "
+        "token goes, and what evaluation shares with training; exit status 2 above "
+        "max_bad_data_share.",
     ),
     "plan": Verb(
         "erniekit.plan_report:run_plan",

@@ -365,9 +365,24 @@ class Reporting:
     lm_eval_limit: int | None = option(None, "Questions of each task; none: all.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """What `erniekit data` does: show samples token by token, or else go through the files."""
+
+    show: int = option(0, "Samples to show, in the order of training, packed into rows; 0: none.")
+    sample: str | None = option(
+        None, "File and line of a record to show, as in data/train.jsonl:17; with what is cut off."
+    )
+    preprocessing_num_workers: int | None = option(
+        None, "Processes that go through the files; none: one for each processor."
+    )
+
+
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "wsd")
 SINKS = ("tensorboard", "visualdl", "wandb", "swanlab", "all", "none")
-GROUPS = (Model, Data, Preferences, Training, Optimisation, Generation, Server, Export, Reporting)
+GROUPS = (
+    Model, Data, Preferences, Training, Optimisation, Generation, Server, Export, Reporting, Audit
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -383,6 +398,7 @@ class Run:
     server: Server = field(default_factory=Server)
     export: Export = field(default_factory=Export)
     reporting: Reporting = field(default_factory=Reporting)
+    audit: Audit = field(default_factory=Audit)
     words: tuple[str, ...] = field(default=(), compare=False)  # of the command line
     without_effect: tuple[str, ...] = ()
 
@@ -494,6 +510,7 @@ def validate(run: Run) -> None:
         (training, "grad_spike_window", 1),
         (training, "seed", 0),
         (run.reporting, "num_answers", -1),
+        (run.audit, "show", 0),
         (run.reporting, "max_answer_tokens", 1),
         (optimisation, "learning_rate", 0),
         (optimisation, "warmup_steps", 0),

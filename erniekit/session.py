@@ -99,9 +99,10 @@ class Session:
         self.average = Average(self.optimizer, decay) if decay else None
         if self.resumed and self.average is not None:
             self._take_average(self.resumed)
+        encoder = self.train_stream.encoder
         self.saver = Saver(
             run.output,
-            lambda folder, tensors: snapshot.write(run, self.model, tensors, folder),
+            lambda folder, tensors: snapshot.write(run, self.model, encoder, tensors, folder),
             self._saved,
             is_async=run.training.use_async_save,
         )
@@ -316,7 +317,7 @@ class Session:
 
     def finish(self) -> int:
         """Write the final model into the output folder itself: adapter, or bfloat16 weights."""
-        run, output = self.run, self.run.output
+        run, output, encoder = self.run, self.run.output, self.train_stream.encoder
         record_error(run, self.device)
         self.gradients.release()
         best = self._best() if run.training.load_best_model_at_end else None
@@ -324,11 +325,11 @@ class Session:
             log.info("the final model is that of %s, %s %.4f", best[1], self.metric, best[0])
             self._take_weights(best[1])
         weights = snapshot.part(self.tensors(), snapshot.WEIGHTS)
-        snapshot.write_model(run, self.model, weights, output, rounded=True)
+        snapshot.write_model(run, self.model, encoder, weights, output, rounded=True)
         if self.average is not None:
             weights |= self.average.tensors
             folder = output / checkpoint.AVERAGE_FOLDER
-            snapshot.write_model(run, self.model, weights, folder, rounded=True)
+            snapshot.write_model(run, self.model, encoder, weights, folder, rounded=True)
         faults = self.train_stream.faults
         if faults.total:
             log.warning(

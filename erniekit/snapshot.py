@@ -17,12 +17,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ernie.chat import write_lock
 from ernie.checkpoint import io
 from ernie.checkpoint.writer import write_file
 from ernie.model import KEPT_FLOAT32, ErnieModel
 from erniekit import checkpoint, lora
 from erniekit.build import lora_of
 from erniekit.config import Run
+from erniekit.data.dialogue import Encoder
 
 WEIGHTS, OPTIMIZER, AVERAGE = "weights/", "optimizer/", "ema/"
 
@@ -36,19 +38,22 @@ def num_bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
 
 
-def write(run: Run, model: ErnieModel, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """The files of a checkpoint; `model` gives what is not among the tensors."""
+def write(
+    run: Run, model: ErnieModel, encoder: Encoder, tensors: Mapping[str, Tensor], folder: Path
+) -> None:
+    """The files of a checkpoint; `model` and `encoder` give what is not among the tensors."""
     weights, averages = part(tensors, WEIGHTS), part(tensors, AVERAGE)
-    write_model(run, model, weights, folder)
+    write_model(run, model, encoder, weights, folder)
     (folder / checkpoint.OPTIMIZER_FILE).parent.mkdir()
     write_file(folder / checkpoint.OPTIMIZER_FILE, part(tensors, OPTIMIZER))
     if averages:
-        write_model(run, model, weights | averages, folder / checkpoint.AVERAGE_FOLDER)
+        write_model(run, model, encoder, weights | averages, folder / checkpoint.AVERAGE_FOLDER)
 
 
 def write_model(
     run: Run,
     model: ErnieModel,
+    encoder: Encoder,
     weights: Mapping[str, Tensor],
     folder: Path,
     *,
@@ -57,11 +62,18 @@ def write_model(
     """Weights by parameter as a folder that loads: a model, or an adapter (float32).
 
     `rounded` writes a model as it is published and served: bfloat16, routers and their bias
-    float32. A tensor is converted when its turn comes.
+    float32. A tensor is converted when its turn comes. Beside it lies how it was spoken to.
     """
     if run.is_lora:
         _write_adapter(run, model, weights, folder)
-        return
+    else:
+        _write_whole(model, weights, folder, rounded=rounded)
+    write_lock(folder, encoder.template, encoder.tokenizer)
+
+
+def _write_whole(
+    model: ErnieModel, weights: Mapping[str, Tensor], folder: Path, *, rounded: bool
+) -> None:
     dtypes = {
         name: torch.bfloat16 if rounded and not name.endswith(KEPT_FLOAT32) else tensor.dtype
         for name, tensor in weights.items()

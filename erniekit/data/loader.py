@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import queue
+import re
 import threading
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
@@ -103,8 +104,8 @@ class Faults:
         return sum(self.by_reason.values())
 
     def add(self, where: str, error: DataError) -> None:
-        reason = str(error).removeprefix(f"{where}: ")
-        self.by_reason[reason.split(";")[0]] += 1
+        reason = str(error)
+        self.by_reason[kind_of(error)] += 1
         if self.total <= _SHOWN:
             log.warning("left out %s: %s", where, reason)
         elif self.total == _SHOWN + 1:
@@ -184,6 +185,11 @@ class Stream:
         rows = self.rows(start, end)
         while group := list(islice(rows, batch_size)):
             yield batch_of([row for row, _ in group], group[-1][1], fixed_size=fixed_size)
+
+
+def kind_of(error: DataError) -> str:
+    """What is wrong with a record, in words that other records share."""
+    return re.sub(r"\[\d+\]|\d+(?= tokens)", "#", str(error).split(";")[0])
 
 
 def stream(run: Run, split: str) -> Stream:

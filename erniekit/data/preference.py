@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -195,17 +195,22 @@ class PairEncoder(Encoder):
         pair = read_pair(record, kind)
         return Dialogue(pair.chosen, pair.tools)
 
+    def dialogues(self, record: Any, kind: str) -> list[Dialogue]:
+        pair = read_pair(record, kind)
+        return [Dialogue(messages, pair.tools) for messages in (pair.chosen, pair.rejected)]
+
     def read(self, record: Any, kind: str) -> list[Sample]:
         sample = self.sample(read_pair(record, kind))
         self.counts["tokens"] += len(sample)
-        self.counts["trained tokens"] += sum(label != UNTRAINED for label in sample.labels)
+        self.counts["trained tokens"] += sample.num_trained
         return [sample]
 
     def sample(self, pair: Pair) -> PairSample:
         """The pair as one stretch; raises DataError where it is too long or says nothing."""
-        prompt, dropped, too_long = pair.chosen[: pair.num_prompt], -1, ""
+        prompt, dropped, size, too_long = pair.chosen[: pair.num_prompt], -1, 0, ""
         for shorter in _without_oldest_turns(prompt):
             sample, dropped = self._sample_after(shorter, pair), dropped + 1
+            size = size or len(sample)
             too_long = self._what_is_too_long(sample)
             if not too_long:
                 break
@@ -213,7 +218,7 @@ class PairEncoder(Encoder):
             raise DataError(too_long)
         self.counts["dialogues cut"] += dropped > 0
         self.counts["turns dropped"] += dropped
-        return sample
+        return replace(sample, num_cut=size - len(sample))
 
     def _what_is_too_long(self, sample: PairSample) -> str:
         if (length := sample.chosen + 1) > self.max_prompt_tokens:
