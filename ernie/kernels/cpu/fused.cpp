@@ -23,7 +23,8 @@ struct Task {
 void add_tasks(std::vector<Task> &tasks, const Weight &w, long expert, long first, long count) {
     const long stride = row_bytes(w), bytes = w.block_bytes() * w.parts, all = w.blocks_of_part();
     const long fits = std::max(CACHE_BYTES / stride, 4L * MOST_ROWS);
-    const long chunk = std::max(TASK_BYTES / bytes, w.parts > 1 ? 1L : 2L);  // no block alone
+    const long least = std::max(1L, (w.rounds() ? 2 : MOST_BLOCKS) / (long)w.parts);  // one row meets so many at once
+    const long chunk = std::max(TASK_BYTES / bytes, least);
     for (long m = 0; m < count; m += fits)
         for (long b = 0; b < all; b += chunk)
             tasks.push_back({expert, first + m, std::min(fits, count - m), b, std::min(chunk, all - b)});
