@@ -3,6 +3,8 @@
 // A result is summed in an order that depends on neither the rows beside it nor the threads.
 #pragma once
 
+#include <type_traits>
+
 #include "coded.h"
 
 // A row of x, rounded to 8 bits, GROUP columns of it, in the order in which the products read them.
@@ -27,8 +29,6 @@ static long row_bytes(const Weight &w) {
     if (w.format == FORMAT_INT4) return groups * sizeof(RoundedFor4);
     return groups * GROUP * sizeof(float);
 }
-
-constexpr long AHEAD = 1024;  // bytes between what is multiplied and what is asked of memory
 
 // --- one block times M rows ------------------------------------------------------------------------------
 
@@ -146,12 +146,14 @@ static void multiply_float(const uint8_t *block, long bytes, const uint8_t *x, l
         }
         column++;
     };
+    const Ahead ahead{block + bytes, AHEAD / N, (N - 1) * bytes};
     for (const uint8_t *w = block; column < end; w += UNIT) {
         Floats even[N], odd[N];
+        const uint8_t *next = ahead.of(w);
 #pragma GCC unroll 4
         for (int n = 0; n < N; n++) {
             const uint8_t *unit = w + n * bytes;
-            __builtin_prefetch(unit + AHEAD);
+            __builtin_prefetch(next + n * bytes);
             if (sizeof(W) == 4)
                 even[n] = load_floats(reinterpret_cast<const float *>(unit));
             else
@@ -172,13 +174,12 @@ constexpr int MOST_BLOCKS = 4;
 typedef void (*Tile)(const uint8_t *block, long blocks, long bytes, const uint8_t *x, long stride, long groups,
                      Floats *out);
 
-// run(n, count) for blocks [n, n + count): as many at once as the registers hold sums.
+// run(n, count) for blocks [n, n + count): two at once where the registers hold their sums.
 template <int M, class Run>
 ERNIE_INLINE void at_once(long blocks, const Run &run) {
-    constexpr int N = M == 1 ? 4 : M == 2 ? 2 : 1;
+    constexpr int N = M <= 2 ? 2 : 1;
     long n = 0;
     for (; n + N <= blocks; n += N) run(n, std::integral_constant<int, N>{});
-    if (N == 4 && n + 2 <= blocks) run(n, std::integral_constant<int, 2>{}), n += 2;
     for (; n < blocks; n++) run(n, std::integral_constant<int, 1>{});
 }
 

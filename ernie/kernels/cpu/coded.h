@@ -79,21 +79,21 @@ ERNIE_INLINE void decode(const uint8_t *units, bool second, const uint8_t *table
     use(2, each<Words>([&](int p) { return join_bytes(low.v[p], high.v[p], true); }));
 }
 
-constexpr long CODED_AHEAD = 2048;  // bytes; the arithmetic hides less latency than that of plain weights
-
 // N blocks, `bytes` apart, at once, without the escapes: out[block * MOST_ROWS + row]
 template <int M, int N>
 static void multiply_coded(const uint8_t *block, long bytes, const uint8_t *x, long stride, long groups, Floats *out) {
     const float *column = reinterpret_cast<const float *>(x), *end = column + groups * GROUP;
     const long ldx = stride / (long)sizeof(float);
     Floats sums[N][M] = {};
+    const Ahead ahead{block + bytes, AHEAD / N, (N - 1) * bytes};
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) __builtin_prefetch(header_of(block + n * bytes).escapes());
     for (const uint8_t *w = block + UNIT; column < end; w += 3 * UNIT) {
+        const uint8_t *next = ahead.of(w);
 #pragma GCC unroll 4
         for (int n = 0; n < N; n++)
 #pragma GCC unroll 3
-            for (int u = 0; u < 3; u++) __builtin_prefetch(w + n * bytes + u * UNIT + CODED_AHEAD);
+            for (int u = 0; u < 3; u++) __builtin_prefetch(next + n * bytes + u * UNIT);
 #pragma GCC unroll 2
         for (int second = 0; second < 2; second++, column += 4)
 #pragma GCC unroll 4

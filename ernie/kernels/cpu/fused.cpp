@@ -23,8 +23,7 @@ struct Task {
 void add_tasks(std::vector<Task> &tasks, const Weight &w, long expert, long first, long count) {
     const long stride = row_bytes(w), bytes = w.block_bytes() * w.parts, all = w.blocks_of_part();
     const long fits = std::max(CACHE_BYTES / stride, 4L * MOST_ROWS);
-    const long least = std::max(1L, (w.rounds() ? 2 : MOST_BLOCKS) / (long)w.parts);  // one row meets so many at once
-    const long chunk = std::max(TASK_BYTES / bytes, least);
+    const long chunk = std::max(TASK_BYTES / bytes, w.parts > 1 ? 1L : 2L);  // no block alone
     for (long m = 0; m < count; m += fits)
         for (long b = 0; b < all; b += chunk)
             tasks.push_back({expert, first + m, std::min(fits, count - m), b, std::min(chunk, all - b)});
@@ -90,7 +89,7 @@ void project(const Rows &x, long rows, const Weight &w, const float *bias, const
     std::vector<Task> tasks;
     add_tasks(tasks, w, 0, 0, rows);
     const long ld = w.outputs * w.parts;
-    parallel_for(threads, tasks.size(), [&](long i) {
+    parallel_ranges(threads, tasks.size(), [&](long i) {
         const Task &task = tasks[i];
         multiply<1>(w, w.block(0, task.first_block, 0), w.parts * task.blocks, x, task.first_row, task.rows,
                     [&](long row, long index, const Floats *lanes) {
@@ -185,7 +184,7 @@ void run_experts(const float *y, long ldy, long count, std::vector<Routed> &rout
         add_tasks(tasks, *e.gate_up, expert, begin[expert], begin[expert + 1] - begin[expert]);
     const long ldh = padded(e.gate_up->outputs), lds = shared ? padded(shared->outputs) : 0;
     float *hidden = scratch<HiddenSlot>(rows * ldh), *shared_hidden = scratch<SharedHiddenSlot>(count * lds);
-    parallel_for(threads, tasks.size(), [&](long i) {
+    parallel_ranges(threads, tasks.size(), [&](long i) {
         Task task = tasks[i];
         if (task.expert >= 0) return run_gate_up(task, *e.gate_up, sorted, hidden, ldh);
         task.expert = 0;
@@ -199,7 +198,7 @@ void run_experts(const float *y, long ldy, long count, std::vector<Routed> &rout
     // A task owns some columns of all tokens and adds the experts to them one after the other.
     constexpr long BLOCKS = 4;
     const long blocks = e.down->blocks_of_part();
-    parallel_for(threads, (blocks + BLOCKS - 1) / BLOCKS, [&](long task) {
+    parallel_ranges(threads, (blocks + BLOCKS - 1) / BLOCKS, [&](long task) {
         const long first = task * BLOCKS, end = std::min(blocks, first + BLOCKS);
         const auto own = [&](long b) { return std::min<long>(LANES, width - b * LANES); };
         const auto start = [&](long row, long index, const Floats *lanes) {
@@ -247,7 +246,7 @@ extern "C" void ernie_mlp(const float *x, long ldx, long rows, const Weight *gat
     add_tasks(tasks, *gate_up, 0, 0, rows);
     const long ldh = padded(gate_up->outputs);
     float *hidden = scratch<HiddenSlot>(rows * ldh);
-    parallel_for(threads, tasks.size(), [&](long i) { run_gate_up(tasks[i], *gate_up, prepared, hidden, ldh); });
+    parallel_ranges(threads, tasks.size(), [&](long i) { run_gate_up(tasks[i], *gate_up, prepared, hidden, ldh); });
     const Rows h = prepare<HiddenRowsSlot>(hidden, ldh, rows, {}, *down, threads);
     project(h, rows, *down, nullptr, residual, ldr, out, threads);
 }

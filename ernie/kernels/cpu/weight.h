@@ -51,3 +51,15 @@ struct Weight {  // also in fused.py
         return blocks + ((expert * blocks_of_part() + index) * parts + part) * block_bytes();
     }
 };
+
+constexpr long AHEAD = 8192;  // bytes between what is multiplied and what is asked of memory: what is on its way
+
+// The same for several blocks that are read at once: where the first one ends, what follows lies behind the others.
+struct Ahead {
+    const uint8_t *end;  // of the first block
+    long bytes, jump;
+    ERNIE_MEMBER const uint8_t *of(const uint8_t *at) const {
+        at += bytes;
+        return at < end ? at : at + jump;
+    }
+};
