@@ -33,11 +33,14 @@ static long row_bytes(const Weight &w) {
 // --- one block times M rows ------------------------------------------------------------------------------
 
 template <int M>
-static void multiply_int8(const uint8_t *block, const uint8_t *x, long stride, long groups, Floats *out) {
+static void multiply_int8(const uint8_t *block, long bytes, const uint8_t *x, long stride, long groups, Floats *out,
+                          const uint8_t *after) {
+    const Ahead ahead(block + bytes, after, 1);
     const uint8_t *w = block + LANES * 4;
     Floats sums[M] = {};
     for (long g = 0; g < groups; g++, x += sizeof(RoundedFor8)) {
         const auto row = [&](int m) { return reinterpret_cast<const RoundedFor8 *>(x + m * stride); };
+        const uint8_t *next = ahead.of(w);
         Words acc[M];
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
@@ -49,7 +52,7 @@ static void multiply_int8(const uint8_t *block, const uint8_t *x, long stride, l
         }
 #pragma GCC unroll 4
         for (int u = 0; u < 8; u++, w += UNIT) {
-            __builtin_prefetch(w + AHEAD);
+            __builtin_prefetch(next + u * UNIT);
             const Words unit = load_words(w);
 #if defined(__AVX512VNNI__)
             const vi bytes = unit.v[0] ^ (int32_t)0x80808080;
@@ -78,18 +81,21 @@ static void multiply_int8(const uint8_t *block, const uint8_t *x, long stride, l
 }
 
 template <int M>
-static void multiply_int4(const uint8_t *block, const uint8_t *x, long stride, long groups, Floats *out) {
+static void multiply_int4(const uint8_t *block, long bytes, const uint8_t *x, long stride, long groups, Floats *out,
+                          const uint8_t *after) {
+    const Ahead ahead(block + bytes, after, 1);
     const uint8_t *w = block + LANES * 4, *scales = nullptr;
     Floats sums[M] = {};
     for (long g = 0; g < groups; g++, x += sizeof(RoundedFor4), scales += LANES) {
         if (g % (UNIT / LANES) == 0) scales = w, w += UNIT;
         const auto row = [&](int m) { return reinterpret_cast<const RoundedFor4 *>(x + m * stride); };
+        const uint8_t *next = ahead.of(w);
         Words acc[M];
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) acc[m] = words(row(m)->start);
 #pragma GCC unroll 4
         for (int u = 0; u < 4; u++, w += UNIT) {
-            __builtin_prefetch(w + AHEAD);
+            __builtin_prefetch(next + u * UNIT);
             const Words unit = load_words(w);
             // Some of the nibbles, four to a lane (or two), times the codes of their columns.
             const auto add = [&](int shift, int mask, int code) __attribute__((always_inline)) {
@@ -131,7 +137,8 @@ static void multiply_int4(const uint8_t *block, const uint8_t *x, long stride, l
 
 // N blocks, `bytes` apart, at once: one alone would wait for its own sums where there are few rows.
 template <class W, int M, int N>
-static void multiply_float(const uint8_t *block, long bytes, const uint8_t *x, long stride, long groups, Floats *out) {
+static void multiply_float(const uint8_t *block, long bytes, const uint8_t *x, long stride, long groups, Floats *out,
+                           const uint8_t *after) {
     const float *column = reinterpret_cast<const float *>(x), *end = column + groups * GROUP;
     const long ldx = stride / (long)sizeof(float);
     Floats sums[N][M] = {};
@@ -146,7 +153,7 @@ static void multiply_float(const uint8_t *block, long bytes, const uint8_t *x, l
         }
         column++;
     };
-    const Ahead ahead{block + bytes, AHEAD / N, (N - 1) * bytes};
+    const Ahead ahead(block + bytes, after, N);
     for (const uint8_t *w = block; column < end; w += UNIT) {
         Floats even[N], odd[N];
         const uint8_t *next = ahead.of(w);
@@ -172,43 +179,47 @@ static void multiply_float(const uint8_t *block, long bytes, const uint8_t *x, l
 
 constexpr int MOST_BLOCKS = 4;
 typedef void (*Tile)(const uint8_t *block, long blocks, long bytes, const uint8_t *x, long stride, long groups,
-                     Floats *out);
+                     Floats *out, const uint8_t *after);
 
-// run(n, count) for blocks [n, n + count): two at once where the registers hold their sums.
-template <int M, class Run>
-ERNIE_INLINE void at_once(long blocks, const Run &run) {
-    constexpr int N = M <= 2 ? 2 : 1;
+// run(n, count, after) for blocks [n, n + count), two at once where the registers hold their sums, and what is read
+// after them.
+template <int M, int MOST, class Run>
+ERNIE_INLINE void at_once(const uint8_t *block, long blocks, long bytes, const uint8_t *after, const Run &run) {
+    constexpr int N = M <= 2 ? MOST : 1;
+    const auto next = [&](long n) { return n < blocks ? block + n * bytes : after; };
     long n = 0;
-    for (; n + N <= blocks; n += N) run(n, std::integral_constant<int, N>{});
-    for (; n < blocks; n++) run(n, std::integral_constant<int, 1>{});
+    for (; n + N <= blocks; n += N) run(n, std::integral_constant<int, N>{}, next(n + N));
+    for (; n < blocks; n++) run(n, std::integral_constant<int, 1>{}, next(n + 1));
 }
 
 template <class W, int M>
 static void tile_float(const uint8_t *block, long blocks, long bytes, const uint8_t *x, long stride, long groups,
-                       Floats *out) {
-    at_once<M>(blocks, [&](long n, auto count) {
-        multiply_float<W, M, count>(block + n * bytes, bytes, x, stride, groups, out + n * MOST_ROWS);
+                       Floats *out, const uint8_t *after) {
+    at_once<M, 2>(block, blocks, bytes, after, [&](long n, auto count, const uint8_t *next) {
+        multiply_float<W, M, count>(block + n * bytes, bytes, x, stride, groups, out + n * MOST_ROWS, next);
     });
 }
 template <int M>
 static void tile_coded(const uint8_t *block, long blocks, long bytes, const uint8_t *x, long stride, long groups,
-                       Floats *out) {
-    at_once<M>(blocks, [&](long n, auto count) {
-        multiply_coded<M, count>(block + n * bytes, bytes, x, stride, groups, out + n * MOST_ROWS);
+                       Floats *out, const uint8_t *after) {
+    at_once<M, 2>(block, blocks, bytes, after, [&](long n, auto count, const uint8_t *next) {
+        multiply_coded<M, count>(block + n * bytes, bytes, x, stride, groups, out + n * MOST_ROWS, next);
     });
     for (long n = 0; n < blocks; n++) add_escapes(block + n * bytes, x, stride, M, out + n * MOST_ROWS);
 }
 template <int M>
 static void tile_int8(const uint8_t *block, long blocks, long bytes, const uint8_t *x, long stride, long groups,
-                      Floats *out) {
-    for (long n = 0; n < blocks; n++)
-        multiply_int8<M>(block + n * bytes, x, stride, groups, out + n * MOST_ROWS);
+                      Floats *out, const uint8_t *after) {
+    at_once<M, 1>(block, blocks, bytes, after, [&](long n, auto, const uint8_t *next) {
+        multiply_int8<M>(block + n * bytes, bytes, x, stride, groups, out + n * MOST_ROWS, next);
+    });
 }
 template <int M>
 static void tile_int4(const uint8_t *block, long blocks, long bytes, const uint8_t *x, long stride, long groups,
-                      Floats *out) {
-    for (long n = 0; n < blocks; n++)
-        multiply_int4<M>(block + n * bytes, x, stride, groups, out + n * MOST_ROWS);
+                      Floats *out, const uint8_t *after) {
+    at_once<M, 1>(block, blocks, bytes, after, [&](long n, auto, const uint8_t *next) {
+        multiply_int4<M>(block + n * bytes, bytes, x, stride, groups, out + n * MOST_ROWS, next);
+    });
 }
 
 // Rows of one tile: as many as the registers hold.

@@ -81,11 +81,12 @@ ERNIE_INLINE void decode(const uint8_t *units, bool second, const uint8_t *table
 
 // N blocks, `bytes` apart, at once, without the escapes: out[block * MOST_ROWS + row]
 template <int M, int N>
-static void multiply_coded(const uint8_t *block, long bytes, const uint8_t *x, long stride, long groups, Floats *out) {
+static void multiply_coded(const uint8_t *block, long bytes, const uint8_t *x, long stride, long groups, Floats *out,
+                           const uint8_t *after) {
     const float *column = reinterpret_cast<const float *>(x), *end = column + groups * GROUP;
     const long ldx = stride / (long)sizeof(float);
     Floats sums[N][M] = {};
-    const Ahead ahead{block + bytes, AHEAD / N, (N - 1) * bytes};
+    const Ahead ahead(block + bytes, after, N);
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++) __builtin_prefetch(header_of(block + n * bytes).escapes());
     for (const uint8_t *w = block + UNIT; column < end; w += 3 * UNIT) {

@@ -54,10 +54,13 @@ struct Weight {  // also in fused.py
 
 constexpr long AHEAD = 8192;  // bytes between what is multiplied and what is asked of memory: what is on its way
 
-// The same for several blocks that are read at once: where the first one ends, what follows lies behind the others.
+// What to ask for while a block is read, or several at once, each with its share of what is on its way: behind the
+// end of the first one that of `after` comes next.
 struct Ahead {
-    const uint8_t *end;  // of the first block
+    const uint8_t *end;
     long bytes, jump;
+    Ahead(const uint8_t *end, const uint8_t *after, int blocks)
+        : end(end), bytes(AHEAD / blocks), jump(after - end) {}
     ERNIE_MEMBER const uint8_t *of(const uint8_t *at) const {
         at += bytes;
         return at < end ? at : at + jump;
