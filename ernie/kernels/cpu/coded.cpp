@@ -38,9 +38,9 @@ struct Table {
     }
 };
 
-// Eight columns of a row.
+// Eight columns of a row: their low bytes and codes, the first column in the lowest byte.
 struct Eight {
-    uint8_t low[8], code[8];
+    uint64_t low = 0, code = 0;
 
     Eight(const Table &table, const Source &from, long row, long column, std::vector<Escape> &escapes) {
         bf16 values[8] = {};
@@ -49,25 +49,26 @@ struct Eight {
             memcpy(values, words, sizeof values);
         else
             memcpy(values, words, (from.width - column) * sizeof(bf16));
-        uint8_t all = 0;
         for (int c = 0; c < 8; c++) {
-            low[c] = (uint8_t)values[c].bits;
-            all |= code[c] = table.codes[values[c].bits >> 8];
+            low |= (uint64_t)(values[c].bits & 255) << 8 * c;
+            code |= (uint64_t)table.codes[values[c].bits >> 8] << 8 * c;
         }
-        for (int c = 0; all & NO_CODE && c < 8; c++) {
-            if (code[c] != NO_CODE) continue;
+        if (!(code & 0x0101010101010101u * NO_CODE)) return;
+        for (int c = 0; c < 8; c++) {
+            const uint64_t byte = (uint64_t)255 << 8 * c;
+            if (!(code & byte & 0x0101010101010101u * NO_CODE)) continue;
             escapes.push_back({(uint32_t)((column + c) * LANES + row), load_one(values + c)});
-            low[c] = code[c] = 0;
+            low &= ~byte, code &= ~byte;
         }
     }
     void store(long row, uint8_t *units) const {
-        uint32_t halves[2];
-        memcpy(halves, code, sizeof halves);
-        halves[0] |= halves[1] << 4;
-        units += row / 4 * 16 + row % 4 * 2;
-        memcpy(units, low, 2), memcpy(units + 8, low + 2, 2);
-        memcpy(units + UNIT, low + 4, 2), memcpy(units + UNIT + 8, low + 6, 2);
-        memcpy(units + 2 * UNIT, halves, 2), memcpy(units + 2 * UNIT + 8, (uint8_t *)halves + 2, 2);
+        const uint32_t codes = (uint32_t)(code | code >> 28);
+        const auto put = [&](long at, uint64_t pair) {
+            const uint8_t bytes[2] = {(uint8_t)pair, (uint8_t)(pair >> 8)};
+            memcpy(units + row / 4 * 16 + row % 4 * 2 + at, bytes, 2);
+        };
+        put(0, low), put(8, low >> 16), put(UNIT, low >> 32), put(UNIT + 8, low >> 48);
+        put(2 * UNIT, codes), put(2 * UNIT + 8, codes >> 16);
     }
 };
 
