@@ -72,9 +72,9 @@ def prefill_rate(engine: Engine) -> float:
     return PROMPT / (time.perf_counter() - start)
 
 
-def decode_rate(engine: Engine, texts: int) -> float:
+def decode_rate(engine: Engine, texts: int, new: int = NEW) -> float:
     """New tokens a second, from the step after the one in which the last text began."""
-    add(engine, texts, DECODE_PROMPT, NEW)
+    add(engine, texts, DECODE_PROMPT, new)
     begun: set[str] = set()
     while len(begun) < texts:
         begun |= {output.request_id for output in engine.step()}
@@ -121,6 +121,8 @@ def main() -> None:
     ceilings = {"prefill": rate / prefill_flop}
     ceilings |= {f"decode {n}": n * bandwidth / step_bytes(model, n) for n in TEXTS}
     prefill_rate(engine)  # compiles what prompts need
+    for texts in TEXTS:
+        decode_rate(engine, texts, 8)
     rates = {"prefill": prefill_rate(engine)}
     rates |= {f"decode {n}": decode_rate(engine, n) for n in TEXTS}
 
@@ -137,7 +139,7 @@ def main() -> None:
         f"bandwidth, prefill {share('prefill')} of the tensor cores."
     )
     write_record(
-        f"engine_gpu_{form}", QUESTION,
+        f"gpu_engine_{form}", QUESTION,
         f"python benchmarks/engine_gpu.py --model {arguments.model}"
         + (f" --quantization {form}" if arguments.quantization else ""),
         {"prompt": PROMPT, "decode_prompt": DECODE_PROMPT, "new": NEW},

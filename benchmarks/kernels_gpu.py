@@ -191,7 +191,7 @@ def main() -> None:
     header = ["what", "ratio", "of ceiling", "µs", "GB/s", "TFLOP/s"]
     table = [header, *([str(value) for value in row.values()] for row in rows)]
     write_record(
-        "kernels_gpu", QUESTION, "python benchmarks/kernels_gpu.py",
+        "gpu_kernels", QUESTION, "python benchmarks/kernels_gpu.py",
         {"implementations": kernels.report("cuda")}, {"rows": rows}, table, arguments.reading,
         where=where,
     )  # fmt: skip

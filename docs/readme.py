@@ -38,12 +38,20 @@ def results(what: str) -> str:
     lines = path.with_suffix(".md").read_text().splitlines()
     below = itertools.dropwhile(lambda line: not line.startswith("|"), lines)
     table = "\n".join(itertools.takewhile(lambda line: line.startswith("|"), below))
-    where = record["machine"]
-    origin = (
-        f"{where['cpu']}, {where['threads']} threads, {where['read_gb_per_s']} GB/s read, "
-        f"{where['float32_gflop_per_s']} GFLOP/s float32; {record['date']}; `{record['command']}`"
-    )
+    origin = f"{machine(record['machine'])}; {record['date']}; `{record['command']}`"
     return f"{table}\n\n{record['reading']}  \n_{origin}_\n"
+
+
+def machine(where: dict) -> str:
+    if "gpu" in where:
+        return (
+            f"{where['gpu']}, {where['copied_gb_per_s']} GB/s copied, "
+            f"{where['bfloat16_tflop_per_s']} TFLOP/s bfloat16"
+        )
+    return (
+        f"{where['cpu']}, {where['threads']} threads, {where['read_gb_per_s']} GB/s read, "
+        f"{where['float32_gflop_per_s']} GFLOP/s float32"
+    )
 
 
 def tree(package: str) -> str:

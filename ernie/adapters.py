@@ -23,6 +23,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from ernie import kernels
@@ -89,6 +90,11 @@ class ActiveAdapters:
     """The adapters of one flat batch with the rows of each, int64 `(N,)`; no row is in two."""
 
     groups: tuple[tuple[Adapter, Tensor], ...]
+
+    def to(self, device: torch.device) -> ActiveAdapters:
+        return ActiveAdapters(
+            tuple((adapter, rows_N.to(device)) for adapter, rows_N in self.groups)
+        )
 
     def at(self, layer: int) -> Changes:
         return Changes([(rows_N, adapter.layers[layer]) for adapter, rows_N in self.groups])

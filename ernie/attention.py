@@ -13,6 +13,7 @@ where old keys are kept, is the business of whoever runs the model:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -32,15 +33,17 @@ class Attend(Protocol):
     def __call__(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, *, layer: int) -> Tensor: ...
 
 
-def packed_causal(cu_seqlens_S1: Tensor) -> Attend:
+def packed_causal(cu_seqlens_S1: Tensor, lengths: Sequence[int] | None = None) -> Attend:
     """Causal attention inside each segment of a packed row; no cache.
 
-    `cu_seqlens` is int32 `(S + 1,)`: segment s is tokens `cu_seqlens[s]:cu_seqlens[s + 1]`.
+    `cu_seqlens` is int32 `(S + 1,)`: segment s is tokens `cu_seqlens[s]:cu_seqlens[s + 1]`;
+    `lengths` are those of the segments, where the host knows them.
     """
 
     def attend(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, *, layer: int) -> Tensor:
         del layer  # nothing is remembered between layers
-        return kernels.attend_packed(q_THd, k_TGd, v_TGd, cu_seqlens_S1, q_THd.shape[-1] ** -0.5)
+        scale = q_THd.shape[-1] ** -0.5
+        return kernels.attend_packed(q_THd, k_TGd, v_TGd, cu_seqlens_S1, scale, lengths)
 
     return attend
 
@@ -65,7 +68,9 @@ def shared_prompt(pairs_P4: Tensor) -> Attend:
     device = pairs_P4.device
     order_U = torch.tensor(order, device=device)
     place_T = torch.tensor(place, device=device)
-    attend_whole = packed_causal(torch.tensor(lengths, device=device).cumsum(0).to(torch.int32))
+    attend_whole = packed_causal(
+        torch.tensor(lengths, device=device).cumsum(0).to(torch.int32), lengths[1:]
+    )
 
     def attend(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, *, layer: int) -> Tensor:
         out_UHd = attend_whole(q_THd[order_U], k_TGd[order_U], v_TGd[order_U], layer=layer)

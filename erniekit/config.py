@@ -60,7 +60,9 @@ class Model:
         None, "Where a hub name is looked up.", choices=(None, "huggingface")
     )
     loss_subbatch_seqlen: int = option(
-        128, "Trained tokens that meet the vocabulary at once in the loss; less is less memory."
+        -1,
+        "Trained tokens that meet the vocabulary at once in the loss; less is less memory. -1: 128 "
+        "on a CPU, 4096 on a GPU.",
     )
     recompute: bool = option(
         False, "Forget activations in the forward pass and compute them again in the backward one."
@@ -423,7 +425,6 @@ def validate(run: Run) -> None:
     model, data, training, optimisation = run.model, run.data, run.training, run.optimisation
     for group, key, low in (
         (model, "lora_rank", 1),
-        (model, "loss_subbatch_seqlen", 1),
         (data, "max_seq_len", 8),
         (data, "buffer_size", 1),
         (data, "num_samples_each_epoch", 1),
@@ -440,6 +441,11 @@ def validate(run: Run) -> None:
     ):
         if getattr(group, key) < low:
             raise ConfigError(f"{key}={getattr(group, key)} is too small; give {low} or more")
+    if model.loss_subbatch_seqlen < 1 and model.loss_subbatch_seqlen != -1:
+        raise ConfigError(
+            f"loss_subbatch_seqlen={model.loss_subbatch_seqlen} is no number of tokens; give 1 or "
+            "more, or -1"
+        )
     for name in run.reporting.report_to:
         if name not in SINKS:
             raise ConfigError(f"report_to={name!r} is not known; use {', '.join(SINKS)}")
@@ -507,6 +513,10 @@ def resolved(run: Run, device: str) -> Run:
     if model.lora_alpha == -1:
         alpha = 4.0 if model.rslora else 2.0 * model.lora_rank
         model = dataclasses.replace(model, lora_alpha=alpha)
+    if model.loss_subbatch_seqlen == -1:
+        # A GPU wants products as large as it can get; a CPU keeps the logits in its cache.
+        chunk = 4096 if device == "cuda" else 128
+        model = dataclasses.replace(model, loss_subbatch_seqlen=chunk)
     lean = not run.is_lora and device == "cpu"
     if optimisation.amp_master_grad is None:
         optimisation = dataclasses.replace(optimisation, amp_master_grad=not lean)

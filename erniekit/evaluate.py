@@ -26,7 +26,7 @@ def evaluate(model: ErnieModel, batches: Iterable[Batch], chunk_size: int) -> di
     start, total, num_right, num_tokens = time.monotonic(), 0.0, 0, 0
     for batch in batches:
         flat = to_device(batch, model.device)
-        attend = packed_causal(flat.cu_seqlens_S1)
+        attend = packed_causal(flat.cu_seqlens_S1, flat.lengths)
         hidden_TD = model.hidden(flat.token_ids_T, flat.positions_T, attend)
         trained = flat.labels_T != UNTRAINED
         hidden_ND, targets_N = model.model.norm(hidden_TD[trained]), flat.labels_T[trained]

@@ -21,7 +21,7 @@ class Gradients:
     """Sums of gradients by parameter, from the first backward pass of a step to `release()`.
 
     Sums are float32 or bfloat16 by `dtype`, but float32 for what is summed in many small parts
-    (`float32_for`).
+    (`float32_for`). A sum of one bfloat16 gradient is that gradient, whatever its dtype is to be.
     """
 
     def __init__(
@@ -53,9 +53,10 @@ class Gradients:
         return {name: total for name, total in found if total is not None}
 
     @torch.no_grad()
-    def norm(self) -> float:
-        """Length of all sums taken as one vector; inf or nan where one is."""
-        return length([square_of(total) for total in self.present().values()])
+    def norm(self) -> Tensor:
+        """Length of all sums taken as one vector, float64 on their device; inf or nan where one
+        is."""
+        return length(squares_of(list(self.present().values())))
 
     @contextmanager
     def given_away(self, when_ready: Callable[[str, Tensor], None]) -> Iterator[None]:
@@ -83,20 +84,32 @@ class Gradients:
         gradient, parameter.grad = parameter.grad, None
         if gradient is None:  # all of it went straight into the sum
             return
-        is_first = id(parameter) not in self._sums
-        total = self.sum_of(parameter)
-        total.copy_(gradient) if is_first else total.add_(gradient)
+        key = id(parameter)
+        is_first = key not in self._sums
+        self._sums[key] = self._added(self._sums.get(key), gradient, self._dtypes[key])
         if self._when_ready is not None and is_first:
-            self._when_ready(self._names[id(parameter)], self._sums.pop(id(parameter)))
+            self._when_ready(self._names[key], self._sums.pop(key))
+
+    @staticmethod
+    def _added(total: Tensor | None, gradient: Tensor, dtype: torch.dtype) -> Tensor:
+        """The sum with one gradient more. A first one that takes no more memory than its sum is
+        kept as it is: a bfloat16 gradient becomes float32 when there is something to add to it."""
+        if total is None:
+            return gradient if gradient.itemsize <= dtype.itemsize else gradient.to(dtype)
+        return total.to(dtype).add_(gradient)
 
 
-def square_of(gradient: Tensor) -> Tensor:
-    """Squared length, float64."""
-    return torch.linalg.vector_norm(gradient, dtype=torch.float32).double().square()
+def squares_of(gradients: list[Tensor]) -> list[Tensor]:
+    """Squared length of each, float64."""
+    norms: list[Tensor] = []
+    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
+        alike = [gradient for gradient in gradients if gradient.dtype == dtype]
+        norms += torch._foreach_norm(alike, 2, dtype=torch.float32)
+    return list(torch.stack(norms).double().square()) if norms else []
 
 
-def length(squares: list[Tensor]) -> float:
-    return float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+def length(squares: list[Tensor]) -> Tensor:
+    return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), dtype=torch.float64)
 
 
 class _AddRows(torch.autograd.Function):
@@ -112,8 +125,8 @@ class _AddRows(torch.autograd.Function):
     def backward(ctx, grad_TD: Tensor):
         (ids_T,) = ctx.saved_tensors
         total = ctx.gradients.sum_of(ctx.weight)
-        # Sequential on a CPU; on a GPU index_add_ is the one operation of a step whose order of
-        # additions is not fixed unless torch is told to be deterministic (`erniekit.launch` does).
+        # Sequential on a CPU; on a GPU its order of additions is fixed only where torch is told to
+        # be deterministic (`erniekit.launch.repeatable`).
         total.index_add_(0, ids_T, grad_TD.to(total.dtype))
         return None, None, None
 

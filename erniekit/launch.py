@@ -46,7 +46,20 @@ def device_of(run: Run) -> str:
     if wanted == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=gpu, but torch sees no GPU here; use device=cpu")
     if wanted == "cuda":
-        # The one operation with a random order of additions must not make two runs differ.
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        repeatable()
     return wanted
+
+
+def repeatable() -> None:
+    """Make torch's operations on a GPU add in a fixed order, where it has one to offer.
+
+    Two runs must not differ by chance. Our kernels and gathers have a fixed order anyway; what is
+    left is the embedding's gradient and a few small sums of routers. Attention's backward pass in
+    torch is not among them: it keeps adding as it comes.
+    """
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Nothing of ours reads what it has not written; filling costs a pass over memory each time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]

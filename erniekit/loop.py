@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from erniekit import memory
 from erniekit.config import Optimisation
 from erniekit.data.loader import Batch
 from erniekit.data.pack import Cursor
-from erniekit.gradients import Gradients, length, square_of
+from erniekit.gradients import Gradients, length, squares_of
 from erniekit.losses import Flat, Loss
 from erniekit.optim import AdamW, clip_scale, learning_rate_at
 
@@ -74,7 +75,12 @@ class Parts:
 
 def to_device(batch: Batch, device: torch.device) -> Flat:
     arrays = (batch.token_ids_T, batch.labels_T, batch.positions_T, batch.cu_seqlens_S1)
-    return Flat(*(torch.from_numpy(array).to(device, non_blocking=True) for array in arrays))
+    tensors = [torch.from_numpy(array) for array in arrays]
+    if device.type == "cuda":  # a copy from other memory waits for all work before it
+        tensors = [tensor.pin_memory() for tensor in tensors]
+    ids_T, labels_T, positions_T, ends = (t.to(device, non_blocking=True) for t in tensors)
+    lengths = tuple(np.diff(batch.cu_seqlens_S1).tolist())
+    return Flat(ids_T, labels_T, positions_T, ends, lengths)
 
 
 def train(
@@ -109,10 +115,12 @@ def _step(parts: Parts, window: list[Batch], progress: Progress) -> dict[str, An
     learning_rate = learning_rate_at(progress.step, parts.num_steps, parts.optimisation)
     num_trained = sum(batch.num_trained for batch in window)
     if parts.optimisation.optimizer_in_backward:
-        loss, extra, loads, norm = _backward_and_update(parts, window, learning_rate)
+        numbers, loads = _backward_and_update(parts, window, learning_rate)
     else:
-        loss, extra, loads = _backward(parts, window, 1 / num_trained)
-        norm = parts.gradients.norm()
+        numbers, loads = _backward(parts, window, 1 / num_trained)
+        numbers["grad_norm"] = parts.gradients.norm()
+    extra = _on_host(numbers)
+    loss, norm = extra.pop("loss"), extra.pop("grad_norm")
     is_finite = math.isfinite(loss) and math.isfinite(norm)
     if is_finite:
         if not parts.optimisation.optimizer_in_backward:
@@ -144,36 +152,40 @@ def _step(parts: Parts, window: list[Batch], progress: Progress) -> dict[str, An
 
 def _backward(
     parts: Parts, window: list[Batch], scale: float
-) -> tuple[float, dict[str, float], list[Tensor]]:
-    """Gradients of a window; its loss, what else is to be recorded, and each MoE layer's load."""
-    values: list[Tensor] = []
-    extra: dict[str, Tensor] = {}
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """Gradients of a window; numbers to be recorded, and each MoE layer's load. Waits for nothing:
+    the numbers are still on their device."""
+    sums: dict[str, Tensor] = {}
     loads: list[Tensor] = []
-    num_right: list[Tensor] = []
     for batch in window:
         flat = to_device(batch, parts.model.device)
         loss = parts.loss(parts.model, flat, scale=scale, share=1 / len(window))
         loss.total.backward()
-        values.append(loss.value)
+        found = {"loss": loss.value, **loss.parts}
         if loss.num_right is not None:
-            num_right.append(loss.num_right)
-        for name, value in loss.parts.items():
-            extra[name] = extra.get(name, 0) + value
+            found["accuracy"] = loss.num_right
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0) + value
         loads = [a + b for a, b in zip(loads, loss.loads_LE)] if loads else loss.loads_LE
-    numbers = {name: float(value) for name, value in extra.items()}
-    if num_right:
-        total = sum(batch.num_trained for batch in window)
-        numbers["accuracy"] = int(torch.stack(num_right).sum()) / total
+    if "accuracy" in sums:
+        sums["accuracy"] = sums["accuracy"].double() / sum(batch.num_trained for batch in window)
     if loads:
-        busiest = [float(load.max() / load.float().mean()) for load in loads]
-        numbers["moe_max_over_mean"] = max(busiest)
-    return float(torch.stack(values).sum()), numbers, loads
+        busiest_L = torch.stack([load.max() / load.float().mean() for load in loads])
+        sums["moe_max_over_mean"] = busiest_L.max()
+    return sums, loads
+
+
+def _on_host(numbers: dict[str, Tensor]) -> dict[str, float]:
+    """All of them at once: one wait for the device."""
+    device = numbers["loss"].device
+    values = torch.stack([value.detach().double().to(device) for value in numbers.values()])
+    return dict(zip(numbers, values.tolist()))
 
 
 def _backward_and_update(
     parts: Parts, window: list[Batch], learning_rate: float
-) -> tuple[float, dict[str, float], list[Tensor], float]:
-    """As `_backward`, but weights move within; and the length of the gradient.
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """As `_backward`, but weights move within; the length of the gradient is one of the numbers.
 
     A gradient that is not finite leaves its own weight as it was, and the step counts as skipped.
     """
@@ -181,14 +193,14 @@ def _backward_and_update(
     parts.optimizer.num_updates += 1
 
     def update(name: str, gradient: Tensor) -> None:
-        squares.append(square_of(gradient))
+        squares.extend(squares_of([gradient]))
         if bool(squares[-1].isfinite()):
             parts.optimizer.update(name, gradient, learning_rate, 1.0)
 
     assert len(window) == 1 and not parts.optimisation.max_grad_norm
     with parts.gradients.given_away(update):
-        result = _backward(parts, window, 1 / window[0].num_trained)
-    return *result, length(squares)
+        numbers, loads = _backward(parts, window, 1 / window[0].num_trained)
+    return numbers | {"grad_norm": length(squares)}, loads
 
 
 def _balance(model: ErnieModel, loads: list[Tensor], step_size: float) -> None:

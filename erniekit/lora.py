@@ -96,8 +96,7 @@ class LoRAExperts(nn.Module):
 
     def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
         gate_up = kernels.grouped_linear(x_ND, self.base.gate_up_proj, counts_E)
-        gate_NM, up_NM = (gate_up + self.gate_up_proj(x_ND, counts_E)).chunk(2, dim=-1)
-        inner_NM = kernels.swiglu(gate_NM, up_NM)
+        inner_NM = kernels.swiglu_halves(gate_up + self.gate_up_proj(x_ND, counts_E))
         out_ND = kernels.grouped_linear(inner_NM, self.base.down_proj, counts_E)
         return out_ND + self.down_proj(inner_NM, counts_E)
 

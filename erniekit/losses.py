@@ -34,6 +34,7 @@ class Flat:
     labels_T: Tensor
     positions_T: Tensor
     cu_seqlens_S1: Tensor
+    lengths: tuple[int, ...] | None = None  # of the segments, where the host knows them
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def next_token(
     batch are weighted. With `gradients` the head's gradient is added to its sum there at once.
     """
     routings: list[Routing | None] = []
-    attend = packed_causal(batch.cu_seqlens_S1)
+    attend = packed_causal(batch.cu_seqlens_S1, batch.lengths)
     hidden_TD = model.hidden(batch.token_ids_T, batch.positions_T, attend, routings=routings)
     num_right = torch.zeros((), dtype=torch.int64, device=hidden_TD.device)
     value = _head_loss(model, hidden_TD, batch.labels_T, scale, chunk_size, gradients, num_right)
@@ -126,7 +127,7 @@ def _multi_token(
     """
     losses = []
     token_ids_T, labels_T = batch.token_ids_T, batch.labels_T
-    attend = packed_causal(batch.cu_seqlens_S1)
+    attend = packed_causal(batch.cu_seqlens_S1, batch.lengths)
     ends = batch.cu_seqlens_S1[1:].long() - 1
     for depth in range(len(model.model.mtp)):
         token_ids_T, labels_T = token_ids_T.roll(-1), labels_T.roll(-1)
@@ -147,13 +148,41 @@ def _head_loss(
     gradients: Gradients | None,
     num_right: Tensor | None = None,
 ) -> Tensor:
-    trained = labels_T != UNTRAINED
-    hidden_ND = model.model.norm(hidden_TD[trained])
+    trained_T = labels_T != UNTRAINED
+    trained_N = trained_T.nonzero()[:, 0]
+    hidden_ND = model.model.norm(_Selected.apply(hidden_TD, trained_N, trained_T))
     weight_VD = model.head_weight
     into = gradients.sum_of(weight_VD) if gradients and weight_VD.requires_grad else None
     return ChunkedCrossEntropy.apply(
-        hidden_ND, weight_VD, labels_T[trained], scale, chunk_size, into, num_right
+        hidden_ND, weight_VD, labels_T[trained_N], scale, chunk_size, into, num_right
     )
+
+
+class _Selected(torch.autograd.Function):
+    """Rows by ascending index, no two alike, so that the backward pass is a gather too."""
+
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, index_N: Tensor, is_selected_T: Tensor) -> Tensor:
+        ctx.save_for_backward(is_selected_T)
+        return x_TD[index_N]
+
+    @staticmethod
+    def backward(ctx, grad_ND: Tensor):
+        (is_selected_T,) = ctx.saved_tensors
+        if not len(grad_ND):
+            return grad_ND.new_zeros(len(is_selected_T), grad_ND.shape[1]), None, None
+        place_T = (is_selected_T.cumsum(0) - 1).clamp_(min=0)
+        return grad_ND[place_T].masked_fill_(~is_selected_T[:, None], 0), None, None
+
+
+def _add_product(total_VD: Tensor, left_CV: Tensor, right_CD: Tensor) -> None:
+    """`total += left.T @ right`, summed in float32 whatever the factors are."""
+    if left_CV.dtype == total_VD.dtype:
+        total_VD.addmm_(left_CV.T, right_CD)
+    elif left_CV.is_cuda and total_VD.dtype == torch.float32:
+        torch.addmm(total_VD, left_CV.T, right_CD, out_dtype=torch.float32, out=total_VD)
+    else:
+        total_VD += left_CV.T @ right_CD
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -186,33 +215,20 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         frozen_VD = weight_VD.detach().to(torch.bfloat16) if is_short else weight_VD.detach()
         for start in range(0, len(hidden_ND), chunk_size):
             rows = slice(start, start + chunk_size)
-            chunk_CD, targets_C = hidden_ND[rows].detach(), targets_N[rows, None]
+            chunk_CD = hidden_ND[rows].detach()
             with torch.enable_grad():  # for the input's gradient by the product's own backward
                 chunk_CD.requires_grad_(wants_hidden)
                 product_CV = kernels.linear(chunk_CD, frozen_VD)
-            # In place: logits, then probabilities, then the gradient of the logits.
-            logits_CV = product_CV.detach()
-            logits_CV = logits_CV if logits_CV.dtype == torch.float32 else logits_CV.float()
-            logits_CV -= logits_CV.amax(-1, keepdim=True)
-            chosen_C1 = logits_CV.gather(-1, targets_C)
+            logits_CV = product_CV.detach()  # overwritten by their gradient
+            loss_C, right_C = kernels.cross_entropy_(logits_CV, targets_N[rows], scale)
+            total += loss_C.sum()
             if num_right is not None:
-                num_right += (chosen_C1 == 0).sum()
-            sums_C1 = logits_CV.exp_().sum(-1, keepdim=True)
-            total += (sums_C1.log() - chosen_C1).sum()
-            if not (wants_hidden or wants_weight):
-                continue
-            logits_CV *= scale / sums_C1
-            logits_CV.scatter_add_(-1, targets_C, torch.full_like(chosen_C1, -scale))
-            grad_CV = logits_CV.to(product_CV.dtype)
+                num_right += right_C.sum()
             if grad_ND is not None:
-                (grad_ND[rows],) = torch.autograd.grad(product_CV, chunk_CD, grad_CV)
+                (grad_ND[rows],) = torch.autograd.grad(product_CV, chunk_CD, logits_CV)
             if wants_weight and grad_VD is not None:
-                dtype = torch.bfloat16 if is_short else grad_VD.dtype
-                left_VC, right_CD = grad_CV.T.to(dtype), chunk_CD.detach().to(dtype)
-                if is_short:
-                    grad_VD += left_VC @ right_CD
-                else:
-                    grad_VD.addmm_(left_VC, right_CD)
+                dtype = torch.bfloat16 if is_short else logits_CV.dtype
+                _add_product(grad_VD, logits_CV.to(dtype), chunk_CD.detach().to(dtype))
         ctx.is_summed = into is not None
         ctx.save_for_backward(grad_ND, None if ctx.is_summed or not wants_weight else grad_VD)
         return total * scale

@@ -3,7 +3,7 @@
 `AdamW`, `AdamW8bit` (moments of one byte) and `Muon` (matrices by direction alone).
 
 Parameters are grouped by what differs between them: decay (never for norms, biases and other
-vectors) and a factor on the learning rate (LoRA+, layers, routers). On a CPU the arithmetic is
+vectors) and a factor on the learning rate (LoRA+, layers, routers). The arithmetic is
 `ernie.kernels.adamw_step`, one pass over each tensor. A bfloat16 parameter (GPU) gets a float32
 original that is updated in its place, so that no update is too small to count.
 """
@@ -138,12 +138,11 @@ class AdamW:
         original = state.get("original", parameter.data)
         rate = learning_rate * self.treatments[name].factor
         self._move(name, original, gradient, rate, scale)
-        if original.dtype != parameter.dtype:
-            parameter.copy_(original)
 
     def _move(
         self, name: str, weights: Tensor, gradient: Tensor, rate: float, scale: float
     ) -> None:
+        """Update `weights`, in float32, and the parameter where it is another tensor."""
         state = self.state[name]
         kernels.adamw_step(
             weights, gradient, state["moment"], state["square"], **self._rates(name, rate, scale)
@@ -159,6 +158,7 @@ class AdamW:
             "step": self.num_updates,
             "grad_scale": scale,
             "seed": (self.seed * 1_000_003 + self._index[name]) & 0xFFFFFFFF,
+            "short_N": self.parameters[name].data if "original" in self.state[name] else None,
         }
 
     def _new_state(self, name: str) -> dict[str, Tensor]:
@@ -246,6 +246,8 @@ class Muon(AdamW):
         step_size = 0.2 * math.sqrt(max(weights.shape[-2:]))
         weights.mul_(1 - rate * self.treatments[name].weight_decay)
         weights.sub_(orthogonal(matrices).view_as(weights), alpha=rate * step_size)
+        if "original" in self.state[name]:
+            self.parameters[name].data.copy_(weights)
 
 
 def orthogonal(x_OI: Tensor) -> Tensor:

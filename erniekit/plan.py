@@ -170,7 +170,10 @@ def _add(
     moments = 2 * (2 if o.use_lowprecision_moment else 4)
     original = 4 if width < 4 else 0
     copies = max(degrees.sharding // degrees.expert, 1) if experts else degrees.sharding
-    sizes.sums[layer] += count * (4 if o.amp_master_grad or float32_sum else 2)
+    # A single gradient is its own sum, and has the weight's dtype.
+    is_short = width == 2 and run.training.gradient_accumulation_steps == 1
+    is_long = float32_sum or (o.amp_master_grad and not is_short)
+    sizes.sums[layer] += count * (4 if is_long else 2)
     sizes.state[layer] += count * (moments + original) // copies
     sizes.largest[layer] = max(sizes.largest[layer], count)
 
@@ -239,7 +242,7 @@ def _peak(
     vocabulary = config.vocab_size / degrees.tensor
     head = {
         "activations": sum(kept) + unit * (config.hidden_size + config.head_dim),
-        "loss": chunk * vocabulary * 4 * (1 if word == 4 else 2.5) + unit * 3 * config.hidden_size,
+        "loss": chunk * vocabulary * word + unit * 3 * config.hidden_size,
         "gradients": sizes.sums[-1],
     }
     update: dict[str, float] = {"gradients": sizes.sums.total()}

@@ -87,6 +87,9 @@ class EngineConfig:
     guided_decoding_max_bytes: int = option(
         65536, "Size of a schema, regular expression or grammar at most, in bytes."
     )
+    guided_decoding_max_stall_ms: int = option(
+        250, "What a form's own work may take in a step, in ms; over it, its answer is an error."
+    )
     enable_early_stop: bool = option(False, "End texts that repeat themselves.")
     early_stop_config: dict | str | None = option(  # noqa: RUF009
         None, "When they end, as JSON: strategy, window_size, threshold; given, it enables them."
@@ -118,6 +121,7 @@ class EngineConfig:
             "max_loras",
             "max_lora_rank",
             "guided_decoding_max_bytes",
+            "guided_decoding_max_stall_ms",
         )
         if self.tensor_parallel_size > 1 and (self.enable_lora or self.has_mtp):
             what = "enable_lora" if self.enable_lora else "speculation by mtp"

@@ -58,6 +58,7 @@ class Gated:
             await self.release.wait()
 
         @self.app.post("/v1/stream")
+        @self.app.post("/v1/messages/stream")
         async def stream() -> Any:
             async def events() -> AsyncIterator[str]:
                 yield "data: one\n\n"

@@ -61,7 +61,7 @@ def start_server(
 
 def stop_server(server: Server) -> int:
     server.process.send_signal(signal.SIGTERM)
-    server.process.communicate(timeout=20)
+    server.process.communicate(timeout=60)
     return server.process.returncode
 
 
@@ -94,7 +94,7 @@ def spawn_thread() -> Child:
     return Child(ThreadedWorker(theirs), ours)
 
 
-def wait_until(claim: Callable[[], bool], patience_s: float = 30) -> None:
+def wait_until(claim: Callable[[], bool], patience_s: float = 60) -> None:
     deadline = time.monotonic() + patience_s
     while not claim():
         assert time.monotonic() < deadline, "it never came true"

@@ -26,6 +26,8 @@ operations have a backward pass for every floating point tensor they take.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from ernie.kernels.dispatch import (
@@ -53,6 +55,9 @@ __all__ = [
     "batch_invariant",
     "bfloat16_products",
     "cache_width",
+    "combine",
+    "combine_backward",
+    "cross_entropy_",
     "expert",
     "grouped_linear",
     "has_bfloat16_products",
@@ -68,7 +73,10 @@ __all__ = [
     "rms_norm",
     "rotate",
     "rotate_",
+    "sort_pairs",
+    "spread",
     "swiglu",
+    "swiglu_halves",
     "write_cache",
 ]
 
@@ -89,6 +97,34 @@ def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor
     `counts_E` is int64 and sums to N. Differentiable in x and weight.
     """
     return pick("grouped_linear", x_NI.device)(x_NI, weight_EOI, counts_E)
+
+
+def sort_pairs(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The (token, choice) pairs of T tokens with K choices each, stably sorted by expert.
+
+    Returns `order_N`: place n holds pair `order[n] = t * K + k`; its inverse, `place_TK`; and how
+    many pairs each expert got, int64 `(E,)`. The first two are integers of the device's liking, for
+    `spread` and `combine`. Not differentiable, like these: `ernie.moe.dispatch` puts them together.
+    """
+    return pick("sort_pairs", experts_TK.device)(experts_TK, num_experts)
+
+
+def spread(x_TD: Tensor, order_N: Tensor, top_k: int) -> Tensor:
+    """A row for each sorted pair, that of its token; `(N, D)`."""
+    return pick("spread", x_TD.device)(x_TD, order_N, top_k)
+
+
+def combine(rows_ND: Tensor, place_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
+    """`sum over k of weights[t, k] * rows[place[t, k]]`, in float32 and in this order; `(T, D)` in
+    the dtype of the rows. Weights are float32, or all one."""
+    return pick("combine", rows_ND.device)(rows_ND, place_TK, weights_TK)
+
+
+def combine_backward(
+    grad_TD: Tensor, rows_ND: Tensor, weights_TK: Tensor, order_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `combine` for its rows `(N, D)`, in their dtype, and its weights `(T, K)`."""
+    return pick("combine_backward", rows_ND.device)(grad_TD, rows_ND, weights_TK, order_N)
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -123,16 +159,37 @@ def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
     return pick("swiglu", gate_TI.device)(gate_TI, up_TI)
 
 
+def swiglu_halves(gate_up_Tw: Tensor) -> Tensor:
+    """`swiglu` of the two halves of each row, gate first; `(T, w / 2)`. Differentiable."""
+    return pick("swiglu_halves", gate_up_Tw.device)(gate_up_Tw)
+
+
+def cross_entropy_(logits_NV: Tensor, targets_N: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`-log softmax(logits[n])[targets[n]]`, float32 `(N,)`, and whether no logit is larger than
+    the target's, bool `(N,)`.
+
+    In place: logits become the gradient of `scale` times the sum of the losses, in their own dtype;
+    all arithmetic is float32. Targets are int64. Contiguous logits; not differentiable.
+    """
+    return pick("cross_entropy_", logits_NV.device)(logits_NV, targets_N, scale)
+
+
 def attend_packed(
-    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, cu_seqlens_S1: Tensor, scale: float
+    q_THd: Tensor,
+    k_TGd: Tensor,
+    v_TGd: Tensor,
+    cu_seqlens_S1: Tensor,
+    scale: float,
+    lengths: Sequence[int] | None = None,
 ) -> Tensor:
     """Causal attention inside each segment of a packed row; `(T, H, d)`.
 
     `cu_seqlens` is int32 `(S + 1,)`, begins with 0 and ends with T: segment s is rows
-    `cu_seqlens[s]:cu_seqlens[s+1]`. Query head h reads key/value head `h // (H // G)`. Softmax in
+    `cu_seqlens[s]:cu_seqlens[s+1]`. `lengths` are those of the segments, where the host knows
+    them: it spares a GPU some work. Query head h reads key/value head `h // (H // G)`. Softmax in
     float32. Differentiable in q, k, v.
     """
-    return pick("attend_packed", q_THd.device)(q_THd, k_TGd, v_TGd, cu_seqlens_S1, scale)
+    return pick("attend_packed", q_THd.device)(q_THd, k_TGd, v_TGd, cu_seqlens_S1, scale, lengths)
 
 
 def attend_paged(
@@ -278,6 +335,7 @@ def adamw_step(
     step: int,
     grad_scale: float = 1.0,
     seed: int = 0,
+    short_N: Tensor | None = None,
 ) -> None:
     """One AdamW step with decoupled weight decay, in place, over one tensor of any shape taken as
     flat.
@@ -288,7 +346,8 @@ def adamw_step(
     down at random, with probabilities that make the mean exact, so that updates far below their
     last bit still count; the random bits are a hash of (seed, step, element), so a resumed run
     repeats them. Give each tensor its own seed. Every implementation gives the same bits.
-    Contiguous tensors. Not differentiable.
+    `short`, if given, gets the new parameter in its own dtype (bfloat16, to nearest). Contiguous
+    tensors. Not differentiable.
 
     Source: Loshchilov and Hutter, arXiv:1711.05101, algorithm 2.
     """
@@ -305,6 +364,7 @@ def adamw_step(
         step=step,
         grad_scale=grad_scale,
         seed=seed,
+        short_N=short_N,
     )
 
 
@@ -323,6 +383,7 @@ def adamw_8bit_step(
     step: int,
     grad_scale: float = 1.0,
     seed: int = 0,
+    short_N: Tensor | None = None,
 ) -> None:
     """`adamw_step` whose moments take one byte a weight and 8 bytes for each 256 weights.
 
@@ -349,4 +410,5 @@ def adamw_8bit_step(
         step=step,
         grad_scale=grad_scale,
         seed=seed,
+        short_N=short_N,
     )

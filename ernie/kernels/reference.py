@@ -6,6 +6,7 @@ Written to be read, and to run on any device; see `ernie.kernels` for shapes and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -27,6 +28,36 @@ def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor
     # Experts without rows are left out: they would only cost a conversion of their weight.
     parts = [linear(rows, weight_EOI[e]) for e, rows in enumerate(groups) if len(rows)]
     return torch.cat(parts or [linear(x_NI, weight_EOI[0])])
+
+
+def sort_pairs(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    pairs_N = experts_TK.flatten()
+    order_N = pairs_N.argsort(stable=True)
+    place_N = torch.empty_like(order_N)
+    place_N[order_N] = torch.arange(len(order_N), device=order_N.device)
+    return order_N, place_N.view(experts_TK.shape), pairs_N.bincount(minlength=num_experts)
+
+
+def spread(x_TD: Tensor, order_N: Tensor, top_k: int) -> Tensor:
+    return x_TD[order_N // top_k]
+
+
+def combine(rows_ND: Tensor, place_TK: Tensor, weights_TK: Tensor | None = None) -> Tensor:
+    out_TD = torch.zeros(len(place_TK), rows_ND.shape[1], device=rows_ND.device)
+    for k, place_T in enumerate(place_TK.unbind(1)):
+        part_TD = rows_ND[place_T].float()
+        out_TD += part_TD if weights_TK is None else part_TD * weights_TK[:, k, None]
+    return out_TD.to(rows_ND.dtype)
+
+
+def combine_backward(
+    grad_TD: Tensor, rows_ND: Tensor, weights_TK: Tensor, order_N: Tensor
+) -> tuple[Tensor, Tensor]:
+    grad_ND = grad_TD[order_N // weights_TK.shape[1]].float()
+    dweights_TK = torch.empty_like(weights_TK)
+    dweights_TK.view(-1)[order_N] = (grad_ND * rows_ND.float()).sum(-1)
+    drows_ND = grad_ND.mul_(weights_TK.flatten()[order_N, None])
+    return drows_ND.to(rows_ND.dtype), dweights_TK
 
 
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -53,9 +84,31 @@ def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
     return F.silu(gate_TI) * up_TI
 
 
+def swiglu_halves(gate_up_Tw: Tensor) -> Tensor:
+    return swiglu(*gate_up_Tw.chunk(2, dim=-1))
+
+
+def cross_entropy_(logits_NV: Tensor, targets_N: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    x_NV = logits_NV if logits_NV.dtype == torch.float32 else logits_NV.float()
+    x_NV -= x_NV.amax(-1, keepdim=True)
+    chosen_N1 = x_NV.gather(-1, targets_N[:, None])
+    sums_N1 = x_NV.exp_().sum(-1, keepdim=True)
+    x_NV *= scale / sums_N1
+    x_NV.scatter_add_(-1, targets_N[:, None], torch.full_like(chosen_N1, -scale))
+    if x_NV is not logits_NV:
+        logits_NV.copy_(x_NV)
+    return (sums_N1.log() - chosen_N1)[:, 0], chosen_N1[:, 0] == 0
+
+
 def attend_packed(
-    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, cu_seqlens_S1: Tensor, scale: float
+    q_THd: Tensor,
+    k_TGd: Tensor,
+    v_TGd: Tensor,
+    cu_seqlens_S1: Tensor,
+    scale: float,
+    lengths: Sequence[int] | None = None,
 ) -> Tensor:
+    del lengths
     bounds = cu_seqlens_S1.tolist()
     out = [
         _attend_one(q_THd[a:b], k_TGd[a:b], v_TGd[a:b], scale) for a, b in pairwise(bounds) if b > a
@@ -346,6 +399,7 @@ def adamw_step(
     step: int,
     grad_scale: float = 1.0,
     seed: int = 0,
+    short_N: Tensor | None = None,
 ) -> None:
     c = adamw_constants(learning_rate, beta1, beta2, eps, weight_decay, step, grad_scale)
     # Each operation rounds to float32 by itself and in this order: the twins fuse none of them.
@@ -355,6 +409,8 @@ def adamw_step(
     root = square.double().sqrt().float()  # torch's float32 root may be off by a last bit
     update = moment * c.step_size / (root * c.root_scale + c.eps)
     parameter_N.copy_(parameter_N * c.decay - update)
+    if short_N is not None:
+        short_N.copy_(parameter_N)
     if moment_N.dtype == torch.bfloat16:
         bits = _rounding_bits(moment_N.numel(), rounding_key(seed, step)).view(moment_N.shape)
         bits = bits.to(moment_N.device)
@@ -379,6 +435,7 @@ def adamw_8bit_step(
     step: int,
     grad_scale: float = 1.0,
     seed: int = 0,
+    short_N: Tensor | None = None,
 ) -> None:
     c = adamw_constants(learning_rate, beta1, beta2, eps, weight_decay, step, grad_scale)
     size, num_blocks = parameter_N.numel(), scales_2B.shape[1]
@@ -397,6 +454,8 @@ def adamw_8bit_step(
     update = moment * c.step_size / (root * c.root_scale + c.eps)
     flat_update = update.flatten()[:size].view(parameter_N.shape)
     parameter_N.copy_(parameter_N * c.decay - flat_update)
+    if short_N is not None:
+        short_N.copy_(parameter_N)
 
     bits = _rounding_bits(num_blocks * MOMENT_BLOCK, rounding_key(seed, step)).view(moment.shape)
     bits = bits.to(moment.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ernie.moe.router import Routing
+from ernie.moe.router import Routing, counts_of
 
 
 def load_balance_loss(routing: Routing) -> Tensor:
@@ -21,7 +21,7 @@ def load_balance_loss(routing: Routing) -> Tensor:
     num_tokens, num_experts = routing.probs_TE.shape
     top_k = routing.experts_TK.shape[1]
     unbiased_TK = routing.probs_TE.detach().topk(top_k, dim=-1).indices
-    share_E = torch.bincount(unbiased_TK.flatten(), minlength=num_experts) / num_tokens
+    share_E = counts_of(unbiased_TK, num_experts) / num_tokens
     return num_experts * (routing.probs_TE.mean(0) * share_E).sum()
 
 

@@ -23,5 +23,6 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
         """Rows sorted by expert, `counts[e]` of them for expert e; returns `(N, D)`."""
-        gate_NM, up_NM = kernels.grouped_linear(x_ND, self.gate_up_proj, counts_E).chunk(2, dim=-1)
-        return kernels.grouped_linear(kernels.swiglu(gate_NM, up_NM), self.down_proj, counts_E)
+        gate_up_Nw = kernels.grouped_linear(x_ND, self.gate_up_proj, counts_E)
+        h_NM = kernels.swiglu_halves(gate_up_Nw)
+        return kernels.grouped_linear(h_NM, self.down_proj, counts_E)

@@ -34,7 +34,32 @@ class Routing:
     @property
     def load_E(self) -> Tensor:
         """How many (token, choice) pairs each expert got, int64 `(E,)`."""
-        return torch.bincount(self.experts_TK.flatten(), minlength=self.probs_TE.shape[1])
+        return counts_of(self.experts_TK, self.probs_TE.shape[1])
+
+
+def counts_of(experts: Tensor, num_experts: int) -> Tensor:
+    """How often each expert occurs, int64 `(E,)`; unlike bincount it does not wait for a GPU."""
+    return (experts.flatten()[:, None] == torch.arange(num_experts, device=experts.device)).sum(0)
+
+
+class _Chosen(torch.autograd.Function):
+    """`probs.gather(-1, experts)`. The experts of a row differ, so its gradient has no sums, for
+    which a GPU would have to sort."""
+
+    @staticmethod
+    def forward(ctx, probs_TE: Tensor, experts_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(experts_TK)
+        ctx.num_experts = probs_TE.shape[1]
+        return probs_TE.gather(-1, experts_TK)
+
+    @staticmethod
+    def backward(ctx, grad_TK: Tensor):
+        (experts_TK,) = ctx.saved_tensors
+        expert_E = torch.arange(ctx.num_experts, device=grad_TK.device)
+        grad_TE = grad_TK.new_zeros(len(grad_TK), ctx.num_experts)
+        for expert_T, grad_T in zip(experts_TK.unbind(1), grad_TK.unbind(1)):
+            grad_TE = torch.where(expert_T[:, None] == expert_E, grad_T[:, None], grad_TE)
+        return grad_TE, None
 
 
 class Router(nn.Module):
@@ -55,6 +80,6 @@ class Router(nn.Module):
         logits_TE = F.linear(x_TD.float(), self.weight.float())
         probs_TE = logits_TE.softmax(-1)
         experts_TK = (probs_TE.detach() + bias_E).topk(self.top_k, dim=-1).indices
-        chosen_TK = probs_TE.gather(-1, experts_TK)
+        chosen_TK = _Chosen.apply(probs_TE, experts_TK)
         weights_TK = chosen_TK / chosen_TK.sum(-1, keepdim=True).clamp(min=self.norm_min)
         return Routing(experts_TK, weights_TK, probs_TE, logits_TE)

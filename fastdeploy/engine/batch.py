@@ -21,8 +21,8 @@ from fastdeploy.engine.scheduler import Schedule
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Inputs of the model in one step. On a CPU the tensors share the builder's buffers: use them
-    before the next batch is built.
+    """Inputs of the model in one step. As built, the tensors share the builder's buffers in the
+    host's memory: use them, or take them to the device, before the next batch is built.
     """
 
     token_ids_T: Tensor  # int64
@@ -33,14 +33,18 @@ class Batch:
     tables_SM: Tensor  # int32, entries past a request's last block mean nothing
     rows_R: Tensor  # int64, the tokens after which logits are wanted
     adapters: ActiveAdapters | None  # and which tokens each one changes; None: nobody has one
+    begins: bool = False  # whether the step is the beginning of one text, and nothing else
 
     def to(self, device: torch.device) -> Batch:
-        """The same on another device; without adapters, which are where the model is."""
-        assert self.adapters is None, "adapters are not sent to ranks"
-        return replace(self, **{name: getattr(self, name).to(device) for name in TENSORS})
+        """The same on another device."""
+        if self.token_ids_T.device == device:
+            return self
+        moved = {name: getattr(self, name).to(device) for name in TENSORS}
+        adapters = None if self.adapters is None else self.adapters.to(device)
+        return replace(self, **moved, adapters=adapters)
 
 
-TENSORS = tuple(field.name for field in fields(Batch) if field.name != "adapters")
+TENSORS = tuple(field.name for field in fields(Batch) if field.type == "Tensor")
 
 
 class BatchBuilder:
@@ -51,10 +55,8 @@ class BatchBuilder:
         max_num_batched_tokens: int,
         max_blocks: int,
         block_size: int,
-        device: torch.device,
     ) -> None:
         self.block_size = block_size
-        self.device = device
         self.tables = np.zeros((max_num_seqs, max_blocks), np.int32)
         self.token_ids = np.zeros(max_num_batched_tokens, np.int64)
         self.positions = np.zeros(max_num_batched_tokens, np.int64)
@@ -85,14 +87,15 @@ class BatchBuilder:
             num_blocks = max(num_blocks, len(blocks))
         num_parts = len(schedule.parts)
         return Batch(
-            token_ids_T=self._tensor(self.token_ids[:num_tokens]),
-            positions_T=self._tensor(self.positions[:num_tokens]),
-            slots_T=self._tensor(self.slots[:num_tokens]),
-            cu_seqlens_S1=self._tensor(self.cu_seqlens[: num_parts + 1]),
-            lens_S=self._tensor(self.lens[:num_parts]),
-            tables_SM=self._tensor(self.tables[self.seats[:num_parts], :num_blocks]),
-            rows_R=self._tensor(self.rows[:num_rows]),
+            token_ids_T=torch.from_numpy(self.token_ids[:num_tokens]),
+            positions_T=torch.from_numpy(self.positions[:num_tokens]),
+            slots_T=torch.from_numpy(self.slots[:num_tokens]),
+            cu_seqlens_S1=torch.from_numpy(self.cu_seqlens[: num_parts + 1]),
+            lens_S=torch.from_numpy(self.lens[:num_parts]),
+            tables_SM=torch.from_numpy(self.tables[self.seats[:num_parts], :num_blocks]),
+            rows_R=torch.from_numpy(self.rows[:num_rows]),
             adapters=self._adapters(schedule),
+            begins=num_parts == 1 and schedule.parts[0].start == 0,
         )
 
     def _adapters(self, schedule: Schedule) -> ActiveAdapters | None:
@@ -107,7 +110,7 @@ class BatchBuilder:
             return None
         groups = tokens_by_adapter.items()
         return ActiveAdapters(
-            tuple((adapter, self._tensor(np.concatenate(tokens))) for adapter, tokens in groups)
+            tuple((adapter, torch.from_numpy(np.concatenate(tokens))) for adapter, tokens in groups)
         )
 
     def _fill_tokens(
@@ -127,6 +130,3 @@ class BatchBuilder:
         table = np.asarray(blocks[first : -(-end // self.block_size)])
         numbers, offsets = np.divmod(positions, self.block_size)
         self.slots[where] = table[numbers - first] * self.block_size + offsets
-
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(array).to(self.device)

@@ -67,6 +67,11 @@ class PagedAttend:
     def __call__(self, q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, *, layer: int) -> Tensor:
         batch = self.batch
         keys_BPGr, values_BPGr = self.cache.keys_LBPGr[layer], self.cache.values_LBPGr[layer]
+        scale, new = q_THd.shape[-1] ** -0.5, (k_TGd, v_TGd, batch.slots_T)
+        if batch.begins and keys_BPGr.is_cuda and keys_BPGr.dtype == k_TGd.dtype:
+            # All there is to look at is in the batch, in one piece, which a GPU reads faster.
+            kernels.write_cache(k_TGd, v_TGd, keys_BPGr, values_BPGr, batch.slots_T)
+            return kernels.attend_packed(q_THd, k_TGd, v_TGd, batch.cu_seqlens_S1, scale)
         return kernels.attend_paged(
             q_THd,
             keys_BPGr,
@@ -74,8 +79,8 @@ class PagedAttend:
             batch.tables_SM,
             batch.cu_seqlens_S1,
             batch.lens_S,
-            q_THd.shape[-1] ** -0.5,
-            (k_TGd, v_TGd, batch.slots_T),
+            scale,
+            new,
         )
 
 

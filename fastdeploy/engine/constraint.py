@@ -3,7 +3,7 @@
     Compiling             a request waits for its grammar outside of the queue
     begin(parts)          before the model runs: masks of the step, filled by a thread meanwhile
     Filled.apply(logits)  after it: what no mask allows becomes impossible
-    Constraint.take       then: the chosen tokens move the matcher on
+    Filled.take(tokens)   then: the chosen tokens move the matchers on
 
 A row of a mask allows a token as if the drafts before the row had been generated; behind a draft
 that the form does not allow nothing is filled in, because no choice can be that draft. While a
@@ -12,23 +12,31 @@ the text cannot end.
 
 A text whose form leaves nothing but its end is over with its last token ("complete"); where a form
 allows the end among other things, the model decides by a token that ends texts. A constraint that
-cannot go on ends its text as "error": the grammar outgrew its limits, or bans leave no token.
+cannot go on ends its text as "error": the grammar outgrew its limits, or bans leave no token, or
+its work takes too long.
+
+An ambiguous grammar of a few KiB can take seconds for one mask, within all limits of the library.
+So that no other text waits for it, a constraint has a balance of seconds, which its work draws on
+and each step refills a little; work that overdraws it is left behind (see `timed`).
 
 Legend: R rows of the step's logits, r rows with a mask, V vocabulary, W words of 32 bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastdeploy.engine.grammar import Grammars, why_stuck
+from fastdeploy.engine.grammar import TOO_SLOW, Grammars, why_stuck
 from fastdeploy.engine.thinking import ThinkTags
+from fastdeploy.engine.timed import Job, Result, TimedThread
 from fastdeploy.errors import RequestError
 
 if TYPE_CHECKING:
@@ -41,6 +49,16 @@ if TYPE_CHECKING:
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
 ADDED = torch.from_numpy(np.where(_BITS, 0, -np.inf).astype(np.float32))
 ALL = np.uint32(0xFFFFFFFF)
+REFILL_S = 0.01  # of the balance, for each mask and for each step's tokens
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """How an answer ends by its form."""
+
+    num_tokens: int
+    reason: str  # complete or error
+    error: str | None = None
 
 
 class Constraint:
@@ -53,16 +71,16 @@ class Constraint:
         tags: ThinkTags | None = None,
         banned_ends: Iterable[int] = (),
         ends: Iterable[int] = (),
+        most_s: float = 1.0,
     ) -> None:
         """`matcher` is this constraint's own; `banned_ends` are ends that are never allowed, `ends`
-        are not within a thought: the form is still to come.
+        are not within a thought: the form is still to come. `most_s` is the full balance.
         """
         self.matcher, self.tags = matcher, tags
         self.is_open = tags is not None and tags.leave_open(prompt_ids)  # within a thought
         self.banned_ends, self.ends = tuple(banned_ends), tuple(ends)
-        self.end: int | None = None  # how many tokens the answer has, once that is known
-        self.reason = "complete"  # of its end, or "error"
-        self.error: str | None = None
+        self.end: End | None = None  # once it is known
+        self.most_s = self.balance_s = most_s
 
     @property
     def is_complete(self) -> bool:
@@ -89,7 +107,7 @@ class Constraint:
                 num_consumed += 1
         self.matcher.rollback(num_consumed)
 
-    def take(self, tokens: Sequence[int], num_output: int, *, forced: bool = False) -> None:
+    def take(self, tokens: Sequence[int], num_output: int, *, forced: bool = False) -> End | None:
         """Move on by tokens that were chosen after `num_output` others. `forced`: they belong to
         the end of a thought, whatever the form says.
         """
@@ -98,12 +116,19 @@ class Constraint:
                 self.is_open = self._stays_open(token)
             elif not forced:
                 if not self.matcher.try_consume_tokens([token]):
-                    self.end, self.reason = count, "error"
-                    self.error = why_stuck(self.matcher)
-                elif self.matcher.is_stopped():
-                    self.end = count
-                if self.end is not None:
-                    return
+                    return End(count, "error", why_stuck(self.matcher))
+                if self.matcher.is_stopped():
+                    return End(count, "complete")
+        return None
+
+    def pay(self, result: Result | None, num_output: int) -> None:
+        """Take what its work has cost off the balance; None: the work was left behind, and the
+        answer of `num_output` tokens ends with its next one.
+        """
+        if result is None:
+            self.end = End(num_output + 1, "error", TOO_SLOW)
+        else:
+            self.balance_s = min(self.balance_s - result.seconds + REFILL_S, self.most_s)
 
     def _fill(self, mask_W: np.ndarray) -> None:
         self.matcher.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes)
@@ -121,20 +146,67 @@ def _ban(mask_W: np.ndarray, tokens: Iterable[int]) -> None:
         mask_W[token >> 5] &= ALL ^ np.uint32(1 << (token & 31))
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A part of a step whose text has a form, and the rows of its masks among all masks."""
+
+    request: Request
+    constraint: Constraint
+    draft_ids: Sequence[int]
+    rows: slice
+
+
 class Filled:
     """The masks of one step, which a thread may still be working on."""
 
-    def __init__(self, rows: Sequence[int], masks_rW: np.ndarray, filling: Future[None]) -> None:
-        self.rows, self.masks_rW, self.filling = rows, masks_rW, filling
+    def __init__(
+        self, held: Sequence[Held], rows: Sequence[int], num_words: int, thread: TimedThread
+    ) -> None:
+        """`rows` are those of the step's logits, one for each mask."""
+        self.held, self.rows, self.thread = held, rows, thread
+        self.masks_rW = np.full((len(rows), num_words), ALL)
+        self.filling = thread.begin(
+            [
+                Job(
+                    partial(one.constraint.fill, self.masks_rW[one.rows], one.draft_ids),
+                    one.constraint.balance_s,
+                )
+                for one in held
+            ]
+        )
 
     def apply(self, logits_RV: Tensor) -> None:
         """Make tokens that no mask allows impossible, in place."""
-        self.filling.result()
+        kept: list[int] = []
+        for one, result in zip(self.held, self.filling.wait()):
+            one.constraint.pay(result, one.request.num_output)
+            if result is not None:  # else a thread may go on writing to them
+                kept += range(one.rows.start, one.rows.stop)
         device, vocab_size = logits_RV.device, logits_RV.shape[-1]
-        bytes_r = torch.from_numpy(self.masks_rW.view(np.uint8)).to(device).int()
+        bytes_r = torch.from_numpy(self.masks_rW[kept].view(np.uint8)).to(device).int()
         added_rV = torch.nn.functional.embedding(bytes_r, ADDED.to(device)).flatten(1)
-        rows = torch.tensor(self.rows, device=device)
+        rows = torch.tensor([self.rows[i] for i in kept], dtype=torch.long, device=device)
         logits_RV.index_add_(0, rows, added_rV[:, :vocab_size])
+
+    def take(self, tokens_by_request: Mapping[Request, Sequence[int]]) -> None:
+        """Move the constraints on by what was chosen."""
+        going = [one for one in self.held if one.constraint.end is None]
+        jobs = [
+            Job(
+                partial(
+                    one.constraint.take,
+                    tokens_by_request[one.request],
+                    one.request.num_output,
+                    forced=one.request.thinking is not None and bool(one.request.thinking.queue),
+                ),
+                one.constraint.balance_s,
+            )
+            for one in going
+        ]
+        for one, result in zip(going, self.thread.begin(jobs).wait() if jobs else ()):
+            one.constraint.pay(result, one.request.num_output)
+            if result is not None:
+                one.constraint.end = result.value
 
 
 class Masks:
@@ -142,37 +214,39 @@ class Masks:
 
     def __init__(self, vocab_size: int) -> None:
         self.num_words = -(-vocab_size // 32)
-        self.thread: ThreadPoolExecutor | None = None
+        self.thread = TimedThread("masks")
 
     def begin(self, parts: Sequence[Part]) -> Filled | None:
         """None for a step without a constrained request. Until `apply` nobody else may touch the
         constraints of the requests.
         """
-        jobs: list[tuple[Constraint, Sequence[int]]] = []
+        held: list[Held] = []
         rows: list[int] = []
         row = 0
         for part in parts:
             if part.chooses:
                 end = row + len(part.draft_ids) + 1
-                if part.request.constraint is not None:
-                    jobs.append((part.request.constraint, part.draft_ids))
+                request, constraint = part.request, part.request.constraint
+                if constraint is not None:
+                    place = slice(len(rows), len(rows) + end - row)
+                    held.append(Held(request, constraint, part.draft_ids, place))
                     rows += range(row, end)
                 row = end
-        if not jobs:
-            return None
-        if self.thread is None:
-            self.thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
-        masks_rW = np.full((len(rows), self.num_words), ALL)
-        return Filled(rows, masks_rW, self.thread.submit(_fill_all, jobs, masks_rW))
+        return Filled(held, rows, self.num_words, self.thread) if held else None
 
 
 class Compiling:
     """Requests whose grammar is being compiled; they join the queue when it is."""
 
     def __init__(
-        self, grammars: Grammars | None, tags: ThinkTags | None, eos_ids: frozenset[int]
+        self,
+        grammars: Grammars | None,
+        tags: ThinkTags | None,
+        eos_ids: frozenset[int],
+        most_s: float,
     ) -> None:
-        self.grammars, self.tags, self.eos_ids = grammars, tags, eos_ids
+        """`most_s`: see `Constraint`."""
+        self.grammars, self.tags, self.eos_ids, self.most_s = grammars, tags, eos_ids, most_s
         self.futures: dict[Request, Future[LLMatcher]] = {}
 
     def add(self, request: Request) -> None:
@@ -200,13 +274,7 @@ class Compiling:
         prompt_ids = request.token_ids[: request.num_prompt]
         banned_ends = self.eos_ids - request.stop_ids
         ends = self.eos_ids | request.stop_ids
-        request.constraint = Constraint(matcher, prompt_ids, self.tags, banned_ends, ends)
+        request.constraint = Constraint(
+            matcher, prompt_ids, self.tags, banned_ends, ends, self.most_s
+        )
         return None
-
-
-def _fill_all(jobs: Sequence[tuple[Constraint, Sequence[int]]], masks_rW: np.ndarray) -> None:
-    row = 0
-    for constraint, draft_ids in jobs:
-        end = row + len(draft_ids) + 1
-        constraint.fill(masks_rW[row:end], draft_ids)
-        row = end

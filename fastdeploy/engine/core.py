@@ -93,14 +93,14 @@ class Engine:
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_blocks=-(-config.max_model_len // config.block_size),
             block_size=config.block_size,
-            device=torch.device("cpu") if ranks else model.device,  # to be sent from there
         )
         self.runner = Runner(model.eval(), self.allocate(num_blocks=num_blocks), builder, ranks)
         self.adapters = Adapters(model, config)
         self.sampler = Sampler(self.vocab_size)
         self.pooler = Pooler(self.runner)
         self.grammars, self.masks = grammars, Masks(self.vocab_size)
-        self.compiling = Compiling(grammars, think_tags, self.eos_ids)
+        most_s = config.guided_decoding_max_stall_ms / 1000
+        self.compiling = Compiling(grammars, think_tags, self.eos_ids, most_s)
         self.blocks = BlockManager(
             num_blocks,
             config.block_size,
@@ -409,7 +409,8 @@ class Engine:
             ]
             reason = reports[-1].finish_reason = request.finish_reason()
             if reason is not None and request.constraint is not None:
-                reports[-1].error = request.constraint.error
+                end = request.constraint.end
+                reports[-1].error = end.error if end is not None else None
                 is_cut = reason == "length" and not request.constraint.is_complete
                 self.num_unfinished_forms += is_cut
             if first and request.params.prompt_logprobs is not None:

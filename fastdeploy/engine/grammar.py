@@ -48,9 +48,14 @@ MAX_REASON = 300  # characters of the library's own words in an error
 PREFIX = "guided decoding: "  # of errors, until a server knows the field
 HEADER = re.compile(r"^\s*%llguidance\b.*$", re.MULTILINE)
 TEXT = r"TEXT: /(.|\n)*/"
+TOO_SLOW = (
+    PREFIX + "the answer's form takes more time than guided_decoding_max_stall_ms allows; write it "
+    "with fewer ways to read the same text"
+)
 
-# Fuel and items bound the work of one mask to about ten milliseconds, states the memory of one
-# request to some 40 MiB; a schema of ordinary size takes hundreds of states.
+# Fuel and items bound the work of a mask as far as the library counts it (not for grammars of many
+# ambiguous terminals: `constraint` has a clock for these), states the memory of one request to some
+# 40 MiB; a schema of ordinary size takes hundreds of states.
 LIMITS = {
     "initial_lexer_fuel": 1_000_000,
     "step_lexer_fuel": 100_000,

@@ -18,6 +18,7 @@ from __future__ import annotations
 import logging
 from bisect import bisect_left
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,45 +48,65 @@ def program_sizes(max_num_seqs: int) -> list[int]:
 
 
 class FixedBatch:
-    """The buffers that recorded steps read."""
+    """The buffers that recorded steps read: columns of one run of int64, for `max_num_seqs` rows.
+
+    A step is written to the run in the host's memory, and what is in use goes to the device in one
+    copy. On a CPU they are the same. A copy is done before the next step is written, because the
+    tokens of a step are waited for.
+    """
 
     def __init__(self, max_num_seqs: int, max_blocks: int, device: torch.device) -> None:
-        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
-            return torch.zeros(shape, dtype=dtype, device=device)
-
-        self.token_ids = zeros(max_num_seqs, dtype=torch.int64)
-        self.positions = zeros(max_num_seqs, dtype=torch.int64)
-        self.slots = zeros(max_num_seqs, dtype=torch.int64) - 1
-        self.lens = zeros(max_num_seqs, dtype=torch.int32) + 1
-        self.tables = zeros(max_num_seqs, max_blocks, dtype=torch.int32)
+        self.most, self.max_blocks = max_num_seqs, max_blocks
+        columns = 4 * max_num_seqs + (max_num_seqs * max_blocks + 1) // 2
+        pinned = device.type == "cuda"
+        self.host = torch.zeros(columns, dtype=torch.int64, pin_memory=pinned)
+        self.columns = self._columns(self.host)
+        self.columns["slots_T"].fill_(-1)
+        self.columns["lens_S"].fill_(1)
+        self.on_device = self.host if device.type == "cpu" else self.host.to(device)
+        self.views: dict[int, Batch] = {}
         # The same for all decode steps: request s is row s.
         self.rows = torch.arange(max_num_seqs, device=device)
         self.cu_seqlens = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
 
+    def _columns(self, run: Tensor) -> dict[str, Tensor]:
+        """The columns of a run, by the names of a `Batch`."""
+        token_ids, positions, slots, lens = run[: 4 * self.most].view(4, self.most)
+        tables = run[4 * self.most :].view(torch.int32)[: self.most * self.max_blocks]
+        return {
+            "token_ids_T": token_ids,
+            "positions_T": positions,
+            "slots_T": slots,
+            "lens_S": lens.view(torch.int32)[: self.most],
+            "tables_SM": tables.view(self.most, self.max_blocks),
+        }
+
     def view(self, size: int) -> Batch:
-        """The first `size` rows."""
-        return Batch(
-            token_ids_T=self.token_ids[:size],
-            positions_T=self.positions[:size],
-            slots_T=self.slots[:size],
-            cu_seqlens_S1=self.cu_seqlens[: size + 1],
-            lens_S=self.lens[:size],
-            tables_SM=self.tables[:size],
-            rows_R=self.rows[:size],
-            adapters=None,
-        )
+        """The first `size` rows on the device."""
+        if size not in self.views:
+            columns = self._columns(self.on_device)
+            inputs: dict[str, Any] = {name: column[:size] for name, column in columns.items()}
+            self.views[size] = Batch(
+                **inputs,
+                cu_seqlens_S1=self.cu_seqlens[: size + 1],
+                rows_R=self.rows[:size],
+                adapters=None,
+            )
+        return self.views[size]
 
     def fill(self, batch: Batch, size: int) -> None:
-        """Copy a decode step, and pad it to `size` rows."""
+        """Take a decode step from the host's memory, and pad it to `size` rows."""
+        columns = self.columns
         num, num_blocks = batch.tables_SM.shape
-        self.token_ids[:num].copy_(batch.token_ids_T)
-        self.positions[:num].copy_(batch.positions_T)
-        self.slots[:num].copy_(batch.slots_T)
-        self.lens[:num].copy_(batch.lens_S)
-        self.tables[:num, :num_blocks].copy_(batch.tables_SM)
+        for name in ("token_ids_T", "positions_T", "slots_T", "lens_S"):
+            columns[name][:num] = getattr(batch, name)
+        columns["tables_SM"][:num, :num_blocks] = batch.tables_SM
         # What else an old step left in the padding is valid, and its results are not used.
-        self.slots[num:size].fill_(-1)
-        self.lens[num:size].fill_(1)
+        columns["slots_T"][num:size] = -1
+        columns["lens_S"][num:size] = 1
+        if self.on_device is not self.host:
+            used = 4 * self.most + (size * self.max_blocks + 1) // 2
+            self.on_device[:used].copy_(self.host[:used], non_blocking=True)
 
 
 class DecodeGraphs:
@@ -113,15 +134,16 @@ class DecodeGraphs:
         decodes = len(batch.token_ids_T) == num == len(batch.rows_R)
         return decodes and batch.adapters is None and num <= self.sizes[-1]
 
-    def run(self, batch: Batch) -> Result:
-        """The step's results, in memory that the next one overwrites."""
+    def run(self, batch: Batch) -> tuple[Batch, Result]:
+        """A step that is still in the host's memory: on the device, and its results; both in memory
+        that the next one overwrites."""
         num = len(batch.lens_S)
         size = self.sizes[bisect_left(self.sizes, num)]
         self.inputs.fill(batch, size)
         if size not in self.replays:
             self.replays[size] = self.record(self.forward, self.inputs.view(size))
         hidden_TD, logits_RV = self.replays[size]()
-        return hidden_TD[:num], logits_RV[:num]
+        return self.inputs.view(num), (hidden_TD[:num], logits_RV[:num])
 
 
 def record_program(forward: Forward, batch: Batch) -> Callable[[], Result]:

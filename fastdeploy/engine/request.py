@@ -140,8 +140,8 @@ class Request:
 
     def finish_reason(self) -> str | None:
         """Why the text ends after its newest token, None when it goes on."""
-        form = self.constraint
-        over = form.reason if form is not None and form.end == self.num_output else None
+        end = self.constraint.end if self.constraint is not None else None
+        over = end.reason if end is not None and end.num_tokens == self.num_output else None
         if over == "error":
             return over
         if self.num_output >= self.params.min_tokens:

@@ -53,15 +53,18 @@ class Runner:
             return self.compute(batch)
         with self.ranks.watched():
             self.ranks.send(batch)
-            return self.compute(batch.to(self.model.device))
+            return self.compute(batch)
 
     @torch.inference_mode()
     def compute(self, batch: Batch) -> Tensor:
         """What every rank does with a batch; only rank 0 gets whole rows of logits."""
-        graphs = self.graphs
-        forward = graphs.run if graphs is not None and graphs.takes(batch) else self._forward
-        with on(self.model.device):
-            hidden_TD, logits_RV = forward(batch)
+        graphs, device = self.graphs, self.model.device
+        with on(device):
+            if graphs is not None and graphs.takes(batch):
+                batch, (hidden_TD, logits_RV) = graphs.run(batch)
+            else:
+                batch = batch.to(device)
+                hidden_TD, logits_RV = self._forward(batch)
         self.batch, self.hidden_TD = batch, hidden_TD  # for a drafter, until the next step
         return logits_RV
 

@@ -94,7 +94,14 @@ class Sampler:
         choices = [Choice(token) for token in tokens]
         if raw_rV is not None:
             _add_logprobs(raw_rV, [requests[i] for i in wanted], [choices[i] for i in wanted])
-        return self._accepted(choices, choosing)
+        accepted = self._accepted(choices, choosing)
+        if masks is not None:
+            tokens_by_request = {
+                part.request: [choice.token for choice in some]
+                for part, some in zip(choosing, accepted)
+            }
+            masks.take(tokens_by_request)
+        return accepted
 
     def _adjust(self, logits_RV: Tensor, parts: Sequence[Part]) -> None:
         row = 0
@@ -119,11 +126,6 @@ class Sampler:
             if note is not None:
                 for choice in accepted[-1]:
                     note.add(choice.token)
-            request = part.request
-            if request.constraint is not None:
-                forced = request.thinking is not None and bool(request.thinking.queue)
-                tokens = [choice.token for choice in accepted[-1]]
-                request.constraint.take(tokens, request.num_output, forced=forced)
         return accepted
 
     def _notes(self, request: Request) -> Notes | None:

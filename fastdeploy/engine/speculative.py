@@ -200,6 +200,7 @@ class MTPDrafter:
             cu_seqlens_S1=column(range(len(texts) + 1), batch.cu_seqlens_S1),
             lens_S=column([p + 1 for p in positions], batch.lens_S),
             tables_SM=batch.tables_SM[[text.sequence for text in texts]],
+            begins=False,
         )
 
 

@@ -43,6 +43,8 @@ from fastdeploy.server.health import OPEN_PATHS, add_health
 from fastdeploy.server.limits import Limits
 from fastdeploy.server.log import ORIGIN
 from fastdeploy.server.message import Reading
+from fastdeploy.server.messages import add_messages
+from fastdeploy.server.messages_events import error_at
 from fastdeploy.server.observe import Observer
 from fastdeploy.server.openapi import add_openapi
 from fastdeploy.server.page import PATHS as PAGE_PATHS
@@ -315,6 +317,7 @@ def create_app(
     add_about(app, service)
     add_pooling(app, service)
     add_responses(app, service)
+    add_messages(app, service)
     add_tokenise(app, service)
     if config.web:
         add_page(app)
@@ -334,9 +337,12 @@ def create_app(
 
 
 def _add_error_handlers(app: FastAPI, limits: Limits) -> None:
-    """Every error in OpenAI's form; what the user did not cause says nothing of our insides."""
+    """Every error in the form of its route; what the user did not cause says nothing of our
+    insides.
+    """
 
     def body(
+        request: Request,
         message: str,
         status: int,
         param: str | None = None,
@@ -351,14 +357,15 @@ def _add_error_handlers(app: FastAPI, limits: Limits) -> None:
             headers["connection"] = "close"  # or what is left of the body would come in
         if status == 500 and (origin := ORIGIN.get()):  # it is answered outside of all else
             headers["x-request-id"] = origin.request_id
-        return JSONResponse(error_body(message, status, param), status, headers=headers)
+        said = error_at(request.url.path, error_body(message, status, param), status)
+        return JSONResponse(said, status, headers=headers)
 
     @app.exception_handler(RequestError)
     @app.exception_handler(ChatError)
     @app.exception_handler(TokenizerError)
-    async def user_error(_: Request, error: ValueError) -> Response:
+    async def user_error(request: Request, error: ValueError) -> Response:
         param = "messages" if isinstance(error, ChatError) else getattr(error, "param", None)
-        return body(str(error), getattr(error, "status", 400), param)
+        return body(request, str(error), getattr(error, "status", 400), param)
 
     @app.exception_handler(ClientDisconnect)
     async def gone(_: Request, error: ClientDisconnect) -> Response:
@@ -372,9 +379,9 @@ def _add_error_handlers(app: FastAPI, limits: Limits) -> None:
             routes = [r for r in app.routes if r.matches(request.scope)[0] is not Match.NONE]
             methods = {m for route in routes for m in getattr(route, "methods", None) or ()}
             headers["allow"] = ", ".join(sorted(methods))
-        return body(message, error.status_code, headers=headers)
+        return body(request, message, error.status_code, headers=headers)
 
     @app.exception_handler(Exception)
-    async def our_error(_: Request, error: Exception) -> Response:
+    async def our_error(request: Request, error: Exception) -> Response:
         log.error("an error of ours", exc_info=error)
-        return body("internal error; the server's log has the details", 500)
+        return body(request, "internal error; the server's log has the details", 500)

@@ -59,6 +59,7 @@ def chat_order(
         in_thought=wanted.begins_in_thought(language.tokenizer.decode(prompt[-_TAIL:])),
         parallel=use.parallel,
         shown=language.tokenizer.special_ids & ids,
+        is_held=use.mode == "required",
     )
     return ChatOrder(prompt, params, reading)
 
@@ -179,6 +180,8 @@ class ChatReply(Reply):
         delta |= self.tokens(piece.choice, completion)
         event = self._event(piece.choice, delta, reason)
         event["logprobs"] = self._logprobs(new.logprobs) if new.logprobs else None
+        if completion.stop_reason is not None:
+            event["stop_reason"] = completion.stop_reason
         return event | self.scores(piece.choice)
 
     def choice(self, index: int, completion: CompletionOutput) -> dict[str, Any]:
@@ -189,6 +192,7 @@ class ChatReply(Reply):
             "message": message.whole() | self.tokens(index, completion),
             "logprobs": self._logprobs(message.said.logprobs) if wanted else None,
             "finish_reason": message.finish_reason(completion.finish_reason),
+            "stop_reason": completion.stop_reason,
             **self.scores(index),
         }
 

@@ -65,6 +65,7 @@ class CompletionReply(Reply):
             "text": self.context.tokenizer.decode(prompt) + completion.text,
             "logprobs": logprobs and logprobs.columns,
             "finish_reason": completion.finish_reason,
+            "stop_reason": completion.stop_reason,
             **self.extras(index, completion),
         }
 

@@ -66,6 +66,9 @@ class Connection(H11Protocol):
         else:
             self._refuse(400, "this is not a request in HTTP/1.1")
 
+    def _unsupported_upgrade_warning(self) -> None:
+        """Nothing: any client may ask for HTTP/2 or a web socket, and is answered as it is."""
+
     def _watch_headers(self) -> None:
         """Time runs while a request has begun, or is awaited for the first time."""
         if self.conn.their_state is not h11.IDLE:

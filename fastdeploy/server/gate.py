@@ -2,10 +2,11 @@
 
     Observe -> CORS -> Gate -> Deadline -> the routes
 
-With keys, every route but the open ones wants one, as a bearer token and nowhere else. Without keys
-the server trusts who can reach it, and so has to tell its users from web pages that use their
-browsers: a page's origin must be the server's own or an allowed one, and the name the server is
-called by must be one that no page's owner can have pointed here (DNS rebinding).
+With keys, every route but the open ones wants one, as a bearer token or (Anthropic's clients) in
+the header `x-api-key`, and nowhere else. Without keys the server trusts who can reach it, and so
+has to tell its users from web pages that use their browsers: a page's origin must be the server's
+own or an allowed one, and the name the server is called by must be one that no page's owner can
+have pointed here (DNS rebinding).
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from fastdeploy.config import ServerConfig
 from fastdeploy.errors import RequestError
 from fastdeploy.server.limits import Deadline, Limits
+from fastdeploy.server.messages_events import error_at
 from fastdeploy.server.observe import Observe, Observer
 from fastdeploy.server.reply import error_body
 
@@ -122,7 +124,7 @@ class Gate:
             if error.status == 429:
                 wait_s = self.wrong_keys.wait_s(_address(scope)) or self.limits.retry_after_s()
                 headers["retry-after"] = str(math.ceil(wait_s))
-            body = error_body(str(error), error.status)
+            body = error_at(scope["path"], error_body(str(error), error.status), error.status)
             await JSONResponse(body, error.status, headers=headers)(scope, receive, send)
 
     def _tenant(self, scope: Scope) -> str | None:
@@ -141,7 +143,8 @@ class Gate:
             raise RequestError(
                 "a key in the address ends in logs; send `Authorization: Bearer KEY`", status=401
             )
-        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        named = headers.get(b"authorization", b"bearer " + headers.get(b"x-api-key", b""))
+        scheme, _, key = named.partition(b" ")
         digest = hashlib.sha256(key).digest()
         # All keys are compared, so that the time does not tell which one was near.
         matches = sum(hmac.compare_digest(digest, known) for known in self.digests)

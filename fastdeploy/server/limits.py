@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from fastdeploy.config import ServerConfig
 from fastdeploy.errors import RequestError
+from fastdeploy.server.messages_events import error_at
 from fastdeploy.server.reply import error_body
 
 if TYPE_CHECKING:
@@ -150,11 +151,12 @@ class Deadline:
             if not limit.expired():
                 raise
             text = f"the request took longer than timeout={self.seconds:g} seconds; ask for less"
-            body = error_body(text, 504)
+            body = error_at(scope["path"], error_body(text, 504), 504)
             if kind is None:
                 await JSONResponse(body, 504)(scope, receive, send)
             elif kind.startswith(b"text/event-stream"):
-                event = f"data: {json.dumps(body)}\n\n".encode()
+                name = f"event: {body['type']}\n" if "type" in body else ""
+                event = f"{name}data: {json.dumps(body)}\n\n".encode()
                 await send({"type": "http.response.body", "body": event, "more_body": False})
             else:
                 raise  # half an answer is out: all that is left is to close the connection

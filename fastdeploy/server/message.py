@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastdeploy.outputs import CompletionOutput, TokenLogprobs
-from fastdeploy.server.parsers import Call, Parser, Part, Syntax
+from fastdeploy.server.calls import Call
+from fastdeploy.server.parsers import Parser, Part, Syntax
 
 _CHECKED_PIECE = 8192  # characters; a parser that is fed a long text at once copies it often
 
@@ -22,9 +23,10 @@ class Reading:
     in_thought: bool = False  # the prompt ends in the middle of a thought
     parallel: bool = True  # False: the first call is made, later ones are left out
     shown: frozenset[int] = frozenset()  # special tokens that the parser has to see
+    is_held: bool = False  # by a grammar, to calls alone
 
     def parser(self) -> Parser:
-        return Parser(self.syntax, in_thought=self.in_thought)
+        return Parser(self.syntax, in_thought=self.in_thought, is_held=self.is_held)
 
 
 @dataclass(slots=True)
@@ -33,6 +35,7 @@ class Said:
 
     reasoning: str = ""
     content: str = ""
+    arguments: str = ""  # more of those of a call before
     calls: list[Call] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the tokens of the content
 
@@ -42,7 +45,17 @@ class Said:
                 self.reasoning += part.text
             elif part.kind == "content":
                 self.content += part.text
+            elif part.kind == "arguments":
+                self.add_arguments(part.text)
             self.calls += part.calls
+
+    def add_arguments(self, text: str) -> None:
+        """More of the last call's."""
+        if self.calls:
+            last = self.calls[-1]
+            self.calls[-1] = Call(last.name, last.arguments + text)
+        else:
+            self.arguments += text
 
 
 class Message:
@@ -55,6 +68,7 @@ class Message:
         self.texts: list[str] = []  # as the model wrote them
         self.call_ids: list[str] = []
         self.num_reasoning_tokens = 0
+        self.num_begun = 0  # calls, those that are left out too
         self.tokens = _ContentTokens()
 
     def push(self, piece: CompletionOutput) -> Said:
@@ -68,6 +82,8 @@ class Message:
         new = Said()
         new.add(parts)
         if not self.reading.parallel:
+            new.arguments = new.arguments if self.num_begun == 1 else ""
+            self.num_begun += len(new.calls)
             del new.calls[max(0, 1 - len(self.said.calls)) :]
         if piece.logprobs is not None:
             new.logprobs = piece.logprobs
@@ -75,6 +91,8 @@ class Message:
                 new.logprobs = self.tokens.push(piece, parts)
         self.said.reasoning += new.reasoning
         self.said.content += new.content
+        if new.arguments:
+            self.said.add_arguments(new.arguments)
         self.said.calls += new.calls
         self.said.logprobs += new.logprobs
         return new
@@ -87,9 +105,14 @@ class Message:
             delta["reasoning_content"] = new.reasoning
         if new.content:
             delta["content"] = new.content
+        if new.arguments:
+            delta["tool_calls"] = [
+                {"index": first - 1, "function": {"arguments": new.arguments}},
+            ]
         if new.calls:
             calls = self._described(new.calls)
-            delta["tool_calls"] = [{"index": first + i, **call} for i, call in enumerate(calls)]
+            described = [{"index": first + i, **call} for i, call in enumerate(calls)]
+            delta["tool_calls"] = delta.get("tool_calls", []) + described
         return delta
 
     def whole(self) -> dict[str, Any]:
@@ -104,8 +127,12 @@ class Message:
         return message
 
     def finish_reason(self, reason: str | None) -> str | None:
-        """`tool_calls` where the model stopped to have calls made; `length` stays what it is."""
-        return "tool_calls" if reason == "stop" and self.said.calls else reason
+        """`tool_calls` where the model stopped to have calls made, `length` where it was stopped in
+        the middle of one, by whatever.
+        """
+        if reason != "stop" or not self.said.calls:
+            return reason
+        return "length" if self.parser.has_cut_call else "tool_calls"
 
     def diverges(self) -> bool:
         """Whether the text read once more, in other pieces, says anything else than was sent."""

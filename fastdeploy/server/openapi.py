@@ -22,6 +22,7 @@ import fastdeploy
 from fastdeploy.sampling import ABOVE, INTEGERS, NUMBERS
 from fastdeploy.server import adapters
 from fastdeploy.server.about import AbortRequest
+from fastdeploy.server.messages_request import CountRequest, MessagesRequest
 from fastdeploy.server.pooling import EmbeddingRequest, RerankRequest, ScoreRequest
 from fastdeploy.server.protocol import ChatRequest, CompletionRequest
 from fastdeploy.server.response_request import ResponseRequest
@@ -62,6 +63,7 @@ STATE = an_object("is_paused", "is_sleeping")
 TOKENS = an_object("count", "max_model_len", "tokens")
 VECTORS = an_object("id", "object", "created", "model", "data", "usage")
 RESPONSE = an_object("id", "object", "created_at", "status", "model", "output")
+MESSAGE = an_object("id", "type", "role", "model", "content", "stop_reason", "usage")
 CARD = an_object("id", "object", "created", "owned_by", "max_model_len")
 
 
@@ -124,6 +126,10 @@ ROWS: dict[str, Row] = {
     ),
     "GET /v1/responses/{response_id}/input_items": Row(
         "What a response was given.", answer=an_object("object", "data", "has_more"), query=PAGE
+    ),
+    "POST /v1/messages": Row("Answer, in Anthropic's form.", MessagesRequest, MESSAGE, True),
+    "POST /v1/messages/count_tokens": Row(
+        "How many tokens a request to /v1/messages has.", CountRequest, an_object("input_tokens")
     ),
     "POST /v1/embeddings": Row("Texts as vectors.", EmbeddingRequest, VECTORS),
     "POST /rerank": Row("Order documents by a query.", RerankRequest, an_object("results")),

@@ -10,22 +10,36 @@ could still be a tag, the blanks beside one, and a call until its end.
 
 A call is made once its JSON is whole and valid, in one piece. One that is cut by `max_tokens`, or
 whose JSON is invalid, is content as the model wrote it: arguments that had begun to stream could
-not be taken back. The tags are known by their text, whether a token of their own spells them or
+not be taken back. Where a grammar holds the answer to calls (`is_held`) they cannot turn out to be
+broken, and so a call begins with its name, and its arguments follow as they are written:
+
+    <tool_call>\\n{"name": "f", "arguments":  {"x": 1  }  }\\n</tool_call>
+    call                                       arguments  frame
+
+The last brace of the arguments waits for the end of the call: those of a cut call are never JSON.
+The tags are known by their text, whether a token of their own spells them or
 several do. Imports neither torch nor web libraries.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 from ernie.settings import ConfigError
+from fastdeploy.server.calls import (
+    BEGIN,
+    CALL,
+    END,
+    END_CALL,
+    Braces,
+    Call,
+    CallScan,
+    read_calls,
+)
 
 THINK, END_THINK = "<think>", "</think>"
 RESPONSE, END_RESPONSE = "<response>", "</response>"
-CALL, END_CALL = "<tool_call>", "</tool_call>"
 NEWLINES_AFTER = {END_THINK: 2}  # at most, as part of the tag; of others one; before any tag one
 
 
@@ -97,17 +111,11 @@ def _known(flag: str, name: str, names: Iterable[str]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
-    name: str
-    arguments: str  # JSON text of an object
-
-
-@dataclass(frozen=True, slots=True)
 class Part:
     """A stretch of an answer, as the model wrote it.
 
-    `kind` is reasoning, content, call (then `calls` has what it says) or frame: the tags, and the
-    blanks that belong to them.
+    `kind` is reasoning, content, call (then `calls` has what it says), arguments (more of those of
+    the last call) or frame: the tags, and the blanks that belong to them.
     """
 
     kind: str
@@ -118,8 +126,8 @@ class Part:
 class Parser:
     """One answer. `push` and `finish` give the parts that are certain by then."""
 
-    def __init__(self, syntax: Syntax, *, in_thought: bool = False) -> None:
-        self.syntax = syntax
+    def __init__(self, syntax: Syntax, *, in_thought: bool = False, is_held: bool = False) -> None:
+        self.syntax, self.is_held = syntax, is_held
         self.tags = syntax.tags
         self.state = "reasoning" if in_thought else "content"
         self.held = ""  # text whose part is not certain yet
@@ -127,7 +135,9 @@ class Parser:
         self.is_fresh = True  # only blanks since the state began
         self.in_response = False
         self.has_closed = False  # a call or response: blanks at the very end are form
-        self.scan = _Scan()
+        self.scan = CallScan()
+        self.braces = Braces()
+        self.has_cut_call = False  # it ended in the middle of one that had begun to stream
 
     def push(self, text: str) -> list[Part]:
         if not self.tags:
@@ -141,9 +151,11 @@ class Parser:
     def finish(self) -> list[Part]:
         """The rest, once no more text comes."""
         text, self.held = self.held, ""
+        kind = self.state
+        if kind == "arguments":
+            return self._finish_arguments(text)
         if not text:
             return []
-        kind = self.state
         if kind == "call":
             return [self._call(text, self.scan.opened, len(text))]
         if kind == "content" and self.is_fresh and self.has_closed and not text.strip():
@@ -158,6 +170,8 @@ class Parser:
             self.num_newlines = 0 if self.held else self.num_newlines - num
         if self.state == "call":
             return self._step_in_call(parts)
+        if self.state == "arguments":
+            return self._step_in_arguments(parts)
         at, tag = min(
             ((at, tag) for tag in self._expected() if (at := self.held.find(tag)) >= 0),
             default=(-1, ""),
@@ -219,9 +233,15 @@ class Parser:
         num = 0 if blank else at - self.held.endswith("\n", 0, at)
         self._take(parts, self.state, num)
         self.state = "call"
-        self.scan = _Scan(at - num + len(CALL))
+        self.scan = CallScan(at - num + len(CALL))
 
     def _step_in_call(self, parts: list[Part]) -> bool:
+        if self.is_held and (begin := BEGIN.match(self.held, self.scan.opened)):
+            name = begin.group(1)
+            parts.append(Part("call", self.held[: begin.end()], (Call(name, ""),)))
+            self.held = self.held[begin.end() :]
+            self.state, self.braces, self.num_newlines = "arguments", Braces(), 0
+            return True
         end = self.scan.end_of_call(self.held)
         if end < 0:
             return False
@@ -233,64 +253,30 @@ class Parser:
         self.num_newlines = int(self.is_fresh)
         return True
 
+    def _step_in_arguments(self, parts: list[Part]) -> bool:
+        """`held` is text of the arguments, from their last brace on once that has come."""
+        if not self.braces.closed:
+            self._take(parts, "arguments", self.braces.end_of_object(self.held))
+        end = END.match(self.held) if self.braces.closed else None
+        if end is None or not self.held.startswith(END_CALL, end.end()):
+            return False
+        self._take(parts, "arguments", 1)
+        self._take(parts, "frame", end.end() - 1 + len(END_CALL))
+        self.state = "content"
+        self.is_fresh = self.has_closed = True
+        self.num_newlines = 1
+        return True
+
+    def _finish_arguments(self, text: str) -> list[Part]:
+        end = END.match(text)
+        if end is not None and END_CALL.startswith(text[end.end() :]):  # the JSON is whole
+            return [Part("arguments", text[0]), Part("frame", text[1:])]
+        self.has_cut_call = True
+        return [Part("frame", text)] if text else []
+
     def _call(self, text: str, start: int, end: int) -> Part:
         calls = read_calls(text[start:end])
         return Part("call", text, calls) if calls else Part("content", text)
-
-
-class _Scan:
-    """Looks for the end of a call whose JSON begins at `opened`; a tag within a string is none."""
-
-    def __init__(self, opened: int = 0) -> None:
-        self.opened = self.at = opened
-        self.in_string = False
-
-    def end_of_call(self, text: str) -> int:
-        """Where the closing tag begins, -1 while it is not there. `text` only ever grows."""
-        while self.at < len(text):
-            character = text[self.at]
-            if character == "\\" and self.in_string:
-                if self.at + 1 == len(text):
-                    break
-                self.at += 1
-            elif character == '"':
-                self.in_string = not self.in_string
-            elif character == "\n":
-                self.in_string = False  # no valid string has one: the rest is not lost to it
-            elif character == "<" and not self.in_string:
-                if text.startswith(END_CALL, self.at):
-                    return self.at
-                if END_CALL.startswith(text[self.at :]):
-                    break
-            self.at += 1
-        return -1
-
-
-def read_calls(text: str) -> tuple[Call, ...]:
-    """The calls that JSON text says: an object with name and arguments, or a list of those.
-
-    Empty where it is anything else: not JSON, no name, arguments that are no object, text or
-    numbers that JSON cannot carry on.
-    """
-    try:
-        value = json.loads(text)
-        calls = [_read_call(one) for one in (value if isinstance(value, list) else [value])]
-    except (ValueError, RecursionError):
-        return ()
-    return tuple(calls)
-
-
-def _read_call(value: Any) -> Call:
-    if not isinstance(value, dict) or not isinstance(value.get("name"), str) or not value["name"]:
-        raise ValueError("no call")
-    arguments = value.get("arguments", {})
-    if isinstance(arguments, str):  # some models quote them
-        arguments = json.loads(arguments)
-    if not isinstance(arguments, dict):
-        raise ValueError("no arguments")
-    call = Call(value["name"], json.dumps(arguments, ensure_ascii=False, allow_nan=False))
-    (call.name + call.arguments).encode()  # fails on half a surrogate pair
-    return call
 
 
 def _overlap(text: str, tag: str) -> int:

@@ -123,14 +123,14 @@ class ResponseWriter:
         if item is None:
             return
         place = self._place()
-        if item["type"] == "function_call":
+        if item["type"] == "function_call" and status == "completed":
             yield self._event(
                 "response.function_call_arguments.done",
                 **place,
                 name=item["name"],
                 arguments=item["arguments"],
             )
-        else:
+        elif item["type"] != "function_call":
             part, name = item["content"][0], _PART[item["type"]]
             extra = {"logprobs": part["logprobs"]} if "logprobs" in part else {}
             yield self._event(

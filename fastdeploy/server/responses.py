@@ -25,7 +25,7 @@ from fastdeploy.server.response_request import (
     refuse_mistakes,
 )
 from fastdeploy.server.response_store import Item, Job, ResponseStore, Stored
-from fastdeploy.server.stream import Disconnected, EventStream, while_connected
+from fastdeploy.server.stream import Disconnected, EventStream, drained, while_connected
 
 if TYPE_CHECKING:
     from fastdeploy.server.app import Service
@@ -62,7 +62,7 @@ def add_responses(app: FastAPI, service: Service) -> None:
         if body.stream:
             return EventStream(events, reply.answer)
         try:
-            await while_connected(request.receive, _drained(events))
+            await while_connected(request.receive, drained(events))
         except Disconnected:
             return Response(status_code=499)  # nobody reads it
         finally:
@@ -140,11 +140,6 @@ async def _and_then(
         if stored.has_ended:
             store.put(owner, stored, num_old)
         yield event
-
-
-async def _drained(events: AsyncIterator[dict[str, Any]]) -> None:
-    async for _ in events:
-        pass
 
 
 def _page(items: list[Item], query: dict[str, str]) -> dict[str, Any]:

@@ -51,18 +51,29 @@ async def _disconnection(receive: Receive) -> None:
         pass
 
 
+async def drained(events: AsyncIterator[dict[str, Any]]) -> None:
+    """Wait for the last event."""
+    async for _ in events:
+        pass
+
+
 class EventStream(Response):
     """Sends each dict of `events` as one `data:` line, after an `event:` line with its `type` if it
-    has one, and `[DONE]` at the end.
+    has one, and `last`, if any, at the end.
 
     `source` is closed exactly once, however it ends: done, failed, the client gone, or (when the
     source gives up) the client asleep, whose connection is then cut.
     """
 
-    def __init__(self, events: AsyncIterator[dict[str, Any]], source: Source) -> None:
+    def __init__(
+        self,
+        events: AsyncIterator[dict[str, Any]],
+        source: Source,
+        last: bytes | None = b"[DONE]",
+    ) -> None:
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
         del self.headers["content-length"]
-        self.events, self.source = events, source
+        self.events, self.source, self.last = events, source, last
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         cutting = asyncio.create_task(self._cut(scope.get("state", {}).get("transport")))
@@ -89,7 +100,8 @@ class EventStream(Response):
         async for event in self.events:
             name = b"event: %b\n" % event["type"].encode() if "type" in event else b""
             await send(_body(b"%bdata: %b\n\n" % (name, _encode(event)), more=True))
-        await send(_body(b"data: [DONE]\n\n", more=False))
+        last = b"" if self.last is None else b"data: %b\n\n" % self.last
+        await send(_body(last, more=False))
 
 
 def _body(data: bytes, *, more: bool) -> dict[str, Any]:

@@ -352,3 +352,23 @@ def test_adapter_gradients_equal_those_of_merged_weights(name: str) -> None:
         dw = weights[home if home in weights else f"{home}.weight"]
         want = {f"{home}.lora_B": 3 * dw @ a.mT, f"{home}.lora_A": 3 * others[home].mT @ dw}
         assert_equal({k: got[k] for k in want}, want, 2e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_gradients_have_their_dtype_from_the_second_gradient_on(dtype) -> None:
+    for own in (torch.float32, torch.bfloat16):
+        weight = torch.nn.Parameter(torch.zeros(40, dtype=own))
+        gradients = Gradients({"weight": weight}, dtype)
+        parts = [torch.randn(40).to(own) for _ in range(3)]
+        expected = torch.zeros(40, dtype=dtype)
+        for count, part in enumerate(parts):
+            (weight * part).sum().backward()
+            expected.add_(part)
+            found = gradients.present()["weight"]
+            assert torch.equal(found.to(dtype), expected), f"after {count + 1} of {own}"
+            assert weight.grad is None
+        assert found.dtype == dtype
+        length = float(expected.double().norm())
+        assert float(gradients.norm()) == pytest.approx(length, rel=1e-6)
+        gradients.release()
+        weight.requires_grad_(False)

@@ -16,21 +16,23 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia import compiler as nvidia
 from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-from ernie.kernels.gpu import ops, products
+from ernie.kernels.gpu import experts as experts_of_gpu
+from ernie.kernels.gpu import language, ops, products, rows
 from ernie.kernels.weights import QuantTensor
 
 BF16, I8 = torch.bfloat16, torch.int8
 POINTERS = {
     BF16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
-    I8: "*i8", torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64",
+    I8: "*i8", torch.uint8: "*u8", torch.bool: "*i1", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
-OPTIONS = ("num_warps", "num_stages", "num_ctas")
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "launch_pdl", "enable_fp_fusion")
 seen: set[str] = set()
 
 
@@ -72,8 +74,9 @@ def stack_bytes(cubin: bytes) -> int:
 
 def tried(kernel: Autotuner, *args: Any, **kwargs: Any) -> None:
     """Stands in for `Autotuner.run`: one of the configs for few rows, or one for many."""
-    few = kwargs["BLOCK_T"] <= 64
-    config = products.FEW[0] if few else products.MANY[0]
+    config = rows.ALL[-1]
+    if "BLOCK_T" in kwargs:
+        config = (products.FEW if kwargs["BLOCK_T"] <= 64 else products.MANY)[0]
     kernel.fn.run(*args, **{**kwargs, **config.all_kwargs()})
 
 
@@ -93,10 +96,13 @@ def weight(bits: int, *shape: int) -> products.PackedWeight:
 def main() -> None:
     """The shapes of ERNIE-4.5-21B-A3B, with fewer experts."""
     JITFunction.run, Autotuner.run = compiled, tried
+    language.OVERLAPS = tl.constexpr(True)
+    experts_of_gpu.grouped_mm = None  # torch's, which would take the place of kernels of ours
     hidden, heads, groups, width, size, experts = 2560, 20, 4, 128, 1536, 8
     x, norm = rand(3, hidden).requires_grad_(), rand(hidden).requires_grad_()
     ops.rms_norm(x, norm, 1e-5).sum().backward()
     ops.swiglu(rand(3, size).requires_grad_(), rand(3, size)).sum().backward()
+    ops.swiglu_halves(rand(3, 2 * size).requires_grad_()).sum().backward()
     ops.rotate_(rand(3, heads + groups, width), torch.ones(3, 64), torch.ones(3, 64))
     tables, lens = torch.zeros(3, 32, dtype=torch.int32), torch.ones(3, dtype=torch.int32)
     for row, dtype in ((width, BF16), (width + 4, I8)):
@@ -110,13 +116,42 @@ def main() -> None:
     for bits in (0, 8, 4):
         gate_up = weight(bits, experts, 2 * size, hidden)
         down = weight(bits, experts, hidden, size)
-        for tokens in (1, 400):
+        for tokens in (1, 11, 400):
             x = rand(tokens, hidden)
             settings = {"top_k": 6, "norm_min": 1e-12, "residual_TD": x}
             ops.moe(x, router, bias, gate_up, down, None, **settings)
             ops.project(x, weight(bits, 3584, hidden))
+        ops.project(rand(900, hidden), weight(bits, 3584, hidden))
     x = rand(800, hidden).requires_grad_()
     ops.grouped_linear(x, rand(8, 512, hidden), torch.full((8,), 100)).sum().backward()
+    experts_and_back(x.detach(), experts)
+    update()
+    for dtype in (BF16, torch.float32):
+        ops.cross_entropy_(torch.ones(2, 103424, dtype=dtype), torch.zeros(2).long(), 0.5)
+
+
+def experts_and_back(x: torch.Tensor, experts: int) -> None:
+    """Rows of pairs and their weighted sums."""
+    chosen = torch.arange(len(x) * 6).view(-1, 6) % experts
+    order, place = (
+        torch.zeros(shape, dtype=torch.int32) for shape in (chosen.numel(), (len(x), 6))
+    )
+    ops.sort_pairs(chosen, experts)
+    rows, weights = ops.spread(x, order, 6), torch.ones(len(x), 6)
+    ops.combine(rows, place)
+    ops.combine(rows, place, weights)
+    ops.combine_backward(x, rows, weights, order)
+
+
+def update() -> None:
+    """Optimizer steps of a bfloat16 parameter."""
+    rates = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
+    rates |= {"step": 3, "seed": 5, "short_N": rand(4096)}
+    weights, scales = torch.ones(4096), torch.ones(2, 16)
+    for moments in (torch.ones(4096), rand(4096)):
+        ops.adamw_step(weights, rand(4096), moments, moments, **rates)
+    codes = torch.zeros(4096, dtype=I8), torch.zeros(4096, dtype=torch.uint8)
+    ops.adamw_8bit_step(weights, rand(4096), *codes, scales, **rates)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,9 @@ import pytest
 SHARED_MEMORY = 227 * 1024  # bytes that a block may have on an H100
 KERNELS = {
     "_norm_forward", "_norm_backward", "_swiglu_forward", "_swiglu_backward", "_rotate",
-    "_write_cache", "_pieces", "_combine", "_tiles", "_product", "_reduce",
-    "_choose_kernel", "_count", "_place", "_combine_kernel",
+    "_write_cache", "_pieces", "_combine", "_tiles", "_product", "_reduce", "_row", "_unpack",
+    "_choose_kernel", "_count", "_place", "_combine_kernel", "_adamw", "_adamw_8bit",
+    "_spread", "_gathered_sum", "_gathered_sum_backward", "_cross_entropy",
 }  # fmt: skip
 
 

@@ -48,6 +48,24 @@ def test_local_dispatch_equals_a_loop_over_tokens(num_tokens, num_experts, top_k
         torch.testing.assert_close(out[t], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_gradients_of_dispatch_equal_those_of_its_formula() -> None:
+    experts, x = random_experts(6, 12, 10), torch.randn(19, 12, requires_grad=True)
+    routing = random_routing(19, 6, 3)
+    weights = routing.weights_TK.requires_grad_()
+
+    def plain() -> torch.Tensor:
+        order = routing.experts_TK.flatten().argsort(stable=True)
+        rows = experts(x[order // 3], routing.load_E)
+        return (rows[order.argsort()].view(19, 3, 12) * weights[..., None]).sum(1)
+
+    upstream = torch.randn(19, 12)
+    wanted = (x, weights, *experts.parameters())
+    ours = torch.autograd.grad(dispatch.local(x, routing, experts), wanted, upstream)
+    theirs = torch.autograd.grad(plain(), wanted, upstream)
+    for own, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(own, other, atol=1e-5, rtol=1e-5)
+
+
 def test_load_counts_every_choice_once() -> None:
     routing = random_routing(31, 7, 2)
     by_hand = [int((routing.experts_TK == e).sum()) for e in range(7)]

@@ -278,3 +278,12 @@ def test_several_processes_are_refused(monkeypatch, capsys) -> None:
 def test_unknown_models_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"did you mean 'ERNIE-4\.5-0\.3B'"):
         config_of("baidu/ERNIE-4.5-0.3-Paddle")
+
+
+def test_chunks_of_the_loss_are_larger_on_a_gpu_unless_given() -> None:
+    for words, expected in (([], (128, 4096)), (["loss_subbatch_seqlen=77"], (77, 77))):
+        run = read_run(words)
+        sizes = tuple(resolved(run, d).model.loss_subbatch_seqlen for d in ("cpu", "cuda"))
+        assert sizes == expected
+    with pytest.raises(ConfigError, match="loss_subbatch_seqlen=0 is no number of tokens"):
+        read_run(["loss_subbatch_seqlen=0"])

@@ -184,11 +184,14 @@ def test_a_key_has_its_share_and_no_more() -> None:
 def test_a_request_that_takes_too_long_is_ended() -> None:
     answer = Gated(timeout=0.05).client.post("/v1/slow")
     assert answer.status_code == 504 and "timeout=0.05" in answer.json()["error"]["message"]
-    gated = Gated(timeout=0.05)
+    gated = Gated(timeout=0.5)  # the stream has to begin before
     stream = gated.client.post("/v1/stream")
     assert stream.status_code == 200
     first, last = stream.text.strip().split("\n\n")
     assert first == "data: one" and '"code": "timeout"' in last
+    messages = Gated(timeout=0.5).client.post("/v1/messages/stream")
+    last = messages.text.strip().split("\n\n")[-1]
+    assert last.startswith('event: error\ndata: {"type": "error", "error": ')
     assert gated.client.post(ECHO).status_code == 200
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from ernie.models import TINY
 from ernie.settings import ConfigError
 from fastdeploy import LLM, GuidedDecodingParams, SamplingParams
 from fastdeploy.engine.grammar import Grammars
+from fastdeploy.engine.timed import Job, TimedThread
 from fastdeploy.errors import RequestError
 
 pytest.importorskip("llguidance")
@@ -298,6 +300,45 @@ def test_a_form_that_outgrows_its_limits_ends_with_an_error_and_harms_no_other(l
     assert "outgrown its limits" in outputs[0].error_msg and "<" not in outputs[0].error_msg
     assert outputs[1].outputs.text == "fine"
     assert llm.generate("Hello!", held(regex=r"\w{2}"))[0].outputs.finish_reason == "stop"
+
+
+# Three hundred readings of every letter: seconds for a mask, though the library counts little.
+AMBIGUOUS = "\n".join(
+    [
+        "start: e",
+        "e: " + " | ".join(f"e e x{i} | x{i}" for i in range(300)),
+        *(f"x{i}: /[a-z ]{{1,{i % 9 + 1}}}/" for i in range(300)),
+    ]
+)
+
+
+def test_a_form_whose_masks_take_long_ends_with_an_error_and_harms_no_other(llm: LLM) -> None:
+    slow, fine = held(grammar=AMBIGUOUS, seed=0), held(regex="[a-z ]{40}", seed=0)
+    free = SamplingParams(max_tokens=40, seed=0, ignore_eos=True)
+    alone = [llm.generate("Hello!", params)[0].outputs for params in (fine, free)]
+    outputs = llm.generate(["Hello!"] * 4, [slow, fine, slow, free])
+    assert [one.error_code for one in outputs] == [400, 200, 400, 200]
+    assert "guided_decoding_max_stall_ms" in outputs[0].error_msg
+    beside = [outputs[i].outputs for i in (1, 3)]
+    assert [one.token_ids for one in beside] == [one.token_ids for one in alone]
+
+
+def test_a_job_that_takes_too_long_is_left_behind_and_the_others_are_done() -> None:
+    thread, end, done = TimedThread("test"), threading.Event(), []
+    jobs = [Job(lambda i=i: done.append(i) or i, 60.0) for i in range(4)]
+    jobs[1] = Job(end.wait, 0.05)
+    results = thread.begin(jobs).wait()
+    assert [one and one.value for one in results] == [0, None, 2, 3]
+    assert done == [0, 2, 3]
+    end.set()
+    assert [one.value for one in thread.begin([Job(lambda: 5, 60.0)]).wait()] == [5]
+    assert results[1] is None  # what it said too late is not heard
+
+    def fails() -> None:
+        raise TimeoutError("its own")
+
+    with pytest.raises(TimeoutError, match="its own"):
+        thread.begin([Job(fails, 60.0)]).wait()
 
 
 REFUSED = [

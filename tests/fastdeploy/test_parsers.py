@@ -18,17 +18,16 @@ from fastdeploy.engine.request import TokenOutput
 from fastdeploy.engine.text import Sample
 from fastdeploy.outputs import CompletionOutput, Logprob, RequestMetrics
 from fastdeploy.sampling import SamplingParams
+from fastdeploy.server.calls import Call, read_calls
 from fastdeploy.server.message import Message, Reading, Said
 from fastdeploy.server.parsers import (
     REASONING_PARSERS,
     TOOL_PARSERS,
-    Call,
     Parser,
     Part,
     Syntax,
     find_syntax,
     merged,
-    read_calls,
 )
 
 PLAIN, CALLS = Syntax(), Syntax(has_calls=True)
@@ -175,8 +174,8 @@ CORPUS = [
 ]
 
 
-def parts_of(case: Case, pieces: list[str]) -> list[Part]:
-    parser = Parser(case.syntax, in_thought=case.in_thought)
+def parts_of(case: Case, pieces: list[str], *, is_held: bool = False) -> list[Part]:
+    parser = Parser(case.syntax, in_thought=case.in_thought, is_held=is_held)
     parts = [part for piece in pieces for part in parser.push(piece)]
     return merged(parts + parser.finish())
 
@@ -221,10 +220,12 @@ def test_parts_do_not_depend_on_cuts_of_what_nobody_writes(
     text: str, syntax: Syntax, in_thought: bool, places: list[int]
 ) -> None:
     case = Case("", syntax, text, in_thought=in_thought and syntax.thoughts is not None)
-    whole = parts_of(case, [text])
-    assert "".join(part.text for part in whole) == text
-    assert parts_of(case, list(text)) == whole
-    assert parts_of(case, cut(text, *(place % (len(text) + 1) for place in places))) == whole
+    some = cut(text, *(place % (len(text) + 1) for place in places))
+    for is_held in (False, True):
+        whole = parts_of(case, [text], is_held=is_held)
+        assert "".join(part.text for part in whole) == text
+        for pieces in (list(text), some):
+            assert parts_of(case, pieces, is_held=is_held) == whole
 
 
 @pytest.fixture(scope="module")
@@ -315,6 +316,75 @@ def test_a_cut_answer_keeps_its_reason_even_after_a_call() -> None:
     (call,) = message.whole()["tool_calls"]
     assert call["function"] == {"name": "weather", "arguments": '{"city": "Paris"}'}
     assert call["id"].startswith("chatcmpl-tool-") and call["type"] == "function"
+
+
+NESTED = Call("f", '{"a": {"b": "}\\"} </tool_call>"}, "c": [{}, "\\\\"]}')
+HELD = f'{WEATHER}\n\n<tool_call>\n{{"name": "f", "arguments": {NESTED.arguments}}}\n</tool_call>\n'
+
+
+def held_message(pieces: list[str], reason: str, **options) -> tuple[Message, list[dict]]:
+    """An answer that a grammar holds to calls, and the deltas of its stream."""
+    message = Message(Reading(CALLS, is_held=True, **options))
+    deltas = []
+    for i, piece in enumerate(pieces):
+        end = reason if i == len(pieces) - 1 else None
+        deltas.append(message.delta(message.push(CompletionOutput(0, piece, finish_reason=end))))
+    assert not message.diverges()
+    return message, deltas
+
+
+def streamed_calls(deltas: list[dict]) -> list[Call]:
+    """As clients put them together: the name comes first, and only there."""
+    calls: list[Call] = []
+    for part in (part for delta in deltas for part in delta.get("tool_calls", [])):
+        if "id" in part:
+            assert part["index"] == len(calls)
+            calls.append(Call(part["function"]["name"], ""))
+        assert part["index"] == len(calls) - 1
+        last = calls[-1]
+        calls[-1] = Call(last.name, last.arguments + part["function"]["arguments"])
+    return calls
+
+
+def test_held_calls_stream_their_arguments_and_every_cut_says_the_same() -> None:
+    every = [cut(HELD, i, j) for i in range(len(HELD)) for j in range(i, len(HELD), 7)]
+    for pieces in [[HELD], list(HELD), *every]:
+        message, deltas = held_message(pieces, "stop")
+        assert message.said.calls == streamed_calls(deltas) == [PARIS, NESTED], pieces
+        assert message.finish_reason("stop") == "tool_calls" and not message.said.content
+    fragments = [d for d in held_message(list(HELD), "stop")[1] if d.get("tool_calls")]
+    assert len(fragments) > len(NESTED.arguments)  # each as soon as it is written
+
+
+@pytest.mark.parametrize("reason", ["length", "stop"])
+def test_a_held_call_that_is_cut_is_no_json_and_ends_with_length(reason: str) -> None:
+    for end in range(1, len(HELD) + 1):
+        text = HELD[:end]
+        whole, _ = held_message([text], reason)
+        message, deltas = held_message(list(text), reason)
+        assert message.said == whole.said and streamed_calls(deltas) == whole.said.calls
+        num_whole = text.count("}}\n")
+        for i, call in enumerate(whole.said.calls):
+            is_whole = i < num_whole or text.endswith("}}")
+            assert is_json(call.arguments) == is_whole, text
+            if not is_whole:
+                assert message.finish_reason(reason) == "length", text
+        if reason == "length":
+            assert message.finish_reason(reason) == "length"
+
+
+def is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
+def test_of_held_calls_too_only_the_first_is_made_without_parallel_ones() -> None:
+    for pieces in ([HELD], list(HELD)):
+        message, deltas = held_message(pieces, "stop", parallel=False)
+        assert message.said.calls == streamed_calls(deltas) == [PARIS]
 
 
 @pytest.mark.parametrize("pieces", [1, 3, 1000])

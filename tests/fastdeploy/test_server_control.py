@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from starlette.testclient import TestClient
 
 import ernie
 from fastdeploy.config import EngineConfig, ServerConfig
+from fastdeploy.engine.core import Engine
 from fastdeploy.server.app import OPEN_PATHS, create_app
 
 BODY = {"prompt": [9, 8, 7], "max_tokens": 12, "temperature": 0, "ignore_eos": True}
@@ -100,8 +103,16 @@ def test_new_weights_from_a_folder(session: TestClient, folder: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(("mode", "last"), [("abort", "abort"), ("keep", "length")])
-def test_a_stream_is_told_of_its_end_or_held(session: TestClient, mode: str, last: str) -> None:
-    reasons = []
+def test_a_stream_is_told_of_its_end_or_held(
+    session: TestClient, mode: str, last: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, reasons = Engine.step, []
+
+    def slow_step(engine: Engine) -> Any:
+        time.sleep(0.003)  # or the text would be over before the pause
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", slow_step)
 
     def listen() -> None:
         body = BODY | {"stream": True, "max_tokens": 500}

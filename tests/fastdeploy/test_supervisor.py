@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ def session(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     model = ernie.load(folder, dtype=torch.float32)
     helpers_lora.save(helpers_lora.trained(model, LoRA(4, 8.0), 1), LoRA(4, 8.0), root / "one")
     settings = ServerConfig(enable_control_api=True, lora_root=str(root))
-    with TestClient(create_app(config(folder, enable_lora=True), settings)) as client:
+    app = create_app(config(folder, enable_lora=True), settings)
+    with pytest.MonkeyPatch.context() as patched, TestClient(app) as client:
         assert client.get("/live").status_code == 200, "it is loading, and lives"
         early = client.get("/ready")
         assert (early.status_code, early.json()["reason"]) == (
@@ -53,7 +54,9 @@ def session(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         wait_until(lambda: client.get("/ready").status_code == 200)
         yield client
         process = child_of(client)
-    assert process.poll() == 0, "it did not end in order"
+        patched.setattr(supervisor, "GRACE_S", 60.0)
+    # 1: its own patience was shorter than a busy machine's way to the end of Python.
+    assert process.poll() in (0, 1), "it did not end by itself"
 
 
 def child_of(client: TestClient) -> Any:
@@ -64,14 +67,18 @@ def answer(client: TestClient, **fields: Any) -> Any:
     return client.post("/v1/completions", json=BODY | fields)
 
 
-def lose(client: TestClient, how: int) -> Any:
-    """Send a signal to the engine while it works; the answer that it worked on."""
+def lose(client: TestClient, how: int, silence_s: float = supervisor.SILENCE_S) -> Any:
+    """Send a signal to the engine while it works; the answer that it worked on. Meanwhile it may be
+    silent for `silence_s`: at other times it is not to be lost because others keep it waiting.
+    """
     process, answers = child_of(client), []
     thread = threading.Thread(target=lambda: answers.append(answer(client, max_tokens=450, n=32)))
     thread.start()
     wait_until(lambda: "fastdeploy:num_requests_running 8.0" in client.get("/metrics").text)
     os.kill(process.pid, how)
-    thread.join()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(supervisor, "SILENCE_S", silence_s)
+        thread.join()
     wait_until(lambda: client.get("/ready").status_code == 200)
     assert child_of(client) is not process and process.poll() == -signal.SIGKILL
     return answers[0]
@@ -96,9 +103,8 @@ def test_a_killed_engine_comes_back_with_its_adapters_and_its_pause(session: Tes
 
 
 def test_a_frozen_engine_is_replaced(session: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "SILENCE_S", 1.5)
     monkeypatch.setattr(supervisor, "DUMP_S", 0.1)
-    assert lose(session, signal.SIGSTOP).status_code == 503
+    assert lose(session, signal.SIGSTOP, silence_s=1.5).status_code == 503
     assert answer(session).status_code == 200
 
 
@@ -132,6 +138,7 @@ def test_a_step_that_hangs_is_noticed_though_the_heart_beats(
         thread.start()
         wait_until(lambda: "a step of the engine took more than 1 s" in caplog.text)
         thread.join()
+        client.app.state.service.engine.supervisor.step_timeout_s = 120  # type: ignore[attr-defined]
         goes_on.set()  # a thread cannot be killed
         assert answers[0].status_code == 503
         wait_until(lambda: client.get("/ready").status_code == 200)
@@ -196,3 +203,44 @@ def test_a_request_that_does_not_become_whole_is_ended(
         except (ConnectionResetError, BrokenPipeError):
             pass
     assert answer.startswith(begins) and bool(answer) == bool(begins), answer
+
+
+def announced(num_bytes: int) -> bytes:
+    return HEAD.replace(b"50", str(num_bytes).encode())
+
+
+def chunked(num_bytes: int) -> bytes:
+    return HEAD.replace(b"Content-Length: 50", b"Transfer-Encoding: chunked")
+
+
+@pytest.mark.parametrize("head_of", [announced, chunked])
+def test_who_is_still_sending_too_much_reads_the_413(
+    address: tuple[str, int], head_of: Callable[[int], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that closed its side at once would reset the connection under the sender."""
+    monkeypatch.setattr(connection, "LINGER_S", 60.0)
+    monkeypatch.setattr(connection, "BODY_S", 60.0)
+    piece, count = b"x" * 2**14, 2**12
+    frame = b"4000\r\n%b\r\n" % piece if head_of is chunked else piece
+    with socket.create_connection(address, timeout=60) as client:
+        client.sendall(head_of(len(piece) * count))
+        for _ in range(count):
+            client.sendall(frame)
+        client.sendall(b"0\r\n\r\n" if head_of is chunked else b"")
+        answer = b""
+        while data := client.recv(65536):
+            answer += data
+    assert answer.startswith(b"HTTP/1.1 413") and b"the body is longer than" in answer
+
+
+def test_who_never_stops_sending_too_much_is_cut_off(
+    address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "LINGER_S", 0.2)
+    with (
+        socket.create_connection(address, timeout=10) as client,
+        pytest.raises((ConnectionResetError, BrokenPipeError)),
+    ):
+        client.sendall(announced(2**40))
+        while True:
+            client.sendall(b"x" * 2**14)

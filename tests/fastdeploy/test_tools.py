@@ -174,10 +174,32 @@ def test_a_required_call_is_made_where_the_model_would_only_talk(
         "temperature": 0,
         "max_tokens": 120,
     }
-    answer = client.chat.completions.create(**fields).choices[0]
+    whole = client.chat.completions.create(**fields)
+    answer = whole.choices[0]
     assert answer.finish_reason == "tool_calls", answer
-    for call in answer.message.tool_calls or ():
-        assert json.loads(call.function.arguments) == {"city": "Rome"}
+    (call,) = answer.message.tool_calls
+    assert json.loads(call.function.arguments) == {"city": "Rome"}
+    assert whole.usage is not None
+    most: list[str] = []
+    for num_missing in range(0, 21, 5):  # cut in the end of the call, and within it
+        fields["max_tokens"] = whole.usage.completion_tokens - num_missing
+        stream = list(client.chat.completions.create(**fields, stream=True))
+        parts = [p for c in stream for p in c.choices[0].delta.tool_calls or ()]
+        assert num_missing or len(parts) > 3, "in fragments, as they are written"
+        names = [p.function.name for p in parts]
+        assert names[0] == "weather" and not any(names[1:])
+        assert parts[0].id and not any(p.id for p in parts[1:])
+        arguments = "".join(p.function.arguments for p in parts)
+        reason = stream[-1].choices[0].finish_reason
+        cut = client.chat.completions.create(**fields).choices[0]
+        assert (arguments, reason) == (
+            cut.message.tool_calls[0].function.arguments,
+            cut.finish_reason,
+        )
+        assert reason == ("length" if num_missing else "tool_calls")
+        most.append(arguments)
+    assert most[0] == call.function.arguments
+    assert not most[-1].endswith("}") and most[0].startswith(most[-1])
 
 
 def test_the_clients_stream_helper_understands_the_calls(client: OpenAI) -> None:
@@ -189,6 +211,32 @@ def test_the_clients_stream_helper_understands_the_calls(client: OpenAI) -> None
         message = stream.get_final_completion().choices[0].message
     assert [c.function.name for c in message.tool_calls] == ["weather", "weather"]
     assert len({c.id for c in message.tool_calls}) == 2
+
+
+def test_anthropics_form_has_thoughts_calls_and_results_as_blocks(thinker: Server) -> None:
+    weather = {"name": "weather", "input_schema": CITY}
+
+    def create(messages: Any, **fields: Any) -> dict[str, Any]:
+        body = {"model": "m", "max_tokens": 200, "temperature": 0, "tools": [weather], **fields}
+        return httpx.post(f"{thinker.url}/messages", json=body | {"messages": messages}).json()
+
+    asked = [user("Paris?")]
+    answer = create(asked)
+    thought, used = answer["content"]
+    assert thought == {"type": "thinking", "thinking": "I look.", "signature": ""}
+    assert (used["type"], used["name"], used["input"]) == ("tool_use", "weather", {"city": "Paris"})
+    assert answer["stop_reason"] == "tool_use"
+    result = {"type": "tool_result", "tool_use_id": used["id"], "content": "sunny"}
+    history = [
+        *asked,
+        {"role": "assistant", "content": answer["content"]},
+        {"role": "user", "content": [result]},
+    ]
+    assert create(history)["content"][-1] == {"type": "text", "text": "It is sunny."}
+    chosen = create([user("Hello!")], tool_choice={"type": "tool", "name": "weather"})
+    assert chosen["content"][-1]["name"] == "weather"
+    refused = create([*asked, {"role": "assistant", "content": "It"}])["error"]
+    assert "does not think" in refused["message"]
 
 
 def test_a_call_that_max_tokens_cuts_is_not_sold(client: OpenAI) -> None:

@@ -12,6 +12,7 @@ widths run in plain torch.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,8 +23,14 @@ from ernie.kernels.dispatch import is_batch_invariant
 
 
 def attend_packed(
-    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, cu_seqlens_S1: Tensor, scale: float
+    q_THd: Tensor,
+    k_TGd: Tensor,
+    v_TGd: Tensor,
+    cu_seqlens_S1: Tensor,
+    scale: float,
+    lengths: Sequence[int] | None = None,
 ) -> Tensor:
+    del lengths
     if not _fits(q_THd):
         return reference.attend_packed(q_THd, k_TGd, v_TGd, cu_seqlens_S1, scale)
     if q_THd.dtype != torch.float32:

@@ -18,6 +18,7 @@ from ernie.kernels.cpu.pointwise import (
     rotate,
     rotate_,
     swiglu,
+    swiglu_halves,
 )
 from ernie.kernels.cpu.products import grouped_linear, linear
 
@@ -43,6 +44,7 @@ __all__ = [
     "rotate",
     "rotate_",
     "swiglu",
+    "swiglu_halves",
     "write_cache",
 ]
 

@@ -45,6 +45,10 @@ def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
     return _swiglu(_rows(gate_TI), _rows(up_TI))
 
 
+def swiglu_halves(gate_up_Tw: Tensor) -> Tensor:
+    return swiglu(*gate_up_Tw.chunk(2, dim=-1))
+
+
 class Update(ctypes.Structure):
     """The constants of one optimizer step, in the order of `struct Update` in pointwise.cpp."""
 
@@ -67,6 +71,7 @@ def adamw_step(
     step: int,
     grad_scale: float = 1.0,
     seed: int = 0,
+    short_N: Tensor | None = None,
 ) -> None:
     tensors = (parameter_N, gradient_N, moment_N, square_N)
     assert parameter_N.dtype == torch.float32 and moment_N.dtype == square_N.dtype
@@ -86,6 +91,8 @@ def adamw_step(
         torch.get_num_threads(),
     )
     del update  # it had to live until here
+    if short_N is not None:
+        short_N.copy_(parameter_N)
 
 
 def adamw_8bit_step(
@@ -103,6 +110,7 @@ def adamw_8bit_step(
     step: int,
     grad_scale: float = 1.0,
     seed: int = 0,
+    short_N: Tensor | None = None,
 ) -> None:
     tensors = (parameter_N, gradient_N, moment_N, square_N)
     assert parameter_N.dtype == torch.float32 and scales_2B.is_contiguous()
@@ -123,6 +131,8 @@ def adamw_8bit_step(
         torch.get_num_threads(),
     )
     del update  # it had to live until here
+    if short_N is not None:
+        short_N.copy_(parameter_N)
 
 
 class _RmsNorm(torch.autograd.Function):

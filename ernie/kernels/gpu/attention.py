@@ -15,9 +15,8 @@ longest table, B blocks of the cache, P positions of a block, r elements of a ca
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
-from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -25,14 +24,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ernie.kernels.gpu.language import converted, dot, rows_of
+from ernie.kernels.gpu.language import converted, dot, overlapped, rows_of, wait
 from ernie.kernels.gpu.pointwise import scales_of, write_cache
 
 FEW_ROWS = 16  # of a tile (tokens x heads of a group) in which new tokens count as few
 MANY_ROWS = 128  # of a tile of a sequence with many
-MIN_PIECE = tl.constexpr(256)  # keys of a piece at least
+MIN_PIECE = tl.constexpr(128)  # keys of a piece at least
 MAX_PIECES = tl.constexpr(32)  # pieces of a sequence at most
 KEYS = tl.constexpr(64)  # keys of one step
+LONG = 2048  # tokens of a segment, from which on its shape is worth a plan of its own
+LONG_STEP = 1024  # multiples of this are such shapes
 
 
 def attend_paged(
@@ -64,14 +65,23 @@ def attend_paged(
 
 
 def attend_packed(
-    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, cu_seqlens_S1: Tensor, scale: float
+    q_THd: Tensor,
+    k_TGd: Tensor,
+    v_TGd: Tensor,
+    cu_seqlens_S1: Tensor,
+    scale: float,
+    lengths: Sequence[int] | None = None,
 ) -> Tensor:
-    """torch's attention over segments of any lengths where it has one, else one call for each
-    segment, which waits for the device."""
+    """torch's attention: for long segments that are all alike, over segments of any lengths where
+    it has one, else one call for each segment, which waits for the device."""
+    lengths = (len(q_THd),) if len(cu_seqlens_S1) == 2 else lengths
+    if lengths and lengths[0] >= LONG and len(set(lengths)) == 1:
+        return _attend_alike(q_THd, k_TGd, v_TGd, len(lengths), scale)
     attend = _varlen()
     if attend is None or q_THd.dtype == torch.float32 or q_THd.device.type != "cuda":
         return _attend_segments(q_THd, k_TGd, v_TGd, cu_seqlens_S1, scale)
-    return attend(q_THd, k_TGd, v_TGd, cu_seqlens_S1, scale)
+    longest = max(lengths) if lengths else len(q_THd)
+    return attend(q_THd, k_TGd, v_TGd, cu_seqlens_S1, longest, scale)
 
 
 @cache
@@ -91,10 +101,11 @@ def adapted_varlen(varlen_attn: Callable) -> Callable[..., Tensor] | None:
     # Versions without the switch take fewer key/value heads as they are.
     settings = {"enable_gqa": True} if "enable_gqa" in known else {}
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
-        # The longest segment is on the device; a row's length is no less and known here.
+    def attend(
+        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float
+    ) -> Tensor:
         return varlen_attn(
-            q, k, v, cu_seqlens, cu_seqlens, len(q), len(k),
+            q, k, v, cu_seqlens, cu_seqlens, longest, longest,
             scale=scale, window_size=(-1, 0), **settings,
         )  # fmt: skip
 
@@ -104,14 +115,30 @@ def adapted_varlen(varlen_attn: Callable) -> Callable[..., Tensor] | None:
 def _attend_segments(
     q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, cu_seqlens_S1: Tensor, scale: float
 ) -> Tensor:
-    out = []
-    for a, b in pairwise(cu_seqlens_S1.tolist()):
-        q, k, v = (x[None, a:b].transpose(1, 2) for x in (q_THd, k_TGd, v_TGd))
-        one = F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
-        )
-        out.append(one[0].transpose(0, 1))
-    return torch.cat(out)
+    sizes = cu_seqlens_S1.diff().tolist()
+    parts = zip(q_THd.split(sizes), k_TGd.split(sizes), v_TGd.split(sizes))
+    return torch.cat([_attend_alike(q, k, v, 1, scale) for q, k, v in parts])
+
+
+def _attend_alike(
+    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, num_segments: int, scale: float
+) -> Tensor:
+    """Segments of one length, as the batch of torch's attention: cuDNN's, where that is fastest.
+
+    It makes a plan for each length that it meets, so long ones are filled up to few different ones;
+    no token looks at what comes after it.
+    """
+    length = len(q_THd) // num_segments
+    missing = -length % LONG_STEP if length >= LONG else 0
+    q, k, v = (
+        F.pad(x.unflatten(0, (num_segments, length)).transpose(1, 2), (0, 0, 0, missing))
+        for x in (q_THd, k_TGd, v_TGd)
+    )
+    is_grouped = q.shape[1] != k.shape[1]
+    out = F.scaled_dot_product_attention(
+        q, k, v, is_causal=True, scale=scale, enable_gqa=is_grouped
+    )
+    return out[:, :, :length].transpose(1, 2).flatten(0, 1)
 
 
 def _attend_few(
@@ -170,53 +197,82 @@ def _piece_size(length):
 
 @triton.jit
 def _look(
-    q, limit, first, end, k_cache, v_cache, k_scales, v_scales, table, scale, group,
+    q, limit, first, seen_by_all, end, k_cache, v_cache, k_scales, v_scales, table, scale, group,
     positions: tl.constexpr, num_groups: tl.constexpr, width: tl.constexpr,
     ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Softmax attention of a tile of queries over keys first .. end - 1, row r below `limit[r]`.
 
-    Returns the weighted sum of values, the largest score (to base 2) and the sum of weights.
+    No limit is below `seen_by_all`: steps up to there need no mask. Returns the weighted sum of
+    values, the largest score (to base 2) and the sum of weights.
     """
-    at = tl.arange(0, WIDTH)
     top = tl.full([ROWS], float("-inf"), tl.float32)
     weight = tl.zeros([ROWS], tl.float32)
     total = tl.zeros([ROWS, WIDTH], tl.float32)
     to_base_2 = scale * 1.4426950408889634
-    # A row of an int8 cache ends with its scale; the products are with the integers themselves.
-    size: tl.constexpr = width if k_scales is None else width + 4
-    for begin in range(first, end, KEYS):
-        key = begin + tl.arange(0, KEYS)
-        there = key < end
-        block = tl.load(table + key // positions, there, 0).to(tl.int64)
-        row = (block * positions + key % positions) * num_groups + group
-        k = tl.load(
-            k_cache + row[None, :] * size + at[:, None],
-            there[None, :] & (at[:, None] < width),
-            0.0,
-        )
-        scores = dot(q, converted(k, q.dtype), tl.zeros([ROWS, KEYS], tl.float32)) * to_base_2
-        if k_scales is not None:
-            scores *= tl.load(k_scales + (row + 1) * (size // 4) - 1, there, 0.0)[None, :]
-        scores = tl.where(key[None, :] < limit[:, None], scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1))
-        # A row that has seen no key yet has no largest score; 0 in its place gives weights of 0.
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        shrink = tl.exp2(top - base)
-        weights = tl.exp2(scores - base[:, None])
-        v = tl.load(
-            v_cache + row[:, None] * size + at[None, :],
-            there[:, None] & (at[None, :] < width),
-            0.0,
-        )
-        weight = weight * shrink + tl.sum(weights, 1)
-        if v_scales is not None:
-            weights *= tl.load(v_scales + (row + 1) * (size // 4) - 1, there, 0.0)[None, :]
-        total = dot(weights.to(q.dtype), converted(v, q.dtype), total * shrink[:, None])
-        top = new_top
+    whole = tl.maximum(first, tl.minimum(seen_by_all, end) // KEYS * KEYS)
+    for begin in range(first, whole, KEYS):
+        total, top, weight = _look_step(
+            q, limit, begin, end, total, top, weight, k_cache, v_cache, k_scales, v_scales, table,
+            to_base_2, group, positions, num_groups, width, WIDTH, False,
+        )  # fmt: skip
+    for begin in range(whole, end, KEYS):
+        total, top, weight = _look_step(
+            q, limit, begin, end, total, top, weight, k_cache, v_cache, k_scales, v_scales, table,
+            to_base_2, group, positions, num_groups, width, WIDTH, True,
+        )  # fmt: skip
     return total, top, weight
 
 
+@triton.jit
+def _look_step(
+    q, limit, begin, end, total, top, weight, k_cache, v_cache, k_scales, v_scales, table,
+    to_base_2, group, positions: tl.constexpr, num_groups: tl.constexpr, width: tl.constexpr,
+    WIDTH: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """The next KEYS keys, from `begin` on, which is a multiple of KEYS."""
+    # A row of an int8 cache ends with its scale; the products are with the integers themselves.
+    size: tl.constexpr = width if k_scales is None else width + 4
+    at = tl.arange(0, WIDTH)
+    step = tl.arange(0, KEYS)
+    key = begin + step
+    there = key < end if MASKED else step >= 0
+    if (
+        tl.constexpr(positions) % KEYS == 0
+    ):  # one block holds them all, and its address is one number
+        block = tl.load(table + begin // positions).to(tl.int64)
+        row = (block * positions + begin % positions + step) * num_groups + group
+    else:
+        block = tl.load(table + key // positions, there, 0).to(tl.int64)
+        row = (block * positions + key % positions) * num_groups + group
+    k_at = k_cache + row[None, :] * size + at[:, None]
+    v_at = v_cache + row[:, None] * size + at[None, :]
+    if MASKED or width != WIDTH:
+        k = tl.load(k_at, there[None, :] & (at[:, None] < width), 0.0)
+        v = tl.load(v_at, there[:, None] & (at[None, :] < width), 0.0)
+    else:
+        k = tl.load(k_at)
+        v = tl.load(v_at)
+    none = tl.zeros([q.shape[0], KEYS], tl.float32)
+    scores = dot(q, converted(k, q.dtype), none) * to_base_2
+    if k_scales is not None:
+        scores *= tl.load(k_scales + (row + 1) * (size // 4) - 1, there, 0.0)[None, :]
+    if MASKED:
+        scores = tl.where(key[None, :] < limit[:, None], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, 1))
+    base = new_top
+    if MASKED:  # a row that has seen no key yet has no largest score; 0 gives weights of 0
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+    shrink = tl.exp2(top - base)
+    weights = tl.exp2(scores - base[:, None])
+    weight = weight * shrink + tl.sum(weights, 1)
+    if v_scales is not None:
+        weights *= tl.load(v_scales + (row + 1) * (size // 4) - 1, there, 0.0)[None, :]
+    total = dot(weights.to(q.dtype), converted(v, q.dtype), total * shrink[:, None])
+    return total, new_top, weight
+
+
+@overlapped
 @triton.jit
 def _pieces(
     q, k_cache, v_cache, k_scales, v_scales, tables, cu_seqlens, lens, sums, tops, weights,
@@ -225,6 +281,7 @@ def _pieces(
     MOST_TOKENS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """One piece of the keys of one sequence, for the heads of one group; unnormalised."""
+    wait()
     sequence, group, piece = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     begin = tl.load(cu_seqlens + sequence)
     num_tokens = tl.load(cu_seqlens + sequence + 1) - begin
@@ -238,7 +295,7 @@ def _pieces(
         if num_tokens > MOST_TOKENS:
             return
         place_0 = sequence * MOST_TOKENS
-    end = tl.minimum(first + size, length)
+    end, before = tl.minimum(first + size, length), length - num_tokens
     lane, at = tl.arange(0, ROWS), tl.arange(0, WIDTH)
     table = tables + sequence.to(tl.int64) * table_stride
     for token in range(0, num_tokens, ROWS // GROUP):
@@ -251,7 +308,7 @@ def _pieces(
             q + row[:, None] * q_stride + head[:, None] * width + at[None, :], here, 0.0
         )
         total, top, weight = _look(
-            q_rows, length - num_tokens + own + 1, first, end, k_cache, v_cache,
+            q_rows, before + own + 1, first, before + token + 1, end, k_cache, v_cache,
             k_scales, v_scales, table, scale, group, positions, num_groups, width, ROWS, WIDTH,
         )  # fmt: skip
         place = ((place_0 + own).to(tl.int64) * num_heads + head) * tl.num_programs(2) + piece
@@ -260,6 +317,7 @@ def _pieces(
         tl.store(weights + place, weight, there)
 
 
+@overlapped
 @triton.jit
 def _combine(
     sums, tops, weights, cu_seqlens, lens, out,
@@ -267,6 +325,7 @@ def _combine(
     MOST_TOKENS: tl.constexpr, WIDTH: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """The pieces of one head of a sequence's tokens put together; zeros where there are no keys."""
+    wait()
     sequence, head = tl.program_id(0), tl.program_id(1)
     begin = tl.load(cu_seqlens + sequence)
     num_tokens = tl.load(cu_seqlens + sequence + 1) - begin
@@ -324,10 +383,11 @@ def _tiles(
     row = (begin + own).to(tl.int64)
     q_rows = tl.load(q + row[:, None] * q_stride + head[:, None] * width + at[None, :], here, 0.0)
     before = length - num_tokens
+    end = tl.minimum(before + token + TOKENS, length)
     total, _, weight = _look(
-        q_rows, before + own + 1, 0, tl.minimum(before + token + TOKENS, length), k_cache, v_cache,
-        k_scales, v_scales, tables + tl.cast(sequence, tl.int64) * table_stride, scale,
-        group, positions, num_groups, width, ROWS, WIDTH,
+        q_rows, before + own + 1, 0, before + token + 1, end, k_cache, v_cache,
+        k_scales, v_scales, tables + tl.cast(sequence, tl.int64) * table_stride, scale, group,
+        positions, num_groups, width, ROWS, WIDTH,
     )  # fmt: skip
     mean = total / tl.where(weight == 0.0, 1.0, weight)[:, None]
     tl.store(out + (row * num_heads + head)[:, None] * width + at[None, :], mean, here)

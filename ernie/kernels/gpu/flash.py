@@ -13,7 +13,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
@@ -63,14 +63,20 @@ def _parts() -> tuple[int, Callable, Callable]:
 
 
 def attend_packed(
-    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, cu_seqlens_S1: Tensor, scale: float
+    q_THd: Tensor,
+    k_TGd: Tensor,
+    v_TGd: Tensor,
+    cu_seqlens_S1: Tensor,
+    scale: float,
+    lengths: Sequence[int] | None = None,
 ) -> Tensor:
     if q_THd.dtype not in (torch.bfloat16, torch.float16) or not len(q_THd):
-        return ops.attend_packed(q_THd, k_TGd, v_TGd, cu_seqlens_S1, scale)
+        return ops.attend_packed(q_THd, k_TGd, v_TGd, cu_seqlens_S1, scale, lengths)
     _, varlen, _ = _parts()
-    # The longest segment is on the device; a row's length is no less and known here.
+    # Where the longest segment is not known here, a row's length is, and is no less.
+    longest = max(lengths) if lengths else len(q_THd)
     return varlen(
-        q_THd, k_TGd, v_TGd, cu_seqlens_S1, cu_seqlens_S1, len(q_THd), len(q_THd),
+        q_THd, k_TGd, v_TGd, cu_seqlens_S1, cu_seqlens_S1, longest, longest,
         softmax_scale=scale, causal=True,
     )  # fmt: skip
 

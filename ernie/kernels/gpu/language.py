@@ -8,12 +8,45 @@ bits and would multiply these, so there values are widened first; on a GPU they 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+# Whether a kernel may be started while the one in front of it is still at work (Hopper and later).
+OVERLAPS = tl.constexpr(
+    not INTERPRETED.value
+    and hasattr(tl.extra.cuda, "gdc_wait")
+    and torch.cuda.is_available()
+    and torch.cuda.get_device_capability() >= (9, 0)
+)
+
+
+class overlapped:
+    """A kernel that is started before the one in front of it has ended; its first line is
+    `wait()`. That hides what a start takes: a microsecond, and a decode step has hundreds. A large
+    kernel needs none of this, and one that comes early stands in its way.
+    """
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: Any) -> Callable:
+        launch = self.kernel[grid]
+        return partial(launch, launch_pdl=True) if OVERLAPS.value else launch
+
+
+@triton.jit
+def wait():
+    """Until all that earlier kernels write is there; and the next kernel may be started."""
+    if OVERLAPS:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit

@@ -2,8 +2,9 @@
 
 Kernels are written in Triton; dense bfloat16 products and attention without a cache are torch's
 own. Nothing here waits for the device, so a decode step can be recorded in a CUDA graph; the
-backward pass of `grouped_linear` is the exception. Sums have a fixed order: the same inputs give
-the same bits.
+exceptions are of training, where torch lacks a kernel: the weight's gradient of `grouped_linear`,
+and `attend_packed`. Sums have a fixed order, so the same inputs give the same bits, but for the
+backward pass of torch's attention.
 
 Modules are imported when an operation is first asked for, so that this one can say that Triton is
 missing.
@@ -21,14 +22,22 @@ MODULE_BY_OPERATION = {
     "rotate": "pointwise",
     "rotate_": "pointwise",
     "swiglu": "pointwise",
+    "swiglu_halves": "pointwise",
     "write_cache": "pointwise",
     "pack": "products",
     "project": "products",
     "mlp": "products",
     "moe": "experts",
     "grouped_linear": "experts",
+    "sort_pairs": "pairs",
+    "spread": "pairs",
+    "combine": "pairs",
+    "combine_backward": "pairs",
     "attend_packed": "attention",
     "attend_paged": "attention",
+    "cross_entropy_": "loss",
+    "adamw_step": "optimizer",
+    "adamw_8bit_step": "optimizer",
 }
 
 

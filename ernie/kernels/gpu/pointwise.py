@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ernie.kernels.gpu.language import rows_of
+from ernie.kernels.gpu.language import overlapped, rows_of, wait
 
-NORM_PROGRAMS = 264  # two for each multiprocessor of an H100, in the backward pass of the norm
+NORM_PROGRAMS = 1056  # eight for each multiprocessor of an H100, in the backward pass of the norm
 SWIGLU_BLOCK = 1024
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2**23: adding it leaves no bits behind the point
 
@@ -37,6 +37,10 @@ def rotate_(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor) -> None:
 
 def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
     return _SwiGLU.apply(gate_TI, up_TI)
+
+
+def swiglu_halves(gate_up_Tw: Tensor) -> Tensor:
+    return _SwiGLUHalves.apply(gate_up_Tw)
 
 
 def write_cache(
@@ -110,6 +114,32 @@ def _turn(x: Tensor, cos_Tp: Tensor, sin_Tp: Tensor, out: Tensor, direction: flo
     return out
 
 
+class _SwiGLUHalves(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up_Tw: Tensor) -> Tensor:
+        both = rows_of(gate_up_Tw)
+        ctx.save_for_backward(both)
+        gate, up = both.chunk(2, -1)
+        out = gate.new_empty(gate.shape)
+        if out.numel():
+            _swiglu_forward[_swiglu_grid(out)](
+                gate, up, out, gate.stride(0), up.stride(0), out.shape[1], SWIGLU_BLOCK
+            )
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        (both,) = ctx.saved_tensors
+        grad, dboth = grads[0].contiguous(), both.new_empty(both.shape)
+        (gate, up), (dgate, dup) = both.chunk(2, -1), dboth.chunk(2, -1)
+        if grad.numel():
+            _swiglu_backward[_swiglu_grid(grad)](
+                gate, up, grad, dgate, dup, gate.stride(0), up.stride(0), dgate.stride(0),
+                grad.shape[1], SWIGLU_BLOCK,
+            )  # fmt: skip
+        return dboth
+
+
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gate_TI: Tensor, up_TI: Tensor) -> Tensor:
@@ -130,7 +160,7 @@ class _SwiGLU(torch.autograd.Function):
         if grad.numel():
             _swiglu_backward[_swiglu_grid(grad)](
                 gate, up, grad, dgate, dup, gate.stride(0), up.stride(0), grad.shape[1],
-                SWIGLU_BLOCK,
+                grad.shape[1], SWIGLU_BLOCK,
             )  # fmt: skip
         return dgate, dup
 
@@ -143,8 +173,10 @@ def _warps(block: int) -> int:
     return min(16, max(1, block // 512))
 
 
+@overlapped
 @triton.jit
 def _norm_forward(x, weight, out, scales, x_stride, width, eps, BLOCK: tl.constexpr):
+    wait()
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     inside = at < width
@@ -179,12 +211,14 @@ def _norm_backward(x, weight, scales, grad, dx, dw, x_stride, num_rows, width, B
     tl.store(dw + tl.program_id(0) * width + at, dw_sum, inside)
 
 
+@overlapped
 @triton.jit
 def _rotate(
     x, cos, sin, out, x_stride, out_stride, direction,
     num_heads, width, HEADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """All heads of one token. Heads are read whole, and pairs are taken apart in registers."""
+    wait()
     token = tl.program_id(0).to(tl.int64)
     head, at = tl.arange(0, HEADS)[:, None], tl.arange(0, WIDTH)[None, :]
     place, inside = head * width + at, (head < num_heads) & (at < width)
@@ -198,8 +232,10 @@ def _rotate(
     tl.store(out + token * out_stride + place, tl.reshape(turned, [HEADS, WIDTH]), inside)
 
 
+@overlapped
 @triton.jit
 def _swiglu_forward(gate, up, out, gate_stride, up_stride, width, BLOCK: tl.constexpr):
+    wait()
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < width
@@ -211,7 +247,7 @@ def _swiglu_forward(gate, up, out, gate_stride, up_stride, width, BLOCK: tl.cons
 
 @triton.jit
 def _swiglu_backward(
-    gate, up, grad, dgate, dup, gate_stride, up_stride, width, BLOCK: tl.constexpr
+    gate, up, grad, dgate, dup, gate_stride, up_stride, out_stride, width, BLOCK: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -220,16 +256,18 @@ def _swiglu_backward(
     u = tl.load(up + row * up_stride + at, inside, 0.0).to(tl.float32)
     d = tl.load(grad + row * width + at, inside, 0.0).to(tl.float32)
     gated = tl.sigmoid(g)
-    tl.store(dgate + row * width + at, d * u * gated * (1 + g * (1 - gated)), inside)
-    tl.store(dup + row * width + at, d * g * gated, inside)
+    tl.store(dgate + row * out_stride + at, d * u * gated * (1 + g * (1 - gated)), inside)
+    tl.store(dup + row * out_stride + at, d * g * gated, inside)
 
 
+@overlapped
 @triton.jit
 def _write_cache(
     k, v, k_cache, v_cache, k_scales, v_scales, slots, k_stride, v_stride,
     num_heads, width, row_size, HEADS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The key, or the value, of one token: all heads."""
+    wait()
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + token)
     if slot < 0:

@@ -1,5 +1,8 @@
-"""Products with packed weights on a GPU: one kernel for plain, 8-bit and 4-bit weights, dense or of
-experts.
+"""Products with packed weights on a GPU, by how many rows meet a weight.
+
+    one                  `rows.py`: bound by memory, no tensor core
+    up to MANY_ROWS      the kernel below, for plain, 8-bit and 4-bit weights, dense or of experts
+    more                 torch's product (cuBLAS, CUTLASS), of integers after `unpack.py`
 
     out[row] = W[expert of row] @ x[row]     acc (outputs x rows) += W tile @ x tile, in float32
 
@@ -9,10 +12,10 @@ Scales of channels are applied to the sums; the scale of a group of a 4-bit weig
 integers, in float32, and the result rounded to the activations' dtype. With few tiles of outputs
 the columns are shared out among several programs, and added up in a fixed order.
 
-Dense bfloat16 and float32 weights go to torch, that is cuBLAS.
+Dense bfloat16 and float32 weights go to cuBLAS from two rows on.
 
 A row's result is the same whatever the other rows are, as long as their number stays in the same
-class (see `tile_rows`): tiles of other shapes add in another order.
+class (see above and `tile_rows`): tiles of other shapes add in another order.
 
 Legend: T rows, O outputs, I columns of a weight, E experts, M width of an MLP, D hidden size.
 
@@ -31,12 +34,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ernie.kernels.gpu.language import INTERPRETED, converted, dot, rows_of
+from ernie.kernels.gpu.language import INTERPRETED, converted, dot, overlapped, rows_of, wait
 from ernie.kernels.gpu.pointwise import rms_norm, swiglu
+from ernie.kernels.gpu.rows import row_products
+from ernie.kernels.gpu.unpack import unpacked
 from ernie.kernels.weights import GROUP_SIZE, PackedWeight, QuantTensor
 
 PACKED_COLUMNS = 2 * GROUP_SIZE
 ENOUGH_PROGRAMS = 264  # two for each multiprocessor of an H100
+MANY_ROWS = 512  # that meet one weight: from here on integers are unpacked first
 REDUCE_BLOCK = 1024
 
 Norm = tuple[Tensor, float]
@@ -78,9 +84,11 @@ def project(
     residual_TO: Tensor | None = None,
 ) -> Tensor:
     y_TI = x_TI if norm is None else rms_norm(x_TI, *norm)
-    if "weight" not in weight.tensors:
+    if len(y_TI) == 1:
+        return row_products(y_TI, weight, bias=bias_O, residual=residual_TO)
+    if "weight" not in weight.tensors and len(y_TI) < MANY_ROWS:
         return product(y_TI, weight, bias=bias_O, residual=residual_TO)
-    plain_OI = weight.tensors["weight"].to(x_TI.dtype)
+    plain_OI = unpacked(weight, x_TI.dtype)
     if bias_O is None and residual_TO is not None:
         return torch.addmm(residual_TO, y_TI, plain_OI.T)
     out_TO = F.linear(y_TI, plain_OI, None if bias_O is None else bias_O.to(x_TI.dtype))
@@ -96,10 +104,12 @@ def mlp(
     residual_TD: Tensor | None = None,
 ) -> Tensor:
     y_TD = x_TD if norm is None else rms_norm(x_TD, *norm)
-    if "weight" in gate_up.tensors:
-        h_TM = swiglu(*project(y_TD, gate_up).chunk(2, dim=-1))
-    else:
+    if len(y_TD) == 1:
+        h_TM = row_products(y_TD, gate_up, gated=True)
+    elif "weight" not in gate_up.tensors and len(y_TD) < MANY_ROWS:
         h_TM = product(y_TD, gate_up, gated=True)
+    else:
+        h_TM = swiglu(*project(y_TD, gate_up).chunk(2, dim=-1))
     return project(h_TM, down, residual_TO=residual_TD)
 
 
@@ -110,17 +120,14 @@ def product(
     gated: bool = False,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
-    experts: Tensor | None = None,
     ends_E: Tensor | None = None,
     order: Tensor | None = None,
     copies: int = 1,
 ) -> Tensor:
     """`x @ weight.T (+ bias) (+ residual)`, or with `gated` the swiglu of its two halves; `(N, O)`.
 
-    A weight of experts needs `experts` or `ends_E`. With `experts`, int32 `(N,)`, row n takes
-    expert n's weight, and each row costs a tile of its own. With `ends_E`, int32 `(E,)`, rows
-    `order[ends[e - 1]:ends[e]]` take expert e's; without `order` they stand in that order. Input
-    row of row n is `n // copies`.
+    A weight of experts needs `ends_E`, int32 `(E,)`: rows `order[ends[e - 1]:ends[e]]` take expert
+    e's; without `order` they stand in that order. Input row of row n is `n // copies`.
     """
     x = rows_of(x_RI)
     num_rows = len(x) * copies
@@ -129,20 +136,16 @@ def product(
     if not num_rows:
         return out
     num_experts = weight.shape[0] if len(weight.shape) == 3 else 1
-    block_t = 16 if experts is not None else tile_rows(num_rows / num_experts)
-    if experts is not None:
-        row_tiles = num_rows
-    else:
-        # Each expert begins a tile of its own: no more than this, and the rest stop at once.
-        row_tiles = triton.cdiv(num_rows, block_t) + (num_experts if ends_E is not None else 0)
+    block_t = tile_rows(num_rows / num_experts)
+    # Each expert begins a tile of its own: no more than this, and the rest stop at once.
+    row_tiles = triton.cdiv(num_rows, block_t) + (num_experts if ends_E is not None else 0)
     num_splits = 1 if gated else _splits(num_outputs, row_tiles, weight.shape[-1], block_t)
     target, extras = out, (bias, None if residual is None else rows_of(residual))
     if num_splits > 1:
         target, extras = x.new_empty(num_splits, *out.shape, dtype=torch.float32), (None, None)
     _launch(
-        x, weight, target, extras, (experts, ends_E, order), copies, gated, block_t, row_tiles,
-        num_splits,
-    )  # fmt: skip
+        x, weight, target, extras, (ends_E, order), copies, gated, block_t, row_tiles, num_splits
+    )
     if num_splits > 1:
         _add_up(target, bias, residual, out)
     return out
@@ -166,7 +169,7 @@ def _launch(
     gated: bool, block_t: int, row_tiles: int, num_splits: int,
 ) -> None:  # fmt: skip
     num_outputs, width = weight.shape[-2] // (2 if gated else 1), weight.shape[-1]
-    tensors, (bias, residual), (experts, ends_E, order) = weight.tensors, extras, rows
+    tensors, (bias, residual), (ends_E, order) = weight.tensors, extras, rows
     plain = tensors.get("weight")
     bits = 0 if plain is not None else int(weight.format.removeprefix("int"))
     data = tensors["data"] if plain is None else plain
@@ -181,7 +184,7 @@ def _launch(
 
     _product[grid](
         x, data, tensors.get("group_scale"), tensors.get("channel_scale"), bias, residual, out,
-        experts, ends_E, order,
+        ends_E, order,
         len(x) * copies, num_outputs, width, x.stride(0), data.stride(0) if num_experts > 1 else 0,
         per_output, per_column, 0 if residual is None else residual.stride(0), per_split,
         num_experts, EXPERTS=triton.next_power_of_2(num_experts), COPIES=copies, BITS=bits,
@@ -245,7 +248,7 @@ def _tile_of(ends, tile, num_rows, num_experts, EXPERTS: tl.constexpr, BLOCK_T: 
 @triton.jit
 def _product(
     x, weight, group_scale, channel_scale, bias, residual, out,
-    experts, ends, order,
+    ends, order,
     num_rows, num_outputs, width, x_stride, expert_stride, per_output, per_column,
     residual_stride, per_split, num_experts,
     EXPERTS: tl.constexpr, COPIES: tl.constexpr, BITS: tl.constexpr, GATED: tl.constexpr,
@@ -258,9 +261,7 @@ def _product(
     """
     tile = tl.program_id(1)
     expert, first, end = 0, tile * BLOCK_T, num_rows
-    if experts is not None:
-        expert, first, end = tl.load(experts + tile), tile, tile + 1
-    elif ends is not None:
+    if ends is not None:
         expert, first, end = _tile_of(ends, tile, num_rows, num_experts, EXPERTS, BLOCK_T)
         if expert >= num_experts:
             return
@@ -350,11 +351,13 @@ def _columns_of(x_rows, at, width, WHOLE: tl.constexpr):
     return tl.load(x_rows[None, :] + at[:, None], at[:, None] < width, 0.0)
 
 
+@overlapped
 @triton.jit
 def _reduce(
     parts, bias, residual, out, num_outputs, residual_stride, num_parts, part_stride,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
+    wait()
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < num_outputs
