@@ -12,6 +12,8 @@ in float32, full and with peft, on rows of the same size, with its own defaults 
 "lean" is ours with everything that saves memory: 8-bit moments, updates within the backward pass
 (so no clipping), blocks computed again, and a smaller chunk of the loss.
 
+Learning from preferences (`training_pairs.py`) is compared with TRL's DPOTrainer.
+
 The floor of a full step is six operations per weight and token at the peak of float32 products.
 """
 
@@ -24,6 +26,7 @@ import time
 from pathlib import Path
 from statistics import median
 
+import training_pairs as pairs
 from harness import ROOT, machine, peak_memory_gb, smollm2_gguf, take_turns, write_record
 
 QUESTION = " ".join(__doc__.split("\n\n")[0].split())
@@ -50,7 +53,8 @@ PLAIN, AUTOCAST, PEFT = (
     "transformers autocast bfloat16",
     "peft LoRA float32",
 )
-SIDES = (OURS_FULL, PLAIN, TRL, OURS_LEAN, OURS_SHORT, AUTOCAST, OURS_LORA, PEFT, TRL_PEFT)
+TOKEN_SIDES = (OURS_FULL, PLAIN, TRL, OURS_LEAN, OURS_SHORT, AUTOCAST, OURS_LORA, PEFT, TRL_PEFT)
+SIDES = (*TOKEN_SIDES, *pairs.SIDES)
 
 
 def prepare(folder: Path) -> None:
@@ -73,6 +77,7 @@ def prepare(folder: Path) -> None:
     pieces = [tokenizer.decode(ids[i : i + ROW - frame]) for i in range(0, len(ids), ROW - frame)]
     lines = [json.dumps({"src": ["Go on."], "tgt": [piece]}) for piece in pieces]
     (folder / "train.jsonl").write_text("\n".join(lines))
+    pairs.prepare(folder)
 
 
 def run_ours(folder: Path, side: str) -> dict[str, float]:
@@ -140,11 +145,9 @@ def peft_config():
     return LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=projections)
 
 
-def run_trl(folder: Path, side: str) -> dict[str, float]:
-    import torch
-    from datasets import Dataset
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
-    from trl import SFTConfig, SFTTrainer
+def clock():
+    """A callback of transformers' trainers that notes the seconds of every step."""
+    from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
         def __init__(self) -> None:
@@ -155,6 +158,15 @@ def run_trl(folder: Path, side: str) -> dict[str, float]:
 
         def on_step_end(self, *_, **__):
             self.seconds.append(time.perf_counter() - self.start)
+
+    return Clock()
+
+
+def run_trl(folder: Path, side: str) -> dict[str, float]:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+    from trl import SFTConfig, SFTTrainer
 
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "model/tokenizer.json"))
@@ -180,16 +192,22 @@ def run_trl(folder: Path, side: str) -> dict[str, float]:
             args=config,
             train_dataset=Dataset.from_dict({"input_ids": rows}),
             processing_class=tokenizer,
-            callbacks=[clock := Clock()],
+            callbacks=[timed := clock()],
             peft_config=peft_config() if side == TRL_PEFT else None,
         )
         trainer.train()
     tokens = ROWS * ROW
     return {
-        "tokens_per_s": tokens / median(clock.seconds[1:]),
+        "tokens_per_s": tokens / median(timed.seconds[1:]),
         "tokens": tokens,
         "memory_gb": peak_memory_gb(),
     }
+
+
+def run_pairs(folder: Path, side: str) -> dict[str, float]:
+    if side in (pairs.TRL, pairs.TRL_PEFT):
+        return pairs.run_trl(folder, side, peft_config(), clock())
+    return pairs.run_ours(folder, side)
 
 
 def report(results: dict[str, dict[str, float]]) -> None:
@@ -199,7 +217,7 @@ def report(results: dict[str, dict[str, float]]) -> None:
     peak = here["float32_gflop_per_s"] * 1e9
     flops = 3 * config.flops_per_token(ROW // 2)
     table = [["side", "tokens/s", "peak memory GB", "share of float32 products"]]
-    for side, n in results.items():
+    for side, n in ((side, results[side]) for side in TOKEN_SIDES):
         share = f"{n['tokens_per_s'] * flops / peak:.0%}" if side in (OURS_FULL, PLAIN, TRL) else ""
         table.append([side, f"{n['tokens_per_s']:.1f}", f"{n['memory_gb']:.2f}", share])
 
@@ -220,6 +238,11 @@ def report(results: dict[str, dict[str, float]]) -> None:
         )
         for key in ("tokens_per_s", "memory_gb")
     }
+    ratios |= {
+        f"{key} {ours} / {peer}": ratio(ours, peer, key)
+        for ours, peer in ((pairs.OURS_FULL, pairs.TRL), (pairs.OURS_LORA, pairs.TRL_PEFT))
+        for key in ("pairs_per_s", "memory_gb")
+    }
     full, lora = (OURS_FULL, PLAIN), (OURS_LORA, PEFT)
     autocast = ratio(OURS_FULL, AUTOCAST, "tokens_per_s")
     reading = (
@@ -233,13 +256,19 @@ def report(results: dict[str, dict[str, float]]) -> None:
         f"{ratio(OURS_LEAN, TRL, 'memory_gb'):.0%}, LoRA at "
         f"{ratio(OURS_LORA, TRL_PEFT, 'tokens_per_s'):.2f}x in "
         f"{ratio(OURS_LORA, TRL_PEFT, 'memory_gb'):.0%}; with bfloat16 products full runs at "
-        f"{ratio(OURS_SHORT, AUTOCAST, 'tokens_per_s'):.2f}x the speed of autocast."
+        f"{ratio(OURS_SHORT, AUTOCAST, 'tokens_per_s'):.2f}x the speed of autocast. "
+        f"Preferences: full at {ratio(pairs.OURS_FULL, pairs.TRL, 'pairs_per_s'):.2f}x the pairs a "
+        f"second of TRL in {ratio(pairs.OURS_FULL, pairs.TRL, 'memory_gb'):.0%} of its memory, "
+        f"LoRA at {ratio(pairs.OURS_LORA, pairs.TRL_PEFT, 'pairs_per_s'):.2f}x in "
+        f"{ratio(pairs.OURS_LORA, pairs.TRL_PEFT, 'memory_gb'):.0%}, the reference included."
     )
     write_record(
         "training", QUESTION, "python benchmarks/training.py",
         {"model": "ERNIE-4.5-0.3B shape, random weights", "rows": ROWS, "row_tokens": ROW,
-         "steps": STEPS, "lora_rank": LORA_RANK},
+         "steps": STEPS, "lora_rank": LORA_RANK, "pairs": pairs.PAIRS,
+         "prompt_tokens": pairs.PROMPT, "answer_tokens": pairs.ANSWER},
         {"sides": results, "ratios": ratios}, table, reading,
+        pairs.table({side: results[side] for side in pairs.SIDES}),
     )  # fmt: skip
 
 
@@ -252,7 +281,8 @@ def main() -> None:
     if args.side:
         kinds = {"ours": run_ours, "TRL": run_trl}
         kind = args.side.replace(",", " ").split()[0]
-        print(json.dumps(kinds.get(kind, run_transformers)(args.folder, args.side)))
+        side = run_pairs if args.side in pairs.SIDES else kinds.get(kind, run_transformers)
+        print(json.dumps(side(args.folder, args.side)))
         return
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))

@@ -24,7 +24,8 @@ from ernie.vocabulary import Vocabulary, read_sentencepiece, read_tokenizers
 
 __all__ = ["FILES", "Detokenizer", "Tokenizer", "TokenizerError"]
 
-# What travels with a tokenizer; generation_config.json holds the ids that end an answer.
+# What travels with a tokenizer; generation_config.json holds the ids that end an answer, and
+# training_template.json (`ernie.chat.lock`) what a model was trained with.
 FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -33,6 +34,7 @@ FILES = (
     "added_tokens.json",
     "chat_template.jinja",
     "generation_config.json",
+    "training_template.json",
 )
 
 

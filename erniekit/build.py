@@ -51,10 +51,7 @@ def build_model(run: Run, device: str, weights_from: Path | None = None) -> erni
     `weights_from` is the folder of a full checkpoint that takes the place of the base model.
     Raises ConfigError or CheckpointError in one sentence.
     """
-    try:
-        kernels.bfloat16_products(device == "cpu" and run.model.cpu_products == "bfloat16")
-    except ValueError as error:
-        raise ConfigError(f"cpu_products=bfloat16: {error}") from None
+    choose_products(run, device)
     model = read_model(run, device, weights_from)
     if run.is_lora:
         add_lora(model, lora_of(run), seed=run.training.seed)
@@ -63,6 +60,14 @@ def build_model(run: Run, device: str, weights_from: Path | None = None) -> erni
     granularity = run.model.recompute_granularity if run.model.recompute else None
     recompute(model, granularity, run.model.no_recompute_layers)
     return model
+
+
+def choose_products(run: Run, device: str) -> None:
+    """Have this process multiply as `cpu_products` says; raises ConfigError where it cannot."""
+    try:
+        kernels.bfloat16_products(device == "cpu" and run.model.cpu_products == "bfloat16")
+    except ValueError as error:
+        raise ConfigError(f"cpu_products=bfloat16: {error}") from None
 
 
 def read_model(run: Run, device: str, weights_from: Path | None = None) -> ernie.ErnieModel:

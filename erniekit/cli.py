@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from ernie.settings import ConfigError, describe, did_you_mean
 from erniekit import config
 from erniekit.config import (
+    Audit,
     Data,
     Export,
     Generation,
     Model,
     Optimisation,
+    Preferences,
     Reporting,
     Server,
     Training,
@@ -44,9 +46,16 @@ class Verb:
 VERBS = {
     "train": Verb(
         "erniekit.launch:run_training",
-        (Model, Data, Training, Optimisation, Reporting),
+        (Model, Data, Preferences, Training, Optimisation, Reporting),
         "Train a model; started again, it goes on where it was. SIGTERM and Ctrl-C finish the step "
         "and save first (exit status 0 and 130).",
+    ),
+    "data": Verb(
+        "erniekit.data.audit:run_data",
+        (Model, Data, Training, Audit),
+        "Go through the data of a run: every unusable line with its place and reason, where each "
+        "token goes, and what evaluation shares with training; exit status 2 above "
+        "max_bad_data_share.",
     ),
     "plan": Verb(
         "erniekit.plan_report:run_plan",
@@ -76,7 +85,7 @@ VERBS = {
     ),
     "eval": Verb(
         "erniekit.recipes.evaluation:evaluate_run",
-        (Model, Data, Training, Reporting),
+        (Model, Data, Preferences, Training, Reporting),
         "Loss, perplexity, accuracy and answers on the evaluation data, and tasks of lm-eval; "
         "writes eval_results.json and eval_samples.jsonl.",
     ),

@@ -143,6 +143,23 @@ class Data:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Preferences:
+    """Training on pairs of answers (stage: DPO)."""
+
+    loss_type: str = option("sigmoid", "Form of the loss.", choices=("sigmoid",))
+    beta: float = option(0.1, "Reward of a nat that the policy gains on the reference.")
+    label_smoothing: float = option(0.0, "Share of the pairs taken to be labelled the wrong way.")
+    normalize_logps: bool = option(
+        False, "Scale each answer's log-probability by the mean length of the pair over its own."
+    )
+    reference_free: bool = option(False, "Compare the answers without a reference model.")
+    max_prompt_len: int = option(
+        2048, "Tokens of a prompt; a longer one loses its oldest turns. At most max_seq_len - 10."
+    )
+    mask_out_eos_token: bool = option(True, "The token that ends an answer has no loss.")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Training:
     """Length of the run, and what happens when."""
 
@@ -314,9 +331,24 @@ class Reporting:
     lm_eval_limit: int | None = option(None, "Questions of each task; none: all.")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Audit:
+    """What `erniekit data` does: show samples token by token, or else go through the files."""
+
+    show: int = option(0, "Samples to show, in the order of training, packed into rows; 0: none.")
+    sample: str | None = option(
+        None, "File and line of a record to show, as in data/train.jsonl:17; with what is cut off."
+    )
+    preprocessing_num_workers: int | None = option(
+        None, "Processes that go through the files; none: one for each processor."
+    )
+
+
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "wsd")
 SINKS = ("tensorboard", "visualdl", "wandb", "swanlab", "all", "none")
-GROUPS = (Model, Data, Training, Optimisation, Generation, Server, Export, Reporting)
+GROUPS = (
+    Model, Data, Preferences, Training, Optimisation, Generation, Server, Export, Reporting, Audit
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -325,12 +357,14 @@ class Run:
 
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
+    preferences: Preferences = field(default_factory=Preferences)
     training: Training = field(default_factory=Training)
     optimisation: Optimisation = field(default_factory=Optimisation)
     generation: Generation = field(default_factory=Generation)
     server: Server = field(default_factory=Server)
     export: Export = field(default_factory=Export)
     reporting: Reporting = field(default_factory=Reporting)
+    audit: Audit = field(default_factory=Audit)
     words: tuple[str, ...] = field(default=(), compare=False)  # of the command line
     without_effect: tuple[str, ...] = ()
 
@@ -385,7 +419,11 @@ def run_from(values: Mapping[str, Any], origin: str = "the settings") -> Run:
     if groups[0].lora is not None:
         groups[0] = _from_lora_key(groups[0], given="fine_tuning" in kept, lora=lora)
     names = [f.name for f in dataclasses.fields(Run)][: len(GROUPS)]
-    run = Run(**dict(zip(names, groups)), without_effect=tuple(without_effect))
+    run = Run(**dict(zip(names, groups)))
+    if run.model.stage != "DPO":
+        unused, defaults = dataclasses.asdict(run.preferences), dataclasses.asdict(Preferences())
+        without_effect += [key for key in unused if unused[key] != defaults[key]]
+    run = dataclasses.replace(run, without_effect=tuple(without_effect))
     validate(run)
     return run
 
@@ -435,6 +473,7 @@ def validate(run: Run) -> None:
         (training, "save_steps", 1),
         (training, "seed", 0),
         (run.reporting, "num_answers", -1),
+        (run.audit, "show", 0),
         (run.reporting, "max_answer_tokens", 1),
         (optimisation, "learning_rate", 0),
         (optimisation, "warmup_steps", 0),
@@ -485,6 +524,32 @@ def validate(run: Run) -> None:
         )
     if model.lora_path and not run.is_lora:
         raise ConfigError("lora_path is an adapter to start from; it needs fine_tuning: LoRA")
+    if model.stage == "DPO":
+        _check_preferences(run)
+
+
+def _check_preferences(run: Run) -> None:
+    p, data = run.preferences, run.data
+    if p.beta <= 0:
+        raise ConfigError(f"beta={p.beta:g} rewards nothing; give a number above 0, such as 0.1")
+    if not 0 <= p.label_smoothing < 0.5:
+        raise ConfigError(
+            f"label_smoothing={p.label_smoothing:g} is no share of wrong labels; give 0, or less "
+            "than 0.5"
+        )
+    if p.max_prompt_len < 1:
+        raise ConfigError(f"max_prompt_len={p.max_prompt_len} is too small; give 1 or more")
+    if data.max_seq_len < 16:
+        raise ConfigError(f"max_seq_len={data.max_seq_len} is too small for pairs; give 16 or more")
+    for key, value in (
+        ("split_multi_turn", data.split_multi_turn),
+        ("padding", data.padding),
+        ("num_nextn_predict_layers", run.model.num_nextn_predict_layers),
+    ):
+        if value:
+            raise ConfigError(
+                f"{key}={value} is not for pairs of answers (stage: DPO); leave it out"
+            )
 
 
 def _check_sources(data: Data, split: str) -> None:

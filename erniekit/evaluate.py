@@ -1,14 +1,15 @@
-"""Loss, perplexity and token accuracy on held-out data.
+"""Loss, perplexity and token accuracy on held-out data; loss and rewards on held-out pairs.
 
-Every trained token counts the same, whatever row or batch it is in. Logits are made a few rows at a
-time, as in training, so the accuracy costs nothing extra.
+Every trained token (every pair) counts the same, whatever row or batch it is in. Logits are made a
+few rows at a time, as in training, so the accuracy costs nothing extra.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -18,6 +19,7 @@ from ernie.chat import UNTRAINED
 from ernie.model import ErnieModel
 from erniekit.data.loader import Batch
 from erniekit.loop import to_device
+from erniekit.losses import Flat, Loss
 
 
 @torch.no_grad()
@@ -26,6 +28,7 @@ def evaluate(model: ErnieModel, batches: Iterable[Batch], chunk_size: int) -> di
     start, total, num_right, num_tokens = time.monotonic(), 0.0, 0, 0
     for batch in batches:
         flat = to_device(batch, model.device)
+        assert isinstance(flat, Flat), "pairs have an evaluation of their own"
         attend = packed_causal(flat.cu_seqlens_S1, flat.lengths)
         hidden_TD = model.hidden(flat.token_ids_T, flat.positions_T, attend)
         trained = flat.labels_T != UNTRAINED
@@ -41,6 +44,32 @@ def evaluate(model: ErnieModel, batches: Iterable[Batch], chunk_size: int) -> di
         "eval_loss": loss,
         "eval_ppl": math.exp(min(loss, 700.0)),
         "eval_accuracy": num_right / max(num_tokens, 1),
+        "eval_tokens": num_tokens,
+        "eval_seconds": time.monotonic() - start,
+    }
+
+
+@torch.no_grad()
+def evaluate_pairs(
+    model: ErnieModel, batches: Iterable[Batch], loss: Callable[..., Loss]
+) -> dict[str, float]:
+    """eval_loss, eval_rewards_* (means over pairs), eval_pairs, eval_tokens and eval_seconds.
+
+    `loss(model, batch, scale=, share=)` is that of training.
+    """
+    start, num_pairs, num_tokens = time.monotonic(), 0, 0
+    totals: defaultdict[str, float] = defaultdict(float)
+    for batch in batches:
+        found = loss(model, to_device(batch, model.device), scale=1.0, share=1.0)
+        totals["loss"] += float(found.value)
+        for name, value in found.parts.items():
+            totals[name] += float(value)
+        num_pairs += len(batch.keys)
+        num_tokens += batch.num_trained
+    names = ("loss", "rewards_accuracy", "rewards_margin", "rewards_chosen", "rewards_rejected")
+    return {
+        **{f"eval_{name}": totals[name] / max(num_pairs, 1) for name in names},
+        "eval_pairs": num_pairs,
         "eval_tokens": num_tokens,
         "eval_seconds": time.monotonic() - start,
     }

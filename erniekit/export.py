@@ -20,6 +20,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 
 import ernie
+from ernie.chat import LOCK_FILE
 from ernie.checkpoint.gguf_export import export_gguf
 from ernie.checkpoint.hub import resolve
 from ernie.settings import ConfigError
@@ -103,8 +104,16 @@ def _write_whole(
     if not run.export.copy_tokenizer:
         model.tokenizer = None
     size = int(run.export.max_shard_size * 1e9)
+    (target / LOCK_FILE).unlink(missing_ok=True)  # of an earlier export
     ernie.save(model, target, layout=layout or model.layout, max_shard_bytes=size)
+    copy_lock(folder, target)
     copy_kept_files(base, target)
+
+
+def copy_lock(source: Path, target: Path) -> None:
+    """What a model was trained with goes where the model goes."""
+    if (source / LOCK_FILE).is_file():
+        shutil.copyfile(source / LOCK_FILE, target / LOCK_FILE)
 
 
 def copy_kept_files(source: Path, target: Path) -> None:
@@ -135,5 +144,6 @@ def _copy_adapter(folder: Path, base: str, target: Path) -> None:
         )
     target.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / lora.ADAPTER_FILE, target / lora.ADAPTER_FILE)
+    copy_lock(folder, target)
     text = (folder / lora.ADAPTER_CONFIG).read_text(encoding="utf-8")
     checkpoint.replace_text(target / lora.ADAPTER_CONFIG, lora.with_base(text, base))

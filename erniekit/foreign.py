@@ -99,10 +99,9 @@ WITHOUT_EFFECT: dict[str, str] = {
     "use_cls": "unused by ERNIEKit too",
     "in_tokens_batching": "packing decides",
     "dataset_name": "the type of each file decides",
-    "max_prompt_len": "only preference training cuts prompts",
-    "mask_out_eos_token": "only preference training masks it",
     "eval_iters": "max_evaluate_steps decides",
-    "offset_alpha": "only preference training uses it",
+    "offset_alpha": "every pair differs by a score of 1, whose logarithm is 0",
+    "num_of_gpus": "nothing is estimated from it",
     "dropout_warmup_steps": "there is no dropout",
     "global_batch_size": "batch_size x gradient_accumulation_steps",
     "lr_scheduler": "lr_scheduler_type decides",
@@ -168,15 +167,10 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "ignore_save_lr_and_optim": (False,),
     "ignore_load_lr_and_optim": (False,),
     "dpo_benchmark": (False,),
-    "loss_type": ("sigmoid",),
-    "beta": (0.1,),
-    "label_smoothing": (0,),
     "pref_loss_ratio": (1,),
     "sft_loss_ratio": (0,),
     "simpo_gamma": (0.5,),
     "dpop_lambda": (50,),
-    "normalize_logps": (True, False),
-    "reference_free": (False,),
     "ref_model_update_steps": (-1,),
     "quant_input_grad": (False,),
     "quant_weight_grad": (False,),
@@ -190,6 +184,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 _LATER = {
+    "loss_type": ("sigmoid",),
     "compute_type": ("bf16",),
     "optim": ("adamw", "adamw_custom", "adamw_8bit", "muon"),
 }

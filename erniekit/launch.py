@@ -1,6 +1,6 @@
 """From a configuration to the function that trains: this process, one device.
 
-`RECIPES` names the function of each stage. Several processes (NNODES, torchrun) are refused: a run
+`RECIPES` names the module of each stage. Several processes (NNODES, torchrun) are refused: a run
 that silently trained four copies would be worse than none.
 """
 
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import importlib
 import os
+from types import ModuleType
 
 from ernie.settings import ConfigError
 from erniekit.config import Run
 
-RECIPES = {"SFT": "erniekit.recipes.sft"}
+RECIPES = {"SFT": "erniekit.recipes.sft", "DPO": "erniekit.recipes.preference"}
 
 
 def run_training(run: Run) -> int:
@@ -21,11 +22,15 @@ def run_training(run: Run) -> int:
         from erniekit.recipes import evaluation
 
         return evaluation.evaluate_run(run)
+    return recipe_of(run).run(run, device_of(run))
+
+
+def recipe_of(run: Run) -> ModuleType:
+    """The module of a run's stage, which has `run` and `method`."""
     stage = run.model.stage
     if stage not in RECIPES:
         raise ConfigError(f"stage={stage} is not available yet; use {' or '.join(RECIPES)}")
-    recipe = importlib.import_module(RECIPES[stage])
-    return recipe.run(run, device_of(run))
+    return importlib.import_module(RECIPES[stage])
 
 
 def device_of(run: Run) -> str:

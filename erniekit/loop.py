@@ -2,9 +2,9 @@
 
     window of batches -> loss and backward for each -> norm, clip, update -> record
 
-Losses are sums over tokens times one over the number of trained tokens of the *whole* window, so a
-step means the same however it is cut into batches. A step whose loss or gradient is not finite
-changes nothing but a counter.
+Losses are sums over tokens times one over the number of trained tokens of the *whole* window (over
+pairs and their number, where those are compared), so a step means the same however it is cut into
+batches. A step whose loss or gradient is not finite changes nothing but a counter.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from erniekit.data.pack import Cursor
 from erniekit.gradients import Gradients, length, squares_of
 from erniekit.losses import Flat, Loss
 from erniekit.optim import AdamW, clip_scale, learning_rate_at
+from erniekit.preference import Pairs
 
 log = logging.getLogger("erniekit")
 
@@ -73,14 +74,18 @@ class Parts:
     bias_step: float = 0.0  # of the routing bias, per optimizer step
 
 
-def to_device(batch: Batch, device: torch.device) -> Flat:
-    arrays = (batch.token_ids_T, batch.labels_T, batch.positions_T, batch.cu_seqlens_S1)
+def to_device(batch: Batch, device: torch.device) -> Flat | Pairs:
+    pairs_P4 = batch.pairs_P4
+    bounds = batch.cu_seqlens_S1 if pairs_P4 is None else pairs_P4
+    arrays = (batch.token_ids_T, batch.labels_T, batch.positions_T, bounds)
     tensors = [torch.from_numpy(array) for array in arrays]
     if device.type == "cuda":  # a copy from other memory waits for all work before it
         tensors = [tensor.pin_memory() for tensor in tensors]
     ids_T, labels_T, positions_T, ends = (t.to(device, non_blocking=True) for t in tensors)
-    lengths = tuple(np.diff(batch.cu_seqlens_S1).tolist())
-    return Flat(ids_T, labels_T, positions_T, ends, lengths)
+    if pairs_P4 is None:
+        lengths = tuple(np.diff(batch.cu_seqlens_S1).tolist())
+        return Flat(ids_T, labels_T, positions_T, ends, lengths)
+    return Pairs(ids_T, labels_T, positions_T, ends, batch.keys)
 
 
 def train(
@@ -114,10 +119,11 @@ def train(
 def _step(parts: Parts, window: list[Batch], progress: Progress) -> dict[str, Any]:
     learning_rate = learning_rate_at(progress.step, parts.num_steps, parts.optimisation)
     num_trained = sum(batch.num_trained for batch in window)
+    num_pairs = sum(len(batch.keys) for batch in window)
     if parts.optimisation.optimizer_in_backward:
         numbers, loads = _backward_and_update(parts, window, learning_rate)
     else:
-        numbers, loads = _backward(parts, window, 1 / num_trained)
+        numbers, loads = _backward(parts, window, 1 / sum(batch.weight for batch in window))
         numbers["grad_norm"] = parts.gradients.norm()
     extra = _on_host(numbers)
     loss, norm = extra.pop("loss"), extra.pop("grad_norm")
@@ -142,6 +148,7 @@ def _step(parts: Parts, window: list[Batch], progress: Progress) -> dict[str, An
         "grad_norm": norm,
         "num_tokens": num_tokens,
         "num_trained_tokens": num_trained,
+        **({"num_pairs": num_pairs} if num_pairs else {}),
         "total_tokens": progress.total_tokens,
         "epoch": round(progress.cursor.num_records / parts.epoch_size, 4),
         "peak_memory_gib": memory.peak_gib(parts.model.device),
@@ -199,7 +206,7 @@ def _backward_and_update(
 
     assert len(window) == 1 and not parts.optimisation.max_grad_norm
     with parts.gradients.given_away(update):
-        numbers, loads = _backward(parts, window, 1 / window[0].num_trained)
+        numbers, loads = _backward(parts, window, 1 / window[0].weight)
     return numbers | {"grad_norm": length(squares)}, loads
 
 

@@ -86,14 +86,14 @@ def next_token(
         weighted = scale * terms.multi_token / len(model.model.mtp)
         parts["mtp_loss"] = _multi_token(model, batch, hidden_TD, weighted, chunk_size, gradients)
     routed = [routing for routing in routings if routing is not None]
-    parts |= {name: part * share for name, part in _routing_terms(model, routed, terms).items()}
+    parts |= {name: part * share for name, part in routing_terms(model, routed, terms).items()}
     total = value + torch.stack(list(parts.values())).sum() if parts else value
     detached = {name: part.detach() for name, part in parts.items()}
     loads_LE = [routing.load_E for routing in routed]
     return Loss(total, value.detach(), detached, loads_LE, num_right)
 
 
-def _routing_terms(model: ErnieModel, routed: list[Routing], terms: Terms) -> dict[str, Tensor]:
+def routing_terms(model: ErnieModel, routed: list[Routing], terms: Terms) -> dict[str, Tensor]:
     """Mean over the MoE layers of each wanted loss, times its weight."""
     if not routed:
         return {}
@@ -150,7 +150,7 @@ def _head_loss(
 ) -> Tensor:
     trained_T = labels_T != UNTRAINED
     trained_N = trained_T.nonzero()[:, 0]
-    hidden_ND = model.model.norm(_Selected.apply(hidden_TD, trained_N, trained_T))
+    hidden_ND = model.model.norm(Selected.apply(hidden_TD, trained_N, trained_T))
     weight_VD = model.head_weight
     into = gradients.sum_of(weight_VD) if gradients and weight_VD.requires_grad else None
     return ChunkedCrossEntropy.apply(
@@ -158,7 +158,13 @@ def _head_loss(
     )
 
 
-class _Selected(torch.autograd.Function):
+def head_of_chunks(weight_VD: Tensor) -> tuple[Tensor, bool]:
+    """The head, rounded once for all chunks where products are to be bfloat16; whether it was."""
+    is_short = weight_VD.device.type == "cpu" and kernels.has_bfloat16_products()
+    return weight_VD.detach().to(torch.bfloat16) if is_short else weight_VD.detach(), is_short
+
+
+class Selected(torch.autograd.Function):
     """Rows by ascending index, no two alike, so that the backward pass is a gather too."""
 
     @staticmethod
@@ -175,7 +181,7 @@ class _Selected(torch.autograd.Function):
         return grad_ND[place_T].masked_fill_(~is_selected_T[:, None], 0), None, None
 
 
-def _add_product(total_VD: Tensor, left_CV: Tensor, right_CD: Tensor) -> None:
+def add_product(total_VD: Tensor, left_CV: Tensor, right_CD: Tensor) -> None:
     """`total += left.T @ right`, summed in float32 whatever the factors are."""
     if left_CV.dtype == total_VD.dtype:
         total_VD.addmm_(left_CV.T, right_CD)
@@ -210,9 +216,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         grad_VD = into
         if wants_weight and into is None:
             grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        # Rounded once for all chunks where products are to be bfloat16.
-        is_short = hidden_ND.device.type == "cpu" and kernels.has_bfloat16_products()
-        frozen_VD = weight_VD.detach().to(torch.bfloat16) if is_short else weight_VD.detach()
+        frozen_VD, is_short = head_of_chunks(weight_VD)
         for start in range(0, len(hidden_ND), chunk_size):
             rows = slice(start, start + chunk_size)
             chunk_CD = hidden_ND[rows].detach()
@@ -228,7 +232,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 (grad_ND[rows],) = torch.autograd.grad(product_CV, chunk_CD, logits_CV)
             if wants_weight and grad_VD is not None:
                 dtype = torch.bfloat16 if is_short else logits_CV.dtype
-                _add_product(grad_VD, logits_CV.to(dtype), chunk_CD.detach().to(dtype))
+                add_product(grad_VD, logits_CV.to(dtype), chunk_CD.detach().to(dtype))
         ctx.is_summed = into is not None
         ctx.save_for_backward(grad_ND, None if ctx.is_summed or not wants_weight else grad_VD)
         return total * scale

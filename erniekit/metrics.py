@@ -7,6 +7,11 @@ num_trained_tokens (of this step), total_tokens, seconds, epoch, peak_memory_gib
 the trained tokens that the model held the likeliest); `skipped` where the step was;
 `moe_max_over_mean` and the router's losses for experts; eval_loss, eval_ppl, eval_accuracy and
 eval_tokens where the model was evaluated after it. Step 0 is the evaluation before training.
+
+Of pairs: num_pairs, and means over them: rewards_chosen and rewards_rejected (beta times what the
+policy has gained on the reference, in nats), rewards_margin (their difference; `margin` in the
+line), rewards_accuracy (share with a margin above 0, a margin of 0 counting half; `right`); the
+same with eval_ before them, and eval_pairs.
 """
 
 from __future__ import annotations
@@ -70,6 +75,11 @@ def line(record: dict[str, Any], num_steps: int) -> str:
         f"{record['tokens_per_second']:,.0f} tok/s",
         f"{record['peak_memory_gib']:.1f} GiB",
     ]
+    if "rewards_margin" in record:
+        parts[2:2] = [
+            f"margin {record['rewards_margin']:.4f}",
+            f"right {100 * record['rewards_accuracy']:.0f} %",
+        ]
     if "moe_max_over_mean" in record:
         parts.append(f"moe max/mean {record['moe_max_over_mean']:.2f}")
     if record.get("skipped"):
@@ -78,8 +88,17 @@ def line(record: dict[str, Any], num_steps: int) -> str:
 
 
 def eval_line(values: dict[str, float], step: int) -> str:
-    return (
-        f"eval at step {step} | loss {values['eval_loss']:.4f} | ppl {values['eval_ppl']:.2f} | "
-        f"accuracy {100 * values['eval_accuracy']:.1f} % | {values['eval_tokens']:,} tokens | "
-        f"{values['eval_seconds']:.1f} s"
-    )
+    if "eval_pairs" in values:
+        parts = [
+            f"margin {values['eval_rewards_margin']:.4f}",
+            f"right {100 * values['eval_rewards_accuracy']:.1f} %",
+            f"{values['eval_pairs']:,} pairs",
+        ]
+    else:
+        parts = [
+            f"ppl {values['eval_ppl']:.2f}",
+            f"accuracy {100 * values['eval_accuracy']:.1f} %",
+            f"{values['eval_tokens']:,} tokens",
+        ]
+    first, last = f"loss {values['eval_loss']:.4f}", f"{values['eval_seconds']:.1f} s"
+    return " | ".join([f"eval at step {step}", first, *parts, last])

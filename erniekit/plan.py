@@ -10,7 +10,8 @@ largest of the moments of a step:
     update     all sums, no activations
     loading    the weights, and the pages of the file they come from
 
-Rows are taken as full: the plan is for the longest batch. Refused: multimodal networks, and degrees
+Rows are taken as full: the plan is for the longest batch, of pairs for one that is nearly all
+prompt. Refused: multimodal networks, and degrees
 that are no positive numbers.
 
 Legend: T tokens of a batch, D hidden size, I width of the feed-forward, M of an expert, E experts,
@@ -188,10 +189,13 @@ def layer_words(config: ErnieConfig, run: Run, layer: int) -> dict[str, float]:
     """
     c, rank = config, run.model.lora_rank * run.is_lora
     d = c.hidden_size
+    attended = 2.0 * c.q_size + 2 * c.kv_size + c.num_attention_heads
+    if run.model.stage == "DPO":  # laid out with each prompt twice, and its result laid back
+        attended = 2 * attended + c.q_size
     words = {
         "stream": 2.0 * (d + 1),  # the two inputs of norms, and their scales
         "attention_input": float(d),
-        "attention": 2.0 * c.q_size + 2 * c.kv_size + c.num_attention_heads + 4 * rank,
+        "attention": attended + 4 * rank,
         "mlp_input": float(d),
     }
     if not c.is_moe_layer(layer):
@@ -287,8 +291,13 @@ def _process_bytes(config: ErnieConfig, run: Run, device: str) -> int:
 
 
 def _flops(config: ErnieConfig, run: Run, tokens: int) -> float:
-    """Forward once, backward twice as much (once with frozen weights), and what is done again."""
+    """Forward once, backward twice as much (once with frozen weights), and what is done again.
+
+    Of pairs, the head is done again where it is trained, and all tokens are taken to be answers.
+    """
+    head = 2 * tokens * config.hidden_size * config.vocab_size
     forward = tokens * config.flops_per_token(run.data.max_seq_len // 2)
     again = {"full": 1.0, "full_attn": 0.25, "mlp": 0.65}.get(run.model.recompute_granularity, 0)
     share = 1 - len(run.model.no_recompute_layers) / config.num_hidden_layers
-    return forward * ((2 if run.is_lora else 3) + again * share * run.model.recompute)
+    times = (2 if run.is_lora else 3) + again * share * run.model.recompute
+    return forward * times + head * (run.model.stage == "DPO" and not run.is_lora)

@@ -114,7 +114,13 @@ def read_plannable(values: dict[str, Any], origin: str) -> tuple[Run, Degrees, l
         if notes and str(rest.get(key, planned)) != planned:
             notes.append(f"planned as {key}={planned}; {key}={rest[key]} is not counted")
             rest[key] = planned
-    return run_from(rest, origin), Degrees(**degrees), notes
+    run = run_from(rest, origin)
+    if run.model.stage == "DPO" and not run.preferences.reference_free:
+        notes.append(
+            "before the first step the reference model reads every pair of the run once, a forward "
+            "pass in no more memory than a step; that time is not counted"
+        )
+    return run, Degrees(**degrees), notes
 
 
 def _degree(key: str, value: Any) -> int:
@@ -188,8 +194,11 @@ def _candidates(run: Run) -> list[tuple[dict[str, Any], str]]:
         found.append(({"use_lowprecision_moment": True}, "moments are rounded, without bias"))
     if o.amp_master_grad and not run.is_lora:
         found.append(({"amp_master_grad": False}, "sums of gradients are rounded"))
+    above = "dialogues are cut to"
+    if run.model.stage == "DPO":
+        above = "pairs lose turns, or are left out, above"
     lengths = [n for n in (32768, 16384, 8192, 4096, 2048, 1024, 512) if n < run.data.max_seq_len]
-    found += [({"max_seq_len": n}, f"dialogues above {n} tokens are cut") for n in lengths]
+    found += [({"max_seq_len": n}, f"{above} {n} tokens") for n in lengths]
     if not run.is_lora:
         found.append(({"fine_tuning": "LoRA"}, "only adapters are trained"))
     return found

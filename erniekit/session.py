@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import signal
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -20,14 +21,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import ernie
+from ernie.chat import write_lock
 from ernie.kernels import report
 from ernie.model import KEPT_FLOAT32
 from ernie.settings import ConfigError
 from erniekit import checkpoint, lora, losses, metrics
 from erniekit.build import build_model, lora_of, trained_parameters
 from erniekit.config import Run
-from erniekit.data.loader import Stream, prefetched
-from erniekit.evaluate import evaluate
+from erniekit.data.loader import Batch, Stream, prefetched
 from erniekit.gradients import Gradients, SummedEmbedding
 from erniekit.loop import Parts, Progress, train
 from erniekit.optim import OPTIMIZERS, treatments
@@ -38,6 +39,20 @@ log = logging.getLogger("erniekit")
 
 # Exit codes of `erniekit train` when it is asked to stop; it finishes the step and saves first.
 STOPPED = {signal.SIGTERM: 0, signal.SIGINT: 130}
+
+
+@dataclass(frozen=True)
+class Method:
+    """What one kind of training has of its own; `prepare` gets every batch that will be used, to be
+    looked at before the model is built.
+
+    `loss(model, batch, scale=, share=, gradients=)`; `evaluate(model, batches)` gives numbers for
+    `metrics.eval_line`.
+    """
+
+    loss: Callable[..., losses.Loss]
+    evaluate: Callable[[ernie.ErnieModel, Iterable[Batch]], dict[str, float]]
+    prepare: Callable[[Iterable[Batch]], None] = lambda batches: None
 
 
 @dataclass
@@ -55,6 +70,7 @@ class Session:
     state: dict[str, Any]
     train_stream: Stream
     eval_stream: Stream | None
+    method: Method
     stopped_by_signal: int = 0
 
     def __post_init__(self) -> None:
@@ -151,18 +167,7 @@ class Session:
     def _parts(self) -> Parts:
         run, model = self.run, self.run.model
         full = not run.is_lora
-        terms = losses.Terms(
-            load_balance=model.moe_aux_loss_lambda * full,
-            orthogonal=model.moe_orthogonal_loss_lambda * full,
-            z=model.moe_z_loss_lambda * full,
-            multi_token=model.multi_token_pred_lambda if model.num_nextn_predict_layers else 0.0,
-        )
-        loss = partial(
-            losses.next_token,
-            chunk_size=model.loss_subbatch_seqlen,
-            terms=terms,
-            gradients=self.gradients,
-        )
+        loss = partial(self.method.loss, gradients=self.gradients)
         return Parts(
             self.model,
             loss,
@@ -192,11 +197,7 @@ class Session:
         assert self.eval_stream is not None
         training, limit = self.run.training, self.run.training.max_evaluate_steps
         batches = self.eval_stream.batches(training.batch_size, end=self.eval_stream.epoch_size)
-        values = evaluate(
-            self.model,
-            islice(batches, limit if limit > 0 else None),
-            self.run.model.loss_subbatch_seqlen,
-        )
+        values = self.method.evaluate(self.model, islice(batches, limit if limit > 0 else None))
         log.info("%s", metrics.eval_line(values, step))
         return values
 
@@ -229,6 +230,11 @@ class Session:
         log.info("saved %s", folder)
 
     def _write_weights(self, folder: Path) -> None:
+        self._write_model(folder)
+        encoder = self.train_stream.encoder
+        write_lock(folder, encoder.template, encoder.tokenizer)
+
+    def _write_model(self, folder: Path) -> None:
         if not self.run.is_lora:
             ernie.save(self.model, folder, layout=self.model.layout)
             return

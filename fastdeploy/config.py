@@ -24,6 +24,11 @@ class EngineConfig:
     model: str = required("Folder of the model, or its name on the hub.", group="Model")
     tokenizer: str | None = option(None, "Folder of the tokenizer, if not the model's own.")
     chat_template: str | None = option(None, "Chat template: Jinja text, or the path of a file.")
+    ignore_training_template: bool = option(
+        False,
+        "Serve a model although its chat template or tokenizer is not the one that its "
+        "training_template.json says it was trained with.",
+    )
     dtype: str = option(
         "bfloat16", "Type of the weights in memory.", choices=("bfloat16", "float32")
     )

@@ -19,7 +19,7 @@ from typing import Any
 from ernie.adapters import Adapter
 from ernie.model import ErnieModel
 from fastdeploy.config import EngineConfig
-from fastdeploy.engine.language import template_of
+from fastdeploy.engine.language import Language, template_of
 from fastdeploy.engine.loading import load
 from fastdeploy.engine.prompt import banned_sequences, chat_prompt
 from fastdeploy.engine.request import RequestMetrics, TokenOutput
@@ -92,6 +92,9 @@ class LLM:
         CheckpointError or RequestError, and then nothing has changed.
         """
         self.engine.adapters.check_name(name)
+        if self.tokenizer is not None:
+            language = Language(self.config, self.tokenizer, self.template)
+            language.check_training(folder, f"the adapter {name!r}")
         self.engine.load_adapter(name, self.engine.adapters.read(folder))
 
     def unload_lora(self, name: str) -> None:

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from ernie.chat.messages import ChatError, Dialogue, Segment, written_differently
@@ -29,8 +28,10 @@ def _own(text: str) -> Segment:
 
 
 def _answer(is_trained: bool, *parts: Segment) -> list[Segment]:
-    first, *rest = (replace(part, is_trained=is_trained) for part in parts)
-    return [replace(first, starts_answer=True), *rest]
+    return [
+        Segment(part.text, part.is_trusted, starts_answer=i == 0, is_trained=is_trained)
+        for i, part in enumerate(parts)
+    ]
 
 
 def _refuse_options(dialogue: Dialogue, template: str, thinks: bool) -> None:

@@ -18,10 +18,10 @@ trained.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +53,15 @@ class Encoded:
 class ChatTemplate:
     """How a model wants a dialogue written. Choose one with `for_folder`, or `LLM`, `THINKING`.
 
-    `tags` are those its text spells, such as `<think>`: they tell how the model answers.
+    `tags` are those its text spells, such as `<think>`: they tell how the model answers. `source`
+    is that text; empty for a built-in one.
     """
 
     name: str
     _segments: Callable[[Dialogue], list[Segment]]
     _required: tuple[str, ...] = ()
     tags: frozenset[str] = frozenset()
+    source: str = ""
 
     @classmethod
     def for_folder(cls, path: str | Path, tokenizer: Tokenizer | None = None) -> ChatTemplate:
@@ -89,7 +91,7 @@ class ChatTemplate:
         """Jinja texts by name, of which one is "default"; `where` names them in errors."""
         tags = frozenset(_TAG.findall("\n".join(sources.values())))
         segments = JinjaSegments(sources, where, tokenizer, stop_ids(tokenizer))
-        return cls(where, segments, tags=tags)
+        return cls(where, segments, tags=tags, source=json.dumps(sources, sort_keys=True))
 
     def render(
         self,
@@ -133,8 +135,7 @@ class ChatTemplate:
                 raise ChatError(
                     f"the {self.name} template needs the token {token}, which the tokenizer lacks"
                 )
-        encoded = _encoded(tokenizer, self.render(messages, **arguments))
-        return replace(encoded, labels=_with_eos(tokenizer, encoded.labels))
+        return _encoded(tokenizer, self.render(messages, **arguments))
 
 
 def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
@@ -161,8 +162,13 @@ def _encoded(tokenizer: Tokenizer, segments: Sequence[Segment]) -> Encoded:
     labels: list[int] = []
     pending: list[str] = []  # plain text since the last cut
     is_trained = False
+    trained: list[slice] = []  # runs of labels
 
     def put(ids: list[int]) -> None:
+        if is_trained and ids:
+            goes_on = trained and trained[-1].stop == len(labels)
+            start = trained.pop().start if goes_on else len(labels)
+            trained.append(slice(start, len(labels) + len(ids)))
         token_ids.extend(ids)
         labels.extend(ids if is_trained else [UNTRAINED] * len(ids))
 
@@ -184,21 +190,23 @@ def _encoded(tokenizer: Tokenizer, segments: Sequence[Segment]) -> Encoded:
             else:
                 pending.append(piece)
     cut()
+    _set_eos(tokenizer, labels, trained)
     return Encoded(token_ids, labels)
 
 
-def _with_eos(tokenizer: Tokenizer, labels: list[int]) -> list[int]:
-    """Labels with `<|end_of_sentence|>` replaced by eos; refuses answers that end on no stop."""
+def _set_eos(tokenizer: Tokenizer, labels: list[int], trained: Sequence[slice]) -> None:
+    """Replace `<|end_of_sentence|>` by eos in labels; refuses answers that end on no stop."""
     stops = stop_ids(tokenizer)
-    for here, after in pairwise([*labels, UNTRAINED]):
-        if here != UNTRAINED and after == UNTRAINED and here not in stops:
+    end, eos = tokenizer.id_of("<|end_of_sentence|>"), tokenizer.eos_id
+    for run in trained:
+        last = labels[run.stop - 1]
+        if last not in stops:
             raise ChatError(
-                f"a trained answer ends with {tokenizer.token_of(here)!r}, which is no stop token; "
+                f"a trained answer ends with {tokenizer.token_of(last)!r}, which is no stop token; "
                 "a model trained on it would not learn to stop"
             )
-    end = tokenizer.id_of("<|end_of_sentence|>")
-    eos = tokenizer.eos_id
-    return [eos if i == end and eos is not None else i for i in labels]
+        if eos is not None:
+            labels[run] = [eos if i == end else i for i in labels[run]]
 
 
 LLM = ChatTemplate("ERNIE 4.5", llm_segments, ("<|begin_of_sentence|>", "<|end_of_sentence|>"))

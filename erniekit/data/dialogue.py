@@ -12,13 +12,18 @@ turn. `chatml` is another name of `messages`. Whatever cannot be used raises `Da
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
-from ernie.chat import UNTRAINED, ChatError, ChatTemplate, one_answer_each
-from ernie.tokenizer import Tokenizer
+import numpy as np
+
+from ernie.chat import UNTRAINED, ChatError, ChatTemplate, Encoded, one_answer_each
+from ernie.chat.messages import checked_message
+from ernie.tokenizer import Tokenizer, TokenizerError
 from erniekit.data.sources import DataError
 
 
@@ -27,13 +32,27 @@ class Sample:
     """Inputs and what shall follow each of them: `labels[i]` is the token after `token_ids[i]`.
 
     The shift is made here, once, inside a sample; the last token of a dialogue is only a label.
+    `num_cut` tokens of the dialogue were in turns that were left out because it was too long.
     """
 
-    token_ids: list[int]
-    labels: list[int]
+    token_ids: Sequence[int]
+    labels: Sequence[int]
+    num_cut: int = field(default=0, compare=False)
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_trained(self) -> int:
+        return len(self.labels) - self.labels.count(UNTRAINED)
+
+    @property
+    def positions(self) -> np.ndarray:
+        return np.arange(len(self))
+
+
+class CutAway(DataError):
+    """All trained answers of a dialogue were in the turns that did not fit."""
 
 
 @dataclass(frozen=True)
@@ -53,14 +72,21 @@ def _from_erniekit(record: Mapping[str, Any]) -> Dialogue:
     questions, answers = _texts(record, "src"), _texts(record, "tgt")
     system = record.get("system")
     if system is not None and not isinstance(system, str):
-        raise DataError(f"system is a {type(system).__name__}; expected a string")
+        raise DataError(f"system is a {type(system).__name__}; expected a string", at="system")
     if record.get("is_system") and not system:
         system, questions = questions[0], questions[1:]
     if len(questions) != len(answers):
-        raise DataError(f"{len(questions)} src and {len(answers)} tgt; expected one answer each")
+        raise DataError(
+            f"{len(questions)} src and {len(answers)} tgt; expected one answer each", at="tgt"
+        )
     labels = record.get("label", [1] * len(answers))
     if not isinstance(labels, list) or len(labels) != len(answers):
-        raise DataError(f"label {labels!r}; expected a list of one 0 or 1 per answer")
+        raise DataError(
+            f"label is {_short(labels)}; expected a list of one 0 or 1 per answer", at="label"
+        )
+    for i, label in enumerate(labels):
+        if label not in (0, 1):
+            raise DataError(f"label[{i}] is {_short(label)}; expected 0 or 1", at=f"label[{i}]")
     messages = _opening(system)
     for question, answer, label in zip(questions, answers, labels):
         messages.append({"role": "user", "content": question})
@@ -70,15 +96,19 @@ def _from_erniekit(record: Mapping[str, Any]) -> Dialogue:
 
 def _from_alpaca(record: Mapping[str, Any]) -> Dialogue:
     instruction, answer = _text(record, "instruction"), _text(record, "output")
-    more = record.get("input") or ""
-    if not isinstance(more, str):
-        raise DataError(f"input is a {type(more).__name__}; expected a string")
+    for key in ("input", "system"):
+        if not isinstance(value := record.get(key), (str, type(None))):
+            raise DataError(f"{key} is a {type(value).__name__}; expected a string", at=key)
+    more = record.get("input")
     messages = _opening(record.get("system"))
-    for pair in record.get("history") or ():
+    history = record.get("history") or []
+    if not isinstance(history, list):
+        raise DataError(f"history is a {type(history).__name__}; expected a list", at="history")
+    for i, pair in enumerate(history):
         if not (
             isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
         ):
-            raise DataError("history holds something else than [question, answer] pairs")
+            raise DataError(f"history[{i}] is no pair [question, answer]", at=f"history[{i}]")
         messages.append({"role": "user", "content": pair[0]})
         messages.append({"role": "assistant", "content": pair[1]})
     question = f"{instruction}\n{more}" if more else instruction
@@ -90,24 +120,42 @@ def _from_alpaca(record: Mapping[str, Any]) -> Dialogue:
 def _from_messages(record: Mapping[str, Any]) -> Dialogue:
     messages, tools = record.get("messages"), record.get("tools")
     if not isinstance(messages, list) or not messages:
-        raise DataError("no messages; expected a list of objects with role and content")
-    if tools is not None and not isinstance(tools, list):
-        raise DataError(f"tools is a {type(tools).__name__}; expected a list")
+        raise DataError(
+            "no messages; expected a list of objects with role and content", at="messages"
+        )
+    if tools is not None and not (
+        isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
+    ):
+        raise DataError(f"tools is {_short(tools)}; expected a list of objects", at="tools")
     before = None
     for i, message in enumerate(messages):
-        role = message.get("role") if isinstance(message, dict) else None
-        if role == "system" and i:
-            raise DataError(f"messages[{i}] is of the system; it may only come first")
-        if role == before == "user":
-            raise DataError(f"messages[{i}] is a second user message in a row")
-        if role == "assistant" and before in (None, "system", "assistant"):
-            raise DataError(f"messages[{i}] is an answer without a question")
-        if role == "assistant" and not (message.get("content") or message.get("tool_calls")):
-            raise DataError(f"messages[{i}] is an empty answer")
+        where = f"messages[{i}]"
+        try:
+            role = checked_message(where, message)["role"]
+        except ChatError as error:
+            raise DataError(str(error), at=where) from None
+        if fault := _out_of_order(message, role, before, is_first=i == 0):
+            raise DataError(f"{where} {fault}", at=where)
         before = role
-    if messages[-1]["role"] != "assistant":
-        raise DataError("the last message is no answer; nothing follows it to be trained")
+    if before != "assistant":
+        raise DataError(
+            "the last message is no answer; nothing follows it to be trained",
+            at=f"messages[{len(messages) - 1}]",
+        )
     return Dialogue(messages, tools or None)
+
+
+def _out_of_order(message: Any, role: str, before: str | None, *, is_first: bool) -> str:
+    """What is wrong with a message after one of role `before`; the empty string for nothing."""
+    if role == "system" and not is_first:
+        return "is of the system; it may only come first"
+    if role == before == "user":
+        return "is a second user message in a row"
+    if role == "assistant" and before in (None, "system", "assistant"):
+        return "is an answer without a question"
+    if role == "assistant" and not (message.get("content") or message.get("tool_calls")):
+        return "is an empty answer"
+    return ""
 
 
 _READERS = {
@@ -125,7 +173,7 @@ def _opening(system: str | None) -> list[dict[str, Any]]:
 def _text(record: Mapping[str, Any], key: str) -> str:
     value = record.get(key)
     if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{key} is {_shown(value)}; expected text")
+        raise DataError(f"{key} is {_shown(value)}; expected text", at=key)
     return value
 
 
@@ -133,11 +181,17 @@ def _texts(record: Mapping[str, Any], key: str) -> list[str]:
     value = record.get(key)
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not texts:
-        raise DataError(f"{key} is {_shown(value)}; expected a list of texts")
+        raise DataError(f"{key} is {_shown(value)}; expected a list of texts", at=key)
     for i, text in enumerate(texts):
         if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{key}[{i}] is {_shown(text)}; expected text")
+            raise DataError(f"{key}[{i}] is {_shown(text)}; expected text", at=f"{key}[{i}]")
     return texts
+
+
+def _short(value: Any) -> str:
+    """A value as it is written, or the beginning of it."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _shown(value: Any) -> str:
@@ -149,7 +203,7 @@ def _shown(value: Any) -> str:
 class Encoder:
     """Turns dialogues into samples of at most `max_tokens` and counts what it had to leave out.
 
-    `counts` has: dialogues cut, turns dropped, tokens read and tokens trained.
+    `counts` has: dialogues cut, turns dropped, tokens of the samples and the trained ones of them.
     """
 
     def __init__(
@@ -164,49 +218,79 @@ class Encoder:
         self.one_answer_per_sample = one_answer_per_sample
         self.counts: Counter[str] = Counter()
 
+    def dialogue(self, record: Any, kind: str) -> Dialogue:
+        return read_dialogue(record, kind)
+
+    def dialogues(self, record: Any, kind: str) -> list[Dialogue]:
+        """Everything that is trained of a record."""
+        return [self.dialogue(record, kind)]
+
+    def read(self, record: Any, kind: str) -> list[Sample]:
+        """The samples of a record of a format; raises DataError for one that cannot be used."""
+        return self.samples(self.dialogue(record, kind))
+
     def samples(self, dialogue: Dialogue) -> list[Sample]:
         """The samples of a dialogue; raises DataError where there is nothing to train on."""
-        parts = [dialogue.messages]
-        if self.one_answer_per_sample:
-            parts = one_answer_each(dialogue.messages)
-            if not parts:
-                raise DataError("no answer with label 1; nothing to train on")
-        samples = [self._sample(messages, dialogue.tools) for messages in parts]
+        samples = [self.fitted(messages, dialogue.tools) for messages in self.parts(dialogue)]
         self.counts["tokens"] += sum(map(len, samples))
-        self.counts["trained tokens"] += sum(
-            label != UNTRAINED for sample in samples for label in sample.labels
-        )
+        self.counts["trained tokens"] += sum(sample.num_trained for sample in samples)
         return samples
 
-    def _sample(self, messages: list[dict[str, Any]], tools: Any) -> Sample:
-        dropped = -1
-        for shorter in _without_oldest_turns(messages):
-            encoded, dropped = self._encoded(shorter, tools), dropped + 1
-            if len(encoded.token_ids) <= self.max_tokens:
-                break
-        else:
-            raise DataError(
-                f"its last turn has {len(encoded.token_ids)} tokens; max_seq_len is "
-                f"{self.max_tokens}"
-            )
+    def parts(self, dialogue: Dialogue) -> list[list[dict[str, Any]]]:
+        """The messages of each sample, before anything is cut."""
+        if not self.one_answer_per_sample:
+            return [dialogue.messages]
+        parts = one_answer_each(dialogue.messages)
+        if not parts:
+            raise DataError("no answer with label 1; nothing to train on")
+        return parts
+
+    def fitted(self, messages: list[dict[str, Any]], tools: Any = None) -> Sample:
+        """One sample of messages, cut to fit; raises DataError where nothing is left to train."""
+        encoded, dropped, num_cut = self.encode(messages, tools), 0, 0
+        if (size := len(encoded.token_ids)) > self.max_tokens:
+            encoded, dropped = self._shortened(messages, tools)
+            num_cut = size - len(encoded.token_ids)
         self.counts["dialogues cut"] += dropped > 0
         self.counts["turns dropped"] += dropped
         labels = encoded.labels[1:]
-        if all(label == UNTRAINED for label in labels):
-            raise DataError(
-                "no trained answer is left after cutting"
-                if dropped
-                else "no answer with label 1; nothing to train on"
-            )
-        return Sample(encoded.token_ids[:-1], labels)
+        sample = Sample(encoded.token_ids[:-1], labels, num_cut)
+        if not sample.num_trained:
+            if dropped:
+                raise CutAway("no trained answer is left after cutting")
+            raise DataError("no answer with label 1; nothing to train on")
+        return sample
 
-    def _encoded(self, messages: list[dict[str, Any]], tools: Any) -> Any:
+    def _shortened(self, messages: list[dict[str, Any]], tools: Any) -> tuple[Encoded, int]:
+        """A dialogue that is too long without as few of its oldest turns as possible, and their
+        number; found in a few encodings, because every turn makes it longer.
+        """
+        shorter = list(_without_oldest_turns(messages))
+
+        @cache
+        def without(num_turns: int) -> Encoded:
+            return self.encode(shorter[num_turns], tools)
+
+        def fits(num_turns: int) -> bool:
+            return len(without(num_turns).token_ids) <= self.max_tokens
+
+        last = len(shorter) - 1
+        if not fits(last):
+            raise DataError(
+                f"its last turn is longer than max_seq_len={self.max_tokens}; it has "
+                f"{len(without(last).token_ids)} tokens"
+            )
+        dropped = bisect_left(range(last), True, lo=1, key=fits)
+        return without(dropped), dropped
+
+    def encode(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> Encoded:
+        """A whole dialogue as the template writes it, labels not shifted; raises DataError."""
         extra = {"tools": tools} if tools else {}
         try:
             return self.template.encode(
                 self.tokenizer, messages, add_generation_prompt=False, **extra
             )
-        except ChatError as error:
+        except (ChatError, TokenizerError) as error:
             raise DataError(str(error)) from None
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import queue
+import re
 import threading
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
@@ -22,11 +23,14 @@ from typing import Any
 
 import numpy as np
 
-from ernie.chat import UNTRAINED
-from erniekit.config import Data
-from erniekit.data.dialogue import Encoder, Sample, read_dialogue
+from ernie.chat import UNTRAINED, ChatTemplate
+from ernie.checkpoint.hub import resolve
+from ernie.tokenizer import Tokenizer
+from erniekit.config import Data, Run
+from erniekit.data.dialogue import Encoder, Sample
 from erniekit.data.mix import Mix
 from erniekit.data.pack import START, Cursor, Drawn, pack
+from erniekit.data.preference import PairEncoder, PairSample
 from erniekit.data.sources import DataError, open_source
 
 log = logging.getLogger("erniekit")
@@ -46,6 +50,13 @@ class Batch:
     cursor: Cursor  # how the stream goes on after this batch
     num_tokens: int  # without padding
     num_trained: int
+    pairs_P4: np.ndarray | None = None  # int64, bounds as in `ernie.attention.shared_prompt`
+    keys: tuple[bytes, ...] = ()  # of the pairs
+
+    @property
+    def weight(self) -> int:
+        """What its loss is a sum over: pairs where there are any, else trained tokens."""
+        return len(self.keys) or self.num_trained
 
 
 def batch_of(rows: list[list[Sample]], cursor: Cursor, *, fixed_size: int = 0) -> Batch:
@@ -61,14 +72,22 @@ def batch_of(rows: list[list[Sample]], cursor: Cursor, *, fixed_size: int = 0) -
         ids = np.pad(ids, (0, missing))
         labels = np.pad(labels, (0, missing), constant_values=UNTRAINED)
         lengths.append(missing)
+    bounds_S1 = np.concatenate(([0], np.cumsum(lengths)))
+    pairs = [
+        (start, start + sample.chosen, start + sample.rejected, start + len(sample))
+        for start, sample in zip(bounds_S1, samples)
+        if isinstance(sample, PairSample)
+    ]
     return Batch(
         ids,
         labels,
-        np.concatenate([np.arange(n) for n in lengths]),
-        np.concatenate(([0], np.cumsum(lengths))).astype(np.int32),
+        np.concatenate([*(s.positions for s in samples), np.arange(missing)]),
+        bounds_S1.astype(np.int32),
         cursor,
         num_tokens,
         int((labels != UNTRAINED).sum()),
+        np.array(pairs, np.int64) if pairs else None,
+        tuple(sample.key for sample in samples if isinstance(sample, PairSample)),
     )
 
 
@@ -85,8 +104,8 @@ class Faults:
         return sum(self.by_reason.values())
 
     def add(self, where: str, error: DataError) -> None:
-        reason = str(error).removeprefix(f"{where}: ")
-        self.by_reason[reason.split(";")[0]] += 1
+        reason = str(error)
+        self.by_reason[kind_of(error)] += 1
         if self.total <= _SHOWN:
             log.warning("left out %s: %s", where, reason)
         elif self.total == _SHOWN + 1:
@@ -145,7 +164,7 @@ class Stream:
         self.faults.read += 1
         try:
             record = self.sources[source][index]
-            samples = self.encoder.samples(read_dialogue(record, self.kinds[source]))
+            samples = self.encoder.read(record, self.kinds[source])
         except DataError as error:
             self.faults.add(self.sources[source].where(index), error)
             samples = []
@@ -166,6 +185,35 @@ class Stream:
         rows = self.rows(start, end)
         while group := list(islice(rows, batch_size)):
             yield batch_of([row for row, _ in group], group[-1][1], fixed_size=fixed_size)
+
+
+def kind_of(error: DataError) -> str:
+    """What is wrong with a record, in words that other records share."""
+    return re.sub(r"\[\d+\]|\d+(?= tokens)", "#", str(error).split(";")[0])
+
+
+def stream(run: Run, split: str) -> Stream:
+    """The records of a split, encoded with the tokenizer and template of the run's model."""
+    folder = resolve(run.model.model_name_or_path)
+    tokenizer = Tokenizer.from_folder(folder)
+    encoder = encoder_of(run, tokenizer, ChatTemplate.for_folder(folder, tokenizer))
+    return Stream(run.data, split, encoder, seed=run.training.seed)
+
+
+def encoder_of(run: Run, tokenizer: Tokenizer, template: ChatTemplate) -> Encoder:
+    """What reads the records of a run's stage: pairs for DPO, dialogues otherwise."""
+    data, p = run.data, run.preferences
+    if run.model.stage == "DPO":
+        return PairEncoder(
+            tokenizer,
+            template,
+            data.max_seq_len,
+            max_prompt_tokens=min(p.max_prompt_len, data.max_seq_len - 10),
+            masks_end=p.mask_out_eos_token,
+        )
+    return Encoder(
+        tokenizer, template, data.max_seq_len, one_answer_per_sample=data.split_multi_turn
+    )
 
 
 @dataclass(frozen=True)

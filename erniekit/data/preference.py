@@ -4,27 +4,82 @@
               [1, 0], "system"?}      the larger of `sort` is preferred; a response is a text, or a
               list answer, question, answer, ...
     alpaca    {"question", "chosen", "rejected", "system"?}
-    messages  {"prompt": [message, ...], "chosen": [message, ...], "rejected": [message, ...]}
+    messages  {"prompt": [message, ...], "chosen": [message, ...], "rejected": [message, ...],
+              "tools"?}      without "prompt" it is what both dialogues begin with
 
-Whatever cannot be used raises `DataError`.
+A pair becomes one stretch of tokens in which the prompt stands once:
+
+    prompt but its last token | last token, chosen answer | last token, rejected answer
+
+so that both first tokens of an answer follow from the prompt. A prompt that is too long loses its
+*oldest whole turns*; a pair that still does not fit is left out, and no answer is ever cut.
+`chatml` is another name of `messages`. Whatever cannot be used raises `DataError`.
+
+A reward model can read the same rows: the score of an answer stands at its last token, before
+`pairs_P4[:, 2]` and `pairs_P4[:, 3]`, once the end of the answer is among the inputs (here it is a
+label only).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from erniekit.data.dialogue import _opening, _text, _texts, read_dialogue
+import numpy as np
+
+from ernie.chat import UNTRAINED, ChatTemplate
+from ernie.tokenizer import Tokenizer
+from erniekit.data.dialogue import (
+    Dialogue,
+    Encoder,
+    Sample,
+    _opening,
+    _text,
+    _texts,
+    _without_oldest_turns,
+    read_dialogue,
+)
 from erniekit.data.sources import DataError
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two whole dialogues; only what follows their common prompt has label 1."""
+    """Two whole dialogues, of which the first `num_prompt` messages are common; only what follows
+    them has label 1.
+    """
 
     chosen: list[dict[str, Any]]
     rejected: list[dict[str, Any]]
+    num_prompt: int
+    tools: list[dict[str, Any]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PairSample(Sample):
+    """A pair in the order above; the chosen answer begins at token `chosen`, the other one at
+    `rejected`.
+    """
+
+    chosen: int
+    rejected: int
+
+    @property
+    def positions(self) -> np.ndarray:
+        first, second = self.rejected - self.chosen, len(self) - self.rejected
+        return np.concatenate(
+            [
+                np.arange(n) + start
+                for n, start in ((self.chosen, 0), (first, self.chosen), (second, self.chosen))
+            ]
+        )
+
+    @property
+    def key(self) -> bytes:
+        """Equal for equal pairs: 16 bytes."""
+        numbers = [self.chosen, self.rejected, *self.token_ids, *self.labels]
+        return hashlib.blake2b(np.asarray(numbers, np.int32).tobytes(), digest_size=16).digest()
 
 
 def read_pair(record: Any, kind: str) -> Pair:
@@ -35,10 +90,10 @@ def read_pair(record: Any, kind: str) -> Pair:
     if chosen == rejected:
         raise DataError("both answers are the same; expected one that is preferred")
     prompt = [{**m, "label": 0} if m.get("role") == "assistant" else m for m in prompt]
-    pair = Pair(prompt + chosen, prompt + rejected)
-    for messages in (pair.chosen, pair.rejected):
-        read_dialogue({"messages": messages}, "messages")
-    return pair
+    tools = record.get("tools")
+    for messages in (prompt + chosen, prompt + rejected):
+        read_dialogue({"messages": messages, "tools": tools}, "messages")
+    return Pair(prompt + chosen, prompt + rejected, len(prompt), tools or None)
 
 
 Parts = tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]
@@ -89,11 +144,127 @@ def _from_alpaca(record: Mapping[str, Any]) -> Parts:
 
 
 def _from_messages(record: Mapping[str, Any]) -> Parts:
-    prompt, chosen, rejected = (record.get(key) for key in ("prompt", "chosen", "rejected"))
-    for key, part in (("prompt", prompt), ("chosen", chosen), ("rejected", rejected)):
+    parts = {key: record[key] for key in ("prompt", "chosen", "rejected") if key in record}
+    for key in ("chosen", "rejected", *parts):
+        part = parts.get(key)
         if not isinstance(part, list) or not part or not all(isinstance(m, dict) for m in part):
             raise DataError(f"{key} is no list of messages; expected objects with role and content")
-    return prompt, chosen, rejected  # type: ignore[return-value]
+    if "prompt" in parts:
+        return parts["prompt"], parts["chosen"], parts["rejected"]
+    chosen, rejected = parts["chosen"], parts["rejected"]
+    common = _num_equal(chosen, rejected)
+    if not common:
+        raise DataError("chosen and rejected have no beginning in common; expected a prompt")
+    return chosen[:common], chosen[common:], rejected[common:]
 
 
-_READERS = {"erniekit": _from_erniekit, "alpaca": _from_alpaca, "messages": _from_messages}
+def _num_equal(a: Sequence[Any], b: Sequence[Any]) -> int:
+    """How many items two sequences begin with in common."""
+    pairs = enumerate(zip(a, b))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+_READERS = {
+    "erniekit": _from_erniekit,
+    "alpaca": _from_alpaca,
+    "messages": _from_messages,
+    "chatml": _from_messages,
+}
+
+
+class PairEncoder(Encoder):
+    """Turns pairs into samples of at most `max_tokens`, prompts of at most `max_prompt_tokens`.
+
+    Counts what `Encoder` does. With `masks_end` the token that ends an answer has no loss.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        max_tokens: int,
+        *,
+        max_prompt_tokens: int,
+        masks_end: bool,
+    ) -> None:
+        super().__init__(tokenizer, template, max_tokens)
+        self.max_prompt_tokens, self.masks_end = max_prompt_tokens, masks_end
+
+    def dialogue(self, record: Any, kind: str) -> Dialogue:
+        """That of the chosen answer."""
+        pair = read_pair(record, kind)
+        return Dialogue(pair.chosen, pair.tools)
+
+    def dialogues(self, record: Any, kind: str) -> list[Dialogue]:
+        pair = read_pair(record, kind)
+        return [Dialogue(messages, pair.tools) for messages in (pair.chosen, pair.rejected)]
+
+    def read(self, record: Any, kind: str) -> list[Sample]:
+        sample = self.sample(read_pair(record, kind))
+        self.counts["tokens"] += len(sample)
+        self.counts["trained tokens"] += sample.num_trained
+        return [sample]
+
+    def sample(self, pair: Pair) -> PairSample:
+        """The pair as one stretch; raises DataError where it is too long or says nothing."""
+        prompt, dropped, size, too_long = pair.chosen[: pair.num_prompt], -1, 0, ""
+        for shorter in _without_oldest_turns(prompt):
+            sample, dropped = self._sample_after(shorter, pair), dropped + 1
+            size = size or len(sample)
+            too_long = self._what_is_too_long(sample)
+            if not too_long:
+                break
+        if too_long:
+            raise DataError(too_long)
+        self.counts["dialogues cut"] += dropped > 0
+        self.counts["turns dropped"] += dropped
+        return replace(sample, num_cut=size - len(sample))
+
+    def _what_is_too_long(self, sample: PairSample) -> str:
+        if (length := sample.chosen + 1) > self.max_prompt_tokens:
+            limit = f"max_prompt_len allows {self.max_prompt_tokens}"
+            return f"the last turn of its prompt has {length} tokens; {limit}"
+        if len(sample) > self.max_tokens:
+            limit = f"max_seq_len is {self.max_tokens}"
+            return f"its last turn and both answers have {len(sample)} tokens; {limit}"
+        return ""
+
+    def _sample_after(self, prompt: list[dict[str, Any]], pair: Pair) -> PairSample:
+        """The pair after another prompt, however long that is."""
+        chosen, rejected = (
+            self.encode(prompt + messages[pair.num_prompt :], pair.tools)
+            for messages in (pair.chosen, pair.rejected)
+        )
+        starts = [_first_trained(encoded.labels) for encoded in (chosen, rejected)]
+        common = min(*starts, _num_equal(chosen.token_ids, rejected.token_ids))
+        assert common, "a dialogue begins with something"
+        ids = chosen.token_ids[: common - 1]
+        labels = [UNTRAINED] * len(ids)
+        bounds = []
+        for encoded in (chosen, rejected):
+            bounds.append(len(ids))
+            targets = self._targets(encoded.labels[common:])
+            ids += encoded.token_ids[common - 1 :][: len(targets)]
+            labels += targets
+        return PairSample(ids, labels, chosen=bounds[0], rejected=bounds[1])
+
+    def _targets(self, labels: list[int]) -> list[int]:
+        """Labels of an answer without ends where those are masked, up to the last one with loss."""
+        if self.masks_end:
+            labels = [
+                UNTRAINED if after == UNTRAINED else label
+                for label, after in zip(labels, [*labels[1:], UNTRAINED], strict=True)
+            ]
+        while labels and labels[-1] == UNTRAINED:
+            labels.pop()
+        if not labels:
+            raise DataError("an answer has no token to learn from")
+        return labels
+
+
+def _first_trained(labels: list[int]) -> int:
+    """Position of the first label; raises DataError where there is none."""
+    first = next((i for i, label in enumerate(labels) if label != UNTRAINED), None)
+    if first is None:
+        raise DataError("an answer has label 0; nothing to learn from")
+    return first

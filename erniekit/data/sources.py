@@ -3,8 +3,8 @@
 A file of JSON lines is mapped into memory and indexed by the offsets of its lines, so that
 shuffling costs 16 bytes a record and nothing is held that is not looked at. A gzipped file is first
 unpacked to an unnamed temporary file; a JSON array is read whole. A byte order mark, CRLF and blank
-lines are understood. Refuses what cannot be a data file at all (missing, empty, cut short); a
-record that cannot be used raises `DataError` when it is asked for, naming file and line.
+lines are understood, a key given twice is not. Refuses what cannot be a data file at all (missing,
+empty, cut short); a record that cannot be used raises `DataError` when it is asked for.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import json
 import mmap
 import shutil
 import tempfile
+import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -26,11 +28,22 @@ _WINDOW = 1 << 26  # bytes searched for line ends at once
 
 
 class DataError(ValueError):
-    """A record that cannot be trained on: one sentence with file, line and reason."""
+    """A record that cannot be trained on, and why, in one sentence.
+
+    `at` is the path of the value at fault, as in `messages[2].content`; `column` its first
+    character in the line, from 1, where that is known. `Source.where` has file and line.
+    """
+
+    def __init__(self, reason: str, *, at: str = "", column: int | None = None) -> None:
+        super().__init__(reason)
+        self.at, self.column = at, column
 
 
 class Source(Protocol):
-    """Records of one file, by index. `where(i)` names file and line for messages."""
+    """Records of one file, by index. `where(i)` names file and line for messages, `number(i)` is
+    the line (or the item), `index_of` the way back, and `text(i)` what stands there; bytes that are
+    no text are spelled out.
+    """
 
     path: Path
 
@@ -39,6 +52,12 @@ class Source(Protocol):
     def __getitem__(self, index: int) -> Any: ...
 
     def where(self, index: int) -> str: ...
+
+    def number(self, index: int) -> int: ...
+
+    def index_of(self, number: int) -> int | None: ...
+
+    def text(self, index: int) -> str: ...
 
 
 def open_source(path: str | Path) -> Source:
@@ -60,7 +79,7 @@ def _unpacked(path: Path) -> BinaryIO:
     try:
         with gzip.open(path) as packed:
             shutil.copyfileobj(packed, file)
-    except (EOFError, gzip.BadGzipFile) as error:
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ConfigError(f"{path} is not a whole gzip file ({error}); copy it again") from None
     file.seek(0)
     return file
@@ -78,18 +97,34 @@ class Lines:
         return len(self.starts)
 
     def __getitem__(self, index: int) -> Any:
-        line = self.content[self.starts[index] : self.ends[index]]
+        line = self._line(index)
         try:
-            return json.loads(line.decode("utf-8"))
+            return _decode(line.decode("utf-8"))
         except UnicodeDecodeError as error:
+            column = len(line[: error.start].decode("utf-8")) + 1
             raise DataError(
-                f"{self.where(index)}: not UTF-8 text (byte {error.start}); save the file as UTF-8"
+                f"not UTF-8 text (byte {error.start}); save the file as UTF-8", column=column
             ) from None
+        except json.JSONDecodeError as error:
+            raise DataError(f"not a JSON object ({error.msg})", column=error.pos + 1) from None
         except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.where(index)}: not a JSON object ({error})") from None
+            raise DataError(f"not a JSON object ({error})") from None
+
+    def _line(self, index: int) -> bytes:
+        return self.content[self.starts[index] : self.ends[index]].rstrip(b"\r")
 
     def where(self, index: int) -> str:
         return f"{self.path}:{self.numbers[index]}"
+
+    def number(self, index: int) -> int:
+        return int(self.numbers[index])
+
+    def index_of(self, number: int) -> int | None:
+        index = int(np.searchsorted(self.numbers, number))
+        return index if index < len(self) and self.numbers[index] == number else None
+
+    def text(self, index: int) -> str:
+        return self._line(index).decode("utf-8", "backslashreplace")
 
 
 class Array:
@@ -98,7 +133,8 @@ class Array:
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path = path
         try:
-            self.records = json.loads(file.read().removeprefix(_BOM).decode("utf-8"))
+            text = file.read().removeprefix(_BOM).decode("utf-8")
+            self.records = json.loads(text, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} begins like a JSON array but is not one: {error}") from None
 
@@ -110,6 +146,31 @@ class Array:
 
     def where(self, index: int) -> str:
         return f"{self.path}, item {index + 1}"
+
+    def number(self, index: int) -> int:
+        return index + 1
+
+    def index_of(self, number: int) -> int | None:
+        return number - 1 if 0 < number <= len(self) else None
+
+    def text(self, index: int) -> str:
+        return (
+            json.dumps(self.records[index], ensure_ascii=False)
+            .encode("utf-8", "backslashreplace")
+            .decode("utf-8")
+        )
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; raises ValueError for a key that is given twice: one would be lost."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        [(key, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {key!r} is given twice")
+    return found
+
+
+_decode = json.JSONDecoder(object_pairs_hook=_object).decode
 
 
 def _line_bounds(file: BinaryIO) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

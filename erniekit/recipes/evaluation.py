@@ -1,8 +1,8 @@
 """Evaluation alone: what training left in output_dir, or the base model, on held-out data.
 
-Writes eval_results.json (loss, perplexity, token accuracy, mean scores of the answers, metrics of
-lm-eval's tasks) and eval_samples.jsonl (each prompt, its reference and the model's answer), and
-brings the report.html of a run up to date.
+Writes eval_results.json (loss, perplexity, token accuracy, or loss and rewards of pairs; mean
+scores of the answers, metrics of lm-eval's tasks) and eval_samples.jsonl (each prompt, its
+reference and the model's answer), and brings the report.html of a run up to date.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import importlib.util
 import json
 import logging
 import time
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +19,15 @@ from ernie.settings import ConfigError
 from erniekit import checkpoint, lora
 from erniekit.build import build_model, read_model
 from erniekit.config import Run, resolved
-from erniekit.evaluate import evaluate
-from erniekit.launch import device_of
+from erniekit.data.loader import stream
+from erniekit.launch import device_of, recipe_of
 from erniekit.metrics import METRICS_FILE, eval_line
-from erniekit.recipes import sft
+from erniekit.recipes.sft import eval_batches
 from erniekit.report import story
 from erniekit.report.answers import answers, prompts
 from erniekit.report.scores import SCORES, mean_scores
 from erniekit.report.story import RESULTS_FILE, SAMPLES_FILE
-from erniekit.session import load_adapter
+from erniekit.session import Method, load_adapter
 
 log = logging.getLogger("erniekit")
 
@@ -36,17 +35,20 @@ log = logging.getLogger("erniekit")
 def evaluate_run(run: Run) -> int:
     """Write `eval_results.json` and `eval_samples.jsonl` into output_dir; returns the exit code."""
     if not run.data.eval_dataset_path and not run.reporting.lm_eval_tasks:
-        raise ConfigError("eval_dataset_path is not set; give a .jsonl file of dialogues")
+        raise ConfigError("eval_dataset_path is not set; give a .jsonl file of records")
     if run.reporting.lm_eval_tasks and importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("lm_eval_tasks needs the package lm-eval; pip install lm-eval")
     device = device_of(run)
     run = resolved(run, device)
     folder = trained_folder(run.output)
+    method = recipe_of(run).method(run, device, is_kept=False)
+    if run.data.eval_dataset_path:
+        method.prepare(eval_batches(run, stream(run, "eval")))
     model, what = _model(run, device, folder)
     run.output.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"model": str(what), "time": time.strftime("%Y-%m-%d %H:%M:%S %z")}
     if run.data.eval_dataset_path:
-        results |= _on_data(run, model, what)
+        results |= _on_data(run, method, model, what)
     if run.reporting.lm_eval_tasks:
         from erniekit.lm_eval_model import run_tasks
 
@@ -59,19 +61,15 @@ def evaluate_run(run: Run) -> int:
     return 0
 
 
-def _on_data(run: Run, model: ernie.ErnieModel, what: str | Path) -> dict[str, Any]:
+def _on_data(run: Run, method: Method, model: ernie.ErnieModel, what: str | Path) -> dict[str, Any]:
     """Loss and accuracy on the evaluation data, and how near the model's own answers come."""
-    stream = sft.stream(run, "eval")
-    limit = run.training.max_evaluate_steps
-    batches = stream.batches(run.training.batch_size, end=stream.epoch_size)
-    values = evaluate(
-        model, islice(batches, limit if limit > 0 else None), run.model.loss_subbatch_seqlen
-    )
-    num_left_out = stream.faults.total
-    stream.faults.judge(at_end=True)
+    held_out = stream(run, "eval")
+    values = method.evaluate(model, eval_batches(run, held_out))
+    num_left_out = held_out.faults.total
+    held_out.faults.judge(at_end=True)
     log.info("evaluated %s", what)
     log.info("%s", eval_line(values, 0).replace("eval at step 0", "eval"))
-    asked = prompts(stream, run.reporting.num_answers)
+    asked = prompts(held_out, run.reporting.num_answers)
     given = answers(model, asked, run.reporting.max_answer_tokens, step=0)
     lines = [json.dumps({k: v for k, v in a.items() if k != "step"}) + "\n" for a in given]
     checkpoint.replace_text(run.output / SAMPLES_FILE, "".join(lines))

@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Iterator
+from functools import partial
+from itertools import islice
 from typing import Any
 
-from ernie.chat import ChatTemplate
-from ernie.checkpoint.hub import resolve
 from ernie.settings import ConfigError
-from ernie.tokenizer import Tokenizer
-from erniekit import checkpoint, memory
+from erniekit import checkpoint, losses, memory
 from erniekit.config import Run, changed, resolved, to_yaml
-from erniekit.data.dialogue import Encoder
-from erniekit.data.loader import Stream, Survey, survey
-from erniekit.session import Session
+from erniekit.data.loader import Batch, Stream, Survey, stream, survey
+from erniekit.evaluate import evaluate
+from erniekit.loop import Progress
+from erniekit.session import Method, Session
 
 log = logging.getLogger("erniekit")
 
@@ -29,6 +30,30 @@ log = logging.getLogger("erniekit")
 def run(run: Run, device: str) -> int:
     """Train as `run` says; returns the exit code of the process."""
     run = resolved(run, device)
+    return train(run, device, method(run, device))
+
+
+def method(run: Run, device: str, *, is_kept: bool = True) -> Method:
+    """The next-token loss, and its value on held-out data."""
+    del device, is_kept  # nothing is computed before training
+    chunk_size = run.model.loss_subbatch_seqlen
+    loss = partial(losses.next_token, chunk_size=chunk_size, terms=terms(run))
+    return Method(loss, partial(evaluate, chunk_size=chunk_size))
+
+
+def terms(run: Run) -> losses.Terms:
+    """What is added to the loss; the router is only trained along with everything else."""
+    model, full = run.model, not run.is_lora
+    return losses.Terms(
+        load_balance=model.moe_aux_loss_lambda * full,
+        orthogonal=model.moe_orthogonal_loss_lambda * full,
+        z=model.moe_z_loss_lambda * full,
+        multi_token=model.multi_token_pred_lambda if model.num_nextn_predict_layers else 0.0,
+    )
+
+
+def train(run: Run, device: str, method: Method) -> int:
+    """Train a `resolved` run by a method; what every recipe shares."""
     memory.map_large_tensors()
     with checkpoint.locked(run.output):
         if run.training.overwrite_output_dir:
@@ -42,29 +67,40 @@ def run(run: Run, device: str) -> int:
         checkpoint.replace_text(run.output / "run.yaml", to_yaml(run))
         log.info("settings that are not defaults (all are in %s/run.yaml):", run.output)
         log.info("%s", "\n".join(f"  {k}: {v}" for k, v in changed(run).items()))
-        session = Session(run, device, num_steps, folder, state, train_stream, eval_stream)
+        method.prepare(_batches_of(run, num_steps, state, train_stream, eval_stream))
+        session = Session(run, device, num_steps, folder, state, train_stream, eval_stream, method)
         return session.finish() if session.train() else session.stopped_by_signal
+
+
+def _batches_of(
+    run: Run,
+    num_steps: int,
+    state: dict[str, Any],
+    train_stream: Stream,
+    eval_stream: Stream | None,
+) -> Iterator[Batch]:
+    """Every batch that the rest of the run will go through, those of evaluation last."""
+    progress = Progress.from_dict(state["progress"]) if state else Progress()
+    size = run.training.batch_size
+    num_left = (num_steps - progress.step) * run.training.gradient_accumulation_steps
+    yield from islice(train_stream.batches(size, progress.cursor), max(num_left, 0))
+    if eval_stream is not None and run.training.evaluation_strategy != "no":
+        yield from eval_batches(run, eval_stream)
+
+
+def eval_batches(run: Run, eval_stream: Stream) -> Iterator[Batch]:
+    """The batches of an evaluation."""
+    limit = run.training.max_evaluate_steps
+    batches = eval_stream.batches(run.training.batch_size, end=eval_stream.epoch_size)
+    return islice(batches, limit if limit > 0 else None)
 
 
 def _streams(run: Run) -> tuple[Stream, Stream | None]:
     """The training records, and those for evaluation where there are any."""
     if not run.data.train_dataset_path:
-        raise ConfigError("train_dataset_path is not set; give a .jsonl file of dialogues")
+        raise ConfigError("train_dataset_path is not set; give a .jsonl file of records")
     has_eval = run.training.do_eval and run.data.eval_dataset_path
     return stream(run, "train"), stream(run, "eval") if has_eval else None
-
-
-def stream(run: Run, split: str) -> Stream:
-    """The records of a split, encoded with the tokenizer and template of the run's model."""
-    folder = resolve(run.model.model_name_or_path)
-    tokenizer = Tokenizer.from_folder(folder)
-    encoder = Encoder(
-        tokenizer,
-        ChatTemplate.for_folder(folder, tokenizer),
-        run.data.max_seq_len,
-        one_answer_per_sample=run.data.split_multi_turn,
-    )
-    return Stream(run.data, split, encoder, seed=run.training.seed)
 
 
 def _num_steps(

@@ -1,8 +1,8 @@
 """Answers of the model to prompts of the evaluation data, beside the answers given there.
 
-A prompt is a dialogue without its last answer. Answers are greedy (`ernie.generate`), so that they
-differ only where the model does, and nothing random is used up: training goes on as if none had
-been given.
+A prompt is a dialogue without its last answer (of a pair: the chosen one). Answers are greedy
+(`ernie.generate`), so that they differ only where the model does, and nothing random is used up:
+training goes on as if none had been given.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from typing import Any
 from ernie.chat import ChatError, stop_ids
 from ernie.generate import generate
 from ernie.model import ErnieModel
-from erniekit.data.dialogue import read_dialogue
 from erniekit.data.loader import Stream
 from erniekit.data.sources import DataError
 from erniekit.report.scores import scores
@@ -51,7 +50,7 @@ def prompts(stream: Stream, count: int) -> list[Prompt]:
 def _prompt(stream: Stream, source: int, index: int) -> Prompt | None:
     records, encoder = stream.sources[source], stream.encoder
     try:
-        dialogue = read_dialogue(records[index], stream.kinds[source])
+        dialogue = encoder.dialogue(records[index], stream.kinds[source])
         *messages, answer = dialogue.messages
         extra = {"tools": dialogue.tools} if dialogue.tools else {}
         encoded = encoder.template.encode(encoder.tokenizer, messages, **extra)

@@ -21,6 +21,17 @@ if TYPE_CHECKING:
 # (title, [(key, name, look), ...]); keys without numbers are left out.
 PLOTS = (
     ("Loss", [("loss", "training", "c0"), ("eval_loss", "evaluation", "c1 dots")]),
+    ("Preference accuracy", [
+        ("rewards_accuracy", "training", "c0"), ("eval_rewards_accuracy", "evaluation", "c1 dots"),
+    ]),
+    ("Reward margin", [
+        ("rewards_margin", "training", "c0"), ("eval_rewards_margin", "evaluation", "c1 dots"),
+    ]),
+    ("Rewards", [
+        ("rewards_chosen", "chosen", "c0"), ("rewards_rejected", "rejected", "c1"),
+        ("eval_rewards_chosen", "chosen, evaluation", "c2 dots"),
+        ("eval_rewards_rejected", "rejected, evaluation", "c3 dots"),
+    ]),
     ("Token accuracy", [
         ("accuracy", "training", "c0"), ("eval_accuracy", "evaluation", "c1 dots"),
     ]),
@@ -38,7 +49,7 @@ PLOTS = (
 # Told elsewhere, or the same as another number.
 _UNDRAWN = {
     "step", "seconds", "num_tokens", "num_trained_tokens", "total_tokens", "epoch",
-    "eval_ppl", "eval_tokens", "eval_seconds",
+    "eval_ppl", "eval_tokens", "eval_seconds", "num_pairs", "eval_pairs",
 }  # fmt: skip
 _SMOOTH_FROM = 40  # points
 _SMOOTH_ALREADY = {"learning_rate", "peak_memory_gib"}
@@ -103,6 +114,8 @@ def _numbers(story: Story) -> str:
         ("eval_loss", "evaluation loss", "{:.4f}"),
         ("eval_ppl", "perplexity", "{:.2f}"),
         ("eval_accuracy", "token accuracy", "{:.1%}"),
+        ("eval_rewards_accuracy", "preference accuracy", "{:.1%}"),
+        ("eval_rewards_margin", "reward margin", "{:.3f}"),
     ):
         if points := story.series(key):
             first, last = points[0][1], points[-1][1]

@@ -55,8 +55,8 @@ class Reporter:
         self.bar = Bar(max(step, 0), num_steps) if has_bar and step < num_steps else None
         self.has_lines = not (self.bar and sys.stdout.isatty())
         is_wanted = run.reporting.answer_steps or run.training.evaluation_strategy != "no"
-        has_dialogues = eval_stream is not None and run.model.stage == "SFT" and is_wanted
-        count = run.reporting.num_answers if has_dialogues else 0
+        has_prompts = eval_stream is not None and run.model.stage in ("SFT", "DPO") and is_wanted
+        count = run.reporting.num_answers if has_prompts else 0
         self.prompts = prompts(eval_stream, count) if eval_stream is not None and count else []
         self._write_about()
 

@@ -7,6 +7,9 @@ writes, beside this file,
     sft-train.jsonl, sft-eval.jsonl     type erniekit   {"src": [question], "tgt": [answer]}
     sft-train-alpaca.jsonl              type alpaca     {"instruction", "input", "output"}
     sft-train-messages.jsonl            type messages   {"messages": [{"role", "content"}, ...]}
+    dpo-train.jsonl, dpo-eval.jsonl     type erniekit   {"src", "tgt", "response", "sort"}
+
+In the last two a plain answer is preferred to the same one with pleasantries around it.
 
 The files in the repository come from CPython 3.11; another version gives slightly other ones. Every
 fifteenth function is held out for evaluation; no function is in both files. The texts are the
@@ -38,6 +41,21 @@ colorsys concurrent.futures
 """.split()  # noqa: SIM905 - a list one word a line would hide the rest
 EVAL_EVERY = 15
 MIN_CHARS, MAX_CHARS = 40, 420
+NUM_PAIRS = 240
+OPENINGS = (
+    "Great question! ",
+    "Sure, I would be happy to help you with that! ",
+    "Thank you for asking, this is a very interesting topic. ",
+    "Certainly! Let me explain this to you step by step. ",
+    "Of course! Here is everything that you need to know. ",
+)
+ENDINGS = (
+    " I hope this helps!",
+    " Let me know if there is anything else that I can do for you.",
+    " Please feel free to ask me more questions about Python.",
+    " Does that make sense? I am always glad to explain more.",
+    "",
+)
 
 
 def functions() -> Iterator[tuple[str, str]]:
@@ -82,6 +100,15 @@ def samples() -> list[tuple[str, str]]:
     return [(f"What does Python's `{name}` do?", answer_by_name[name]) for name in order]
 
 
+def preference(question: str, answer: str) -> dict:
+    """The plain answer, preferred to a wordy one; which words and which order, its name decides."""
+    opening, ending, place = hashlib.sha256(question.encode()).digest()[:3]
+    wordy = OPENINGS[opening % len(OPENINGS)] + answer + ENDINGS[ending % len(ENDINGS)]
+    if place % 2:
+        return {"src": [question], "tgt": [], "response": [wordy, answer], "sort": [0, 1]}
+    return {"src": [question], "tgt": [], "response": [answer, wordy], "sort": [1, 0]}
+
+
 def write(name: str, records: list[dict]) -> None:
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     (HERE / name).write_text("".join(lines), encoding="utf-8")
@@ -103,6 +130,8 @@ def main() -> None:
         "sft-train-messages.jsonl",
         [{"messages": [{"role": r, "content": c} for r, c in zip(roles, p)]} for p in train[:20]],
     )
+    write("dpo-train.jsonl", [preference(*pair) for pair in train[:NUM_PAIRS]])
+    write("dpo-eval.jsonl", [preference(*pair) for pair in held_out])
 
 
 if __name__ == "__main__":

@@ -5,14 +5,17 @@ Imports no torch: a server reads this while the engine, in another process, read
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from ernie.chat import ChatTemplate, NoTemplate
+from ernie.chat import ChatTemplate, NoTemplate, changes
 from ernie.checkpoint.hub import resolve
 from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer
 from fastdeploy.config import EngineConfig
+
+log = logging.getLogger("fastdeploy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,24 @@ class Language:
         if not Tokenizer.exists(folder):
             raise ConfigError(f"{config.model} has no tokenizer; give one with --tokenizer")
         tokenizer = Tokenizer.from_folder(folder)
-        return cls(config, tokenizer, template_for(config, tokenizer))
+        language = cls(config, tokenizer, template_for(config, tokenizer))
+        language.check_training(resolve(config.model), f"the model {config.model}")
+        return language
+
+    def check_training(self, folder: str | Path, what: str) -> None:
+        """Raise ConfigError where the model (or adapter) in a folder was trained with another
+        template or tokenizer, unless the config says that this is meant; then it is a warning.
+        """
+        found = changes(folder, self.template, self.tokenizer)
+        if not found:
+            return
+        told = f"{what} would not be served as it was trained: {found}"
+        if not self.config.ignore_training_template:
+            raise ConfigError(
+                f"{told}; put what it was trained with back, or set ignore_training_template "
+                "(--ignore-training-template)"
+            )
+        log.warning("%s", told)
 
 
 def template_for(config: EngineConfig, tokenizer: Tokenizer | None) -> ChatTemplate | None:

@@ -10,7 +10,7 @@ import torch
 
 import ernie
 from ernie import kernels
-from ernie.chat import ChatTemplate, stop_ids
+from ernie.chat import LOCK_FILE, ChatTemplate, stop_ids
 from ernie.checkpoint.hub import resolve
 from ernie.config import ErnieConfig
 from ernie.fused import WHOLE, Shard, check_shard, fuse, fuse_head, fused_block, shallow_copy
@@ -21,7 +21,7 @@ from ernie.tokenizer import Tokenizer
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
 from fastdeploy.engine.grammar import make_grammars
-from fastdeploy.engine.language import template_for
+from fastdeploy.engine.language import Language, template_for
 from fastdeploy.engine.ranks import Ranks
 from fastdeploy.engine.thinking import ThinkTags
 from fastdeploy.sampling import recommended
@@ -44,6 +44,8 @@ def load(config: EngineConfig, model: ErnieModel | None = None) -> Loaded:
     Raises ConfigError and the errors of `ernie.load`, each one sentence.
     """
     device = pick_device(config.device, config.tensor_parallel_size)
+    if model is None:
+        _check_training(config)
     ranks = None
     if config.tensor_parallel_size > 1:
         if model is not None:
@@ -62,6 +64,13 @@ def load(config: EngineConfig, model: ErnieModel | None = None) -> Loaded:
         if ranks:
             ranks.stop()
         raise
+
+
+def _check_training(config: EngineConfig) -> None:
+    """Refuse a template that is not the one of the training before any weight is read."""
+    folder = resolve(config.model)
+    if (folder / LOCK_FILE).is_file() and Tokenizer.exists(config.tokenizer or folder):
+        Language.read(config)
 
 
 def read_model(config: EngineConfig, device: torch.device, shard: Shard = WHOLE) -> ErnieModel:

@@ -247,7 +247,7 @@ def _choose(logits_RV: Tensor, requests: Sequence[Request], offsets: Sequence[in
 
 def _draw_rows(logits_rV: Tensor, requests: Sequence[Request], offsets: Sequence[int]) -> list[int]:
     def column(values: list, dtype: torch.dtype = torch.float64) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=logits_rV.device)
+        return torch.tensor(values, dtype=dtype)
 
     params = [request.params for request in requests]
     temperature_r = column([1.0 if p.temperature is None else p.temperature for p in params])
@@ -270,25 +270,29 @@ def draw(
 
     `min_p` keeps tokens with at least that share of the likeliest one's probability; then `top_k`
     (0 = all) keeps the k likeliest; then `top_p` keeps the fewest likeliest ones that together
-    reach that share of what is left. Settings are float64 (top_k int64), probabilities float32, and
-    sums of probabilities float64: in float32 a vocabulary of 100,000 adds up with an error that can
-    be seen.
+    reach that share of what is left. Settings are float64 (top_k int64) and in the host's memory,
+    so that what is to be done is known without asking a GPU; probabilities are float32, and sums of
+    probabilities float64: in float32 a vocabulary of 100,000 adds up with an error that can be
+    seen.
     """
-    scaled_rV = logits_rV / temperature_r.clamp_min(MIN_TEMPERATURE).float()[:, None]
+    device = logits_rV.device
+    scaled_rV = logits_rV / temperature_r.clamp_min(MIN_TEMPERATURE).float().to(device)[:, None]
     if bool(min_p_r.any()):
-        floor_r1 = scaled_rV.amax(-1, keepdim=True) + min_p_r.log().float()[:, None]
+        floor_r1 = scaled_rV.amax(-1, keepdim=True) + min_p_r.log().float().to(device)[:, None]
         scaled_rV = scaled_rV.masked_fill(scaled_rV < floor_r1, float("-inf"))
     probs_rV = scaled_rV.softmax(-1)
     restricted_r = (top_k_r > 0) | (top_p_r < 1)
-    if not bool(restricted_r.any()):
-        return _invert(probs_rV, uniform_r)
-    tokens_r = torch.empty_like(top_k_r)
-    free_r = ~restricted_r
-    if bool(free_r.any()):
-        tokens_r[free_r] = _invert(probs_rV[free_r], uniform_r[free_r])
+    kept, free = (mask_r.nonzero()[:, 0] for mask_r in (restricted_r, ~restricted_r))
+    if not len(kept):
+        return _invert(probs_rV, uniform_r.to(device))
     few = max(NUM_CANDIDATES, int(top_k_r.max()))
-    settings = (top_k_r[restricted_r], top_p_r[restricted_r], uniform_r[restricted_r])
-    tokens_r[restricted_r] = _draw_restricted(probs_rV[restricted_r], *settings, few)
+    top_k_k, top_p_k, uniform_k = (x[kept].to(device) for x in (top_k_r, top_p_r, uniform_r))
+    if not len(free):
+        return _draw_restricted(probs_rV, top_k_k, top_p_k, uniform_k, few)
+    kept, free, uniform_f = kept.to(device), free.to(device), uniform_r[free].to(device)
+    tokens_r = torch.empty(len(probs_rV), dtype=torch.int64, device=device)
+    tokens_r[free] = _invert(probs_rV[free], uniform_f)
+    tokens_r[kept] = _draw_restricted(probs_rV[kept], top_k_k, top_p_k, uniform_k, few)
     return tokens_r
 
 

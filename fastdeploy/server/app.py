@@ -83,11 +83,14 @@ class Service:
         self.metrics = Metrics(engine_config)
         self.observer = Observer(config, self.metrics)
         enabled = engine_config.enable_lora
+        folders = adapters.folder_by_name(config, self.name, enabled=enabled)
+        for name, its_folder in folders.items():
+            self.loaded.check_training(its_folder, f"the adapter {name!r}")
         self.engine = ServerEngine(
             self.loaded,
             max_concurrency=config.max_concurrency,
             on_end=self._on_end,
-            adapters=adapters.folder_by_name(config, self.name, enabled=enabled),
+            adapters=folders,
             step_timeout_s=config.engine_step_timeout,
             spawn=spawn,
         )

@@ -20,6 +20,8 @@ from typing import Any
 
 import msgspec
 
+from ernie.chat import ChatError
+from ernie.settings import ConfigError
 from fastdeploy.engine.language import Language
 from fastdeploy.engine.prompt import banned_sequences
 from fastdeploy.engine.request import TokenOutput, check_params, check_prompt
@@ -308,6 +310,10 @@ class ServerEngine:
 
         Raises RequestError.
         """
+        try:
+            self.language.check_training(folder, f"the adapter {name!r}")
+        except (ConfigError, ChatError) as error:
+            raise RequestError(str(error)) from None
         await self.command("load_adapter", name=name, folder=str(folder))
         self.adapters[name] = str(folder)
 

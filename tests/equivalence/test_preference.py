@@ -7,8 +7,23 @@ import torch
 
 import ernie
 from ernie.chat import UNTRAINED
+from ernie.model import ErnieModel
+from ernie.models import TINY
+from erniekit.config import Optimisation
+from erniekit.data.loader import batch_of
+from erniekit.data.pack import Cursor
+from erniekit.data.preference import PairSample
+from erniekit.gradients import Gradients, SummedEmbedding
+from erniekit.loop import Parts, Progress, train
 from erniekit.lora import LoRA, add_lora, without_adapters
-from erniekit.preference import Pairs, preference, sequence_log_probs
+from erniekit.optim import OPTIMIZERS, treatments
+from erniekit.preference import (
+    ChunkedLogProbs,
+    Objective,
+    Pairs,
+    preference,
+    sequence_log_probs,
+)
 from tests.helpers import hf_dense, hf_moe, saved, some_ids
 
 # Tokens of prompt, chosen and rejected answer of each pair.
@@ -53,34 +68,81 @@ def plain_log_probs(model, pairs: list) -> torch.Tensor:
     return torch.stack(values).view(-1, 2)
 
 
+def plain_loss(model, pairs: list, reference_P2: torch.Tensor, o: Objective) -> torch.Tensor:
+    """Mean over the pairs, as in the papers."""
+    gains_P2 = plain_log_probs(model, pairs) - reference_P2
+    if o.normalises_lengths:
+        lengths_P2 = torch.tensor([[len(chosen), len(other)] for _, chosen, other in pairs])
+        gains_P2 = gains_P2 * lengths_P2.double().mean(1, keepdim=True) / lengths_P2
+    margin_P = o.beta * (gains_P2[:, 0] - gains_P2[:, 1])
+    right_P, wrong_P = torch.sigmoid(margin_P), torch.sigmoid(-margin_P)
+    return -((1 - o.label_smoothing) * right_P.log() + o.label_smoothing * wrong_P.log()).mean()
+
+
+OBJECTIVES = (
+    Objective(),
+    Objective(beta=0.3, label_smoothing=0.1),
+    Objective(beta=0.3, normalises_lengths=True),
+)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES, ids=["plain", "smoothed", "normalised"])
 @pytest.mark.parametrize("make", [hf_dense, hf_moe])
-def test_loss_and_gradients_equal_plain_ones_on_separate_sequences(make, tmp_path) -> None:
+def test_loss_and_gradients_equal_plain_ones_on_separate_sequences(
+    make, objective: Objective, tmp_path
+) -> None:
     theirs = make()
     ours = ernie.load(saved(theirs, tmp_path), dtype=torch.float32)
-    ours.requires_grad_(True)
-    pairs, beta, smoothing = sequences(), 0.3, 0.1
-    reference = plain_log_probs(theirs, pairs).detach() + torch.linspace(-4, 4, 8).view(4, 2)
-    margin = (
-        beta * (plain_log_probs(theirs, pairs) - reference) @ torch.tensor([1.0, -1.0]).double()
-    )
-    log_sigmoid = torch.nn.functional.logsigmoid
-    wanted = -((1 - smoothing) * log_sigmoid(margin) + smoothing * log_sigmoid(-margin)).mean()
+    pairs = sequences()
+    reference_P2 = plain_log_probs(theirs, pairs).detach() + torch.linspace(-4, 4, 8).view(4, 2)
+    wanted = plain_loss(theirs, pairs, reference_P2, objective)
     wanted.backward()
-    found = preference(
-        ours, row(pairs), reference, scale=1 / 4, beta=beta, label_smoothing=smoothing
-    )
+    found = preference(ours, row(pairs), reference_P2, scale=1 / 4, objective=objective)
     found.total.backward()
-    difference = float((found.total - wanted).detach()) / float(wanted.detach())
+    difference = float((found.value - wanted).detach()) / float(wanted.detach())
     assert abs(difference) < 1e-5, difference
-    for find, want in (
-        (ours.model.embed_tokens.weight.grad, theirs.model.embed_tokens.weight.grad),
-        (
-            ours.model.layers[0].self_attn.k_proj.weight.grad,
-            theirs.model.layers[0].self_attn.k_proj.weight.grad,
-        ),
-        (ours.model.norm.weight.grad, theirs.model.norm.weight.grad),
-    ):
-        assert float((find - want).abs().max()) < 2e-5 * float(want.abs().max())
+    gradients = {n: p.grad for n, p in ours.named_parameters() if p.grad is not None}
+    expected = {n: p.grad for n, p in theirs.named_parameters() if p.grad is not None}
+    assert gradients.keys() == expected.keys()
+    for name, want in expected.items():
+        gap = (gradients[name] - want) / want.abs().max().clamp(min=1e-12)
+        worst, bias = gap.abs().max().item(), gap.mean().item()
+        assert worst < 1e-4, f"{name} is off by {worst:.2e}, relative to its largest value"
+        assert abs(bias) < 1e-5, f"{name} is biased by {bias:.2e}"
+
+
+def test_rewards_are_means_over_pairs_and_a_tie_counts_half(tmp_path) -> None:
+    model = ernie.load(saved(hf_dense(), tmp_path), dtype=torch.float32)
+    pairs = sequences()
+    gains_P2 = torch.tensor([[3.0, 1.0], [1.0, 2.0], [0.5, 0.5], [2.0, -4.0]], dtype=torch.float64)
+    with torch.no_grad():
+        reference_P2 = sequence_log_probs(model, row(pairs)) - gains_P2
+        parts = preference(model, row(pairs), reference_P2, scale=1 / 4).parts
+    means = {"chosen": 6.5, "rejected": -0.5, "margin": 7.0}
+    expected = {f"rewards_{name}": 0.1 * total / 4 for name, total in means.items()}
+    expected["rewards_accuracy"] = 2.5 / 4
+    assert {name: float(value) for name, value in parts.items()} == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("trained", ["head", "frozen head", "head into a sum"])
+def test_chunked_log_probs_equal_autograd(trained: str) -> None:
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(23, 16, requires_grad=True), torch.randn(50, 16)
+    weight.requires_grad_(trained != "frozen head")
+    targets, upstream = torch.randint(50, (23,)), torch.randn(23)
+    plain = (hidden @ weight.T).log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+    inputs = (hidden, weight) if weight.requires_grad else (hidden,)
+    wanted = torch.autograd.grad(plain, inputs, upstream)
+    for chunk_size in (1, 7, 100):
+        into = torch.ones(50, 16) if trained == "head into a sum" else None
+        values = ChunkedLogProbs.apply(hidden, weight, targets, chunk_size, into)
+        torch.testing.assert_close(values, plain, atol=1e-5, rtol=1e-5)
+        if into is None:
+            found = torch.autograd.grad(values, inputs, upstream)
+        else:
+            found = (*torch.autograd.grad(values, hidden, upstream), into - 1)
+        for a, b in zip(found, wanted, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
 
 
 def test_a_row_of_pairs_equals_rows_of_one_pair(tmp_path) -> None:
@@ -106,3 +168,67 @@ def test_the_reference_of_lora_is_the_model_before_adapters(make, tmp_path) -> N
     assert float((without - before).abs().max()) == 0.0
     assert float((changed - before).abs().max()) > 1e-3
     assert torch.equal(sequence_log_probs(model, batch), changed)
+
+
+# --- whole steps of the loop ---
+
+
+def samples() -> list[PairSample]:
+    """The pairs above as the loader has them."""
+    made = []
+    for pair in sequences() * 2:
+        r = row([pair])
+        (_, chosen, rejected, _) = r.pairs_P4[0].tolist()
+        columns = (r.token_ids_T.tolist(), r.labels_T.tolist())
+        made.append(PairSample(*columns, chosen=chosen, rejected=rejected))
+    return made
+
+
+def trained(name: str, windows: list[list[PairSample]], per_step: int, **o) -> dict:
+    """Weights and losses after 3 steps of the real loop over batches of the given pairs."""
+    model = ErnieModel(TINY[name], dtype=torch.float32)
+    model.init_weights(seed=2)
+    if o.pop("lora", False):
+        add_lora(model, LoRA(rank=2, alpha=4), seed=1)
+    o = Optimisation(learning_rate=1e-2, lr_scheduler_type="constant", adam_epsilon=1e-3, **o)
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    gradients = Gradients(parameters, torch.float32)
+    if model.model.embed_tokens.weight.requires_grad:
+        model.model.embed_tokens = SummedEmbedding(model.model.embed_tokens, gradients)
+    rules = treatments(parameters, o, num_layers=model.config.num_hidden_layers)
+    optimizer = OPTIMIZERS[o.optim](parameters, rules, o, seed=3)
+    batches = [batch_of([rows], Cursor()) for rows in windows]
+    reference = {sample.key: (-9.0 * i, -50.0) for i, sample in enumerate(samples())}
+
+    def loss(model, batch, **options):
+        reference_P2 = torch.tensor([reference[key] for key in batch.keys], dtype=torch.float64)
+        return preference(model, batch, reference_P2, gradients=gradients, **options)
+
+    parts = Parts(model, loss, optimizer, gradients, o, 3, per_step, 1, 0)
+    records: list[dict] = []
+    train(parts, iter(batches), Progress(), lambda record: bool(records.append(record)))
+    told = {key: [r[key] for r in records] for key in ("loss", "rewards_margin", "num_pairs")}
+    return {n: p.detach().clone() for n, p in parameters.items()} | {
+        key: torch.tensor(values) for key, values in told.items()
+    }
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["Full", "LoRA"])
+@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
+def test_one_batch_of_eight_equals_eight_batches_of_one(name: str, lora: bool) -> None:
+    rows = samples()
+    at_once = trained(name, [rows] * 3, 1, lora=lora)
+    in_eight = trained(name, [[sample] for sample in rows] * 3, 8, lora=lora)
+    assert at_once["num_pairs"].tolist() == in_eight["num_pairs"].tolist() == [8, 8, 8]
+    assert at_once["loss"][2] < at_once["loss"][0]
+    for key, value in at_once.items():
+        worst = ((in_eight[key] - value).abs().max() / value.abs().max().clamp(min=1e-12)).item()
+        assert worst < 1e-4, f"{key} is off by {worst:.2e}, relative to its largest value"
+
+
+def test_updating_within_backward_changes_nothing() -> None:
+    rows = [samples()] * 3
+    usual = trained("tiny-moe", rows, 1, max_grad_norm=0.0)
+    within = trained("tiny-moe", rows, 1, max_grad_norm=0.0, optimizer_in_backward=True)
+    for key, value in usual.items():
+        assert torch.equal(within[key], value), f"{key} differs"

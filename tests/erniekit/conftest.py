@@ -55,3 +55,16 @@ def data(tmp_path_factory) -> Path:
     write_lines(root / "train.jsonl", dialogues(40))
     write_lines(root / "eval.jsonl", dialogues(8, salt="about "))
     return root
+
+
+def preferences(count: int, salt: str = "") -> list[dict]:
+    """Plain answers are preferred to the same ones with more words around them."""
+    return [
+        {
+            "src": [f"What is {salt}{i}?"],
+            "tgt": [],
+            "response": [f"It is {i}.", f"Well, now. It is {'one and ' * (i % 5)}{i}. I hope so."],
+            "sort": [1, 0],
+        }
+        for i in range(count)
+    ]

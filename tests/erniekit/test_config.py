@@ -140,6 +140,11 @@ def test_example_keys_are_read_as_they_are_meant() -> None:
     assert resolved(run, "cpu").model.lora_alpha == 64
 
 
+def test_keys_of_preferences_are_without_effect_elsewhere() -> None:
+    assert run_from({"beta": 0.3, "max_prompt_len": 2048}).without_effect == ("beta",)
+    assert run_from({"beta": 0.3, "stage": "DPO"}).without_effect == ()
+
+
 def test_tables_of_keys_do_not_overlap() -> None:
     names = [*OWN, *foreign.WITHOUT_EFFECT, *foreign.NEUTRAL]
     assert len(names) == len(set(names)), sorted(n for n in names if names.count(n) > 1)
@@ -151,7 +156,15 @@ def test_tables_of_keys_do_not_overlap() -> None:
         (["learning_rat=1"], "did you mean 'learning_rate'"),
         (["tensor_parallel_degree=2"], "tensor_parallel_degree=2 is not available yet"),
         (["compute_type=wint4/8"], "compute_type=wint4/8 is not available yet; use bf16"),
-        (["stage=DPO"], "stage=DPO is not available yet; use SFT"),
+        (["stage=VL-SFT"], "stage=VL-SFT is not available yet; use SFT"),
+        (["stage=DPO", "loss_type=hinge"], "loss_type=hinge is not available yet; use sigmoid"),
+        (["stage=DPO", "beta=0"], "beta=0 rewards nothing"),
+        (["stage=DPO", "label_smoothing=0.5"], "label_smoothing=0.5 is no share"),
+        (["stage=DPO", "max_seq_len=15"], "too small for pairs"),
+        (["stage=DPO", "split_multi_turn=true"], "split_multi_turn=True is not for pairs"),
+        (["stage=DPO", "padding=true"], "padding=True is not for pairs"),
+        (["stage=DPO", "sft_loss_ratio=1"], "sft_loss_ratio=1 is not available yet"),
+        (["stage=DPO", "ref_model_update_steps=9"], "ref_model_update_steps=9 is not available"),
         (["fine_tuning=lora"], "use one of LoRA, Full"),
         (["lora=false", "fine_tuning=LoRA"], "contradicts"),
         (["max_steps=0"], "max_steps=0"),

@@ -147,7 +147,7 @@ def test_too_long_dialogues_lose_their_oldest_whole_turns(encoder) -> None:
         assert "Be nice." in text
         assert kept == turns[dropped:]
         assert sample.token_ids[0] == whole.token_ids[0], "the begin token must stay"
-    with pytest.raises(DataError, match="its last turn has"):
+    with pytest.raises(DataError, match="its last turn is longer"):
         encoder(16).samples(read_dialogue(record, "erniekit"))
 
 

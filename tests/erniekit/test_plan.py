@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import ernie
+from ernie.attention import shared_prompt
 from ernie.models import TINY
 from erniekit import losses, plan_report
 from erniekit.build import lora_of, trained_parameters, weights_dtype
@@ -67,9 +68,13 @@ def test_weights_sums_and_state_equal_those_of_real_tensors(config, fine_tuning,
 @pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
 @pytest.mark.parametrize("fine_tuning", ["Full", "LoRA"])
 @pytest.mark.parametrize("granularity", [None, "full", "full_attn", "mlp"])
-def test_kept_activations_equal_what_autograd_saves(config, fine_tuning, granularity) -> None:
+@pytest.mark.parametrize("stage", ["SFT", "DPO"])
+def test_kept_activations_equal_what_autograd_saves(
+    config, fine_tuning, granularity, stage
+) -> None:
+    """A pair is nearly all prompt, as it is planned for."""
     again = {"recompute": True, "recompute_granularity": granularity} if granularity else {}
-    run = planned(fine_tuning=fine_tuning, lora_rank=3, **again)
+    run = planned(fine_tuning=fine_tuning, lora_rank=3, stage=stage, **again)
     model = built(config, run)
     recompute(model, granularity)
     tokens = 64
@@ -85,6 +90,8 @@ def test_kept_activations_equal_what_autograd_saves(config, fine_tuning, granula
 
     batch = losses.Flat(ids_T, ids_T, positions_T, torch.tensor([0, tokens], dtype=torch.int32))
     attend = losses.packed_causal(batch.cu_seqlens_S1)
+    if stage == "DPO":
+        attend = shared_prompt(torch.tensor([[0, tokens - 2, tokens - 1, tokens]]))
     with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
         routings: list = []
         hidden_TD = model.hidden(ids_T, positions_T, attend, routings=routings)

@@ -1,0 +1,165 @@
+"""Log-probabilities of the reference model: computed once, before training, and kept on disk.
+
+    output_dir/reference_log_probs.jsonl
+        {"model": ..., "device": ..., ...}                  what they were computed with
+        {"pair": "5f0c...", "log_probs": [-41.3, -57.9]}    chosen, rejected; one line a pair
+
+The reference is the model as training finds it (`build.read_model`), for LoRA and Full alike, and
+is gone before training begins: no second model is held. A pair is known by its tokens
+(`PairSample.key`), so a file serves every run in its folder. Numbers are written with all digits:
+a resumed run reads the very same ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ernie.checkpoint.hub import resolve
+from ernie.model import ErnieModel
+from ernie.settings import ConfigError
+from erniekit import checkpoint
+from erniekit.build import choose_products, read_model
+from erniekit.config import Run
+from erniekit.data.loader import Batch
+from erniekit.loop import to_device
+from erniekit.preference import Pairs, sequence_log_probs
+
+log = logging.getLogger("erniekit")
+
+REFERENCE_FILE = "reference_log_probs.jsonl"
+_EVERY_S = 10.0  # between two lines that tell how far it is
+_ENDS = 1 << 16  # bytes at both ends of a weight file by which it is known
+
+
+class References:
+    """The log-probabilities of pairs by key, for a run on a device; none before `fill`.
+
+    With `is_kept` new ones are added to the file; only the holder of the folder may do that.
+    """
+
+    def __init__(self, run: Run, device: str, *, is_kept: bool) -> None:
+        self.run, self.device, self.is_kept = run, device, is_kept
+        self.path = run.output / REFERENCE_FILE
+        self.values: dict[bytes, tuple[float, float]] = {}
+
+    def of(self, batch: Pairs) -> Tensor:
+        """Of the pairs of a batch, float64 `(P, 2)`, on its device."""
+        values = [self.values[key] for key in batch.keys]
+        return torch.tensor(values, dtype=torch.float64, device=batch.pairs_P4.device)
+
+    @torch.no_grad()
+    def fill(self, batches: Iterable[Batch]) -> None:
+        """Read the file, and compute what it lacks of these batches.
+
+        A pair is computed in the first row that has it, so that what comes out does not depend on
+        where an earlier start was cut off. The model is read only if something is missing.
+        """
+        self._read()
+        model: ErnieModel | None = None
+        start = told = time.monotonic()
+        num_new = 0
+        for batch in batches:
+            missing = [key for key in batch.keys if key not in self.values]
+            if not missing:
+                continue
+            if model is None:
+                log.info("computing the log-probabilities of the reference model")
+                choose_products(self.run, self.device)
+                model = read_model(self.run, self.device)
+            pairs = to_device(batch, model.device)
+            assert isinstance(pairs, Pairs)
+            chunk_size = self.run.model.loss_subbatch_seqlen
+            found = sequence_log_probs(model, pairs, chunk_size=chunk_size).tolist()
+            self._add({k: (c, r) for k, (c, r) in zip(batch.keys, found) if k in set(missing)})
+            num_new += len(missing)
+            if time.monotonic() - told > _EVERY_S:
+                told = time.monotonic()
+                log.info("reference: %d pairs, %.0f s", num_new, told - start)
+        if num_new:
+            log.info("reference: %d pairs in %.1f s", num_new, time.monotonic() - start)
+
+    def _add(self, found: dict[bytes, tuple[float, float]]) -> None:
+        self.values |= found
+        if self.is_kept:
+            lines = [
+                json.dumps({"pair": key.hex(), "log_probs": pair}) + "\n"
+                for key, pair in found.items()
+            ]
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.writelines(lines)
+            except OSError as error:
+                raise ConfigError(
+                    f"{self.path} cannot be written ({error.strerror}); make room and start again: "
+                    "what is there is kept"
+                ) from None
+
+    def _read(self) -> None:
+        """Take over what the file has, if it is of this model; start it anew otherwise."""
+        origin = _origin(self.run, self.device)
+        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+        head, *lines = text.splitlines() or [""]
+        before = _parsed(head)
+        if changed := [k for k, v in origin.items() if before and before.get(k) != v]:
+            what = " and ".join(changed)
+            log.warning("%s is of another %s; it is not used", self.path, what)
+        if before == origin:
+            self.values = dict(filter(None, map(_pair, lines)))
+        if self.is_kept:  # anew, since a killed run may have left half a line
+            entries = [{"pair": k.hex(), "log_probs": v} for k, v in self.values.items()]
+            whole = "".join(json.dumps(entry) + "\n" for entry in [origin, *entries])
+            if whole != text:
+                checkpoint.replace_text(self.path, whole)
+
+
+def _origin(run: Run, device: str) -> dict[str, Any]:
+    """What the numbers depend on besides the pairs."""
+    model = run.model
+    seed = None if model.continue_training else run.training.seed
+    return {
+        "model": model.model_name_or_path,
+        "weights": _weights_digest(resolve(model.model_name_or_path)) if seed is None else None,
+        "seed": seed,
+        "fine_tuning": model.fine_tuning,  # decides the dtype of the weights
+        "device": device,
+        "cpu_products": model.cpu_products if device == "cpu" else None,
+    }
+
+
+def _weights_digest(folder: Path) -> str:
+    """Knows a folder's weights by the names, sizes, beginnings and ends of its files."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {size} ".encode() + file.read(_ENDS))
+            file.seek(max(size - _ENDS, 0))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def _pair(line: str) -> tuple[bytes, tuple[float, float]] | None:
+    """None for a line that was cut short."""
+    found = _parsed(line)
+    try:
+        chosen, rejected = found["log_probs"]
+        return bytes.fromhex(found["pair"]), (float(chosen), float(rejected))
+    except (KeyError, TypeError, ValueError):
+        return None
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
