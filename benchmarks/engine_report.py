@@ -27,6 +27,7 @@ RATIOS = (
     ("decode", "dense", "ours wint8", "llama.cpp Q8_0", 1.4),
     ("decode", "dense", "ours bf16", "llama.cpp F16", 1.2),
     ("decode", "moe", "ours wint4", "llama.cpp Q4_0", 1.5),
+    ("decode", "moe", "ours wint4_all", "llama.cpp Q4_0", 1.5),
     ("decode", "moe", "ours wint8", "llama.cpp Q8_0", 1.4),
     ("decode", "moe", "ours bf16", "llama.cpp F16", None),
     ("prefill", "dense", "ours", "llama.cpp", 1.2),
@@ -86,9 +87,9 @@ def _builds(found: Found) -> dict[str, str]:
 
 
 def _best(sides: Mapping[str, Mapping[str, float]], prefix: str, number: str):
-    """(value, side) of the fastest side whose name begins so, or None."""
-    values = [(n[number], side) for side, n in sides.items() if side.startswith(prefix)
-              and number in n]  # fmt: skip
+    """(value, side) of the side of that name, or else of the fastest whose name begins so."""
+    names = [prefix] if prefix in sides else [side for side in sides if side.startswith(prefix)]
+    values = [(sides[side][number], side) for side in names if number in sides[side]]
     return max(values, default=None)
 
 

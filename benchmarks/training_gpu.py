@@ -152,7 +152,7 @@ def our_parts(case: Case, clock: Clock) -> Parts:
     optimizer.step = clock.around(optimizer.step, "optimizer", "rest")  # type: ignore[method-assign]
     return Parts(
         model, clock.around(loss, "forward and head", "backward"), optimizer, gradients, settings,
-        WARM + STEPS, case.parts, 1, 0,
+        WARM + STEPS, case.parts, 1, run.training,
     )  # fmt: skip
 
 

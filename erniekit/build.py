@@ -14,9 +14,11 @@ from torch import nn
 
 import ernie
 from ernie import kernels
+from ernie.checkpoint.hub import resolve
 from ernie.config import ErnieConfig
 from ernie.models import MODELS, TINY
 from ernie.settings import ConfigError, did_you_mean
+from ernie.tokenizer import Tokenizer
 from erniekit.config import Run
 from erniekit.lora import LoRA, add_lora
 from erniekit.recompute import recompute
@@ -82,12 +84,15 @@ def read_model(
         raise ConfigError("model_name_or_path is not set; give a folder or a name on the hub")
     dtype = weights_dtype(run, device)
     device = "cpu" if in_host_memory else device
-    if run.model.continue_training or weights_from:
+    if weights_from:
+        # The tokenizer's files are copied at every save: not out of a checkpoint, which is removed.
+        model = ernie.load(weights_from, dtype=dtype, device=device)
+        model.tokenizer = Tokenizer.from_folder(resolve(run.model.model_name_or_path))
+        return model
+    if run.model.continue_training:
         return ernie.load(source, dtype=dtype, device=device)
     model = ernie.ErnieModel(config_of(str(source)), dtype=dtype, device=device)
     model.init_weights(seed=run.training.seed)
-    from ernie.tokenizer import Tokenizer
-
     model.tokenizer = Tokenizer.from_folder(source)
     return model
 

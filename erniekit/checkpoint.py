@@ -3,13 +3,15 @@
     output_dir/checkpoint-120/
         model.safetensors, config.json, tokenizer   (Full)   or   adapter_*   (LoRA)
         optimizer/adamw.safetensors                 AdamW's moments
+        ema/                                        averaged weights, where the run keeps them
         trainer_state.json                          step, place in the data, counts, random state
         complete.json                               size and CRC-32 of each file above
+    output_dir/best.json                            which checkpoint had the best evaluation
 
 A save is written to `checkpoint-120.partial`, every file and the folder are flushed to the disk,
-and only then it is renamed: a folder with the final name is whole. `complete.json` also tells
-whether it still is, so a damaged checkpoint is skipped (loudly) for the one before. One trainer at
-a time writes to a folder (`locked`).
+and only then it is renamed; a removal goes the other way: a folder with the final name is whole.
+`complete.json` also tells whether it still is, so a damaged checkpoint is skipped (loudly) for the
+one before. One trainer at a time writes to a folder (`locked`).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -33,8 +36,16 @@ log = logging.getLogger("erniekit")
 
 OPTIMIZER_FILE = "optimizer/adamw.safetensors"  # not among the weights, which are all read
 STATE_FILE = "trainer_state.json"
+AVERAGE_FOLDER = "ema"
+BEST_FILE = "best.json"
 _MARKER = "complete.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
+
+
+class DiskFull(ConfigError):
+    """A file could not be written whole; what was whole before still is."""
+
+    exit_status = 3
 
 
 def checkpoints(output: Path) -> list[tuple[int, Path]]:
@@ -76,6 +87,65 @@ def to_resume(
     return folder, state
 
 
+def best(output: Path, metric: str, *, greater_is_better: bool) -> tuple[float, Path] | None:
+    """The value and folder of the checkpoint whose evaluation was best; the earliest of equals.
+
+    Checkpoints that were not evaluated, or whose state cannot be read, do not count.
+    """
+    found = None
+    for _, folder in checkpoints(output):
+        try:
+            state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+            value = float(state["evaluation"][metric])
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+        if math.isfinite(value) and (
+            found is None or (value > found[0] if greater_is_better else value < found[0])
+        ):
+            found = (value, folder)
+    return found
+
+
+def chosen(output: Path, which: str | None) -> Path | None:
+    """What to take of a run: `best`, `newest`, `ema` or a folder; None: the final model, else the
+    newest checkpoint, else None.
+
+    Raises ConfigError where what is named is not there or damaged.
+    """
+    if which is None:
+        return output if has_model(output) else newest_good(output)
+    if which == "newest":
+        folder = newest_good(output)
+    elif which == "best":
+        folder = _best_by_pointer(output)
+    else:
+        folder = output / AVERAGE_FOLDER if which == AVERAGE_FOLDER else Path(which)
+    if folder is None or not has_model(folder):
+        raise ConfigError(
+            f"use_checkpoint={which}, but {folder or output} holds no such model or adapter; give "
+            "best (needs evaluations), newest, ema (needs ema_decay) or a folder"
+        )
+    sealed = (folder / _MARKER).is_file()
+    if sealed and (damage := what_is_wrong(folder)):
+        raise ConfigError(f"use_checkpoint={which}: {folder} cannot be used: {damage}")
+    return folder
+
+
+def _best_by_pointer(output: Path) -> Path | None:
+    try:
+        pointer = json.loads((output / BEST_FILE).read_text(encoding="utf-8"))
+        return output / pointer["checkpoint"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"{output / BEST_FILE} is damaged; name a checkpoint folder") from None
+
+
+def has_model(folder: Path) -> bool:
+    """Whether a model or an adapter lies in the folder itself."""
+    return any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))
+
+
 def what_is_wrong(folder: Path) -> str:
     """Why a checkpoint cannot be trusted; the empty string when it can."""
     try:
@@ -100,13 +170,13 @@ def save(
 ) -> Path:
     """Make `checkpoint-<step>`: `write(folder)` writes the large files, `num_bytes` in all.
 
-    Raises ConfigError when the disk is full; what was there before is untouched.
+    Raises DiskFull; what was there before is untouched.
     """
     final, partial = output / f"checkpoint-{step}", output / f"checkpoint-{step}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     free = shutil.disk_usage(output).free
     if free < num_bytes:
-        raise ConfigError(
+        raise DiskFull(
             f"a checkpoint in {output} needs {num_bytes:,} bytes and {free:,} are free; make room "
             "and start again: training goes on from the last checkpoint"
         )
@@ -119,11 +189,12 @@ def save(
         shutil.rmtree(partial, ignore_errors=True)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise ConfigError(
+        raise DiskFull(
             f"the disk of {output} ran full while a checkpoint of {num_bytes:,} bytes was "
             "written; earlier ones are intact: make room and start again"
         ) from None
-    shutil.rmtree(final, ignore_errors=True)  # a damaged one of the same step
+    if final.exists():  # a damaged one of the same step
+        shutil.rmtree(final)
     partial.rename(final)
     _flush(output)
     return final
@@ -167,22 +238,39 @@ def _flush(path: Path) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Write a small file so that a reader sees the old or the new one, whole."""
     hidden = path.with_name(f".{path.name}.partial")
-    _write_text(hidden, text)
-    hidden.replace(path)
+    try:
+        _write_text(hidden, text)
+        hidden.replace(path)
+    except OSError:
+        hidden.unlink(missing_ok=True)
+        raise
 
 
 def remove_all(output: Path) -> None:
     for _, folder in checkpoints(output):
-        shutil.rmtree(folder)
+        _remove(folder)
+    (output / BEST_FILE).unlink(missing_ok=True)
 
 
-def prune(output: Path, limit: int | None) -> None:
-    """Remove the oldest checkpoints beyond `limit`, and what killed saves have left."""
+def prune(output: Path, limit: int | None, kept: Path | None = None) -> None:
+    """Remove the oldest checkpoints beyond `limit`, and what killed saves have left.
+
+    `kept` (the best one) is never removed; it is one of the `limit`, but the newest stays too.
+    """
     for path in output.glob("checkpoint-*.partial"):
         shutil.rmtree(path)
-    if limit and limit > 0:
-        for _, folder in checkpoints(output)[:-limit]:
-            shutil.rmtree(folder)
+    if not limit or limit < 0:
+        return
+    folders = [folder for _, folder in checkpoints(output)]
+    if kept in folders[:-limit]:
+        folders.remove(kept)
+        limit = max(limit - 1, 1)
+    for folder in folders[:-limit]:
+        _remove(folder)
+
+
+def _remove(folder: Path) -> None:
+    shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.partial")))
 
 
 @contextlib.contextmanager

@@ -49,7 +49,17 @@ VERBS = {
         "erniekit.launch:run_training",
         (Model, Data, Preferences, Training, Optimisation, Parallel, Reporting),
         "Train a model; started again, it goes on where it was. SIGTERM and Ctrl-C finish the step "
-        "and save first (exit status 0 and 130).",
+        "and save first (exit status 0 and 130); a file SAVE in output_dir asks for a checkpoint "
+        "after the step.",
+    ),
+    "resume": Verb(
+        "erniekit.resume:run_resume",
+        (),
+        "Go on with the run of an output folder, by its run.yaml. With --verify: repeat the steps "
+        "after its newest checkpoint (or the one given) that were recorded, compare every number "
+        "and every bit, and write a certificate beside the checkpoint; exit status 1 if anything "
+        "differs.",
+        "OUTPUT_DIR [KEY=VALUE ...] | --verify OUTPUT_DIR [steps=K] [checkpoint=FOLDER]",
     ),
     "data": Verb(
         "erniekit.data.audit:run_data",
@@ -137,7 +147,9 @@ VERBS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 for a mistake of the user, 130 after Ctrl-C."""
+    """Run a command; returns the exit status: 0, 1 for an answer that is no, 2 for a mistake of the
+    user, 3 when memory or disk ran out, 130 after Ctrl-C.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     name = words.pop(0) if words else "help"
     if name in ("help", "-h", "--help"):
@@ -161,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         if not _is_ours(error):
             raise
         print(f"erniekit {name}: {error}", file=sys.stderr)
-        return 2
+        return getattr(error, "exit_status", 2)
     except KeyboardInterrupt:
         print(f"\nerniekit {name}: stopped", file=sys.stderr)
         return 130

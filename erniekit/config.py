@@ -191,9 +191,39 @@ class Training:
         choices=("no", "steps", "epoch"),
     )  # fmt: skip
     save_steps: int = option(500, "Steps between checkpoints.")
-    save_total_limit: int | None = option(None, "Checkpoints kept; none: all.")
+    save_total_limit: int | None = option(
+        None, "Checkpoints kept, the best one among them; none: all."
+    )
+    use_async_save: bool = option(
+        False,
+        "Write checkpoints from a copy in host memory while training goes on; also async_save in "
+        "unified_checkpoint_config.",
+    )
+    load_best_model_at_end: bool = option(
+        False, "Make the final model from the best checkpoint instead of the last step."
+    )
+    metric_for_best_model: str | None = option(
+        None, "Number of an evaluation that the best checkpoint is best by; none: eval_loss."
+    )
+    greater_is_better: bool | None = option(
+        None, "Whether that number shall be high; none: not of names that end in loss or ppl."
+    )
+    use_checkpoint: str | None = option(
+        None,
+        "What eval, export and server take of output_dir: best, newest, ema (averaged weights of "
+        "the final model) or a folder; none: the final model, else the newest checkpoint.",
+    )
+    stop_after_step: int | None = option(
+        None, "Save and stop after this step, as SIGTERM does; schedules are those of max_steps."
+    )
+    max_grad_spike: float = option(
+        0.0,
+        "A step whose gradient norm is above so many times the median of recent ones is skipped; "
+        "0: never.",
+    )
+    grad_spike_window: int = option(64, "Recent steps of that median, which needs 10 to begin.")
     max_skipped_steps: int = option(
-        10, "Steps with a loss or gradient that is not finite, before training stops."
+        10, "Steps skipped as not finite or as a spike, before training stops."
     )
 
 
@@ -234,6 +264,10 @@ class Optimisation:
     adam_epsilon: float = option(1e-8, "Added to the root of the squared mean.")
     weight_decay: float = option(0.0, "Decoupled decay of matrices; never of norms and biases.")
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm; 0: never.")
+    ema_decay: float = option(
+        0.0,
+        "Keep a running average of the trained weights, of this decay a step, in float32; 0: none.",
+    )
     layerwise_lr_decay_bound: float = option(
         1.0, "Learning rate factor of the lowest layer, rising linearly to 1 at the top."
     )
@@ -439,6 +473,7 @@ def run_from(values: Mapping[str, Any], origin: str = "the settings") -> Run:
     """A checked `Run` from a flat mapping of ERNIEKit's keys."""
     own = {f.name for kind in GROUPS for f in dataclasses.fields(kind)}
     values = {key: _respelt(key, value) for key, value in values.items()}
+    values = foreign.renamed(values, origin)
     kept, without_effect = foreign.separate(values, own, origin)
     lora = kept.get("lora")
     groups = fill(GROUPS, kept, origin)
@@ -497,6 +532,8 @@ def validate(run: Run) -> None:
         (training, "gradient_accumulation_steps", 1),
         (training, "logging_steps", 1),
         (training, "save_steps", 1),
+        (training, "max_grad_spike", 0),
+        (training, "grad_spike_window", 1),
         (training, "seed", 0),
         (run.reporting, "num_answers", -1),
         (run.audit, "show", 0),
@@ -541,6 +578,7 @@ def validate(run: Run) -> None:
             f"gradient_accumulation_steps={training.gradient_accumulation_steps}, which need all "
             "gradients first; give max_grad_norm: 0 and gradient_accumulation_steps: 1"
         )
+    _check_safety(run)
     if run.is_lora and model.num_nextn_predict_layers:
         raise ConfigError(
             "num_nextn_predict_layers trains a block of the model itself; use fine_tuning: Full"
@@ -581,6 +619,43 @@ def _check_preferences(run: Run) -> None:
             raise ConfigError(
                 f"{key}={value} is not for pairs of answers (stage: DPO); leave it out"
             )
+
+
+def _check_safety(run: Run) -> None:
+    """What keeps a run safe: the best checkpoint, the average, spikes, the last step."""
+    training, decay = run.training, run.optimisation.ema_decay
+    if training.load_best_model_at_end:
+        every = training.eval_steps or 500
+        strategy = training.evaluation_strategy
+        if strategy == "no" or not run.data.eval_dataset_path or not training.do_eval:
+            raise ConfigError(
+                "load_best_model_at_end needs evaluations to choose by; give evaluation_strategy: "
+                "steps and eval_dataset_path"
+            )
+        is_between = strategy == "steps" and training.save_steps % every
+        if strategy != training.save_strategy or is_between:
+            raise ConfigError(
+                f"load_best_model_at_end chooses among checkpoints that were evaluated; with "
+                f"evaluation_strategy={strategy} (eval_steps={every}) and "
+                f"save_strategy={training.save_strategy} (save_steps={training.save_steps}) some "
+                "are not: give one strategy, and save_steps a multiple of eval_steps"
+            )
+    if not 0 <= decay < 1:
+        raise ConfigError(
+            f"ema_decay={decay:g} is no decay; give 0 for none, or a number like 0.999 below 1"
+        )
+    if 0 < training.max_grad_spike <= 1:
+        raise ConfigError(
+            f"max_grad_spike={training.max_grad_spike:g} would skip every other step; give a "
+            "factor above 1, like 10, or 0"
+        )
+    if training.max_grad_spike and run.optimisation.optimizer_in_backward:
+        raise ConfigError(
+            "max_grad_spike needs the gradient's norm before the first update, which "
+            "optimizer_in_backward does not have; give only one of them"
+        )
+    if training.stop_after_step is not None and training.stop_after_step < 1:
+        raise ConfigError(f"stop_after_step={training.stop_after_step} is no step; give 1, 2..")
 
 
 def _check_sources(data: Data, split: str) -> None:

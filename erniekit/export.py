@@ -26,7 +26,6 @@ from ernie.checkpoint.hub import resolve
 from ernie.settings import ConfigError
 from erniekit import checkpoint, lora
 from erniekit.config import Run
-from erniekit.recipes.evaluation import trained_folder
 
 log = logging.getLogger("erniekit")
 
@@ -84,7 +83,7 @@ def split(run: Run) -> int:
 
 
 def _trained(run: Run) -> Path:
-    folder = trained_folder(run.output)
+    folder = checkpoint.chosen(run.output, run.training.use_checkpoint)
     if folder is None:
         raise ConfigError(f"{run.output} holds no checkpoint; train first, or give its output_dir")
     return folder

@@ -80,7 +80,8 @@ WITHOUT_EFFECT: dict[str, str] = {
     "unified_checkpoint_config": "one checkpoint format",
     "disable_ckpt_quant": "checkpoints are never quantised",
     "ckpt_quant_stage": "checkpoints are never quantised",
-    "use_async_save": "saves are synchronous",
+    "zcc_workers_num": "one thread writes",
+    "zcc_pipeline_hooks_capacity_usage": "one process",
     "ordered_save_group_size": "one process",
     "save_sharding_stage1_model_include_freeze_params": "one process",
     "save_sharded_model": "one checkpoint format",
@@ -156,9 +157,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "vit_lr_ratio": (),
     "visual_ld": (),
     "do_predict": (False,),
-    "load_best_model_at_end": (False,),
-    "metric_for_best_model": (),
-    "greater_is_better": (),
+    "zcc_ema_interval": (1,),
+    "flash_device_save_steps": (0,),
     "ignore_data_skip": (False,),
     "skip_data_intervals": (),
     "ignore_save_lr_and_optim": (False,),
@@ -180,11 +180,33 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_call_parser": (),
 }
 
+# Keys of ERNIEKit's that are settings here under the field's usual name.
+RENAMED = {"zcc_save_ema_coef": "ema_decay", "enable_zero_cost_checkpoint": "use_async_save"}
+
 _LATER = {
     "loss_type": ("sigmoid",),
     "compute_type": ("bf16",),
     "optim": ("adamw", "adamw_custom", "adamw_8bit", "muon"),
 }
+
+
+def renamed(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
+    """The values under the names that settings have here; async_save is a word of another key.
+
+    Raises ConfigError where two names of one setting are given.
+    """
+    result = dict(values)
+    for theirs, ours in RENAMED.items():
+        if theirs in result:
+            if ours in result:
+                raise ConfigError(f"{theirs} and {ours} in {origin} are one setting; give {ours}")
+            result[ours] = result.pop(theirs)
+    given = result.pop("unified_checkpoint_config", None) or ()
+    words = given.split() if isinstance(given, str) else list(given)
+    if "async_save" in words:
+        result.setdefault("use_async_save", True)
+        words.remove("async_save")
+    return result | ({"unified_checkpoint_config": " ".join(words)} if words else {})
 
 
 def separate(

@@ -66,6 +66,11 @@ class Gradients:
         is."""
         return length(squares_of(list(self.present().values())))
 
+    @torch.no_grad()
+    def squares(self) -> dict[str, Tensor]:
+        """Squared length of each sum, float64."""
+        return {name: squares_of([total])[0] for name, total in self.present().items()}
+
     @contextmanager
     def given_away(self, when_ready: Callable[[str, Tensor], None]) -> Iterator[None]:
         """Within, `when_ready(name, gradient)` is called for each parameter, once, and its gradient

@@ -12,11 +12,13 @@ import logging
 import os
 import signal
 import sys
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ernie.settings import ConfigError
 from erniekit.config import Run
+from erniekit.faults import told_in_a_sentence
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -34,11 +36,10 @@ def run_training(run: Run) -> int:
         from erniekit.recipes import evaluation
 
         return evaluation.evaluate_run(run)
-    recipe = recipe_of(run)
-    device = device_of(run)
+    recipe, device = recipe_of(run), device_of(run)
     num_nodes, num_here = num_processes(run, device)
     if is_rank() or num_nodes * num_here == 1:
-        return _run_rank(run, device, recipe)
+        return told_in_a_sentence(partial(_run_rank, run, device, recipe), run, device)
     return _run_agent(run, device, num_nodes, num_here)
 
 
@@ -143,7 +144,7 @@ def _run_agent(run: Run, device: str, num_nodes: int, num_here: int) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     from erniekit.parallel.ranks import degrees
-    from erniekit.session import STOPPED
+    from erniekit.signals import STOPPED
 
     degrees(run.parallel, num_nodes * num_here)
     if device == "cpu":
@@ -186,8 +187,8 @@ def _told(error: ChildFailedError) -> int:
     start = min(failure.timestamp for failure in error.failures.values())
     early = [f for f in error.failures.items() if f[1].timestamp <= start + SAME_TIME_S]
     rank, first = min(early, key=lambda f: (_order(f[1].exitcode), f[1].timestamp))
-    if first.exitcode == 2:  # a mistake of the user, which the rank has told
-        return 2
+    if first.exitcode in (2, 3):  # a mistake of the user, or a lack, which the rank has told
+        return first.exitcode
     ended = f"exited with {first.exitcode}"
     if first.exitcode < 0:
         ended = f"was ended by {first.signal_name()}"

@@ -4,7 +4,8 @@
 
 Losses are sums over tokens times one over the number of trained tokens of the *whole* window (over
 pairs and their number, where those are compared), so a step means the same however it is cut into
-batches. A step whose loss or gradient is not finite changes nothing but a counter.
+batches. A step whose loss or gradient is not finite, or whose gradient is far longer than lately,
+changes nothing but counters.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,8 @@ from ernie.model import ErnieModel
 from ernie.moe import balance
 from ernie.moe.layer import MoE
 from erniekit import memory
-from erniekit.config import Optimisation
+from erniekit.average import Average
+from erniekit.config import Optimisation, Training
 from erniekit.data.loader import Batch
 from erniekit.data.pack import Cursor
 from erniekit.gradients import Gradients, length, squares_of
@@ -37,9 +40,30 @@ from erniekit.preference import Pairs
 
 log = logging.getLogger("erniekit")
 
+_FEWEST_NORMS = 10  # before a median says what is usual
+
 
 class TrainingError(ValueError):
     """Training cannot go on, and the user can do something about it."""
+
+
+@dataclass
+class SkippedStep:
+    """A step that was not taken, with what it takes to find out why."""
+
+    step: int
+    reason: str
+    start: Cursor  # place in the data before it
+    window: list[Batch]
+    norm_by_parameter: dict[str, float]
+
+
+class TooManySkipped(TrainingError):
+    """`last` is the step that was one too many."""
+
+    def __init__(self, message: str, last: SkippedStep) -> None:
+        super().__init__(message)
+        self.last = last
 
 
 @dataclass
@@ -50,6 +74,7 @@ class Progress:
     cursor: Cursor = field(default_factory=Cursor)
     total_tokens: int = 0
     skipped_steps: int = 0
+    norms: list[float] = field(default_factory=list)  # of recent steps, where spikes are looked for
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -74,10 +99,11 @@ class Parts:
     num_steps: int
     batches_per_step: int
     epoch_size: int
-    max_skipped_steps: int
+    training: Training
     bias_step: float = 0.0  # of the routing bias, per optimizer step
     ranks: Ranks = ALONE
     after_update: Callable[[], None] = lambda: None
+    average: Average | None = None
 
 
 def to_device(batch: Batch, device: torch.device) -> Flat | Pairs:
@@ -103,54 +129,58 @@ def train(
     """Steps until `num_steps`, or until `after_step(record)` answers that it is enough.
 
     `progress` is moved along. All ranks are given the same batches, and each trains on its share.
-    Raises TrainingError when too many steps were not finite.
+    Raises TooManySkipped.
     """
     while progress.step < parts.num_steps:
         start = time.monotonic()
         parts.ranks.come_to(progress.step + 1)
         window = list(islice(batches, parts.batches_per_step * parts.ranks.size))
         assert window, "the stream of training batches has no end"
-        record = _step(parts, window, progress)
+        record, skipped = _step(parts, window, progress)
         record["seconds"] = time.monotonic() - start
         record["tokens_per_second"] = record["num_tokens"] / record["seconds"]
-        if progress.skipped_steps > parts.max_skipped_steps:
+        if skipped and progress.skipped_steps > parts.training.max_skipped_steps:
             after_step(record)
-            raise TrainingError(
-                f"{progress.skipped_steps} steps had a loss or gradient that is not finite (the "
-                f"last at step {progress.step}, data position {progress.cursor.position}); lower "
-                "learning_rate, check the data, or raise max_skipped_steps"
+            raise TooManySkipped(
+                f"skipped steps: {progress.skipped_steps}, the last step {progress.step} (data "
+                f"position {progress.cursor.position}), because {skipped.reason}; lower "
+                "learning_rate, check the data, or raise max_skipped_steps",
+                skipped,
             )
         if after_step(record):
             return
 
 
-def _step(parts: Parts, window: list[Batch], progress: Progress) -> dict[str, Any]:
+def _step(
+    parts: Parts, window: list[Batch], progress: Progress
+) -> tuple[dict[str, Any], SkippedStep | None]:
     learning_rate = learning_rate_at(progress.step, parts.num_steps, parts.optimisation)
     num_trained = sum(batch.num_trained for batch in window)
+    squares: dict[str, Tensor] = {}
     num_pairs = sum(len(batch.keys) for batch in window)
     if parts.optimisation.optimizer_in_backward:
-        numbers, loads = _backward_and_update(parts, window, learning_rate)
+        numbers, loads, squares = _backward_and_update(parts, window, learning_rate)
     else:
         numbers, loads = _backward(parts, window, 1 / sum(batch.weight for batch in window))
         numbers["grad_norm"] = parts.gradients.norm()
     extra = _on_host(numbers)
     loss, norm = extra.pop("loss"), extra.pop("grad_norm")
-    is_finite = math.isfinite(loss) and math.isfinite(norm)
-    if is_finite:
-        if not parts.optimisation.optimizer_in_backward:
-            scale = clip_scale(norm, parts.optimisation.max_grad_norm)
-            parts.optimizer.step(parts.gradients.present(), learning_rate, scale)
-            parts.after_update()
-        if parts.bias_step:
-            _balance(parts.model, loads, parts.bias_step)
+    reason = _why_skip(loss, norm, parts.training, progress)
+    skipped = None
+    if not reason:
+        _update(parts, loads, learning_rate, norm)
+    else:
+        squares = squares or parts.gradients.squares()
+        norms = {name: float(square.sqrt()) for name, square in squares.items()}
+        skipped = SkippedStep(progress.step + 1, reason, progress.cursor, window, norms)
     parts.gradients.release()
 
     num_tokens = sum(batch.num_tokens for batch in window)
     progress.step += 1
     progress.cursor = window[-1].cursor
     progress.total_tokens += num_tokens
-    progress.skipped_steps += not is_finite
-    return {
+    progress.skipped_steps += bool(reason)
+    record = {
         "step": progress.step,
         "loss": loss,
         "learning_rate": learning_rate,
@@ -162,8 +192,39 @@ def _step(parts: Parts, window: list[Batch], progress: Progress) -> dict[str, An
         "epoch": round(progress.cursor.num_records / parts.epoch_size, 4),
         "peak_memory_gib": memory.peak_gib(parts.model.device),
         **extra,
-        **({} if is_finite else {"skipped": True}),
+        **({"skipped": True, "skipped_because": reason} if reason else {}),
     }
+    return record, skipped
+
+
+def _update(parts: Parts, loads: list[Tensor], learning_rate: float, norm: float) -> None:
+    """Move the weights, the routing bias and the average."""
+    if not parts.optimisation.optimizer_in_backward:
+        scale = clip_scale(norm, parts.optimisation.max_grad_norm)
+        parts.optimizer.step(parts.gradients.present(), learning_rate, scale)
+        parts.after_update()
+    if parts.bias_step:
+        _balance(parts.model, loads, parts.bias_step)
+    if parts.average is not None:
+        parts.average.update()
+
+
+def _why_skip(loss: float, norm: float, training: Training, progress: Progress) -> str:
+    """Why a step must not be taken, or the empty string. Notes its norm where spikes are skipped.
+
+    A spike counts in the median too: one changes it little, and what lasts becomes usual.
+    """
+    if not (math.isfinite(loss) and math.isfinite(norm)):
+        return "its loss or gradient is not finite"
+    if not training.max_grad_spike:
+        return ""
+    reason, window = "", training.grad_spike_window
+    if len(progress.norms) >= min(_FEWEST_NORMS, window):
+        usual = median(progress.norms)
+        if norm > training.max_grad_spike * usual > 0:
+            reason = f"its gradient norm {norm:.3g} is {norm / usual:.3g} times the usual one"
+    progress.norms = [*progress.norms, norm][-window:]
+    return reason
 
 
 def _backward(
@@ -207,23 +268,24 @@ def _on_host(numbers: dict[str, Tensor]) -> dict[str, float]:
 
 def _backward_and_update(
     parts: Parts, window: list[Batch], learning_rate: float
-) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """As `_backward`, but weights move within; the length of the gradient is one of the numbers.
+) -> tuple[dict[str, Tensor], list[Tensor], dict[str, Tensor]]:
+    """As `_backward`, but weights move within; the length of the gradient is one of the numbers,
+    and the squared length of each parameter's comes beside them.
 
     A gradient that is not finite leaves its own weight as it was, and the step counts as skipped.
     """
-    squares: list[Tensor] = []
+    squares: dict[str, Tensor] = {}
     parts.optimizer.num_updates += 1
 
     def update(name: str, gradient: Tensor) -> None:
-        squares.extend(squares_of([gradient]))
-        if bool(squares[-1].isfinite()):
+        squares[name] = squares_of([gradient])[0]
+        if bool(squares[name].isfinite()):
             parts.optimizer.update(name, gradient, learning_rate, 1.0)
 
     assert len(window) == 1 and not parts.optimisation.max_grad_norm
     with parts.gradients.given_away(update):
         numbers, loads = _backward(parts, window, 1 / window[0].weight)
-    return numbers | {"grad_norm": length(squares)}, loads
+    return numbers | {"grad_norm": length(list(squares.values()))}, loads, squares
 
 
 def _balance(model: ErnieModel, loads: list[Tensor], step_size: float) -> None:

@@ -165,11 +165,21 @@ def projections(model: ErnieModel) -> Iterator[tuple[nn.Module, str, Linear | Ex
 # --- files ---
 
 
-def adapter_tensors(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The pairs among the weights of a model, under their names in the file."""
+def file_name(parameter: str) -> str:
+    """The name in the file of a parameter of a pair."""
+    return f"{_PREFIX}{parameter}.weight"
+
+
+def parameter_name(in_file: str) -> str:
+    """The way back from `file_name`."""
+    return in_file.removeprefix(_PREFIX).removesuffix(".weight")
+
+
+def adapter_tensors(model: ErnieModel) -> dict[str, Tensor]:
+    """The pairs under their names in the file."""
     return {
-        f"{_PREFIX}{name}.weight": weight.detach()
-        for name, weight in weights.items()
+        file_name(name): parameter.detach()
+        for name, parameter in model.named_parameters()
         if name.endswith(("lora_A", "lora_B"))
     }
 
@@ -219,7 +229,7 @@ def load_adapter(model: ErnieModel, tensors: Mapping[str, Tensor], origin: str) 
     Raises ConfigError naming the first tensor that is missing, left over or of another shape:
     an adapter that would silently do nothing is refused.
     """
-    expected = adapter_tensors(dict(model.named_parameters()))
+    expected = adapter_tensors(model)
     for name in [*expected, *tensors]:
         if name not in tensors or name not in expected:
             where = "missing in" if name not in tensors else "unknown to this model but in"

@@ -4,7 +4,8 @@
 
 A record has: step, loss, learning_rate, grad_norm, tokens_per_second, num_tokens and
 num_trained_tokens (of this step), total_tokens, seconds, epoch, peak_memory_gib; accuracy (share of
-the trained tokens that the model held the likeliest); `skipped` where the step was;
+the trained tokens that the model held the likeliest); `skipped` and `skipped_because` where the
+step was;
 `moe_max_over_mean` and the router's losses for experts; eval_loss, eval_ppl, eval_accuracy and
 eval_tokens where the model was evaluated after it. Step 0 is the evaluation before training.
 
@@ -22,6 +23,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from erniekit.checkpoint import replace_text
+
 METRICS_FILE = "metrics.jsonl"
 
 
@@ -38,9 +41,7 @@ class Metrics:
             for line in self.path.read_text(encoding="utf-8").splitlines():
                 if 0 <= _step_of(line) <= step:
                     lines.append(line + "\n")
-        hidden = self.path.with_name(f".{self.path.name}.partial")
-        hidden.write_text("".join(lines), encoding="utf-8")
-        hidden.replace(self.path)
+        replace_text(self.path, "".join(lines))
 
     def write(self, record: dict[str, Any]) -> None:
         with self.path.open("a", encoding="utf-8") as file:
@@ -83,7 +84,7 @@ def line(record: dict[str, Any], num_steps: int) -> str:
     if "moe_max_over_mean" in record:
         parts.append(f"moe max/mean {record['moe_max_over_mean']:.2f}")
     if record.get("skipped"):
-        parts.append("SKIPPED: not finite")
+        parts.append(f"SKIPPED: {record.get('skipped_because', 'not finite')}")
     return " | ".join(parts)
 
 

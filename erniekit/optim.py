@@ -136,10 +136,13 @@ class AdamW:
     @torch.no_grad()
     def update(self, name: str, gradient: Tensor, learning_rate: float, scale: float) -> None:
         """Update one parameter as a part of update number `num_updates`, counted by the caller."""
-        parameter, state = self.parameters[name], self.state[name]
-        original = state.get("original", parameter.data)
+        original = self.exact(name)
         rate = learning_rate * self.treatments[name].factor
         self._move(name, original, gradient, rate, scale)
+
+    def exact(self, name: str) -> Tensor:
+        """The float32 weight of a parameter: its original where it has one, else itself."""
+        return self.state[name].get("original", self.parameters[name].data)
 
     def _move(
         self, name: str, weights: Tensor, gradient: Tensor, rate: float, scale: float

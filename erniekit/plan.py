@@ -1,7 +1,8 @@
 """What a training run will take, from its settings alone: memory by part, and arithmetic.
 
 The network is built on the meta device, so nothing is read and nothing is allocated. Weights,
-sums of gradients and the optimizer's state are exact. Activations are what autograd keeps in our
+sums of gradients, the optimizer's state, the average of the weights (`ema_decay`) and the copy that
+`use_async_save` writes from are exact. Activations are what autograd keeps in our
 own blocks, counted in words (`layer_words`, checked against autograd in the tests); the peak is the
 largest of the moments of a step:
 
@@ -74,6 +75,7 @@ class Sizes:
     weights: Counter[int] = field(default_factory=Counter)
     sums: Counter[int] = field(default_factory=Counter)
     state: Counter[int] = field(default_factory=Counter)
+    average: Counter[int] = field(default_factory=Counter)
     largest: Counter[int] = field(default_factory=Counter)  # trained elements of one tensor
     gathered: int = 0  # weights that lie whole beside this rank's shard of them
     trained: dict[str, int] = field(default_factory=dict)  # elements by name
@@ -112,11 +114,15 @@ def plan(run: Run, device: str, degrees: Degrees = Degrees()) -> Plan:
         )
     sizes = sizes_of(config, run, device, degrees)
     batch = run.training.batch_size * run.data.max_seq_len
-    parts, moment = _peak(config, run, device, degrees, sizes, batch)
-    tokens = batch * run.training.gradient_accumulation_steps
-    whole = sizes_of(config, run, device, dataclasses.replace(degrees, sharding=1))
-    saved = whole.state.total() + (0 if run.is_lora else whole.weights.total())
     trained = 4 * sizes.num_trained
+    whole = sizes_of(config, run, device, dataclasses.replace(degrees, sharding=1))
+    kept = trained if run.is_lora else whole.weights.total()
+    saved = kept + whole.state.total() + whole.average.total()
+    # On a GPU the copy that is written lies in host memory, which is not planned.
+    has_copy = device == "cpu" and run.training.use_async_save
+    parts, moment = _peak(config, run, device, degrees, sizes, batch, saved * has_copy)
+    tokens = batch * run.training.gradient_accumulation_steps
+    final = trained if run.is_lora else 2 * sizes.num_params
     return Plan(
         parts,
         moment,
@@ -124,8 +130,8 @@ def plan(run: Run, device: str, degrees: Degrees = Degrees()) -> Plan:
         sizes.num_trained,
         tokens,
         _flops(config, run, tokens) / (degrees.tensor * degrees.pipeline),
-        saved + (trained if run.is_lora else 0),
-        trained if run.is_lora else 2 * sizes.num_params,
+        saved,
+        final * (2 if sizes.average else 1),
     )
 
 
@@ -218,6 +224,8 @@ def _add(
     is_long = float32_sum or (o.amp_master_grad and not is_short)
     sizes.sums[layer] += count * (4 if is_long else 2)
     sizes.state[layer] += count * (moments + original)
+    if o.ema_decay:
+        sizes.average[layer] += count * 4
     sizes.largest[layer] = max(sizes.largest[layer], count)
 
 
@@ -277,7 +285,13 @@ def _temporary_words(config: ErnieConfig, run: Run, layer: int) -> float:
 
 
 def _peak(
-    config: ErnieConfig, run: Run, device: str, degrees: Degrees, sizes: Sizes, batch: int
+    config: ErnieConfig,
+    run: Run,
+    device: str,
+    degrees: Degrees,
+    sizes: Sizes,
+    batch: int,
+    copy: int,
 ) -> tuple[dict[str, int], str]:
     """Bytes by part at the fullest moment of a step, and its name."""
     word = 4 if device == "cpu" else 2
@@ -308,6 +322,8 @@ def _peak(
         parts["gathered"] = sizes.gathered / degrees.pipeline
         parts["gradients"] /= degrees.pipeline
         parts["optimizer"] = sizes.state.total() / degrees.pipeline
+        parts["average"] = sizes.average.total() / degrees.pipeline
+        parts["copy"] = copy / degrees.pipeline
     if device == "cpu" and run.model.continue_training:
         # Pages of the file that is being read are resident beside the weights.
         moments["loading"] = {"file": min(2 * sizes.num_params, FILE_BYTES)}
@@ -320,8 +336,8 @@ def _peak(
         "process": _process_bytes(config, run, device),
     }
     names = (
-        "weights", "gathered", "file", "gradients", "optimizer", "activations", "temporaries",
-        "loss", "process",
+        "weights", "gathered", "file", "gradients", "optimizer", "average", "copy", "activations",
+        "temporaries", "loss", "process",
     )  # fmt: skip
     return {name: round(resident.get(name, 0)) for name in names}, moment
 

@@ -146,20 +146,26 @@ def _device(run: Run) -> str:
     return wanted
 
 
+def memory_of(device: str) -> int:
+    """Bytes of this machine, or of its GPU; of an H100 of 80 GB where there is none."""
+    if device == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    return int(80e9)
+
+
 def machine(device: str, limit: int | None = None) -> Machine:
     """This machine; a GPU that is not here is taken as an H100 of 80 GB. Takes under a second."""
+    total = limit or memory_of(device)
     if device == "cpu":
-        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         rate = _product_rate()
         told = f"CPU, products measured at {rate / 1e9:.0f} GFLOP/s, of which {CPU_SHARE:.0%}"
-        return Machine(limit or total, rate * CPU_SHARE, told)
-    name, total = "H100", int(80e9)
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        name, total = properties.name, properties.total_memory
+        return Machine(total, rate * CPU_SHARE, told)
+    name = torch.cuda.get_device_name(0) if torch.cuda.is_available() else "H100"
     peak = next((rate for key, rate in GPU_TFLOPS.items() if key in name), GPU_TFLOPS["A100"])
     told = f"{name}, {peak:g} TFLOP/s by the table, of which {GPU_SHARE:.0%} assumed"
-    return Machine(limit or total, peak * 1e12 * GPU_SHARE, told)
+    return Machine(total, peak * 1e12 * GPU_SHARE, told)
 
 
 def _product_rate(size: int = 768, repeats: int = 5) -> float:
@@ -194,6 +200,8 @@ def _candidates(run: Run) -> list[tuple[dict[str, Any], str]]:
         ):
             again = {"recompute": True, "recompute_granularity": part}
             found.append((again, f"{cost} are computed twice"))
+    if training.use_async_save and run.training.device != "gpu":
+        found.append(({"use_async_save": False}, "training waits while a checkpoint is written"))
     if not o.use_lowprecision_moment:
         found.append(({"use_lowprecision_moment": True}, "moments are rounded, without bias"))
     if o.amp_master_grad and not run.is_lora:

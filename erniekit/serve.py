@@ -50,22 +50,22 @@ def server_command(run: Run) -> list[str]:
 def served_model(run: Run) -> str:
     """The merged export, the final model or the newest checkpoint of output_dir, else the model.
 
-    Raises ConfigError for an adapter: a server cannot load one, so it must be merged first.
+    `use_checkpoint` comes first. Raises ConfigError for an adapter: a server cannot load one, so it
+    must be merged first.
     """
     from erniekit import checkpoint
 
     if run.training.output_dir is None:
         return run.model.model_name_or_path
-    export, output = run.output / "export", run.output
-    if (export / "config.json").is_file():
+    export, output, which = run.output / "export", run.output, run.training.use_checkpoint
+    if which is None and (export / "config.json").is_file():
         return str(export)
-    folder = output if (output / "config.json").is_file() else checkpoint.newest_good(output)
-    if (output / "adapter_config.json").is_file() or (
-        folder is not None and (folder / "adapter_config.json").is_file()
-    ):
+    folder = checkpoint.chosen(output, which)
+    if folder is not None and (folder / "adapter_config.json").is_file():
+        words = f" use_checkpoint={which}; then leave use_checkpoint out" if which else ""
         raise ConfigError(
-            f"{folder or output} holds a LoRA adapter, which cannot be served by itself; merge it "
-            f"first: erniekit export model_name_or_path=BASE output_dir={output}"
+            f"{folder} holds a LoRA adapter, which cannot be served by itself; merge it first: "
+            f"erniekit export model_name_or_path=BASE output_dir={output}{words}"
         )
     if folder is None and not run.model.model_name_or_path:
         raise ConfigError(f"{output} holds no model and model_name_or_path is not set; give one")

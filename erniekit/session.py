@@ -8,40 +8,40 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import logging
-import signal
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from torch import Tensor
 
 import ernie
-from ernie.chat import write_lock
-from ernie.checkpoint.io import write as write_model
 from ernie.kernels import report
-from ernie.model import KEPT_FLOAT32
 from ernie.settings import ConfigError
-from erniekit import checkpoint, lora, losses, metrics
+from erniekit import checkpoint, debug, lora, losses, metrics, snapshot
+from erniekit.average import Average
 from erniekit.build import build_model, lora_of, trained_parameters
 from erniekit.config import Parallel, Run
 from erniekit.data.loader import Batch, Stream, prefetched
-from erniekit.loop import Parts, Progress, train
+from erniekit.loop import Parts, Progress, TooManySkipped, TrainingError, train
 from erniekit.optim import OPTIMIZERS, treatments
 from erniekit.parallel.forms import form_of
 from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.plan_report import record_error
 from erniekit.report.reporter import Reporter
+from erniekit.saver import Saver
+from erniekit.signals import CaughtSignals
 
 log = logging.getLogger("erniekit")
 
-# Exit codes of `erniekit train` when it is asked to stop; it finishes the step and saves first.
-STOPPED = {signal.SIGTERM: 0, signal.SIGINT: 130}
+# A file of this name in output_dir asks for a checkpoint after the step; it is then removed.
+REQUEST_FILE = "SAVE"
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,6 @@ class Session:
     eval_stream: Stream | None
     method: Method
     ranks: Ranks = ALONE
-    stopped_by_signal: int = 0
 
     def __post_init__(self) -> None:
         run = self.run
@@ -105,13 +104,18 @@ class Session:
         )
         self.progress = Progress()
         if self.resumed:
-            tensors = load_file(self.resumed / checkpoint.OPTIMIZER_FILE)
-            self.form.load_state(self.optimizer, tensors, self.state["num_updates"])
-            self.progress = Progress.from_dict(self.state["progress"])
-            _compare_settings(
-                self.state["settings"], run, self.state.get("ranks", 1), self.ranks.size
-            )
-            torch.set_rng_state(torch.tensor(self.state["rng"], dtype=torch.uint8))
+            self._take_state(self.resumed)
+        decay = run.optimisation.ema_decay
+        self.average = Average(self.optimizer, decay) if decay else None
+        if self.resumed and self.average is not None:
+            self._take_average(self.resumed)
+        encoder = self.train_stream.encoder
+        self.saver = Saver(
+            run.output,
+            lambda folder, tensors: snapshot.write(run, self.model, encoder, tensors, folder),
+            self._saved,
+            is_async=run.training.use_async_save,
+        )
         self.reporter = Reporter(
             run,
             self.model,
@@ -121,12 +125,30 @@ class Session:
             num_steps=self.num_steps,
             is_silent=not self.ranks.is_first,
         )
-        self.signal: int | None = None
+        self.signals = CaughtSignals()
+        self.is_stopped = False  # by any rank
         t = run.training
         has_eval = self.eval_stream is not None
         self.eval_every = self._every(t.evaluation_strategy, t.eval_steps or 500) * has_eval
         self.save_every = self._every(t.save_strategy, t.save_steps)
         self._tell()
+
+    def _take_state(self, folder: Path) -> None:
+        """Optimizer, place in the data and random state of a checkpoint."""
+        tensors = load_file(folder / checkpoint.OPTIMIZER_FILE)
+        self.form.load_state(self.optimizer, tensors, self.state["num_updates"])
+        self.progress = Progress.from_dict(self.state["progress"])
+        ranks_before = self.state.get("ranks", 1)
+        _compare_settings(self.state["settings"], self.run, ranks_before, self.ranks.size)
+        torch.set_rng_state(torch.tensor(self.state["rng"], dtype=torch.uint8))
+
+    def _take_average(self, folder: Path) -> None:
+        assert self.average is not None
+        source = folder / checkpoint.AVERAGE_FOLDER
+        if source.is_dir():
+            self.average.load(snapshot.read_weights(self.run, source), str(source))
+        else:
+            log.warning("%s has no averaged weights: the average begins with its weights", folder)
 
     def _every(self, strategy: str, steps: int) -> int:
         """Steps between two events of a strategy; 0 for never."""
@@ -160,23 +182,37 @@ class Session:
         if names := self.run.without_effect:
             log.info("settings of ERNIEKit without effect here: %s", ", ".join(names))
 
+    @property
+    def stopped_by_signal(self) -> int:
+        """Exit status of the process when the run was stopped before its end."""
+        return self.signals.exit_status
+
     def train(self) -> bool:
-        """Run the loop; True when it came to its end, False when a signal stopped it."""
+        """Run the loop; True when it came to its end, False when it was stopped before."""
+        if self._is_stopped:
+            log.info("stopped after step %d, as stop_after_step says", self.progress.step)
+            return False
         if not self.progress.step:
             if self.eval_every:
                 self.reporter.write({"step": 0, **self._evaluated(0)})
             self.reporter.answer(0)
-        data, training = self.run.data, self.run.training
+        run, data, training = self.run, self.run.data, self.run.training
         batches = prefetched(
             self.train_stream.batches(training.batch_size, self.progress.cursor),
             data.prefetch_factor * training.gradient_accumulation_steps * self.ranks.size
             if data.dataloader_num_workers
             else 0,
         )
-        with _caught_signals(self), contextlib.closing(self.reporter):
-            train(self._parts(), batches, self.progress, self._after_step)
-        batches.close()
-        return self.signal is None or self.progress.step == self.num_steps
+        with CaughtSignals() as self.signals, contextlib.closing(self.reporter), self.saver:
+            try:
+                with contextlib.closing(batches):
+                    train(self._parts(), batches, self.progress, self._after_step)
+            except TooManySkipped as error:
+                if not self.ranks.is_first:
+                    raise
+                folder = debug.write_bundle(run, self.train_stream, error.last)
+                raise TrainingError(f"{error}; what led to it is in {folder}") from None
+        return not self.is_stopped or self.progress.step == self.num_steps
 
     def _parts(self) -> Parts:
         run, model = self.run, self.run.model
@@ -192,25 +228,39 @@ class Session:
             self.num_steps,
             run.training.gradient_accumulation_steps,
             self.train_stream.epoch_size,
-            run.training.max_skipped_steps,
+            run.training,
             model.moe_use_aux_free_update_coef if full else 0.0,
             self.ranks,
             partial(self.form.after_update, self.trained),
+            self.average,
         )
+
+    @property
+    def _is_stopped(self) -> bool:
+        """Whether a signal or stop_after_step ends the run before its last step."""
+        last = self.run.training.stop_after_step
+        return self.signals.caught or (last is not None and self.progress.step >= last)
 
     def _after_step(self, record: dict[str, Any]) -> bool:
         step = record["step"]
         is_last = step == self.num_steps
+        self.saver.settle()
         self.reporter.tell(record)
         if self.eval_every and (step % self.eval_every == 0 or is_last):
             record = record | self._evaluated(step)
         self.reporter.write(record)
+        request = self.run.output / REQUEST_FILE
+        # Rank 0 sees the request, and a signal comes to each in its own time: all do the same.
+        is_asked = bool(self.ranks.largest(self.ranks.is_first and request.exists()))
         is_due = bool(self.save_every) and (is_last or step % self.save_every == 0)
-        # A signal comes to each rank in its own time; all stop after the same step.
-        is_stopping = bool(self.ranks.largest(self.signal is not None))
-        if is_due or is_stopping:
-            self.save()
-        return is_stopping
+        # Asked once: a signal may come at any moment.
+        self.is_stopped = bool(self.ranks.largest(self._is_stopped))
+        if is_due or is_asked or self.is_stopped:
+            self.save(record)
+        if is_asked and self.ranks.is_first:
+            self.saver.settle(wait=True)
+            request.unlink(missing_ok=True)
+        return self.is_stopped
 
     def _evaluated(self, step: int) -> dict[str, float]:
         assert self.eval_stream is not None
@@ -220,77 +270,96 @@ class Session:
             self.model, islice(batches, limit if limit > 0 else None), ranks=self.ranks
         )
         log.info("%s", metrics.eval_line(values, step))
+        if self.metric not in values:
+            raise ConfigError(
+                f"metric_for_best_model={self.metric} is no number of an evaluation; use one of "
+                f"{', '.join(values)}"
+            )
         return values
 
     # --- saving ---
 
-    def save(self) -> None:
-        """Write a checkpoint of this moment, then drop the oldest ones."""
+    def save(self, record: dict[str, Any]) -> None:
+        """Write a checkpoint of this moment, after a step with this record."""
         state = {
             "num_steps": self.num_steps,
             "num_updates": self.optimizer.num_updates,
             "progress": self.progress.to_dict(),
             "rng": torch.get_rng_state().tolist(),
+            "evaluation": {k: v for k, v in record.items() if k.startswith("eval_")},
             "settings": self.run.flat(),
             "ranks": self.ranks.size,
         }
-        tensors, weights = self.form.whole_state(self.optimizer), self._whole_weights()
-        if not self.ranks.is_first:
-            self.ranks.wait()
-            return
-        num_bytes = sum(t.nbytes for t in (*tensors.values(), *weights.values()))
-
-        def write(folder: Path) -> None:
-            self._write_weights(folder, weights)
-            (folder / checkpoint.OPTIMIZER_FILE).parent.mkdir()
-            save_file(
-                {name: t.contiguous() for name, t in tensors.items()},
-                folder / checkpoint.OPTIMIZER_FILE,
-            )
-
-        folder = checkpoint.save(self.run.output, self.progress.step, write, state, num_bytes)
-        checkpoint.prune(self.run.output, self.run.training.save_total_limit)
-        self.reporter.write_page()
-        log.info("saved %s", folder)
+        tensors = self.tensors()
+        if self.ranks.is_first:
+            self.saver.save(self.progress.step, tensors, state)
         self.ranks.wait()
 
-    def _whole_weights(self) -> dict[str, torch.Tensor]:
-        """What is saved of the model, by name, on rank 0: all weights, or the adapter."""
-        return self.form.whole(self.trained if self.run.is_lora else self.parameters)
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that a checkpoint holds besides its state, whole, on rank 0; see `snapshot`.
+        All ranks must call it.
 
-    def _write_weights(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-        self._write_model(folder, weights)
-        encoder = self.train_stream.encoder
-        write_lock(folder, encoder.template, encoder.tokenizer)
-
-    def _write_model(self, folder: Path, weights: dict[str, torch.Tensor]) -> None:
-        if not self.run.is_lora:
-            write_model(
-                folder, self.model.config, weights, weights.__getitem__,
-                layout=self.model.layout, tokenizer=self.model.tokenizer,
-                generation_config=self.model.generation_config,
-            )  # fmt: skip
-            return
-        tensors = {k: t.cpu().contiguous() for k, t in lora.adapter_tensors(weights).items()}
-        save_file(tensors, folder / lora.ADAPTER_FILE, metadata={"format": "pt"})
-        config = lora.adapter_config(
-            self.model, lora_of(self.run), self.run.model.model_name_or_path
+        These may be the tensors themselves, which the next step changes.
+        """
+        kept = self.trained if self.run.is_lora else self.parameters
+        averages = self.average.tensors if self.average is not None else {}
+        parts = (
+            (snapshot.WEIGHTS, self.form.whole(kept)),
+            (snapshot.OPTIMIZER, self.form.whole_state(self.optimizer)),
+            (snapshot.AVERAGE, averages),
         )
-        checkpoint.replace_text(folder / lora.ADAPTER_CONFIG, config)
-        if self.model.tokenizer is not None:
-            self.model.tokenizer.save(folder)
+        return {prefix + name: t.detach() for prefix, part in parts for name, t in part.items()}
+
+    def _saved(self, folder: Path) -> None:
+        """A checkpoint is whole: see which is the best now, and drop the oldest ones."""
+        output, best = self.run.output, self._best()
+        if best is not None:
+            pointer = {"checkpoint": best[1].name, self.metric: best[0]}
+            checkpoint.replace_text(output / checkpoint.BEST_FILE, json.dumps(pointer) + "\n")
+        limit = self.run.training.save_total_limit
+        checkpoint.prune(output, limit, best[1] if best is not None else None)
+        self.reporter.write_page()
+        log.info("saved %s", folder)
+
+    @property
+    def metric(self) -> str:
+        """The number that says which checkpoint is best."""
+        name = self.run.training.metric_for_best_model or "eval_loss"
+        return name if name.startswith("eval_") else f"eval_{name}"
+
+    def _best(self) -> tuple[float, Path] | None:
+        greater = self.run.training.greater_is_better
+        if greater is None:
+            greater = not self.metric.endswith(("loss", "ppl"))
+        return checkpoint.best(self.run.output, self.metric, greater_is_better=greater)
+
+    @torch.no_grad()
+    def _take_weights(self, folder: Path) -> None:
+        """The weights of a checkpoint, and its averages, in place of those of the last step."""
+        parameters = dict(self.model.named_parameters())
+        for name, tensor in snapshot.read_weights(self.run, folder):
+            parameters[name].copy_(tensor)
+        if self.average is not None:
+            self._take_average(folder)
 
     def finish(self) -> int:
         """Write the final model into the output folder itself: adapter, or bfloat16 weights."""
-        output = self.run.output
+        run, output, encoder = self.run, self.run.output, self.train_stream.encoder
+        if self.ranks.is_first:
+            record_error(run, self.device, self.ranks)
         self.gradients.release()
-        if not self.run.is_lora:
-            self.optimizer.state.clear()
-        weights = self._whole_weights()
+        best = self._best() if run.training.load_best_model_at_end else None
+        if best is not None and best[1].name != f"checkpoint-{self.progress.step}":
+            log.info("the final model is that of %s, %s %.4f", best[1], self.metric, best[0])
+            self._take_weights(best[1])
+        weights = snapshot.part(self.tensors(), snapshot.WEIGHTS)
         if not self.ranks.is_first:
             return 0
-        record_error(self.run, self.device, self.ranks)
-        self._write_weights(output, weights if self.run.is_lora else _in_bfloat16(weights))
+        snapshot.write_model(run, self.model, encoder, weights, output, rounded=True)
+        if self.average is not None:
+            weights |= self.average.tensors
+            folder = output / checkpoint.AVERAGE_FOLDER
+            snapshot.write_model(run, self.model, encoder, weights, folder, rounded=True)
         faults = self.train_stream.faults
         if faults.total:
             log.warning(
@@ -305,7 +374,14 @@ class Session:
 
 
 # Changing these between two starts changes nothing that has been computed.
-_HARMLESS = {"output_dir", "resume_from_checkpoint", "max_steps", "logging_steps", "save_steps"}
+_HARMLESS = {
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_steps", "stop_after_step",
+    "logging_steps", "save_steps", "save_strategy", "save_total_limit", "use_async_save",
+    "load_best_model_at_end", "use_checkpoint", "report_to", "logging_dir", "disable_tqdm",
+    "evaluation_strategy", "eval_steps", "max_evaluate_steps", "answer_steps", "num_answers",
+}  # fmt: skip
+
+
 _HARMLESS |= {field.name for field in dataclasses.fields(Parallel)}
 
 
@@ -344,34 +420,3 @@ def load_adapter(model: ernie.ErnieModel, run: Run, folder: Path) -> None:
         )
     path = folder / lora.ADAPTER_FILE
     lora.load_adapter(model, load_file(path), str(path))
-
-
-def _in_bfloat16(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights rounded to what is published and served; routers and their bias stay float32."""
-    for name, weight in weights.items():
-        if not name.endswith(KEPT_FLOAT32):
-            # In its place: a model is not to lie in memory twice.
-            weight.data = weight.data.to(torch.bfloat16)
-    return weights
-
-
-class _caught_signals:
-    """While active, the first SIGTERM or Ctrl-C asks the session to stop after the step; a second
-    Ctrl-C stops at once.
-    """
-
-    def __init__(self, session: Session) -> None:
-        self.session = session
-
-    def __enter__(self) -> None:
-        self.before = {s: signal.signal(s, self._note) for s in STOPPED}
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.session.signal = number
-        self.session.stopped_by_signal = STOPPED[signal.Signals(number)]
-        log.warning("stopping after this step (%s)", signal.Signals(number).name)
-        signal.signal(number, self.before[signal.Signals(number)])

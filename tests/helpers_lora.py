@@ -29,7 +29,7 @@ def trained(model: ErnieModel, pair: lora.LoRA, seed: int) -> ErnieModel:
 def save(wrapped: ErnieModel, pair: lora.LoRA, folder: Path) -> Path:
     """The adapter of a wrapped model, as the trainer writes it."""
     config = json.loads(lora.adapter_config(wrapped, pair, "a base"))
-    return write(folder, lora.adapter_tensors(dict(wrapped.named_parameters())), config)
+    return write(folder, lora.adapter_tensors(wrapped), config)
 
 
 def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Path:

@@ -79,6 +79,22 @@ def write_folder(
         _commit(folder, hidden)
 
 
+def write_file(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """One safetensors file; a reader of `path` sees the old file or the new one, whole.
+
+    Writing releases Python's lock, which is what lets a training go on beside it.
+    """
+    hidden = path.with_name(f".{path.name}.partial")
+    planned = [Planned(name, t.dtype, tuple(t.shape)) for name, t in tensors.items()]
+    try:
+        _write_file(hidden, planned, iter(tensors.items()))
+        _sync(hidden)
+        os.replace(hidden, path)
+    except OSError:
+        hidden.unlink(missing_ok=True)
+        raise
+
+
 def _assign(planned: Sequence[Planned], max_shard_bytes: int) -> dict[str, list[Planned]]:
     parts: list[list[Planned]] = [[]]
     size = 0

@@ -41,7 +41,7 @@ def evaluate_run(run: Run) -> int:
     refuse_ranks("eval")
     device = device_of(run)
     run = resolved(run, device)
-    folder = trained_folder(run.output)
+    folder = checkpoint.chosen(run.output, run.training.use_checkpoint)
     method = recipe_of(run).method(run, device, is_kept=False)
     if run.data.eval_dataset_path:
         method.prepare(eval_batches(run, stream(run, "eval")))
@@ -93,10 +93,3 @@ def _model(run: Run, device: str, folder: Path | None) -> tuple[ernie.ErnieModel
     model = build_model(run, device)
     load_adapter(model, run, folder)
     return model, folder
-
-
-def trained_folder(output: Path) -> Path | None:
-    """What training has left in `output`: the final model, else the newest good checkpoint."""
-    if any((output / name).is_file() for name in ("config.json", lora.ADAPTER_CONFIG)):
-        return output
-    return checkpoint.newest_good(output)

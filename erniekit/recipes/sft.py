@@ -99,11 +99,11 @@ def _batches_of(
     eval_stream: Stream | None,
     ranks: Ranks,
 ) -> Iterator[Batch]:
-    """Every batch that the rest of the run will go through, those of evaluation last."""
+    """Every batch that this start of the run will go through, those of evaluation last."""
     progress = Progress.from_dict(state["progress"]) if state else Progress()
     size = run.training.batch_size
-    per_step = run.training.gradient_accumulation_steps * ranks.size
-    num_left = (num_steps - progress.step) * per_step
+    last = min(num_steps, run.training.stop_after_step or num_steps)
+    num_left = (last - progress.step) * run.training.gradient_accumulation_steps * ranks.size
     yield from islice(train_stream.batches(size, progress.cursor), max(num_left, 0))
     if eval_stream is not None and run.training.evaluation_strategy != "no":
         yield from eval_batches(run, eval_stream)

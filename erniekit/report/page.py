@@ -222,11 +222,15 @@ def _skipped(story: Story) -> str:
         return ""
     keys = ("loss", "grad_norm", "learning_rate")
     rows = [
-        (r["step"], *(exact(r[k]) if r.get(k) is not None else "not finite" for k in keys))
+        (
+            r["step"],
+            *(exact(r[k]) if r.get(k) is not None else "not finite" for k in keys),
+            r.get("skipped_because", ""),
+        )
         for r in story.skipped
     ]
-    head = ("step", "loss", "gradient norm", "learning rate")
-    told = "<p>Their loss or gradient was not finite; the weights were left as they were.</p>"
+    head = ("step", "loss", "gradient norm", "learning rate", "why")
+    told = "<p>The weights were left as they were.</p>"
     return f"<section><h2>Skipped steps</h2>{told}{table(rows, head)}</section>"
 
 

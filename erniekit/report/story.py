@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from ernie.settings import ConfigError, read_yaml
+from erniekit.checkpoint import replace_text
 from erniekit.config import Run
 from erniekit.metrics import METRICS_FILE
 from erniekit.report import about
@@ -125,9 +126,8 @@ def _parsed(text: str) -> dict[str, Any]:
 def write(folder: Path) -> Path:
     """Write `report.html`; a reader sees the old or the new one, whole."""
     path = folder / REPORT_FILE
-    hidden = path.with_name(f".{path.name}.partial")
-    hidden.write_text(page(read(folder)), encoding="utf-8", errors="replace")
-    hidden.replace(path)
+    # A lone surrogate in an answer becomes a question mark.
+    replace_text(path, page(read(folder)).encode("utf-8", "replace").decode())
     return path
 
 

@@ -9,7 +9,7 @@ import ernie
 from ernie.chat import UNTRAINED
 from ernie.model import ErnieModel
 from ernie.models import TINY
-from erniekit.config import Optimisation
+from erniekit.config import Optimisation, Training
 from erniekit.data.loader import batch_of
 from erniekit.data.pack import Cursor
 from erniekit.data.preference import PairSample
@@ -204,7 +204,7 @@ def trained(name: str, windows: list[list[PairSample]], per_step: int, **o) -> d
         reference_P2 = torch.tensor([reference[key] for key in batch.keys], dtype=torch.float64)
         return preference(model, batch, reference_P2, gradients=gradients, **options)
 
-    parts = Parts(model, loss, optimizer, gradients, o, 3, per_step, 1, 0)
+    parts = Parts(model, loss, optimizer, gradients, o, 3, per_step, 1, Training())
     records: list[dict] = []
     train(parts, iter(batches), Progress(), lambda record: bool(records.append(record)))
     told = {key: [r[key] for r in records] for key in ("loss", "rewards_margin", "num_pairs")}

@@ -16,7 +16,7 @@ from ernie.model import ErnieModel
 from ernie.models import TINY
 from ernie.settings import ConfigError
 from erniekit import losses
-from erniekit.config import Optimisation
+from erniekit.config import Optimisation, Training
 from erniekit.data.dialogue import Sample
 from erniekit.data.loader import Batch, batch_of
 from erniekit.data.pack import Cursor
@@ -166,7 +166,7 @@ def trained(
     optimizer = OPTIMIZERS[o.optim](parameters, rules, o, seed=3)
     loss = partial(losses.next_token, gradients=gradients, chunk_size=16)
     batches: list[Batch] = [batch_of([rows], Cursor()) for rows in windows]
-    parts = Parts(model, loss, optimizer, gradients, o, steps, per_step, 1, 0)
+    parts = Parts(model, loss, optimizer, gradients, o, steps, per_step, 1, Training())
     records: list[dict] = []
     train(parts, iter(batches), Progress(), lambda record: bool(records.append(record)))
     weights = {n: p.detach().clone() for n, p in parameters.items()}

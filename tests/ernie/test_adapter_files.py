@@ -38,7 +38,7 @@ def saved() -> Saved:
         model.init_weights(seed=1)
         wrapped = helpers_lora.trained(model, PAIR, 1)
         settings = json.loads(lora.adapter_config(wrapped, PAIR, "a base"))
-        found[name] = lora.adapter_tensors(dict(wrapped.named_parameters())), settings
+        found[name] = lora.adapter_tensors(wrapped), settings
     return found
 
 

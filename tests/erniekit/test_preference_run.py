@@ -21,8 +21,8 @@ from erniekit.preference import Pairs, sequence_log_probs
 from erniekit.recipes import sft
 from erniekit.reference import REFERENCE_FILE
 from tests.erniekit.conftest import preferences, write_lines
-from tests.erniekit.test_resume import killed
 from tests.erniekit.test_run import records
+from tests.helpers_faults import killed
 
 
 @pytest.fixture

@@ -83,10 +83,7 @@ def test_adapter_files_have_the_names_that_peft_expects() -> None:
     model.init_weights(seed=0)
     pair = LoRA(rank=3, alpha=6, is_rank_stabilised=True)
     add_lora(model, pair, seed=0)
-    shapes = {
-        name: tuple(t.shape)
-        for name, t in lora.adapter_tensors(dict(model.named_parameters())).items()
-    }
+    shapes = {name: tuple(t.shape) for name, t in lora.adapter_tensors(model).items()}
     layer = "base_model.model.model.layers.2"
     assert shapes[f"{layer}.self_attn.q_proj.lora_A.weight"] == (3, 48)
     assert shapes[f"{layer}.self_attn.q_proj.lora_B.weight"] == (96, 3)
@@ -129,7 +126,9 @@ def test_steps_that_are_not_finite_change_nothing_and_end_the_run(
 
     monkeypatch.setattr(losses, "next_token", sometimes_nan)
     assert main(["train", *words(max_skipped_steps=3, evaluation_strategy="no")]) == 2
-    assert "4 steps had a loss or gradient that is not finite" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "skipped steps: 4, the last step 7" in error
+    assert "because its loss or gradient is not finite" in error
     found = records(tmp_path / "out")
     assert [r["step"] for r in found if r.get("skipped")] == [1, 3, 5, 7]
     assert all(math.isfinite(r["loss"]) for r in found[1::2])

@@ -1,47 +1,11 @@
-// Weights in the order in which the fused operations read them, and their products with a few rows.
+// Products of weights in blocks (see weight.h) with a few rows.
 //
-// A block holds 16 output rows. The rows are read four bytes (a word) at a time: one float32 column, two
-// of bfloat16, four of int8 or eight of int4. A unit is the same word of the 16 rows, 64 bytes, and the
-// units of a block lie one behind the other, so that a product streams through memory. Every lane of a
-// vector is an output row: x is broadcast, and nothing is summed across lanes.
-//
-//   float32, bfloat16   [units]
-//   int8                [16 channel scales, float32] [units]
-//   int4                [16 channel scales, float32] [[4 x 16 scales of 8 bits] [units of 4 x 32 columns]] ...
-//
-// Widths are padded to GROUP columns, outputs to whole blocks of each part; the blocks of two parts
-// alternate. A result is summed in an order that depends on neither the rows beside it nor the threads.
+// A result is summed in an order that depends on neither the rows beside it nor the threads.
 #pragma once
 
-#include "lanes.h"
+#include <type_traits>
 
-enum Format { FORMAT_FLOAT32 = FLOAT32, FORMAT_BFLOAT16 = BFLOAT16, FORMAT_INT8 = 3, FORMAT_INT4 = 4 };
-constexpr long GROUP = 32;    // columns that share a scale: of x when it is rounded, of int4 weights
-constexpr long UNIT = 64;     // bytes
-constexpr long UNITS_OF_SCALES = 16;  // of int4: those whose scales fill a unit
-constexpr int MOST_ROWS = 8;  // of one call of a product
-
-struct Weight {  // also in fused.py
-    const uint8_t *blocks;
-    int64_t format, experts, parts, outputs, width;  // outputs: of one part
-
-    bool rounds() const { return format >= FORMAT_INT8; }
-    long groups() const { return (width + GROUP - 1) / GROUP; }
-    long blocks_of_part() const { return (outputs + LANES - 1) / LANES; }
-    long word_columns() const {
-        return format == FORMAT_FLOAT32 ? 1 : format == FORMAT_BFLOAT16 ? 2 : format == FORMAT_INT8 ? 4 : 8;
-    }
-    long units() const { return groups() * GROUP / word_columns(); }
-    // Where in a block unit u begins: behind the scales of its columns.
-    long unit_at(long u) const {
-        const long scales = format == FORMAT_INT4 ? u / UNITS_OF_SCALES + 1 : 0;
-        return (rounds() ? LANES * 4 : 0) + (u + scales) * UNIT;
-    }
-    long block_bytes() const { return unit_at(units() - 1) + UNIT; }
-    const uint8_t *block(long expert, long index, long part) const {
-        return blocks + ((expert * blocks_of_part() + index) * parts + part) * block_bytes();
-    }
-};
+#include "coded.h"
 
 // A row of x, rounded to 8 bits, GROUP columns of it, in the order in which the products read them.
 template <class Code>
@@ -66,16 +30,17 @@ static long row_bytes(const Weight &w) {
     return groups * GROUP * sizeof(float);
 }
 
-constexpr long AHEAD = 1024;  // bytes between what is multiplied and what is asked of memory
-
 // --- one block times M rows ------------------------------------------------------------------------------
 
 template <int M>
-static void multiply_int8(const uint8_t *block, const uint8_t *x, long stride, long groups, Floats *out) {
+static void multiply_int8(const uint8_t *block, long bytes, const uint8_t *x, long stride, long groups, Floats *out,
+                          const uint8_t *after) {
+    const Ahead ahead(block + bytes, after, 1);
     const uint8_t *w = block + LANES * 4;
     Floats sums[M] = {};
     for (long g = 0; g < groups; g++, x += sizeof(RoundedFor8)) {
         const auto row = [&](int m) { return reinterpret_cast<const RoundedFor8 *>(x + m * stride); };
+        const uint8_t *next = ahead.of(w);
         Words acc[M];
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
@@ -87,7 +52,7 @@ static void multiply_int8(const uint8_t *block, const uint8_t *x, long stride, l
         }
 #pragma GCC unroll 4
         for (int u = 0; u < 8; u++, w += UNIT) {
-            __builtin_prefetch(w + AHEAD);
+            __builtin_prefetch(next + u * UNIT);
             const Words unit = load_words(w);
 #if defined(__AVX512VNNI__)
             const vi bytes = unit.v[0] ^ (int32_t)0x80808080;
@@ -116,18 +81,21 @@ static void multiply_int8(const uint8_t *block, const uint8_t *x, long stride, l
 }
 
 template <int M>
-static void multiply_int4(const uint8_t *block, const uint8_t *x, long stride, long groups, Floats *out) {
+static void multiply_int4(const uint8_t *block, long bytes, const uint8_t *x, long stride, long groups, Floats *out,
+                          const uint8_t *after) {
+    const Ahead ahead(block + bytes, after, 1);
     const uint8_t *w = block + LANES * 4, *scales = nullptr;
     Floats sums[M] = {};
     for (long g = 0; g < groups; g++, x += sizeof(RoundedFor4), scales += LANES) {
         if (g % (UNIT / LANES) == 0) scales = w, w += UNIT;
         const auto row = [&](int m) { return reinterpret_cast<const RoundedFor4 *>(x + m * stride); };
+        const uint8_t *next = ahead.of(w);
         Words acc[M];
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) acc[m] = words(row(m)->start);
 #pragma GCC unroll 4
         for (int u = 0; u < 4; u++, w += UNIT) {
-            __builtin_prefetch(w + AHEAD);
+            __builtin_prefetch(next + u * UNIT);
             const Words unit = load_words(w);
             // Some of the nibbles, four to a lane (or two), times the codes of their columns.
             const auto add = [&](int shift, int mask, int code) __attribute__((always_inline)) {
@@ -169,34 +137,37 @@ static void multiply_int4(const uint8_t *block, const uint8_t *x, long stride, l
 
 // N blocks, `bytes` apart, at once: one alone would wait for its own sums where there are few rows.
 template <class W, int M, int N>
-static void multiply_float(const uint8_t *block, long bytes, const uint8_t *x, long stride, long groups, Floats *out) {
+static void multiply_float(const uint8_t *block, long bytes, const uint8_t *x, long stride, long groups, Floats *out,
+                           const uint8_t *after) {
     const float *column = reinterpret_cast<const float *>(x), *end = column + groups * GROUP;
     const long ldx = stride / (long)sizeof(float);
     Floats sums[N][M] = {};
-    const auto add = [&](const Words (&w)[N]) __attribute__((always_inline)) {
+    const auto add = [&](const Floats (&w)[N]) __attribute__((always_inline)) {
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) {
             const vf xm = splat(column[m * ldx]);
 #pragma GCC unroll 4
             for (int n = 0; n < N; n++)
 #pragma GCC unroll 4
-                for (int p = 0; p < PARTS; p++) sums[n][m].v[p] = in_order(fma((vf)w[n].v[p], xm, sums[n][m].v[p]));
+                for (int p = 0; p < PARTS; p++) sums[n][m].v[p] = in_order(fma(w[n].v[p], xm, sums[n][m].v[p]));
         }
         column++;
     };
+    const Ahead ahead(block + bytes, after, N);
     for (const uint8_t *w = block; column < end; w += UNIT) {
-        Words unit[N], even[N], odd[N];
+        Floats even[N], odd[N];
+        const uint8_t *next = ahead.of(w);
 #pragma GCC unroll 4
         for (int n = 0; n < N; n++) {
-            __builtin_prefetch(w + n * bytes + AHEAD);
-            unit[n] = load_words(w + n * bytes);
-            even[n] = each<Words>([&](int p) { return unit[n].v[p] << 16; });
-            odd[n] = each<Words>([&](int p) { return unit[n].v[p] & (int32_t)0xffff0000; });
+            const uint8_t *unit = w + n * bytes;
+            __builtin_prefetch(next + n * bytes);
+            if (sizeof(W) == 4)
+                even[n] = load_floats(reinterpret_cast<const float *>(unit));
+            else
+                even[n] = even_columns(load_words(unit)), odd[n] = odd_columns(load_words(unit));
         }
-        if (sizeof(W) == 4)
-            add(unit);
-        else
-            add(even), add(odd);
+        add(even);
+        if (sizeof(W) == 2) add(odd);
     }
 #pragma GCC unroll 4
     for (int n = 0; n < N; n++)
@@ -208,28 +179,47 @@ static void multiply_float(const uint8_t *block, long bytes, const uint8_t *x, l
 
 constexpr int MOST_BLOCKS = 4;
 typedef void (*Tile)(const uint8_t *block, long blocks, long bytes, const uint8_t *x, long stride, long groups,
-                     Floats *out);
+                     Floats *out, const uint8_t *after);
+
+// run(n, count, after) for blocks [n, n + count), two at once where the registers hold their sums, and what is read
+// after them.
+template <int M, int MOST, class Run>
+ERNIE_INLINE void at_once(const uint8_t *block, long blocks, long bytes, const uint8_t *after, const Run &run) {
+    constexpr int N = M <= 2 ? MOST : 1;
+    const auto next = [&](long n) { return n < blocks ? block + n * bytes : after; };
+    long n = 0;
+    for (; n + N <= blocks; n += N) run(n, std::integral_constant<int, N>{}, next(n + N));
+    for (; n < blocks; n++) run(n, std::integral_constant<int, 1>{}, next(n + 1));
+}
 
 template <class W, int M>
 static void tile_float(const uint8_t *block, long blocks, long bytes, const uint8_t *x, long stride, long groups,
-                       Floats *out) {
-    constexpr int N = M <= 2 ? 2 : 1;
-    long n = 0;
-    for (; n + N <= blocks; n += N)
-        multiply_float<W, M, N>(block + n * bytes, bytes, x, stride, groups, out + n * MOST_ROWS);
-    for (; n < blocks; n++) multiply_float<W, M, 1>(block + n * bytes, bytes, x, stride, groups, out + n * MOST_ROWS);
+                       Floats *out, const uint8_t *after) {
+    at_once<M, 2>(block, blocks, bytes, after, [&](long n, auto count, const uint8_t *next) {
+        multiply_float<W, M, count>(block + n * bytes, bytes, x, stride, groups, out + n * MOST_ROWS, next);
+    });
+}
+template <int M>
+static void tile_coded(const uint8_t *block, long blocks, long bytes, const uint8_t *x, long stride, long groups,
+                       Floats *out, const uint8_t *after) {
+    at_once<M, 2>(block, blocks, bytes, after, [&](long n, auto count, const uint8_t *next) {
+        multiply_coded<M, count>(block + n * bytes, bytes, x, stride, groups, out + n * MOST_ROWS, next);
+    });
+    for (long n = 0; n < blocks; n++) add_escapes(block + n * bytes, x, stride, M, out + n * MOST_ROWS);
 }
 template <int M>
 static void tile_int8(const uint8_t *block, long blocks, long bytes, const uint8_t *x, long stride, long groups,
-                      Floats *out) {
-    for (long n = 0; n < blocks; n++)
-        multiply_int8<M>(block + n * bytes, x, stride, groups, out + n * MOST_ROWS);
+                      Floats *out, const uint8_t *after) {
+    at_once<M, 1>(block, blocks, bytes, after, [&](long n, auto, const uint8_t *next) {
+        multiply_int8<M>(block + n * bytes, bytes, x, stride, groups, out + n * MOST_ROWS, next);
+    });
 }
 template <int M>
 static void tile_int4(const uint8_t *block, long blocks, long bytes, const uint8_t *x, long stride, long groups,
-                      Floats *out) {
-    for (long n = 0; n < blocks; n++)
-        multiply_int4<M>(block + n * bytes, x, stride, groups, out + n * MOST_ROWS);
+                      Floats *out, const uint8_t *after) {
+    at_once<M, 1>(block, blocks, bytes, after, [&](long n, auto, const uint8_t *next) {
+        multiply_int4<M>(block + n * bytes, bytes, x, stride, groups, out + n * MOST_ROWS, next);
+    });
 }
 
 // Rows of one tile: as many as the registers hold.
@@ -243,6 +233,7 @@ static Tile tile_of(const Weight &w) {
     switch (w.format) {
         case FORMAT_FLOAT32: return tile_float<float, M>;
         case FORMAT_BFLOAT16: return tile_float<bf16, M>;
+        case FORMAT_CODED: return tile_coded<M>;
         case FORMAT_INT8: return tile_int8<M>;
         default: return tile_int4<M>;
     }

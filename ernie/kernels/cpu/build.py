@@ -60,6 +60,7 @@ SIGNATURES = {
     "packed_bytes": "p",
     "quantize": "pillippp" + "i",
     "pack": "pppp" + "i",
+    "pack_coded": "pplp" + "i",
     "project": "pllpp" + "pif" + "plp" + "i",
     "mlp": "pllpp" + "pif" + "plp" + "i",
     "moe": "pllpppppplf" + "pif" + "plp" + "i",

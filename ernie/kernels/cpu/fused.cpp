@@ -16,7 +16,11 @@ constexpr long CACHE_BYTES = 256 * 1024;   // of rows in one task: a part of the
 constexpr long SERIAL_PRODUCTS = 64 * 1024;  // below this a second thread costs more than it brings
 
 struct Task {
+    const Weight *weight;
     long expert, first_row, rows, first_block, blocks;
+
+    const uint8_t *begin() const { return weight->block(expert, first_block, 0); }
+    const uint8_t *end() const { return weight->block(expert, first_block + blocks, 0); }
 };
 
 // Blocks of a weight (`pairs`: a block of each part counts as one) times rows [first, first + count).
@@ -26,20 +30,22 @@ void add_tasks(std::vector<Task> &tasks, const Weight &w, long expert, long firs
     const long chunk = std::max(TASK_BYTES / bytes, w.parts > 1 ? 1L : 2L);  // no block alone
     for (long m = 0; m < count; m += fits)
         for (long b = 0; b < all; b += chunk)
-            tasks.push_back({expert, first + m, std::min(fits, count - m), b, std::min(chunk, all - b)});
+            tasks.push_back({&w, expert, first + m, std::min(fits, count - m), b, std::min(chunk, all - b)});
 }
 
 // use(row, index, lanes) for some rows and blocks; TOGETHER blocks are given at once, MOST_ROWS lanes apart.
-// Few rows meet several blocks at a time; of many, all meet a block while it is in the cache.
+// Few rows meet several blocks at a time; of many, all meet a block while it is in the cache. This thread will read
+// `after` next.
 template <int TOGETHER, class Use>
-void multiply(const Weight &w, const uint8_t *block, long blocks, const Rows &x, long first, long count,
-              const Use &use) {
+void multiply(const Weight &w, const uint8_t *block, long blocks, const uint8_t *after, const Rows &x, long first,
+              long count, const Use &use) {
     const long step = count <= most_rows(w) ? MOST_BLOCKS : TOGETHER, bytes = w.block_bytes();
     for (long b = 0; b < blocks; b += step) {
         const long some = std::min(step, blocks - b);
+        const uint8_t *next = b + some < blocks ? block + (b + some) * bytes : after;
         balanced(count, most_rows(w), [&](long m, long rows) {
             Floats out[MOST_BLOCKS * MOST_ROWS];
-            tile_of(w, rows)(block + b * bytes, some, bytes, x.row(first + m), x.stride, w.groups(), out);
+            tile_of(w, rows)(block + b * bytes, some, bytes, x.row(first + m), x.stride, w.groups(), out, next);
             for (long n = 0; n < some; n += TOGETHER)
                 for (long i = 0; i < rows; i++) use(first + m + i, b + n, out + n * MOST_ROWS + i);
         });
@@ -65,9 +71,11 @@ Floats gated(const Floats &gate, const Floats &up) {
     return each<Floats>([&](int p) { return gate.v[p] * sigmoid(gate.v[p]) * up.v[p]; });
 }
 
-// The tasks of a gate and up product: hidden rows, `ldh` floats apart.
-void run_gate_up(const Task &task, const Weight &w, const Rows &x, float *hidden, long ldh) {
-    multiply<2>(w, w.block(task.expert, task.first_block, 0), 2 * task.blocks, x, task.first_row, task.rows,
+// Task i of a gate and up product: hidden rows, `ldh` floats apart.
+void run_gate_up(const std::vector<Task> &tasks, long i, const Rows &x, float *hidden, long ldh) {
+    const Task &task = tasks[i];
+    const uint8_t *after = i + 1 < (long)tasks.size() ? tasks[i + 1].begin() : task.end();
+    multiply<2>(*task.weight, task.begin(), 2 * task.blocks, after, x, task.first_row, task.rows,
                 [&](long row, long index, const Floats *lanes) {
                     float *to = hidden + row * ldh + (task.first_block + index / 2) * LANES;
                     store(to, gated(lanes[0], lanes[MOST_ROWS]));
@@ -89,9 +97,9 @@ void project(const Rows &x, long rows, const Weight &w, const float *bias, const
     std::vector<Task> tasks;
     add_tasks(tasks, w, 0, 0, rows);
     const long ld = w.outputs * w.parts;
-    parallel_for(threads, tasks.size(), [&](long i) {
+    parallel_ranges(threads, tasks.size(), [&](long i) {
         const Task &task = tasks[i];
-        multiply<1>(w, w.block(0, task.first_block, 0), w.parts * task.blocks, x, task.first_row, task.rows,
+        multiply<1>(w, task.begin(), w.parts * task.blocks, task.end(), x, task.first_row, task.rows,
                     [&](long row, long index, const Floats *lanes) {
                         const long b = task.first_block + index / w.parts;
                         const long column = index % w.parts * w.outputs + b * LANES;
@@ -179,41 +187,48 @@ void run_experts(const float *y, long ldy, long count, std::vector<Routed> &rout
     std::vector<Task> tasks;
     const Weight *shared = e.shared_gate_up;
     const Rows inputs = shared ? prepare<SharedSlot>(y, ldy, count, none, *shared, threads) : Rows{};
-    if (shared) add_tasks(tasks, *shared, -1, 0, count);
+    if (shared) add_tasks(tasks, *shared, 0, 0, count);
     for (long expert = 0; expert < e.gate_up->experts; expert++)
         add_tasks(tasks, *e.gate_up, expert, begin[expert], begin[expert + 1] - begin[expert]);
     const long ldh = padded(e.gate_up->outputs), lds = shared ? padded(shared->outputs) : 0;
     float *hidden = scratch<HiddenSlot>(rows * ldh), *shared_hidden = scratch<SharedHiddenSlot>(count * lds);
-    parallel_for(threads, tasks.size(), [&](long i) {
-        Task task = tasks[i];
-        if (task.expert >= 0) return run_gate_up(task, *e.gate_up, sorted, hidden, ldh);
-        task.expert = 0;
-        run_gate_up(task, *shared, inputs, shared_hidden, lds);
+    parallel_ranges(threads, tasks.size(), [&](long i) {
+        if (tasks[i].weight == shared)
+            run_gate_up(tasks, i, inputs, shared_hidden, lds);
+        else
+            run_gate_up(tasks, i, sorted, hidden, ldh);
     });
 
     const Rows h = prepare<HiddenRowsSlot>(hidden, ldh, rows, none, *e.down, threads);
     const Rows s = shared ? prepare<SharedHiddenRowsSlot>(shared_hidden, lds, count, none, *e.shared_down, threads)
                           : Rows{};
     const Floats nothing{};
+    std::vector<long> chosen;  // experts with rows
+    for (long expert = 0; expert < e.gate_up->experts; expert++)
+        if (begin[expert + 1] > begin[expert]) chosen.push_back(expert);
     // A task owns some columns of all tokens and adds the experts to them one after the other.
-    constexpr long BLOCKS = 4;
-    const long blocks = e.down->blocks_of_part();
-    parallel_for(threads, (blocks + BLOCKS - 1) / BLOCKS, [&](long task) {
-        const long first = task * BLOCKS, end = std::min(blocks, first + BLOCKS);
+    const long blocks = e.down->blocks_of_part(), together = std::clamp(blocks / (4L * threads), 4L, 16L);
+    parallel_ranges(threads, (blocks + together - 1) / together, [&](long task) {
+        const long first = task * together, end = std::min(blocks, first + together);
         const auto own = [&](long b) { return std::min<long>(LANES, width - b * LANES); };
         const auto start = [&](long row, long index, const Floats *lanes) {
             const long column = (first + index) * LANES;
             store_sum(out + row * width + column, own(first + index), *lanes, nullptr,
                       residual ? residual + row * ldr + column : nullptr);
         };
+        // What is read behind chosen[i]: the next of them, or the first weight's columns of the next task.
+        const auto after = [&](size_t i) {
+            if (i + 1 < chosen.size()) return e.down->block(chosen[i + 1], first, 0);
+            return shared ? e.shared_down->block(0, end, 0) : e.down->block(chosen[0], end, 0);
+        };
         if (shared)
-            multiply<1>(*e.shared_down, e.shared_down->block(0, first, 0), end - first, s, 0, count, start);
+            multiply<1>(*e.shared_down, e.shared_down->block(0, first, 0), end - first, after(-1), s, 0, count, start);
         else
             for (long b = first; b < end; b++)
                 for (long row = 0; row < count; row++) start(row, b - first, &nothing);
-        for (long expert = 0; expert < e.gate_up->experts; expert++)
-            multiply<1>(*e.down, e.down->block(expert, first, 0), end - first, h, begin[expert],
-                        begin[expert + 1] - begin[expert], [&](long row, long index, const Floats *lanes) {
+        for (size_t i = 0; i < chosen.size(); i++)
+            multiply<1>(*e.down, e.down->block(chosen[i], first, 0), end - first, after(i), h, begin[chosen[i]],
+                        begin[chosen[i] + 1] - begin[chosen[i]], [&](long row, long index, const Floats *lanes) {
                             const Routed &r = routed[row];
                             float *to = out + r.token * width + (first + index) * LANES;
                             const vf weight = splat(r.weight);
@@ -246,7 +261,7 @@ extern "C" void ernie_mlp(const float *x, long ldx, long rows, const Weight *gat
     add_tasks(tasks, *gate_up, 0, 0, rows);
     const long ldh = padded(gate_up->outputs);
     float *hidden = scratch<HiddenSlot>(rows * ldh);
-    parallel_for(threads, tasks.size(), [&](long i) { run_gate_up(tasks[i], *gate_up, prepared, hidden, ldh); });
+    parallel_ranges(threads, tasks.size(), [&](long i) { run_gate_up(tasks, i, prepared, hidden, ldh); });
     const Rows h = prepare<HiddenRowsSlot>(hidden, ldh, rows, {}, *down, threads);
     project(h, rows, *down, nullptr, residual, ldr, out, threads);
 }

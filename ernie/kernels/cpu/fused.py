@@ -1,6 +1,6 @@
 """The operations of serving on the CPU: `quantize`, `pack`, `project`, `mlp` and `moe`.
 
-Weights are read in the order of blocks.h; with integer weights, rows are rounded to 8 bits as in
+Weights are read in the order of weight.h; with integer weights, rows are rounded to 8 bits as in
 `reference.rounded_rows` and sums stay integers for 32 columns. A row's result does not depend, to
 the bit, on the rows computed with it or on the number of threads. Activations other than float32
 are converted on the way in and out.
@@ -13,15 +13,19 @@ import ctypes
 import torch
 from torch import Tensor
 
-from ernie.kernels.cpu.build import DTYPES, library
+from ernie.kernels.cpu.build import DTYPES, isa, library
 from ernie.kernels.weights import GROUP_SIZE, PackedWeight, QuantTensor
 
 Norm = tuple[Tensor, float]
-FORMATS = {"float32": 0, "bfloat16": 1, "int8": 3, "int4": 4}  # enum Format of blocks.h
+FORMATS = {"float32": 0, "bfloat16": 1, "int8": 3, "int4": 4}  # enum Format of weight.h
+CODED = 5  # bfloat16 in 12 bits: see coded.h
+CODED_ISAS = ("avx2", "avx512", "avx512vnni")  # without a shuffle of bytes, decoding takes too long
+ESCAPE_BYTES = 8
+MOST_ESCAPES = 1 / 128  # of all weights; with more of them 16 bits are as good
 
 
 class Weight(ctypes.Structure):
-    """`struct Weight` of blocks.h."""
+    """`struct Weight` of weight.h."""
 
     _fields_ = [("blocks", ctypes.c_void_p)] + [
         (name, ctypes.c_int64) for name in ("format", "experts", "parts", "outputs", "width")
@@ -66,11 +70,13 @@ def pack(weight: Tensor | QuantTensor, *, parts: int = 1) -> PackedWeight:
     outputs, remainder = divmod(shape[-2], parts)
     assert len(shape) in (2, 3) and not remainder, f"{parts} parts of {shape}"
     experts = shape[0] if len(shape) == 3 else 1
+    data = data.contiguous()
     handle = Weight(None, FORMATS[name], experts, parts, outputs, shape[-1])
+    if name == "bfloat16" and isa() in CODED_ISAS and (coded := _coded(data, handle)):
+        return coded
     num_bytes = library().ernie_packed_bytes(ctypes.addressof(handle))
     blocks = torch.empty(num_bytes, dtype=torch.uint8)
     handle.blocks = blocks.data_ptr()
-    data = data.contiguous()
     scales = None if scales is None else scales.contiguous()
     library().ernie_pack(
         data.data_ptr(),
@@ -82,13 +88,35 @@ def pack(weight: Tensor | QuantTensor, *, parts: int = 1) -> PackedWeight:
     return PackedWeight(shape, name, num_bytes, {"blocks": blocks}, handle)
 
 
+def _coded(data_OI: Tensor, plain: Weight) -> PackedWeight | None:
+    """A bfloat16 weight in 12 bits, escapes behind the blocks; None where these are too many."""
+    handle = Weight(None, CODED, plain.experts, plain.parts, plain.outputs, plain.width)
+    num_bytes = library().ernie_packed_bytes(ctypes.addressof(handle))
+    most, found = int(MOST_ESCAPES * data_OI.numel()), ctypes.c_int64()
+    # What is not used of the memory for escapes is never touched.
+    blocks = torch.empty(num_bytes + most * ESCAPE_BYTES, dtype=torch.uint8)
+    handle.blocks = blocks.data_ptr()
+    library().ernie_pack_coded(
+        data_OI.data_ptr(),
+        ctypes.addressof(handle),
+        most,
+        ctypes.addressof(found),
+        torch.get_num_threads(),
+    )
+    if found.value > most:
+        return None
+    num_bytes += found.value * ESCAPE_BYTES
+    shape = tuple(data_OI.shape)
+    return PackedWeight(shape, "bfloat16", num_bytes, {"blocks": blocks[:num_bytes]}, handle)
+
+
 def expert(weight_EOI: PackedWeight, index: int) -> PackedWeight:
-    experts, *shape = weight_EOI.shape
-    size = weight_EOI.num_bytes // experts
+    whole, shape = weight_EOI.handle, weight_EOI.shape[1:]
+    handle = Weight(None, whole.format, 1, whole.parts, whole.outputs, whole.width)
+    size = library().ernie_packed_bytes(ctypes.addressof(handle))
     blocks = weight_EOI.tensors["blocks"][index * size : (index + 1) * size]
-    whole = weight_EOI.handle
-    handle = Weight(blocks.data_ptr(), whole.format, 1, whole.parts, whole.outputs, whole.width)
-    return PackedWeight(tuple(shape), weight_EOI.format, size, {"blocks": blocks}, handle)
+    handle.blocks = blocks.data_ptr()
+    return PackedWeight(shape, weight_EOI.format, size, {"blocks": blocks}, handle)
 
 
 def project(

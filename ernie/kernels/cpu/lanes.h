@@ -38,6 +38,13 @@ ERNIE_INLINE void store(float *memory, const Floats &floats) {
 #pragma GCC unroll 4
     for (int p = 0; p < PARTS; p++) store(memory + p * VL, floats.v[p]);
 }
+// Two bfloat16 lie in each lane: one column and the next.
+ERNIE_INLINE Floats even_columns(const Words &both) {
+    return each<Floats>([&](int p) { return (vf)(both.v[p] << 16); });
+}
+ERNIE_INLINE Floats odd_columns(const Words &both) {
+    return each<Floats>([&](int p) { return (vf)(both.v[p] & (int32_t)0xffff0000); });
+}
 ERNIE_INLINE vi splat_word(const void *memory) {  // four bytes in every lane
     int32_t word;
     memcpy(&word, memory, 4);

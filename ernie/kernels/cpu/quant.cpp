@@ -2,11 +2,10 @@
 //
 // The formats are those of ernie/kernels/weights.py, the integers those of `quantize` in
 // ernie/kernels/reference.py: divisions and roundings are done as there.
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cmath>
 
+#include "packing.h"
 #include "rows.h"
 
 namespace {
@@ -175,15 +174,6 @@ void pack_block(const Weight &w, const Source &from, long first, long kept, uint
     }
 }
 
-// Pages of 2 MiB where the system has them: a product walks through all of a weight.
-void ask_for_large_pages(void *memory, size_t bytes) {
-#if defined(MADV_HUGEPAGE)
-    constexpr uintptr_t PAGE = 4096;
-    const uintptr_t begin = ((uintptr_t)memory + PAGE - 1) / PAGE * PAGE, end = ((uintptr_t)memory + bytes) / PAGE * PAGE;
-    if (end > begin) madvise((void *)begin, end - begin, MADV_HUGEPAGE);
-#endif
-}
-
 }  // namespace
 
 extern "C" long ernie_packed_bytes(const Weight *w) {
@@ -204,12 +194,7 @@ extern "C" void ernie_quantize(const void *weight, int dtype, long rows, long wi
 // Fills w->blocks from a weight in the order of files.
 extern "C" void ernie_pack(const void *data, const float *channel, const int8_t *scales, const Weight *w, int threads) {
     const Source from{static_cast<const uint8_t *>(data), channel, scales};
-    ask_for_large_pages(const_cast<uint8_t *>(w->blocks), ernie_packed_bytes(w));
-    const long blocks = w->blocks_of_part();
-    parallel_for(threads, w->experts * w->parts * blocks, [&](long i) {
-        const long b = i / w->parts % blocks, part = i % w->parts, expert = i / w->parts / blocks;
-        const long first = (expert * w->parts + part) * w->outputs + b * LANES;
-        pack_block(*w, from, first, std::min<long>(LANES, w->outputs - b * LANES),
-                   const_cast<uint8_t *>(w->block(expert, b, part)));
+    pack_blocks(*w, threads, [&](uint8_t *block, long first, long kept) {
+        pack_block(*w, from, first, kept, block);
     });
 }

@@ -58,8 +58,15 @@ class Team {
 };
 inline thread_local Team *team = nullptr;  // that this thread leads
 
-// body(i) for i in [0, count), in any order, on up to `threads` threads. The team is always the whole pool:
-// libgomp ends the threads that a smaller team leaves over and would have to start them again.
+// run(work) on every thread. The team is always the whole pool: libgomp ends the threads that a smaller team
+// leaves over and would have to start them again.
+template <class Work>
+static void on_all_threads(int threads, Work &work) {
+    const auto run = [](void *argument) { static_cast<Work *>(argument)->run(); };
+    team ? team->lead(run, &work) : gomp_parallel(run, &work, threads, 0);
+}
+
+// body(i) for i in [0, count), in any order, on up to `threads` threads.
 template <class Body>
 static void parallel_for(int threads, long count, const Body &body) {
     if (threads <= 1 || count <= 1) {
@@ -69,13 +76,42 @@ static void parallel_for(int threads, long count, const Body &body) {
     struct Shared {
         std::atomic<long> next;
         long count;
-        const Body *body;
-    } shared{{0}, count, &body};
-    const auto run = [](void *argument) {
-        Shared &work = *static_cast<Shared *>(argument);
-        for (long i; (i = work.next.fetch_add(1, std::memory_order_relaxed)) < work.count;) (*work.body)(i);
+        const Body &body;
+        void run() {
+            for (long i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(i);
+        }
+    } shared{{0}, count, body};
+    on_all_threads(threads, shared);
+}
+
+// The same, but each thread goes through neighbours in their order, then helps the others: what a body asks of
+// memory beyond its own share is then for the same thread.
+template <class Body>
+static void parallel_ranges(int threads, long count, const Body &body) {
+    constexpr long MOST_RANGES = 64;
+    if (threads <= 1 || count <= 1) return parallel_for(1, count, body);
+    struct alignas(64) Range {
+        std::atomic<long> next;
+        long end;
     };
-    team ? team->lead(run, &shared) : gomp_parallel(run, &shared, threads, 0);
+    struct Shared {
+        std::atomic<long> arrived;
+        long num_ranges;
+        const Body &body;
+        Range ranges[MOST_RANGES];
+        void run() {
+            const long own = arrived.fetch_add(1, std::memory_order_relaxed);
+            for (long r = own; r < own + num_ranges; r++) {
+                Range &range = ranges[r % num_ranges];
+                for (long i; (i = range.next.fetch_add(1, std::memory_order_relaxed)) < range.end;) body(i);
+            }
+        }
+    } shared{{0}, threads < MOST_RANGES ? threads : MOST_RANGES, body, {}};
+    for (long r = 0; r < shared.num_ranges; r++) {
+        shared.ranges[r].next = count * r / shared.num_ranges;
+        shared.ranges[r].end = count * (r + 1) / shared.num_ranges;
+    }
+    on_all_threads(threads, shared);
 }
 
 // Memory kept between calls; each thread and each `Slot` type has its own.

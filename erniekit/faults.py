@@ -1,0 +1,80 @@
+"""When the machine runs out of something: one sentence and an exit status instead of a traceback.
+
+Out of memory (GPU, or allocations that a limit on the process refuses) names the changes that take
+less, from `erniekit.plan_report`; a full disk names the folder. Both end with exit status 3, and
+checkpoints that are whole stay so. Linux kills a process over its last memory page without asking,
+which no program can turn into a sentence.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+
+from ernie.settings import ConfigError
+from erniekit.checkpoint import DiskFull, checkpoints
+from erniekit.config import Run, resolved
+
+# What torch's allocators say; only that of CUDA has a class of its own.
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
+
+
+class OutOfMemory(ValueError):
+    """A step or the model did not fit."""
+
+    exit_status = 3
+
+
+def told_in_a_sentence(work: Callable[[], int], run: Run, device: str) -> int:
+    """What `work()` returns; memory or disk that runs out raises OutOfMemory or DiskFull."""
+    try:
+        return work()
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        what = str(error).splitlines()[0] if str(error) else "an allocation failed"
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise DiskFull(
+            f"the disk of {run.output} is full ({error.filename or 'while writing'}); checkpoints "
+            "that were whole still are: make room and start again, training goes on from the last"
+        ) from None
+    # Out of the handler, so that the frames of the step, and their tensors, are gone by now.
+    raise OutOfMemory(f"out of memory ({what}); {_advice(run, device)}{_last_checkpoint(run)}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    told = str(error).lower()
+    return isinstance(error, MemoryError) or any(words in told for words in _OUT_OF_MEMORY)
+
+
+def _advice(run: Run, device: str) -> str:
+    from erniekit.plan import GIB, Degrees, plan
+    from erniekit.plan_report import changes_that_fit, memory_of
+
+    try:
+        run = resolved(run, device)
+        found = plan(run, device)
+        limit = min(memory_of(device), int(0.9 * found.peak))
+        changes = changes_that_fit(run, device, Degrees(), limit)
+    except ConfigError as error:
+        return f"no plan can be made of this run ({error})"
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return "too little is left even to plan a smaller run: see erniekit plan"
+    told = f"planned are {found.peak / GIB:.2f} GiB"
+    if not changes:
+        return f"{told} and no two settings take a tenth less: take a larger machine"
+    less = (
+        f"{' '.join(f'{k}={str(v).lower()}' for k, v in change.settings.items())} "
+        f"({change.plan.peak / GIB:.2f} GiB; {change.cost})"
+        for change in changes
+    )
+    return f"{told}; less takes: {', or '.join(less)}"
+
+
+def _last_checkpoint(run: Run) -> str:
+    found = checkpoints(run.output)
+    return f"; training goes on from {found[-1][1]}" if found else ""

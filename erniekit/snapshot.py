@@ -1,0 +1,114 @@
+"""What a checkpoint holds: one flat dict of whole tensors; and the files these become, both ways.
+
+    weights/<parameter>              all of them (Full), or the pairs of an adapter (LoRA)
+    optimizer/<parameter>.<part>     moments, and float32 originals
+    ema/<parameter>                  averages of the trained weights, where the run keeps them
+
+The weights are a folder that loads by itself, and so is `ema/` in it: averages, with all that is
+not trained beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ernie.chat import write_lock
+from ernie.checkpoint import io
+from ernie.checkpoint.writer import write_file
+from ernie.model import KEPT_FLOAT32, ErnieModel
+from erniekit import checkpoint, lora
+from erniekit.build import lora_of
+from erniekit.config import Run
+from erniekit.data.dialogue import Encoder
+
+WEIGHTS, OPTIMIZER, AVERAGE = "weights/", "optimizer/", "ema/"
+
+
+def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors of one part, without its prefix."""
+    return {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
+
+
+def num_bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def write(
+    run: Run, model: ErnieModel, encoder: Encoder, tensors: Mapping[str, Tensor], folder: Path
+) -> None:
+    """The files of a checkpoint; `model` and `encoder` give what is not among the tensors."""
+    weights, averages = part(tensors, WEIGHTS), part(tensors, AVERAGE)
+    write_model(run, model, encoder, weights, folder)
+    (folder / checkpoint.OPTIMIZER_FILE).parent.mkdir()
+    write_file(folder / checkpoint.OPTIMIZER_FILE, part(tensors, OPTIMIZER))
+    if averages:
+        write_model(run, model, encoder, weights | averages, folder / checkpoint.AVERAGE_FOLDER)
+
+
+def write_model(
+    run: Run,
+    model: ErnieModel,
+    encoder: Encoder,
+    weights: Mapping[str, Tensor],
+    folder: Path,
+    *,
+    rounded: bool = False,
+) -> None:
+    """Weights by parameter as a folder that loads: a model, or an adapter (float32).
+
+    `rounded` writes a model as it is published and served: bfloat16, routers and their bias
+    float32. A tensor is converted when its turn comes. Beside it lies how it was spoken to.
+    """
+    if run.is_lora:
+        _write_adapter(run, model, weights, folder)
+    else:
+        _write_whole(model, weights, folder, rounded=rounded)
+    write_lock(folder, encoder.template, encoder.tokenizer)
+
+
+def _write_whole(
+    model: ErnieModel, weights: Mapping[str, Tensor], folder: Path, *, rounded: bool
+) -> None:
+    dtypes = {
+        name: torch.bfloat16 if rounded and not name.endswith(KEPT_FLOAT32) else tensor.dtype
+        for name, tensor in weights.items()
+    }
+    template = {
+        name: torch.empty(tensor.shape, dtype=dtypes[name], device="meta")
+        for name, tensor in weights.items()
+    }
+    io.write(
+        folder,
+        model.config,
+        template,
+        weights.__getitem__,
+        layout=model.layout,
+        tokenizer=model.tokenizer,
+        generation_config=model.generation_config,
+    )
+
+
+def _write_adapter(
+    run: Run, model: ErnieModel, weights: Mapping[str, Tensor], folder: Path
+) -> None:
+    folder.mkdir(exist_ok=True)
+    files = {lora.file_name(name): tensor for name, tensor in weights.items()}
+    write_file(folder / lora.ADAPTER_FILE, files)
+    config = lora.adapter_config(model, lora_of(run), run.model.model_name_or_path)
+    checkpoint.replace_text(folder / lora.ADAPTER_CONFIG, config)
+    if model.tokenizer is not None:
+        model.tokenizer.save(folder)
+
+
+def read_weights(run: Run, folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """The weights of a folder made by `write_model`, by parameter, float32, one after the other."""
+    if not run.is_lora:
+        yield from io.open_weights(folder, torch.float32)[1]
+        return
+    for name, tensor in load_file(folder / lora.ADAPTER_FILE).items():
+        yield lora.parameter_name(name), tensor

@@ -1,0 +1,247 @@
+"""Saves beside the training, kills and full disks at every file operation, saves on request."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ernie.settings import ConfigError
+from erniekit import checkpoint, serve, session
+from erniekit.cli import main
+from erniekit.config import run_from
+from erniekit.saver import Saver
+from tests.erniekit.test_resume import curve, words
+from tests.helpers_faults import Ended, forked_runs
+
+
+@pytest.fixture(scope="module")
+def runs():
+    with forked_runs() as forked:
+        yield forked
+
+
+def quick(model: Path, data: Path, output: Path, **more: object) -> list[str]:
+    """Words of a run of six steps, a checkpoint every two and the best one kept."""
+    values = {"max_steps": 6, "save_steps": 2, "eval_steps": 2, "save_total_limit": 2}
+    return words(model, data, output, **(values | {"num_answers": 0} | more))
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    """Of the final model, the averages and the last optimizer state."""
+    files = [*output.glob("*.safetensors"), *output.glob("ema/*.safetensors")]
+    files += output.glob("checkpoint-6/**/*.safetensors")
+    assert len(files) == 5, files
+    return {f"{f.relative_to(output)}: {k}": t for f in files for k, t in load_file(f).items()}
+
+
+@pytest.mark.parametrize(
+    ("use_async_save", "rounds", "name", "fine_tuning"),
+    [(False, 2, "tiny-dense", "LoRA"), (True, 3, "tiny-moe", "Full")],
+)
+def test_killed_twice_at_any_file_operation_equals_unbroken(
+    use_async_save, rounds, name, fine_tuning, runs, tiny, data: Path, tmp_path: Path
+) -> None:
+    more = {"use_async_save": use_async_save, "fine_tuning": fine_tuning, "ema_decay": 0.9}
+    unbroken = tmp_path / "unbroken"
+    ended = runs.run(quick(tiny(name), data, unbroken, **more), unbroken)
+    assert ended.status == 0, ended.told
+    numbers = random.Random(rounds)
+    for round_ in range(rounds):
+        broken = tmp_path / f"broken-{round_}"
+        again = quick(tiny(name), data, broken, **more)
+        first, second = (numbers.randrange(1, n) for n in (ended.operations, 60))
+        assert runs.run(again, broken, at=first).status == -signal.SIGKILL
+        runs.run(again, broken, at=second)  # may end before, if little is left
+        where = f"killed at operation {first}, then {second}"
+        for _, folder in checkpoint.checkpoints(broken):
+            assert not checkpoint.what_is_wrong(folder), where
+        finished = runs.run(again, broken)
+        assert finished.status == 0, finished.told
+        assert curve(broken) == curve(unbroken), where
+        ours, theirs = weights(broken), weights(unbroken)
+        assert ours.keys() == theirs.keys()
+        for key, tensor in theirs.items():
+            assert torch.equal(ours[key], tensor), f"{where}: {key} differs"
+
+
+def test_full_disk_at_any_write_is_one_sentence_and_the_last_checkpoint_is_whole(
+    runs, tiny, data: Path, tmp_path: Path
+) -> None:
+    first = tmp_path / "first"
+    start = quick(tiny("tiny-dense"), data, first, max_steps=4, stop_after_step=2)
+    assert runs.run(start, first).status == 0
+
+    def full(at: int) -> Ended:
+        output = tmp_path / f"full-{at}"
+        shutil.copytree(first, output)
+        arguments = quick(tiny("tiny-dense"), data, output, max_steps=4)
+        ended = runs.run(arguments, output, at=at, fault="full")
+        if ended.status:
+            assert ended.status == 3, ended.told
+            assert "Traceback" not in ended.told, ended.told
+            last = ended.told.strip().splitlines()[-1]
+            assert "the disk of" in last and str(output) in last, ended.told
+            assert not list(output.glob("*.partial"))
+        newest = checkpoint.newest_good(output)
+        assert newest in (output / "checkpoint-2", output / "checkpoint-4")
+        return ended
+
+    num_operations = full(0).operations
+    for at in random.Random(5).sample(range(1, num_operations), 6):
+        assert full(at).status, f"operation {at} of {num_operations} failed, and nobody noticed"
+
+
+@pytest.mark.parametrize("seconds", [0.15, 0.4])
+def test_sigterm_at_any_time_loses_nothing(
+    seconds: float, runs, tiny, data: Path, tmp_path: Path
+) -> None:
+    """With seconds that fall into the steps on most machines; all that is said holds on any."""
+    output, more = tmp_path / "run", {"max_steps": 400, "save_steps": 400, "use_async_save": True}
+    arguments = quick(tiny("tiny-dense"), data, output, **more)
+    ended = runs.run(arguments, output, at=seconds, fault="term")
+    steps = [row[0] for row in curve(output)] if ended.told.count("\nstep") else [0]
+    if "stopping after this step" in ended.told:
+        assert ended.status == 0, ended.told
+        assert checkpoint.newest_good(output) == output / f"checkpoint-{steps[-1]}"
+    else:  # it had not begun
+        assert ended.status == -signal.SIGTERM and steps == [0], ended.told
+    last = steps[-1] + 2
+    again = runs.run([*arguments, f"stop_after_step={last}"], output)
+    assert again.status == 0, again.told
+    assert [row[0] for row in curve(output)] == list(range(last + 1))
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_copy_is_written_while_the_tensors_change_and_one_at_a_time(
+    device: str, tmp_path: Path
+) -> None:
+    weight, done = torch.zeros(3, device=device), threading.Event()
+    saved: list[Path] = []
+    seen: list[torch.Tensor] = []
+
+    def write(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+        assert done.wait(10)
+        assert tensors["weight"].is_pinned() == (device == "cuda")
+        seen.append(tensors["weight"].clone())
+        (folder / "file").write_text("whole")
+
+    saver = Saver(tmp_path, write, saved.append, is_async=True)
+    saver.save(1, {"weight": weight}, {})
+    weight += 1
+    saver.settle()
+    assert not saved, "the save was not in flight"
+    done.set()
+    saver.save(2, {"weight": weight}, {})  # waits for the first
+    assert saved == [tmp_path / "checkpoint-1"]
+    weight += 1
+    saver.settle(wait=True)
+    assert saved[1:] == [tmp_path / "checkpoint-2"]
+    assert [t.tolist() for t in seen] == [[0, 0, 0], [1, 1, 1]]
+
+
+def test_the_writers_error_comes_up_where_the_training_next_asks(tmp_path: Path) -> None:
+    def full(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+        raise OSError(28, "No space left on device")
+
+    saver = Saver(tmp_path, full, lambda folder: None, is_async=True)
+    saver.save(1, {"weight": torch.zeros(3)}, {})
+    with pytest.raises(ConfigError, match="ran full while a checkpoint of 12 bytes"):
+        saver.settle(wait=True)
+    saver.settle(wait=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_async_save_is_also_a_word_of_erniekits_key() -> None:
+    run = run_from({"unified_checkpoint_config": "async_save remove_master_weight"})
+    assert run.training.use_async_save and run.without_effect == ("unified_checkpoint_config",)
+    run = run_from({"unified_checkpoint_config": "async_save"})
+    assert run.training.use_async_save and not run.without_effect
+    off = {"unified_checkpoint_config": "async_save", "use_async_save": False}
+    assert not run_from(off).training.use_async_save
+    assert run_from({"zcc_save_ema_coef": 0.9}).optimisation.ema_decay == 0.9
+    with pytest.raises(ConfigError, match="are one setting; give ema_decay"):
+        run_from({"zcc_save_ema_coef": 0.9, "ema_decay": 0.9})
+
+
+def test_a_file_named_save_asks_for_a_checkpoint(
+    tiny, data: Path, tmp_path: Path, monkeypatch
+) -> None:
+    request = tmp_path / session.REQUEST_FILE
+    real = session.Session._evaluated
+
+    def asking(self, step: int) -> dict[str, float]:
+        if step == 5:
+            request.touch()
+        return real(self, step)
+
+    monkeypatch.setattr(session.Session, "_evaluated", asking)
+    for use_async_save in (False, True):
+        more = {"save_steps": 100, "max_steps": 7, "use_async_save": use_async_save}
+        more["overwrite_output_dir"] = True
+        assert main(words(tiny("tiny-dense"), data, tmp_path, **more)) == 0
+        assert not request.exists()
+        assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [5, 7]
+
+
+def test_the_best_checkpoint_stays_and_can_be_the_final_model(
+    tiny, data: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    losses = {0: 9.0, 2: 5.0, 4: 3.0, 6: 4.0, 8: 3.0, 10: 7.0}
+    real = session.Session._evaluated
+    monkeypatch.setattr(
+        session.Session, "_evaluated", lambda s, n: real(s, n) | {"eval_loss": losses[n]}
+    )
+    more = {"max_steps": 10, "save_steps": 2, "eval_steps": 2, "save_total_limit": 2}
+    more |= {"load_best_model_at_end": True, "ema_decay": 0.5}
+    assert main(words(tiny("tiny-dense"), data, tmp_path, **more)) == 0
+    assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [4, 10]
+    assert json.loads((tmp_path / "best.json").read_text()) == {
+        "checkpoint": "checkpoint-4", "eval_loss": 3.0,
+    }  # fmt: skip
+    best = tmp_path / "checkpoint-4"
+    for part in ("adapter_model.safetensors", "ema/adapter_model.safetensors"):
+        ours, theirs = load_file(tmp_path / part), load_file(best / part)
+        assert all(torch.equal(ours[k], theirs[k]) for k in theirs), part
+
+    assert checkpoint.chosen(tmp_path, "best") == best
+    assert checkpoint.chosen(tmp_path, "ema") == tmp_path / "ema"
+    assert checkpoint.chosen(tmp_path, None) == tmp_path
+    assert checkpoint.chosen(tmp_path, "newest") == tmp_path / "checkpoint-10"
+    capsys.readouterr()
+    base = f"model_name_or_path={tiny('tiny-dense')}"
+    assert main(["export", base, f"output_dir={tmp_path}", "use_checkpoint=best"]) == 0
+    assert f"exported {best} as" in capsys.readouterr().out
+    run = run_from({"output_dir": str(tmp_path), "use_checkpoint": "best"})
+    with pytest.raises(ConfigError, match=f"{best} holds a LoRA adapter.*use_checkpoint=best"):
+        serve.served_model(run)
+    (best / "trainer_state.json").write_text("{}")
+    assert main(["export", base, f"output_dir={tmp_path}", "use_checkpoint=best"]) == 2
+    assert "trainer_state.json has 2 bytes instead of" in capsys.readouterr().err
+
+
+def test_a_metric_that_no_evaluation_has_is_refused(tiny, data, tmp_path: Path, capsys) -> None:
+    arguments = words(tiny("tiny-dense"), data, tmp_path, metric_for_best_model="bleu")
+    assert main(arguments) == 2
+    assert "metric_for_best_model=eval_bleu is no number of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({}, "needs evaluations to choose by"),
+        ({"evaluation_strategy": "epoch"}, "give one strategy"),
+        ({"evaluation_strategy": "steps", "eval_steps": 300}, "a multiple of eval_steps"),
+    ],
+)
+def test_the_best_of_checkpoints_that_are_not_evaluated_is_refused(more, told) -> None:
+    path = {"eval_dataset_path": "there.jsonl"} if more else {}
+    with pytest.raises(ConfigError, match=told):
+        run_from({"load_best_model_at_end": True, **path, **more})
