@@ -14,10 +14,10 @@ import signal
 import sys
 from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ernie.settings import ConfigError
-from erniekit.config import Run
+from erniekit.config import Run, read_run
 from erniekit.faults import told_in_a_sentence
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def _run_agent(run: Run, device: str, num_nodes: int, num_here: int) -> int:
     )
     # It logs what `_told` says in one sentence.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    command = ["-m", "erniekit.cli", "train", *run.words]
+    command = ["-m", "erniekit.cli", "train", *words_of(run)]
     try:
         elastic_launch(config, sys.executable)(*command)
         return 0
@@ -180,6 +180,19 @@ def _run_agent(run: Run, device: str, num_nodes: int, num_here: int) -> int:
         ) from None
     except ChildFailedError as error:
         return _told(error)
+
+
+def words_of(run: Run) -> list[str]:
+    """Words for `erniekit train` that mean this run: its own, and what they do not say."""
+    told = (read_run(run.words) if run.words else Run()).flat()
+    more = {key: value for key, value in run.flat().items() if value != told[key]}
+    return [*run.words, *(f"{key}={_word(value)}" for key, value in more.items())]
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(map(str, value))
+    return "" if value is None else str(value)
 
 
 def _told(error: ChildFailedError) -> int:

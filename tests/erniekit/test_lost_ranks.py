@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import pytest
 import torch.distributed as dist
 
 from erniekit import checkpoint, launch
+from erniekit.config import read_run, run_from
 from erniekit.parallel import watch
 from erniekit.parallel.watch import Watch
 from tests.erniekit.test_parallel import records, words
@@ -136,6 +138,18 @@ def test_sigterm_and_a_mistake_end_all_ranks(long_run: list[str], tmp_path: Path
     output = at_step(process, 0, lambda: None)
     assert process.wait(60) == 2, output
     assert output.count("/none.jsonl") == 1 and "Traceback" not in output, output
+
+
+def test_ranks_are_started_with_the_settings_of_the_run(tmp_path: Path) -> None:
+    """Also where they are not those of its words, as when `erniekit resume` starts it."""
+    file = tmp_path / "run.yaml"
+    file.write_text("overwrite_output_dir: true\nstop_after_step: 3\nseed: 5\n")
+    for own in ((), (str(file), "seed=7")):
+        files = {"path": ["x", "y"], "type": ["alpaca"] * 2, "prob": [0.5, 1]}
+        values = {f"train_dataset_{key}": value for key, value in files.items()}
+        run = run_from({"seed": 7, "output_dir": "a b", **values})
+        run = dataclasses.replace(run, words=own)
+        assert read_run(launch.words_of(run)).flat() == run.flat()
 
 
 def test_the_cause_of_an_end_is_told(capsys) -> None:
