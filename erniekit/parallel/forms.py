@@ -29,7 +29,7 @@ def form_of(run: Run, ranks: Ranks) -> Replicated | Sharded:
     if ranks.size > 1 and run.optimisation.optimizer_in_backward:
         raise ConfigError(
             f"optimizer_in_backward cannot go with {ranks.size} processes, whose gradients are "
-            "summed first; leave it out, or use sharding: stage2"
+            "summed first; leave it out"
         )
     if stage in ("stage2", "stage3"):
         optim = run.optimisation.optim

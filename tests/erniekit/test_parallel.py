@@ -23,6 +23,7 @@ from erniekit import checkpoint, losses, session
 from erniekit.cli import main
 from erniekit.config import Parallel, read_run, run_from
 from erniekit.parallel import replicated, sharded
+from erniekit.parallel.forms import form_of
 from erniekit.parallel.ranks import ALONE, Ranks, degrees
 from erniekit.recipes import sft
 from tests.erniekit.conftest import preferences, write_lines
@@ -327,6 +328,35 @@ def test_one_process_exchanges_nothing() -> None:
     values = [torch.tensor(1.5), torch.tensor([2, 3])]
     assert ALONE.totals(values) is values and ALONE.own(values) == values
     assert ALONE.told({"a": 1}) == {"a": 1} and ALONE.largest(3) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"ema_decay": 0.9}, "ema_decay=0.9"),
+        (
+            {
+                "load_best_model_at_end": True,
+                "evaluation_strategy": "steps",
+                "eval_dataset_path": ["x"],
+            },
+            "load_best_model_at_end=True",
+        ),
+        (
+            {
+                "optimizer_in_backward": True,
+                "max_grad_norm": 0,
+                "gradient_accumulation_steps": 1,
+            },
+            "optimizer_in_backward",
+        ),
+    ],
+)
+def test_what_needs_one_process_is_refused_in_two(settings: dict, told: str) -> None:
+    run = run_from(settings)
+    assert isinstance(form_of(run, ALONE), replicated.Replicated)
+    with pytest.raises(ConfigError, match=told):
+        form_of(run, Ranks(0, 2))
 
 
 @pytest.mark.parametrize(
