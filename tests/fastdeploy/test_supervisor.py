@@ -170,11 +170,11 @@ def address(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str
         log_level="critical",
     )
     server = uvicorn.Server(settings)
-    thread = threading.Thread(target=lambda: server.run(sockets=[listener]))
+    thread = threading.Thread(target=lambda: server.run(sockets=[listener]), daemon=True)
     thread.start()
     yield listener.getsockname()
     server.should_exit = True
-    thread.join()
+    wait_until(lambda: not thread.is_alive())
 
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 50\r\n\r\n"
