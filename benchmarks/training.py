@@ -210,7 +210,7 @@ def run_pairs(folder: Path, side: str) -> dict[str, float]:
     return pairs.run_ours(folder, side)
 
 
-def report(results: dict[str, dict[str, float]]) -> None:
+def report(results: dict[str, dict[str, float]], rounds: int) -> None:
     from ernie.models import MODELS
 
     config, here = MODELS["ERNIE-4.5-0.3B"].config, machine()
@@ -263,7 +263,7 @@ def report(results: dict[str, dict[str, float]]) -> None:
         f"{ratio(pairs.OURS_LORA, pairs.TRL_PEFT, 'memory_gb'):.0%}, the reference included."
     )
     write_record(
-        "training", QUESTION, "python benchmarks/training.py",
+        "training", QUESTION, f"python benchmarks/training.py --rounds {rounds}",
         {"model": "ERNIE-4.5-0.3B shape, random weights", "rows": ROWS, "row_tokens": ROW,
          "steps": STEPS, "lora_rank": LORA_RANK, "pairs": pairs.PAIRS,
          "prompt_tokens": pairs.PROMPT, "answer_tokens": pairs.ANSWER},
@@ -286,7 +286,7 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         prepare(Path(folder))
-        report(take_turns(__file__, SIDES, args.rounds, ["--folder", folder]))
+        report(take_turns(__file__, SIDES, args.rounds, ["--folder", folder]), args.rounds)
 
 
 if __name__ == "__main__":
