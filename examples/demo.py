@@ -148,23 +148,26 @@ def ask_served(model: Path) -> tuple[str, float]:
 
     with served(model) as address:
         client = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
-        wait_until_ready(client, model.parent / "server.log")
-        name = client.models.list().data[0].id
-        # A first short request, so that the speed is not that of reading the weights from disk.
-        client.completions.create(model=name, prompt="Hello", max_tokens=1)
+        name = wait_until_ready(client, model.parent / "server.log")
         answer, tokens, seconds = stream_answer(client, name)
     return answer, tokens / seconds
 
 
-def wait_until_ready(client, log: Path, limit_s: float = 120) -> None:
+def wait_until_ready(client, log: Path, limit_s: float = 120) -> str:
+    """The model's name, once it has answered a first short request; the server listens before."""
     import openai
 
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         try:
-            client.models.list()
-            return
-        except openai.APIConnectionError:
+            name = client.models.list().data[0].id
+            client.completions.create(model=name, prompt="Hello", max_tokens=1)
+            return name
+        except openai.APIConnectionError:  # not there yet
+            time.sleep(0.2)
+        except openai.InternalServerError as error:
+            if error.status_code != 503:  # what it says while it loads the model
+                raise
             time.sleep(0.2)
     sys.exit(f"the server did not start; it wrote:\n{log.read_text()}")
 
