@@ -259,9 +259,17 @@ MIXTURES = {  # tokens, experts, choices, hidden size, expert size, shared size
 }
 
 
+@pytest.fixture
+def by_torch(monkeypatch):
+    """torch's grouped product wherever torch has it, also without a GPU."""
+    from ernie.kernels.gpu import experts
+
+    monkeypatch.setattr(experts, "_has_grouped", lambda device: True)
+
+
 @pytest.mark.parametrize("bits, dtype", [(0, F32), (0, BF16), (8, F32), (8, BF16), (4, F32)])
 @pytest.mark.parametrize("case", MIXTURES)
-def test_mixture_of_experts_equals_its_definition(case, bits, dtype, unrounded):
+def test_mixture_of_experts_equals_its_definition(case, bits, dtype, unrounded, by_torch):
     tokens, experts, top_k, hidden, size, shared_size = MIXTURES[case]
     x, norm = rand(tokens, hidden, dtype=dtype), (rand(hidden, dtype=dtype), 1e-5)
     router, bias = rand(experts, hidden) / hidden**0.5, rand(experts) * 0.02
@@ -325,10 +333,7 @@ def test_grouped_product_equals_its_definition(rows, dtype, weight):
 
 
 @pytest.mark.skipif(not hasattr(torch.nn.functional, "grouped_mm"), reason="torch lacks it")
-def test_grouped_product_by_torch_equals_its_definition(monkeypatch):
-    from ernie.kernels.gpu import experts
-
-    monkeypatch.setattr(experts, "_has_grouped", lambda device: True)
+def test_grouped_product_by_torch_equals_its_definition(by_torch):
     counts = torch.tensor([3, 0, 18, 7, 0], device=DEVICE)
     args = (rand(28, 40, dtype=BF16, grad=True), rand(5, 72, 40, dtype=BF16, grad=True), counts)
     ours, theirs = ops.grouped_linear(*args), reference.grouped_linear(*args)

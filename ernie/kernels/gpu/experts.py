@@ -17,6 +17,7 @@ width, M expert size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -85,9 +86,8 @@ def router_logits(y_TD: Tensor, router_ED: Tensor) -> Tensor:
 
 def _is_grouped(y_TD: Tensor, weight: PackedWeight, num_pairs: int) -> bool:
     """Whether torch's grouped product takes these rows, and gains by it."""
-    fits = y_TD.dtype == torch.bfloat16 and all(size % 8 == 0 for size in weight.shape[1:])
     enough = GROUPED_ROWS if "weight" in weight.tensors else MANY_ROWS
-    return grouped_mm is not None and fits and num_pairs >= enough * weight.shape[0]
+    return num_pairs >= enough * weight.shape[0] and _takes_grouped(y_TD, weight.shape[1:])
 
 
 def _grouped_mlp(x_ND: Tensor, gate_up: PackedWeight, down: PackedWeight, ends_E: Tensor) -> Tensor:
@@ -124,7 +124,8 @@ class _GroupedLinear(torch.autograd.Function):
 
 def _grouped(x_NI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
     """`x @ weight[e]` for the rows of each expert; the weight may be transposed."""
-    if grouped_mm is not None and _takes_grouped(x_NI, weight_EIO):
+    if x_NI.dtype == weight_EIO.dtype and _takes_grouped(x_NI, weight_EIO.shape[1:]):
+        assert grouped_mm is not None
         return grouped_mm(x_NI, weight_EIO, offs=ends_E)
     name, num_bytes = str(weight_EIO.dtype).removeprefix("torch."), weight_EIO.nbytes
     weight_EOI = weight_EIO.mT
@@ -134,7 +135,8 @@ def _grouped(x_NI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
 
 def _grouped_outer(grad_NO: Tensor, x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """`grad.T @ x` over the rows of each expert, in the weight's shape and dtype."""
-    if grouped_mm is not None and _takes_grouped(x_NI, weight_EOI):
+    if x_NI.dtype == weight_EOI.dtype and _takes_grouped(x_NI, weight_EOI.shape[1:]):
+        assert grouped_mm is not None
         return grouped_mm(grad_NO.T, x_NI, offs=ends_E)
     dw, begin = torch.zeros_like(weight_EOI), 0
     for e, end in enumerate(ends_E.tolist()):
@@ -144,14 +146,16 @@ def _grouped_outer(grad_NO: Tensor, x_NI: Tensor, weight_EOI: Tensor, ends_E: Te
     return dw
 
 
-def _takes_grouped(x_NI: Tensor, weight: Tensor) -> bool:
-    """Whether torch multiplies these group by group without waiting for their sizes: bfloat16, rows
-    of a multiple of 16 bytes, on the devices that it has a kernel for."""
+def _takes_grouped(x_NI: Tensor, widths: Sequence[int]) -> bool:
+    """Whether torch multiplies such rows with weights of these widths group by group, without
+    waiting for the groups' sizes: bfloat16, rows of a multiple of 16 bytes, on the devices that it
+    has a kernel for."""
     return (
-        _has_grouped(x_NI.device)
-        and x_NI.dtype == weight.dtype == torch.bfloat16
+        grouped_mm is not None
+        and _has_grouped(x_NI.device)
+        and x_NI.dtype == torch.bfloat16
         and len(x_NI) > 0
-        and not any(width % 8 for width in weight.shape[1:])
+        and not any(width % 8 for width in widths)
     )
 
 
