@@ -29,7 +29,7 @@ from ernie.tokenizer import Tokenizer
 from erniekit.config import Data, Run
 from erniekit.data.dialogue import Encoder, Sample
 from erniekit.data.mix import Mix
-from erniekit.data.pack import START, Cursor, Drawn, pack
+from erniekit.data.pack import START, Cursor, Drawn, Row, pack
 from erniekit.data.preference import PairEncoder, PairSample
 from erniekit.data.sources import DataError, open_source
 
@@ -157,8 +157,11 @@ class Stream:
         for position, (source, index) in enumerate(draws, start.position):
             skipped = start.part if position == start.position else 0
             for part, sample in enumerate(self._read(source, index)):
-                if part >= skipped:
-                    yield Drawn(position, part, sample)
+                if part < skipped:
+                    continue
+                drawn = Drawn(position, part, sample)
+                is_first = position == start.position and part == start.part
+                yield drawn.piece(start.offset, len(drawn)) if is_first else drawn
 
     def _read(self, source: int, index: int) -> list[Sample]:
         self.faults.read += 1
@@ -171,11 +174,23 @@ class Stream:
         self.faults.judge(at_end=False)
         return samples
 
-    def rows(self, start: Cursor = START, end: int | None = None) -> Iterator[Any]:
+    def drawn_rows(self, start: Cursor = START, end: int | None = None) -> Iterator[Row]:
+        """(row with its places, cursor after it) from a cursor on."""
+        return islice(self.packed(self.samples(start._replace(rows=0), end)), start.rows, None)
+
+    def packed(self, samples: Iterable[Drawn]) -> Iterator[Row]:
+        """Samples in rows, as training packs them."""
+        data, seed = self.data, self.mix.seed if self.mix.shuffle else None
+        return pack(
+            samples, data.max_seq_len, way=self.way, buffer_size=data.buffer_size, seed=seed
+        )
+
+    def rows(
+        self, start: Cursor = START, end: int | None = None
+    ) -> Iterator[tuple[list[Sample], Cursor]]:
         """(row, cursor after it) from a cursor on."""
-        stream = self.samples(start._replace(rows=0), end)
-        size, capacity = self.data.buffer_size, self.data.max_seq_len
-        return islice(pack(stream, capacity, way=self.way, buffer_size=size), start.rows, None)
+        for row, cursor in self.drawn_rows(start, end):
+            yield [drawn.sample for drawn in row], cursor
 
     def batches(
         self, batch_size: int, start: Cursor = START, end: int | None = None
@@ -247,7 +262,7 @@ def survey(stream: Stream, max_records: int) -> Survey:
         num_samples += len(row)
         for sample in row:
             num_tokens += len(sample)
-            num_trained += sum(label != UNTRAINED for label in sample.labels)
+            num_trained += sample.num_trained
             digests.add(digest(sample))
     stream.faults.judge(at_end=True)
     if not num_rows:
