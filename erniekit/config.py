@@ -97,9 +97,13 @@ class Data:
     """Where samples come from and how they fill a batch."""
 
     train_dataset_type: tuple[str, ...] = option(
-        ("erniekit",), "Format of each training file: erniekit, alpaca or messages; comma list."
+        ("erniekit",),
+        "Format of each training file: erniekit, alpaca or messages; erniekit or pretrain for "
+        "plain text (stage PT); comma list.",
     )
-    train_dataset_path: tuple[str, ...] = option((), "Training files (.jsonl, .json, .gz); list.")
+    train_dataset_path: tuple[str, ...] = option(
+        (), "Training files (.jsonl, .json, .gz, and .txt for stage PT); comma list."
+    )
     train_dataset_prob: tuple[float, ...] = option(
         (1.0,), "Weight of each training file in mixing."
     )
@@ -110,12 +114,29 @@ class Data:
     eval_dataset_prob: tuple[float, ...] = option(
         (1.0,), "Weight of each evaluation file; 0 leaves it out, others are read whole."
     )
-    max_seq_len: int = option(4096, "Tokens of a packed row; a dialogue is cut to fit.")
+    input_dir: str | None = option(
+        None,
+        "Documents of token ids for stage PT instead of files: weight prefix weight prefix .., "
+        "each prefix of a .bin and an .idx file (Megatron's format).",
+    )
+    split: tuple[float, ...] = option(
+        (950.0, 50.0), "Shares of the documents of input_dir for training, evaluation, neither."
+    )
+    max_seq_len: int = option(
+        4096, "Tokens of a packed row; a dialogue is cut to fit, a document goes on in the next."
+    )
     packing: bool = option(True, "Put several dialogues into one row; they never see each other.")
     greedy_intokens: bool = option(
         True, "Pack a buffer of dialogues by best room (true) or in their order (false)."
     )
-    buffer_size: int = option(500, "Dialogues held for greedy packing.")
+    truncate_packing: bool = option(
+        True,
+        "Stage PT: fill rows to the last place, cutting documents there (true), or cut only those "
+        "that are longer than a row.",
+    )
+    buffer_size: int = option(
+        500, "Dialogues held for greedy packing; full rows of documents held to be shuffled."
+    )
     padding: bool = option(
         False, "Fill every batch to batch_size x max_seq_len tokens, for steps of a fixed shape."
     )
@@ -140,6 +161,28 @@ class Data:
     )
     dataloader_num_workers: int = option(0, "Above 0: batches are prepared by a background thread.")
     prefetch_factor: int = option(2, "Batches prepared ahead by each worker.")
+
+    def files(self, split: str) -> list[tuple[str, str, float]]:
+        """Kind, path and weight of everything a split ("train" or "eval") is read from.
+
+        A prefix of `input_dir` has the kind "indexed". Raises ConfigError for one that is no list
+        of weights and prefixes.
+        """
+        if self.input_dir is None:
+            names = (getattr(self, f"{split}_dataset_{x}") for x in ("type", "path", "prob"))
+            return list(zip(*names))
+        if split == "eval" and not sum(self.split[1:2]):
+            return []
+        words = self.input_dir.split()
+        words = ["1", *words] if len(words) == 1 else words
+        try:
+            pairs = [(float(w), prefix) for w, prefix in zip(words[::2], words[1::2], strict=True)]
+        except ValueError:
+            raise ConfigError(
+                f"input_dir={self.input_dir!r} is no list of weights and prefixes; write it as in "
+                "0.4 data/part0 0.6 data/part1"
+            ) from None
+        return [("indexed", prefix, weight) for weight, prefix in pairs]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -553,7 +596,7 @@ def validate(run: Run) -> None:
         if name not in SINKS:
             raise ConfigError(f"report_to={name!r} is not known; use {', '.join(SINKS)}")
     for split in ("train", "eval"):
-        _check_sources(data, split)
+        _check_sources(data, split, model.stage)
     schedule, _, steady = optimisation.lr_scheduler_type.partition(":")
     if schedule not in SCHEDULES or (steady and not (schedule == "wsd" and steady.isdigit())):
         raise ConfigError(
@@ -595,6 +638,13 @@ def validate(run: Run) -> None:
         raise ConfigError("lora_path is an adapter to start from; it needs fine_tuning: LoRA")
     if model.stage == "DPO":
         _check_preferences(run)
+    if data.input_dir is not None:
+        _check_indexed(run)
+    if run.is_lora and not model.continue_training:
+        raise ConfigError(
+            "continue_training=false starts from random weights, which adapters would leave as "
+            "they are; use fine_tuning: Full"
+        )
 
 
 def _check_preferences(run: Run) -> None:
@@ -627,7 +677,7 @@ def _check_safety(run: Run) -> None:
     if training.load_best_model_at_end:
         every = training.eval_steps or 500
         strategy = training.evaluation_strategy
-        if strategy == "no" or not run.data.eval_dataset_path or not training.do_eval:
+        if strategy == "no" or not run.data.files("eval") or not training.do_eval:
             raise ConfigError(
                 "load_best_model_at_end needs evaluations to choose by; give evaluation_strategy: "
                 "steps and eval_dataset_path"
@@ -658,18 +708,46 @@ def _check_safety(run: Run) -> None:
         raise ConfigError(f"stop_after_step={training.stop_after_step} is no step; give 1, 2..")
 
 
-def _check_sources(data: Data, split: str) -> None:
+def _check_indexed(run: Run) -> None:
+    data = run.data
+    if run.model.stage != "PT":
+        raise ConfigError(
+            f"input_dir holds documents, which stage={run.model.stage} cannot read; use stage: PT"
+        )
+    if data.train_dataset_path or data.eval_dataset_path:
+        raise ConfigError(
+            "input_dir has its own documents for training and evaluation (split); leave "
+            "train_dataset_path and eval_dataset_path out"
+        )
+    if not 1 <= len(data.split) <= 3 or min(data.split) < 0 or not data.split[0]:
+        raise ConfigError(
+            f"split={list(data.split)} must be one to three shares, the first above 0, as in 950,50"
+        )
+    weights = [weight for _, _, weight in data.files("train")]
+    if min(weights, default=0) < 0 or sum(weights) <= 0:
+        raise ConfigError(f"input_dir={data.input_dir!r} must have weights of 0 or more")
+
+
+_KINDS = {"PT": ("erniekit", "pretrain")}
+
+
+def _check_sources(data: Data, split: str, stage: str) -> None:
     kinds, paths, probs = (getattr(data, f"{split}_dataset_{x}") for x in ("type", "path", "prob"))
     if paths and not len(kinds) == len(paths) == len(probs):
         raise ConfigError(
             f"{split}_dataset_type, _path and _prob have {len(kinds)}, {len(paths)} and "
             f"{len(probs)} entries; give one of each per file"
         )
+    known = _KINDS.get(stage, ("erniekit", "alpaca", "messages", "chatml"))
     for kind in kinds:
-        if kind not in ("erniekit", "alpaca", "messages", "chatml"):
+        if kind not in known and (paths or kind != "pretrain"):
+            *first, last = known[:3]
             raise ConfigError(
-                f"{split}_dataset_type={kind!r} is not known; use erniekit, alpaca or messages"
+                f"{split}_dataset_type={kind!r} is not known for stage {stage}; use "
+                f"{', '.join(first)} or {last}"
             )
+    if stage != "PT" and (texts := [p for p in paths if p.removesuffix(".gz").endswith(".txt")]):
+        raise ConfigError(f"{texts[0]} is plain text, which only stage PT reads; give .jsonl files")
     if paths and (min(probs) < 0 or sum(probs) <= 0):
         raise ConfigError(f"{split}_dataset_prob={list(probs)} must be weights of 0 or more")
 

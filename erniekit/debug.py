@@ -62,9 +62,7 @@ def _order(norm: float) -> tuple[bool, float]:
     return math.isfinite(norm), -norm if math.isfinite(norm) else 0.0
 
 
-def _sequences(
-    stream: Stream, skipped: SkippedStep, num_rows: int
-) -> Iterator[dict[str, Any]]:
+def _sequences(stream: Stream, skipped: SkippedStep, num_rows: int) -> Iterator[dict[str, Any]]:
     sequences = [row for n, batch in enumerate(skipped.window) for row in _cut(batch, n)]
     places = _origins(stream, skipped, num_rows)
     for row in sequences:

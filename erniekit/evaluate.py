@@ -12,6 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 
+import numpy as np
 import torch
 
 from ernie import kernels
@@ -26,13 +27,19 @@ from erniekit.parallel.ranks import ALONE, Ranks
 
 @torch.no_grad()
 def evaluate(
-    model: ErnieModel, batches: Iterable[Batch], chunk_size: int, ranks: Ranks = ALONE
+    model: ErnieModel,
+    batches: Iterable[Batch],
+    chunk_size: int,
+    ranks: Ranks = ALONE,
+    bytes_V: np.ndarray | None = None,
 ) -> dict[str, float]:
     """eval_loss (mean over tokens), eval_ppl, eval_accuracy, eval_tokens and eval_seconds.
 
-    All ranks are given the same batches and answer with the same numbers, of all of them.
+    With `bytes_V`, how many bytes of text each token stands for, eval_bits_per_byte too: the loss
+    of all predicted tokens over their bytes, which compares models of different vocabularies. All
+    ranks are given the same batches and answer with the same numbers, of all of them.
     """
-    start, total, num_right, num_tokens = time.monotonic(), 0.0, 0, 0
+    start, total, num_right, num_tokens, num_bytes = time.monotonic(), 0.0, 0, 0, 0
     for batch, counts in shared(batches, ranks):
         flat = to_device(batch, model.device)
         assert isinstance(flat, Flat), "pairs have an evaluation of their own"
@@ -46,12 +53,16 @@ def evaluate(
             total += counts * float((logits_CV.logsumexp(-1) - chosen_C).double().sum())
             num_right += counts * int((logits_CV.argmax(-1) == targets_C).sum())
         num_tokens += counts * len(targets_N)
-    sums = _summed(ranks, total, num_right, num_tokens)
-    total, num_right, num_tokens = sums[0], int(sums[1]), int(sums[2])
+        if bytes_V is not None:
+            labels_T = batch.labels_T
+            num_bytes += counts * int(bytes_V[labels_T[labels_T != UNTRAINED]].sum())
+    sums = _summed(ranks, total, num_right, num_tokens, num_bytes)
+    total, num_right, num_tokens, num_bytes = sums[0], *map(int, sums[1:])
     loss = total / max(num_tokens, 1)
     return {
         "eval_loss": loss,
         "eval_ppl": math.exp(min(loss, 700.0)),
+        **({"eval_bits_per_byte": total / math.log(2) / num_bytes} if num_bytes else {}),
         "eval_accuracy": num_right / max(num_tokens, 1),
         "eval_tokens": num_tokens,
         "eval_seconds": time.monotonic() - start,

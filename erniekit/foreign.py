@@ -138,8 +138,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_template": (True,),
     "dataset_type": ("iterable",),
     "offline_dataset_path": (),
-    "input_dir": (),
-    "split": ("950,50",),
     "text_dataset_path": (),
     "text_dataset_prob": (),
     "truncation_strategy": ("left",),

@@ -7,7 +7,8 @@ num_trained_tokens (of this step), total_tokens, seconds, epoch, peak_memory_gib
 the trained tokens that the model held the likeliest); `skipped` and `skipped_because` where the
 step was;
 `moe_max_over_mean` and the router's losses for experts; eval_loss, eval_ppl, eval_accuracy and
-eval_tokens where the model was evaluated after it. Step 0 is the evaluation before training.
+eval_tokens where the model was evaluated after it (of plain text eval_bits_per_byte too). Step 0 is
+the evaluation before training.
 
 Of pairs: num_pairs, and means over them: rewards_chosen and rewards_rejected (beta times what the
 policy has gained on the reference, in nats), rewards_margin (their difference; `margin` in the
@@ -98,6 +99,7 @@ def eval_line(values: dict[str, float], step: int) -> str:
     else:
         parts = [
             f"ppl {values['eval_ppl']:.2f}",
+            *(f"bits/byte {b:.4f}" for k, b in values.items() if k == "eval_bits_per_byte"),
             f"accuracy {100 * values['eval_accuracy']:.1f} %",
             f"{values['eval_tokens']:,} tokens",
         ]

@@ -62,13 +62,15 @@ def write_model(
     """Weights by parameter as a folder that loads: a model, or an adapter (float32).
 
     `rounded` writes a model as it is published and served: bfloat16, routers and their bias
-    float32. A tensor is converted when its turn comes. Beside it lies how it was spoken to.
+    float32. A tensor is converted when its turn comes. Beside it lies how it was spoken to, if it
+    was.
     """
     if run.is_lora:
         _write_adapter(run, model, weights, folder)
     else:
         _write_whole(model, weights, folder, rounded=rounded)
-    write_lock(folder, encoder.template, encoder.tokenizer)
+    if run.model.stage != "PT":
+        write_lock(folder, encoder.template, encoder.tokenizer)
 
 
 def _write_whole(

@@ -60,9 +60,9 @@ def run_data(run: Run) -> int:
     """The verb. Returns 0; raises ConfigError, or DataError for too many unusable records."""
     if run.model.stage not in RECIPES:
         raise ConfigError(
-            f"stage={run.model.stage} has data of another kind; use {' or '.join(RECIPES)}"
+            f"stage={run.model.stage} has data of another kind; use {', '.join(RECIPES)}"
         )
-    names = [s for s in ("train", "eval") if getattr(run.data, f"{s}_dataset_path")]
+    names = [s for s in ("train", "eval") if run.data.files(s)]
     if not names:
         raise ConfigError("train_dataset_path is not set; give a .jsonl file of dialogues")
     streams = {name: stream(run, name) for name in names}

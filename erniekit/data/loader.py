@@ -25,13 +25,16 @@ import numpy as np
 
 from ernie.chat import UNTRAINED, ChatTemplate
 from ernie.checkpoint.hub import resolve
+from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer
 from erniekit.config import Data, Run
 from erniekit.data.dialogue import Encoder, Sample
+from erniekit.data.indexed import Indexed, share
 from erniekit.data.mix import Mix
 from erniekit.data.pack import START, Cursor, Drawn, Row, pack
 from erniekit.data.preference import PairEncoder, PairSample
-from erniekit.data.sources import DataError, open_source
+from erniekit.data.sources import DataError, Source, open_source
+from erniekit.data.text import TextEncoder
 
 log = logging.getLogger("erniekit")
 
@@ -126,16 +129,16 @@ class Stream:
     """The records of a split as samples and rows. One per split; iterating starts anew."""
 
     def __init__(self, data: Data, split: str, encoder: Encoder, *, seed: int) -> None:
-        kinds, paths, weights = (
-            getattr(data, f"{split}_dataset_{x}") for x in ("type", "path", "prob")
-        )
+        kinds, paths, weights = zip(*data.files(split))
         self.data, self.encoder = data, encoder
         self.kinds = kinds
-        self.sources = [open_source(path) for path in paths]
+        self.sources = [_opened(data, split, kind, path) for kind, path in zip(kinds, paths)]
         training = split == "train"
         self.way = "separate" if not data.packing else "sequential"
         if training and data.packing and data.greedy_intokens:
             self.way = "greedy"
+        if isinstance(encoder, TextEncoder) and data.packing and data.truncate_packing:
+            self.way = "full"
         self.mix = Mix(
             [len(source) for source in self.sources],
             weights,
@@ -202,21 +205,43 @@ class Stream:
             yield batch_of([row for row, _ in group], group[-1][1], fixed_size=fixed_size)
 
 
+def _opened(data: Data, split: str, kind: str, path: str) -> Source:
+    """A file of records, or a split's share of the documents of a prefix."""
+    if kind != "indexed":
+        return open_source(path)
+    source = Indexed(path)
+    source.first, source.last = share(
+        source.num_documents, data.split, ("train", "eval").index(split)
+    )
+    if not len(source):
+        raise ConfigError(
+            f"split={','.join(f'{s:g}' for s in data.split)} leaves none of the "
+            f"{source.num_documents} documents of {path} for {split}; give other shares"
+        )
+    return source
+
+
 def kind_of(error: DataError) -> str:
     """What is wrong with a record, in words that other records share."""
     return re.sub(r"\[\d+\]|\d+(?= tokens)", "#", str(error).split(";")[0])
 
 
 def stream(run: Run, split: str) -> Stream:
-    """The records of a split, encoded with the tokenizer and template of the run's model."""
+    """The records of a split, encoded with the tokenizer of the run's model, and its template where
+    they are dialogues.
+    """
     folder = resolve(run.model.model_name_or_path)
     tokenizer = Tokenizer.from_folder(folder)
-    encoder = encoder_of(run, tokenizer, ChatTemplate.for_folder(folder, tokenizer))
+    encoder: Encoder
+    if run.model.stage == "PT":
+        encoder = TextEncoder(tokenizer, run.data.max_seq_len)
+    else:
+        encoder = encoder_of(run, tokenizer, ChatTemplate.for_folder(folder, tokenizer))
     return Stream(run.data, split, encoder, seed=run.training.seed)
 
 
 def encoder_of(run: Run, tokenizer: Tokenizer, template: ChatTemplate) -> Encoder:
-    """What reads the records of a run's stage: pairs for DPO, dialogues otherwise."""
+    """What reads the records of a stage with a template: pairs for DPO, dialogues otherwise."""
     data, p = run.data, run.preferences
     if run.model.stage == "DPO":
         return PairEncoder(

@@ -34,7 +34,7 @@ log = logging.getLogger("erniekit")
 
 def evaluate_run(run: Run) -> int:
     """Write `eval_results.json` and `eval_samples.jsonl` into output_dir; returns the exit code."""
-    if not run.data.eval_dataset_path and not run.reporting.lm_eval_tasks:
+    if not run.data.files("eval") and not run.reporting.lm_eval_tasks:
         raise ConfigError("eval_dataset_path is not set; give a .jsonl file of records")
     if run.reporting.lm_eval_tasks and importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("lm_eval_tasks needs the package lm-eval; pip install lm-eval")
@@ -43,12 +43,12 @@ def evaluate_run(run: Run) -> int:
     run = resolved(run, device)
     folder = checkpoint.chosen(run.output, run.training.use_checkpoint)
     method = recipe_of(run).method(run, device, is_kept=False)
-    if run.data.eval_dataset_path:
+    if run.data.files("eval"):
         method.prepare(eval_batches(run, stream(run, "eval")))
     model, what = _model(run, device, folder)
     run.output.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"model": str(what), "time": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-    if run.data.eval_dataset_path:
+    if run.data.files("eval"):
         results |= _on_data(run, method, model, what)
     if run.reporting.lm_eval_tasks:
         from erniekit.lm_eval_model import run_tasks
@@ -70,7 +70,8 @@ def _on_data(run: Run, method: Method, model: ernie.ErnieModel, what: str | Path
     held_out.faults.judge(at_end=True)
     log.info("evaluated %s", what)
     log.info("%s", eval_line(values, 0).replace("eval at step 0", "eval"))
-    asked = prompts(held_out, run.reporting.num_answers)
+    has_answers = run.model.stage in ("SFT", "DPO")
+    asked = prompts(held_out, run.reporting.num_answers) if has_answers else []
     given = answers(model, asked, run.reporting.max_answer_tokens, step=0)
     lines = [json.dumps({k: v for k, v in a.items() if k != "step"}) + "\n" for a in given]
     checkpoint.replace_text(run.output / SAMPLES_FILE, "".join(lines))

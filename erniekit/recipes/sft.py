@@ -118,9 +118,9 @@ def eval_batches(run: Run, eval_stream: Stream) -> Iterator[Batch]:
 
 def _streams(run: Run) -> tuple[Stream, Stream | None]:
     """The training records, and those for evaluation where there are any."""
-    if not run.data.train_dataset_path:
+    if not run.data.files("train"):
         raise ConfigError("train_dataset_path is not set; give a .jsonl file of records")
-    has_eval = run.training.do_eval and run.data.eval_dataset_path
+    has_eval = run.training.do_eval and run.data.files("eval")
     return stream(run, "train"), stream(run, "eval") if has_eval else None
 
 
