@@ -105,7 +105,7 @@ class Data:
         (), "Training files (.jsonl, .json, .gz, and .txt for stage PT); comma list."
     )
     train_dataset_prob: tuple[float, ...] = option(
-        (1.0,), "Weight of each training file in mixing."
+        (1.0,), "Weight of each training file in mixing: share of the records, for PT of the text."
     )
     eval_dataset_type: tuple[str, ...] = option(
         ("erniekit",), "Format of each evaluation file; comma list."
@@ -434,11 +434,18 @@ class Parallel:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """What `erniekit data` does: show samples token by token, or else go through the files."""
+    """What `erniekit data` does: show samples token by token, write token ids, or else go through
+    the files.
+    """
 
     show: int = option(0, "Samples to show, in the order of training, packed into rows; 0: none.")
     sample: str | None = option(
         None, "File and line of a record to show, as in data/train.jsonl:17; with what is cut off."
+    )
+    dataset_output_dir: str | None = option(
+        None,
+        "Folder for the documents of the files (stage PT) as token ids, each file a prefix for "
+        "input_dir.",
     )
     preprocessing_num_workers: int | None = option(
         None, "Processes that go through the files; none: one for each processor."

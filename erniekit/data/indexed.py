@@ -53,6 +53,11 @@ class Indexed:
     def __len__(self) -> int:
         return self.last - self.first
 
+    @property
+    def size(self) -> int:
+        low, high = self._documents[[self.first, self.last]].tolist()
+        return int(self._sizes[low:high].sum(dtype=np.int64))
+
     def __getitem__(self, index: int) -> np.ndarray:
         low, high = self._documents[self.first + index : self.first + index + 2].tolist()
         parts = [self._sequence(s) for s in range(low, high)]

@@ -137,8 +137,11 @@ class Stream:
         self.way = "separate" if not data.packing else "sequential"
         if training and data.packing and data.greedy_intokens:
             self.way = "greedy"
-        if isinstance(encoder, TextEncoder) and data.packing and data.truncate_packing:
-            self.way = "full"
+        if isinstance(encoder, TextEncoder):
+            # Weights are shares of the text: a file of long documents is drawn from less often.
+            weights = tuple(w * len(s) / max(s.size, 1) for w, s in zip(weights, self.sources))
+            if data.packing and data.truncate_packing:
+                self.way = "full"
         self.mix = Mix(
             [len(source) for source in self.sources],
             weights,

@@ -45,10 +45,11 @@ class DataError(ValueError):
 class Source(Protocol):
     """Records of one file, by index. `where(i)` names file and line for messages, `number(i)` is
     the line (or the item), `index_of` the way back, and `text(i)` what stands there; bytes that are
-    no text are spelled out.
+    no text are spelled out. `size` is about that of all records: bytes, or tokens.
     """
 
     path: Path
+    size: int
 
     def __len__(self) -> int: ...
 
@@ -103,6 +104,7 @@ class Lines:
         self.path = path
         self.starts, self.ends, self.numbers = _line_bounds(file)
         self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if len(self) else b""
+        self.size = len(self.content)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -145,7 +147,7 @@ class Text:
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path = path
-        size = file.seek(0, 2)
+        self.size = size = file.seek(0, 2)
         self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
         start = len(_BOM) if self.content[:3] == _BOM else 0
         self.bounds, self.numbers = [start], [1]
@@ -193,6 +195,7 @@ class Array:
         self.path = path
         try:
             text = file.read().removeprefix(_BOM).decode("utf-8")
+            self.size = len(text)
             self.records = json.loads(text, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} begins like a JSON array but is not one: {error}") from None
