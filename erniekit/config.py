@@ -80,6 +80,26 @@ class Model:
     moe_orthogonal_loss_lambda: float = option(
         0.0, "Weight of the router's orthogonality loss (full training; not reported as loss)."
     )
+    moe_orthogonal_update: str = option(
+        "loss",
+        "How moe_orthogonal_loss_lambda acts: in the loss (loss), or after each optimizer step on "
+        "the router alone, by lambda times its gradient (decoupled, ERNIE's pre-training) or by "
+        "the learning rate times that (decoupled_lr, ERNIEKit's use_ortho_loss_callback).",
+        choices=("loss", "decoupled", "decoupled_lr"),
+    )
+    moe_group_orthogonal_loss: bool = option(
+        False, "Compare only experts of the same of moe_k groups of neighbours for orthogonality."
+    )
+    moe_capacity: float | None = option(
+        None,
+        "While training an expert takes at most so many times tokens / experts of a batch, first "
+        "choices first; what is over is dropped and told as moe_dropped. none: everything.",
+    )
+    freeze_parameters: tuple[str, ...] = option(
+        (),
+        "What is not trained (full only): router, experts, shared_experts, embeddings, attention, "
+        "or patterns of parameter names like model.layers.0.*; comma list.",
+    )
     moe_z_loss_lambda: float = option(
         0.0, "Weight of the router's z-loss (full training; not part of the reported loss)."
     )
@@ -645,6 +665,16 @@ def validate(run: Run) -> None:
         raise ConfigError("lora_path is an adapter to start from; it needs fine_tuning: LoRA")
     if model.stage == "DPO":
         _check_preferences(run)
+    if model.moe_capacity is not None and model.moe_capacity <= 0:
+        raise ConfigError(
+            f"moe_capacity={model.moe_capacity:g} would drop every token; give a number above 0, "
+            "or leave it out"
+        )
+    if run.is_lora and model.freeze_parameters:
+        raise ConfigError(
+            "freeze_parameters chooses what full training leaves out; LoRA trains its adapters "
+            "alone: use fine_tuning: Full"
+        )
     if data.input_dir is not None:
         _check_indexed(run)
     if run.is_lora and not model.continue_training:

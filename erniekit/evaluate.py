@@ -10,7 +10,9 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
 from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,7 +26,27 @@ from erniekit.loop import to_device
 from erniekit.losses import Flat, Loss
 from erniekit.parallel.ranks import ALONE, Ranks
 
+T = TypeVar("T")
 
+
+def in_eval_mode(function: Callable[..., T]) -> Callable[..., T]:
+    """The same function of a model and more, with the model in evaluation mode: routers have no
+    capacity there.
+    """
+
+    @wraps(function)
+    def quietly(model: ErnieModel, *args: Any, **options: Any) -> T:
+        was_training = model.training
+        model.eval()
+        try:
+            return function(model, *args, **options)
+        finally:
+            model.train(was_training)
+
+    return quietly
+
+
+@in_eval_mode
 @torch.no_grad()
 def evaluate(
     model: ErnieModel,
@@ -69,6 +91,7 @@ def evaluate(
     }
 
 
+@in_eval_mode
 @torch.no_grad()
 def evaluate_pairs(
     model: ErnieModel,

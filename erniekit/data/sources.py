@@ -49,7 +49,9 @@ class Source(Protocol):
     """
 
     path: Path
-    size: int
+
+    @property
+    def size(self) -> int: ...
 
     def __len__(self) -> int: ...
 

@@ -88,9 +88,9 @@ def _on_data(run: Run, method: Method, model: ernie.ErnieModel, what: str | Path
 
 def _model(run: Run, device: str, folder: Path | None) -> tuple[ernie.ErnieModel, str | Path]:
     if folder is None:
-        return read_model(run, device), run.model.model_name_or_path
+        return read_model(run, device).eval(), run.model.model_name_or_path
     if not (folder / lora.ADAPTER_CONFIG).is_file():
-        return ernie.load(folder, device=device), folder
-    model = build_model(run, device)
+        return ernie.load(folder, device=device).eval(), folder
+    model = build_model(run, device).eval()
     load_adapter(model, run, folder)
     return model, folder

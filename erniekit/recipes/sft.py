@@ -20,6 +20,7 @@ from typing import Any
 
 from ernie.settings import ConfigError
 from erniekit import checkpoint, losses, memory
+from erniekit.build import num_groups
 from erniekit.config import Run, changed, resolved, to_yaml
 from erniekit.data.loader import Batch, Stream, Survey, stream, survey
 from erniekit.evaluate import evaluate
@@ -49,9 +50,11 @@ def terms(run: Run) -> losses.Terms:
     model, full = run.model, not run.is_lora
     return losses.Terms(
         load_balance=model.moe_aux_loss_lambda * full,
-        orthogonal=model.moe_orthogonal_loss_lambda * full,
+        orthogonal=model.moe_orthogonal_loss_lambda
+        * (full and model.moe_orthogonal_update == "loss"),
         z=model.moe_z_loss_lambda * full,
         multi_token=model.multi_token_pred_lambda if model.num_nextn_predict_layers else 0.0,
+        num_groups=num_groups(run),
     )
 
 
