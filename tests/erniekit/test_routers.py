@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ from erniekit.cli import main
 from erniekit.config import Optimisation, run_from
 from erniekit.evaluate import in_eval_mode
 from erniekit.optim import treatments
+from erniekit.report import heat, story
 from tests.helpers import MOE, hf_moe, saved, some_ids
 
 E, K = MOE["moe_num_experts"], MOE["moe_k"]
@@ -414,3 +416,44 @@ def test_a_record_has_the_figures_and_about_a_hundred_have_loads(words, tmp_path
         assert 0 < record["moe_entropy"] <= 1 and record["moe_dead_experts"] == 0
     told = [s for s in range(1, 100_001) if routing.tells_loads(s, 100_000)]
     assert len(told) in range(100, 103) and told[0] == 1 and told[-1] == 100_000
+
+
+def test_the_heat_maps_say_what_the_records_say(tmp_path: Path) -> None:
+    """Levels of every layer's busiest expert, and of every expert; bad lines draw nothing."""
+    torch.manual_seed(0)
+    loads = torch.randint(0, 9, (120, 3, 4)) ** 2
+    loads[:, 1, 2] = 0
+    records = [
+        {"step": s, "loss": 1.0, "learning_rate": 1e-3, "moe_loads": layers.tolist()}
+        for s, layers in enumerate(loads, start=1)
+    ]
+    hostile = ["x", [], [[]], [["<b>"]], [[1, 2]], [[-1] * 4] * 3, {"a": 1}, [[float("nan")]]]
+    records += [records[0] | {"step": 200 + i, "moe_loads": v} for i, v in enumerate(hostile)]
+    records.append(records[119] | {"step": 300})
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    page = story.write(tmp_path).read_text()
+    assert "<b>" not in page.partition("<h2>Experts")[2].partition("</section>")[0]
+    maps = [text.split() for text in re.findall(r'data-levels="([^"]*)"', page)]
+    kept = heat.thinned([r for r in records if r["step"] <= 120 or r["step"] == 300])
+    assert len(kept) == 48 and kept[-1]["step"] == 300
+    found = torch.tensor([r["moe_loads"] for r in kept]).double()
+    ratios = found / found.mean(-1, keepdim=True)
+
+    def levels(columns: torch.Tensor) -> list[str]:
+        bounds = [(0, 0.25), (0.25, 0.5), (0.5, 0.8), (0.8, 1.25), (1.25, 2), (2, 4), (4, 99)]
+        names = {0.0: "0"}
+        told = [
+            [
+                names.get(x, "")
+                or str(1 + next(i for i, (a, b) in enumerate(bounds) if a <= x < b))
+                for x in row
+            ]
+            for row in columns.T.tolist()
+        ]
+        return ["".join(row) for row in told]
+
+    assert maps[0] == levels(ratios.amax(-1))
+    order = ratios[-1].amax(-1).argsort(descending=True, stable=True).tolist()
+    assert maps[1:] == [levels(ratios[:, n]) for n in order]
+    assert maps[1 + order.index(1)][2] == "0" * 48
