@@ -670,6 +670,11 @@ def validate(run: Run) -> None:
             f"moe_capacity={model.moe_capacity:g} would drop every token; give a number above 0, "
             "or leave it out"
         )
+    if model.moe_capacity is not None and model.stage not in _ONE_LOSS_A_TOKEN:
+        raise ConfigError(
+            f"moe_capacity={model.moe_capacity:g} drops tokens of the answers that stage="
+            f"{model.stage} compares; leave it out"
+        )
     if run.is_lora and model.freeze_parameters:
         raise ConfigError(
             "freeze_parameters chooses what full training leaves out; LoRA trains its adapters "
@@ -766,6 +771,7 @@ def _check_indexed(run: Run) -> None:
 
 
 _KINDS = {"PT": ("erniekit", "pretrain")}
+_ONE_LOSS_A_TOKEN = ("SFT", "PT", "VL-SFT", "OCR-VL-SFT")
 
 
 def _check_sources(data: Data, split: str, stage: str) -> None:

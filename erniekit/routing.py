@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 DEAD_AFTER = 20  # steps
@@ -35,7 +36,7 @@ def figures(
     """
     if not loads:
         return {}
-    counts = [load.tolist() for load in loads]
+    counts = _lists(loads)
     if not idle:
         idle += [[0] * len(layer) for layer in counts]
     for layer, steps in zip(counts, idle, strict=True):
@@ -49,13 +50,20 @@ def figures(
     layers: dict[str, list[Any]] = {"max_over_mean": _rounded(busiest), "dead_experts": dead}
     if entropies:
         num_tokens = [max(sum(layer) / top_k, 1) for layer in counts]
-        means = [float(e) / n for e, n in zip(entropies, num_tokens, strict=True)]
+        sums = torch.stack(list(entropies)).tolist()
+        means = [total / n for total, n in zip(sums, num_tokens, strict=True)]
         found["moe_entropy"] = sum(means) / len(means)
         layers["entropy"] = _rounded(means)
     found["moe_layers"] = layers
     if with_loads:
         found["moe_loads"] = counts
     return found
+
+
+def _lists(loads: Sequence[Tensor]) -> list[list[int]]:
+    """Each layer's numbers, in one copy from the device."""
+    flat = iter(torch.cat(list(loads)).tolist())
+    return [[next(flat) for _ in range(len(load))] for load in loads]
 
 
 def tells_loads(step: int, num_steps: int) -> bool:

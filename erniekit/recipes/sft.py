@@ -155,15 +155,16 @@ def _num_steps(
 
 
 def _tell(source: Stream, found: Survey) -> None:
-    counts = source.encoder.counts
+    counts, cut = source.encoder.counts, ""
+    if "dialogues cut" in counts:  # documents are never
+        cut = f", {counts['dialogues cut']} dialogues cut ({counts['turns dropped']} turns)"
     log.info(
-        "data: %d records read of an epoch of %d, %d left out, %d dialogues cut (%d turns); an "
-        "epoch is %d rows, %s tokens, %s trained; rows are %.0f %% full",
+        "data: %d records read of an epoch of %d, %d left out%s; an epoch is %d rows, %s tokens, "
+        "%s trained; rows are %.0f %% full",
         found.num_records,
         found.epoch_size,
         found.num_bad,
-        counts["dialogues cut"],
-        counts["turns dropped"],
+        cut,
         found.num_rows,
         f"{found.num_tokens:,}",
         f"{found.num_trained:,}",

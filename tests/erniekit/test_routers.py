@@ -457,3 +457,21 @@ def test_the_heat_maps_say_what_the_records_say(tmp_path: Path) -> None:
     order = ratios[-1].amax(-1).argsort(descending=True, stable=True).tolist()
     assert maps[1:] == [levels(ratios[:, n]) for n in order]
     assert maps[1 + order.index(1)][2] == "0" * 48
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ({"moe_capacity": 0}, "would drop every token"),
+        ({"moe_capacity": 2, "stage": "DPO"}, "stage=DPO compares"),
+        ({"freeze_parameters": "router", "fine_tuning": "LoRA"}, "use fine_tuning: Full"),
+    ],
+)
+def test_settings_of_routers_that_do_not_fit_say_why(more: dict, sentence: str, words) -> None:
+    with pytest.raises(ConfigError, match=sentence):
+        run_from(dict(word.split("=") for word in words(**more)))
+
+
+def test_a_model_without_anything_left_to_train_is_refused(words, capsys) -> None:
+    assert main(["train", *words(freeze_parameters="*")]) == 2
+    assert "leaves nothing to train" in capsys.readouterr().err
