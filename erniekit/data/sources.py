@@ -196,8 +196,9 @@ class Array:
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path = path
         try:
-            text = file.read().removeprefix(_BOM).decode("utf-8")
-            self.size = len(text)
+            content = file.read()
+            self.size = len(content)
+            text = content.removeprefix(_BOM).decode("utf-8")
             self.records = json.loads(text, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} begins like a JSON array but is not one: {error}") from None
