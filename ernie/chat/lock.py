@@ -58,8 +58,8 @@ def _written(template: ChatTemplate) -> list[Any]:
         {"role": "tool", "content": "t"},
     ]
     if template.reads:
-        parts = [{"type": kind} for kind in sorted(template.reads)]
-        told.append({"role": "user", "content": [{"type": "text", "text": "q"}, *parts]})
+        pictures = [{"type": kind} for kind in sorted(template.reads)]
+        told.append({"role": "user", "content": [{"type": "text", "text": "q"}, *pictures]})
     answer = {"role": "assistant", "content": "a", "reasoning_content": ""}
     found: list[Any] = []
     for messages, extra in (

@@ -14,7 +14,7 @@ tests hold for every template here:
 
 Messages are those of the OpenAI API; the key "label" (1 if missing) says whether an answer is
 trained. Pictures are segments of their own, which become as many placeholder tokens as
-`encode(pictures=...)` says (`ernie.vision.prompt` reads the pictures and asks for that).
+the `pictures` of `encode` say (`ernie.vision.prompt` reads the pictures and asks for that).
 """
 
 from __future__ import annotations
@@ -149,9 +149,8 @@ class ChatTemplate:
         self,
         tokenizer: Tokenizer,
         messages: Sequence[Mapping[str, Any]],
-        /,
-        *,
         pictures: Sequence[tuple[str, int]] = (),
+        /,
         **arguments: Any,
     ) -> Encoded:
         """`render(messages, **arguments)` as token ids and labels.

@@ -24,7 +24,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -198,10 +198,14 @@ def normalized(rows: np.ndarray, settings: VisionSettings) -> np.ndarray:
     return out
 
 
-def in_threads(function: Callable[[T], R], items: Sequence[T]) -> list[R]:
+def in_threads(
+    function: Callable[[T], R], items: Sequence[T], num_threads: int | None = None
+) -> list[R]:
     """`function` of every item, in order, one thread a core: decoding and resizing hold no lock."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    num_threads = min(cores or 1, len(items))
+    if num_threads is None:
+        has_affinity = hasattr(os, "sched_getaffinity")
+        num_threads = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count() or 1
+    num_threads = min(num_threads, len(items))
     if num_threads < 2:
         return [function(item) for item in items]
     with ThreadPoolExecutor(num_threads) as pool:
@@ -225,11 +229,10 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _over_white(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
-        data: Any = image if image.mode == "I;16" else image.convert("I;16")
-        image = data.point(lambda i: i * (1 / 256)).convert("L")
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
         layer = image.convert("RGBA")
-        if layer.getchannel("A").getextrema()[0] < 255:
+        if layer.getchannel("A").getextrema() != (255, 255):
             white = Image.new("RGB", image.size, (255, 255, 255))
             white.paste(layer, mask=layer)
             return white

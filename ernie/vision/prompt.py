@@ -7,16 +7,17 @@
         {"type": "image", "image": b"..." or an opened picture},
         {"type": "video", "video": b"..." or a list of frames}]}
 
-Pictures are fetched and read side by side, then written into the prompt by the chat template: START,
-a placeholder (id 100295, also for clips) for each token of the picture, END. Positions and kinds of
-tokens are the model's business.
+Pictures are fetched and read side by side, then written into the prompt by the chat template:
+START, a placeholder (id 100295, also for clips) for each token of the picture, END. Positions and
+kinds of tokens are the model's business.
 
 Numpy only: a process that reads pictures for a model elsewhere does without torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from ernie.vision.settings import VisionSettings, font_of
 from ernie.vision.sources import MediaError, Sources
 from ernie.vision.video import clip_picture, frames_picture
 
+_FETCHES = 8  # at a time, for one dialogue
 # What one clip may say about its sampling, beside its url, and the setting that it changes.
 _CLIP_OPTIONS = {
     "fps": "video_fps",
@@ -111,7 +113,7 @@ class Processor:
         template.render(messages, **arguments)  # refuse what is wrong before anything is fetched
         pictures = self.pictures(messages, options=options, seed=seed)
         sizes = [(picture.kind, picture.num_tokens) for picture in pictures]
-        encoded = template.encode(tokenizer, messages, pictures=sizes, **arguments)
+        encoded = template.encode(tokenizer, messages, sizes, **arguments)
         spans, first_row = [], 0
         for number, start, stop in encoded.pictures:
             picture = pictures[number]
@@ -138,27 +140,33 @@ class Processor:
                 raise ChatError(f"the messages hold {number} parts of {kind}; the limit is {limit}")
         settings = self.settings.changed(options or {})
 
-        def read(entry: tuple[str, Any, str]) -> Picture:
-            kind, source, where = entry
-            try:
-                return self._picture(kind, source, settings, seed)
-            except MediaError as error:
-                raise MediaError(f"{where}: {error}") from None
+        contents = in_threads(self._content, found, num_threads=_FETCHES)
 
-        return in_threads(read, found)
+        def read(work: tuple[tuple[str, Any, str], Any]) -> Picture:
+            (kind, source, where), content = work
+            with _named(where):
+                own = _own_options(kind, source) if isinstance(source, Mapping) else {}
+                return self._picture(kind, content, settings.changed(own), seed)
+
+        return in_threads(read, list(zip(found, contents)))
+
+    def _content(self, entry: tuple[str, Any, str]) -> Any:
+        """The bytes or the opened picture of a part; a list of them for a clip given as frames."""
+        kind, source, where = entry
+        if isinstance(source, Mapping):
+            source = source.get("url")
+        with _named(where):
+            if isinstance(source, list) and kind == "video":
+                return [self._bytes(frame, "image") for frame in source]
+            return self._bytes(source, kind)
 
     def _picture(
-        self, kind: str, source: Any, settings: VisionSettings, seed: int | None
+        self, kind: str, content: Any, settings: VisionSettings, seed: int | None
     ) -> Picture:
-        if isinstance(source, Mapping):
-            settings = settings.changed(_own_options(kind, source))
-            source = source.get("url")
-        if isinstance(source, list) and kind == "video":
-            frames = [self._bytes(frame, "image") for frame in source]
-            return frames_picture(frames, settings, font=self.font)
-        content = self._bytes(source, kind)
         if kind == "image":
             return image_picture(content, settings)
+        if isinstance(content, list):
+            return frames_picture(content, settings, font=self.font)
         if not isinstance(content, bytes):
             raise MediaError("a clip is given as one opened picture; expected bytes or a list")
         return clip_picture(content, settings, font=self.font, seed=seed)
@@ -171,6 +179,14 @@ class Processor:
         if not isinstance(source, str):
             raise MediaError(f"a part of {kind} holds {type(source).__name__}; expected a URL")
         return self.sources.read(source, kind)
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    try:
+        yield
+    except MediaError as error:
+        raise MediaError(f"{where}: {error}") from None
 
 
 def _own_options(kind: str, source: Mapping[str, Any]) -> dict[str, Any]:

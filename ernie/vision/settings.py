@@ -22,6 +22,13 @@ _PIXELS = 28 * 28  # of one token of an image
 # Sections of transformers' files: name of a limit there, and ours.
 _HF_IMAGE = {"shortest_edge": "image_min_pixels", "longest_edge": "image_max_pixels"}
 _HF_VIDEO = {"shortest_edge": "video_min_pixels", "longest_edge": "video_max_pixels"}
+# Options that cost memory and time, and the setting that bounds them.
+_LIMITS = {
+    "image_max_pixels": "image_max_pixels",
+    "video_max_pixels": "video_max_pixels",
+    "video_max_frames": "video_max_frames",
+    "video_target_frames": "video_max_frames",
+}
 _SHARED = ("patch_size", "merge_size", "rescale_factor", "image_mean", "image_std")
 
 
@@ -81,13 +88,18 @@ class VisionSettings:
         return self.patch_size * self.merge_size
 
     def changed(self, options: Mapping[str, Any]) -> VisionSettings:
-        """With the limits of a request (`mm_processor_kwargs`); what the weights fix stays."""
+        """With what a request asks for (`mm_processor_kwargs`). What the weights fix stays, and so
+        do the upper limits: a request may lower them.
+        """
         known = {f.name for f in dataclasses.fields(self)} - set(_SHARED)
         for name in options:
             if name not in known:
                 listed = ", ".join(sorted(known))
                 raise MediaError(f"{name!r} is no option of pictures and clips; known: {listed}")
         _check_types(options)
+        for name, limit in _LIMITS.items():
+            if options.get(name, 0) > getattr(self, limit):
+                raise MediaError(f"{name}={options[name]} is above {getattr(self, limit)}")
         return dataclasses.replace(self, **options)
 
     @classmethod

@@ -34,6 +34,18 @@ from urllib.parse import SplitResult, unquote, unquote_to_bytes, urljoin, urlspl
 _CHUNK = 1 << 16
 _REDIRECTS = (301, 302, 303, 307, 308)
 _NAT64 = IPv6Network("64:ff9b::/96")
+# Python's own lists differ from version to version; these hold protocols (Teredo, 6to4, NAT64 of a
+# private network) and documentation, and no pictures.
+_NOT_PUBLIC = tuple(
+    map(
+        ip_network,
+        (
+            *("192.0.0.0/24", "192.0.2.0/24", "192.88.99.0/24", "198.51.100.0/24"),
+            *("203.0.113.0/24", "64:ff9b:1::/48", "100::/64", "2001::/23", "2001:db8::/32"),
+            *("2002::/16", "3fff::/20", "5f00::/16"),
+        ),
+    )
+)
 # No character that two readers of a URL could take differently.
 _URL = re.compile(r"[!-~]+")
 _HOST = re.compile(r"[A-Za-z0-9._~-]+|\[[0-9A-Fa-f:.]+\]")
@@ -136,10 +148,10 @@ class Sources:
 
     def _may_reach(self, text: str) -> bool:
         address = ip_address(text.partition("%")[0])
-        faces = [address, *_inner_addresses(address)]
+        inner = _inner_address(address)
         networks = [ip_network(network) for network in self.networks]
         allowed = any(address in network for network in networks)
-        return allowed or all(_is_public(face) for face in faces)
+        return allowed or (_is_public(address) and (inner is None or _is_public(inner)))
 
     def _file_bytes(self, url: str, limit: int) -> bytes:
         shown = _shown(url)
@@ -175,16 +187,20 @@ def _data_bytes(url: str, limit: int) -> bytes:
     head, comma, body = url.partition(",")
     if not comma:
         raise MediaError("a data: URL has no comma; expected data:image/png;base64,...")
-    if len(body) > limit * 4 + 16 or (head.endswith(";base64") and len(body) * 3 // 4 > limit + 2):
-        raise MediaError(f"a data: URL has more than {limit} bytes, which is the limit")
+    too_long = MediaError(f"a data: URL has more than {limit} bytes, which is the limit")
+    if len(body) > limit * 4 + 16:  # whatever its encoding
+        raise too_long
     data = unquote_to_bytes(body) if "%" in body else body.encode("utf-8", "replace")
     if head.lower().endswith(";base64"):
+        data = b"".join(data.split())
+        if len(data) * 3 // 4 > limit + 2:
+            raise too_long
         try:
-            data = base64.b64decode(b"".join(data.split()), validate=True)
+            data = base64.b64decode(data, validate=True)
         except binascii.Error as error:
             raise MediaError(f"a data: URL is not base64: {error}") from None
     if len(data) > limit:
-        raise MediaError(f"a data: URL has more than {limit} bytes, which is the limit")
+        raise too_long
     return data
 
 
@@ -211,17 +227,15 @@ def _is_public(address: IPv4Address | IPv6Address) -> bool:
     special = address.is_multicast or address.is_reserved or address.is_unspecified
     local = address.is_loopback or address.is_link_local or address.is_private
     site = isinstance(address, IPv6Address) and address.is_site_local
-    return address.is_global and not (special or local or site)
+    listed = any(address in network for network in _NOT_PUBLIC)
+    return address.is_global and not (special or local or site or listed)
 
 
-def _inner_addresses(address: IPv4Address | IPv6Address) -> list[IPv4Address]:
-    """IPv4 addresses that an IPv6 one leads to: mapped, 6to4, Teredo, NAT64."""
+def _inner_address(address: IPv4Address | IPv6Address) -> IPv4Address | None:
+    """The IPv4 address that an IPv6 one leads to, mapped or by NAT64."""
     if isinstance(address, IPv4Address):
-        return []
-    found = [address.ipv4_mapped, address.sixtofour, *(address.teredo or ())]
-    if address in _NAT64:
-        found.append(IPv4Address(int(address) & 0xFFFFFFFF))
-    return [inner for inner in found if inner is not None]
+        return None
+    return IPv4Address(int(address) & 0xFFFFFFFF) if address in _NAT64 else address.ipv4_mapped
 
 
 def _resolved(host: str, port: int, deadline: float) -> list[tuple[Any, ...]]:

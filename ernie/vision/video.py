@@ -43,6 +43,8 @@ from ernie.vision.sources import MediaError
 
 MAX_SECONDS = 60.0  # of decoding one clip
 _FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,gif"
+# What PyAV raises, beside its own errors, on headers that hold no sense.
+_BROKEN = (OSError, ValueError, ArithmeticError, LookupError, TypeError, RuntimeError)
 _BATCH = 16  # frames held at their original size
 
 
@@ -70,7 +72,12 @@ def clip_picture(
     deadline = time.monotonic() + max_seconds
     options = {"format_whitelist": _FORMATS, "protocol_whitelist": "none"}
     try:
-        with av.open(BytesIO(data), options=options, io_open=_refuse_other_files) as container:
+        with av.open(
+            BytesIO(data),
+            options=options,
+            io_open=_refuse_other_files,
+            metadata_errors="replace",
+        ) as container:
             if not container.streams.video:
                 raise MediaError("the clip holds no video")
             stream = container.streams.video[0]
@@ -82,8 +89,10 @@ def clip_picture(
             frames = _decoded(container, stream, index, chosen, deadline, max_seconds)
             stamps = [i * spacing_s for i in chosen]
             return _clip(frames, stamps, settings, font)
-    except av.error.FFmpegError as error:
-        told = error.strerror or type(error).__name__
+    except MediaError:
+        raise
+    except (av.error.FFmpegError, *_BROKEN) as error:
+        told = getattr(error, "strerror", None) or type(error).__name__
         raise MediaError(f"the clip cannot be decoded: {told}") from None
 
 
