@@ -22,7 +22,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -179,10 +178,10 @@ def vl_segments(dialogue: Dialogue) -> list[Segment]:
     if dialogue.tools:
         raise ChatError("the ERNIE 4.5 VL template has no place for tools; use the Thinking model")
 
-    def opening(i: int | None) -> tuple[str, list[Segment]]:
-        thought = "" if i is None else dialogue.messages[i].get("reasoning_content", "")
+    def opening(answer: Mapping[str, Any]) -> tuple[str, list[Segment]]:
+        thought = answer.get("reasoning_content", "")
         if thought and thinks is False:
-            raise ChatError(f"messages[{i}] holds a thought, and enable_thinking is false")
+            raise ChatError("an answer holds a thought, and enable_thinking is false")
         if not (thought or thinks):
             return "<think>\n\n</think>\n\n", []
         return "<think>", [_own("\n"), Segment(thought), _own("\n</think>\n")]
@@ -197,18 +196,19 @@ def vl_thinking_segments(dialogue: Dialogue) -> list[Segment]:
     """
     _refuse_options(dialogue, "ERNIE 4.5 VL Thinking", thinks=True)
 
-    def opening(i: int | None) -> tuple[str, list[Segment]]:
-        return "\n<think>\n", [] if i is None else _thought(dialogue.messages[i])
+    def opening(answer: Mapping[str, Any]) -> tuple[str, list[Segment]]:
+        return "\n<think>\n", _thought(answer)
 
     return _vl_segments(dialogue, opening, "ERNIE 4.5 VL Thinking")
 
 
 def _vl_segments(
-    dialogue: Dialogue, opening: Callable[[int | None], tuple[str, list[Segment]]], name: str
+    dialogue: Dialogue,
+    opening: Callable[[Mapping[str, Any]], tuple[str, list[Segment]]],
+    name: str,
 ) -> list[Segment]:
     """`opening` of an answer: what the prompt ends with, and the thought that the model writes."""
     messages = [_with_thought_apart(message) for message in dialogue.messages]
-    dialogue = replace(dialogue, messages=messages)
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
     last_user = users[-1] if users else -1
     segments = [_own("<|begin_of_sentence|>")]
@@ -231,12 +231,12 @@ def _vl_segments(
             is_trained = i in dialogue.trained
             if is_trained and i < last_user:
                 raise ChatError(written_differently(i))
-            asked, thought = opening(i) if i > last_user else ("", [])
+            asked, thought = opening(message) if i > last_user else ("", [])
             segments.append(_own("\nAssistant: " + asked))
             answer = [*thought, Segment(content), *_calls(message), _own("<|end_of_sentence|>")]
             segments += _answer(is_trained, *answer)
     if dialogue.add_generation_prompt:
-        segments.append(_own("\nAssistant: " + opening(None)[0]))
+        segments.append(_own("\nAssistant: " + opening({})[0]))
     return segments
 
 

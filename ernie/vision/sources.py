@@ -151,7 +151,7 @@ class Sources:
         inner = _inner_address(address)
         networks = [ip_network(network) for network in self.networks]
         allowed = any(address in network for network in networks)
-        return allowed or (_is_public(address) and (inner is None or _is_public(inner)))
+        return allowed or _is_public(inner or address)
 
     def _file_bytes(self, url: str, limit: int) -> bytes:
         shown = _shown(url)

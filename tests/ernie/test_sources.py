@@ -19,6 +19,7 @@ from ernie.vision.sources import MediaError, Sources
 
 LOOPBACK = ("127.0.0.0/8", "::1/128")
 PUBLIC = "93.184.216.34"
+GETADDRINFO = socket.getaddrinfo
 
 
 @contextmanager
@@ -63,12 +64,13 @@ def reply(body: bytes = b"pixels", status: str = "200 OK", **headers: object):
 def resolve_to(monkeypatch, *addresses: str) -> list[str]:
     """Every name resolves to `addresses`, one list after the other; returns the names asked for."""
     asked: list[str] = []
-    original = socket.getaddrinfo
 
     def getaddrinfo(host, port, *arguments, **options):
         asked.append(host)
         entry = addresses[min(len(asked), len(addresses)) - 1]
-        return [found for a in entry.split() for found in original(a, port, *arguments, **options)]
+        return [
+            found for a in entry.split() for found in GETADDRINFO(a, port, *arguments, **options)
+        ]
 
     monkeypatch.setattr(sources.socket, "getaddrinfo", getaddrinfo)
     return asked
@@ -188,6 +190,10 @@ def test_public_addresses_are_connected_to_as_checked(monkeypatch) -> None:
     with pytest.raises(MediaError, match="no connection"):
         Sources().read("http://rebinding.example/x.png", "image")
     assert (asked, connected) == (["rebinding.example"], [PUBLIC])
+    resolve_to(monkeypatch, "64:ff9b::5db8:d822")  # the same address behind NAT64
+    with pytest.raises(MediaError, match="no connection"):
+        Sources().read("http://pictures.example/x.png", "image")
+    assert connected[1:] == ["64:ff9b::5db8:d822"]
 
 
 @pytest.mark.parametrize(
