@@ -20,7 +20,7 @@ PAGE = (ROOT / "docs" / "vision.md").read_text("utf-8")
 
 def test_the_blocks_of_the_page_run_without_torch(folders, tmp_path) -> None:
     shutil.copytree(folders("vl"), tmp_path / "model")
-    (tmp_path / "red.b64").write_bytes(base64.b64encode(png()))
+    (tmp_path / "red.b64").write_bytes(base64.b64encode(png(size=(600, 800))))
     (tmp_path / "clip.mp4").write_bytes(grey_clip([90] * 20))
     code = "\n".join(re.findall(r"^```python\n(.*?)^```", PAGE, re.S | re.M))
     code += "\nimport sys; assert 'torch' not in sys.modules"
@@ -37,7 +37,8 @@ def test_the_blocks_of_the_page_run_without_torch(folders, tmp_path) -> None:
 def test_the_numbers_of_the_page_are_those_of_the_code() -> None:
     s, limits = VisionSettings(), sources.Sources()
     for words in (
-        f"`image_min_pixels` ({s.image_min_pixels:,}) and `image_max_pixels` ({s.image_max_pixels:,})",
+        f"`image_min_pixels` ({s.image_min_pixels:,})",
+        f"`image_max_pixels` ({s.image_max_pixels:,})",
         f"`video_fps` ({s.video_fps:g})",
         f"`video_min_frames` ({s.video_min_frames}) and `video_max_frames` ({s.video_max_frames})",
         f"more than {processor.MAX_SOURCE_PIXELS:,} pixels",
