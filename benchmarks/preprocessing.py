@@ -53,7 +53,7 @@ def ours(files: list[bytes]) -> int:
 
 def ours_float32(files: list[bytes]) -> int:
     def rows(file: bytes) -> np.ndarray:
-        return normalized(image_picture(file, SETTINGS).rows, SETTINGS)
+        return normalized(image_picture(file, SETTINGS).rows)
 
     return sum(map(len, in_threads(rows, files)))
 

@@ -132,9 +132,9 @@ def pictures_of(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any, s
     return [
         (MEDIA[part["type"]], part.get(part["type"]), f"messages[{i}].content[{n}]")
         for i, message in enumerate(messages)
-        if isinstance(message.get("content"), list)
+        if isinstance(message, Mapping) and isinstance(message.get("content"), list)
         for n, part in enumerate(message["content"])
-        if isinstance(part, Mapping) and part.get("type") in MEDIA
+        if isinstance(part, Mapping) and part.get("type") in tuple(MEDIA)
     ]
 
 

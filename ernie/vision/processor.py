@@ -29,7 +29,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image, ImageOps
 
-from ernie.vision.settings import VisionSettings
+from ernie.vision.settings import MEAN, RESCALE, STD, VisionSettings
 from ernie.vision.sources import MediaError
 
 MAX_SOURCE_PIXELS = 1 << 26  # 67 megapixels; Pillow holds one in 4 bytes
@@ -61,7 +61,7 @@ class Picture:
 
     kind: "image" or "video". rows: (P, 588) uint8. grid: (t, h, w) with t * h * w = P.
     num_tokens: placeholders that stand for it in a prompt.
-    digest: sha256 of pixels, shape and normalisation: equal for equal results of the vision tower.
+    digest: sha256 of pixels and shape: equal for equal results of the vision tower.
     """
 
     kind: str
@@ -95,8 +95,7 @@ def finished(
 ) -> Picture:
     t, h, w = grid
     num_tokens = -(-t // 2) * h * w // settings.merge_size**2  # two frames share their tokens
-    about = (grid, settings.patch_size, settings.merge_size, settings.rescale_factor)
-    digest = hashlib.sha256(repr((*about, settings.image_mean, settings.image_std)).encode())
+    digest = hashlib.sha256(repr((grid, settings.patch_size, settings.merge_size)).encode())
     digest.update(rows.data)
     return Picture(kind, rows, grid, num_tokens, digest.hexdigest())
 
@@ -181,14 +180,13 @@ def put_patches(pixels: np.ndarray, rows: np.ndarray, patch: int = 14, merge: in
         apart[:, channel] = interleaved[:, :, channel]
 
 
-def normalized(rows: np.ndarray, settings: VisionSettings) -> np.ndarray:
-    """(P, 588) float32 of uint8 rows: (x * rescale_factor - mean) / std, in float32.
+def normalized(rows: np.ndarray) -> np.ndarray:
+    """(P, 588) float32 of uint8 rows: (x / 255 - mean) / std, in float32, as transformers has it.
 
     For models that do not normalise themselves; the 3 x 256 possible values are computed once.
     """
-    mean = np.array(settings.image_mean, np.float32)[:, None]
-    std = np.array(settings.image_std, np.float32)[:, None]
-    scaled = (np.arange(256, dtype=np.float64) * settings.rescale_factor).astype(np.float32)
+    mean, std = (np.array(values, np.float32)[:, None] for values in (MEAN, STD))
+    scaled = (np.arange(256, dtype=np.float64) * RESCALE).astype(np.float32)
     table = (scaled - mean) / std
     out = np.empty(rows.shape, np.float32)
     size = rows.shape[1] // 3

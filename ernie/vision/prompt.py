@@ -110,7 +110,8 @@ class Processor:
         `options` change the limits for this dialogue (`mm_processor_kwargs`); `seed` is for frames
         drawn at random. Raises ChatError, and MediaError naming the part at fault.
         """
-        template.render(messages, **arguments)  # refuse what is wrong before anything is fetched
+        if pictures_of(messages):  # refuse what is wrong before anything is fetched
+            template.render(messages, **arguments)
         pictures = self.pictures(messages, options=options, seed=seed)
         sizes = [(picture.kind, picture.num_tokens) for picture in pictures]
         encoded = template.encode(tokenizer, messages, sizes, **arguments)

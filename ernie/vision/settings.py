@@ -1,13 +1,15 @@
-"""How a model wants its pictures and clips: limits of size, sampling of frames, normalisation.
+"""How a model wants its pictures and clips: limits of size, sampling of frames.
 
 Three layouts of files are read (`VisionSettings.from_folder`). Field names are those of the
-published processor and of `mm_processor_kwargs`.
+published processor and of `mm_processor_kwargs`. How the model normalises pixels is part of the
+model; a folder that says otherwise is refused.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +31,12 @@ _LIMITS = {
     "video_max_frames": "video_max_frames",
     "video_target_frames": "video_max_frames",
 }
-_SHARED = ("patch_size", "merge_size", "rescale_factor", "image_mean", "image_std")
+_FIXED = ("patch_size", "merge_size")  # by the weights
+# What the model computes with uint8 pixels: (x * RESCALE - MEAN) / STD by channel, that of CLIP.
+RESCALE = 1 / 255
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+_NORMALISATION: dict[str, Any] = {"rescale_factor": RESCALE, "image_mean": MEAN, "image_std": STD}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +62,6 @@ class VisionSettings:
     render_timestamp: bool = True
     patch_size: int = 14
     merge_size: int = 2
-    rescale_factor: float = 1 / 255
-    image_mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    image_std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
 
     def __post_init__(self) -> None:
         for kind in ("image", "video"):
@@ -91,7 +95,7 @@ class VisionSettings:
         """With what a request asks for (`mm_processor_kwargs`). What the weights fix stays, and so
         do the upper limits: a request may lower them.
         """
-        known = {f.name for f in dataclasses.fields(self)} - set(_SHARED)
+        known = {f.name for f in dataclasses.fields(self)} - set(_FIXED)
         for name in options:
             if name not in known:
                 listed = ", ".join(sorted(known))
@@ -132,9 +136,6 @@ class VisionSettings:
                 values[ours] = video[theirs]
         if "draw_on_frames" in video:
             values["render_timestamp"] = video["draw_on_frames"]
-        for name in ("image_mean", "image_std"):
-            if name in values:
-                values[name] = tuple(values[name]) if isinstance(values[name], list) else None
         _refuse_other_kinds(folder, image, video)
         try:
             _check_types(values)
@@ -153,13 +154,8 @@ def _check_types(values: Mapping[str, Any]) -> None:
     types = {f.name: str(f.type) for f in dataclasses.fields(VisionSettings)}
     fits = {"int": (int,), "float": (int, float), "str": (str,), "bool": (bool,)}
     for name, value in values.items():
-        if types[name].startswith("tuple"):
-            good = isinstance(value, tuple) and len(value) == 3
-            good = good and all(isinstance(x, (int, float)) for x in value)
-        else:
-            good = isinstance(value, fits[types[name]])
-            good = good and isinstance(value, bool) == (types[name] == "bool")
-        if not good:
+        good = isinstance(value, fits[types[name]])
+        if not good or isinstance(value, bool) != (types[name] == "bool"):
             raise MediaError(f"{name} is {value!r}; expected a value of type {types[name]}")
 
 
@@ -169,7 +165,7 @@ def _sizes(section: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, in
 
 
 def _refuse_other_kinds(folder: Path, image: Mapping[str, Any], video: Mapping[str, Any]) -> None:
-    """Steps that are always done here, and one value of the clips that differs from the images'."""
+    """Steps that are always done here, and numbers that belong to the model."""
     for section in (image, video):
         for step in ("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"):
             if section.get(step) is False:
@@ -179,12 +175,24 @@ def _refuse_other_kinds(folder: Path, image: Mapping[str, Any], video: Mapping[s
                 f"{folder} says resample={section['resample']}; pictures are resized with 3 "
                 "(bicubic) here"
             )
-    for name in _SHARED:
+        for name, wanted in _NORMALISATION.items():
+            if not _are_close(section.get(name, wanted), wanted):
+                raise MediaError(
+                    f"{folder} says {name}={section[name]}; models of this family have {wanted}"
+                )
+    for name in _FIXED:
         if name in image and name in video and image[name] != video[name]:
             raise MediaError(
                 f"{folder} has {name}={image[name]} for images and {video[name]} for clips; the "
                 "vision tower takes one"
             )
+
+
+def _are_close(value: Any, wanted: Any) -> bool:
+    if not isinstance(wanted, tuple):
+        return isinstance(value, (int, float)) and math.isclose(value, wanted, rel_tol=1e-5)
+    same_length = isinstance(value, (list, tuple)) and len(value) == len(wanted)
+    return same_length and all(_are_close(a, b) for a, b in zip(value, wanted))
 
 
 def _object(path: Path) -> dict[str, Any]:
