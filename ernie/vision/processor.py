@@ -32,8 +32,10 @@ from PIL import Image, ImageOps
 from ernie.vision.settings import MEAN, RESCALE, STD, VisionSettings
 from ernie.vision.sources import MediaError
 
-MAX_SOURCE_PIXELS = 1 << 26  # 67 megapixels; Pillow holds one in 4 bytes
+MAX_SOURCE_PIXELS = 48 << 20  # 50 megapixels: at 8 bytes each, Pillow then needs 400 MiB
 MAX_RATIO = 200
+_ORIENTATION = 0x0112  # of EXIF
+_MAX_SCANS = 100  # of a progressive JPEG: each costs a pass over all pixels, and a few bytes
 # Formats whose readers start programs, read other files, or only know a header.
 _REFUSED_FORMATS = {"EPS", "WMF", "FPX", "MIC", "BUFR", "GRIB", "HDF5", "MPEG"}
 # What Pillow's readers raise on bytes that are not what they claim to be.
@@ -213,6 +215,8 @@ def in_threads(
 def _identified(data: bytes) -> Image.Image:
     if not data:
         raise MediaError("the picture has 0 bytes")
+    if data.count(b"\xff\xda") > _MAX_SCANS and data.startswith(b"\xff\xd8"):
+        raise MediaError(f"the picture is a JPEG of more than {_MAX_SCANS} scans")
     Image.init()
     formats = [name for name in Image.ID if name not in _REFUSED_FORMATS]
     return Image.open(BytesIO(data), formats=formats)
@@ -220,7 +224,8 @@ def _identified(data: bytes) -> Image.Image:
 
 def _upright(image: Image.Image) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(image)
+        is_turned = image.getexif().get(_ORIENTATION, 1) != 1
+        return ImageOps.exif_transpose(image) if is_turned else image
     except _BROKEN:  # EXIF that cannot be read turns nothing
         return image
 
@@ -229,7 +234,7 @@ def _over_white(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.has_transparency_data:
-        layer = image.convert("RGBA")
+        layer = image if image.mode == "RGBA" else image.convert("RGBA")
         if layer.getchannel("A").getextrema() != (255, 255):
             white = Image.new("RGB", image.size, (255, 255, 255))
             white.paste(layer, mask=layer)

@@ -31,7 +31,7 @@ from ernie.tokenizer import Tokenizer
 from ernie.vision.processor import Picture, image_picture, in_threads
 from ernie.vision.settings import VisionSettings, font_of
 from ernie.vision.sources import MediaError, Sources
-from ernie.vision.video import clip_picture, frames_picture
+from ernie.vision.video import check_num_frames, clip_picture, frames_picture
 
 _FETCHES = 8  # at a time, for one dialogue
 # What one clip may say about its sampling, beside its url, and the setting that it changes.
@@ -158,6 +158,7 @@ class Processor:
             source = source.get("url")
         with _named(where):
             if isinstance(source, list) and kind == "video":
+                check_num_frames(len(source), self.settings)  # before they are fetched
                 return [self._bytes(frame, "image") for frame in source]
             return self._bytes(source, kind)
 

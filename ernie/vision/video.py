@@ -109,7 +109,16 @@ def frames_picture(
             f"a clip of {len(frames)} frames has {len(times_s or ())} times; expected a frame or "
             "more, and a time for each or for none"
         )
+    check_num_frames(len(frames), settings)
     return _clip(map(opened, frames), times_s or [None] * len(frames), settings, font)
+
+
+def check_num_frames(num_frames: int, settings: VisionSettings) -> None:
+    """Refuse more frames than a clip may have."""
+    if num_frames > settings.video_max_frames:
+        raise MediaError(
+            f"a clip is given as {num_frames} frames; the limit is {settings.video_max_frames}"
+        )
 
 
 def frame_indices(

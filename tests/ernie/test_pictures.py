@@ -207,7 +207,7 @@ def test_files_that_cannot_be_read_are_refused_in_a_sentence() -> None:
     refused = {
         "empty": (b"", "0 bytes"),
         "bomb": (bomb(50_000, 50_000), "pixels"),
-        "smaller bomb": (bomb(9000, 9000), "the limit is 67108864"),
+        "smaller bomb": (bomb(8192, 6145), "the limit is 50331648"),
         "truncated": (whole[: len(whole) // 2], "truncated"),
         "truncated png": (png[: len(png) // 2], "cannot be decoded"),
         "too few pixels": (bomb(300, 300), "cannot be decoded"),
@@ -222,6 +222,24 @@ def test_files_that_cannot_be_read_are_refused_in_a_sentence() -> None:
         assert "\n" not in str(caught.value) and "0x" not in str(caught.value), name
 
 
+def test_a_jpeg_of_many_scans_is_refused_before_it_is_decoded() -> None:
+    data = encoded(Image.fromarray(noise(64, 64)), "JPEG", progressive=True)
+    assert np.asarray(opened(data)).shape == (64, 64, 3)
+    last = data.rindex(b"\xff\xda")
+    many = data[:last] + data[last:-2] * 100 + data[-2:]
+    with pytest.raises(MediaError, match="more than 100 scans"):
+        opened(many)
+
+
+def test_a_picture_that_was_opened_by_the_caller_is_not_changed() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    with Image.open(io.BytesIO(encoded(Image.new("RGBA", (40, 60), "red"), exif=exif))) as image:
+        assert opened(image).size == (60, 40)
+        assert (image.size, image.mode) == ((40, 60), "RGBA")
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @given(st.data())
 @settings(deadline=None, max_examples=150)
 def test_damaged_files_are_read_or_refused(data) -> None:

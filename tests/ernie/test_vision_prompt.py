@@ -344,6 +344,7 @@ def test_a_clip_and_a_request_change_their_own_limits(tokenizer, processor) -> N
         ({"type": "image_url", "image_url": {"url": 7}}, "holds int"),
         ({"type": "image", "image": b"no picture"}, r"content\[1\]: the picture cannot be decoded"),
         ({"type": "video", "video": []}, "0 frames"),
+        ({"type": "video", "video": ["http://127.0.0.1/"] * 10}, "10 frames; the limit is 9"),
         ({"type": "video", "video": Image.new("RGB", (9, 9))}, "one opened picture"),
         ({"type": "image_url", "image_url": "ftp://host/x"}, "scheme that is not read"),
         ({"type": "image_url", "image_url": {"url": "x.png"}}, "files are not read here"),
