@@ -17,8 +17,6 @@ from typing import Any
 
 from ernie.vision.sources import MediaError
 
-# What a model folder says about pictures, to be copied where the model goes.
-FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 SAMPLES = ("leading", "middle", "rand")
 _PIXELS = 28 * 28  # of one token of an image
 # Sections of transformers' files: name of a limit there, and ours.

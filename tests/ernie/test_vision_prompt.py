@@ -185,6 +185,17 @@ def test_built_in_templates_are_chosen_by_tokens(folders) -> None:
     assert ChatTemplate.for_folder(folders("sentencepiece")) is LLM
 
 
+def test_what_says_how_pictures_are_read_travels_with_the_tokenizer(folders, tmp_path) -> None:
+    source = jinja_folder(folders, tmp_path / "source", JINJA, "chat_template.json")
+    (source / "preprocessor_config.json").write_text('{"video_max_frames": 33}')
+    (source / "Roboto-Regular.ttf").write_bytes(b"font")
+    Tokenizer.from_folder(source).save(tmp_path / "copy")
+    copied = Processor.from_folder(tmp_path / "copy")
+    assert copied.settings.video_max_frames == 33
+    assert copied.font is not None and copied.font.read_bytes() == b"font"
+    assert ChatTemplate.for_folder(tmp_path / "copy").source
+
+
 def test_locks_tell_templates_apart_and_those_of_text_stay(tokenizer) -> None:
     hashes = {template_hash(t, tokenizer) for t in (LLM, THINKING, VL, VL_THINKING)}
     assert len(hashes) == 4
