@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import importlib.util
 import io
 import socket
 import struct
 import threading
+from pathlib import Path
+from types import SimpleNamespace
 
 import av
+import matplotlib
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image, ImageChops
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 from ernie.vision import video
 from ernie.vision.processor import picture_of, resized
@@ -77,6 +83,61 @@ def test_frames_of_a_known_clip() -> None:
     assert len(frame_indices(300, 1.0, s)) == 16
     assert frame_indices(5, 0.2, s) == [0, 1, 2, 3, 4]
     assert len(frame_indices(100_000, 3600.0, s)) == 180
+
+
+@pytest.fixture(scope="module")
+def peer():
+    """transformers' own functions of the video processor, taken out of its file: the module itself
+    needs torchvision.
+    """
+    package = importlib.util.find_spec("transformers")
+    path = Path(package.origin).parent / "models" / "ernie4_5_vl_moe"
+    tree = ast.parse((path / "video_processing_ernie4_5_vl_moe.py").read_text("utf-8"))
+    wanted = {"sample_frames", "_convert_timestamp", "_render_image_with_timestamp"}
+    functions = [
+        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in wanted
+    ]
+    assert len(functions) == 3
+    names = {
+        "torch": torch,
+        "ImageDraw": ImageDraw,
+        "ImageFont": ImageFont,
+        "VideoMetadata": object,
+        "to_pil_image": Image.fromarray,
+        "pil_to_tensor": np.asarray,
+    }
+    future = ast.parse("from __future__ import annotations").body
+    exec(compile(ast.Module([*future, *functions], []), str(path), "exec"), names)
+    return SimpleNamespace(**{name: names[name] for name in wanted})
+
+
+def test_leading_frames_are_those_of_transformers(peer) -> None:
+    s = VisionSettings()
+    bounds = SimpleNamespace(num_frames=None, min_frames=16, max_frames=180)
+    compared = different = 0
+    for total in range(1, 2000, 7):
+        for frame_rate in (10, 24, 25, 30):
+            metadata = SimpleNamespace(total_num_frames=total, fps=frame_rate)
+            theirs = peer.sample_frames(bounds, metadata, fps=2).tolist()
+            ours = frame_indices(total, total / frame_rate, s)
+            # They keep a broken number of frames, and one frame too many where sums round up
+            is_whole = (total / frame_rate * 2) % 1 == 0 or not 16 < total / frame_rate * 2 < 180
+            if is_whole and len(theirs) == len(ours):
+                compared += 1
+                different += ours != theirs
+                assert max(abs(x - y) for x, y in zip(ours, theirs)) <= 1
+    assert compared > 300 and different <= compared // 20, (different, compared)
+
+
+def test_times_are_drawn_as_transformers_draws_them(peer) -> None:
+    font = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    own = SimpleNamespace(font=str(font))
+    for size, seconds in (((200, 300), 0.0), ((57, 91), 61.25), ((640, 480), 36123.999)):
+        frame = np.full((*size, 3), 120, np.uint8)
+        text = peer._convert_timestamp(own, seconds)
+        assert timestamp(seconds) == text
+        theirs = peer._render_image_with_timestamp(own, frame, text)
+        np.testing.assert_array_equal(stamped(Image.fromarray(frame), text, font), theirs)
 
 
 LEVELS = [(i * 37) % 250 for i in range(50)]
