@@ -241,7 +241,7 @@ def test_a_picture_that_was_opened_by_the_caller_is_not_changed() -> None:
 
 @pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 @given(st.data())
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=80)
 def test_damaged_files_are_read_or_refused(data) -> None:
     form = data.draw(st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "ICO", "TGA"]))
     file = bytearray(encoded(Image.fromarray(noise(40, 40)), form))

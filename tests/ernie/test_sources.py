@@ -7,12 +7,16 @@ import os
 import socket
 import ssl
 import subprocess
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ernie.vision import sources
 from ernie.vision.sources import MediaError, Sources
@@ -443,3 +447,24 @@ def test_data_urls_are_decoded_strictly() -> None:
         with pytest.raises(MediaError, match=message) as caught:
             read(url, "image")
         assert len(str(caught.value)) < 200
+
+
+ODD = st.sampled_from([*"/\\:@?#[]%.0x \t\n\0é①", "//", "127.0.0.1", "localhost", "://", "%00"])
+
+
+@given(
+    st.sampled_from(["http:", "https://", "file:", "data:", "", "x:"]), st.lists(ODD | st.text())
+)
+@settings(deadline=None, max_examples=120)
+def test_whatever_stands_for_a_url_is_refused_in_a_sentence(scheme, pieces) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(8, "unknown")
+
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        patch.setattr(sources.socket, "getaddrinfo", unknown)
+        try:
+            data = Sources(folder=Path(folder)).read(scheme + "".join(pieces), "image")
+        except MediaError as error:
+            assert len(str(error)) < 400 and "\n" not in str(error) and "\0" not in str(error)
+        else:
+            assert scheme == "data:" and data is not None

@@ -56,7 +56,7 @@ def slow_indices(num_frames, duration_s, s, sample):
     st.integers(20, 400),
     st.sampled_from([-1, 1, 7, 64]),
 )
-@settings(max_examples=300)
+@settings(max_examples=100)
 def test_frames_are_those_of_the_published_rule(total, duration_s, fps, low, high, target) -> None:
     for sample in ("leading", "middle", "rand"):
         s = VisionSettings(
@@ -291,7 +291,7 @@ def test_playlists_reach_nothing(playlist) -> None:
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 def test_damaged_clips_are_read_or_refused(data) -> None:
     form = data.draw(st.sampled_from(["mp4", "matroska", "avi"]))
     file = bytearray(grey_clip(LEVELS[:6], form=form))

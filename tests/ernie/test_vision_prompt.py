@@ -12,11 +12,13 @@ import socket
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
 from ernie.chat import LLM, THINKING, UNTRAINED, VL, VL_THINKING, ChatError, ChatTemplate
 from ernie.chat.lock import template_hash
-from ernie.tokenizer import Tokenizer
+from ernie.tokenizer import Tokenizer, TokenizerError
 from ernie.vision.processor import image_picture
 from ernie.vision.prompt import Processor
 from ernie.vision.settings import VisionSettings
@@ -55,6 +57,9 @@ DIALOGUE = [
     {"role": "assistant", "content": "A lynx.", "label": 0},
     {"role": "user", "content": "Sure?"},
 ]
+WORDS = st.sampled_from(
+    ["type", "text", "image", "video", "image_url", "video_url", "url", "fps", "min_pixels"]
+)
 PICTURE = "Picture {}:<|IMAGE_START|><|image@placeholder|><|IMAGE_END|>"
 VIDEO = "Video 1:<|VIDEO_START|><|video@placeholder|><|VIDEO_END|>"
 QUESTION = "What kind of dog is this?" + PICTURE.format(1) + VIDEO + "And this?" + PICTURE.format(2)
@@ -401,3 +406,23 @@ def test_nothing_is_fetched_for_messages_that_are_refused(tokenizer) -> None:
 def test_pictures_given_to_a_plain_encoding_are_not_lost_silently(tokenizer) -> None:
     with pytest.raises(ChatError, match="prepared by ernie"):
         VL.encode(tokenizer, DIALOGUE)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(WORDS, inner, max_size=3),
+    max_leaves=6,
+)
+PARTS = st.dictionaries(WORDS, JSON | WORDS, max_size=4)
+
+
+@given(st.lists(PARTS | JSON, max_size=3), st.dictionaries(WORDS, JSON, max_size=2))
+@settings(deadline=None, max_examples=60)
+def test_whatever_stands_for_messages_is_read_or_refused(tokenizer, parts, options) -> None:
+    offline = Processor(settings=SETTINGS, sources=Sources(allows_http=False))
+    messages = [{"role": "user", "content": parts}]
+    try:
+        inputs = offline.inputs(VL, tokenizer, messages, options=options)
+    except (ChatError, MediaError, TokenizerError):
+        return
+    assert not inputs.pictures or inputs.pixel_values.size
