@@ -150,11 +150,18 @@ class ErnieConfig:
             raise ConfigError(
                 f"moe_k={self.moe_k} of moe_num_experts={self.moe_num_experts} cannot be chosen"
             )
-        if len(set(self.experts_per_bank)) > 1 or len(self.experts_per_bank) > 2:
+        counts, has_vision = self.experts_per_bank, self.vision_config is not None
+        if (
+            len(set(counts)) > 1
+            or (has_vision and len(counts) != 2)
+            or len(counts) > 1 + has_vision
+        ):
             raise ConfigError(
-                f"moe_num_experts={list(self.experts_per_bank)} is not part of the family; give "
-                "one number, or two equal ones for text and vision"
+                f"moe_num_experts={list(counts)} is not part of the family; give one number for a "
+                "text model, two equal ones (text, vision) for one with a vision_config"
             )
+        if has_vision and not self.rope_3d:
+            raise ConfigError("rope_3d=false does not go with a vision_config; use true")
 
     # --- derived sizes ---
 
@@ -284,10 +291,9 @@ class ErnieConfig:
         if "text_config" in raw:
             raw = from_nested(raw, origin)
         _unpack_rope(raw, origin)
-        if raw.get("compression_ratio", 1.0) != 1.0:
-            raise ConfigError(
-                f"{origin}: compression_ratio={raw['compression_ratio']} is not supported; use 1.0"
-            )
+        for key, only in _ONLY.items():
+            if raw.get(key, only) not in (only, None):
+                raise ConfigError(f"{origin}: {key}={raw[key]} is not supported; use {only}")
         names = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         given = {k: _freeze(v) for k, v in raw.items() if k in names and v is not None}
         missing = [
@@ -368,6 +374,18 @@ MARKERS: dict[str, Any] = {
     "image_end_token_id": 101305,
     "video_start_token_id": 101306,
     "video_end_token_id": 101307,
+}
+
+# Keys that would mean another network, and the value that the family has.
+_ONLY = {
+    "compression_ratio": 1.0,
+    "moe_group_experts": False,
+    "moe_use_hard_gate": True,
+    "moe_use_token_type_bias": False,
+    "mm_vocab_size": 0,
+    "spatial_conv_size": 2,
+    "temporal_conv_size": 2,
+    "use_temporal_conv": True,
 }
 
 _ARCHITECTURES = {
