@@ -1,10 +1,10 @@
-"""How fast is the vision tower with its resampler on this CPU, beside transformers on the same weights?
+"""How fast do vision tower and resampler read pictures on this CPU, beside transformers?
 
     python benchmarks/vision.py [--rounds 2]
 
-The tower of ERNIE-4.5-VL-28B-A3B with 8 of its 32 layers (they are alike) and random weights, and
-the resampler; pictures are normalised patches, all cores, nothing is kept for gradients. Patches per
-second of
+The tower of ERNIE-4.5-VL-28B-A3B with 8 of its 32 layers (they are alike), and the resampler; the
+same random weights, normalised patches, all cores, nothing kept for gradients. Patches per second
+of
 
     image    one of 448 x 448 pixels: 1,024 patches that see one another
     video    8 frames of 224 x 224 pixels: 2,048 patches, 256 of which see one another
