@@ -340,10 +340,8 @@ class ErnieConfig:
         if self.vision_config:
             tower = values["vision_config"]
             values["vision_config"] = tower.pop("extra") | tower
-            if self.video_token_id is None:
-                values.pop("video_token_id")
         else:
-            for key in ("rope_3d", "freq_allocation", "vision_config", "video_token_id", *MARKERS):
+            for key in ("rope_3d", "freq_allocation", "vision_config", *MARKERS):
                 values.pop(key)
         if not self.num_nextn_predict_layers:
             values.pop("num_nextn_predict_layers")
@@ -367,13 +365,15 @@ class ErnieConfig:
         return to_nested(self.to_dict(), [self.is_moe_layer(i) for i in layers])
 
 
-# Placeholder and markers of pictures, in the tokenizer of all multimodal models.
+# Placeholders and markers of pictures, the same in all multimodal models. The last one is what the
+# tokenizer of transformers adds behind the published vocabulary.
 MARKERS: dict[str, Any] = {
     "im_patch_id": 100295,
     "image_start_token_id": 101304,
     "image_end_token_id": 101305,
     "video_start_token_id": 101306,
     "video_end_token_id": 101307,
+    "video_token_id": 103367,
 }
 
 # Keys that would mean another network, and the value that the family has.

@@ -29,7 +29,7 @@ from ernie.moe.layer import MoE, Split
 from ernie.moe.router import Routing
 from ernie.mtp import MTP
 from ernie.rope import Rotary, rotary_tables
-from ernie.vision.grids import Grids, grids_of
+from ernie.vision.grids import Grids, frame_lengths, grids_of, pieces
 from ernie.vision.positions import is_placeholder, modality_of, positions_of
 from ernie.vision.resampler import Resampler
 from ernie.vision.vit import VisionTower
@@ -40,6 +40,11 @@ if TYPE_CHECKING:
 
 # Routing decisions and their bias stay float32 whatever dtype the model is moved to.
 KEPT_FLOAT32 = ("mlp.gate.weight", "mlp.vision_gate.weight", "e_score_correction_bias")
+
+# Patches that go through the vision tower at a time: memory does not grow with a video's length.
+MOST_PATCHES = 16_384
+
+TEXT_ONLY = "this is a text model; pictures need one of the VL models"
 
 
 class Embeds(NamedTuple):
@@ -213,10 +218,16 @@ class ErnieModel(nn.Module):
         where patches and grids do not belong together.
         """
         if self.vision_model is None:
-            raise ValueError("this is a text model; pictures need one of the VL models")
+            raise ValueError(TEXT_ONLY)
         assert self.model.resampler_model is not None
-        x_PW = self.vision_model(pixel_values_PC, grids, self.activation_dtype)
-        return self.model.resampler_model(x_PW, grids)
+        self.vision_model.check(pixel_values_PC, grids)
+        parts = pieces(grids, MOST_PATCHES)
+        patches = pixel_values_PC.split([sum(frame_lengths(part)) for part in parts])
+        rows = []
+        for part_PC, part in zip(patches, parts, strict=True):
+            x_PW = self.vision_model(part_PC, part, self.activation_dtype)
+            rows.append(self.model.resampler_model(x_PW, part))
+        return torch.cat(rows)
 
     def prompt(
         self,
@@ -234,19 +245,23 @@ class ErnieModel(nn.Module):
         if (pixel_values is None) != (grid_thw is None):
             raise ValueError("pictures need both pixel_values and grid_thw; one of them is missing")
         vision, ids_T = self.config.vision_config, ids.to(self.device).long()
-        if vision is None and pixel_values is None:
+        if vision is None:
+            if pixel_values is not None:
+                raise ValueError(TEXT_ONLY)
             return Prompt(ids_T, torch.arange(len(ids_T), device=self.device), None, None)
-        grids = grids_of(
-            () if grid_thw is None else grid_thw, vision.spatial_merge_size if vision else 2
-        )
+        grids = grids_of(() if grid_thw is None else grid_thw, vision.spatial_merge_size)
         on_host = ids.cpu().numpy()
+        positions, modality, places_L = (
+            torch.from_numpy(found).to(self.device)
+            for found in (
+                positions_of(on_host, grids, self.config),
+                modality_of(on_host, self.config),
+                is_placeholder(on_host, self.config).nonzero()[0],
+            )
+        )
         embeds = None
         if pixel_values is not None:
-            places = is_placeholder(on_host, self.config).nonzero()[0]
-            rows_LD = self.picture_rows(pixel_values, grids)
-            embeds = Embeds(rows_LD, torch.from_numpy(places).to(self.device))
-        positions = torch.from_numpy(positions_of(on_host, grids, self.config)).to(self.device)
-        modality = torch.from_numpy(modality_of(on_host, self.config)).to(self.device)
+            embeds = Embeds(self.picture_rows(pixel_values, grids), places_L)
         return Prompt(ids_T, positions, modality, embeds)
 
     @torch.no_grad()

@@ -155,6 +155,7 @@ TINY: dict[str, ErnieConfig] = {
         image_end_token_id=202,
         video_start_token_id=203,
         video_end_token_id=204,
+        video_token_id=205,
         vision_config=VisionConfig(depth=2, embed_dim=16, mlp_ratio=3, num_heads=2),
     ),
 }

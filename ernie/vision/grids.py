@@ -54,6 +54,27 @@ def frame_lengths(grids: Grids) -> list[int]:
     return [rows * columns for frames, rows, columns in grids for _ in range(frames)]
 
 
+def pieces(grids: Grids, most_patches: int) -> list[list[Grid]]:
+    """The same frames in parts of at most `most_patches` where possible, with no pair of frames
+    torn: tower and resampler make the same rows of the parts as of the whole.
+    """
+    parts: list[list[Grid]] = [[]]
+    room = most_patches
+    for frames, rows, columns in grids:
+        unit = min(frames, 2)
+        while frames:
+            fitting = max(room, 0) // (unit * rows * columns) * unit
+            if not fitting and parts[-1]:
+                parts.append([])
+                room = most_patches
+                continue
+            taken = min(frames, max(fitting, unit))
+            parts[-1].append((taken, rows, columns))
+            room -= taken * rows * columns
+            frames -= taken
+    return parts
+
+
 def merged(grid: Grid, merge: int = 2) -> Grid:
     """What the resampler makes of a grid: pairs of frames, rows and columns of windows."""
     frames, rows, columns = grid

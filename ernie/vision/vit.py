@@ -152,20 +152,24 @@ class VisionTower(nn.Module):
 
         Raises ValueError where pixels and grids do not belong together.
         """
-        config, device = self.config, self.ln.weight.device
-        lengths = frame_lengths(grids)
-        if pixel_values_PC.shape != (sum(lengths), config.patch_elements):
-            raise ValueError(
-                f"pixel_values are {' x '.join(map(str, pixel_values_PC.shape))}, but the grids "
-                f"have {sum(lengths)} patches of {config.patch_elements} elements"
-            )
-        pixels = normalised(pixel_values_PC.to(device), config.in_channels)
+        device, lengths = self.ln.weight.device, frame_lengths(grids)
+        self.check(pixel_values_PC, grids)
+        pixels = normalised(pixel_values_PC.to(device), self.config.in_channels)
         x_PW = self.patch_embed(pixels.to(dtype))
         rotary = self.rotary(grids)
         bounds_F1 = torch.tensor([0, *lengths]).cumsum(0).to(device, torch.int32)
         for block in self.blocks:
             x_PW = block(x_PW, rotary, bounds_F1, lengths)
         return self.ln(x_PW)
+
+    def check(self, pixel_values_PC: Tensor, grids: Grids) -> None:
+        """Raise ValueError unless there is a patch for each place of the grids."""
+        wanted = (sum(frame_lengths(grids)), self.config.patch_elements)
+        if pixel_values_PC.shape != wanted:
+            raise ValueError(
+                f"pixel_values are {' x '.join(map(str, pixel_values_PC.shape))}, but the grids "
+                f"have {wanted[0]} patches of {wanted[1]} elements"
+            )
 
     def rotary(self, grids: Grids) -> Rotary:
         """cos and sin of every pair's angle, float32 `(P, d/2)`: d/4 frequencies for the row, the

@@ -22,7 +22,7 @@ from ernie.models import MODELS, TINY
 from ernie.moe.layer import MoE, Split
 from ernie.moe.router import Routing
 from ernie.quant.scheme import SCHEMES
-from ernie.vision.grids import frame_lengths, grids_of, num_rows
+from ernie.vision.grids import frame_lengths, grids_of, num_rows, pieces
 from ernie.vision.positions import is_placeholder, modality_of, positions_of
 from ernie.vision.resampler import merged_frames
 from ernie.vision.vit import normalised, patch_places
@@ -121,6 +121,26 @@ def test_frames_are_merged_in_pairs_and_an_image_with_itself() -> None:
     assert len(first) == sum(map(num_rows, GRIDS))
 
 
+@pytest.mark.parametrize("most_patches", [1, 16, 40, 10**6])
+def test_pieces_of_pictures_give_the_rows_of_the_whole(
+    most_patches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grids, patches = [*GRIDS, (6, 2, 2)], patches_of([*GRIDS, (6, 2, 2)])
+    parts = pieces(grids, most_patches)
+    assert (parts == [grids]) == (most_patches > 1000)
+    assert [n for part in parts for n in frame_lengths(part)] == frame_lengths(grids)
+    for part in parts:
+        num_units = sum(frames // 2 or 1 for frames, _, _ in part)
+        assert num_units == 1 or sum(frame_lengths(part)) <= most_patches
+        assert grids_of(part) == part, "no pair of frames is torn"
+    model = tiny()
+    with torch.no_grad():
+        whole = model.picture_rows(patches, grids)
+        monkeypatch.setattr("ernie.model.MOST_PATCHES", most_patches)
+        in_parts = model.picture_rows(patches, grids)
+    torch.testing.assert_close(in_parts, whole, atol=1e-5, rtol=1e-5)
+
+
 # --- positions and modality ---
 
 
@@ -174,9 +194,8 @@ def test_positions_of_the_example_in_the_module() -> None:
 def test_markers_of_the_released_models_go_to_the_vision_experts() -> None:
     config = MODELS["ERNIE-4.5-VL-28B-A3B"].config
     ids = [100294, 100295, 100296, 101303, 101304, 101305, 101306, 101307, 101308, 103367]
-    assert modality_of(ids, config).tolist() == [0, 1, 0, 0, 1, 1, 1, 1, 0, 0]
-    also = replace(config, video_token_id=103367)
-    assert modality_of(ids, also)[-1] == 1 and is_placeholder(ids, also)[-1]
+    assert modality_of(ids, config).tolist() == [0, 1, 0, 0, 1, 1, 1, 1, 0, 1]
+    assert is_placeholder(ids, config).nonzero()[0].tolist() == [1, 9]
 
 
 # --- banks of experts ---
