@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,8 +61,8 @@ def generate(
     seed: int = 0,
     stop_ids: Sequence[int] = (),
     cache_dtype: torch.dtype | None = None,
-    pixel_values: Tensor | None = None,
-    grid_thw: Tensor | None = None,
+    pixel_values: Tensor | np.ndarray | None = None,
+    grid_thw: Tensor | np.ndarray | None = None,
 ) -> Iterator[int]:
     """Yield new token ids until one of `stop_ids` (which is yielded too) or `max_tokens`.
 

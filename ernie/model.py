@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -232,8 +233,8 @@ class ErnieModel(nn.Module):
     def prompt(
         self,
         token_ids: Tensor | Iterable[int],
-        pixel_values: Tensor | None = None,
-        grid_thw: Tensor | Iterable[Iterable[int]] | None = None,
+        pixel_values: Tensor | np.ndarray | None = None,
+        grid_thw: Tensor | np.ndarray | Iterable[Iterable[int]] | None = None,
     ) -> Prompt:
         """One sequence, with its pictures in order of appearance, as `hidden` takes it.
 
@@ -244,9 +245,11 @@ class ErnieModel(nn.Module):
         ids = token_ids if isinstance(token_ids, Tensor) else torch.tensor([*token_ids])
         if (pixel_values is None) != (grid_thw is None):
             raise ValueError("pictures need both pixel_values and grid_thw; one of them is missing")
+        patches_PC = None if pixel_values is None else torch.as_tensor(pixel_values)
+        has_pictures = patches_PC is not None and len(patches_PC) > 0
         vision, ids_T = self.config.vision_config, ids.to(self.device).long()
         if vision is None:
-            if pixel_values is not None:
+            if has_pictures:
                 raise ValueError(TEXT_ONLY)
             return Prompt(ids_T, torch.arange(len(ids_T), device=self.device), None, None)
         grids = grids_of(() if grid_thw is None else grid_thw, vision.spatial_merge_size)
@@ -260,16 +263,16 @@ class ErnieModel(nn.Module):
             )
         )
         embeds = None
-        if pixel_values is not None:
-            embeds = Embeds(self.picture_rows(pixel_values, grids), places_L)
+        if patches_PC is not None and (has_pictures or grids):
+            embeds = Embeds(self.picture_rows(patches_PC, grids), places_L)
         return Prompt(ids_T, positions, modality, embeds)
 
     @torch.no_grad()
     def logits(
         self,
         token_ids: Tensor | Iterable[int],
-        pixel_values: Tensor | None = None,
-        grid_thw: Tensor | Iterable[Iterable[int]] | None = None,
+        pixel_values: Tensor | np.ndarray | None = None,
+        grid_thw: Tensor | np.ndarray | Iterable[Iterable[int]] | None = None,
     ) -> Tensor:
         """Next-token logits at every position of one sequence; `(T, V)`, float32.
 

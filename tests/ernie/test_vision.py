@@ -401,6 +401,7 @@ def test_both_routers_and_the_bias_stay_float32(tmp_path) -> None:
         (IDS, GRIDS[:1], {}, "4 placeholder tokens are left behind those of 1 pictures"),
         (IDS, GRIDS[:3], {}, "picture 3 with grid 1 x 2 x 2 needs 1 placeholder tokens .* 0 stand"),
         (IDS[:6], GRIDS[:1], {}, "needs 6 placeholder tokens in a row, but 3 stand at token 3"),
+        ([1, 2], [], {"patches": 4}, "4 x 588, but the grids have 0 patches"),
         (IDS, PICTURES, {"dtype": torch.int64}, "pixel_values are int64; give bytes"),
     ],
 )
@@ -422,6 +423,18 @@ def test_pictures_for_a_text_model_and_halves_of_a_picture_are_refused() -> None
         tiny().logits(IDS, patches)
     with pytest.raises(ValueError, match="10 placeholder tokens are left"):
         tiny().logits(IDS)
+
+
+def test_arrays_are_taken_and_no_pictures_at_all() -> None:
+    """As the processor hands them over."""
+    model, patches = tiny(), patches_of(PICTURES)
+    ours = model.logits(IDS, patches.numpy(), np.array(PICTURES))
+    assert torch.equal(ours, model.logits(IDS, patches, PICTURES))
+    none = (np.zeros((0, 588), np.uint8), np.zeros((0, 3), np.int64))
+    assert torch.equal(model.logits([1, 2, 3], *none), model.logits([1, 2, 3]))
+    text = ErnieModel(TINY["tiny-dense"], dtype=torch.float32)
+    text.init_weights(seed=0)
+    assert torch.equal(text.logits([1, 2, 3], *none), text.logits([1, 2, 3]))
 
 
 def test_grids_come_as_tensors_arrays_and_lists() -> None:
