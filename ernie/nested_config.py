@@ -75,6 +75,7 @@ def to_nested(flat: Mapping[str, Any], is_moe_layer: list[bool]) -> dict[str, An
     """The nested mapping of what `ErnieConfig.to_dict` gives for a multimodal model."""
     own = {*_TOP.values(), *_TEXT, "moe_num_experts", "rope_theta", "freq_allocation", "rope_3d"}
     own |= {"moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval", "rope_parameters"}
+    own |= {"rope_scaling"}
     text = {k: flat[k] for k in _TEXT if k in flat}
     time, pairs = flat["freq_allocation"], flat["head_dim"] // 2
     side = (pairs - time) // 2
