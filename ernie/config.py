@@ -288,7 +288,7 @@ class ErnieConfig:
             raise ConfigError(
                 f"{origin}: model_type {model_type!r} is not of the ERNIE 4.5 family (ernie4_5...)"
             )
-        if "text_config" in raw:
+        if isinstance(raw.get("text_config"), Mapping):
             raw = from_nested(raw, origin)
         _unpack_rope(raw, origin)
         for key, only in _ONLY.items():

@@ -59,7 +59,9 @@ def from_nested(raw: Mapping[str, Any], origin: str) -> dict[str, Any]:
 
 def _moe_layers(text: Mapping[str, Any], origin: str) -> tuple[int, int]:
     """The first and the last layer with experts."""
-    count = text["num_hidden_layers"]
+    count = text.get("num_hidden_layers")
+    if count is None:
+        raise ConfigError(f"{origin} lacks text_config.num_hidden_layers; every model states it")
     kinds = text.get("mlp_layer_types") or ["dense"] + ["sparse"] * (count - 1)
     layers = [i for i, kind in enumerate(kinds) if kind == "sparse"]
     whole = bool(layers) and layers == list(range(layers[0], layers[-1] + 1))
@@ -74,8 +76,8 @@ def _moe_layers(text: Mapping[str, Any], origin: str) -> tuple[int, int]:
 def to_nested(flat: Mapping[str, Any], is_moe_layer: list[bool]) -> dict[str, Any]:
     """The nested mapping of what `ErnieConfig.to_dict` gives for a multimodal model."""
     own = {*_TOP.values(), *_TEXT, "moe_num_experts", "rope_theta", "freq_allocation", "rope_3d"}
-    own |= {"moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval", "rope_parameters"}
-    own |= {"rope_scaling"}
+    own |= {"moe_layer_start_index", "moe_layer_end_index", "moe_layer_interval"}
+    own |= {"rope_parameters", "rope_scaling"}
     text = {k: flat[k] for k in _TEXT if k in flat}
     time, pairs = flat["freq_allocation"], flat["head_dim"] // 2
     side = (pairs - time) // 2
