@@ -195,11 +195,13 @@ def test_attention_of_known_lengths_equals_its_definition(lengths, dtype, causal
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_packed_attention_equals_its_definition(dtype):
-    q = rand(23, 6, 16, dtype=dtype, grad=True)
-    k, v = (rand(23, 2, 16, dtype=dtype, grad=True) for _ in range(2))
+@pytest.mark.parametrize(("width", "groups", "causal"), [(16, 2, True), (80, 6, False)])
+def test_packed_attention_equals_its_definition(width, groups, causal, dtype):
+    """Of the language model, and of the vision tower."""
+    q = rand(23, 6, width, dtype=dtype, grad=True)
+    k, v = (rand(23, groups, width, dtype=dtype, grad=True) for _ in range(2))
     args = (q, k, v, bounds(10, 0, 12, 1), 0.3)
-    ours, theirs = ops.attend_packed(*args), reference.attend_packed(*args)
+    ours, theirs = (m.attend_packed(*args, causal=causal) for m in (ops, reference))
     close(ours, theirs, dtype)
     for own, other in zip(gradients(ours, args), gradients(theirs, args), strict=True):
         close(own, other, dtype)

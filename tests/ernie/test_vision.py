@@ -5,7 +5,7 @@ what is refused.
 from __future__ import annotations
 
 from dataclasses import replace
-from itertools import product
+from itertools import pairwise, product
 
 import numpy as np
 import pytest
@@ -324,15 +324,20 @@ def test_experts_of_vision_are_sliced_for_ranks_like_those_of_text() -> None:
     torch.testing.assert_close(total, expected.detach(), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("cut", [1, 5, 9, 12, len(IDS) - 1])
-def test_prompt_read_in_two_chunks_equals_one(cut: int) -> None:
-    """Also where the cut goes through a picture: rows and places are the caller's to share out."""
+@pytest.mark.parametrize("is_fused", [False, True])
+@pytest.mark.parametrize("cuts", [(1,), (9,), (len(IDS) - 1,), (4, 7), (12, 14, 15)])
+def test_prompt_read_in_chunks_equals_one(cuts: tuple[int, ...], is_fused: bool) -> None:
+    """Also where a cut goes through a picture, and a chunk is all picture: rows and places are the
+    caller's to share out.
+    """
     model = tiny()
+    expected = model.logits(IDS, patches_of(PICTURES), PICTURES)
+    model = fuse(model) if is_fused else model
     p = model.prompt(IDS, patches_of(PICTURES), PICTURES)
     assert p.embeds is not None and p.modality_T is not None
     cache, parts = GrowingCache(), []
     with torch.no_grad():
-        for begin, end in ((0, cut), (cut, len(IDS))):
+        for begin, end in pairwise((0, *cuts, len(IDS))):
             inside = (p.embeds.places_L >= begin) & (p.embeds.places_L < end)
             embeds = Embeds(p.embeds.rows_LD[inside], p.embeds.places_L[inside] - begin)
             parts.append(
@@ -342,7 +347,6 @@ def test_prompt_read_in_two_chunks_equals_one(cut: int) -> None:
                 )
             )  # fmt: skip
         logits = model.head(torch.cat(parts))
-    expected = model.logits(IDS, patches_of(PICTURES), PICTURES)
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
