@@ -58,6 +58,11 @@ def build_model(
     """
     choose_products(run, device)
     model = read_model(run, device, weights_from, in_host_memory=in_host_memory)
+    if model.config.vision_config:
+        raise ConfigError(
+            f"{run.model.model_name_or_path} reads images, which cannot be trained here; train one "
+            "of the text models (0.3B, 21B-A3B, 300B-A47B)"
+        )
     if run.is_lora:
         add_lora(model, lora_of(run), seed=run.training.seed)
     else:
