@@ -51,7 +51,7 @@ def add_reward_head(model: ErnieModel, *, seed: int) -> None:
     """
     size = model.config.hidden_size
     generator = torch.Generator().manual_seed(seed)
-    values_1D = torch.randn(1, size, generator=generator) * (size + 1) ** -0.5
+    values_1D = torch.randn(1, size, generator=generator) * (size + 1) ** -0.5  # float32
     score = Linear(size, 1, bias=False)
     score.weight = nn.Parameter(values_1D.to(model.device))
     model.score = score
