@@ -192,14 +192,18 @@ class Stream:
     def _read(self, source: int, index: int) -> list[Sample]:
         self.faults.read += 1
         try:
-            record = self.sources[source][index]
-            samples = self.encoder.read(record, self.kinds[source])
-            if isinstance(self.encoder, JudgedEncoder):
-                samples = self.encoder.completed(samples, self._following(source, index))
+            samples = self.read(source, index)
         except DataError as error:
             self.faults.add(self.sources[source].where(index), error)
             samples = []
         self.faults.judge(at_end=False)
+        return samples
+
+    def read(self, source: int, index: int) -> list[Sample]:
+        """The samples of a record of a file; raises DataError for one that cannot be used."""
+        samples = self.encoder.read(self.sources[source][index], self.kinds[source])
+        if isinstance(self.encoder, JudgedEncoder):
+            samples = self.encoder.completed(samples, self._following(source, index))
         return samples
 
     def _following(self, source: int, index: int) -> Iterator[tuple[Any, str]]:

@@ -51,9 +51,7 @@ def num_bytes(tensors) -> int:
 @pytest.mark.parametrize("fine_tuning", ["Full", "LoRA"])
 @pytest.mark.parametrize("low", ["true", "false"])
 @pytest.mark.parametrize("stage", ["SFT", "RM"])
-def test_weights_sums_and_state_equal_those_of_real_tensors(
-    config, fine_tuning, low, stage
-) -> None:
+def test_weights_sums_and_state_equal_real_ones(config, fine_tuning, low, stage) -> None:
     run = planned(
         fine_tuning=fine_tuning,
         use_lowprecision_moment=low,
