@@ -120,7 +120,7 @@ def test_the_other_answer_is_cut_to_fit_and_takes_no_place_in_a_row(
     long = {"src": ["Short?"], "response": "It is " + "one and " * 20 + "two.", "label": True}
     short = {"src": ["What is one, and what is two, and three?"], "response": "No.", "label": False}
     path = write_lines(tmp_path / "judged.jsonl", [long, short])
-    limit = len(encoder().read(long, "erniekit")[0])
+    limit = len(encoder().read(long, "erniekit")[0]) + 1
     data = Data(train_dataset_path=(str(path),), max_seq_len=limit)
     stream = Stream(data, "train", encoder(limit), seed=0)
     (first,), (second,) = stream.read(0, 0), stream.read(0, 1)

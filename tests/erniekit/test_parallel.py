@@ -67,7 +67,13 @@ KINDS = {
     "moe-lora": ("tiny-moe", {"fine_tuning": "LoRA"}),
     "moe-nan": ("tiny-moe", {"fine_tuning": "Full"}),
     "dense-dpo": ("tiny-dense", {"fine_tuning": "Full", "stage": "DPO", "max_seq_len": 256}),
-    "moe-dpo": ("tiny-moe", {"fine_tuning": "LoRA", "stage": "DPO", "max_seq_len": 256}),
+    "moe-dpo": (
+        "tiny-moe",
+        {
+            "fine_tuning": "LoRA", "stage": "DPO", "max_seq_len": 256, "loss_type": "kto_pair",
+            "sft_loss_ratio": 0.2, "beta": 0.5,
+        },
+    ),
     "dense-kto": (
         "tiny-dense",
         {"fine_tuning": "Full", "stage": "KTO", "beta": 0.5, "ref_model_update_steps": 2},
