@@ -70,8 +70,12 @@ KINDS = {
     "moe-dpo": (
         "tiny-moe",
         {
-            "fine_tuning": "LoRA", "stage": "DPO", "max_seq_len": 256, "loss_type": "kto_pair",
-            "sft_loss_ratio": 0.2, "beta": 0.5,
+            "fine_tuning": "LoRA",
+            "stage": "DPO",
+            "max_seq_len": 256,
+            "loss_type": "kto_pair",
+            "sft_loss_ratio": 0.2,
+            "beta": 0.5,
         },
     ),
     "dense-kto": (
