@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 RECIPES = {
     "SFT": "erniekit.recipes.sft",
     "DPO": "erniekit.recipes.preference",
+    "KTO": "erniekit.recipes.kto",
+    "RM": "erniekit.recipes.reward",
     "PT": "erniekit.recipes.pretrain",
 }
 

@@ -34,6 +34,14 @@ class Routing:
     probs_TE: Tensor  # float32 softmax over all experts, before the bias
     logits_TE: Tensor  # float32
     kept_TK: Tensor | None = None  # bool, choices within the capacity, where there is one
+    # In a layer with two banks: this one is about the text tokens, and here is what the vision bank
+    # decided about the vision tokens, if there are any.
+    vision: Routing | None = None
+
+    @property
+    def banks(self) -> tuple[Routing, ...]:
+        """The decisions of all banks that had tokens to decide about, text first."""
+        return (self,) if self.vision is None else (self, self.vision)
 
     @property
     def load_E(self) -> Tensor:
