@@ -150,8 +150,8 @@ def _choose_trained(model: ernie.ErnieModel, run: Run) -> None:
 
 
 _PARTS = {
-    "router": ("*.mlp.gate.*",),
-    "experts": ("*.mlp.experts.*",),
+    "router": ("*.mlp.gate.*", "*.mlp.vision_gate.*"),
+    "experts": ("*.mlp.experts.*", "*.mlp.vision_experts.*"),
     "shared_experts": ("*.shared_experts.*",),
     "embeddings": ("model.embed_tokens.*", "lm_head.*"),
     "attention": ("*.self_attn.*",),
