@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from ernie.config import ErnieConfig
 from ernie.model import ErnieModel
 from ernie.settings import ConfigError
-from erniekit.build import config_of, weights_dtype
+from erniekit.build import config_of, frozen, weights_dtype
 from erniekit.config import Run
 from erniekit.lora import projections
 from erniekit.parallel.replicated import owners_of
@@ -148,8 +148,9 @@ def sizes_of(config: ErnieConfig, run: Run, device: str, degrees: Degrees = Degr
     if is_scored:
         add_reward_head(model, seed=0)
     has_float32_sum = {"model.embed_tokens.weight", "lm_head.weight"}
+    still = frozen(dict(model.named_parameters()), run.model.freeze_parameters)
     for name, p in model.named_parameters():
-        trained = (not run.is_lora and p.requires_grad) or name == HEAD
+        trained = ((not run.is_lora and p.requires_grad) or name == HEAD) and name not in still
         if name.startswith("model.mtp."):
             trained = trained and bool(run.model.num_nextn_predict_layers)
         float32 = name in has_float32_sum
