@@ -22,6 +22,7 @@ from ernie.tokenizer import Tokenizer
 from erniekit.config import Run
 from erniekit.lora import LoRA, add_lora
 from erniekit.recompute import recompute
+from erniekit.reward_model import add_reward_head, fill_head, has_head
 
 log = logging.getLogger("erniekit")
 
@@ -67,6 +68,10 @@ def build_model(
         add_lora(model, lora_of(run), seed=run.training.seed)
     else:
         _choose_trained(model, run)
+    if run.model.stage == "RM":
+        add_reward_head(model, seed=run.training.seed)
+        if has_head(folder := weights_from or Path(run.model.model_name_or_path)):
+            fill_head(model, folder)
     granularity = run.model.recompute_granularity if run.model.recompute else None
     recompute(model, granularity, run.model.no_recompute_layers)
     return model
