@@ -1,4 +1,5 @@
-"""The model of a run: read or made anew, with adapters, and with recomputation where wanted.
+"""The model of a run: read or made anew, with adapters beside frozen weights that may be brought
+into few bits while they are read, and with recomputation where wanted.
 
 Also what a configuration looks like for a hub name without reading anything, which lets every
 example file be checked on the meta device.
@@ -10,17 +11,19 @@ import logging
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import ernie
 from ernie import kernels
 from ernie.checkpoint.hub import resolve
 from ernie.config import ErnieConfig
+from ernie.kernels.weights import QuantTensor
 from ernie.models import MODELS, TINY
+from ernie.quant.scheme import FROZEN
 from ernie.settings import ConfigError, did_you_mean
 from ernie.tokenizer import Tokenizer
 from erniekit.config import Run
-from erniekit.lora import LoRA, add_lora
+from erniekit.lora import TRAINED, Freeze, LoRA, Preparation, add_lora, weight_names
 from erniekit.recompute import recompute
 
 log = logging.getLogger("erniekit")
@@ -57,11 +60,14 @@ def build_model(
     CheckpointError in one sentence.
     """
     choose_products(run, device)
-    model = read_model(run, device, weights_from, in_host_memory=in_host_memory)
-    if run.is_lora:
-        add_lora(model, lora_of(run), seed=run.training.seed)
+    if run.is_lora and run.model.compute_type != "bf16":
+        model = _read_frozen(run, "cpu" if in_host_memory else device)
     else:
-        _choose_trained(model, run)
+        model = read_model(run, device, weights_from, in_host_memory=in_host_memory)
+        if run.is_lora:
+            add_lora(model, lora_of(run), seed=run.training.seed)
+        else:
+            _choose_trained(model, run)
     granularity = run.model.recompute_granularity if run.model.recompute else None
     recompute(model, granularity, run.model.no_recompute_layers)
     return model
@@ -97,8 +103,62 @@ def read_model(
     return model
 
 
+def _read_frozen(run: Run, device: str) -> ernie.ErnieModel:
+    """A model whose projections are brought into few bits, block by block as they are read, and
+    whose adapters are put beside them.
+    """
+    path = run.model.model_name_or_path
+    if not run.model.continue_training:
+        model, seed = read_model(run, device), run.training.seed
+        add_lora(model, lora_of(run), seed=seed, freeze=freezer(run))
+        return model
+    if not path:
+        raise ConfigError("model_name_or_path is not set; give a folder or a name on the hub")
+    folder = resolve(path)
+    config = ErnieConfig.from_folder(folder)
+    if "quantization_config" in config.extra:
+        raise ConfigError(
+            f"{folder} is quantised already; compute_type={run.model.compute_type} needs the model "
+            "that it was made from"
+        )
+    plain = ernie.ErnieModel(config, device="meta")
+    prepare = Preparation(
+        lora_of(run), weight_names(plain), seed=run.training.seed, freeze=freezer(run)
+    )
+    model = ernie.load(folder, dtype=weights_dtype(run, device), device=device, swap_block=prepare)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith(TRAINED))
+    return model
+
+
+def freezer(run: Run) -> Freeze:
+    """What brings frozen weights into the form of `compute_type`."""
+    forms = FROZEN[run.model.compute_type]
+    double = run.model.qlora_weight_double_quant
+
+    def freeze(weight: Tensor, kind: str) -> QuantTensor:
+        form = getattr(forms, kind)
+        if form == "nf4":
+            return kernels.quantize_nf4(weight, double=double)
+        return kernels.quantize(weight, int(form.removeprefix("int")))
+
+    return freeze
+
+
+def frozen_form(run: Run, weight: str) -> str | None:
+    """The format (`kernels.weights.quantized_bytes`) of a frozen projection, None for its dtype."""
+    if run.model.compute_type == "bf16" or not run.is_lora:
+        return None
+    forms = FROZEN[run.model.compute_type]
+    form = forms.experts if ".mlp.experts." in weight else forms.dense
+    return f"{form}_double" if run.model.qlora_weight_double_quant else form
+
+
 def lora_of(run: Run) -> LoRA:
-    return LoRA(run.model.lora_rank, run.model.lora_alpha, run.model.rslora)
+    m = run.model
+    return LoRA(
+        m.lora_rank, m.lora_alpha, m.rslora, m.use_dora, m.pissa, tuple(m.lora_target_modules)
+    )
 
 
 def _choose_trained(model: ernie.ErnieModel, run: Run) -> None:

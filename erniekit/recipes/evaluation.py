@@ -16,7 +16,7 @@ from typing import Any
 
 import ernie
 from ernie.settings import ConfigError
-from erniekit import checkpoint, lora
+from erniekit import checkpoint, lora_files
 from erniekit.build import build_model, read_model
 from erniekit.config import Run, resolved
 from erniekit.data.loader import stream
@@ -88,7 +88,7 @@ def _on_data(run: Run, method: Method, model: ernie.ErnieModel, what: str | Path
 def _model(run: Run, device: str, folder: Path | None) -> tuple[ernie.ErnieModel, str | Path]:
     if folder is None:
         return read_model(run, device), run.model.model_name_or_path
-    if not (folder / lora.ADAPTER_CONFIG).is_file():
+    if not (folder / lora_files.ADAPTER_CONFIG).is_file():
         return ernie.load(folder, device=device), folder
     model = build_model(run, device)
     load_adapter(model, run, folder)
