@@ -357,9 +357,11 @@ def _check_targets(
         idle = [] if named or not there else [settings.targets]
     else:
         idle = [t for t in settings.targets if not any(_ends_with(m, t) for m in named)]
+    idle += [t for t in settings.parameters if not any(_ends_with(m, t) for m in named)]
     if idle:
+        key = "target_parameters" if idle[0] in settings.parameters else "target_modules"
         raise ConfigError(
-            f"target_modules in {settings.origin} names what matches no projection of this "
+            f"{key} in {settings.origin} names what matches no projection of this "
             f"model's blocks: {_some(idle)}"
         )
     if missing := sorted(named - there):

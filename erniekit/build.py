@@ -60,14 +60,11 @@ def build_model(
     CheckpointError in one sentence.
     """
     choose_products(run, device)
-    if run.is_lora and run.model.compute_type != "bf16":
-        model = _read_frozen(run, "cpu" if in_host_memory else device)
-    else:
-        model = read_model(run, device, weights_from, in_host_memory=in_host_memory)
-        if run.is_lora:
-            add_lora(model, lora_of(run), seed=run.training.seed)
-        else:
-            _choose_trained(model, run)
+    model = read_model(run, device, weights_from, in_host_memory=in_host_memory)
+    if run.is_lora and run.model.compute_type == "bf16":
+        add_lora(model, lora_of(run), seed=run.training.seed)
+    elif not run.is_lora:
+        _choose_trained(model, run)
     granularity = run.model.recompute_granularity if run.model.recompute else None
     recompute(model, granularity, run.model.no_recompute_layers)
     return model
@@ -84,7 +81,12 @@ def choose_products(run: Run, device: str) -> None:
 def read_model(
     run: Run, device: str, weights_from: Path | None = None, *, in_host_memory: bool = False
 ) -> ernie.ErnieModel:
-    """The base model of a run as it is on disk, or a new one with random weights."""
+    """The base model of a run as it is on disk, or a new one with random weights.
+
+    With frozen weights in few bits it has its adapters, which change nothing yet.
+    """
+    if run.is_lora and run.model.compute_type != "bf16":
+        return _read_frozen(run, "cpu" if in_host_memory else device)
     source = weights_from or run.model.model_name_or_path
     if not source:
         raise ConfigError("model_name_or_path is not set; give a folder or a name on the hub")
@@ -97,7 +99,13 @@ def read_model(
         return model
     if run.model.continue_training:
         return ernie.load(source, dtype=dtype, device=device)
-    model = ernie.ErnieModel(config_of(str(source)), dtype=dtype, device=device)
+    return _new_model(run, device)
+
+
+def _new_model(run: Run, device: str) -> ernie.ErnieModel:
+    source = run.model.model_name_or_path
+    dtype = weights_dtype(run, device)
+    model = ernie.ErnieModel(config_of(source), dtype=dtype, device=device)
     model.init_weights(seed=run.training.seed)
     model.tokenizer = Tokenizer.from_folder(source)
     return model
@@ -105,15 +113,15 @@ def read_model(
 
 def _read_frozen(run: Run, device: str) -> ernie.ErnieModel:
     """A model whose projections are brought into few bits, block by block as they are read, and
-    whose adapters are put beside them.
+    whose adapters are put beside them, as PiSSA needs the weights for its own.
     """
     path = run.model.model_name_or_path
-    if not run.model.continue_training:
-        model, seed = read_model(run, device), run.training.seed
-        add_lora(model, lora_of(run), seed=seed, freeze=freezer(run))
-        return model
     if not path:
         raise ConfigError("model_name_or_path is not set; give a folder or a name on the hub")
+    if not run.model.continue_training:
+        model = _new_model(run, device)
+        add_lora(model, lora_of(run), seed=run.training.seed, freeze=freezer(run))
+        return model
     folder = resolve(path)
     config = ErnieConfig.from_folder(folder)
     if "quantization_config" in config.extra:
