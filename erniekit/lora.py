@@ -32,6 +32,7 @@ from ernie.kernels.weights import QuantTensor
 from ernie.layers import Linear
 from ernie.model import Block, ErnieModel
 from ernie.moe.experts import Experts
+from ernie.settings import ConfigError
 from erniekit.lora_targets import chosen
 
 Weight = Tensor | QuantTensor
@@ -262,6 +263,11 @@ class Preparation:
         weight = getattr(home, leaf)
         start = None
         if has_pair and self.lora.is_principal:
+            if self.lora.rank > (most := min(weight.shape[-2:])):
+                raise ConfigError(
+                    f"pissa: lora_rank={self.lora.rank} is more than the {most} singular values of "
+                    f"a weight of {tuple(weight.shape[-2:])}; give {most} or less"
+                )
             start = principal(weight, self.lora)
             # In float32, rounded once: to the weight's dtype, or to few bits.
             rest = weight.float() - self.lora.scale * (start[1] @ start[0])

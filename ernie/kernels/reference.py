@@ -227,7 +227,9 @@ def quantize_nf4(weight_OI: Tensor, *, double: bool = False) -> QuantTensor:
     scale_Og = most_Og
     if double:
         channel_O = most_Og.amax(-1) / 255
-        scale_Og = (most_Og / _nonzero(channel_O)[..., None]).round().to(torch.uint8)
+        least_Og = (most_Og > 0).float()  # a small group beside a large one is not lost
+        scale_Og = (most_Og / _nonzero(channel_O)[..., None]).round().maximum(least_Og)
+        scale_Og = scale_Og.to(torch.uint8)
         most_Og = scale_Og.float() * channel_O[..., None]
     between = (levels[1:] + levels[:-1]) / 2
     nibbles = torch.bucketize(groups_Ogn / _nonzero(most_Og)[..., None], between).flatten(-2)
