@@ -25,7 +25,7 @@ from ernie.checkpoint.gguf_export import export_gguf
 from ernie.checkpoint.hub import resolve
 from ernie.checkpoint.writer import write_file
 from ernie.settings import ConfigError
-from erniekit import checkpoint, lora, lora_files, merge_check
+from erniekit import checkpoint, lora, lora_files, merge_check, reward_model
 from erniekit.config import Run
 
 log = logging.getLogger("erniekit")
@@ -98,11 +98,14 @@ def _write_whole(
     model = ernie.load(base, dtype=None)
     samples = []
     if is_adapter:
-        put_in(model, folder)
+        lora_files.put_in(model, folder)
         samples = merge_check.samples(model)
         lora.merge_lora(model)
     if not run.export.copy_tokenizer:
         model.tokenizer = None
+    if reward_model.has_head(folder):
+        reward_model.mark(model)
+        reward_model.write_head(target, reward_model.read_head(folder))
     size = int(run.export.max_shard_size * 1e9)
     (target / LOCK_FILE).unlink(missing_ok=True)  # of an earlier export
     ernie.save(model, target, layout=layout or model.layout, max_shard_bytes=size)
@@ -110,14 +113,6 @@ def _write_whole(
         merge_check.check(target, samples)
     copy_lock(folder, target)
     copy_kept_files(base, target)
-
-
-def put_in(base: ernie.ErnieModel, folder: Path) -> None:
-    """The adapter of a folder beside a plain model, in place; that of PiSSA with its start."""
-    form, tensors = lora_files.read_adapter(folder, base.config)
-    form, tensors = lora_files.beside_the_base(base, form, tensors)
-    lora.add_lora(base, form, seed=0)
-    lora_files.load_adapter(base, tensors, str(folder))
 
 
 def copy_lock(source: Path, target: Path) -> None:

@@ -23,7 +23,12 @@ from erniekit.faults import told_in_a_sentence
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-RECIPES = {"SFT": "erniekit.recipes.sft", "DPO": "erniekit.recipes.preference"}
+RECIPES = {
+    "SFT": "erniekit.recipes.sft",
+    "DPO": "erniekit.recipes.preference",
+    "KTO": "erniekit.recipes.kto",
+    "RM": "erniekit.recipes.reward",
+}
 
 # Seconds for a step and a save after SIGTERM, before the agent ends a rank.
 GRACE_S = 600

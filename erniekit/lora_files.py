@@ -22,7 +22,7 @@ from ernie.adapter_files import SETTINGS, WEIGHTS, Settings, read_tensors
 from ernie.config import ErnieConfig
 from ernie.model import ErnieModel
 from ernie.settings import ConfigError
-from erniekit.lora import TRAINED, LoRA, pairs, principal, projections, weight_names
+from erniekit.lora import TRAINED, LoRA, add_lora, pairs, principal, projections, weight_names
 from erniekit.lora_targets import shortest
 
 ADAPTER_CONFIG, ADAPTER_FILE = SETTINGS, WEIGHTS
@@ -156,6 +156,16 @@ def beside_the_base(
         found[f"{name}.lora_A"] = torch.cat((tensors[f"{name}.lora_A"], a0), -2)
         found[f"{name}.lora_B"] = torch.cat((tensors[f"{name}.lora_B"], -b0), -1)
     return lora.doubled(), found
+
+
+def put_in(base: ErnieModel, folder: Path) -> None:
+    """The adapter of a folder beside a whole plain model, in place: ready to compute or to merge.
+
+    Raises ConfigError or CheckpointError.
+    """
+    form, tensors = beside_the_base(base, *read_adapter(folder, base.config))
+    add_lora(base, form, seed=0)
+    load_adapter(base, tensors, str(folder / ADAPTER_FILE))
 
 
 def peft_form(

@@ -50,6 +50,7 @@ PLOTS = (
 _UNDRAWN = {
     "step", "seconds", "num_tokens", "num_trained_tokens", "total_tokens", "epoch",
     "eval_ppl", "eval_tokens", "eval_seconds", "num_pairs", "eval_pairs",
+    "num_answers", "eval_answers",
 }  # fmt: skip
 _SMOOTH_FROM = 40  # points
 _SMOOTH_ALREADY = {"learning_rate", "peak_memory_gib"}

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM
 import ernie
 from erniekit import lora
 from erniekit.cli import main
-from erniekit.export import put_in
 from erniekit.lora import LoRA
+from erniekit.lora_files import put_in
 from tests import helpers_lora
 
 PAIR = LoRA(rank=3, alpha=6, is_rank_stabilised=True)

@@ -21,8 +21,8 @@ from erniekit import lora, lora_files, merge_check
 from erniekit.build import build_model, freezer
 from erniekit.cli import main
 from erniekit.config import Run, resolved, run_from
-from erniekit.export import put_in
 from erniekit.lora import Pair, add_lora, pairs
+from erniekit.lora_files import put_in
 from erniekit.plan import sizes_of
 
 FORMATS = ("int8", "int4", "nf4", "nf4_double")

@@ -15,8 +15,8 @@ from ernie.models import TINY
 from erniekit import lora_files, losses, serve
 from erniekit.cli import main
 from erniekit.config import run_from
-from erniekit.export import put_in
 from erniekit.lora import LoRA, add_lora
+from erniekit.lora_files import put_in
 from tests.erniekit.conftest import dialogues, write_lines
 
 
@@ -62,6 +62,12 @@ def test_training_lowers_the_held_out_loss(fine_tuning, name, words, tiny, tmp_p
     results = json.loads((tmp_path / "out/eval_results.json").read_text())
     assert abs(results["eval_loss"] - held_out[15]) < 0.02
     assert results["eval_ppl"] == pytest.approx(math.exp(results["eval_loss"]))
+
+
+def test_multimodal_models_are_not_trained(words, tiny, capsys) -> None:
+    assert main(["train", *words(model_name_or_path=tiny("tiny-vl"))]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "reads images, which cannot be trained here" in error
 
 
 def test_export_equals_base_plus_adapter(words, tiny, tmp_path: Path) -> None:
