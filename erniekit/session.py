@@ -24,7 +24,7 @@ from torch import Tensor
 import ernie
 from ernie.kernels import report
 from ernie.settings import ConfigError
-from erniekit import checkpoint, debug, lora, losses, metrics, snapshot
+from erniekit import checkpoint, debug, lora_files, losses, metrics, snapshot
 from erniekit.average import Average
 from erniekit.build import build_model, lora_of, num_groups, trained_parameters
 from erniekit.config import Parallel, Run
@@ -452,14 +452,24 @@ def _compare_settings(
 
 
 def load_adapter(model: ernie.ErnieModel, run: Run, folder: Path) -> None:
-    saved, wanted = lora.read_adapter_config(folder), lora_of(run)
+    """The trained parts of a model from a checkpoint, or from any adapter of the run's form."""
+    saved, tensors = lora_files.read_adapter(folder, model.config)
+    wanted = lora_of(run)
     if saved != wanted:
-        raise ConfigError(
-            f"the adapter in {folder} has rank {saved.rank}, alpha {saved.alpha:g} and rslora "
-            f"{saved.is_rank_stabilised}; this run says {wanted.rank}, {wanted.alpha:g} and "
-            f"{wanted.is_rank_stabilised}: give the same, or another output_dir"
+        told = ", ".join(
+            f"{key} {getattr(saved, name)} (this run: {getattr(wanted, name)})"
+            for key, name in (
+                ("lora_rank", "rank"),
+                ("lora_alpha", "alpha"),
+                ("rslora", "is_rank_stabilised"),
+                ("use_dora", "has_magnitude"),
+                ("pissa", "is_principal"),
+            )
+            if getattr(saved, name) != getattr(wanted, name)
         )
-    path = folder / lora.ADAPTER_FILE
-    lora.load_adapter(model, load_file(path), str(path))
+        raise ConfigError(
+            f"the adapter in {folder} has {told}: give the same, or another output_dir"
+        )
+    lora_files.load_adapter(model, tensors, str(folder / lora_files.ADAPTER_FILE))
     if run.model.stage == "RM" and has_head(folder):
         fill_head(model, folder)

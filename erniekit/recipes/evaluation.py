@@ -16,7 +16,7 @@ from typing import Any
 
 import ernie
 from ernie.settings import ConfigError
-from erniekit import checkpoint, lora
+from erniekit import checkpoint, lora_files
 from erniekit.build import build_model, read_model
 from erniekit.config import Run, resolved
 from erniekit.data.loader import stream
@@ -88,7 +88,7 @@ def _on_data(run: Run, method: Method, model: ernie.ErnieModel, what: str | Path
 
 
 def _model(run: Run, device: str, folder: Path | None) -> tuple[ernie.ErnieModel, str | Path]:
-    if folder is not None and (folder / lora.ADAPTER_CONFIG).is_file():
+    if folder is not None and (folder / lora_files.ADAPTER_CONFIG).is_file():
         model = build_model(run, device).eval()
         load_adapter(model, run, folder)
         return model, folder
