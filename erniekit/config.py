@@ -39,13 +39,27 @@ class Model:
     lora_alpha: float = option(-1, "Adapter scale is alpha / rank; -1: 2 x rank (4 with rslora).")
     lora_path: str | None = option(None, "Folder of an adapter to start from.")
     rslora: bool = option(False, "Scale adapters by alpha / sqrt(rank); for rank 64 and above.")
+    lora_target_modules: tuple[str, ...] = option(
+        (),
+        "What gets an adapter (PEFT's target_modules): all-linear, ends of names like q_proj or "
+        "experts, or regular expressions of whole names; none: every projection.",
+    )
+    use_dora: bool = option(False, "Train the norms of weights' rows too (DoRA).")
+    pissa: bool = option(
+        False, "Begin with the largest singular values in the adapter, taken out of the base."
+    )
+    qlora_weight_double_quant: bool = option(
+        False, "Keep the scales of nf4 in 8 bits (double quantisation)."
+    )
     lora_plus_scale: float = option(1.0, "LoRA+: learning rate of the B matrices over that of A.")
     rslora_plus: bool = option(False, "Short for rslora, lora_plus_scale 4 and lora_alpha 4.")
     compute_type: str = option(
         "bf16",
         "Arithmetic of the run. On a CPU products are float32: LoRA keeps the frozen weights in "
-        "bfloat16, Full trains float32 weights and saves bfloat16 ones.",
-        choices=("bf16",),
+        "bfloat16, Full trains float32 weights and saves bfloat16 ones. For LoRA the frozen "
+        "weights can be kept in 8 bits (wint8), experts in 4 and the rest in 8 (wint4/8), or in 4 "
+        "bits of a normal distribution (nf4); products are those of the values they stand for.",
+        choices=("bf16", "wint8", "wint4/8", "nf4"),
     )
     cpu_products: str = option(
         "float32",
@@ -699,6 +713,7 @@ def validate(run: Run) -> None:
             raise ConfigError(f"{key}={value} is no number of processes; give 1 or more")
     if model.lora_path and not run.is_lora:
         raise ConfigError("lora_path is an adapter to start from; it needs fine_tuning: LoRA")
+    _check_adapters(run)
     if model.stage in PREFERENCE_KEYS:
         _check_preferences(run)
     if model.stage == "DPO":
@@ -724,6 +739,32 @@ def validate(run: Run) -> None:
         raise ConfigError(
             "continue_training=false starts from random weights, which adapters would leave as "
             "they are; use fine_tuning: Full"
+        )
+
+
+def _check_adapters(run: Run) -> None:
+    model = run.model
+    is_small = model.compute_type != "bf16"
+    for key, is_given in (
+        (f"compute_type={model.compute_type}", is_small),
+        ("use_dora=true", model.use_dora),
+        ("pissa=true", model.pissa),
+        ("lora_target_modules", bool(model.lora_target_modules)),
+    ):
+        if is_given and not run.is_lora:
+            raise ConfigError(f"{key} is for frozen weights beside adapters; use fine_tuning: LoRA")
+    if model.use_dora and model.pissa:
+        raise ConfigError(
+            "use_dora and pissa both say how an adapter stands beside its base; give one of them"
+        )
+    if model.qlora_weight_double_quant and model.compute_type != "nf4":
+        raise ConfigError(
+            f"qlora_weight_double_quant is of compute_type: nf4; this run has {model.compute_type}"
+        )
+    if is_small and run.parallel.sharding in ("stage2", "stage3"):
+        raise ConfigError(
+            f"sharding={run.parallel.sharding} cuts weights that can be gathered; with "
+            f"compute_type={model.compute_type} use stage1, or none"
         )
 
 

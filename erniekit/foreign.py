@@ -173,10 +173,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 # Keys of ERNIEKit's that are settings here under the field's usual name.
-RENAMED = {"zcc_save_ema_coef": "ema_decay", "enable_zero_cost_checkpoint": "use_async_save"}
+RENAMED = {
+    "zcc_save_ema_coef": "ema_decay",
+    "enable_zero_cost_checkpoint": "use_async_save",
+    "target_modules": "lora_target_modules",  # PEFT's
+}
 
 _LATER = {
-    "compute_type": ("bf16",),
+    "compute_type": ("bf16", "wint8", "wint4/8", "nf4"),
     "optim": ("adamw", "adamw_custom", "adamw_8bit", "muon"),
 }
 

@@ -233,9 +233,7 @@ class Stream:
             samples, data.max_seq_len, way=self.way, buffer_size=data.buffer_size, seed=seed
         )
 
-    def rows(
-        self, start: Cursor = START, end: int | None = None
-    ) -> Iterator[tuple[list[Sample], Cursor]]:
+    def rows(self, start: Cursor = START, end: int | None = None) -> Iterator[Any]:
         """(row, cursor after it) from a cursor on."""
         for row, cursor in self.drawn_rows(start, end):
             yield [drawn.sample for drawn in row], cursor

@@ -16,7 +16,7 @@ from typing import Any
 
 import ernie
 from ernie.settings import ConfigError
-from erniekit import checkpoint, lora
+from erniekit import checkpoint, lora_files
 from erniekit.build import build_model, read_model
 from erniekit.config import Run, resolved
 from erniekit.data.loader import stream
@@ -71,8 +71,8 @@ def _on_data(run: Run, method: Method, model: ernie.ErnieModel, what: str | Path
     held_out.faults.judge(at_end=True)
     log.info("evaluated %s", what)
     log.info("%s", eval_line(values, 0).replace("eval at step 0", "eval"))
-    has_answers = run.model.stage not in ("RM", "PT")
-    asked = prompts(held_out, run.reporting.num_answers if has_answers else 0)
+    num_answers = 0 if run.model.stage in ("RM", "PT") else run.reporting.num_answers
+    asked = prompts(held_out, num_answers)
     given = answers(model, asked, run.reporting.max_answer_tokens, step=0)
     lines = [json.dumps({k: v for k, v in a.items() if k != "step"}) + "\n" for a in given]
     checkpoint.replace_text(run.output / SAMPLES_FILE, "".join(lines))
@@ -88,10 +88,10 @@ def _on_data(run: Run, method: Method, model: ernie.ErnieModel, what: str | Path
 
 
 def _model(run: Run, device: str, folder: Path | None) -> tuple[ernie.ErnieModel, str | Path]:
-    if folder is not None and (folder / lora.ADAPTER_CONFIG).is_file():
-        model = build_model(run, device)
+    if folder is not None and (folder / lora_files.ADAPTER_CONFIG).is_file():
+        model = build_model(run, device).eval()
         load_adapter(model, run, folder)
-        return model.eval(), folder
+        return model, folder
     what = folder or Path(run.model.model_name_or_path)
     model = read_model(run, device) if folder is None else ernie.load(folder, device=device)
     if run.model.stage == "RM":

@@ -11,8 +11,8 @@ writes, beside this file,
     kto-train.jsonl, kto-eval.jsonl     type erniekit   {"src", "tgt", "response", "label"}
     pt-train.jsonl, pt-eval.jsonl       type pretrain   {"text": the documentation of a module}
 
-In the pairs a plain answer is preferred to the same one with pleasantries around it; for KTO every
-question has one of them, desirable if it is the plain one.
+In the pairs a plain answer is preferred to the same one with pleasantries around it; in those for
+KTO every question has one of them, desirable if it is the plain one.
 
 The files in the repository come from CPython 3.11; another version gives slightly other ones. Every
 fifteenth function is held out for evaluation; no function is in both files. The texts are the
