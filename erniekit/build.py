@@ -8,6 +8,8 @@ example file be checked on the meta device.
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Sequence
+from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 
 import torch
@@ -19,6 +21,7 @@ from ernie.checkpoint.hub import resolve
 from ernie.config import ErnieConfig
 from ernie.kernels.weights import QuantTensor
 from ernie.models import MODELS, TINY
+from ernie.moe.router import Router
 from ernie.quant.scheme import FROZEN
 from ernie.settings import ConfigError, did_you_mean
 from ernie.tokenizer import Tokenizer
@@ -75,6 +78,9 @@ def build_model(
         add_reward_head(model, seed=run.training.seed)
         if has_head(folder := weights_from or Path(run.model.model_name_or_path)):
             fill_head(model, folder)
+    for router in model.modules():
+        if isinstance(router, Router):
+            router.capacity = run.model.moe_capacity
     granularity = run.model.recompute_granularity if run.model.recompute else None
     recompute(model, granularity, run.model.no_recompute_layers)
     return model
@@ -179,8 +185,23 @@ def lora_of(run: Run) -> LoRA:
     )
 
 
+def num_groups(run: Run) -> int:
+    """Groups of experts that the orthogonality loss looks at one by one; raises ConfigError where
+    they are of different sizes.
+    """
+    if not run.model.moe_group_orthogonal_loss:
+        return 1
+    config = config_of(str(resolve(run.model.model_name_or_path)))
+    if not config.moe_k or config.experts_per_bank[0] % config.moe_k:
+        raise ConfigError(
+            f"moe_group_orthogonal_loss divides experts into moe_k={config.moe_k} groups, but "
+            f"there are {config.moe_num_experts}; leave it out"
+        )
+    return config.moe_k
+
+
 def _choose_trained(model: ernie.ErnieModel, run: Run) -> None:
-    """Everything but prediction blocks that are not asked for."""
+    """Everything but prediction blocks that are not asked for, and what is to be frozen."""
     depth, wanted = len(model.model.mtp), run.model.num_nextn_predict_layers
     if wanted not in (0, depth):
         raise ConfigError(
@@ -188,6 +209,37 @@ def _choose_trained(model: ernie.ErnieModel, run: Run) -> None:
             f"{depth}"
         )
     model.model.mtp.requires_grad_(bool(wanted))
+    for name in frozen(dict(model.named_parameters()), run.model.freeze_parameters):
+        model.get_parameter(name).requires_grad_(False)
+    if not trained_parameters(model):
+        raise ConfigError(
+            f"freeze_parameters={','.join(run.model.freeze_parameters)} leaves nothing to train"
+        )
+
+
+_PARTS = {
+    "router": ("*.mlp.gate.*",),
+    "experts": ("*.mlp.experts.*",),
+    "shared_experts": ("*.shared_experts.*",),
+    "embeddings": ("model.embed_tokens.*", "lm_head.*"),
+    "attention": ("*.self_attn.*",),
+}
+
+
+def frozen(names: Collection[str], wanted: Sequence[str]) -> set[str]:
+    """The parameters that words of `freeze_parameters` mean; raises ConfigError for a word that
+    means none.
+    """
+    found: set[str] = set()
+    for word in wanted:
+        meant = {n for pattern in _PARTS.get(word, (word,)) for n in names if fnmatch(n, pattern)}
+        if not meant:
+            raise ConfigError(
+                f"freeze_parameters={word} means no parameter of this model; use "
+                f"{', '.join(_PARTS)}, or a pattern of names such as model.layers.0.*"
+            )
+        found |= meant
+    return found
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

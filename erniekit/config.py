@@ -94,6 +94,26 @@ class Model:
     moe_orthogonal_loss_lambda: float = option(
         0.0, "Weight of the router's orthogonality loss (full training; not reported as loss)."
     )
+    moe_orthogonal_update: str = option(
+        "loss",
+        "How moe_orthogonal_loss_lambda acts: in the loss (loss), or after each optimizer step on "
+        "the router alone, by lambda times its gradient (decoupled, ERNIE's pre-training) or by "
+        "the learning rate times that (decoupled_lr, ERNIEKit's use_ortho_loss_callback).",
+        choices=("loss", "decoupled", "decoupled_lr"),
+    )
+    moe_group_orthogonal_loss: bool = option(
+        False, "Compare only experts of the same of moe_k groups of neighbours for orthogonality."
+    )
+    moe_capacity: float | None = option(
+        None,
+        "While training an expert takes at most so many times tokens / experts of a batch, first "
+        "choices first; what is over is dropped and told as moe_dropped. none: everything.",
+    )
+    freeze_parameters: tuple[str, ...] = option(
+        (),
+        "What is not trained (full only): router, experts, shared_experts, embeddings, attention, "
+        "or patterns of parameter names like model.layers.0.*; comma list.",
+    )
     moe_z_loss_lambda: float = option(
         0.0, "Weight of the router's z-loss (full training; not part of the reported loss)."
     )
@@ -111,11 +131,15 @@ class Data:
     """Where samples come from and how they fill a batch."""
 
     train_dataset_type: tuple[str, ...] = option(
-        ("erniekit",), "Format of each training file: erniekit, alpaca or messages; comma list."
+        ("erniekit",),
+        "Format of each training file: erniekit, alpaca or messages; erniekit or pretrain for "
+        "plain text (stage PT); comma list.",
     )
-    train_dataset_path: tuple[str, ...] = option((), "Training files (.jsonl, .json, .gz); list.")
+    train_dataset_path: tuple[str, ...] = option(
+        (), "Training files (.jsonl, .json, .gz, and .txt for stage PT); comma list."
+    )
     train_dataset_prob: tuple[float, ...] = option(
-        (1.0,), "Weight of each training file in mixing."
+        (1.0,), "Weight of each training file in mixing: share of the records, for PT of the text."
     )
     eval_dataset_type: tuple[str, ...] = option(
         ("erniekit",), "Format of each evaluation file; comma list."
@@ -124,12 +148,29 @@ class Data:
     eval_dataset_prob: tuple[float, ...] = option(
         (1.0,), "Weight of each evaluation file; 0 leaves it out, others are read whole."
     )
-    max_seq_len: int = option(4096, "Tokens of a packed row; a dialogue is cut to fit.")
+    input_dir: str | None = option(
+        None,
+        "Documents of token ids for stage PT instead of files: weight prefix weight prefix .., "
+        "each prefix of a .bin and an .idx file (Megatron's format).",
+    )
+    split: tuple[float, ...] = option(
+        (950.0, 50.0), "Shares of the documents of input_dir for training, evaluation, neither."
+    )
+    max_seq_len: int = option(
+        4096, "Tokens of a packed row; a dialogue is cut to fit, a document goes on in the next."
+    )
     packing: bool = option(True, "Put several dialogues into one row; they never see each other.")
     greedy_intokens: bool = option(
         True, "Pack a buffer of dialogues by best room (true) or in their order (false)."
     )
-    buffer_size: int = option(500, "Dialogues held for greedy packing.")
+    truncate_packing: bool = option(
+        True,
+        "Stage PT: fill rows to the last place, cutting documents there (true), or cut only those "
+        "that are longer than a row.",
+    )
+    buffer_size: int = option(
+        500, "Dialogues held for greedy packing; full rows of documents held to be shuffled."
+    )
     padding: bool = option(
         False, "Fill every batch to batch_size x max_seq_len tokens, for steps of a fixed shape."
     )
@@ -154,6 +195,28 @@ class Data:
     )
     dataloader_num_workers: int = option(0, "Above 0: batches are prepared by a background thread.")
     prefetch_factor: int = option(2, "Batches prepared ahead by each worker.")
+
+    def files(self, split: str) -> list[tuple[str, str, float]]:
+        """Kind, path and weight of everything a split ("train" or "eval") is read from.
+
+        A prefix of `input_dir` has the kind "indexed". Raises ConfigError for one that is no list
+        of weights and prefixes.
+        """
+        if self.input_dir is None:
+            names = (getattr(self, f"{split}_dataset_{x}") for x in ("type", "path", "prob"))
+            return list(zip(*names))
+        if split == "eval" and not sum(self.split[1:2]):
+            return []
+        words = self.input_dir.split()
+        words = ["1", *words] if len(words) == 1 else words
+        try:
+            pairs = [(float(w), prefix) for w, prefix in zip(words[::2], words[1::2], strict=True)]
+        except ValueError:
+            raise ConfigError(
+                f"input_dir={self.input_dir!r} is no list of weights and prefixes; write it as in "
+                "0.4 data/part0 0.6 data/part1"
+            ) from None
+        return [("indexed", prefix, weight) for weight, prefix in pairs]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -439,11 +502,18 @@ class Parallel:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """What `erniekit data` does: show samples token by token, or else go through the files."""
+    """What `erniekit data` does: show samples token by token, write token ids, or else go through
+    the files.
+    """
 
     show: int = option(0, "Samples to show, in the order of training, packed into rows; 0: none.")
     sample: str | None = option(
         None, "File and line of a record to show, as in data/train.jsonl:17; with what is cut off."
+    )
+    dataset_output_dir: str | None = option(
+        None,
+        "Folder for the documents of the files (stage PT) as token ids, each file a prefix for "
+        "input_dir.",
     )
     preprocessing_num_workers: int | None = option(
         None, "Processes that go through the files; none: one for each processor."
@@ -603,7 +673,7 @@ def validate(run: Run) -> None:
         if name not in SINKS:
             raise ConfigError(f"report_to={name!r} is not known; use {', '.join(SINKS)}")
     for split in ("train", "eval"):
-        _check_sources(data, split)
+        _check_sources(data, split, model.stage)
     schedule, _, steady = optimisation.lr_scheduler_type.partition(":")
     if schedule not in SCHEDULES or (steady and not (schedule == "wsd" and steady.isdigit())):
         raise ConfigError(
@@ -648,6 +718,28 @@ def validate(run: Run) -> None:
         _check_preferences(run)
     if model.stage == "DPO":
         _check_loss_type(run.preferences)
+    if model.moe_capacity is not None and model.moe_capacity <= 0:
+        raise ConfigError(
+            f"moe_capacity={model.moe_capacity:g} would drop every token; give a number above 0, "
+            "or leave it out"
+        )
+    if model.moe_capacity is not None and model.stage not in _ONE_LOSS_A_TOKEN:
+        raise ConfigError(
+            f"moe_capacity={model.moe_capacity:g} drops tokens of the answers that stage="
+            f"{model.stage} compares; leave it out"
+        )
+    if run.is_lora and model.freeze_parameters:
+        raise ConfigError(
+            "freeze_parameters chooses what full training leaves out; LoRA trains its adapters "
+            "alone: use fine_tuning: Full"
+        )
+    if data.input_dir is not None:
+        _check_indexed(run)
+    if run.is_lora and not model.continue_training:
+        raise ConfigError(
+            "continue_training=false starts from random weights, which adapters would leave as "
+            "they are; use fine_tuning: Full"
+        )
 
 
 def _check_adapters(run: Run) -> None:
@@ -741,7 +833,7 @@ def _check_safety(run: Run) -> None:
     if training.load_best_model_at_end:
         every = training.eval_steps or 500
         strategy = training.evaluation_strategy
-        if strategy == "no" or not run.data.eval_dataset_path or not training.do_eval:
+        if strategy == "no" or not run.data.files("eval") or not training.do_eval:
             raise ConfigError(
                 "load_best_model_at_end needs evaluations to choose by; give evaluation_strategy: "
                 "steps and eval_dataset_path"
@@ -772,18 +864,47 @@ def _check_safety(run: Run) -> None:
         raise ConfigError(f"stop_after_step={training.stop_after_step} is no step; give 1, 2..")
 
 
-def _check_sources(data: Data, split: str) -> None:
+def _check_indexed(run: Run) -> None:
+    data = run.data
+    if run.model.stage != "PT":
+        raise ConfigError(
+            f"input_dir holds documents, which stage={run.model.stage} cannot read; use stage: PT"
+        )
+    if data.train_dataset_path or data.eval_dataset_path:
+        raise ConfigError(
+            "input_dir has its own documents for training and evaluation (split); leave "
+            "train_dataset_path and eval_dataset_path out"
+        )
+    if not 1 <= len(data.split) <= 3 or min(data.split) < 0 or not data.split[0]:
+        raise ConfigError(
+            f"split={list(data.split)} must be one to three shares, the first above 0, as in 950,50"
+        )
+    weights = [weight for _, _, weight in data.files("train")]
+    if min(weights, default=0) < 0 or sum(weights) <= 0:
+        raise ConfigError(f"input_dir={data.input_dir!r} must have weights of 0 or more")
+
+
+_KINDS = {"PT": ("erniekit", "pretrain")}
+_ONE_LOSS_A_TOKEN = ("SFT", "PT", "VL-SFT", "OCR-VL-SFT")
+
+
+def _check_sources(data: Data, split: str, stage: str) -> None:
     kinds, paths, probs = (getattr(data, f"{split}_dataset_{x}") for x in ("type", "path", "prob"))
     if paths and not len(kinds) == len(paths) == len(probs):
         raise ConfigError(
             f"{split}_dataset_type, _path and _prob have {len(kinds)}, {len(paths)} and "
             f"{len(probs)} entries; give one of each per file"
         )
+    known = _KINDS.get(stage, ("erniekit", "alpaca", "messages", "chatml"))
     for kind in kinds:
-        if kind not in ("erniekit", "alpaca", "messages", "chatml"):
+        if kind not in known and (paths or kind != "pretrain"):
+            *first, last = known[:3]
             raise ConfigError(
-                f"{split}_dataset_type={kind!r} is not known; use erniekit, alpaca or messages"
+                f"{split}_dataset_type={kind!r} is not known for stage {stage}; use "
+                f"{', '.join(first)} or {last}"
             )
+    if stage != "PT" and (texts := [p for p in paths if p.removesuffix(".gz").endswith(".txt")]):
+        raise ConfigError(f"{texts[0]} is plain text, which only stage PT reads; give .jsonl files")
     if paths and (min(probs) < 0 or sum(probs) <= 0):
         raise ConfigError(f"{split}_dataset_prob={list(probs)} must be weights of 0 or more")
 

@@ -28,6 +28,7 @@ RECIPES = {
     "DPO": "erniekit.recipes.preference",
     "KTO": "erniekit.recipes.kto",
     "RM": "erniekit.recipes.reward",
+    "PT": "erniekit.recipes.pretrain",
 }
 
 # Seconds for a step and a save after SIGTERM, before the agent ends a rank.
@@ -52,7 +53,7 @@ def recipe_of(run: Run) -> ModuleType:
     """The module of a run's stage, which has `run` and `method`."""
     stage = run.model.stage
     if stage not in RECIPES:
-        raise ConfigError(f"stage={stage} is not available yet; use {' or '.join(RECIPES)}")
+        raise ConfigError(f"stage={stage} is not available yet; use {', '.join(RECIPES)}")
     return importlib.import_module(RECIPES[stage])
 
 

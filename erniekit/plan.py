@@ -31,7 +31,7 @@ from ernie.config import ErnieConfig
 from ernie.kernels.weights import quantized_bytes
 from ernie.model import ErnieModel
 from ernie.settings import ConfigError
-from erniekit.build import config_of, frozen_form, weights_dtype
+from erniekit.build import config_of, frozen, frozen_form, weights_dtype
 from erniekit.config import Run
 from erniekit.lora import projections
 from erniekit.lora_targets import chosen
@@ -150,13 +150,14 @@ def sizes_of(config: ErnieConfig, run: Run, device: str, degrees: Degrees = Degr
     if is_scored:
         add_reward_head(model, seed=0)
     has_float32_sum = {"model.embed_tokens.weight", "lm_head.weight"}
+    still = frozen(dict(model.named_parameters()), run.model.freeze_parameters)
     weights = dict(projections(model)) if run.is_lora else {}
     few_bits = {id(w): form for n, w in weights.items() if (form := frozen_form(run, n))}
     for name, p in model.named_parameters():
         width: float = p.element_size()
         if id(p) in few_bits:
             width = quantized_bytes(p.shape, few_bits[id(p)]) / p.numel()
-        trained = (not run.is_lora and p.requires_grad) or name == HEAD
+        trained = ((not run.is_lora and p.requires_grad) or name == HEAD) and name not in still
         if name.startswith("model.mtp."):
             trained = trained and bool(run.model.num_nextn_predict_layers)
         float32 = name in has_float32_sum

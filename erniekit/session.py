@@ -26,10 +26,10 @@ from ernie.kernels import report
 from ernie.settings import ConfigError
 from erniekit import checkpoint, debug, lora_files, losses, metrics, snapshot
 from erniekit.average import Average
-from erniekit.build import build_model, lora_of, trained_parameters
+from erniekit.build import build_model, lora_of, num_groups, trained_parameters
 from erniekit.config import Parallel, Run
 from erniekit.data.loader import Batch, Stream, prefetched
-from erniekit.loop import Parts, Progress, TooManySkipped, TrainingError, train
+from erniekit.loop import Orthogonal, Parts, Progress, TooManySkipped, TrainingError, train
 from erniekit.optim import OPTIMIZERS, treatments
 from erniekit.parallel.forms import form_of
 from erniekit.parallel.ranks import ALONE, Ranks
@@ -240,6 +240,7 @@ class Session:
             self.train_stream.epoch_size,
             run.training,
             model.moe_use_aux_free_update_coef if full else 0.0,
+            self._orthogonal(),
             self.ranks,
             partial(self.form.after_update, self.trained),
             self.average,
@@ -268,6 +269,15 @@ class Session:
         limit = self.run.training.max_evaluate_steps
         size, end = self.run.training.batch_size, self.eval_stream.epoch_size
         return islice(self.eval_stream.batches(size, end=end), limit if limit > 0 else None)
+
+    def _orthogonal(self) -> Orthogonal | None:
+        """The decoupled update of routers, where it is wanted."""
+        model = self.run.model
+        weight = model.moe_orthogonal_loss_lambda
+        if self.run.is_lora or not weight or model.moe_orthogonal_update == "loss":
+            return None
+        by_learning_rate = model.moe_orthogonal_update == "decoupled_lr"
+        return Orthogonal(weight, by_learning_rate, num_groups(self.run))
 
     @property
     def _is_stopped(self) -> bool:

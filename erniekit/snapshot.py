@@ -62,7 +62,8 @@ def write_model(
     """Weights by parameter as a folder that loads: a model, or an adapter (float32).
 
     `rounded` writes a model as it is published and served: bfloat16, routers and their bias
-    float32. A tensor is converted when its turn comes. Beside it lies how it was spoken to.
+    float32. A tensor is converted when its turn comes. Beside it lies how it was spoken to, if it
+    was.
     """
     weights, head_1D = reward_model.split(weights)
     if run.is_lora:
@@ -71,7 +72,8 @@ def write_model(
         _write_whole(model, weights, folder, rounded=rounded)
     if head_1D is not None:
         reward_model.write_head(folder, head_1D)
-    write_lock(folder, encoder.template, encoder.tokenizer)
+    if run.model.stage != "PT":
+        write_lock(folder, encoder.template, encoder.tokenizer)
 
 
 def _write_whole(

@@ -29,7 +29,7 @@ OWN = [f.name for kind in config.GROUPS for f in dataclasses.fields(kind)]
 def test_examples_parse_and_their_model_builds(path: Path) -> None:
     run = read_run([str(path)])
     name = run.model.model_name_or_path
-    if name == "SmolLM2-135M":  # made by the user with import-gguf
+    if not name.startswith("baidu/"):  # made by the user, as the file says
         return
     model = ernie.ErnieModel(config_of(name), device="meta")
     released = MODELS[name.removeprefix("baidu/").removesuffix("-Paddle")].config
