@@ -155,7 +155,7 @@ def test_tables_of_keys_do_not_overlap() -> None:
     [
         (["learning_rat=1"], "did you mean 'learning_rate'"),
         (["tensor_parallel_degree=2"], "tensor_parallel_degree=2 is not available yet"),
-        (["compute_type=wint4/8"], "compute_type=wint4/8 is not available yet; use bf16"),
+        (["compute_type=fp8"], "compute_type=fp8 is not available yet; use bf16"),
         (["stage=VL-SFT"], "stage=VL-SFT is not available yet; use SFT"),
         (["stage=DPO", "loss_type=hing"], "use one of sigmoid, hinge, ipo"),
         (["stage=DPO", "beta=0"], "beta=0 rewards nothing"),

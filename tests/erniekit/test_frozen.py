@@ -110,7 +110,7 @@ def run_of(tiny, name: str, **settings: object) -> Run:
 
 
 @pytest.mark.parametrize("compute", COMPUTE)
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
 def test_a_model_in_few_bits_is_the_model_of_the_values(name: str, compute: str, tiny) -> None:
     run = run_of(tiny, name, compute_type=compute, recompute=True)
     model = build_model(run, "cpu")
@@ -245,7 +245,7 @@ def trained(tiny, data: Path, tmp_path: Path):
     return make
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
 def test_a_wrong_merge_is_refused(name: str, trained, monkeypatch, capsys) -> None:
     out, settings = trained(name)
     capsys.readouterr()
