@@ -67,7 +67,10 @@ def shared_prompts(groups: Sequence[Sequence[int]], device: torch.device) -> Att
     `attend_packed` serves; only attention is computed again for a prompt, everything else of the
     model once.
     """
-    order, lengths, place, laid = [], [], [], 0
+    order: list[int] = []
+    lengths: list[int] = []
+    place: list[int] = []
+    laid = 0
     for start, *answers, end in groups:
         prompt = answers[0] - start
         for number, (first, last) in enumerate(zip(answers, [*answers[1:], end])):

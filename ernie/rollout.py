@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ _LIKELY = 1024  # tokens among which `top_p` looks before it sorts the vocabular
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn. `temperature` 0 takes the likeliest token; `top_k` 0 is all of them."""
+    """How answers are drawn. `temperature` 0 takes the likeliest token; `top_k` 0 allows all."""
 
     max_tokens: int
     temperature: float = 1.0
@@ -58,10 +59,8 @@ class Pool:
     def __init__(self, model: ErnieModel, num_blocks: int) -> None:
         c = model.config
         shape = (num_blocks, BLOCK_SIZE, c.num_key_value_heads, c.head_dim)
-        options = {"dtype": model.activation_dtype, "device": model.device}
-        self.stores = [
-            [torch.zeros(shape, **options) for _ in range(2)] for _ in range(c.num_hidden_layers)
-        ]
+        empty = partial(torch.zeros, shape, dtype=model.activation_dtype, device=model.device)
+        self.stores = [[empty(), empty()] for _ in range(c.num_hidden_layers)]
         self.free = list(range(num_blocks))[::-1]
         self.size = num_blocks
 

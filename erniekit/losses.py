@@ -11,7 +11,8 @@ Legend: T tokens of the batch, N trained tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -35,6 +36,7 @@ class Flat:
     positions_T: Tensor
     cu_seqlens_S1: Tensor
     lengths: tuple[int, ...] | None = None  # of the segments, where the host knows them
+    numbers: Mapping[str, Tensor] = field(default_factory=dict)  # what a method has of its own
 
 
 @dataclass(frozen=True)

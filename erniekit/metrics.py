@@ -13,6 +13,13 @@ Of pairs: num_pairs, and means over them: rewards_chosen and rewards_rejected (b
 policy has gained on the reference, in nats), rewards_margin (their difference; `margin` in the
 line), rewards_accuracy (share with a margin above 0, a margin of 0 counting half; `right`); the
 same with eval_ before them, and eval_pairs.
+
+Of rollouts (stage: UPO), means over all answers of the round that a step learns from, of prompts
+left out too: reward, right (share whose first reward is 1), length (tokens), cut_share (those that
+reached max_completion_length), entropy (minus the mean log-probability of the drawn tokens, nats),
+and dropped_share (of prompts). Of the step: policy_loss, clip_share, kl (k3, nats a token),
+pair_loss, pair_margin and pair_accuracy. Evaluation: eval_reward, eval_right, eval_length and
+eval_prompts, of greedy answers.
 """
 
 from __future__ import annotations
@@ -81,6 +88,14 @@ def line(record: dict[str, Any], num_steps: int) -> str:
             f"margin {record['rewards_margin']:.4f}",
             f"right {100 * record['rewards_accuracy']:.0f} %",
         ]
+    if "reward" in record:
+        parts[2:2] = [
+            f"reward {record['reward']:.4f}",
+            f"right {100 * record['right']:.0f} %",
+            *([f"kl {record['kl']:.4f}"] if "kl" in record else []),
+            f"entropy {record['entropy']:.2f}",
+            f"length {record['length']:.0f}",
+        ]
     if "moe_max_over_mean" in record:
         parts.append(f"moe max/mean {record['moe_max_over_mean']:.2f}")
     if record.get("skipped"):
@@ -89,6 +104,14 @@ def line(record: dict[str, Any], num_steps: int) -> str:
 
 
 def eval_line(values: dict[str, float], step: int) -> str:
+    if "eval_reward" in values:
+        told = [
+            f"right {100 * values['eval_right']:.1f} %",
+            f"length {values['eval_length']:.1f}",
+            f"{values['eval_prompts']:,} prompts",
+        ]
+        head = f"eval at step {step} | reward {values['eval_reward']:.4f}"
+        return " | ".join([head, *told, f"{values['eval_seconds']:.1f} s"])
     if "eval_pairs" in values:
         parts = [
             f"margin {values['eval_rewards_margin']:.4f}",

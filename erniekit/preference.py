@@ -131,20 +131,34 @@ def sequence_log_probs(
     """
     attend = shared_prompt(batch.pairs_P4)
     hidden_TD = model.hidden(batch.token_ids_T, batch.positions_T, attend, routings=routings)
-    labelled_T = batch.labels_T != UNTRAINED
+    values_N = label_log_probs(
+        model, hidden_TD, batch.labels_T, chunk_size=chunk_size, gradients=gradients
+    )
+    answer_N = _answers(batch, (batch.labels_T != UNTRAINED).nonzero()[:, 0])
+    zeros = values_N.new_zeros(2 * len(batch.pairs_P4), dtype=torch.float64)
+    return zeros.index_add(0, answer_N, values_N.double()).view(-1, 2)
+
+
+def label_log_probs(
+    model: ErnieModel,
+    hidden_TD: Tensor,
+    labels_T: Tensor,
+    *,
+    chunk_size: int = 128,
+    gradients: Gradients | None = None,
+) -> Tensor:
+    """Log-probability of each label that is one, float32 `(N,)`; see `sequence_log_probs`."""
+    labelled_T = labels_T != UNTRAINED
     labelled_N = labelled_T.nonzero()[:, 0]
     weight_VD = model.head_weight
     is_summed = gradients is not None and torch.is_grad_enabled() and weight_VD.requires_grad
-    values_N = ChunkedLogProbs.apply(
+    return ChunkedLogProbs.apply(
         model.model.norm(Selected.apply(hidden_TD, labelled_N, labelled_T)),
         weight_VD,
-        batch.labels_T[labelled_N],
+        labels_T[labelled_N],
         chunk_size,
         gradients.sum_of(weight_VD) if gradients is not None and is_summed else None,
     )
-    answer_N = _answers(batch, labelled_N)
-    zeros = values_N.new_zeros(2 * len(batch.pairs_P4), dtype=torch.float64)
-    return zeros.index_add(0, answer_N, values_N.double()).view(-1, 2)
 
 
 def answer_lengths(batch: Pairs) -> Tensor:

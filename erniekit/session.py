@@ -10,12 +10,12 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -44,6 +44,21 @@ log = logging.getLogger("erniekit")
 REQUEST_FILE = "SAVE"
 
 
+class BatchSource(Protocol):
+    """Where batches come from that are made by the model as it is, instead of read from files.
+
+    `tensors` are the batches that are left at this moment, for a checkpoint.
+    """
+
+    def batches(
+        self, model: ernie.ErnieModel, progress: Progress, num_steps: int
+    ) -> Generator[Batch, None, None]: ...
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None: ...
+
+
 @dataclass(frozen=True)
 class Method:
     """What one kind of training has of its own; `prepare` gets every batch that will be used, to be
@@ -56,6 +71,8 @@ class Method:
     loss: Callable[..., losses.Loss]
     evaluate: Callable[..., dict[str, float]]
     prepare: Callable[[Iterable[Batch]], None] = lambda batches: None
+    source: BatchSource | None = None  # in the place of the training stream's own batches
+    metric: str = "eval_loss"  # by which the best checkpoint is best
 
 
 @dataclass
@@ -141,6 +158,9 @@ class Session:
         ranks_before = self.state.get("ranks", 1)
         _compare_settings(self.state["settings"], self.run, ranks_before, self.ranks.size)
         torch.set_rng_state(torch.tensor(self.state["rng"], dtype=torch.uint8))
+        path = folder / checkpoint.BATCHES_FILE
+        if self.method.source is not None and path.is_file():
+            self.method.source.load(load_file(path))
 
     def _take_average(self, folder: Path) -> None:
         assert self.average is not None
@@ -197,12 +217,15 @@ class Session:
                 self.reporter.write({"step": 0, **self._evaluated(0)})
             self.reporter.answer(0)
         run, data, training = self.run, self.run.data, self.run.training
-        batches = prefetched(
-            self.train_stream.batches(training.batch_size, self.progress.cursor),
-            data.prefetch_factor * training.gradient_accumulation_steps * self.ranks.size
-            if data.dataloader_num_workers
-            else 0,
-        )
+        if self.method.source is not None:
+            batches = self.method.source.batches(self.model, self.progress, self.num_steps)
+        else:
+            batches = prefetched(
+                self.train_stream.batches(training.batch_size, self.progress.cursor),
+                data.prefetch_factor * training.gradient_accumulation_steps * self.ranks.size
+                if data.dataloader_num_workers
+                else 0,
+            )
         with CaughtSignals() as self.signals, contextlib.closing(self.reporter), self.saver:
             try:
                 with contextlib.closing(batches):
@@ -307,6 +330,7 @@ class Session:
             (snapshot.WEIGHTS, self.form.whole(kept)),
             (snapshot.OPTIMIZER, self.form.whole_state(self.optimizer)),
             (snapshot.AVERAGE, averages),
+            (snapshot.BATCHES, self.method.source.tensors() if self.method.source else {}),
         )
         return {prefix + name: t.detach() for prefix, part in parts for name, t in part.items()}
 
@@ -324,7 +348,7 @@ class Session:
     @property
     def metric(self) -> str:
         """The number that says which checkpoint is best."""
-        name = self.run.training.metric_for_best_model or "eval_loss"
+        name = self.run.training.metric_for_best_model or self.method.metric
         return name if name.startswith("eval_") else f"eval_{name}"
 
     def _best(self) -> tuple[float, Path] | None:

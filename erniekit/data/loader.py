@@ -27,11 +27,12 @@ from ernie.chat import UNTRAINED, ChatTemplate
 from ernie.checkpoint.hub import resolve
 from ernie.tokenizer import Tokenizer
 from erniekit.config import Data, Run
+from erniekit.data import tasks
 from erniekit.data.dialogue import Encoder, Sample
 from erniekit.data.mix import Mix
 from erniekit.data.pack import START, Cursor, Drawn, pack
 from erniekit.data.preference import PairEncoder, PairSample
-from erniekit.data.sources import DataError, open_source
+from erniekit.data.sources import DataError, Source, open_source
 
 log = logging.getLogger("erniekit")
 
@@ -52,6 +53,7 @@ class Batch:
     num_trained: int
     pairs_P4: np.ndarray | None = None  # int64, bounds as in `ernie.attention.shared_prompt`
     keys: tuple[bytes, ...] = ()  # of the pairs
+    numbers: dict[str, np.ndarray] = field(default_factory=dict)  # what a method has of its own
 
     @property
     def weight(self) -> int:
@@ -131,7 +133,7 @@ class Stream:
         )
         self.data, self.encoder = data, encoder
         self.kinds = kinds
-        self.sources = [open_source(path) for path in paths]
+        self.sources = [_opened(path, kind) for path, kind in zip(paths, kinds, strict=True)]
         training = split == "train"
         self.way = "separate" if not data.packing else "sequential"
         if training and data.packing and data.greedy_intokens:
@@ -185,6 +187,12 @@ class Stream:
         rows = self.rows(start, end)
         while group := list(islice(rows, batch_size)):
             yield batch_of([row for row, _ in group], group[-1][1], fixed_size=fixed_size)
+
+
+def _opened(path: str, kind: str) -> Source:
+    if kind != tasks.KIND:
+        return open_source(path)
+    return tasks.Tasks(path)
 
 
 def kind_of(error: DataError) -> str:
