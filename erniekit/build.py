@@ -22,6 +22,7 @@ from ernie.tokenizer import Tokenizer
 from erniekit.config import Run
 from erniekit.lora import LoRA, add_lora
 from erniekit.recompute import recompute
+from erniekit.reward_model import add_reward_head, fill_head, has_head
 
 log = logging.getLogger("erniekit")
 
@@ -58,10 +59,19 @@ def build_model(
     """
     choose_products(run, device)
     model = read_model(run, device, weights_from, in_host_memory=in_host_memory)
+    if model.config.vision_config:
+        raise ConfigError(
+            f"{run.model.model_name_or_path} reads images, which cannot be trained here; train one "
+            "of the text models (0.3B, 21B-A3B, 300B-A47B)"
+        )
     if run.is_lora:
         add_lora(model, lora_of(run), seed=run.training.seed)
     else:
         _choose_trained(model, run)
+    if run.model.stage == "RM":
+        add_reward_head(model, seed=run.training.seed)
+        if has_head(folder := weights_from or Path(run.model.model_name_or_path)):
+            fill_head(model, folder)
     granularity = run.model.recompute_granularity if run.model.recompute else None
     recompute(model, granularity, run.model.no_recompute_layers)
     return model

@@ -20,7 +20,7 @@ from ernie.settings import ConfigError, fill, option, read_overrides, read_yaml
 from erniekit import foreign
 
 # Names of the published files; `erniekit.launch` refuses those that cannot be trained yet.
-STAGES = ("SFT", "DPO", "UPO", "PT", "VL-SFT", "OCR-VL-SFT")
+STAGES = ("SFT", "DPO", "KTO", "RM", "UPO", "PT", "VL-SFT", "OCR-VL-SFT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,19 +149,54 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Preferences:
-    """Training on pairs of answers (stage: DPO)."""
+    """Training on judged answers: pairs (stage: DPO, RM) or single ones (KTO)."""
 
-    loss_type: str = option("sigmoid", "Form of the loss.", choices=("sigmoid",))
+    loss_type: str = option(
+        "sigmoid",
+        "Form of the loss on pairs (docs/methods/dpo.md).",
+        choices=(
+            "sigmoid", "hinge", "ipo", "simpo", "dpop", "sppo_hard", "nca_pair", "or", "orpo",
+            "kto_pair", "robust",
+        ),
+    )  # fmt: skip
     beta: float = option(0.1, "Reward of a nat that the policy gains on the reference.")
-    label_smoothing: float = option(0.0, "Share of the pairs taken to be labelled the wrong way.")
-    normalize_logps: bool = option(
-        False, "Scale each answer's log-probability by the mean length of the pair over its own."
+    label_smoothing: float = option(
+        0.0, "Share of the pairs taken to be labelled the wrong way (sigmoid, simpo and robust)."
     )
-    reference_free: bool = option(False, "Compare the answers without a reference model.")
+    pref_loss_ratio: float = option(1.0, "Weight of the loss on pairs.")
+    sft_loss_ratio: float = option(
+        0.0, "Weight of the next-token loss on chosen answers that is added (orpo: always 1)."
+    )
+    simpo_gamma: float = option(0.5, "Margin of rewards that simpo asks for.")
+    dpop_lambda: float = option(50.0, "Weight of what a chosen answer has lost, for dpop.")
+    normalize_logps: bool = option(
+        True, "Scale each answer's log-probability by the mean length of the pair over its own."
+    )
+    reference_free: bool = option(
+        False, "Compare the answers without a reference model (simpo, or and orpo: always)."
+    )
+    ref_model_update_steps: int = option(
+        -1, "Every so many steps the model becomes its own reference; -1: never."
+    )
     max_prompt_len: int = option(
         2048, "Tokens of a prompt; a longer one loses its oldest turns. At most max_seq_len - 10."
     )
     mask_out_eos_token: bool = option(True, "The token that ends an answer has no loss.")
+    desirable_weight: float = option(1.0, "Weight of the loss of desirable answers (KTO).")
+    undesirable_weight: float = option(1.0, "Weight of the loss of undesirable answers (KTO).")
+
+
+# Keys of `Preferences` that a stage uses; the others are told to be without effect there.
+PREFERENCE_KEYS: dict[str, set[str]] = {
+    "DPO": {f.name for f in dataclasses.fields(Preferences)}
+    - {"desirable_weight", "undesirable_weight"},
+    "KTO": {
+        "beta", "reference_free", "ref_model_update_steps", "mask_out_eos_token",
+        "desirable_weight", "undesirable_weight",
+    },
+    "RM": {"max_prompt_len"},
+    "UPO": {"beta", "max_prompt_len", "mask_out_eos_token"},
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -569,10 +604,14 @@ def run_from(values: Mapping[str, Any], origin: str = "the settings") -> Run:
         groups[0] = _from_lora_key(groups[0], given="fine_tuning" in kept, lora=lora)
     names = [f.name for f in dataclasses.fields(Run)][: len(GROUPS)]
     run = Run(**dict(zip(names, groups)))
-    for group, stages in ((run.preferences, ("DPO", "UPO")), (run.policy, ("UPO",))):
-        if run.model.stage not in stages:
-            unused, defaults = dataclasses.asdict(group), dataclasses.asdict(type(group)())
-            without_effect += [key for key in unused if unused[key] != defaults[key]]
+    given, defaults = dataclasses.asdict(run.preferences), dataclasses.asdict(Preferences())
+    unused = given.keys() - PREFERENCE_KEYS.get(run.model.stage, set())
+    only = {"simpo_gamma": "simpo", "dpop_lambda": "dpop"}
+    unused |= {key for key, name in only.items() if run.preferences.loss_type != name}
+    without_effect += [key for key in given if key in unused and given[key] != defaults[key]]
+    if run.model.stage != "UPO":
+        policy, defaults = dataclasses.asdict(run.policy), dataclasses.asdict(Policy())
+        without_effect += [key for key in policy if policy[key] != defaults[key]]
     run = dataclasses.replace(run, without_effect=tuple(without_effect))
     validate(run)
     return run
@@ -682,8 +721,10 @@ def validate(run: Run) -> None:
             raise ConfigError(f"{key}={value} is no number of processes; give 1 or more")
     if model.lora_path and not run.is_lora:
         raise ConfigError("lora_path is an adapter to start from; it needs fine_tuning: LoRA")
-    if model.stage == "DPO":
+    if model.stage in PREFERENCE_KEYS:
         _check_preferences(run)
+    if model.stage == "DPO":
+        _check_loss_type(run.preferences)
     if model.stage == "UPO":
         _check_policy(run)
 
@@ -692,10 +733,21 @@ def _check_preferences(run: Run) -> None:
     p, data = run.preferences, run.data
     if p.beta <= 0:
         raise ConfigError(f"beta={p.beta:g} rewards nothing; give a number above 0, such as 0.1")
-    if not 0 <= p.label_smoothing < 0.5:
+    for key in (
+        "pref_loss_ratio", "sft_loss_ratio", "dpop_lambda", "desirable_weight",
+        "undesirable_weight",
+    ):  # fmt: skip
+        if getattr(p, key) < 0:
+            raise ConfigError(f"{key}={getattr(p, key):g} is below 0; give 0 or more")
+    if p.ref_model_update_steps == 0 or p.ref_model_update_steps < -1:
         raise ConfigError(
-            f"label_smoothing={p.label_smoothing:g} is no share of wrong labels; give 0, or less "
-            "than 0.5"
+            f"ref_model_update_steps={p.ref_model_update_steps} is no number of steps; give -1 or "
+            "1, 2.."
+        )
+    if p.reference_free and p.ref_model_update_steps > 0:
+        raise ConfigError(
+            f"ref_model_update_steps={p.ref_model_update_steps} updates a reference that "
+            "reference_free=True does without; leave one of them out"
         )
     if p.max_prompt_len < 1:
         raise ConfigError(f"max_prompt_len={p.max_prompt_len} is too small; give 1 or more")
@@ -708,8 +760,7 @@ def _check_preferences(run: Run) -> None:
     ):
         if value:
             raise ConfigError(
-                f"{key}={value} is not for pairs of answers (stage: {run.model.stage}); leave it "
-                "out"
+                f"{key}={value} is not for judged answers (stage: {run.model.stage}); leave it out"
             )
 
 
@@ -772,7 +823,30 @@ def _check_policy(run: Run) -> None:
             f"max_completion_length={p.max_completion_length} leaves no room for a prompt in "
             f"max_seq_len={data.max_seq_len}; give a larger max_seq_len"
         )
-    _check_preferences(run)
+
+
+def _check_loss_type(p: Preferences) -> None:
+    """What a form of the loss on pairs cannot go with."""
+    if not 0 <= p.label_smoothing < 0.5:
+        raise ConfigError(
+            f"label_smoothing={p.label_smoothing:g} is no share of wrong labels; give 0, or less "
+            "than 0.5"
+        )
+    if p.label_smoothing and p.loss_type not in ("sigmoid", "simpo", "robust"):
+        raise ConfigError(
+            f"label_smoothing={p.label_smoothing:g} is not part of loss_type={p.loss_type}; leave "
+            "it out, or use sigmoid, simpo or robust"
+        )
+    if p.loss_type == "orpo" and p.sft_loss_ratio not in (0, 1):
+        raise ConfigError(
+            f"sft_loss_ratio={p.sft_loss_ratio:g} contradicts loss_type=orpo, where it is 1; use "
+            "loss_type: or"
+        )
+    if p.loss_type in ("simpo", "or", "orpo") and p.ref_model_update_steps > 0:
+        raise ConfigError(
+            f"ref_model_update_steps={p.ref_model_update_steps} updates a reference that "
+            f"loss_type={p.loss_type} does without; leave it out"
+        )
 
 
 def _check_safety(run: Run) -> None:

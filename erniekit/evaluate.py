@@ -1,7 +1,7 @@
-"""Loss, perplexity and token accuracy on held-out data; loss and rewards on held-out pairs.
+"""Loss, perplexity and token accuracy on held-out data; loss and rewards of judged answers.
 
-Every trained token (every pair) counts the same, whatever row or batch it is in. Logits are made a
-few rows at a time, as in training, so the accuracy costs nothing extra.
+Every trained token (every judged answer or pair) counts the same, whatever row or batch it is in.
+Logits are made a few rows at a time, as in training, so the accuracy costs nothing extra.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ from ernie.chat import UNTRAINED
 from ernie.model import ErnieModel
 from erniekit.data.loader import Batch
 from erniekit.loop import to_device
-from erniekit.losses import Flat, Loss
+from erniekit.losses import ROUTER_LOSSES, Flat, Loss
 from erniekit.parallel.ranks import ALONE, Ranks
 
 
@@ -59,33 +60,36 @@ def evaluate(
 
 
 @torch.no_grad()
-def evaluate_pairs(
+def evaluate_judged(
     model: ErnieModel,
     batches: Iterable[Batch],
     loss: Callable[..., Loss],
+    measure: Callable[..., dict[str, Any]] = lambda model, batches, ranks: {},
     ranks: Ranks = ALONE,
 ) -> dict[str, float]:
-    """eval_loss, eval_rewards_* (means over pairs), eval_pairs, eval_tokens and eval_seconds.
+    """eval_loss and what the loss tells (eval_rewards_* and so on) of judged answers, means over
+    all of them; eval_pairs or eval_answers, eval_tokens and eval_seconds.
 
-    `loss(model, batch, scale=, share=)` is that of training; ranks as in `evaluate`.
+    `loss(model, batch, scale=, share=, **measured)` and `measure(model, batches, ranks)` are those
+    of training, the held-out data being one large step; ranks as in `evaluate`.
     """
-    start, num_pairs, num_tokens = time.monotonic(), 0, 0
-    totals: defaultdict[str, float] = defaultdict(float)
-    names = ("loss", "rewards_accuracy", "rewards_margin", "rewards_chosen", "rewards_rejected")
+    start, batches = time.monotonic(), list(batches)
+    num_judged = sum(len(batch.keys) for batch in batches)
+    options = {"scale": 1 / max(num_judged, 1), "share": 1 / max(len(batches), 1)}
+    options |= measure(model, batches, ranks) if batches else {}
+    totals: defaultdict[str, float] = defaultdict(float, loss=0.0)
     for batch, counts in shared(batches, ranks):
-        found = loss(model, to_device(batch, model.device), scale=1.0, share=1.0)
+        found = loss(model, to_device(batch, model.device), **options)
         totals["loss"] += counts * float(found.value)
         for name, value in found.parts.items():
-            totals[name] += counts * float(value)
-        num_pairs += counts * len(batch.keys)
-        num_tokens += counts * batch.num_trained
-    sums = _summed(ranks, num_pairs, num_tokens, *(totals[name] for name in names))
-    num_pairs, num_tokens = int(sums[0]), int(sums[1])
-    totals.update(zip(names, sums[2:]))
+            if name not in ROUTER_LOSSES:
+                totals[name] += counts * float(value)
+    sums = _summed(ranks, *totals.values())
+    unit = batches[0].unit if batches else "pairs"
     return {
-        **{f"eval_{name}": totals[name] / max(num_pairs, 1) for name in names},
-        "eval_pairs": num_pairs,
-        "eval_tokens": num_tokens,
+        **{f"eval_{name}": value for name, value in zip(totals, sums)},
+        f"eval_{unit}": num_judged,
+        "eval_tokens": sum(batch.num_trained for batch in batches),
         "eval_seconds": time.monotonic() - start,
     }
 

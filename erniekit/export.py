@@ -24,7 +24,7 @@ from ernie.chat import LOCK_FILE
 from ernie.checkpoint.gguf_export import export_gguf
 from ernie.checkpoint.hub import resolve
 from ernie.settings import ConfigError
-from erniekit import checkpoint, lora
+from erniekit import checkpoint, lora, reward_model
 from erniekit.config import Run
 
 log = logging.getLogger("erniekit")
@@ -102,6 +102,9 @@ def _write_whole(
         lora.merge_lora(model)
     if not run.export.copy_tokenizer:
         model.tokenizer = None
+    if reward_model.has_head(folder):
+        reward_model.mark(model)
+        reward_model.write_head(target, reward_model.read_head(folder))
     size = int(run.export.max_shard_size * 1e9)
     (target / LOCK_FILE).unlink(missing_ok=True)  # of an earlier export
     ernie.save(model, target, layout=layout or model.layout, max_shard_bytes=size)

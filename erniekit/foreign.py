@@ -164,11 +164,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "ignore_save_lr_and_optim": (False,),
     "ignore_load_lr_and_optim": (False,),
     "dpo_benchmark": (False,),
-    "pref_loss_ratio": (1,),
-    "sft_loss_ratio": (0,),
-    "simpo_gamma": (0.5,),
-    "dpop_lambda": (50,),
-    "ref_model_update_steps": (-1,),
     "quant_input_grad": (False,),
     "quant_weight_grad": (False,),
     "use_fp8": (False,),
@@ -184,7 +179,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 RENAMED = {"zcc_save_ema_coef": "ema_decay", "enable_zero_cost_checkpoint": "use_async_save"}
 
 _LATER = {
-    "loss_type": ("sigmoid",),
     "compute_type": ("bf16",),
     "optim": ("adamw", "adamw_custom", "adamw_8bit", "muon"),
 }

@@ -27,6 +27,8 @@ RECIPES = {
     "SFT": "erniekit.recipes.sft",
     "DPO": "erniekit.recipes.preference",
     "UPO": "erniekit.recipes.upo",
+    "KTO": "erniekit.recipes.kto",
+    "RM": "erniekit.recipes.reward",
 }
 
 # Seconds for a step and a save after SIGTERM, before the agent ends a rank.

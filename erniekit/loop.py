@@ -36,7 +36,7 @@ from erniekit.gradients import Gradients, length, squares_of
 from erniekit.losses import Flat, Loss
 from erniekit.optim import AdamW, clip_scale, learning_rate_at
 from erniekit.parallel.ranks import ALONE, Ranks
-from erniekit.preference import Pairs
+from erniekit.preference import Judged, Pairs
 
 log = logging.getLogger("erniekit")
 
@@ -86,7 +86,8 @@ class Progress:
 
 @dataclass
 class Parts:
-    """What a loop drives. `loss(model, batch, scale=, share=)` is the training method.
+    """What a loop drives. `loss(model, batch, scale=, share=, **measured)` is the training method,
+    where `measure(window)` gives what it must know of the whole step first.
 
     `batches_per_step` counts the passes of one rank; `after_update()` follows every update.
     """
@@ -104,9 +105,18 @@ class Parts:
     ranks: Ranks = ALONE
     after_update: Callable[[], None] = lambda: None
     average: Average | None = None
+    measure: Callable[[list[Batch]], dict[str, Any]] = lambda window: {}
 
 
-def to_device(batch: Batch, device: torch.device) -> Flat | Pairs:
+def to_device(batch: Batch, device: torch.device) -> Flat | Pairs | Judged:
+    """The arrays of a batch as tensors of what its stage trains on."""
+    if batch.others is not None and batch.is_desirable_S is not None:
+        answers = to_device(dataclasses.replace(batch, others=None), device)
+        others = to_device(batch.others, device)
+        assert isinstance(answers, Flat) and isinstance(others, Flat)
+        return Judged(
+            answers, others, torch.from_numpy(batch.is_desirable_S).to(device), batch.keys
+        )
     pairs_P4 = batch.pairs_P4
     bounds = batch.cu_seqlens_S1 if pairs_P4 is None else pairs_P4
     arrays = (batch.token_ids_T, batch.labels_T, batch.positions_T, bounds)
@@ -158,7 +168,7 @@ def _step(
     learning_rate = learning_rate_at(progress.step, parts.num_steps, parts.optimisation)
     num_trained = sum(batch.num_trained for batch in window)
     squares: dict[str, Tensor] = {}
-    num_pairs = sum(len(batch.keys) for batch in window)
+    num_judged = sum(len(batch.keys) for batch in window)
     if parts.optimisation.optimizer_in_backward:
         numbers, loads, squares = _backward_and_update(parts, window, learning_rate)
     else:
@@ -188,7 +198,7 @@ def _step(
         "grad_norm": norm,
         "num_tokens": num_tokens,
         "num_trained_tokens": num_trained,
-        **({"num_pairs": num_pairs} if num_pairs else {}),
+        **({f"num_{window[0].unit}": num_judged} if num_judged else {}),
         "total_tokens": progress.total_tokens,
         "epoch": round(progress.cursor.num_records / parts.epoch_size, 4),
         "peak_memory_gib": memory.peak_gib(parts.model.device),
@@ -237,9 +247,10 @@ def _backward(
     sums: dict[str, Tensor] = {}
     loads: list[Tensor] = []
     own = parts.ranks.own(window)
+    measured = parts.measure(window)
     for number, batch in enumerate(own, 1):
         flat = to_device(batch, parts.model.device)
-        loss = parts.loss(parts.model, flat, scale=scale, share=1 / len(window))
+        loss = parts.loss(parts.model, flat, scale=scale, share=1 / len(window), **measured)
         if number == len(own):
             parts.gradients.expect_last()
         loss.total.backward()

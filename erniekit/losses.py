@@ -26,6 +26,9 @@ from ernie.moe.layer import MoE
 from ernie.moe.router import Routing
 from erniekit.gradients import Gradients
 
+# Parts of a `Loss` that train the router.
+ROUTER_LOSSES = ("aux_loss", "z_loss", "orthogonal_loss")
+
 
 @dataclass(frozen=True)
 class Flat:
@@ -183,8 +186,38 @@ class Selected(torch.autograd.Function):
         return grad_ND[place_T].masked_fill_(~is_selected_T[:, None], 0), None, None
 
 
-def add_product(total_VD: Tensor, left_CV: Tensor, right_CD: Tensor) -> None:
-    """`total += left.T @ right`, summed in float32 whatever the factors are."""
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows before the vocabulary: their losses, which are right, and two gradients."""
+
+    loss_C: Tensor
+    right_C: Tensor
+    logits_CV: Tensor  # the gradient of the logits
+    grad_CD: Tensor | None  # of the hidden rows
+
+
+def logit_gradients(
+    hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor, scale: float, wants_hidden: bool
+) -> Chunk:
+    """Cross-entropy of rows, and the gradients of `scale` times its sum; logits are made once."""
+    chunk_CD = hidden_CD.detach()
+    with torch.set_grad_enabled(wants_hidden):  # for the rows' gradient by the product's backward
+        chunk_CD.requires_grad_(wants_hidden)
+        product_CV = kernels.linear(chunk_CD, weight_VD)
+    logits_CV = product_CV.detach()  # overwritten by their gradient
+    loss_C, right_C = kernels.cross_entropy_(logits_CV, targets_C, scale)
+    grad_CD = None
+    if wants_hidden:
+        (grad_CD,) = torch.autograd.grad(product_CV, chunk_CD, logits_CV)
+    return Chunk(loss_C, right_C, logits_CV, grad_CD)
+
+
+def add_product(total_VD: Tensor, left_CV: Tensor, right_CD: Tensor, *, is_short: bool) -> None:
+    """`total += left.T @ right`, summed in float32 whatever the factors are: of the dtype of
+    `left`, or bfloat16 where products are to be (`is_short`).
+    """
+    dtype = torch.bfloat16 if is_short else left_CV.dtype
+    left_CV, right_CD = left_CV.to(dtype), right_CD.detach().to(dtype)
     if left_CV.dtype == total_VD.dtype:
         total_VD.addmm_(left_CV.T, right_CD)
     elif left_CV.is_cuda and total_VD.dtype == torch.float32:
@@ -221,20 +254,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         frozen_VD, is_short = head_of_chunks(weight_VD)
         for start in range(0, len(hidden_ND), chunk_size):
             rows = slice(start, start + chunk_size)
-            chunk_CD = hidden_ND[rows].detach()
-            with torch.enable_grad():  # for the input's gradient by the product's own backward
-                chunk_CD.requires_grad_(wants_hidden)
-                product_CV = kernels.linear(chunk_CD, frozen_VD)
-            logits_CV = product_CV.detach()  # overwritten by their gradient
-            loss_C, right_C = kernels.cross_entropy_(logits_CV, targets_N[rows], scale)
-            total += loss_C.sum()
+            chunk = logit_gradients(
+                hidden_ND[rows], frozen_VD, targets_N[rows], scale, wants_hidden
+            )
+            total += chunk.loss_C.sum()
             if num_right is not None:
-                num_right += right_C.sum()
-            if grad_ND is not None:
-                (grad_ND[rows],) = torch.autograd.grad(product_CV, chunk_CD, logits_CV)
+                num_right += chunk.right_C.sum()
+            if grad_ND is not None and chunk.grad_CD is not None:
+                grad_ND[rows] = chunk.grad_CD
             if wants_weight and grad_VD is not None:
-                dtype = torch.bfloat16 if is_short else logits_CV.dtype
-                add_product(grad_VD, logits_CV.to(dtype), chunk_CD.detach().to(dtype))
+                add_product(grad_VD, chunk.logits_CV, hidden_ND[rows], is_short=is_short)
         ctx.is_summed = into is not None
         ctx.save_for_backward(grad_ND, None if ctx.is_summed or not wants_weight else grad_VD)
         return total * scale

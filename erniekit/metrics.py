@@ -12,7 +12,10 @@ eval_tokens where the model was evaluated after it. Step 0 is the evaluation bef
 Of pairs: num_pairs, and means over them: rewards_chosen and rewards_rejected (beta times what the
 policy has gained on the reference, in nats), rewards_margin (their difference; `margin` in the
 line), rewards_accuracy (share with a margin above 0, a margin of 0 counting half; `right`); the
-same with eval_ before them, and eval_pairs.
+same with eval_ before them, and eval_pairs. preference_loss and sft_loss are the two parts of a
+loss that has both. Of judged answers: num_answers, kl (the gain of answers to other prompts, which
+each is compared with), rewards_chosen and rewards_rejected (of desirable and undesirable ones),
+rewards_accuracy (share on their side of kl). Rewards of a reward model are its own numbers.
 
 Of rollouts (stage: UPO), means over all answers of the round that a step learns from, of prompts
 left out too: reward, right (share whose first reward is 1), length (tokens), cut_share (those that
@@ -83,11 +86,8 @@ def line(record: dict[str, Any], num_steps: int) -> str:
         f"{record['tokens_per_second']:,.0f} tok/s",
         f"{record['peak_memory_gib']:.1f} GiB",
     ]
-    if "rewards_margin" in record:
-        parts[2:2] = [
-            f"margin {record['rewards_margin']:.4f}",
-            f"right {100 * record['rewards_accuracy']:.0f} %",
-        ]
+    if "rewards_accuracy" in record:
+        parts[2:2] = _judged(record, "", 0)
     if "reward" in record:
         parts[2:2] = [
             f"reward {record['reward']:.4f}",
@@ -103,6 +103,13 @@ def line(record: dict[str, Any], num_steps: int) -> str:
     return " | ".join(parts)
 
 
+def _judged(values: dict[str, Any], prefix: str, digits: int) -> list[str]:
+    """Of judged answers; a step with answers of one kind only has no margin."""
+    margin = values.get(f"{prefix}rewards_margin")
+    right = f"right {100 * values[f'{prefix}rewards_accuracy']:.{digits}f} %"
+    return [right] if margin is None else [f"margin {margin:.4f}", right]
+
+
 def eval_line(values: dict[str, float], step: int) -> str:
     if "eval_reward" in values:
         told = [
@@ -112,12 +119,9 @@ def eval_line(values: dict[str, float], step: int) -> str:
         ]
         head = f"eval at step {step} | reward {values['eval_reward']:.4f}"
         return " | ".join([head, *told, f"{values['eval_seconds']:.1f} s"])
-    if "eval_pairs" in values:
-        parts = [
-            f"margin {values['eval_rewards_margin']:.4f}",
-            f"right {100 * values['eval_rewards_accuracy']:.1f} %",
-            f"{values['eval_pairs']:,} pairs",
-        ]
+    if "eval_rewards_accuracy" in values:
+        unit = "pairs" if "eval_pairs" in values else "answers"
+        parts = [*_judged(values, "eval_", 1), f"{values[f'eval_{unit}']:,} {unit}"]
     else:
         parts = [
             f"ppl {values['eval_ppl']:.2f}",

@@ -34,6 +34,7 @@ from erniekit.build import config_of, weights_dtype
 from erniekit.config import Run
 from erniekit.lora import projections
 from erniekit.parallel.replicated import owners_of
+from erniekit.reward_model import HEAD, add_reward_head
 
 GIB = 2**30
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
@@ -143,9 +144,12 @@ def sizes_of(config: ErnieConfig, run: Run, device: str, degrees: Degrees = Degr
     dtype = weights_dtype(run, device)
     model = ErnieModel(config, dtype=dtype, device="meta")
     sizes = Sizes()
+    is_scored = run.model.stage == "RM"
+    if is_scored:
+        add_reward_head(model, seed=0)
     has_float32_sum = {"model.embed_tokens.weight", "lm_head.weight"}
     for name, p in model.named_parameters():
-        trained = not run.is_lora and p.requires_grad
+        trained = (not run.is_lora and p.requires_grad) or name == HEAD
         if name.startswith("model.mtp."):
             trained = trained and bool(run.model.num_nextn_predict_layers)
         float32 = name in has_float32_sum
@@ -240,7 +244,10 @@ def layer_words(config: ErnieConfig, run: Run, layer: int) -> dict[str, float]:
     c, rank = config, run.model.lora_rank * run.is_lora
     d = c.hidden_size
     attended = 2.0 * c.q_size + 2 * c.kv_size + c.num_attention_heads
-    if run.model.stage == "DPO":  # laid out with each prompt twice, and its result laid back
+    if run.model.stage in (
+        "DPO",
+        "RM",
+    ):  # laid out with each prompt twice, and its result laid back
         attended = 2 * attended + c.q_size
     words = {
         "stream": 2.0 * (d + 1),  # the two inputs of norms, and their scales
@@ -298,7 +305,7 @@ def _peak(
     unit = word * batch / degrees.tensor
     layers = range(config.num_hidden_layers)
     kept = [unit * kept_words(config, run, n) for n in layers]
-    chunk = min(run.model.loss_subbatch_seqlen, batch)
+    chunk = min(run.model.loss_subbatch_seqlen, batch) if run.model.stage != "RM" else 0
     vocabulary = config.vocab_size / degrees.tensor
     head = {
         "activations": sum(kept) + unit * (config.hidden_size + config.head_dim),
@@ -355,11 +362,17 @@ def _process_bytes(config: ErnieConfig, run: Run, device: str) -> int:
 def _flops(config: ErnieConfig, run: Run, tokens: int) -> float:
     """Forward once, backward twice as much (once with frozen weights), and what is done again.
 
-    Of pairs, the head is done again where it is trained, and all tokens are taken to be answers.
+    Of judged answers, the head is done again where it is trained, and all tokens are taken to be
+    answers; what is measured over a step before it is one forward pass more. A reward model has no
+    such head.
     """
     head = 2 * tokens * config.hidden_size * config.vocab_size
     forward = tokens * config.flops_per_token(run.data.max_seq_len // 2)
     again = {"full": 1.0, "full_attn": 0.25, "mlp": 0.65}.get(run.model.recompute_granularity, 0)
     share = 1 - len(run.model.no_recompute_layers) / config.num_hidden_layers
     times = (2 if run.is_lora else 3) + again * share * run.model.recompute
-    return forward * times + head * (run.model.stage == "DPO" and not run.is_lora)
+    stage = run.model.stage
+    if stage == "RM":
+        return (forward - head) * times
+    times += stage == "KTO" or (stage == "DPO" and run.preferences.loss_type == "kto_pair")
+    return forward * times + head * (stage in ("DPO", "KTO") and not run.is_lora)

@@ -25,8 +25,8 @@ from erniekit.data import tasks
 
 Record = Mapping[str, Any]
 Reward = Callable[[Record, str], float]
-# Dialogues up to the end of an answer, as text, to one number each: what a reward model gives.
-Scorer = Callable[[list[str]], list[float]]
+# Token ids of dialogues up to the end of an answer, to one number each: what a reward model gives.
+Scorer = Callable[[Sequence[Sequence[int]]], list[float]]
 
 _NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
 
@@ -98,14 +98,17 @@ class Rewards:
             raise ConfigError("reward=model needs reward_model: the folder of a reward model")
 
     def __call__(
-        self, records: Sequence[Record], answers: Sequence[str], dialogues: Sequence[str]
+        self,
+        records: Sequence[Record],
+        answers: Sequence[str],
+        dialogues: Sequence[Sequence[int]],
     ) -> list[Scored]:
-        """Of each answer; `dialogues` are the texts a reward model reads."""
+        """Of each answer; `dialogues` are the token ids that a reward model reads."""
         columns = []
         for name in self.names:
             if name == "model":
                 assert self.score is not None
-                columns.append([float(value) for value in self.score(list(dialogues))])
+                columns.append([float(value) for value in self.score(dialogues)])
             else:
                 pairs = zip(records, answers, strict=True)
                 columns.append([self._value(name, record, text) for record, text in pairs])

@@ -207,8 +207,7 @@ class Rounds:
             found.append(Answered(task, answers, own, []))
             texts += own
             records += [task.record] * len(own)
-            before = tokenizer.decode(task.prompt_ids)
-            dialogues += [before + text for text in own]
+            dialogues += [[*task.prompt_ids, *answer.token_ids] for answer in answers]
         scored = iter(self.rewards(records, texts, dialogues))
         for answered in found:
             answered.scored = [next(scored) for _ in answered.answers]

@@ -10,12 +10,12 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -35,8 +35,12 @@ from erniekit.parallel.forms import form_of
 from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.plan_report import record_error
 from erniekit.report.reporter import Reporter
+from erniekit.reward_model import fill_head, has_head
 from erniekit.saver import Saver
 from erniekit.signals import CaughtSignals
+
+if TYPE_CHECKING:
+    from erniekit.reference import References
 
 log = logging.getLogger("erniekit")
 
@@ -64,13 +68,17 @@ class Method:
     """What one kind of training has of its own; `prepare` gets every batch that will be used, to be
     looked at before the model is built.
 
-    `loss(model, batch, scale=, share=, gradients=)`; `evaluate(model, batches, ranks=)` gives
-    numbers for `metrics.eval_line`.
+    `loss(model, batch, scale=, share=, gradients=, **measured)`, where `measure(model, window,
+    ranks)` gives what the loss must know of all batches of a step before the first of them;
+    `evaluate(model, batches, ranks=)` gives numbers for `metrics.eval_line`. A `reference` that
+    moves along is told when to.
     """
 
     loss: Callable[..., losses.Loss]
     evaluate: Callable[..., dict[str, float]]
     prepare: Callable[[Iterable[Batch]], None] = lambda batches: None
+    measure: Callable[..., dict[str, Any]] = lambda model, window, ranks: {}
+    reference: References | None = None
     source: BatchSource | None = None  # in the place of the training stream's own batches
     metric: str = "eval_loss"  # by which the best checkpoint is best
 
@@ -158,6 +166,8 @@ class Session:
         ranks_before = self.state.get("ranks", 1)
         _compare_settings(self.state["settings"], self.run, ranks_before, self.ranks.size)
         torch.set_rng_state(torch.tensor(self.state["rng"], dtype=torch.uint8))
+        if self.method.reference is not None:
+            self.method.reference.load_state(self.state.get("reference", {}))
         path = folder / checkpoint.BATCHES_FILE
         if self.method.source is not None and path.is_file():
             self.method.source.load(load_file(path))
@@ -256,7 +266,31 @@ class Session:
             self.ranks,
             partial(self.form.after_update, self.trained),
             self.average,
+            self._measured,
         )
+
+    def _measured(self, window: list[Batch]) -> dict[str, Any]:
+        """What the loss must know of a step; before it, the reference moves where it is due."""
+        step, reference = self.progress.step, self.method.reference
+        if reference is not None and step and reference.every and step % reference.every == 0:
+            reference.move(self.model, self._batches_ahead(reference.every))
+        return self.method.measure(self.model, window, self.ranks)
+
+    def _batches_ahead(self, num_steps: int) -> Iterator[Batch]:
+        """Those of the next steps, and those of an evaluation."""
+        training = self.run.training
+        num_steps = min(num_steps, self.num_steps - self.progress.step)
+        count = num_steps * training.gradient_accumulation_steps * self.ranks.size
+        again = self.train_stream.again()
+        yield from islice(again.batches(training.batch_size, self.progress.cursor), count)
+        if self.eval_every:
+            yield from self._eval_batches()
+
+    def _eval_batches(self) -> Iterator[Batch]:
+        assert self.eval_stream is not None
+        limit = self.run.training.max_evaluate_steps
+        size, end = self.run.training.batch_size, self.eval_stream.epoch_size
+        return islice(self.eval_stream.batches(size, end=end), limit if limit > 0 else None)
 
     @property
     def _is_stopped(self) -> bool:
@@ -286,12 +320,7 @@ class Session:
         return self.is_stopped
 
     def _evaluated(self, step: int) -> dict[str, float]:
-        assert self.eval_stream is not None
-        training, limit = self.run.training, self.run.training.max_evaluate_steps
-        batches = self.eval_stream.batches(training.batch_size, end=self.eval_stream.epoch_size)
-        values = self.method.evaluate(
-            self.model, islice(batches, limit if limit > 0 else None), ranks=self.ranks
-        )
+        values = self.method.evaluate(self.model, self._eval_batches(), ranks=self.ranks)
         log.info("%s", metrics.eval_line(values, step))
         if self.metric not in values:
             raise ConfigError(
@@ -313,6 +342,8 @@ class Session:
             "settings": self.run.flat(),
             "ranks": self.ranks.size,
         }
+        if self.method.reference is not None:
+            state["reference"] = self.method.reference.state()
         tensors = self.tensors()
         if self.ranks.is_first:
             self.saver.save(self.progress.step, tensors, state)
@@ -444,3 +475,5 @@ def load_adapter(model: ernie.ErnieModel, run: Run, folder: Path) -> None:
         )
     path = folder / lora.ADAPTER_FILE
     lora.load_adapter(model, load_file(path), str(path))
+    if run.model.stage == "RM" and has_head(folder):
+        fill_head(model, folder)

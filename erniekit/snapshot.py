@@ -6,7 +6,7 @@
     batches/<number>.<array>         what is left of a round of rollouts (stage: UPO)
 
 The weights are a folder that loads by itself, and so is `ema/` in it: averages, with all that is
-not trained beside them.
+not trained beside them. The head of a reward model lies in a file of its own.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ernie.chat import write_lock
 from ernie.checkpoint import io
 from ernie.checkpoint.writer import write_file
 from ernie.model import KEPT_FLOAT32, ErnieModel
-from erniekit import checkpoint, lora
+from erniekit import checkpoint, lora, reward_model
 from erniekit.build import lora_of
 from erniekit.config import Run
 from erniekit.data.dialogue import Encoder
@@ -67,10 +67,13 @@ def write_model(
     `rounded` writes a model as it is published and served: bfloat16, routers and their bias
     float32. A tensor is converted when its turn comes. Beside it lies how it was spoken to.
     """
+    weights, head_1D = reward_model.split(weights)
     if run.is_lora:
         _write_adapter(run, model, weights, folder)
     else:
         _write_whole(model, weights, folder, rounded=rounded)
+    if head_1D is not None:
+        reward_model.write_head(folder, head_1D)
     write_lock(folder, encoder.template, encoder.tokenizer)
 
 
@@ -110,6 +113,8 @@ def _write_adapter(
 
 def read_weights(run: Run, folder: Path) -> Iterator[tuple[str, Tensor]]:
     """The weights of a folder made by `write_model`, by parameter, float32, one after the other."""
+    if run.model.stage == "RM":
+        yield reward_model.HEAD, reward_model.read_head(folder)
     if not run.is_lora:
         yield from io.open_weights(folder, torch.float32)[1]
         return

@@ -181,15 +181,20 @@ def attend_packed(
     cu_seqlens_S1: Tensor,
     scale: float,
     lengths: Sequence[int] | None = None,
+    *,
+    causal: bool = True,
 ) -> Tensor:
-    """Causal attention inside each segment of a packed row; `(T, H, d)`.
+    """Attention inside each segment of a packed row; `(T, H, d)`. Token i of a segment sees its
+    tokens up to i, or, not `causal`, all of them.
 
     `cu_seqlens` is int32 `(S + 1,)`, begins with 0 and ends with T: segment s is rows
     `cu_seqlens[s]:cu_seqlens[s+1]`. `lengths` are those of the segments, where the host knows
     them: it spares a GPU some work. Query head h reads key/value head `h // (H // G)`. Softmax in
     float32. Differentiable in q, k, v.
     """
-    return pick("attend_packed", q_THd.device)(q_THd, k_TGd, v_TGd, cu_seqlens_S1, scale, lengths)
+    return pick("attend_packed", q_THd.device)(
+        q_THd, k_TGd, v_TGd, cu_seqlens_S1, scale, lengths, causal=causal
+    )
 
 
 def attend_paged(

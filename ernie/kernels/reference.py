@@ -107,11 +107,15 @@ def attend_packed(
     cu_seqlens_S1: Tensor,
     scale: float,
     lengths: Sequence[int] | None = None,
+    *,
+    causal: bool = True,
 ) -> Tensor:
     del lengths
     bounds = cu_seqlens_S1.tolist()
     out = [
-        _attend_one(q_THd[a:b], k_TGd[a:b], v_TGd[a:b], scale) for a, b in pairwise(bounds) if b > a
+        _attend_one(q_THd[a:b], k_TGd[a:b], v_TGd[a:b], scale, causal)
+        for a, b in pairwise(bounds)
+        if b > a
     ]
     return torch.cat(out) if out else torch.zeros_like(q_THd)
 
@@ -494,9 +498,11 @@ def _rounded_at_random(x: Tensor, bits: Tensor) -> Tensor:
     return (raised & -0x10000).view(torch.float32).to(torch.bfloat16)
 
 
-def _attend_one(q_qHd: Tensor, k_nGd: Tensor, v_nGd: Tensor, scale: float) -> Tensor:
+def _attend_one(
+    q_qHd: Tensor, k_nGd: Tensor, v_nGd: Tensor, scale: float, causal: bool = True
+) -> Tensor:
     """One sequence: q holds the last `len(q)` of its n tokens; query i sees keys up to its own
-    position."""
+    position, or, not `causal`, all of them."""
     num_queries, num_heads, _ = q_qHd.shape
     num_keys, num_kv_heads, _ = k_nGd.shape
     group = num_heads // num_kv_heads
@@ -505,5 +511,7 @@ def _attend_one(q_qHd: Tensor, k_nGd: Tensor, v_nGd: Tensor, scale: float) -> Te
     hidden = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q_qHd.device).triu(
         num_keys - num_queries + 1
     )
-    weights_Hqn = scores_Hqn.masked_fill(hidden, float("-inf")).softmax(-1)
+    if causal:
+        scores_Hqn = scores_Hqn.masked_fill(hidden, float("-inf"))
+    weights_Hqn = scores_Hqn.softmax(-1)
     return torch.einsum("hqn,nhd->qhd", weights_Hqn, v_nHd.float()).to(q_qHd.dtype)

@@ -30,6 +30,14 @@ class Routing:
     weights_TK: Tensor  # float32, positive, each row sums to 1
     probs_TE: Tensor  # float32 softmax over all experts, before the bias
     logits_TE: Tensor  # float32
+    # In a layer with two banks: this one is about the text tokens, and here is what the vision bank
+    # decided about the vision tokens, if there are any.
+    vision: Routing | None = None
+
+    @property
+    def banks(self) -> tuple[Routing, ...]:
+        """The decisions of all banks that had tokens to decide about, text first."""
+        return (self,) if self.vision is None else (self, self.vision)
 
     @property
     def load_E(self) -> Tensor:

@@ -54,7 +54,7 @@ def read_chunk(stream: Stream, number: int, start: int) -> Chunk:
     for index in range(start, min(start + SIZE, len(source))):
         try:
             record = source[index]
-            samples = stream.encoder.read(record, kind)
+            samples = stream.read(number, index)
             chunk.num_dropped += num_left_out(stream.encoder, record, kind)
         except DataError as error:
             chunk.num_dropped += num_tokens(stream.encoder, source, index, kind)

@@ -10,6 +10,8 @@ counted by reason, and a share of them above `max_bad_data_share` ends the run w
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import logging
 import queue
@@ -29,6 +31,7 @@ from ernie.tokenizer import Tokenizer
 from erniekit.config import Data, Run
 from erniekit.data import tasks
 from erniekit.data.dialogue import Encoder, Sample
+from erniekit.data.judged import NEIGHBOURS, JudgedEncoder, JudgedSample
 from erniekit.data.mix import Mix
 from erniekit.data.pack import START, Cursor, Drawn, pack
 from erniekit.data.preference import PairEncoder, PairSample
@@ -52,13 +55,20 @@ class Batch:
     num_tokens: int  # without padding
     num_trained: int
     pairs_P4: np.ndarray | None = None  # int64, bounds as in `ernie.attention.shared_prompt`
-    keys: tuple[bytes, ...] = ()  # of the pairs
+    keys: tuple[bytes, ...] = ()  # of the pairs, or of the judged answers
+    is_desirable_S: np.ndarray | None = None  # bool, of judged answers
+    others: Batch | None = None  # the same prompts with answers to other ones
     numbers: dict[str, np.ndarray] = field(default_factory=dict)  # what a method has of its own
 
     @property
     def weight(self) -> int:
-        """What its loss is a sum over: pairs where there are any, else trained tokens."""
+        """What its loss is a sum over: pairs or judged answers, else trained tokens."""
         return len(self.keys) or self.num_trained
+
+    @property
+    def unit(self) -> str:
+        """What `keys` name: pairs or answers."""
+        return "pairs" if self.is_desirable_S is None else "answers"
 
 
 def batch_of(rows: list[list[Sample]], cursor: Cursor, *, fixed_size: int = 0) -> Batch:
@@ -89,8 +99,18 @@ def batch_of(rows: list[list[Sample]], cursor: Cursor, *, fixed_size: int = 0) -
         num_tokens,
         int((labels != UNTRAINED).sum()),
         np.array(pairs, np.int64) if pairs else None,
-        tuple(sample.key for sample in samples if isinstance(sample, PairSample)),
+        tuple(s.key for s in samples if isinstance(s, (PairSample, JudgedSample))),
+        *_judged(samples, cursor),
     )
+
+
+def _judged(samples: list[Sample], cursor: Cursor) -> tuple[np.ndarray | None, Batch | None]:
+    """Which samples are desirable, and what they are compared with; None of other samples."""
+    judged = [sample for sample in samples if isinstance(sample, JudgedSample)]
+    others = [sample.other for sample in judged if sample.other is not None]
+    if not judged:
+        return None, None
+    return np.array([s.is_desirable for s in judged]), batch_of([others], cursor)
 
 
 @dataclass
@@ -98,6 +118,7 @@ class Faults:
     """What could not be used, by reason."""
 
     max_share: float
+    is_silent: bool = False
     read: int = 0
     by_reason: Counter[str] = field(default_factory=Counter)
 
@@ -108,6 +129,8 @@ class Faults:
     def add(self, where: str, error: DataError) -> None:
         reason = str(error)
         self.by_reason[kind_of(error)] += 1
+        if self.is_silent:
+            return
         if self.total <= _SHOWN:
             log.warning("left out %s: %s", where, reason)
         elif self.total == _SHOWN + 1:
@@ -152,6 +175,12 @@ class Stream:
     def epoch_size(self) -> int:
         return self.mix.epoch_size
 
+    def again(self) -> Stream:
+        """The same records for another reader, with faults of its own that are not logged."""
+        other = copy.copy(self)
+        other.faults = Faults(self.data.max_bad_data_share, is_silent=True)
+        return other
+
     def samples(self, start: Cursor, end: int | None = None) -> Iterator[Drawn]:
         """Samples of the records from `start` on, up to position `end` (without end if None)."""
         length = None if end is None else max(end - start.position, 0)
@@ -165,13 +194,26 @@ class Stream:
     def _read(self, source: int, index: int) -> list[Sample]:
         self.faults.read += 1
         try:
-            record = self.sources[source][index]
-            samples = self.encoder.read(record, self.kinds[source])
+            samples = self.read(source, index)
         except DataError as error:
             self.faults.add(self.sources[source].where(index), error)
             samples = []
         self.faults.judge(at_end=False)
         return samples
+
+    def read(self, source: int, index: int) -> list[Sample]:
+        """The samples of a record of a file; raises DataError for one that cannot be used."""
+        samples = self.encoder.read(self.sources[source][index], self.kinds[source])
+        if isinstance(self.encoder, JudgedEncoder):
+            samples = self.encoder.completed(samples, self._following(source, index))
+        return samples
+
+    def _following(self, source: int, index: int) -> Iterator[tuple[Any, str]]:
+        """The records after one in its file, with their format; after the last comes the first."""
+        records, kind = self.sources[source], self.kinds[source]
+        for step in range(1, min(len(records), NEIGHBOURS + 1)):
+            with contextlib.suppress(DataError):  # told where it is read for itself
+                yield records[(index + step) % len(records)], kind
 
     def rows(self, start: Cursor = START, end: int | None = None) -> Iterator[Any]:
         """(row, cursor after it) from a cursor on."""
@@ -209,16 +251,21 @@ def stream(run: Run, split: str) -> Stream:
 
 
 def encoder_of(run: Run, tokenizer: Tokenizer, template: ChatTemplate) -> Encoder:
-    """What reads the records of a run's stage: pairs for DPO, dialogues otherwise."""
+    """What reads the records of a run's stage: pairs, judged answers, or dialogues."""
     data, p = run.data, run.preferences
-    if run.model.stage == "DPO":
+    if run.model.stage in ("DPO", "RM"):
+        is_scored = run.model.stage == "RM"
         return PairEncoder(
             tokenizer,
             template,
             data.max_seq_len,
             max_prompt_tokens=min(p.max_prompt_len, data.max_seq_len - 10),
-            masks_end=p.mask_out_eos_token,
+            masks_end=p.mask_out_eos_token and not is_scored,
+            reads_end=is_scored,
         )
+    if run.model.stage == "KTO":
+        masks_end = p.mask_out_eos_token
+        return JudgedEncoder(tokenizer, template, data.max_seq_len, masks_end=masks_end)
     return Encoder(
         tokenizer, template, data.max_seq_len, one_answer_per_sample=data.split_multi_turn
     )

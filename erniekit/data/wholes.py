@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from erniekit.data.dialogue import Dialogue, Encoder, Sample
+from erniekit.data.judged import JudgedSample
 from erniekit.data.preference import PairEncoder, PairSample
 from erniekit.data.sources import DataError, Source
 
@@ -59,7 +60,9 @@ def shown(encoder: Encoder, record: Any, kind: str) -> list[Shown]:
 
 
 def sides_of(sample: Sample) -> list[tuple[str, Sample]]:
-    """A sample, with no title; or the two dialogues of a pair, each with its prompt."""
+    """A sample, judged or with no title; or the two dialogues of a pair, each with its prompt."""
+    if isinstance(sample, JudgedSample):
+        return [(", desirable" if sample.is_desirable else ", undesirable", sample)]
     if not isinstance(sample, PairSample):
         return [("", sample)]
     ids, labels, start, middle = sample.token_ids, sample.labels, sample.chosen, sample.rejected

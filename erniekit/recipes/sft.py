@@ -103,6 +103,8 @@ def _batches_of(
     progress = Progress.from_dict(state["progress"]) if state else Progress()
     size = run.training.batch_size
     last = min(num_steps, run.training.stop_after_step or num_steps)
+    if (every := run.preferences.ref_model_update_steps) > 0:  # later ones are asked on the way
+        last = min(last, every)
     num_left = (last - progress.step) * run.training.gradient_accumulation_steps * ranks.size
     yield from islice(train_stream.batches(size, progress.cursor), max(num_left, 0))
     if eval_stream is not None and run.training.evaluation_strategy != "no":

@@ -26,6 +26,8 @@ import torch
 from ernie.model import ErnieModel
 from ernie.rollout import Sampling
 from ernie.settings import ConfigError
+from erniekit import reward_model
+from erniekit.build import config_of
 from erniekit.config import Run, resolved
 from erniekit.data.loader import Batch, Stream, stream
 from erniekit.data.sources import DataError
@@ -58,7 +60,7 @@ def method(run: Run, device: str, *, is_kept: bool = True) -> Method:
     objective = Objective(
         p.policy_loss, p.clip_low, p.clip_high, p.kl_coef, p.upo_mu, run.preferences.beta
     )
-    rewards = Rewards(p, _scorer(run))
+    rewards = Rewards(p, _scorer(run, device))
     loss = partial(
         policy,
         objective=objective,
@@ -75,14 +77,19 @@ def method(run: Run, device: str, *, is_kept: bool = True) -> Method:
     return Method(loss, evaluate, source=source, metric="eval_reward")
 
 
-def _scorer(run: Run) -> Scorer | None:
-    """The reward model of a run, as a function of dialogues; None where there is none."""
-    if run.policy.reward_model is None:
+def _scorer(run: Run, device: str) -> Scorer | None:
+    """The reward model of a run, as a function of token ids; None where there is none."""
+    folder = run.policy.reward_model
+    if folder is None or "model" not in run.policy.reward:
         return None
-    raise ConfigError(
-        f"reward_model={run.policy.reward_model}: reward models are not available yet; use rules, "
-        "or path/to/file.py:function"
-    )
+    score = reward_model.load(folder, device=device)
+    wanted = config_of(run.model.model_name_or_path).vocab_size
+    if score.model.config.vocab_size != wanted:
+        raise ConfigError(
+            f"reward_model={folder} has a vocabulary of {score.model.config.vocab_size} and the "
+            f"policy one of {wanted}; give one that was trained from the same kind of model"
+        )
+    return score
 
 
 def _pairs(run: Run) -> Stream | None:

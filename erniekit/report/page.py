@@ -62,7 +62,8 @@ PLOTS = (
 # Told elsewhere, or the same as another number.
 _UNDRAWN = {
     "step", "seconds", "num_tokens", "num_trained_tokens", "total_tokens", "epoch",
-    "eval_ppl", "eval_tokens", "eval_seconds", "num_pairs", "eval_pairs", "eval_prompts",
+    "eval_ppl", "eval_tokens", "eval_seconds", "num_pairs", "eval_pairs",
+    "num_answers", "eval_answers", "eval_prompts",
 }  # fmt: skip
 _SMOOTH_FROM = 40  # points
 _SMOOTH_ALREADY = {"learning_rate", "peak_memory_gib"}

@@ -8,8 +8,10 @@ writes, beside this file,
     sft-train-alpaca.jsonl              type alpaca     {"instruction", "input", "output"}
     sft-train-messages.jsonl            type messages   {"messages": [{"role", "content"}, ...]}
     dpo-train.jsonl, dpo-eval.jsonl     type erniekit   {"src", "tgt", "response", "sort"}
+    kto-train.jsonl, kto-eval.jsonl     type erniekit   {"src", "tgt", "response", "label"}
 
-In the last two a plain answer is preferred to the same one with pleasantries around it.
+In the pairs a plain answer is preferred to the same one with pleasantries around it; in the last
+two every question has one of them, desirable if it is the plain one.
 
 The files in the repository come from CPython 3.11; another version gives slightly other ones. Every
 fifteenth function is held out for evaluation; no function is in both files. The texts are the
@@ -109,6 +111,14 @@ def preference(question: str, answer: str) -> dict:
     return {"src": [question], "tgt": [], "response": [answer, wordy], "sort": [1, 0]}
 
 
+def judgement(question: str, answer: str) -> dict:
+    """One answer of the pair, which its name decides, and whether it is the plain one."""
+    pair = preference(question, answer)
+    chosen = hashlib.sha256(question.encode()).digest()[3] % 2
+    response, rank = pair["response"][chosen], pair["sort"][chosen]
+    return {"src": [question], "tgt": [], "response": response, "label": bool(rank)}
+
+
 def write(name: str, records: list[dict]) -> None:
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     (HERE / name).write_text("".join(lines), encoding="utf-8")
@@ -132,6 +142,8 @@ def main() -> None:
     )
     write("dpo-train.jsonl", [preference(*pair) for pair in train[:NUM_PAIRS]])
     write("dpo-eval.jsonl", [preference(*pair) for pair in held_out])
+    write("kto-train.jsonl", [judgement(*pair) for pair in train[:NUM_PAIRS]])
+    write("kto-eval.jsonl", [judgement(*pair) for pair in held_out])
 
 
 if __name__ == "__main__":

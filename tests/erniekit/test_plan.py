@@ -20,6 +20,7 @@ from erniekit.lora import add_lora
 from erniekit.optim import AdamW, treatments
 from erniekit.plan import GIB, Degrees, Sizes, kept_words, plan, sizes_of
 from erniekit.recompute import recompute
+from erniekit.reward_model import add_reward_head
 
 DENSE = TINY["tiny-dense"]
 MOE = dataclasses.replace(
@@ -37,6 +38,8 @@ def built(config, run: Run) -> ernie.ErnieModel:
     model.init_weights(seed=0)
     if run.is_lora:
         add_lora(model, lora_of(run), seed=0)
+    if run.model.stage == "RM":
+        add_reward_head(model, seed=0)
     return model
 
 
@@ -47,9 +50,14 @@ def num_bytes(tensors) -> int:
 @pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
 @pytest.mark.parametrize("fine_tuning", ["Full", "LoRA"])
 @pytest.mark.parametrize("low", ["true", "false"])
-def test_weights_sums_and_state_equal_those_of_real_tensors(config, fine_tuning, low) -> None:
+@pytest.mark.parametrize("stage", ["SFT", "RM"])
+def test_weights_sums_and_state_equal_real_ones(config, fine_tuning, low, stage) -> None:
     run = planned(
-        fine_tuning=fine_tuning, use_lowprecision_moment=low, amp_master_grad=low, lora_rank=3
+        fine_tuning=fine_tuning,
+        use_lowprecision_moment=low,
+        amp_master_grad=low,
+        lora_rank=3,
+        stage=stage,
     )
     model = built(config, run)
     trained = trained_parameters(model)
@@ -68,7 +76,7 @@ def test_weights_sums_and_state_equal_those_of_real_tensors(config, fine_tuning,
 @pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
 @pytest.mark.parametrize("fine_tuning", ["Full", "LoRA"])
 @pytest.mark.parametrize("granularity", [None, "full", "full_attn", "mlp"])
-@pytest.mark.parametrize("stage", ["SFT", "DPO"])
+@pytest.mark.parametrize("stage", ["SFT", "DPO", "RM"])
 def test_kept_activations_equal_what_autograd_saves(
     config, fine_tuning, granularity, stage
 ) -> None:
@@ -90,7 +98,7 @@ def test_kept_activations_equal_what_autograd_saves(
 
     batch = losses.Flat(ids_T, ids_T, positions_T, torch.tensor([0, tokens], dtype=torch.int32))
     attend = losses.packed_causal(batch.cu_seqlens_S1)
-    if stage == "DPO":
+    if stage != "SFT":
         attend = shared_prompt(torch.tensor([[0, tokens - 2, tokens - 1, tokens]]))
     with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
         routings: list = []

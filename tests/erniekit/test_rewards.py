@@ -14,7 +14,7 @@ from erniekit.rewards import Rewards
 
 
 def score(text: str, record: dict, **settings) -> float:
-    [found] = Rewards(Policy(**settings))([record], [text], ["the prompt" + text])
+    [found] = Rewards(Policy(**settings))([record], [text], [[1, 2, 3]])
     return found.reward
 
 
@@ -62,8 +62,8 @@ def test_a_function_of_the_user_is_called_with_record_and_answer(tmp_path: Path)
 
 def test_a_model_scores_dialogues_and_the_first_reward_says_what_is_right() -> None:
     policy = Policy(reward=("exact", "model"), reward_weights=(1.0, 0.5))
-    rewards = Rewards(policy, lambda texts: [float(len(text)) for text in texts])
-    found = rewards([{"answer": "a"}] * 2, ["a", "b"], ["xxa", "xxxb"])
+    rewards = Rewards(policy, lambda rows: [float(len(row)) for row in rows])
+    found = rewards([{"answer": "a"}] * 2, ["a", "b"], [[5, 6, 7], [5, 6, 7, 8]])
     assert [(s.reward, s.is_right) for s in found] == [(2.5, True), (2.0, False)]
 
 

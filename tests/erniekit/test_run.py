@@ -64,6 +64,12 @@ def test_training_lowers_the_held_out_loss(fine_tuning, name, words, tiny, tmp_p
     assert results["eval_ppl"] == pytest.approx(math.exp(results["eval_loss"]))
 
 
+def test_multimodal_models_are_not_trained(words, tiny, capsys) -> None:
+    assert main(["train", *words(model_name_or_path=tiny("tiny-vl"))]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "reads images, which cannot be trained here" in error
+
+
 def test_export_equals_base_plus_adapter(words, tiny, tmp_path: Path) -> None:
     assert main(["train", *words(lora_rank=4, rslora="true")]) == 0
     assert main(["export", *words()]) == 0
