@@ -85,7 +85,7 @@ def test_training_raises_the_reward(name, more, words, tiny, tmp_path: Path, cap
 
 @pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
 def test_adapters_answer_as_they_stand(name, words, tiny, tmp_path: Path) -> None:
-    """With one step a round answers are of the policy itself: no ratio leaves the narrowest clip."""
+    """With one step a round answers are of the policy itself: no ratio leaves a narrow clip."""
     more = {
         "fine_tuning": "LoRA", "model_name_or_path": tiny(name), "clip_low": 1e-3,
         "clip_high": 1e-3, "learning_rate": 2e-2,
@@ -182,6 +182,13 @@ def test_without_max_steps_every_prompt_is_asked_once(words, tmp_path: Path) -> 
 def test_settings_that_make_no_sense_are_refused(more, told, words, capsys) -> None:
     assert main(["train", *words(**more)]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_plan_says_what_a_round_takes(words, capsys) -> None:
+    assert main(["plan", *words()]) == 0
+    told = capsys.readouterr().out
+    assert "a round draws 4 x 6 answers of at most 8 tokens" in told
+    assert "a second model is held" in told
 
 
 def test_the_data_of_tasks_is_gone_through_like_a_file(words, capsys) -> None:
