@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ernie.config import MARKERS, ErnieConfig, VisionConfig
+from ernie.config import ErnieConfig
+from ernie.vision.config import MARKERS, VisionConfig
 
 
 @dataclass(frozen=True)

@@ -39,13 +39,27 @@ class Model:
     lora_alpha: float = option(-1, "Adapter scale is alpha / rank; -1: 2 x rank (4 with rslora).")
     lora_path: str | None = option(None, "Folder of an adapter to start from.")
     rslora: bool = option(False, "Scale adapters by alpha / sqrt(rank); for rank 64 and above.")
+    lora_target_modules: tuple[str, ...] = option(
+        (),
+        "What gets an adapter (PEFT's target_modules): all-linear, ends of names like q_proj or "
+        "experts, or regular expressions of whole names; none: every projection.",
+    )
+    use_dora: bool = option(False, "Train the norms of weights' rows too (DoRA).")
+    pissa: bool = option(
+        False, "Begin with the largest singular values in the adapter, taken out of the base."
+    )
+    qlora_weight_double_quant: bool = option(
+        False, "Keep the scales of nf4 in 8 bits (double quantisation)."
+    )
     lora_plus_scale: float = option(1.0, "LoRA+: learning rate of the B matrices over that of A.")
     rslora_plus: bool = option(False, "Short for rslora, lora_plus_scale 4 and lora_alpha 4.")
     compute_type: str = option(
         "bf16",
         "Arithmetic of the run. On a CPU products are float32: LoRA keeps the frozen weights in "
-        "bfloat16, Full trains float32 weights and saves bfloat16 ones.",
-        choices=("bf16",),
+        "bfloat16, Full trains float32 weights and saves bfloat16 ones. For LoRA the frozen "
+        "weights can be kept in 8 bits (wint8), experts in 4 and the rest in 8 (wint4/8), or in 4 "
+        "bits of a normal distribution (nf4); products are those of the values they stand for.",
+        choices=("bf16", "wint8", "wint4/8", "nf4"),
     )
     cpu_products: str = option(
         "float32",
@@ -80,6 +94,26 @@ class Model:
     moe_orthogonal_loss_lambda: float = option(
         0.0, "Weight of the router's orthogonality loss (full training; not reported as loss)."
     )
+    moe_orthogonal_update: str = option(
+        "loss",
+        "How moe_orthogonal_loss_lambda acts: in the loss (loss), or after each optimizer step on "
+        "the router alone, by lambda times its gradient (decoupled, ERNIE's pre-training) or by "
+        "the learning rate times that (decoupled_lr, ERNIEKit's use_ortho_loss_callback).",
+        choices=("loss", "decoupled", "decoupled_lr"),
+    )
+    moe_group_orthogonal_loss: bool = option(
+        False, "Compare only experts of the same of moe_k groups of neighbours for orthogonality."
+    )
+    moe_capacity: float | None = option(
+        None,
+        "While training an expert takes at most so many times tokens / experts of a batch, first "
+        "choices first; what is over is dropped and told as moe_dropped. none: everything.",
+    )
+    freeze_parameters: tuple[str, ...] = option(
+        (),
+        "What is not trained (full only): router, experts, shared_experts, embeddings, attention, "
+        "or patterns of parameter names like model.layers.0.*; comma list.",
+    )
     moe_z_loss_lambda: float = option(
         0.0, "Weight of the router's z-loss (full training; not part of the reported loss)."
     )
@@ -98,15 +132,16 @@ class Data:
 
     train_dataset_type: tuple[str, ...] = option(
         ("erniekit",),
-        "Format of each training file: erniekit, alpaca, messages, or reasoning_gym; comma list.",
+        "Format of each training file: erniekit, alpaca, messages or reasoning_gym; erniekit or "
+        "pretrain for plain text (stage PT); comma list.",
     )
     train_dataset_path: tuple[str, ...] = option(
         (),
-        "Training files (.jsonl, .json, .gz); list. Of reasoning_gym a task and its settings, as "
-        "in chain_sum?size=2000&seed=1&max_terms=2.",
+        "Training files (.jsonl, .json, .gz, and .txt for stage PT); comma list. Of reasoning_gym "
+        "a task and its settings, as in chain_sum?size=2000&seed=1&max_terms=2.",
     )
     train_dataset_prob: tuple[float, ...] = option(
-        (1.0,), "Weight of each training file in mixing."
+        (1.0,), "Weight of each training file in mixing: share of the records, for PT of the text."
     )
     eval_dataset_type: tuple[str, ...] = option(
         ("erniekit",), "Format of each evaluation file; comma list."
@@ -115,12 +150,29 @@ class Data:
     eval_dataset_prob: tuple[float, ...] = option(
         (1.0,), "Weight of each evaluation file; 0 leaves it out, others are read whole."
     )
-    max_seq_len: int = option(4096, "Tokens of a packed row; a dialogue is cut to fit.")
+    input_dir: str | None = option(
+        None,
+        "Documents of token ids for stage PT instead of files: weight prefix weight prefix .., "
+        "each prefix of a .bin and an .idx file (Megatron's format).",
+    )
+    split: tuple[float, ...] = option(
+        (950.0, 50.0), "Shares of the documents of input_dir for training, evaluation, neither."
+    )
+    max_seq_len: int = option(
+        4096, "Tokens of a packed row; a dialogue is cut to fit, a document goes on in the next."
+    )
     packing: bool = option(True, "Put several dialogues into one row; they never see each other.")
     greedy_intokens: bool = option(
         True, "Pack a buffer of dialogues by best room (true) or in their order (false)."
     )
-    buffer_size: int = option(500, "Dialogues held for greedy packing.")
+    truncate_packing: bool = option(
+        True,
+        "Stage PT: fill rows to the last place, cutting documents there (true), or cut only those "
+        "that are longer than a row.",
+    )
+    buffer_size: int = option(
+        500, "Dialogues held for greedy packing; full rows of documents held to be shuffled."
+    )
     padding: bool = option(
         False, "Fill every batch to batch_size x max_seq_len tokens, for steps of a fixed shape."
     )
@@ -145,6 +197,28 @@ class Data:
     )
     dataloader_num_workers: int = option(0, "Above 0: batches are prepared by a background thread.")
     prefetch_factor: int = option(2, "Batches prepared ahead by each worker.")
+
+    def files(self, split: str) -> list[tuple[str, str, float]]:
+        """Kind, path and weight of everything a split ("train" or "eval") is read from.
+
+        A prefix of `input_dir` has the kind "indexed". Raises ConfigError for one that is no list
+        of weights and prefixes.
+        """
+        if self.input_dir is None:
+            names = (getattr(self, f"{split}_dataset_{x}") for x in ("type", "path", "prob"))
+            return list(zip(*names))
+        if split == "eval" and not sum(self.split[1:2]):
+            return []
+        words = self.input_dir.split()
+        words = ["1", *words] if len(words) == 1 else words
+        try:
+            pairs = [(float(w), prefix) for w, prefix in zip(words[::2], words[1::2], strict=True)]
+        except ValueError:
+            raise ConfigError(
+                f"input_dir={self.input_dir!r} is no list of weights and prefixes; write it as in "
+                "0.4 data/part0 0.6 data/part1"
+            ) from None
+        return [("indexed", prefix, weight) for weight, prefix in pairs]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -513,11 +587,18 @@ class Parallel:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """What `erniekit data` does: show samples token by token, or else go through the files."""
+    """What `erniekit data` does: show samples token by token, write token ids, or else go through
+    the files.
+    """
 
     show: int = option(0, "Samples to show, in the order of training, packed into rows; 0: none.")
     sample: str | None = option(
         None, "File and line of a record to show, as in data/train.jsonl:17; with what is cut off."
+    )
+    dataset_output_dir: str | None = option(
+        None,
+        "Folder for the documents of the files (stage PT) as token ids, each file a prefix for "
+        "input_dir.",
     )
     preprocessing_num_workers: int | None = option(
         None, "Processes that go through the files; none: one for each processor."
@@ -681,7 +762,7 @@ def validate(run: Run) -> None:
         if name not in SINKS:
             raise ConfigError(f"report_to={name!r} is not known; use {', '.join(SINKS)}")
     for split in ("train", "eval"):
-        _check_sources(data, split)
+        _check_sources(data, split, model.stage)
     schedule, _, steady = optimisation.lr_scheduler_type.partition(":")
     if schedule not in SCHEDULES or (steady and not (schedule == "wsd" and steady.isdigit())):
         raise ConfigError(
@@ -721,12 +802,61 @@ def validate(run: Run) -> None:
             raise ConfigError(f"{key}={value} is no number of processes; give 1 or more")
     if model.lora_path and not run.is_lora:
         raise ConfigError("lora_path is an adapter to start from; it needs fine_tuning: LoRA")
+    _check_adapters(run)
     if model.stage in PREFERENCE_KEYS:
         _check_preferences(run)
     if model.stage == "DPO":
         _check_loss_type(run.preferences)
     if model.stage == "UPO":
         _check_policy(run)
+    if model.moe_capacity is not None and model.moe_capacity <= 0:
+        raise ConfigError(
+            f"moe_capacity={model.moe_capacity:g} would drop every token; give a number above 0, "
+            "or leave it out"
+        )
+    if model.moe_capacity is not None and model.stage not in _ONE_LOSS_A_TOKEN:
+        raise ConfigError(
+            f"moe_capacity={model.moe_capacity:g} drops tokens of the answers that stage="
+            f"{model.stage} compares; leave it out"
+        )
+    if run.is_lora and model.freeze_parameters:
+        raise ConfigError(
+            "freeze_parameters chooses what full training leaves out; LoRA trains its adapters "
+            "alone: use fine_tuning: Full"
+        )
+    if data.input_dir is not None:
+        _check_indexed(run)
+    if run.is_lora and not model.continue_training:
+        raise ConfigError(
+            "continue_training=false starts from random weights, which adapters would leave as "
+            "they are; use fine_tuning: Full"
+        )
+
+
+def _check_adapters(run: Run) -> None:
+    model = run.model
+    is_small = model.compute_type != "bf16"
+    for key, is_given in (
+        (f"compute_type={model.compute_type}", is_small),
+        ("use_dora=true", model.use_dora),
+        ("pissa=true", model.pissa),
+        ("lora_target_modules", bool(model.lora_target_modules)),
+    ):
+        if is_given and not run.is_lora:
+            raise ConfigError(f"{key} is for frozen weights beside adapters; use fine_tuning: LoRA")
+    if model.use_dora and model.pissa:
+        raise ConfigError(
+            "use_dora and pissa both say how an adapter stands beside its base; give one of them"
+        )
+    if model.qlora_weight_double_quant and model.compute_type != "nf4":
+        raise ConfigError(
+            f"qlora_weight_double_quant is of compute_type: nf4; this run has {model.compute_type}"
+        )
+    if is_small and run.parallel.sharding in ("stage2", "stage3"):
+        raise ConfigError(
+            f"sharding={run.parallel.sharding} cuts weights that can be gathered; with "
+            f"compute_type={model.compute_type} use stage1, or none"
+        )
 
 
 def _check_preferences(run: Run) -> None:
@@ -855,7 +985,7 @@ def _check_safety(run: Run) -> None:
     if training.load_best_model_at_end:
         every = training.eval_steps or 500
         strategy = training.evaluation_strategy
-        if strategy == "no" or not run.data.eval_dataset_path or not training.do_eval:
+        if strategy == "no" or not run.data.files("eval") or not training.do_eval:
             raise ConfigError(
                 "load_best_model_at_end needs evaluations to choose by; give evaluation_strategy: "
                 "steps and eval_dataset_path"
@@ -886,19 +1016,47 @@ def _check_safety(run: Run) -> None:
         raise ConfigError(f"stop_after_step={training.stop_after_step} is no step; give 1, 2..")
 
 
-def _check_sources(data: Data, split: str) -> None:
+def _check_indexed(run: Run) -> None:
+    data = run.data
+    if run.model.stage != "PT":
+        raise ConfigError(
+            f"input_dir holds documents, which stage={run.model.stage} cannot read; use stage: PT"
+        )
+    if data.train_dataset_path or data.eval_dataset_path:
+        raise ConfigError(
+            "input_dir has its own documents for training and evaluation (split); leave "
+            "train_dataset_path and eval_dataset_path out"
+        )
+    if not 1 <= len(data.split) <= 3 or min(data.split) < 0 or not data.split[0]:
+        raise ConfigError(
+            f"split={list(data.split)} must be one to three shares, the first above 0, as in 950,50"
+        )
+    weights = [weight for _, _, weight in data.files("train")]
+    if min(weights, default=0) < 0 or sum(weights) <= 0:
+        raise ConfigError(f"input_dir={data.input_dir!r} must have weights of 0 or more")
+
+
+_KINDS = {"PT": ("erniekit", "pretrain")}
+_ONE_LOSS_A_TOKEN = ("SFT", "PT", "VL-SFT", "OCR-VL-SFT")
+
+
+def _check_sources(data: Data, split: str, stage: str) -> None:
     kinds, paths, probs = (getattr(data, f"{split}_dataset_{x}") for x in ("type", "path", "prob"))
     if paths and not len(kinds) == len(paths) == len(probs):
         raise ConfigError(
             f"{split}_dataset_type, _path and _prob have {len(kinds)}, {len(paths)} and "
             f"{len(probs)} entries; give one of each per file"
         )
+    known = _KINDS.get(stage, ("erniekit", "alpaca", "messages", "reasoning_gym", "chatml"))
     for kind in kinds:
-        if kind not in ("erniekit", "alpaca", "messages", "chatml", "reasoning_gym"):
+        if kind not in known and (paths or kind != "pretrain"):
+            *first, last = known[:4]
             raise ConfigError(
-                f"{split}_dataset_type={kind!r} is not known; use erniekit, alpaca, messages or "
-                "reasoning_gym"
+                f"{split}_dataset_type={kind!r} is not known for stage {stage}; use "
+                f"{', '.join(first)} or {last}"
             )
+    if stage != "PT" and (texts := [p for p in paths if p.removesuffix(".gz").endswith(".txt")]):
+        raise ConfigError(f"{texts[0]} is plain text, which only stage PT reads; give .jsonl files")
     if paths and (min(probs) < 0 or sum(probs) <= 0):
         raise ConfigError(f"{split}_dataset_prob={list(probs)} must be weights of 0 or more")
 

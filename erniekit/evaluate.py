@@ -10,9 +10,11 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from ernie import kernels
@@ -24,16 +26,42 @@ from erniekit.loop import to_device
 from erniekit.losses import ROUTER_LOSSES, Flat, Loss
 from erniekit.parallel.ranks import ALONE, Ranks
 
+T = TypeVar("T")
 
+
+def in_eval_mode(function: Callable[..., T]) -> Callable[..., T]:
+    """The same function of a model and more, with the model in evaluation mode: routers have no
+    capacity there.
+    """
+
+    @wraps(function)
+    def quietly(model: ErnieModel, *args: Any, **options: Any) -> T:
+        was_training = model.training
+        model.eval()
+        try:
+            return function(model, *args, **options)
+        finally:
+            model.train(was_training)
+
+    return quietly
+
+
+@in_eval_mode
 @torch.no_grad()
 def evaluate(
-    model: ErnieModel, batches: Iterable[Batch], chunk_size: int, ranks: Ranks = ALONE
+    model: ErnieModel,
+    batches: Iterable[Batch],
+    chunk_size: int,
+    ranks: Ranks = ALONE,
+    bytes_V: np.ndarray | None = None,
 ) -> dict[str, float]:
     """eval_loss (mean over tokens), eval_ppl, eval_accuracy, eval_tokens and eval_seconds.
 
-    All ranks are given the same batches and answer with the same numbers, of all of them.
+    With `bytes_V`, how many bytes of text each token stands for, eval_bits_per_byte too: the loss
+    of all predicted tokens over their bytes, which compares models of different vocabularies. All
+    ranks are given the same batches and answer with the same numbers, of all of them.
     """
-    start, total, num_right, num_tokens = time.monotonic(), 0.0, 0, 0
+    start, total, num_right, num_tokens, num_bytes = time.monotonic(), 0.0, 0, 0, 0
     for batch, counts in shared(batches, ranks):
         flat = to_device(batch, model.device)
         assert isinstance(flat, Flat), "pairs have an evaluation of their own"
@@ -47,18 +75,23 @@ def evaluate(
             total += counts * float((logits_CV.logsumexp(-1) - chosen_C).double().sum())
             num_right += counts * int((logits_CV.argmax(-1) == targets_C).sum())
         num_tokens += counts * len(targets_N)
-    sums = _summed(ranks, total, num_right, num_tokens)
-    total, num_right, num_tokens = sums[0], int(sums[1]), int(sums[2])
+        if bytes_V is not None:
+            labels_T = batch.labels_T
+            num_bytes += counts * int(bytes_V[labels_T[labels_T != UNTRAINED]].sum())
+    sums = _summed(ranks, total, num_right, num_tokens, num_bytes)
+    total, num_right, num_tokens, num_bytes = sums[0], *map(int, sums[1:])
     loss = total / max(num_tokens, 1)
     return {
         "eval_loss": loss,
         "eval_ppl": math.exp(min(loss, 700.0)),
+        **({"eval_bits_per_byte": total / math.log(2) / num_bytes} if num_bytes else {}),
         "eval_accuracy": num_right / max(num_tokens, 1),
         "eval_tokens": num_tokens,
         "eval_seconds": time.monotonic() - start,
     }
 
 
+@in_eval_mode
 @torch.no_grad()
 def evaluate_judged(
     model: ErnieModel,

@@ -29,6 +29,7 @@ RECIPES = {
     "UPO": "erniekit.recipes.upo",
     "KTO": "erniekit.recipes.kto",
     "RM": "erniekit.recipes.reward",
+    "PT": "erniekit.recipes.pretrain",
 }
 
 # Seconds for a step and a save after SIGTERM, before the agent ends a rank.

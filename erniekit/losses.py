@@ -22,8 +22,7 @@ from ernie.attention import packed_causal
 from ernie.chat import UNTRAINED
 from ernie.model import ErnieModel
 from ernie.moe import balance
-from ernie.moe.layer import MoE
-from ernie.moe.router import Routing
+from ernie.moe.router import Router, Routing
 from erniekit.gradients import Gradients
 
 # Parts of a `Loss` that train the router.
@@ -50,6 +49,7 @@ class Terms:
     orthogonal: float = 0.0
     z: float = 0.0
     multi_token: float = 0.0
+    num_groups: int = 1  # within which the orthogonality loss compares experts
 
 
 @dataclass
@@ -64,6 +64,7 @@ class Loss:
     parts: dict[str, Tensor]
     loads_LE: list[Tensor]  # tokens per expert of each MoE layer
     num_right: Tensor | None = None
+    entropies_L: list[Tensor] = field(default_factory=list)  # of each, summed over the tokens
 
 
 def next_token(
@@ -94,21 +95,36 @@ def next_token(
     parts |= {name: part * share for name, part in routing_terms(model, routed, terms).items()}
     total = value + torch.stack(list(parts.values())).sum() if parts else value
     detached = {name: part.detach() for name, part in parts.items()}
+    detached |= {name: part * share for name, part in told_of(routed).items()}
     loads_LE = [routing.load_E for routing in routed]
-    return Loss(total, value.detach(), detached, loads_LE, num_right)
+    entropies_L = [balance.entropy(routing) for routing in routed]
+    return Loss(total, value.detach(), detached, loads_LE, num_right, entropies_L)
+
+
+def told_of(routed: list[Routing]) -> dict[str, Tensor]:
+    """Share of the choices that were over the capacity of their expert, where there is one."""
+    kept = [routing.kept_TK for routing in routed if routing.kept_TK is not None]
+    if not kept:
+        return {}
+    return {"moe_dropped": 1 - torch.stack([kept_TK.float().mean() for kept_TK in kept]).mean()}
+
+
+def routers_of(model: ErnieModel) -> list[Router]:
+    """The router of each bank of each MoE layer."""
+    return [module for module in model.model.layers.modules() if isinstance(module, Router)]
 
 
 def routing_terms(model: ErnieModel, routed: list[Routing], terms: Terms) -> dict[str, Tensor]:
     """Mean over the MoE layers of each wanted loss, times its weight."""
     if not routed:
         return {}
-    routers = [block.mlp.gate for block in model.model.layers if isinstance(block.mlp, MoE)]
+    weights = [gate.weight for gate in routers_of(model)]
     values = {
         "aux_loss": (terms.load_balance, lambda: map(balance.load_balance_loss, routed)),
         "z_loss": (terms.z, lambda: map(balance.z_loss, routed)),
         "orthogonal_loss": (
             terms.orthogonal,
-            lambda: (balance.orthogonal_loss(router.weight) for router in routers),
+            lambda: (balance.orthogonal_loss(w, terms.num_groups) for w in weights),
         ),
     }
     return {

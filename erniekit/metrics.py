@@ -6,8 +6,9 @@ A record has: step, loss, learning_rate, grad_norm, tokens_per_second, num_token
 num_trained_tokens (of this step), total_tokens, seconds, epoch, peak_memory_gib; accuracy (share of
 the trained tokens that the model held the likeliest); `skipped` and `skipped_because` where the
 step was;
-`moe_max_over_mean` and the router's losses for experts; eval_loss, eval_ppl, eval_accuracy and
-eval_tokens where the model was evaluated after it. Step 0 is the evaluation before training.
+`moe_max_over_mean` and the rest of `erniekit.routing`, and the router's losses, for experts;
+eval_loss, eval_ppl, eval_accuracy and eval_tokens where the model was evaluated after it (of plain
+text eval_bits_per_byte too). Step 0 is the evaluation before training.
 
 Of pairs: num_pairs, and means over them: rewards_chosen and rewards_rejected (beta times what the
 policy has gained on the reference, in nats), rewards_margin (their difference; `margin` in the
@@ -97,7 +98,12 @@ def line(record: dict[str, Any], num_steps: int) -> str:
             f"length {record['length']:.0f}",
         ]
     if "moe_max_over_mean" in record:
-        parts.append(f"moe max/mean {record['moe_max_over_mean']:.2f}")
+        told = f"moe max/mean {record['moe_max_over_mean']:.2f}"
+        if "moe_entropy" in record:
+            told += f" entropy {record['moe_entropy']:.2f}"
+        if record.get("moe_dead_experts"):
+            told += f" dead {record['moe_dead_experts']}"
+        parts.append(told)
     if record.get("skipped"):
         parts.append(f"SKIPPED: {record.get('skipped_because', 'not finite')}")
     return " | ".join(parts)
@@ -125,6 +131,7 @@ def eval_line(values: dict[str, float], step: int) -> str:
     else:
         parts = [
             f"ppl {values['eval_ppl']:.2f}",
+            *(f"bits/byte {b:.4f}" for k, b in values.items() if k == "eval_bits_per_byte"),
             f"accuracy {100 * values['eval_accuracy']:.1f} %",
             f"{values['eval_tokens']:,} tokens",
         ]

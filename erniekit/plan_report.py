@@ -128,15 +128,15 @@ def read_plannable(values: dict[str, Any], origin: str) -> tuple[Run, Degrees, l
             "run once, a forward pass in no more memory than a step; that time is not counted"
         )
     if run.model.stage == "UPO":
-        p = run.policy
+        policy = run.policy
         held = "the adapters are switched off for it"
         if not run.is_lora or run.model.lora_path:
             held = "a second model is held for it"
-        answers = f"{p.prompts_per_round} x {p.num_generations} answers"
+        answers = f"{policy.prompts_per_round} x {policy.num_generations} answers"
         notes.append(
-            f"a round draws {answers} of at most {p.max_completion_length} tokens, at most "
-            f"{max(p.rollout_max_seqs, p.num_generations)} at once; their time and cache, and the "
-            f"reference ({held}), are not counted"
+            f"a round draws {answers} of at most {policy.max_completion_length} tokens, at most "
+            f"{max(policy.rollout_max_seqs, policy.num_generations)} at once; their time and "
+            f"cache, and the reference ({held}), are not counted"
         )
     return run, Degrees(**degrees), notes
 

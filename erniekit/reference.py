@@ -157,7 +157,13 @@ def _origin(run: Run, device: str) -> dict[str, Any]:
     """What the numbers depend on besides the pairs."""
     model = run.model
     seed = None if model.continue_training else run.training.seed
-    return {
+    small: dict[str, Any] = {}
+    if model.compute_type != "bf16":  # the reference is the model in few bits, as training begins
+        keys = ["compute_type", "qlora_weight_double_quant", "pissa"]
+        keys += ["lora_rank", "lora_target_modules"] if model.pissa else []
+        values = {key: getattr(model, key) for key in keys}
+        small = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return small | {
         "model": model.model_name_or_path,
         "weights": _weights_digest(resolve(model.model_name_or_path)) if seed is None else None,
         "seed": seed,

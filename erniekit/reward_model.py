@@ -33,7 +33,7 @@ from ernie.layers import Linear
 from ernie.model import ErnieModel
 from ernie.moe.router import Routing
 from ernie.settings import ConfigError
-from erniekit import lora
+from erniekit import lora, lora_files
 from erniekit.gradients import Gradients
 from erniekit.losses import Loss, Terms
 from erniekit.preference import NO_TERMS, Pairs, told_of_pairs, with_terms
@@ -195,15 +195,13 @@ def load(
     folder = Path(folder)
     read_head(folder)
     base = folder
-    is_adapter = (folder / lora.ADAPTER_CONFIG).is_file()
+    is_adapter = (folder / lora_files.ADAPTER_CONFIG).is_file()
     if is_adapter:
-        values = json.loads((folder / lora.ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        values = json.loads((folder / lora_files.ADAPTER_CONFIG).read_text(encoding="utf-8"))
         base = values["base_model_name_or_path"]
     model = ernie.load(base, dtype=dtype, device=device)
     if is_adapter:
-        lora.add_lora(model, lora.read_adapter_config(folder), seed=0)
-        path = folder / lora.ADAPTER_FILE
-        lora.load_adapter(model, load_file(path), str(path))
+        lora_files.put_in(model, folder)
         lora.merge_lora(model)
     add_reward_head(model, seed=0)
     fill_head(model, folder)

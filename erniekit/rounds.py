@@ -40,11 +40,11 @@ from erniekit.data.preference import PairSample
 from erniekit.data.sources import DataError
 from erniekit.groups import Cut, Group
 from erniekit.loop import Progress, to_device
-from erniekit.lora import without_adapters
+from erniekit.lora import pairs as lora_pairs
 from erniekit.losses import Flat
 from erniekit.metrics import Metrics
 from erniekit.rewards import Rewards, Scored
-from erniekit.samplers import Sampler, has_adapters
+from erniekit.samplers import Sampler, has_adapters, is_plain_lora
 from erniekit.session import load_adapter
 
 log = logging.getLogger("erniekit")
@@ -283,8 +283,8 @@ class Rounds:
     def _as_reference(self, model: ErnieModel) -> Iterator[ErnieModel]:
         """The model as training found it: with adapters off, or a frozen one of its own."""
         run = self.run
-        if has_adapters(model) and not run.model.lora_path:
-            with without_adapters(model):
+        if has_adapters(model) and is_plain_lora(run) and not run.model.lora_path:
+            with _without_adapters(model):
                 yield model
             return
         if self._reference is None:
@@ -314,6 +314,20 @@ class Rounds:
             ends = np.cumsum([group.num_labels for group in part])
             found += np.split(values_N, ends[:-1])
         return found
+
+
+@contextlib.contextmanager
+def _without_adapters(model: ErnieModel) -> Iterator[None]:
+    """Inside, the model computes what it computed before it had adapters (of plain LoRA)."""
+    adapters = [pair for _, pair, _ in lora_pairs(model)]
+    scales = [pair.scale for pair in adapters]
+    for pair in adapters:
+        pair.scale = 0.0
+    try:
+        yield
+    finally:
+        for pair, scale in zip(adapters, scales, strict=True):
+            pair.scale = scale
 
 
 class _Place:

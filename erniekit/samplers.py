@@ -4,7 +4,8 @@ A sampler is called with the policy as it stands and gives token ids with log-pr
 answer depends on its prompt, its seed and the weights, not on its neighbours.
 
     Own       `ernie.rollout`. Of LoRA the base is brought into the inference form once and the
-              adapters are laid beside it in every round; a Full model generates as it is.
+              adapters are laid beside it in every round; a Full model, and adapters of other
+              forms or beside a base in few bits, generate as they are.
     Served    a fastdeploy server with --enable-control-api: pause, new weights from a folder that
               it must be able to read, resume; then one request an answer. Its arithmetic is not
               that of training: see `rollout_correction`.
@@ -33,7 +34,7 @@ from ernie.fused import fuse
 from ernie.model import ErnieModel
 from ernie.rollout import Answer, Sampling, rollout
 from ernie.settings import ConfigError
-from erniekit import lora
+from erniekit import lora, lora_files
 from erniekit.build import lora_of, read_model
 from erniekit.config import Run
 
@@ -70,7 +71,7 @@ class Own:
         assert model.tokenizer is not None
         adapter = None
         stops = sorted(stop_ids(model.tokenizer))
-        if has_adapters(model):
+        if has_adapters(model) and is_plain_lora(self.run):
             if self.base is None:
                 self.base = fuse(read_model(self.run, self.device))
             adapter, model = self._adapter(model), self.base
@@ -81,19 +82,28 @@ class Own:
 
     def _adapter(self, model: ErnieModel) -> Adapter | None:
         """The pairs as they are, as the base takes them; None while they change nothing."""
-        tensors = lora.adapter_tensors(model)
-        if not any(bool(t.any()) for name, t in tensors.items() if "lora_B" in name):
+        if not any(bool(pair.lora_B.any()) for _, pair, _ in lora.pairs(model)):
             return None
-        own = lora_of(self.run)
         with tempfile.TemporaryDirectory() as folder:
-            write_file(Path(folder) / lora.ADAPTER_FILE, tensors)
-            text = lora.adapter_config(model, own, self.run.model.model_name_or_path)
-            (Path(folder) / lora.ADAPTER_CONFIG).write_text(text, encoding="utf-8")
-            return read_adapter(folder, model.config, max_rank=own.rank, device=model.device)
+            _write_adapter(self.run, model, Path(folder))
+            rank = lora_of(self.run).rank
+            return read_adapter(folder, model.config, max_rank=rank, device=model.device)
+
+
+def _write_adapter(run: Run, model: ErnieModel, folder: Path) -> None:
+    write_file(folder / lora_files.ADAPTER_FILE, lora_files.adapter_tensors(model))
+    text = lora_files.adapter_config(model, lora_of(run), run.model.model_name_or_path)
+    (folder / lora_files.ADAPTER_CONFIG).write_text(text, encoding="utf-8")
 
 
 def has_adapters(model: ErnieModel) -> bool:
-    return any(name.endswith("lora_B") for name, _ in model.named_parameters())
+    return any(True for _ in lora.pairs(model))
+
+
+def is_plain_lora(run: Run) -> bool:
+    """Whether adapters stand beside the whole base as it is on disk, and add to it."""
+    m = run.model
+    return run.is_lora and m.compute_type == "bf16" and not (m.use_dora or m.pissa)
 
 
 class Served:
@@ -188,8 +198,9 @@ def merged(run: Run, model: ErnieModel, device: str) -> ErnieModel:
     """The policy as a plain model in bfloat16 (routers float32), of memory of its own."""
     if has_adapters(model):
         plain = read_model(run, device)
-        lora.add_lora(plain, lora_of(run), seed=run.training.seed)
-        lora.load_adapter(plain, lora.adapter_tensors(model), "the policy")
+        with tempfile.TemporaryDirectory() as folder:
+            _write_adapter(run, model, Path(folder))
+            lora_files.put_in(plain, Path(folder))
         lora.merge_lora(plain)
         return plain
     plain = ErnieModel(model.config, device=device)

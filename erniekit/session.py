@@ -24,12 +24,12 @@ from torch import Tensor
 import ernie
 from ernie.kernels import report
 from ernie.settings import ConfigError
-from erniekit import checkpoint, debug, lora, losses, metrics, snapshot
+from erniekit import checkpoint, debug, lora_files, losses, metrics, snapshot
 from erniekit.average import Average
-from erniekit.build import build_model, lora_of, trained_parameters
+from erniekit.build import build_model, lora_of, num_groups, trained_parameters
 from erniekit.config import Parallel, Run
 from erniekit.data.loader import Batch, Stream, prefetched
-from erniekit.loop import Parts, Progress, TooManySkipped, TrainingError, train
+from erniekit.loop import Orthogonal, Parts, Progress, TooManySkipped, TrainingError, train
 from erniekit.optim import OPTIMIZERS, treatments
 from erniekit.parallel.forms import form_of
 from erniekit.parallel.ranks import ALONE, Ranks
@@ -263,6 +263,7 @@ class Session:
             self.train_stream.epoch_size,
             run.training,
             model.moe_use_aux_free_update_coef if full else 0.0,
+            self._orthogonal(),
             self.ranks,
             partial(self.form.after_update, self.trained),
             self.average,
@@ -291,6 +292,15 @@ class Session:
         limit = self.run.training.max_evaluate_steps
         size, end = self.run.training.batch_size, self.eval_stream.epoch_size
         return islice(self.eval_stream.batches(size, end=end), limit if limit > 0 else None)
+
+    def _orthogonal(self) -> Orthogonal | None:
+        """The decoupled update of routers, where it is wanted."""
+        model = self.run.model
+        weight = model.moe_orthogonal_loss_lambda
+        if self.run.is_lora or not weight or model.moe_orthogonal_update == "loss":
+            return None
+        by_learning_rate = model.moe_orthogonal_update == "decoupled_lr"
+        return Orthogonal(weight, by_learning_rate, num_groups(self.run))
 
     @property
     def _is_stopped(self) -> bool:
@@ -466,14 +476,24 @@ def _compare_settings(
 
 
 def load_adapter(model: ernie.ErnieModel, run: Run, folder: Path) -> None:
-    saved, wanted = lora.read_adapter_config(folder), lora_of(run)
+    """The trained parts of a model from a checkpoint, or from any adapter of the run's form."""
+    saved, tensors = lora_files.read_adapter(folder, model.config)
+    wanted = lora_of(run)
     if saved != wanted:
-        raise ConfigError(
-            f"the adapter in {folder} has rank {saved.rank}, alpha {saved.alpha:g} and rslora "
-            f"{saved.is_rank_stabilised}; this run says {wanted.rank}, {wanted.alpha:g} and "
-            f"{wanted.is_rank_stabilised}: give the same, or another output_dir"
+        told = ", ".join(
+            f"{key} {getattr(saved, name)} (this run: {getattr(wanted, name)})"
+            for key, name in (
+                ("lora_rank", "rank"),
+                ("lora_alpha", "alpha"),
+                ("rslora", "is_rank_stabilised"),
+                ("use_dora", "has_magnitude"),
+                ("pissa", "is_principal"),
+            )
+            if getattr(saved, name) != getattr(wanted, name)
         )
-    path = folder / lora.ADAPTER_FILE
-    lora.load_adapter(model, load_file(path), str(path))
+        raise ConfigError(
+            f"the adapter in {folder} has {told}: give the same, or another output_dir"
+        )
+    lora_files.load_adapter(model, tensors, str(folder / lora_files.ADAPTER_FILE))
     if run.model.stage == "RM" and has_head(folder):
         fill_head(model, folder)

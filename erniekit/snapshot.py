@@ -22,7 +22,7 @@ from ernie.chat import write_lock
 from ernie.checkpoint import io
 from ernie.checkpoint.writer import write_file
 from ernie.model import KEPT_FLOAT32, ErnieModel
-from erniekit import checkpoint, lora, reward_model
+from erniekit import checkpoint, lora_files, reward_model
 from erniekit.build import lora_of
 from erniekit.config import Run
 from erniekit.data.dialogue import Encoder
@@ -65,7 +65,8 @@ def write_model(
     """Weights by parameter as a folder that loads: a model, or an adapter (float32).
 
     `rounded` writes a model as it is published and served: bfloat16, routers and their bias
-    float32. A tensor is converted when its turn comes. Beside it lies how it was spoken to.
+    float32. A tensor is converted when its turn comes. Beside it lies how it was spoken to, if it
+    was.
     """
     weights, head_1D = reward_model.split(weights)
     if run.is_lora:
@@ -74,7 +75,8 @@ def write_model(
         _write_whole(model, weights, folder, rounded=rounded)
     if head_1D is not None:
         reward_model.write_head(folder, head_1D)
-    write_lock(folder, encoder.template, encoder.tokenizer)
+    if run.model.stage != "PT":
+        write_lock(folder, encoder.template, encoder.tokenizer)
 
 
 def _write_whole(
@@ -103,10 +105,10 @@ def _write_adapter(
     run: Run, model: ErnieModel, weights: Mapping[str, Tensor], folder: Path
 ) -> None:
     folder.mkdir(exist_ok=True)
-    files = {lora.file_name(name): tensor for name, tensor in weights.items()}
-    write_file(folder / lora.ADAPTER_FILE, files)
-    config = lora.adapter_config(model, lora_of(run), run.model.model_name_or_path)
-    checkpoint.replace_text(folder / lora.ADAPTER_CONFIG, config)
+    files = {lora_files.file_name(name): tensor for name, tensor in weights.items()}
+    write_file(folder / lora_files.ADAPTER_FILE, files)
+    config = lora_files.adapter_config(model, lora_of(run), run.model.model_name_or_path)
+    checkpoint.replace_text(folder / lora_files.ADAPTER_CONFIG, config)
     if model.tokenizer is not None:
         model.tokenizer.save(folder)
 
@@ -118,5 +120,5 @@ def read_weights(run: Run, folder: Path) -> Iterator[tuple[str, Tensor]]:
     if not run.is_lora:
         yield from io.open_weights(folder, torch.float32)[1]
         return
-    for name, tensor in load_file(folder / lora.ADAPTER_FILE).items():
-        yield lora.parameter_name(name), tensor
+    for name, tensor in load_file(folder / lora_files.ADAPTER_FILE).items():
+        yield lora_files.parameter_name(name), tensor

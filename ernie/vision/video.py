@@ -44,7 +44,10 @@ from ernie.vision.sources import MediaError
 MAX_SECONDS = 60.0  # of decoding one clip
 _FORMATS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,gif"
 # What PyAV raises, beside its own errors, on headers that hold no sense.
-_BROKEN = (OSError, ValueError, ArithmeticError, LookupError, TypeError, RuntimeError)
+_BROKEN = (
+    *(OSError, ValueError, ArithmeticError, LookupError),
+    *(TypeError, AttributeError, RuntimeError, MemoryError),
+)
 _BATCH = 16  # frames held at their original size
 
 
@@ -81,6 +84,8 @@ def clip_picture(
             if not container.streams.video:
                 raise MediaError("the clip holds no video")
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise MediaError("the clip is written in a code that is not read here")
             _check_size(stream.width, stream.height)
             stream.thread_type = "AUTO"
             index = _index(container, stream, deadline, max_seconds)

@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ernie import kernels
-from ernie.config import VisionConfig
 from ernie.layers import Linear
 from ernie.rope import Rotary
+from ernie.vision.config import VisionConfig
 from ernie.vision.grids import Grids, frame_lengths
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # of the channels of CLIP's images, in 0 .. 1

@@ -27,15 +27,18 @@ import numpy as np
 
 from ernie.chat import UNTRAINED, ChatTemplate
 from ernie.checkpoint.hub import resolve
+from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer
 from erniekit.config import Data, Run
 from erniekit.data import tasks
 from erniekit.data.dialogue import Encoder, Sample
+from erniekit.data.indexed import Indexed, share
 from erniekit.data.judged import NEIGHBOURS, JudgedEncoder, JudgedSample
 from erniekit.data.mix import Mix
-from erniekit.data.pack import START, Cursor, Drawn, pack
+from erniekit.data.pack import START, Cursor, Drawn, Row, pack
 from erniekit.data.preference import PairEncoder, PairSample
 from erniekit.data.sources import DataError, Source, open_source
+from erniekit.data.text import TextEncoder
 
 log = logging.getLogger("erniekit")
 
@@ -151,16 +154,19 @@ class Stream:
     """The records of a split as samples and rows. One per split; iterating starts anew."""
 
     def __init__(self, data: Data, split: str, encoder: Encoder, *, seed: int) -> None:
-        kinds, paths, weights = (
-            getattr(data, f"{split}_dataset_{x}") for x in ("type", "path", "prob")
-        )
+        kinds, paths, weights = zip(*data.files(split))
         self.data, self.encoder = data, encoder
         self.kinds = kinds
-        self.sources = [_opened(path, kind) for path, kind in zip(paths, kinds, strict=True)]
+        self.sources = [_opened(data, split, kind, path) for kind, path in zip(kinds, paths)]
         training = split == "train"
         self.way = "separate" if not data.packing else "sequential"
         if training and data.packing and data.greedy_intokens:
             self.way = "greedy"
+        if isinstance(encoder, TextEncoder):
+            # Weights are shares of the text: a file of long documents is drawn from less often.
+            weights = tuple(w * len(s) / max(s.size, 1) for w, s in zip(weights, self.sources))
+            if data.packing and data.truncate_packing:
+                self.way = "full"
         self.mix = Mix(
             [len(source) for source in self.sources],
             weights,
@@ -188,8 +194,11 @@ class Stream:
         for position, (source, index) in enumerate(draws, start.position):
             skipped = start.part if position == start.position else 0
             for part, sample in enumerate(self._read(source, index)):
-                if part >= skipped:
-                    yield Drawn(position, part, sample)
+                if part < skipped:
+                    continue
+                drawn = Drawn(position, part, sample)
+                is_first = position == start.position and part == start.part
+                yield drawn.piece(start.offset, len(drawn)) if is_first else drawn
 
     def _read(self, source: int, index: int) -> list[Sample]:
         self.faults.read += 1
@@ -215,11 +224,21 @@ class Stream:
             with contextlib.suppress(DataError):  # told where it is read for itself
                 yield records[(index + step) % len(records)], kind
 
+    def drawn_rows(self, start: Cursor = START, end: int | None = None) -> Iterator[Row]:
+        """(row with its places, cursor after it) from a cursor on."""
+        return islice(self.packed(self.samples(start._replace(rows=0), end)), start.rows, None)
+
+    def packed(self, samples: Iterable[Drawn]) -> Iterator[Row]:
+        """Samples in rows, as training packs them."""
+        data, seed = self.data, self.mix.seed if self.mix.shuffle else None
+        return pack(
+            samples, data.max_seq_len, way=self.way, buffer_size=data.buffer_size, seed=seed
+        )
+
     def rows(self, start: Cursor = START, end: int | None = None) -> Iterator[Any]:
         """(row, cursor after it) from a cursor on."""
-        stream = self.samples(start._replace(rows=0), end)
-        size, capacity = self.data.buffer_size, self.data.max_seq_len
-        return islice(pack(stream, capacity, way=self.way, buffer_size=size), start.rows, None)
+        for row, cursor in self.drawn_rows(start, end):
+            yield [drawn.sample for drawn in row], cursor
 
     def batches(
         self, batch_size: int, start: Cursor = START, end: int | None = None
@@ -231,10 +250,22 @@ class Stream:
             yield batch_of([row for row, _ in group], group[-1][1], fixed_size=fixed_size)
 
 
-def _opened(path: str, kind: str) -> Source:
-    if kind != tasks.KIND:
+def _opened(data: Data, split: str, kind: str, path: str) -> Source:
+    """A file of records, tasks that are made, or a split's share of the documents of a prefix."""
+    if kind == tasks.KIND:
+        return tasks.Tasks(path)
+    if kind != "indexed":
         return open_source(path)
-    return tasks.Tasks(path)
+    source = Indexed(path)
+    source.first, source.last = share(
+        source.num_documents, data.split, ("train", "eval").index(split)
+    )
+    if not len(source):
+        raise ConfigError(
+            f"split={','.join(f'{s:g}' for s in data.split)} leaves none of the "
+            f"{source.num_documents} documents of {path} for {split}; give other shares"
+        )
+    return source
 
 
 def kind_of(error: DataError) -> str:
@@ -243,15 +274,21 @@ def kind_of(error: DataError) -> str:
 
 
 def stream(run: Run, split: str) -> Stream:
-    """The records of a split, encoded with the tokenizer and template of the run's model."""
+    """The records of a split, encoded with the tokenizer of the run's model, and its template where
+    they are dialogues.
+    """
     folder = resolve(run.model.model_name_or_path)
     tokenizer = Tokenizer.from_folder(folder)
-    encoder = encoder_of(run, tokenizer, ChatTemplate.for_folder(folder, tokenizer))
+    encoder: Encoder
+    if run.model.stage == "PT":
+        encoder = TextEncoder(tokenizer, run.data.max_seq_len)
+    else:
+        encoder = encoder_of(run, tokenizer, ChatTemplate.for_folder(folder, tokenizer))
     return Stream(run.data, split, encoder, seed=run.training.seed)
 
 
 def encoder_of(run: Run, tokenizer: Tokenizer, template: ChatTemplate) -> Encoder:
-    """What reads the records of a run's stage: pairs, judged answers, or dialogues."""
+    """What reads the records of a stage with a template: pairs, judged answers, or dialogues."""
     data, p = run.data, run.preferences
     if run.model.stage in ("DPO", "RM"):
         is_scored = run.model.stage == "RM"
@@ -302,7 +339,7 @@ def survey(stream: Stream, max_records: int) -> Survey:
         num_samples += len(row)
         for sample in row:
             num_tokens += len(sample)
-            num_trained += sum(label != UNTRAINED for label in sample.labels)
+            num_trained += sample.num_trained
             digests.add(digest(sample))
     stream.faults.judge(at_end=True)
     if not num_rows:

@@ -55,6 +55,9 @@ class Tasks:
     def index_of(self, number: int) -> int | None:
         return number - 1 if 0 < number <= len(self) else None
 
+    def size(self, index: int) -> int:
+        return len(self.text(index).encode())
+
     def text(self, index: int) -> str:
         return json.dumps(self[index], ensure_ascii=False, default=str)
 

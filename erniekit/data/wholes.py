@@ -12,6 +12,7 @@ from erniekit.data.dialogue import Dialogue, Encoder, Sample
 from erniekit.data.judged import JudgedSample
 from erniekit.data.preference import PairEncoder, PairSample
 from erniekit.data.sources import DataError, Source
+from erniekit.data.text import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,11 @@ def num_left_out(encoder: Encoder, record: Any, kind: str) -> int:
 
 def shown(encoder: Encoder, record: Any, kind: str) -> list[Shown]:
     """Every sample of a record with what was cut off of it; raises DataError."""
-    sides = [side for sample in encoder.read(record, kind) for side in sides_of(sample)]
+    samples = encoder.read(record, kind)
+    if isinstance(encoder, TextEncoder):
+        titles = [f", document {n}" if len(samples) > 1 else "" for n in range(1, 1 + len(samples))]
+        return [Shown(title, sample) for title, sample in zip(titles, samples)]
+    sides = [side for sample in samples for side in sides_of(sample)]
     wholes = [
         encoder.encode(messages, dialogue.tools).token_ids
         for dialogue in encoder.dialogues(record, kind)

@@ -244,6 +244,7 @@ def test_clips_of_a_turned_phone_stand_upright() -> None:
 def test_files_that_are_no_clips_are_refused_in_a_sentence() -> None:
     whole = grey_clip(LEVELS)
     avi = grey_clip(LEVELS, form="avi")
+    vp9 = grey_clip(LEVELS, form="matroska", codec="libvpx-vp9")
     refused = {
         "empty": (b"", "cannot be decoded"),
         "noise": (bytes(range(256)) * 40, "cannot be decoded"),
@@ -251,6 +252,7 @@ def test_files_that_are_no_clips_are_refused_in_a_sentence() -> None:
         "cut": (avi[: len(avi) // 2], r"ends after \d+ of 50 frames"),
         "playlist": (b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n", "cannot be"),
         "sound only": (sound(), "no video"),
+        "unknown code": (vp9.replace(b"V_VP9", b"V_XYZ"), "in a code that is not read"),
     }
     for name, (data, message) in refused.items():
         with pytest.raises(MediaError, match=message) as caught:

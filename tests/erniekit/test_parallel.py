@@ -62,7 +62,15 @@ def words(model: Path, data: Path, output: Path, **more: object) -> list[str]:
 
 KINDS = {
     "dense-full": ("tiny-dense", {"fine_tuning": "Full"}),
-    "moe-full": ("tiny-moe", {"fine_tuning": "Full", "num_nextn_predict_layers": 1}),
+    "moe-full": (
+        "tiny-moe",
+        {
+            "fine_tuning": "Full",
+            "num_nextn_predict_layers": 1,
+            "moe_orthogonal_loss_lambda": 0.05,
+            "moe_orthogonal_update": "decoupled",
+        },
+    ),
     "dense-lora": ("tiny-dense", {"fine_tuning": "LoRA"}),
     "moe-lora": ("tiny-moe", {"fine_tuning": "LoRA"}),
     "moe-nan": ("tiny-moe", {"fine_tuning": "Full"}),
@@ -155,7 +163,13 @@ def assert_same_curve(ours: list[dict], theirs: list[dict], bound: float = 1e-5)
     exact = ("step", "num_tokens", "num_trained_tokens", "total_tokens", "epoch", "eval_tokens")
     exact += ("num_pairs", "eval_pairs")
     near = ("loss", "mtp_loss", "aux_loss", "grad_norm", "eval_loss", "accuracy")
-    near += ("moe_max_over_mean", "rewards_margin", "rewards_accuracy", "eval_rewards_margin")
+    near += (
+        "moe_max_over_mean",
+        "moe_entropy",
+        "rewards_margin",
+        "rewards_accuracy",
+        "eval_rewards_margin",
+    )
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
         assert [a.get(k) for k in exact] == [b.get(k) for k in exact]

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 import ernie
-from erniekit import checkpoint, lora, reference
+from erniekit import checkpoint, reference
 from erniekit.cli import main
 from erniekit.config import run_from
 from erniekit.data.loader import stream
 from erniekit.loop import to_device
-from erniekit.lora import add_lora, without_adapters
+from erniekit.lora_files import put_in
 from erniekit.preference import Pairs, sequence_log_probs
 from erniekit.preference_losses import Objective
 from erniekit.recipes import sft
@@ -109,15 +109,13 @@ def test_references_of_lora_and_full_agree_with_adapters_off(words, tiny, tmp_pa
     }
     assert values["Full"].keys() == values["LoRA"].keys() and len(values["LoRA"]) == 49
     run = run_from(dict(w.split("=") for w in words(model_name_or_path=base)))
-    model = ernie.load(base, dtype=torch.bfloat16)
-    add_lora(model, lora.read_adapter_config(outputs["LoRA"]), seed=9)
-    lora.load_adapter(model, load_file(outputs["LoRA"] / lora.ADAPTER_FILE), "the file")
+    plain, model = (ernie.load(base, dtype=torch.bfloat16) for _ in range(2))
+    put_in(model, outputs["LoRA"])
     for batch in sft.eval_batches(run, stream(run, "eval")):
         pairs = to_device(batch, model.device)
         assert isinstance(pairs, Pairs)
-        with torch.no_grad(), without_adapters(model):
-            off = sequence_log_probs(model, pairs)
         with torch.no_grad():
+            off = sequence_log_probs(plain, pairs)
             on = sequence_log_probs(model, pairs)
         kept = torch.tensor([values["LoRA"][key.hex()] for key in batch.keys])
         full = torch.tensor([values["Full"][key.hex()] for key in batch.keys])

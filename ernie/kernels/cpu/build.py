@@ -59,6 +59,7 @@ SIGNATURES = {
     "adamw_8bit": "ppippplp" + "i",
     "packed_bytes": "p",
     "quantize": "pillippp" + "i",
+    "dequantize": "ppppilllp" + "i",
     "pack": "pppp" + "i",
     "pack_coded": "pplp" + "i",
     "project": "pllpp" + "pif" + "plp" + "i",
