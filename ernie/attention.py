@@ -7,6 +7,7 @@ where old keys are kept, is the business of whoever runs the model:
 
     training        packed_causal(cu_seqlens)          segments of a packed row
     preferences     shared_prompt(pairs)               two answers after one prompt
+    rollouts        shared_prompts(groups)             many answers after one prompt
     plain decoding  GrowingCache (ernie.generate)      one sequence, keys appended
     serving         PagedAttend (fastdeploy.engine)    many sequences, blocks of a pool
 """
@@ -52,25 +53,36 @@ def shared_prompt(pairs_P4: Tensor) -> Attend:
     """Causal attention over pairs of answers that share one prompt; no cache.
 
     A row of `pairs` is (start, chosen, rejected, end): tokens start:chosen are the prompt,
-    chosen:rejected one answer, rejected:end the other. Answers look at their prompt and at
-    themselves. The pairs cover the row, one after another. Queries and keys are laid out as whole
-    sequences, prompt and answer, so any kernel of `attend_packed` serves; only attention is
-    computed twice for a prompt, everything else of the model once.
+    chosen:rejected one answer, rejected:end the other; see `shared_prompts`.
     """
-    order, lengths, place, laid = [], [0], [], 0
-    for start, chosen, rejected, end in pairs_P4.tolist():
-        prompt = chosen - start
-        order += [*range(start, rejected), *range(start, chosen), *range(rejected, end)]
-        lengths += [rejected - start, prompt + end - rejected]
-        second = laid + rejected - start + prompt
-        place += [*range(laid, laid + rejected - start), *range(second, second + end - rejected)]
-        laid = len(order)
-    device = pairs_P4.device
+    return shared_prompts(pairs_P4.tolist(), pairs_P4.device)
+
+
+def shared_prompts(groups: Sequence[Sequence[int]], device: torch.device) -> Attend:
+    """Causal attention over groups of answers, each group after one prompt; no cache.
+
+    A group is (start, first answer, second answer, ..., end): the prompt's tokens, then those of
+    each answer. Answers look at their prompt and at themselves. The groups cover the row, one after
+    another. Queries and keys are laid out as whole sequences, prompt and answer, so any kernel of
+    `attend_packed` serves; only attention is computed again for a prompt, everything else of the
+    model once.
+    """
+    order: list[int] = []
+    lengths: list[int] = []
+    place: list[int] = []
+    laid = 0
+    for start, *answers, end in groups:
+        prompt = answers[0] - start
+        for number, (first, last) in enumerate(zip(answers, [*answers[1:], end])):
+            order += [*range(start, start + prompt), *range(first, last)]
+            lengths.append(prompt + last - first)
+            begin = laid + prompt * (number > 0)  # the prompt's own result is the first answer's
+            place += range(begin, laid + lengths[-1])
+            laid += lengths[-1]
     order_U = torch.tensor(order, device=device)
     place_T = torch.tensor(place, device=device)
-    attend_whole = packed_causal(
-        torch.tensor(lengths, device=device).cumsum(0).to(torch.int32), lengths[1:]
-    )
+    bounds = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+    attend_whole = packed_causal(bounds, lengths)
 
     def attend(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, *, layer: int) -> Tensor:
         out_UHd = attend_whole(q_THd[order_U], k_TGd[order_U], v_TGd[order_U], layer=layer)

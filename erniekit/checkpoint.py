@@ -35,6 +35,7 @@ from ernie.settings import ConfigError
 log = logging.getLogger("erniekit")
 
 OPTIMIZER_FILE = "optimizer/adamw.safetensors"  # not among the weights, which are all read
+BATCHES_FILE = "optimizer/batches.safetensors"  # what is left of a round of rollouts
 STATE_FILE = "trainer_state.json"
 AVERAGE_FOLDER = "ema"
 BEST_FILE = "best.json"

@@ -24,6 +24,7 @@ from erniekit.config import (
     Model,
     Optimisation,
     Parallel,
+    Policy,
     Preferences,
     Reporting,
     Server,
@@ -47,7 +48,7 @@ class Verb:
 VERBS = {
     "train": Verb(
         "erniekit.launch:run_training",
-        (Model, Data, Preferences, Training, Optimisation, Parallel, Reporting),
+        (Model, Data, Preferences, Policy, Training, Optimisation, Parallel, Reporting),
         "Train a model; started again, it goes on where it was. SIGTERM and Ctrl-C finish the step "
         "and save first (exit status 0 and 130); a file SAVE in output_dir asks for a checkpoint "
         "after the step.",
@@ -96,7 +97,7 @@ VERBS = {
     ),
     "eval": Verb(
         "erniekit.recipes.evaluation:evaluate_run",
-        (Model, Data, Preferences, Training, Reporting),
+        (Model, Data, Preferences, Policy, Training, Reporting),
         "Loss, perplexity, accuracy and answers on the evaluation data, and tasks of lm-eval; "
         "writes eval_results.json and eval_samples.jsonl.",
     ),

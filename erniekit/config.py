@@ -20,7 +20,7 @@ from ernie.settings import ConfigError, fill, option, read_overrides, read_yaml
 from erniekit import foreign
 
 # Names of the published files; `erniekit.launch` refuses those that cannot be trained yet.
-STAGES = ("SFT", "DPO", "KTO", "RM", "PT", "VL-SFT", "OCR-VL-SFT")
+STAGES = ("SFT", "DPO", "KTO", "RM", "UPO", "PT", "VL-SFT", "OCR-VL-SFT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,11 +132,13 @@ class Data:
 
     train_dataset_type: tuple[str, ...] = option(
         ("erniekit",),
-        "Format of each training file: erniekit, alpaca or messages; erniekit or pretrain for "
-        "plain text (stage PT); comma list.",
+        "Format of each training file: erniekit, alpaca, messages or reasoning_gym; erniekit or "
+        "pretrain for plain text (stage PT); comma list.",
     )
     train_dataset_path: tuple[str, ...] = option(
-        (), "Training files (.jsonl, .json, .gz, and .txt for stage PT); comma list."
+        (),
+        "Training files (.jsonl, .json, .gz, and .txt for stage PT); comma list. Of reasoning_gym "
+        "a task and its settings, as in chain_sum?size=2000&seed=1&max_terms=2.",
     )
     train_dataset_prob: tuple[float, ...] = option(
         (1.0,), "Weight of each training file in mixing: share of the records, for PT of the text."
@@ -267,7 +269,90 @@ PREFERENCE_KEYS: dict[str, set[str]] = {
         "desirable_weight", "undesirable_weight",
     },
     "RM": {"max_prompt_len"},
+    "UPO": {"beta", "max_prompt_len", "mask_out_eos_token"},
 }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Reinforcement learning with verifiable rewards, and UPO (stage: UPO)."""
+
+    reward: tuple[str, ...] = option(
+        ("record",),
+        "What scores an answer: exact, number, regex, format, reasoning_gym, record (the rule that "
+        "each record names), model (reward_model), or path/to/file.py:function; comma list.",
+    )
+    reward_weights: tuple[float, ...] = option((1.0,), "Weight of each reward in the sum.")
+    reward_model: str | None = option(
+        None, "Folder of a trained reward model, for the reward named model."
+    )
+    answer_pattern: str | None = option(
+        None,
+        "Regular expression whose first group is what rules look at; an answer without it is "
+        "wrong. none: the whole answer.",
+    )
+    normalize_rewards: bool = option(
+        False, "Scale the rewards of a round to mean 0 and deviation 1 within each training file."
+    )
+    prompts_per_round: int = option(8, "Prompts that are answered before the policy is updated.")
+    num_generations: int = option(8, "Answers to each prompt: its group.")
+    max_completion_length: int = option(256, "Most tokens of an answer.")
+    rollout_temperature: float = option(1.0, "Randomness of the answers that are learnt from.")
+    rollout_top_p: float = option(1.0, "Draw from the likeliest tokens of this probability.")
+    rollout_top_k: int = option(0, "Draw from so many of the likeliest tokens; 0: from all.")
+    rollout_max_seqs: int = option(64, "Answers under way at once.")
+    rollout_server: str | None = option(
+        None,
+        "Address of a fastdeploy server with --enable-control-api that answers instead, as "
+        "http://127.0.0.1:8188; it is given the new weights before each round, in a folder.",
+    )
+    rollout_correction: str = option(
+        "none",
+        "Weight of a token by old / rollout, the probabilities by training's arithmetic and the "
+        "rollout's: none, truncated (at correction_high) or icepop (0 outside the bounds).",
+        choices=("none", "truncated", "icepop"),
+    )
+    correction_low: float = option(0.5, "Lower bound of icepop.")
+    correction_high: float = option(2.0, "Upper bound of truncated and icepop.")
+    num_iterations: int = option(1, "Passes over the answers of a round.")
+    num_mini_batches: int = option(1, "Optimizer steps of a pass.")
+    policy_loss: str = option(
+        "ppo",
+        "Clipped ratio of tokens (ppo; GRPO's advantages), of whole answers (gspo), or none: only "
+        "the loss of pairs.",
+        choices=("ppo", "gspo", "none"),
+    )
+    loss_aggregation: str = option(
+        "token",
+        "Tokens of a step count alike (token), or answers do (sequence).",
+        choices=("token", "sequence"),
+    )
+    clip_low: float = option(0.2, "The ratio counts down to 1 minus this.")
+    clip_high: float = option(0.2, "The ratio counts up to 1 plus this.")
+    advantage_std: bool = option(True, "Divide advantages by the deviation of their group.")
+    kl_coef: float = option(0.001, "Weight of the divergence from the model before training.")
+    upo_mu: float = option(
+        0.5, "Weight of the loss of pairs (its beta as for DPO); 0: the policy loss only."
+    )
+    pair_min_gap: float = option(
+        0.0, "A group gives a pair, best against worst, if their rewards differ by more than this."
+    )
+    pair_dataset_type: tuple[str, ...] = option(
+        ("erniekit",), "Format of each file of pairs; comma list."
+    )
+    pair_dataset_path: tuple[str, ...] = option(
+        (), "Files of pairs, as for DPO, that take the place of the groups' own (offline UPO)."
+    )
+    dynamic_sampling: bool = option(
+        True, "Leave out prompts whose answers all have the same reward; they are counted."
+    )
+    min_reward_std: float = option(0.0, "The same if the deviation of a group is not above this.")
+    max_refills: int = option(
+        0, "Draws of further prompts in place of those left out, in a round, at most."
+    )
+    curriculum_shares: tuple[float, ...] = option(
+        (), "Share of the steps for each training file, one file after another; none: all mixed."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -523,7 +608,7 @@ class Audit:
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "wsd")
 SINKS = ("tensorboard", "visualdl", "wandb", "swanlab", "all", "none")
 GROUPS = (
-    Model, Data, Preferences, Training, Optimisation, Generation, Server, Export, Reporting,
+    Model, Data, Preferences, Policy, Training, Optimisation, Generation, Server, Export, Reporting,
     Parallel, Audit,
 )  # fmt: skip
 
@@ -535,6 +620,7 @@ class Run:
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     preferences: Preferences = field(default_factory=Preferences)
+    policy: Policy = field(default_factory=Policy)
     training: Training = field(default_factory=Training)
     optimisation: Optimisation = field(default_factory=Optimisation)
     generation: Generation = field(default_factory=Generation)
@@ -604,6 +690,9 @@ def run_from(values: Mapping[str, Any], origin: str = "the settings") -> Run:
     only = {"simpo_gamma": "simpo", "dpop_lambda": "dpop"}
     unused |= {key for key, name in only.items() if run.preferences.loss_type != name}
     without_effect += [key for key in given if key in unused and given[key] != defaults[key]]
+    if run.model.stage != "UPO":
+        policy, defaults = dataclasses.asdict(run.policy), dataclasses.asdict(Policy())
+        without_effect += [key for key in policy if policy[key] != defaults[key]]
     run = dataclasses.replace(run, without_effect=tuple(without_effect))
     validate(run)
     return run
@@ -718,6 +807,8 @@ def validate(run: Run) -> None:
         _check_preferences(run)
     if model.stage == "DPO":
         _check_loss_type(run.preferences)
+    if model.stage == "UPO":
+        _check_policy(run)
     if model.moe_capacity is not None and model.moe_capacity <= 0:
         raise ConfigError(
             f"moe_capacity={model.moe_capacity:g} would drop every token; give a number above 0, "
@@ -801,6 +892,67 @@ def _check_preferences(run: Run) -> None:
             raise ConfigError(
                 f"{key}={value} is not for judged answers (stage: {run.model.stage}); leave it out"
             )
+
+
+def _check_policy(run: Run) -> None:
+    p, data = run.policy, run.data
+    for key, low in (
+        ("prompts_per_round", 1),
+        ("num_generations", 2),
+        ("max_completion_length", 1),
+        ("rollout_temperature", 0.01),
+        ("rollout_top_k", 0),
+        ("rollout_max_seqs", 1),
+        ("num_iterations", 1),
+        ("num_mini_batches", 1),
+        ("clip_low", 0),
+        ("clip_high", 0),
+        ("kl_coef", 0),
+        ("upo_mu", 0),
+        ("pair_min_gap", 0),
+        ("min_reward_std", 0),
+        ("max_refills", 0),
+    ):
+        if getattr(p, key) < low:
+            raise ConfigError(f"{key}={getattr(p, key)} is too small; give {low} or more")
+    if not 0 < p.rollout_top_p <= 1:
+        raise ConfigError(f"rollout_top_p={p.rollout_top_p:g} is no share; give 0 to 1, not 0")
+    if not 0 < p.correction_low <= 1 <= p.correction_high:
+        raise ConfigError(
+            f"correction_low={p.correction_low:g} and correction_high={p.correction_high:g} are no "
+            "bounds around 1; give some such as 0.5 and 2"
+        )
+    if len(p.reward) != len(p.reward_weights):
+        raise ConfigError(
+            f"reward and reward_weights have {len(p.reward)} and {len(p.reward_weights)} entries; "
+            "give one weight for each reward"
+        )
+    if p.policy_loss == "none" and not p.upo_mu:
+        raise ConfigError("policy_loss=none and upo_mu=0 leave nothing to train; give one of them")
+    if p.pair_dataset_path and not p.upo_mu:
+        raise ConfigError("pair_dataset_path has no effect with upo_mu=0; leave it out")
+    if p.pair_dataset_path and len(p.pair_dataset_path) != len(p.pair_dataset_type):
+        raise ConfigError(
+            f"pair_dataset_type and _path have {len(p.pair_dataset_type)} and "
+            f"{len(p.pair_dataset_path)} entries; give one of each per file"
+        )
+    steps = p.num_mini_batches * run.training.gradient_accumulation_steps
+    if p.prompts_per_round < steps:
+        raise ConfigError(
+            f"prompts_per_round={p.prompts_per_round} cannot be cut into {steps} batches "
+            "(num_mini_batches x gradient_accumulation_steps); give more prompts"
+        )
+    shares, files = p.curriculum_shares, len(data.train_dataset_path)
+    if shares and (len(shares) != files or min(shares) <= 0):
+        raise ConfigError(
+            f"curriculum_shares={list(shares)} must be a share above 0 for each of the {files} "
+            "training files"
+        )
+    if data.max_seq_len <= p.max_completion_length:
+        raise ConfigError(
+            f"max_completion_length={p.max_completion_length} leaves no room for a prompt in "
+            f"max_seq_len={data.max_seq_len}; give a larger max_seq_len"
+        )
 
 
 def _check_loss_type(p: Preferences) -> None:
@@ -895,10 +1047,10 @@ def _check_sources(data: Data, split: str, stage: str) -> None:
             f"{split}_dataset_type, _path and _prob have {len(kinds)}, {len(paths)} and "
             f"{len(probs)} entries; give one of each per file"
         )
-    known = _KINDS.get(stage, ("erniekit", "alpaca", "messages", "chatml"))
+    known = _KINDS.get(stage, ("erniekit", "alpaca", "messages", "reasoning_gym", "chatml"))
     for kind in kinds:
         if kind not in known and (paths or kind != "pretrain"):
-            *first, last = known[:3]
+            *first, last = known[:4]
             raise ConfigError(
                 f"{split}_dataset_type={kind!r} is not known for stage {stage}; use "
                 f"{', '.join(first)} or {last}"

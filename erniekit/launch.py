@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 RECIPES = {
     "SFT": "erniekit.recipes.sft",
     "DPO": "erniekit.recipes.preference",
+    "UPO": "erniekit.recipes.upo",
     "KTO": "erniekit.recipes.kto",
     "RM": "erniekit.recipes.reward",
     "PT": "erniekit.recipes.pretrain",

@@ -138,7 +138,8 @@ def to_device(batch: Batch, device: torch.device) -> Flat | Pairs | Judged:
     ids_T, labels_T, positions_T, ends = (t.to(device, non_blocking=True) for t in tensors)
     if pairs_P4 is None:
         lengths = tuple(np.diff(batch.cu_seqlens_S1).tolist())
-        return Flat(ids_T, labels_T, positions_T, ends, lengths)
+        numbers = {name: torch.from_numpy(n).to(device) for name, n in batch.numbers.items()}
+        return Flat(ids_T, labels_T, positions_T, ends, lengths, numbers)
     return Pairs(ids_T, labels_T, positions_T, ends, batch.keys)
 
 

@@ -11,6 +11,7 @@ Legend: T tokens of the batch, N trained tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -37,6 +38,7 @@ class Flat:
     positions_T: Tensor
     cu_seqlens_S1: Tensor
     lengths: tuple[int, ...] | None = None  # of the segments, where the host knows them
+    numbers: Mapping[str, Tensor] = field(default_factory=dict)  # what a method has of its own
 
 
 @dataclass(frozen=True)

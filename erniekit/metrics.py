@@ -17,6 +17,13 @@ same with eval_ before them, and eval_pairs. preference_loss and sft_loss are th
 loss that has both. Of judged answers: num_answers, kl (the gain of answers to other prompts, which
 each is compared with), rewards_chosen and rewards_rejected (of desirable and undesirable ones),
 rewards_accuracy (share on their side of kl). Rewards of a reward model are its own numbers.
+
+Of rollouts (stage: UPO), means over all answers of the round that a step learns from, of prompts
+left out too: reward, right (share whose first reward is 1), length (tokens), cut_share (those that
+reached max_completion_length), entropy (minus the mean log-probability of the drawn tokens, nats),
+and dropped_share (of prompts). Of the step: policy_loss, clip_share, kl (k3, nats a token),
+pair_loss, pair_margin and pair_accuracy. Evaluation: eval_reward, eval_right, eval_length and
+eval_prompts, of greedy answers.
 """
 
 from __future__ import annotations
@@ -82,6 +89,14 @@ def line(record: dict[str, Any], num_steps: int) -> str:
     ]
     if "rewards_accuracy" in record:
         parts[2:2] = _judged(record, "", 0)
+    if "reward" in record:
+        parts[2:2] = [
+            f"reward {record['reward']:.4f}",
+            f"right {100 * record['right']:.0f} %",
+            *([f"kl {record['kl']:.4f}"] if "kl" in record else []),
+            f"entropy {record['entropy']:.2f}",
+            f"length {record['length']:.0f}",
+        ]
     if "moe_max_over_mean" in record:
         told = f"moe max/mean {record['moe_max_over_mean']:.2f}"
         if "moe_entropy" in record:
@@ -102,6 +117,14 @@ def _judged(values: dict[str, Any], prefix: str, digits: int) -> list[str]:
 
 
 def eval_line(values: dict[str, float], step: int) -> str:
+    if "eval_reward" in values:
+        told = [
+            f"right {100 * values['eval_right']:.1f} %",
+            f"length {values['eval_length']:.1f}",
+            f"{values['eval_prompts']:,} prompts",
+        ]
+        head = f"eval at step {step} | reward {values['eval_reward']:.4f}"
+        return " | ".join([head, *told, f"{values['eval_seconds']:.1f} s"])
     if "eval_rewards_accuracy" in values:
         unit = "pairs" if "eval_pairs" in values else "answers"
         parts = [*_judged(values, "eval_", 1), f"{values[f'eval_{unit}']:,} {unit}"]

@@ -127,6 +127,17 @@ def read_plannable(values: dict[str, Any], origin: str) -> tuple[Run, Degrees, l
             f"before the first step the reference model reads every {read[run.model.stage]} of the "
             "run once, a forward pass in no more memory than a step; that time is not counted"
         )
+    if run.model.stage == "UPO":
+        policy = run.policy
+        held = "the adapters are switched off for it"
+        if not run.is_lora or run.model.lora_path:
+            held = "a second model is held for it"
+        answers = f"{policy.prompts_per_round} x {policy.num_generations} answers"
+        notes.append(
+            f"a round draws {answers} of at most {policy.max_completion_length} tokens, at most "
+            f"{max(policy.rollout_max_seqs, policy.num_generations)} at once; their time and "
+            f"cache, and the reference ({held}), are not counted"
+        )
     return run, Degrees(**degrees), notes
 
 

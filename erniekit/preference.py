@@ -177,20 +177,35 @@ def _log_probs(
 ) -> Tensor:
     """Sums over the labelled tokens before each of `ends`, from the end before it on."""
     hidden_TD = model.hidden(batch.token_ids_T, batch.positions_T, attend, routings=routings)
-    labelled_T = batch.labels_T != UNTRAINED
-    labelled_N = labelled_T.nonzero()[:, 0]
-    weight_VD = model.head_weight
-    is_summed = gradients is not None and torch.is_grad_enabled() and weight_VD.requires_grad
-    values_N = ChunkedLogProbs.apply(
-        model.model.norm(Selected.apply(hidden_TD, labelled_N, labelled_T)),
-        weight_VD,
-        batch.labels_T[labelled_N],
-        chunk_size,
-        gradients.sum_of(weight_VD) if gradients is not None and is_summed else None,
+    values_N = label_log_probs(
+        model, hidden_TD, batch.labels_T, chunk_size=chunk_size, gradients=gradients
     )
+    labelled_N = (batch.labels_T != UNTRAINED).nonzero()[:, 0]
     place_N = torch.searchsorted(ends, labelled_N, right=True)
     zeros = values_N.new_zeros(len(ends), dtype=torch.float64)
     return zeros.index_add(0, place_N, values_N.double())
+
+
+def label_log_probs(
+    model: ErnieModel,
+    hidden_TD: Tensor,
+    labels_T: Tensor,
+    *,
+    chunk_size: int = 128,
+    gradients: Gradients | None = None,
+) -> Tensor:
+    """Log-probability of each label that is one, float32 `(N,)`; see `sequence_log_probs`."""
+    labelled_T = labels_T != UNTRAINED
+    labelled_N = labelled_T.nonzero()[:, 0]
+    weight_VD = model.head_weight
+    is_summed = gradients is not None and torch.is_grad_enabled() and weight_VD.requires_grad
+    return ChunkedLogProbs.apply(
+        model.model.norm(Selected.apply(hidden_TD, labelled_N, labelled_T)),
+        weight_VD,
+        labels_T[labelled_N],
+        chunk_size,
+        gradients.sum_of(weight_VD) if gradients is not None and is_summed else None,
+    )
 
 
 def answer_lengths(batch: Pairs) -> Tensor:

@@ -10,12 +10,12 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -48,6 +48,21 @@ log = logging.getLogger("erniekit")
 REQUEST_FILE = "SAVE"
 
 
+class BatchSource(Protocol):
+    """Where batches come from that are made by the model as it is, instead of read from files.
+
+    `tensors` are the batches that are left at this moment, for a checkpoint.
+    """
+
+    def batches(
+        self, model: ernie.ErnieModel, progress: Progress, num_steps: int
+    ) -> Generator[Batch, None, None]: ...
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None: ...
+
+
 @dataclass(frozen=True)
 class Method:
     """What one kind of training has of its own; `prepare` gets every batch that will be used, to be
@@ -64,6 +79,8 @@ class Method:
     prepare: Callable[[Iterable[Batch]], None] = lambda batches: None
     measure: Callable[..., dict[str, Any]] = lambda model, window, ranks: {}
     reference: References | None = None
+    source: BatchSource | None = None  # in the place of the training stream's own batches
+    metric: str = "eval_loss"  # by which the best checkpoint is best
 
 
 @dataclass
@@ -151,6 +168,9 @@ class Session:
         torch.set_rng_state(torch.tensor(self.state["rng"], dtype=torch.uint8))
         if self.method.reference is not None:
             self.method.reference.load_state(self.state.get("reference", {}))
+        path = folder / checkpoint.BATCHES_FILE
+        if self.method.source is not None and path.is_file():
+            self.method.source.load(load_file(path))
 
     def _take_average(self, folder: Path) -> None:
         assert self.average is not None
@@ -207,12 +227,15 @@ class Session:
                 self.reporter.write({"step": 0, **self._evaluated(0)})
             self.reporter.answer(0)
         run, data, training = self.run, self.run.data, self.run.training
-        batches = prefetched(
-            self.train_stream.batches(training.batch_size, self.progress.cursor),
-            data.prefetch_factor * training.gradient_accumulation_steps * self.ranks.size
-            if data.dataloader_num_workers
-            else 0,
-        )
+        if self.method.source is not None:
+            batches = self.method.source.batches(self.model, self.progress, self.num_steps)
+        else:
+            batches = prefetched(
+                self.train_stream.batches(training.batch_size, self.progress.cursor),
+                data.prefetch_factor * training.gradient_accumulation_steps * self.ranks.size
+                if data.dataloader_num_workers
+                else 0,
+            )
         with CaughtSignals() as self.signals, contextlib.closing(self.reporter), self.saver:
             try:
                 with contextlib.closing(batches):
@@ -348,6 +371,7 @@ class Session:
             (snapshot.WEIGHTS, self.form.whole(kept)),
             (snapshot.OPTIMIZER, self.form.whole_state(self.optimizer)),
             (snapshot.AVERAGE, averages),
+            (snapshot.BATCHES, self.method.source.tensors() if self.method.source else {}),
         )
         return {prefix + name: t.detach() for prefix, part in parts for name, t in part.items()}
 
@@ -365,7 +389,7 @@ class Session:
     @property
     def metric(self) -> str:
         """The number that says which checkpoint is best."""
-        name = self.run.training.metric_for_best_model or "eval_loss"
+        name = self.run.training.metric_for_best_model or self.method.metric
         return name if name.startswith("eval_") else f"eval_{name}"
 
     def _best(self) -> tuple[float, Path] | None:

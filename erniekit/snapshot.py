@@ -3,6 +3,7 @@
     weights/<parameter>              all of them (Full), or the pairs of an adapter (LoRA)
     optimizer/<parameter>.<part>     moments, and float32 originals
     ema/<parameter>                  averages of the trained weights, where the run keeps them
+    batches/<number>.<array>         what is left of a round of rollouts (stage: UPO)
 
 The weights are a folder that loads by itself, and so is `ema/` in it: averages, with all that is
 not trained beside them. The head of a reward model lies in a file of its own.
@@ -26,7 +27,7 @@ from erniekit.build import lora_of
 from erniekit.config import Run
 from erniekit.data.dialogue import Encoder
 
-WEIGHTS, OPTIMIZER, AVERAGE = "weights/", "optimizer/", "ema/"
+WEIGHTS, OPTIMIZER, AVERAGE, BATCHES = "weights/", "optimizer/", "ema/", "batches/"
 
 
 def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -46,6 +47,8 @@ def write(
     write_model(run, model, encoder, weights, folder)
     (folder / checkpoint.OPTIMIZER_FILE).parent.mkdir()
     write_file(folder / checkpoint.OPTIMIZER_FILE, part(tensors, OPTIMIZER))
+    if batches := part(tensors, BATCHES):
+        write_file(folder / checkpoint.BATCHES_FILE, batches)
     if averages:
         write_model(run, model, encoder, weights | averages, folder / checkpoint.AVERAGE_FOLDER)
 

@@ -163,6 +163,7 @@ _READERS = {
     "alpaca": _from_alpaca,
     "messages": _from_messages,
     "chatml": _from_messages,
+    "reasoning_gym": _from_messages,
 }
 
 

@@ -30,6 +30,7 @@ from ernie.checkpoint.hub import resolve
 from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer
 from erniekit.config import Data, Run
+from erniekit.data import tasks
 from erniekit.data.dialogue import Encoder, Sample
 from erniekit.data.indexed import Indexed, share
 from erniekit.data.judged import NEIGHBOURS, JudgedEncoder, JudgedSample
@@ -60,6 +61,7 @@ class Batch:
     keys: tuple[bytes, ...] = ()  # of the pairs, or of the judged answers
     is_desirable_S: np.ndarray | None = None  # bool, of judged answers
     others: Batch | None = None  # the same prompts with answers to other ones
+    numbers: dict[str, np.ndarray] = field(default_factory=dict)  # what a method has of its own
 
     @property
     def weight(self) -> int:
@@ -249,7 +251,9 @@ class Stream:
 
 
 def _opened(data: Data, split: str, kind: str, path: str) -> Source:
-    """A file of records, or a split's share of the documents of a prefix."""
+    """A file of records, tasks that are made, or a split's share of the documents of a prefix."""
+    if kind == tasks.KIND:
+        return tasks.Tasks(path)
     if kind != "indexed":
         return open_source(path)
     source = Indexed(path)

@@ -22,6 +22,19 @@ if TYPE_CHECKING:
 # (title, [(key, name, look), ...]); keys without numbers are left out.
 PLOTS = (
     ("Loss", [("loss", "training", "c0"), ("eval_loss", "evaluation", "c1 dots")]),
+    ("Reward", [("reward", "training", "c0"), ("eval_reward", "evaluation", "c1 dots")]),
+    ("Right answers", [("right", "training", "c0"), ("eval_right", "evaluation", "c1 dots")]),
+    ("Tokens of an answer", [
+        ("length", "training", "c0"), ("eval_length", "evaluation", "c1 dots"),
+    ]),
+    ("Entropy, nats a token", [("entropy", "", "c0")]),
+    ("Divergence from the reference, nats a token", [("kl", "", "c0")]),
+    ("Shares: clipped, prompts left out, answers cut", [
+        ("clip_share", "clipped", "c0"), ("dropped_share", "left out", "c1"),
+        ("cut_share", "cut", "c2"),
+    ]),
+    ("Parts of the loss", [("policy_loss", "policy", "c0"), ("pair_loss", "pairs", "c1")]),
+    ("Pairs", [("pair_accuracy", "accuracy", "c0"), ("pair_margin", "margin", "c1")]),
     ("Preference accuracy", [
         ("rewards_accuracy", "training", "c0"), ("eval_rewards_accuracy", "evaluation", "c1 dots"),
     ]),
@@ -55,7 +68,7 @@ PLOTS = (
 _UNDRAWN = {
     "step", "seconds", "num_tokens", "num_trained_tokens", "total_tokens", "epoch",
     "eval_ppl", "eval_tokens", "eval_seconds", "num_pairs", "eval_pairs",
-    "num_answers", "eval_answers",
+    "num_answers", "eval_answers", "eval_prompts",
 }  # fmt: skip
 _SMOOTH_FROM = 40  # points
 _MOST_MAPS = 6  # of the experts of a layer
@@ -122,6 +135,8 @@ def _numbers(story: Story) -> str:
         ("eval_ppl", "perplexity", "{:.2f}"),
         ("eval_bits_per_byte", "bits per byte", "{:.4f}"),
         ("eval_accuracy", "token accuracy", "{:.1%}"),
+        ("eval_right", "right answers", "{:.1%}"),
+        ("eval_reward", "reward", "{:.3f}"),
         ("eval_rewards_accuracy", "preference accuracy", "{:.1%}"),
         ("eval_rewards_margin", "reward margin", "{:.3f}"),
     ):

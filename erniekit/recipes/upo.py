@@ -1,0 +1,167 @@
+"""UPO: reinforcement learning with verifiable rewards, and a loss of pairs on the same policy.
+
+    prompts -> rounds (answers, rewards, advantages, pairs) -> (as in supervised fine-tuning)
+
+L = L_PPO + mu L_DPO; with mu 0 it is PPO with the advantages of groups (GRPO, GSPO), with
+`policy_loss: none` online DPO. A round is made by the policy as it is and gives the batches of
+`num_iterations` x `num_mini_batches` steps (`erniekit.rounds`); the loop, checkpoints and resuming
+are those of `erniekit.recipes.sft`. Evaluation draws nothing: it scores the likeliest answers.
+
+Source: ERNIE 4.5 report (unified preference optimisation; its coefficients are not public).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Callable, Iterable
+from functools import cache, partial
+from itertools import islice
+
+import numpy as np
+import torch
+
+from ernie.model import ErnieModel
+from ernie.rollout import Sampling
+from ernie.settings import ConfigError
+from erniekit import reward_model
+from erniekit.build import config_of
+from erniekit.config import Run, resolved
+from erniekit.data.loader import Batch, Stream, stream
+from erniekit.data.sources import DataError
+from erniekit.parallel.ranks import ALONE, Ranks
+from erniekit.policy import Objective, policy
+from erniekit.recipes import sft
+from erniekit.rewards import Rewards, Scorer
+from erniekit.rounds import Rounds, Task, task_of
+from erniekit.samplers import Own, Served
+from erniekit.session import Method
+
+log = logging.getLogger("erniekit")
+
+
+def run(run: Run, device: str, ranks: Ranks = ALONE) -> int:
+    """Train as `run` says; returns the exit code of the process."""
+    if ranks.size > 1:
+        raise ConfigError(
+            f"stage=UPO runs in one process yet, not in {ranks.size}; leave nproc_per_node out, "
+            "and give rollout_server for answers made elsewhere"
+        )
+    run = _with_steps(resolved(run, device))
+    return sft.train(run, device, method(run, device), ranks)
+
+
+def method(run: Run, device: str, *, is_kept: bool = True) -> Method:
+    """The policy loss on rounds, and the reward of the likeliest answers to held-out prompts."""
+    del is_kept  # nothing is computed before training
+    p = run.policy
+    objective = Objective(
+        p.policy_loss, p.clip_low, p.clip_high, p.kl_coef, p.upo_mu, run.preferences.beta
+    )
+    rewards = Rewards(p, _scorer(run, device))
+    loss = partial(
+        policy,
+        objective=objective,
+        terms=sft.terms(run),
+        chunk_size=run.model.loss_subbatch_seqlen,
+    )
+    own, source = Own(run, device), None
+    evaluate = partial(
+        evaluate_rewards, run=run, held_out=cache(lambda: _held_out(run, own, rewards))
+    )
+    if run.data.train_dataset_path:
+        sampler = Served(run, device) if p.rollout_server else own
+        source = Rounds(run, device, sampler, rewards, stream(run, "train"), _pairs(run))
+    return Method(loss, evaluate, source=source, metric="eval_reward")
+
+
+def _scorer(run: Run, device: str) -> Scorer | None:
+    """The reward model of a run, as a function of token ids; None where there is none."""
+    folder = run.policy.reward_model
+    if folder is None or "model" not in run.policy.reward:
+        return None
+    score = reward_model.load(folder, device=device)
+    wanted = config_of(run.model.model_name_or_path).vocab_size
+    if score.model.config.vocab_size != wanted:
+        raise ConfigError(
+            f"reward_model={folder} has a vocabulary of {score.model.config.vocab_size} and the "
+            f"policy one of {wanted}; give one that was trained from the same kind of model"
+        )
+    return score
+
+
+def _pairs(run: Run) -> Stream | None:
+    """The pairs of a file, for offline UPO, read as `stage: DPO` reads them."""
+    p = run.policy
+    if not p.pair_dataset_path:
+        return None
+    data = dataclasses.replace(
+        run.data,
+        train_dataset_type=p.pair_dataset_type,
+        train_dataset_path=p.pair_dataset_path,
+        train_dataset_prob=(1.0,) * len(p.pair_dataset_path),
+    )
+    model = dataclasses.replace(run.model, stage="DPO")
+    return stream(dataclasses.replace(run, data=data, model=model), "train")
+
+
+def _with_steps(run: Run) -> Run:
+    """The run with its number of steps: that of the rounds in which every prompt is asked once."""
+    if run.training.max_steps > 0 or not run.data.train_dataset_path:
+        return run
+    p = run.policy
+    prompts = stream(run, "train").epoch_size * run.training.num_train_epochs
+    num_rounds = max(math.ceil(prompts / p.prompts_per_round), 1)
+    num_steps = num_rounds * p.num_iterations * p.num_mini_batches
+    log.info("%d rounds of %d prompts: %d steps", num_rounds, p.prompts_per_round, num_steps)
+    return dataclasses.replace(run, training=dataclasses.replace(run.training, max_steps=num_steps))
+
+
+@torch.no_grad()
+def evaluate_rewards(
+    model: ErnieModel,
+    batches: Iterable[Batch],
+    ranks: Ranks = ALONE,
+    *,
+    run: Run,
+    held_out: Callable[[], tuple[Rounds, list[Task]]],
+) -> dict[str, float]:
+    """eval_reward, eval_right, eval_length (tokens), eval_prompts and eval_seconds.
+
+    `batches` are not read: they have no records. `max_evaluate_steps` counts so many times
+    `prompts_per_round` prompts.
+    """
+    del batches, ranks
+    start, p = time.monotonic(), run.policy
+    rounds, tasks = held_out()
+    limit = run.training.max_evaluate_steps * p.prompts_per_round
+    tasks = tasks[: limit if limit > 0 else None]
+    sampling = Sampling(p.max_completion_length, temperature=0.0)
+    answered = rounds.answer(model, tasks, [[0]] * len(tasks), sampling)
+    scored = [a.scored[0] for a in answered]
+    lengths = [len(a.answers[0].token_ids) for a in answered]
+    return {
+        "eval_reward": float(np.mean([s.reward for s in scored])),
+        "eval_right": float(np.mean([s.is_right for s in scored])),
+        "eval_length": float(np.mean(lengths)),
+        "eval_prompts": len(tasks),
+        "eval_seconds": time.monotonic() - start,
+    }
+
+
+def _held_out(run: Run, own: Own, rewards: Rewards) -> tuple[Rounds, list[Task]]:
+    """The tasks of the evaluation data, and what answers them: always our own generator."""
+    asked, found = stream(run, "eval"), []
+    room = run.data.max_seq_len - run.policy.max_completion_length
+    for source, index in islice(asked.mix.draws(), asked.epoch_size):
+        asked.faults.read += 1
+        try:
+            found.append(task_of(asked, source, index, room))
+        except DataError as error:
+            asked.faults.add(asked.sources[source].where(index), error)
+    asked.faults.judge(at_end=True)
+    if not found:
+        raise DataError("no record of the evaluation data can be asked; see the warnings above")
+    return Rounds(run, own.device, own, rewards, asked, None), found

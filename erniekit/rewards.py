@@ -1,0 +1,182 @@
+"""What an answer is worth: rules that can be checked, tasks that score themselves, a model, or a
+function of the user's.
+
+A reward is a function of a record and the text of an answer. The record is that of the data file,
+with `messages` (the prompt's), `answer` (what is right: that key of the file's record, else the
+last answer of its dialogue) and whatever else stands in the file. `REWARDS` is the table of rules;
+the names model and path/to/file.py:function stand for what is outside it. Code is loaded from the
+file that the settings name, and from nowhere else.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Any
+
+from ernie.settings import ConfigError, did_you_mean
+from erniekit.config import Policy
+from erniekit.data import tasks
+
+Record = Mapping[str, Any]
+Reward = Callable[[Record, str], float]
+# Token ids of dialogues up to the end of an answer, to one number each: what a reward model gives.
+Scorer = Callable[[Sequence[Sequence[int]]], list[float]]
+
+_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
+
+
+def exact(record: Record, answer: str) -> float:
+    """1 if the answer is the record's, but for case and spaces."""
+    return float(answer.casefold().split() == str(record["answer"]).casefold().split())
+
+
+def number(record: Record, answer: str) -> float:
+    """1 if the last number of the answer is that of the record's."""
+    found, wanted = _last_number(answer), _last_number(str(record["answer"]))
+    if wanted is None:
+        raise ConfigError(f"reward=number, but {record['answer']!r} has no number; use exact")
+    return float(found == wanted)
+
+
+def regex(record: Record, answer: str) -> float:
+    """1 if the record's `pattern` describes the whole answer."""
+    pattern = record.get("pattern")
+    if not isinstance(pattern, str):
+        raise ConfigError("reward=regex, but a record has no pattern; give each one a pattern")
+    return float(re.fullmatch(pattern, answer, re.DOTALL) is not None)
+
+
+def reasoning_gym(record: Record, answer: str) -> float:
+    """What the package gives, 0 to 1; some tasks give a little for an answer that is near."""
+    if "entry" not in record:
+        raise ConfigError(
+            "reward=reasoning_gym is for tasks of that package; use train_dataset_type: "
+            "reasoning_gym, or another reward"
+        )
+    return tasks.score(record["task"], answer, record["entry"])
+
+
+REWARDS: dict[str, Reward] = {
+    "exact": exact,
+    "number": number,
+    "regex": regex,
+    "reasoning_gym": reasoning_gym,
+}
+
+
+@dataclass(frozen=True)
+class Scored:
+    """The weighted sum of all rewards, and whether the first of them is 1: the answer is right."""
+
+    reward: float
+    is_right: bool
+
+
+class Rewards:
+    """The rewards of a run. `score` is the reward model, where there is one.
+
+    Raises ConfigError for a name that is not known, and for a function that gives no number.
+    """
+
+    def __init__(self, policy: Policy, score: Scorer | None = None) -> None:
+        self.weights = policy.reward_weights
+        self.score = score
+        try:
+            self.pattern = re.compile(policy.answer_pattern or "", re.DOTALL)
+        except re.error as error:
+            raise ConfigError(f"answer_pattern is no regular expression: {error}") from None
+        self.extracts = policy.answer_pattern is not None
+        self.names = policy.reward
+        self.functions = {name: self._function(name) for name in policy.reward if name != "model"}
+        if "model" in policy.reward and score is None:
+            raise ConfigError("reward=model needs reward_model: the folder of a reward model")
+
+    def __call__(
+        self,
+        records: Sequence[Record],
+        answers: Sequence[str],
+        dialogues: Sequence[Sequence[int]],
+    ) -> list[Scored]:
+        """Of each answer; `dialogues` are the token ids that a reward model reads."""
+        columns = []
+        for name in self.names:
+            if name == "model":
+                assert self.score is not None
+                columns.append([float(value) for value in self.score(dialogues)])
+            else:
+                pairs = zip(records, answers, strict=True)
+                columns.append([self._value(name, record, text) for record, text in pairs])
+        return [
+            Scored(sum(w * v for w, v in zip(self.weights, row)), row[0] >= 1)
+            for row in zip(*columns, strict=True)
+        ]
+
+    def _value(self, name: str, record: Record, answer: str) -> float:
+        value = self.functions[name](record, answer)
+        if not isinstance(value, (int, float)) or not math.isfinite(value):
+            raise ConfigError(f"reward {name} gave {value!r} for an answer; it must give a number")
+        return float(value)
+
+    def _function(self, name: str) -> Reward:
+        if name == "format":
+            if not self.extracts:
+                raise ConfigError("reward=format needs answer_pattern: what answers look like")
+            return lambda record, answer: float(self.pattern.search(answer) is not None)
+        if name == "record":
+            return lambda record, answer: self._by_record(record, answer)
+        if name in REWARDS:
+            return lambda record, answer: self._ruled(REWARDS[name], record, answer)
+        if ".py:" in name:
+            return function_of(name)
+        known = [*REWARDS, "format", "record", "model"]
+        raise ConfigError(
+            f"reward={name!r} is not known{did_you_mean(name, known)}; use one of "
+            f"{', '.join(known)}, or path/to/file.py:function"
+        )
+
+    def _by_record(self, record: Record, answer: str) -> float:
+        name = record.get("reward")
+        if name not in REWARDS:
+            raise ConfigError(
+                f"a record has reward={name!r}; with reward=record each must name one of "
+                f"{', '.join(REWARDS)}; or give reward: exact, for all"
+            )
+        return self._ruled(REWARDS[name], record, answer)
+
+    def _ruled(self, rule: Reward, record: Record, answer: str) -> float:
+        """A rule looks at what `answer_pattern` finds, where it is found last."""
+        if self.extracts:
+            found = list(self.pattern.finditer(answer))
+            if not found:
+                return 0.0
+            answer = found[-1][1] if self.pattern.groups else found[-1][0]
+        return rule(record, answer.strip())
+
+
+def function_of(name: str) -> Reward:
+    """The function `path/to/file.py:function`; runs that file."""
+    path, _, function = name.rpartition(":")
+    if not Path(path).is_file():
+        raise ConfigError(f"reward={name}: there is no file {path}")
+    spec = importlib.util.spec_from_file_location("erniekit_reward", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = getattr(module, function, None)
+    if not callable(found):
+        raise ConfigError(f"reward={name}: {path} has no function {function!r}")
+    return found
+
+
+def _last_number(text: str) -> Decimal | None:
+    found = _NUMBER.findall(text)
+    try:
+        return Decimal(found[-1].replace(",", "")) if found else None
+    except InvalidOperation:
+        return None

@@ -1,0 +1,397 @@
+"""Rounds of reinforcement learning: prompts, answers, rewards, and the batches they become.
+
+    prompts of the stream -> answers of the policy as it stands -> rewards -> advantages, pairs
+    -> (old and reference log-probabilities) -> batches of the round's steps
+
+A round is made when the loop asks for its first batch, so by the newest weights. Nothing random is
+kept: prompts follow from the place in the stream, seeds of answers from the run's seed, the round
+and the prompt. A checkpoint within a round holds the batches that are left of it; one between
+rounds needs nothing.
+
+    output_dir/rollouts.jsonl      {"step", "where", "question", "reference", "answers", "rewards",
+                                    "is_kept"}, one line a prompt
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import time
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ernie.chat import ChatError, stop_ids
+from ernie.model import ErnieModel
+from ernie.rollout import Answer, Sampling
+from erniekit import groups, policy
+from erniekit.build import build_model, read_model
+from erniekit.config import Run
+from erniekit.data.loader import Batch, Stream
+from erniekit.data.mix import Mix
+from erniekit.data.preference import PairSample
+from erniekit.data.sources import DataError
+from erniekit.groups import Cut, Group
+from erniekit.loop import Progress, to_device
+from erniekit.lora import pairs as lora_pairs
+from erniekit.losses import Flat
+from erniekit.metrics import Metrics
+from erniekit.rewards import Rewards, Scored
+from erniekit.samplers import Sampler, has_adapters, is_plain_lora
+from erniekit.session import load_adapter
+
+log = logging.getLogger("erniekit")
+
+ROLLOUTS_FILE = "rollouts.jsonl"
+
+
+@dataclass(frozen=True)
+class Task:
+    """A prompt, and the record that its answers are held against."""
+
+    where: str
+    source: int  # number of the training file, which is its domain
+    record: dict[str, Any]
+    prompt_ids: list[int]
+
+
+@dataclass
+class Answered:
+    """A task with its answers; `scored` in their order."""
+
+    task: Task
+    answers: list[Answer]
+    texts: list[str]
+    scored: list[Scored]
+
+    @property
+    def rewards(self) -> list[float]:
+        return [s.reward for s in self.scored]
+
+
+def task_of(stream: Stream, source: int, index: int, max_prompt_tokens: int) -> Task:
+    """The task in a record of a split; raises DataError for one that cannot be used."""
+    encoder, records = stream.encoder, stream.sources[source]
+    record = records[index]
+    dialogue = encoder.dialogue(record, stream.kinds[source])
+    *messages, last = dialogue.messages
+    extra = {"tools": dialogue.tools} if dialogue.tools else {}
+    try:
+        ids = encoder.template.encode(encoder.tokenizer, messages, **extra).token_ids
+    except ChatError as error:
+        raise DataError(str(error)) from None
+    if len(ids) > max_prompt_tokens:
+        raise DataError(
+            f"its prompt has {len(ids)} tokens; max_seq_len less max_completion_length allows "
+            f"{max_prompt_tokens}"
+        )
+    whole = {"answer": str(last.get("content") or ""), **record, "messages": messages}
+    return Task(records.where(index), source, whole, list(ids))
+
+
+class Rounds:
+    """The batches of a run, round by round; what a `Session` asks for as its `source`."""
+
+    def __init__(
+        self, run: Run, device: str, sampler: Sampler, rewards: Rewards, stream: Stream,
+        pair_stream: Stream | None,
+    ) -> None:  # fmt: skip
+        p = run.policy
+        self.run, self.device, self.stream, self.pair_stream = run, device, stream, pair_stream
+        self.sampler, self.rewards = sampler, rewards
+        accumulated = run.training.gradient_accumulation_steps
+        by_answer = p.loss_aggregation == "sequence"
+        self.cut = Cut(p.num_iterations, p.num_mini_batches, accumulated, by_answer)
+        self.left: list[Batch] = []  # of the round under way
+        self.needs_reference = p.kl_coef > 0 or p.upo_mu > 0
+        self._reference: ErnieModel | None = None
+
+    # --- what a checkpoint holds ---
+
+    def tensors(self) -> dict[str, Tensor]:
+        return groups.to_tensors(self.left)
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        self.left = groups.from_tensors(tensors)
+
+    # --- batches ---
+
+    def batches(
+        self, model: ErnieModel, progress: Progress, num_steps: int
+    ) -> Generator[Batch, None, None]:
+        """All batches from `progress` on, without end; each round by `model` as it is then."""
+        records = Metrics(self.run.output, ROLLOUTS_FILE)
+        records.rewind(progress.step)
+        while True:
+            if not self.left:
+                self.left = self._round(model, progress, num_steps, records)
+            while self.left:
+                yield self.left.pop(0)
+
+    def _round(
+        self, model: ErnieModel, progress: Progress, num_steps: int, records: Metrics
+    ) -> list[Batch]:
+        start, step = time.monotonic(), progress.step
+        number = step // self.cut.num_steps
+        place = _Place(self, progress, num_steps)
+        kept, dropped = self._answered(model, place, number)
+        for answered, is_kept in [*((a, True) for a in kept), *((a, False) for a in dropped)]:
+            records.write(_told(answered, step + 1, is_kept))
+        told = self._numbers(kept, dropped)
+        # Every batch needs a group: one without a difference has advantages of 0.
+        missing = max(self.cut.steps_per_pass * self.cut.batches_per_step - len(kept), 0)
+        used = kept + dropped[:missing]
+        found = self._groups(used)
+        pairs = [groups.given_group(pair) for pair in self._given(number)]
+        if self.pair_stream is None and self.run.policy.upo_mu:
+            for group, answered in zip(found, used):
+                gap = self.run.policy.pair_min_gap
+                group.pair = groups.best_and_worst(answered.rewards, gap)
+        self._ask(model, found, pairs)
+        log.info(
+            "round %d: %d prompts, %d left out | reward %.4f | right %.1f %% | %.1f s",
+            number + 1, len(kept) + len(dropped), len(dropped), told[0], 100 * told[1],
+            time.monotonic() - start,
+        )  # fmt: skip
+        return list(
+            groups.round_batches(
+                found, pairs, told, self.cut,
+                start=progress.cursor.position, end=place.position,
+                seed=seed_of(self.run.training.seed, number),
+            )
+        )  # fmt: skip
+
+    def _answered(
+        self, model: ErnieModel, place: _Place, number: int
+    ) -> tuple[list[Answered], list[Answered]]:
+        """Answered prompts of a round: those that are learnt from, and those left out."""
+        p = self.run.policy
+        kept: list[Answered] = []
+        dropped: list[Answered] = []
+        for _ in range(p.max_refills + 1):
+            wanted = p.prompts_per_round - len(kept)
+            if not wanted:
+                break
+            places, tasks = zip(*islice(place.tasks(), wanted), strict=True)
+            seeds = [
+                [seed_of(self.run.training.seed, number, at, i) for i in range(p.num_generations)]
+                for at in places
+            ]
+            for answered in self.answer(model, tasks, seeds, sampling_of(self.run)):
+                is_flat = float(np.std(answered.rewards)) <= p.min_reward_std
+                (dropped if is_flat and p.dynamic_sampling else kept).append(answered)
+        return kept, dropped
+
+    def answer(
+        self,
+        model: ErnieModel,
+        tasks: Sequence[Task],
+        seeds: Sequence[Sequence[int]],
+        sampling: Sampling,
+    ) -> list[Answered]:
+        """Tasks with answers of the policy, scored."""
+        prompts = [task.prompt_ids for task in tasks]
+        given = self.sampler(model, prompts, seeds, sampling)
+        tokenizer = self.stream.encoder.tokenizer
+        stops = stop_ids(tokenizer)
+        found, records, texts, dialogues = [], [], [], []
+        for task, answers in zip(tasks, given, strict=True):
+            own = [tokenizer.decode([i for i in a.token_ids if i not in stops]) for a in answers]
+            found.append(Answered(task, answers, own, []))
+            texts += own
+            records += [task.record] * len(own)
+            dialogues += [[*task.prompt_ids, *answer.token_ids] for answer in answers]
+        scored = iter(self.rewards(records, texts, dialogues))
+        for answered in found:
+            answered.scored = [next(scored) for _ in answered.answers]
+        return found
+
+    def _numbers(self, kept: Sequence[Answered], dropped: Sequence[Answered]) -> list[float]:
+        """What is told of a round, in the order of `policy.TOLD`."""
+        scored = [s for a in [*kept, *dropped] for s in a.scored]
+        answers = [answer for a in [*kept, *dropped] for answer in a.answers]
+        log_probs = [value for answer in answers for value in answer.log_probs]
+        return [
+            float(np.mean([s.reward for s in scored])),
+            float(np.mean([s.is_right for s in scored])),
+            float(np.mean([len(answer.token_ids) for answer in answers])),
+            float(np.mean([answer.is_cut for answer in answers])),
+            -float(np.mean(log_probs)),  # of drawn tokens: an estimate without bias
+            len(dropped) / (len(kept) + len(dropped)),
+        ]
+
+    def _groups(self, used: Sequence[Answered]) -> list[Group]:
+        """Rows of groups, with advantages and the rollout's log-probabilities of their tokens."""
+        p = self.run.policy
+        rewards_PG = torch.tensor([a.rewards for a in used], dtype=torch.float64)
+        if p.normalize_rewards:
+            domain_P = torch.tensor([a.task.source for a in used])
+            rewards_PG = policy.normalised_by_domain(rewards_PG, domain_P)
+        advantages = policy.group_advantages(rewards_PG, divides_by_std=p.advantage_std).tolist()
+        found = []
+        for answered, own in zip(used, advantages):
+            answers = [answer.token_ids for answer in answered.answers]
+            group = groups.sampled_group(answered.task.prompt_ids, answers)
+            lengths = [len(answer) for answer in answers]
+            rollout = [value for answer in answered.answers for value in answer.log_probs]
+            group.numbers |= {
+                "old_N": np.array(rollout, np.float32),
+                "trust_N": np.ones(sum(lengths), np.float32),
+                "advantage_N": np.repeat(np.array(own, np.float32), lengths),
+            }
+            found.append(group)
+        return found
+
+    def _given(self, number: int) -> list[PairSample]:
+        """Pairs of the file for a round, as many as it has prompts; unusable ones are left out."""
+        if self.pair_stream is None:
+            return []
+        size = self.run.policy.prompts_per_round
+        found = self.pair_stream.samples(groups.Cursor(number * size), (number + 1) * size)
+        return [drawn.sample for drawn in found if isinstance(drawn.sample, PairSample)]
+
+    # --- log-probabilities by the arithmetic of training ---
+
+    def _ask(self, model: ErnieModel, found: list[Group], pairs: list[Group]) -> None:
+        """Fill in old log-probabilities, where they are not the rollout's, and the reference's."""
+        p = self.run.policy
+        if p.rollout_correction != "none":
+            for group, values_N in zip(found, self._values(model, found)):
+                rollout_N = torch.from_numpy(group.numbers["old_N"])
+                trust_N = policy.trust(
+                    torch.from_numpy(values_N),
+                    rollout_N,
+                    correction=p.rollout_correction,
+                    low=p.correction_low,
+                    high=p.correction_high,
+                )
+                group.numbers |= {"old_N": values_N, "trust_N": trust_N.numpy()}
+        if self.needs_reference:
+            everything = found + pairs
+            with self._as_reference(model) as reference:
+                for group, values_N in zip(everything, self._values(reference, everything)):
+                    group.numbers["reference_N"] = values_N
+
+    @contextlib.contextmanager
+    def _as_reference(self, model: ErnieModel) -> Iterator[ErnieModel]:
+        """The model as training found it: with adapters off, or a frozen one of its own."""
+        run = self.run
+        if has_adapters(model) and is_plain_lora(run) and not run.model.lora_path:
+            with _without_adapters(model):
+                yield model
+            return
+        if self._reference is None:
+            if run.model.lora_path:
+                self._reference = build_model(run, self.device)
+                load_adapter(self._reference, run, Path(run.model.lora_path))
+            else:
+                self._reference = read_model(run, self.device)
+            self._reference.requires_grad_(False)
+        yield self._reference
+
+    @torch.no_grad()
+    def _values(self, model: ErnieModel, wanted: Sequence[Group]) -> list[np.ndarray]:
+        """Log-probabilities of the labelled tokens of each group, float32."""
+        found: list[np.ndarray] = []
+        limit = self.run.data.max_seq_len * self.run.training.batch_size
+        rest = list(wanted)
+        while rest:
+            size, part = 0, list[Group]()
+            while rest and (not part or size + len(rest[0].token_ids) <= limit):
+                part.append(rest.pop(0))
+                size += len(part[-1].token_ids)
+            batch = to_device(groups.plain_batch(part), model.device)
+            assert isinstance(batch, Flat)
+            chunk = self.run.model.loss_subbatch_seqlen
+            values_N = policy.log_probs(model, batch, chunk_size=chunk).cpu().numpy()
+            ends = np.cumsum([group.num_labels for group in part])
+            found += np.split(values_N, ends[:-1])
+        return found
+
+
+@contextlib.contextmanager
+def _without_adapters(model: ErnieModel) -> Iterator[None]:
+    """Inside, the model computes what it computed before it had adapters (of plain LoRA)."""
+    adapters = [pair for _, pair, _ in lora_pairs(model)]
+    scales = [pair.scale for pair in adapters]
+    for pair in adapters:
+        pair.scale = 0.0
+    try:
+        yield
+    finally:
+        for pair, scale in zip(adapters, scales, strict=True):
+            pair.scale = scale
+
+
+class _Place:
+    """Where in the stream of prompts a round goes on; in a curriculum, in the file of its phase."""
+
+    def __init__(self, rounds: Rounds, progress: Progress, num_steps: int) -> None:
+        run = rounds.run
+        self.stream, self.position = rounds.stream, progress.cursor.position
+        self.mix, self.source = rounds.stream.mix, None
+        self.room = run.data.max_seq_len - run.policy.max_completion_length
+        if shares := run.policy.curriculum_shares:
+            step, before = progress.step, progress.step - rounds.cut.num_steps
+            self.source = phase_of(step, num_steps, shares)
+            if step and phase_of(before, num_steps, shares) != self.source:
+                self.position = 0
+            size, seed = len(rounds.stream.sources[self.source]), run.training.seed
+            shuffle = run.data.random_shuffle
+            self.mix = Mix([size], [1.0], strategy="concat", shuffle=shuffle, seed=seed)
+
+    def tasks(self) -> Iterator[tuple[int, Task]]:
+        """Usable tasks from here on, each with its place."""
+        stream, faults, num_bad = self.stream, self.stream.faults, 0
+        for source, index in self.mix.draws(self.position):
+            self.position += 1
+            source = source if self.source is None else self.source
+            faults.read += 1
+            try:
+                task = task_of(stream, source, index, self.room)
+            except DataError as error:
+                faults.add(stream.sources[source].where(index), error)
+                num_bad += 1
+                faults.judge(at_end=num_bad >= self.mix.epoch_size)
+                continue
+            yield self.position - 1, task
+
+
+def phase_of(step: int, num_steps: int, shares: Sequence[float]) -> int:
+    """Number of the training file of a step, counted from 0, by the shares of the steps."""
+    ends = np.cumsum(shares) / np.sum(shares) * num_steps
+    return min(int(np.searchsorted(ends, step, side="right")), len(shares) - 1)
+
+
+def sampling_of(run: Run) -> Sampling:
+    p = run.policy
+    return Sampling(
+        p.max_completion_length, p.rollout_temperature, p.rollout_top_p, p.rollout_top_k
+    )
+
+
+def seed_of(*numbers: int) -> int:
+    """63 bits that depend on all the numbers."""
+    digest = hashlib.blake2b(np.array(numbers, np.int64).tobytes(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def _told(answered: Answered, step: int, is_kept: bool) -> dict[str, Any]:
+    """A line of rollouts.jsonl."""
+    record = answered.task.record
+    return {
+        "step": step,
+        "where": answered.task.where,
+        "question": str(record["messages"][-1].get("content") or ""),
+        "reference": record["answer"],
+        "answers": answered.texts,
+        "rewards": answered.rewards,
+        "is_kept": is_kept,
+    }

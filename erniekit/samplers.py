@@ -1,0 +1,212 @@
+"""Where the answers of a round come from: our own batched generator, or a running server.
+
+A sampler is called with the policy as it stands and gives token ids with log-probabilities; an
+answer depends on its prompt, its seed and the weights, not on its neighbours.
+
+    Own       `ernie.rollout`. Of LoRA the base is brought into the inference form once and the
+              adapters are laid beside it in every round; a Full model, and adapters of other
+              forms or beside a base in few bits, generate as they are.
+    Served    a fastdeploy server with --enable-control-api: pause, new weights from a folder that
+              it must be able to read, resume; then one request an answer. Its arithmetic is not
+              that of training: see `rollout_correction`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+import ernie
+from ernie.adapter_files import read_adapter
+from ernie.adapters import Adapter
+from ernie.chat import stop_ids
+from ernie.checkpoint.writer import write_file
+from ernie.fused import fuse
+from ernie.model import ErnieModel
+from ernie.rollout import Answer, Sampling, rollout
+from ernie.settings import ConfigError
+from erniekit import lora, lora_files
+from erniekit.build import lora_of, read_model
+from erniekit.config import Run
+
+WEIGHTS_FOLDER = "rollout_weights"
+TIMEOUT_S = 600.0
+
+
+class Sampler(Protocol):
+    """Answers to each prompt, one for each of its seeds."""
+
+    def __call__(
+        self,
+        model: ErnieModel,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        sampling: Sampling,
+    ) -> list[list[Answer]]: ...
+
+
+class Own:
+    """Our own generator."""
+
+    def __init__(self, run: Run, device: str) -> None:
+        self.run, self.device = run, device
+        self.base: ErnieModel | None = None
+
+    def __call__(
+        self,
+        model: ErnieModel,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        sampling: Sampling,
+    ) -> list[list[Answer]]:
+        assert model.tokenizer is not None
+        adapter = None
+        stops = sorted(stop_ids(model.tokenizer))
+        if has_adapters(model) and is_plain_lora(self.run):
+            if self.base is None:
+                self.base = fuse(read_model(self.run, self.device))
+            adapter, model = self._adapter(model), self.base
+        most = self.run.policy.rollout_max_seqs
+        return rollout(
+            model, prompts, seeds, sampling, stop_ids=stops, max_seqs=most, adapter=adapter
+        )
+
+    def _adapter(self, model: ErnieModel) -> Adapter | None:
+        """The pairs as they are, as the base takes them; None while they change nothing."""
+        if not any(bool(pair.lora_B.any()) for _, pair, _ in lora.pairs(model)):
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            _write_adapter(self.run, model, Path(folder))
+            rank = lora_of(self.run).rank
+            return read_adapter(folder, model.config, max_rank=rank, device=model.device)
+
+
+def _write_adapter(run: Run, model: ErnieModel, folder: Path) -> None:
+    write_file(folder / lora_files.ADAPTER_FILE, lora_files.adapter_tensors(model))
+    text = lora_files.adapter_config(model, lora_of(run), run.model.model_name_or_path)
+    (folder / lora_files.ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+
+
+def has_adapters(model: ErnieModel) -> bool:
+    return any(True for _ in lora.pairs(model))
+
+
+def is_plain_lora(run: Run) -> bool:
+    """Whether adapters stand beside the whole base as it is on disk, and add to it."""
+    m = run.model
+    return run.is_lora and m.compute_type == "bf16" and not (m.use_dora or m.pissa)
+
+
+class Served:
+    """A server that answers with the weights it was given last."""
+
+    def __init__(self, run: Run, device: str) -> None:
+        assert run.policy.rollout_server is not None
+        self.run, self.device = run, device
+        self.address = run.policy.rollout_server.rstrip("/").removesuffix("/v1")
+        self.folder = (run.output / WEIGHTS_FOLDER).resolve()
+
+    def __call__(
+        self,
+        model: ErnieModel,
+        prompts: Sequence[Sequence[int]],
+        seeds: Sequence[Sequence[int]],
+        sampling: Sampling,
+    ) -> list[list[Answer]]:
+        assert model.tokenizer is not None
+        self.update(model)
+        stops = sorted(stop_ids(model.tokenizer))
+        jobs = [
+            {
+                "model": "default",
+                "prompt": list(prompt),
+                "seed": seed % 2**31,
+                "max_tokens": sampling.max_tokens,
+                "temperature": sampling.temperature,
+                "top_p": sampling.top_p,
+                **({"top_k": sampling.top_k} if sampling.top_k else {}),
+                "stop_token_ids": stops,
+                "logprobs": 0,
+                "return_token_ids": True,
+            }
+            for prompt, own in zip(prompts, seeds, strict=True)
+            for seed in own
+        ]
+        with ThreadPoolExecutor(self.run.policy.rollout_max_seqs) as pool:
+            found = iter(list(pool.map(self._answer, jobs)))
+        return [[next(found) for _ in own] for own in seeds]
+
+    def update(self, model: ErnieModel) -> None:
+        """Give the server the policy's weights, adapters merged."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        ernie.save(merged(self.run, model, self.device), self.folder)
+        self._post("/v1/pause")
+        self._post("/v1/update_weights", {"path": str(self.folder)})
+        self._post("/v1/resume")
+
+    def _answer(self, job: dict[str, Any]) -> Answer:
+        try:
+            [choice] = self._post("/v1/completions", job)["choices"]
+            ids = [int(i) for i in choice["completion_token_ids"]]
+            log_probs = [float(value) for value in choice["logprobs"]["token_logprobs"]]
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"rollout_server {self.address} answered without token ids and log-probabilities "
+                f"({error!r}); it must be a fastdeploy server of this version"
+            ) from None
+        if len(ids) != len(log_probs) or not ids:
+            raise ConfigError(
+                f"rollout_server {self.address} gave {len(ids)} tokens and {len(log_probs)} "
+                "log-probabilities; it must give one for each token"
+            )
+        return Answer(ids, log_probs, is_cut=choice["finish_reason"] == "length")
+
+    def _post(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        data = json.dumps(body).encode() if body is not None else b""
+        request = urllib.request.Request(
+            self.address + path, data, {"Content-Type": "application/json"}, method="POST"
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+                return json.loads(answer.read())
+        except urllib.error.HTTPError as error:
+            told = error.read().decode("utf-8", "replace")[:300]
+            hint = ""
+            if error.code == 404 and "/v1/" in path and "completions" not in path:
+                hint = "; start it with --enable-control-api"
+            raise ConfigError(
+                f"rollout_server {self.address}{path} refused ({error.code}): {told}{hint}"
+            ) from None
+        except (urllib.error.URLError, OSError) as error:
+            raise ConfigError(
+                f"no server answers at rollout_server={self.address} ({error}); start one: "
+                "python -m fastdeploy.entrypoints.openai.api_server --enable-control-api"
+            ) from None
+
+
+@torch.no_grad()
+def merged(run: Run, model: ErnieModel, device: str) -> ErnieModel:
+    """The policy as a plain model in bfloat16 (routers float32), of memory of its own."""
+    if has_adapters(model):
+        plain = read_model(run, device)
+        with tempfile.TemporaryDirectory() as folder:
+            _write_adapter(run, model, Path(folder))
+            lora_files.put_in(plain, Path(folder))
+        lora.merge_lora(plain)
+        return plain
+    plain = ErnieModel(model.config, device=device)
+    own = dict(model.named_parameters())
+    for name, parameter in plain.named_parameters():
+        parameter.copy_(own[name])
+    plain.tokenizer, plain.layout = model.tokenizer, model.layout
+    plain.generation_config = model.generation_config
+    return plain

@@ -1,0 +1,97 @@
+"""Rewards: each rule, tasks of reasoning-gym, functions of the user, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ernie.settings import ConfigError
+from erniekit.config import Policy
+from erniekit.data.sources import DataError
+from erniekit.data.tasks import Tasks
+from erniekit.rewards import Rewards
+
+
+def score(text: str, record: dict, **settings) -> float:
+    [found] = Rewards(Policy(**settings))([record], [text], [[1, 2, 3]])
+    return found.reward
+
+
+@pytest.mark.parametrize(
+    ("rule", "record", "right", "wrong"),
+    [
+        ("exact", {"answer": "New  York"}, " new york\n", "New York City"),
+        ("number", {"answer": "it is 1,200"}, "so 3 x 400 is 1200.0", "1200 or 1201"),
+        ("number", {"answer": "-7"}, "x = -7", "x = 7"),
+        ("regex", {"answer": "", "pattern": r"[ab]+"}, "abba", "abbac"),
+    ],
+)
+def test_rules_tell_right_from_wrong(rule, record, right, wrong) -> None:
+    assert score(right, record, reward=(rule,)) == 1
+    assert score(wrong, record, reward=(rule,)) == 0
+    assert score(right, record | {"reward": rule}) == 1  # the record names its rule
+
+
+def test_a_pattern_says_where_the_answer_stands() -> None:
+    settings = {"reward": ("exact", "format"), "reward_weights": (1.0, 0.25)}
+    record, pattern = {"answer": "4"}, r"<answer>(.*?)</answer>"
+    scores = {
+        text: score(text, record, answer_pattern=pattern, **settings)
+        for text in ("4", "<answer>5</answer>", "no: <answer>5</answer> <answer> 4 </answer>")
+    }
+    assert list(scores.values()) == [0, 0.25, 1.25]
+
+
+def test_tasks_score_their_own_answers_and_are_the_same_again() -> None:
+    spec = "chain_sum?size=5&seed=3&max_terms=2&max_digits=1"
+    tasks = Tasks(spec)
+    records = [tasks[i] for i in range(len(tasks))]
+    assert len(records) == 5 and records == [Tasks(spec)[i] for i in range(5)]
+    assert records != [Tasks(spec.replace("seed=3", "seed=4"))[i] for i in range(5)]
+    for record in records:
+        assert score(record["answer"], record) == 1
+        assert score(str(int(record["answer"]) + 1), record) < 1
+
+
+def test_a_function_of_the_user_is_called_with_record_and_answer(tmp_path: Path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text("def half(record, answer):\n    return len(answer) / record['size']\n")
+    assert score("ab", {"answer": "", "size": 4}, reward=(f"{path}:half",)) == 0.5
+
+
+def test_a_model_scores_dialogues_and_the_first_reward_says_what_is_right() -> None:
+    policy = Policy(reward=("exact", "model"), reward_weights=(1.0, 0.5))
+    rewards = Rewards(policy, lambda rows: [float(len(row)) for row in rows])
+    found = rewards([{"answer": "a"}] * 2, ["a", "b"], [[5, 6, 7], [5, 6, 7, 8]])
+    assert [(s.reward, s.is_right) for s in found] == [(2.5, True), (2.0, False)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "record", "told"),
+    [
+        ({"reward": ("exakt",)}, {}, "reward='exakt' is not known; did you mean"),
+        ({"reward": ("nowhere.py:f",)}, {}, "there is no file nowhere.py"),
+        ({"reward": ("model",)}, {}, "needs reward_model"),
+        ({"reward": ("format",)}, {}, "needs answer_pattern"),
+        ({"answer_pattern": "("}, {}, "is no regular expression"),
+        ({}, {"answer": "1"}, "a record has reward=None"),
+        ({"reward": ("regex",)}, {"answer": "1"}, "has no pattern"),
+        ({"reward": ("number",)}, {"answer": "one"}, "'one' has no number"),
+        ({"reward": ("reasoning_gym",)}, {"answer": "1"}, "train_dataset_type: reasoning_gym"),
+    ],
+)
+def test_what_cannot_score_is_refused_in_a_sentence(settings, record, told) -> None:
+    with pytest.raises((ConfigError, DataError)) as caught:
+        score("1", record, **settings)
+    assert told in str(caught.value)
+
+
+def test_tasks_that_are_not_there_are_refused() -> None:
+    for spec, told in (
+        ("chain_sun", "did you mean 'chain_sum'"),
+        ("chain_sum?colour=1", "refuses these settings"),
+        ("chain_sum?min_terms=5&max_terms=2", "refuses these settings"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            Tasks(spec)

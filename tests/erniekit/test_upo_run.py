@@ -1,0 +1,199 @@
+"""`stage: UPO` through the commands: learning, files of pairs, curriculum, resuming, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from erniekit import checkpoint
+from erniekit.cli import main
+from erniekit.rounds import phase_of
+from tests.erniekit.conftest import dialogues, preferences, write_lines
+from tests.erniekit.test_run import records
+from tests.helpers_faults import killed
+
+FUNCTION = """
+def vowels(record, answer):
+    return sum(c in "aeiou" for c in answer) / max(len(answer), 1)
+"""
+
+
+@pytest.fixture
+def words(tiny, tmp_path: Path):
+    """A function from settings to the words of a short run, rewarded for vowels."""
+    write_lines(tmp_path / "train.jsonl", dialogues(30))
+    write_lines(tmp_path / "eval.jsonl", dialogues(6, salt="about "))
+    write_lines(tmp_path / "pairs.jsonl", preferences(20))
+    (tmp_path / "mine.py").write_text(FUNCTION)
+
+    def make(**more: object) -> list[str]:
+        values = {
+            "stage": "UPO",
+            "model_name_or_path": tiny("tiny-dense"),
+            "train_dataset_path": tmp_path / "train.jsonl",
+            "eval_dataset_path": tmp_path / "eval.jsonl",
+            "output_dir": tmp_path / "out",
+            "reward": f"{tmp_path}/mine.py:vowels",
+            "max_seq_len": 128,
+            "max_completion_length": 8,
+            "prompts_per_round": 4,
+            "num_generations": 6,
+            "max_steps": 6,
+            "learning_rate": 5e-3,
+            "fine_tuning": "Full",
+            "save_strategy": "no",
+        } | more
+        return [f"{key}={value}" for key, value in values.items()]
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("tiny-dense", {}),
+        ("tiny-moe", {"policy_loss": "gspo"}),
+        ("tiny-dense", {"policy_loss": "none", "upo_mu": 1.0}),
+    ],
+)
+def test_training_raises_the_reward(name, more, words, tiny, tmp_path: Path, capsys) -> None:
+    more = {"model_name_or_path": tiny(name), "max_steps": 24, "learning_rate": 1e-2} | more
+    assert main(["train", *words(evaluation_strategy="steps", eval_steps=12, **more)]) == 0
+    found = records(tmp_path / "out")
+    rewards = [r["reward"] for r in found if "reward" in r]
+    before, after = sum(rewards[:4]) / 4, sum(rewards[-4:]) / 4
+    assert after > before + 0.1, f"{before} -> {after}: {rewards}"
+    first, *rest = (r for r in found if "eval_reward" in r)
+    assert [r["step"] for r in (first, *rest)] == [0, 12, 24] and first["eval_prompts"] == 6
+    # The first step is by the model before training: nothing has diverged.
+    assert abs(found[1]["kl"]) < 1e-6
+    assert found[-1]["kl"] > 0.001
+    told = capsys.readouterr().out
+    assert "| reward " in told and "eval at step 24 | reward" in told
+    page = (tmp_path / "out/report.html").read_text()
+    for shown in ("UPO", "Reward", "Entropy", "What is about"):
+        assert shown in page
+    rollouts = [json.loads(line) for line in (tmp_path / "out/rollouts.jsonl").open()]
+    assert len(rollouts) == 24 * 4 and all(len(r["answers"]) == 6 for r in rollouts)
+    assert main(["eval", *words(**more)]) == 0
+    results = json.loads((tmp_path / "out/eval_results.json").read_text())
+    assert abs(results["eval_reward"] - rest[-1]["eval_reward"]) < 0.2  # rounded to bfloat16
+
+
+@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
+def test_adapters_answer_as_they_stand(name, words, tiny, tmp_path: Path) -> None:
+    """With one step a round answers are of the policy itself: no ratio leaves a narrow clip."""
+    more = {
+        "fine_tuning": "LoRA", "model_name_or_path": tiny(name), "clip_low": 1e-3,
+        "clip_high": 1e-3, "learning_rate": 2e-2,
+    }  # fmt: skip
+    assert main(["train", *words(**more)]) == 0
+    found = records(tmp_path / "out")
+    assert [r["clip_share"] for r in found] == [0] * 6
+    assert found[0]["kl"] < 1e-6 and found[-1]["kl"] > 0.01
+
+
+@pytest.mark.parametrize("fine_tuning", ["Full", "LoRA"])
+def test_killed_within_a_round_equals_unbroken(fine_tuning: str, words, tmp_path: Path) -> None:
+    more = {
+        "fine_tuning": fine_tuning, "save_strategy": "steps", "save_steps": 3, "max_steps": 9,
+        "num_iterations": 2, "num_mini_batches": 2, "gradient_accumulation_steps": 2,
+        "pair_dataset_path": tmp_path / "pairs.jsonl",
+    }  # fmt: skip
+    unbroken, broken = tmp_path / "unbroken", tmp_path / "broken"
+    assert main(["train", *words(output_dir=unbroken, **more)]) == 0
+    again = ["train", *words(output_dir=broken, **more)]
+    killed("erniekit.optim", "AdamW.step", 5, again)
+    assert [step for step, _ in checkpoint.checkpoints(broken)] == [3]
+    killed("erniekit.optim", "AdamW.step", 5, again)  # steps 4 to 7, after a checkpoint of 6
+    assert [step for step, _ in checkpoint.checkpoints(broken)] == [3, 6]
+    assert main(again) == 0
+    timed = {"seconds", "tokens_per_second", "peak_memory_gib"}
+    curves = [
+        [{k: v for k, v in r.items() if k not in timed} for r in records(output)]
+        for output in (broken, unbroken)
+    ]
+    assert curves[0] == curves[1]
+    texts = [(output / "rollouts.jsonl").read_text() for output in (broken, unbroken)]
+    assert texts[0] == texts[1] and len(texts[0].splitlines()) == 3 * 4
+    file = "adapter_model.safetensors" if fine_tuning == "LoRA" else "model.safetensors"
+    ours, theirs = load_file(broken / file), load_file(unbroken / file)
+    assert all((ours[key] == tensor).all() for key, tensor in theirs.items())
+    assert (unbroken / "checkpoint-9" / checkpoint.BATCHES_FILE).is_file()
+
+
+def test_prompts_without_a_difference_are_left_out_and_counted(words, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def vowels(record, answer):\n    return 1.0\n")
+    assert main(["train", *words(max_steps=2, max_refills=1, kl_coef=0, upo_mu=0)]) == 0
+    for record in records(tmp_path / "out"):
+        assert record["dropped_share"] == 1 and record["right"] == 1
+        assert record["loss"] == 0 and record["grad_norm"] == 0 and "kl" not in record
+    rollouts = [json.loads(line) for line in (tmp_path / "out/rollouts.jsonl").open()]
+    assert len(rollouts) == 2 * 2 * 4 and not any(r["is_kept"] for r in rollouts)
+
+
+def test_a_correction_of_our_own_generator_changes_next_to_nothing(words, tmp_path: Path) -> None:
+    curves = []
+    for correction in ("none", "icepop"):
+        more = {"rollout_correction": correction, "output_dir": tmp_path / correction}
+        assert main(["train", *words(max_steps=3, **more)]) == 0
+        curves.append([r["grad_norm"] for r in records(tmp_path / correction)])
+    assert curves[0] == pytest.approx(curves[1], rel=1e-2)
+
+
+def test_a_curriculum_takes_one_file_after_another(words, tmp_path: Path) -> None:
+    assert [phase_of(step, 10, (0.2, 0.5, 0.3)) for step in range(10)] == [0] * 2 + [1] * 5 + [
+        2
+    ] * 3
+    write_lines(tmp_path / "hard.jsonl", dialogues(30, salt="hard "))
+    files = f"{tmp_path}/train.jsonl,{tmp_path}/hard.jsonl"
+    more = {
+        "train_dataset_path": files, "train_dataset_type": "erniekit,erniekit",
+        "train_dataset_prob": "1,1", "curriculum_shares": "1,2",
+    }  # fmt: skip
+    assert main(["train", *words(max_steps=3, **more)]) == 0
+    rollouts = [json.loads(line) for line in (tmp_path / "out/rollouts.jsonl").open()]
+    assert ["hard" in r["question"] for r in rollouts] == [False] * 4 + [True] * 8
+
+
+def test_without_max_steps_every_prompt_is_asked_once(words, tmp_path: Path) -> None:
+    assert main(["train", *words(max_steps=-1, num_mini_batches=2, prompts_per_round=10)]) == 0
+    assert [r["step"] for r in records(tmp_path / "out")] == list(range(1, 7))
+    rollouts = [json.loads(line) for line in (tmp_path / "out/rollouts.jsonl").open()]
+    assert len({r["where"] for r in rollouts}) == len(rollouts) == 30
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"num_generations": 1}, "num_generations=1 is too small"),
+        ({"policy_loss": "none", "upo_mu": 0}, "leave nothing to train"),
+        ({"prompts_per_round": 2, "num_mini_batches": 3}, "cannot be cut into 3 batches"),
+        ({"max_completion_length": 128}, "leaves no room for a prompt"),
+        ({"reward": "exact,format"}, "one weight for each reward"),
+        ({"curriculum_shares": "1,1"}, "for each of the 1 training files"),
+        ({"rollout_server": "http://127.0.0.1:9"}, "no server answers at rollout_server"),
+        ({"reward": "model", "reward_model": "somewhere"}, "somewhere"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(more, told, words, capsys) -> None:
+    assert main(["train", *words(**more)]) == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_plan_says_what_a_round_takes(words, capsys) -> None:
+    assert main(["plan", *words()]) == 0
+    told = capsys.readouterr().out
+    assert "a round draws 4 x 6 answers of at most 8 tokens" in told
+    assert "a second model is held" in told
+
+
+def test_the_data_of_tasks_is_gone_through_like_a_file(words, capsys) -> None:
+    spec = "chain_sum?size=4&seed=3&max_terms=2&max_digits=1"
+    more = {"train_dataset_type": "reasoning_gym", "train_dataset_path": spec}
+    assert main(["data", *words(**more)]) == 0
+    assert "chain_sum?size=4" in capsys.readouterr().out
+    assert main(["train", *words(stage="SFT", max_steps=1, max_seq_len=256, **more)]) == 0
