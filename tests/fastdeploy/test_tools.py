@@ -67,6 +67,11 @@ SCRIPT = [
         "Two.\n</think>\n\nLet me look.\n" + written("Paris") + written("Rome"),
         [tool()],
     ),
+    Line(
+        [user("Both?")],
+        "Two.\n</think>\n\nI look.\n" + written("Paris") + written("Rome"),
+        [tool(strict=True)],
+    ),
     Line([user("Broken?")], f"Hm.\n</think>\n\n{BROKEN}\n", [tool()]),
     Line(HISTORY, "So.\n</think>\n\n<response>\nIt is sunny.\n</response>\n", [tool()]),
 ]
@@ -200,6 +205,22 @@ def test_a_required_call_is_made_where_the_model_would_only_talk(
         most.append(arguments)
     assert most[0] == call.function.arguments
     assert not most[-1].endswith("}") and most[0].startswith(most[-1])
+
+
+def test_a_strict_tool_streams_its_arguments_where_the_model_decides(client: OpenAI) -> None:
+    options: dict[str, Any] = {"tools": [tool(strict=True)], "messages": [user("Both?")]}
+    whole = ask(client, **options).choices[0]
+    calls = [(c.function.name, c.function.arguments) for c in whole.message.tool_calls]
+    assert calls == [("weather", json.dumps({"city": city})) for city in ("Paris", "Rome")]
+    chunks = list(ask(client, **options, stream=True))
+    parts = [p for c in chunks for p in c.choices[0].delta.tool_calls or ()]
+    assert [p.function.name for p in parts if p.id] == ["weather"] * 2
+    assert len(parts) > 6, "in fragments, as they are written"
+    for i, (_, arguments) in enumerate(calls):
+        assert "".join(p.function.arguments for p in parts if p.index == i) == arguments
+    content = "".join(c.choices[0].delta.content or "" for c in chunks)
+    assert content == whole.message.content == "I look."
+    assert chunks[-1].choices[0].finish_reason == whole.finish_reason == "tool_calls"
 
 
 def test_the_clients_stream_helper_understands_the_calls(client: OpenAI) -> None:
