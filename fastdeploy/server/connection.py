@@ -60,13 +60,15 @@ class Connection(H11Protocol):
         self._stop_watching()
 
     def send_more(self, data: bytes) -> bool:
-        """Send more of a body that was begun through ASGI, whose layers only pass it on: a third of
-        what the token of a stream costs here. False where it cannot leave at once; ASGI's `send`
-        knows what to do then.
+        """Send more of a body that was begun through ASGI and whose length is not known. The layers
+        of ASGI would only pass it on, which is a third of what the token of a stream costs here;
+        h11 would frame it like this. False where it cannot leave at once, or goes without a frame:
+        that is for ASGI's `send`.
         """
-        if self.flow.write_paused or self.transport.is_closing():
+        is_framed = self.conn.their_http_version == b"1.1"
+        if not is_framed or self.flow.write_paused or self.transport.is_closing():
             return False
-        self.transport.write(self.conn.send(h11.Data(data=data)) or b"")
+        self.transport.write(b"%x\r\n%b\r\n" % (len(data), data))
         return True
 
     def cut(self) -> None:
