@@ -1,6 +1,6 @@
 """Make a model folder with random weights and a tokenizer, small enough to try every command on.
 
-    python examples/tiny_model.py FOLDER [tiny-dense|tiny-moe]
+    python examples/tiny_model.py FOLDER [tiny-dense|tiny-moe|tiny-vl]
 
 The network is a small one of the family; the tokenizer is trained on the questions and answers of
 examples/data. It writes nonsense until it is trained, which takes seconds.
