@@ -363,7 +363,7 @@ def test_the_server_stops_in_the_middle_of_a_stream(folder: Path) -> None:
 def test_a_stop_waits_for_what_is_in_work_unless_it_is_said_twice(folder: Path) -> None:
     running = start_server(folder, "--timeout-graceful-shutdown", "60")
     body = {"prompt": "Hello", "max_tokens": 200, "ignore_eos": True, "stream": True}
-    with httpx.stream("POST", running.url + "/completions", json=body) as answer:
+    with httpx.stream("POST", running.url + "/completions", json=body, timeout=60) as answer:
         lines = answer.iter_lines()
         next(lines)
         running.process.send_signal(signal.SIGTERM)
@@ -371,7 +371,8 @@ def test_a_stop_waits_for_what_is_in_work_unless_it_is_said_twice(folder: Path) 
     assert running.process.wait(20) == 0
     running.process.communicate()
     running = start_server(folder, "--timeout-graceful-shutdown", "60")
-    with httpx.stream("POST", running.url + "/completions", json=body | {"n": 128}) as answer:
+    body["n"] = 128
+    with httpx.stream("POST", running.url + "/completions", json=body, timeout=60) as answer:
         lines = answer.iter_lines()
         next(lines)
         running.process.send_signal(signal.SIGTERM)

@@ -233,7 +233,8 @@ def test_anthropics_form_has_thoughts_calls_and_results_as_blocks(thinker: Serve
 
     def create(messages: Any, **fields: Any) -> dict[str, Any]:
         body = {"model": "m", "max_tokens": 200, "temperature": 0, "tools": [weather], **fields}
-        return httpx.post(f"{thinker.url}/messages", json=body | {"messages": messages}).json()
+        body["messages"] = messages
+        return httpx.post(f"{thinker.url}/messages", json=body, timeout=60).json()
 
     asked = [user("Paris?")]
     answer = create(asked)
