@@ -135,7 +135,7 @@ class Tokenizer:
         """The bytes `ids` stand for, which need not be whole characters."""
         skipped = self.special_ids if skip_special else frozenset()
         size = self.vocab_size
-        return b"".join(self._bytes[i] for i in ids if 0 <= i < size and i not in skipped)
+        return b"".join([self._bytes[i] for i in ids if 0 <= i < size and i not in skipped])
 
     def id_of(self, token: str) -> int | None:
         """Id of a token as the vocabulary spells it (`<|im_end|>`, `▁Hello`), or None."""
@@ -208,7 +208,7 @@ class Detokenizer:
 
     def push(self, ids: Iterable[int]) -> str:
         """Text completed by `ids`; the bytes of an unfinished character are kept for later."""
-        visible = (i for i in ids if i not in self._skipped)
+        visible = [i for i in ids if i not in self._skipped]
         return self._decoder.decode(self._tokenizer.join_bytes(visible))
 
     def flush(self) -> str:

@@ -131,7 +131,8 @@ def run_schemathesis(url: str, report: Path, key: str, *options: str) -> dict[st
     command = [str(Path(sys.executable).with_name("schemathesis")), "run", url]
     command += ["--header", f"Authorization: Bearer {key}", "--continue-on-failure", "--no-color"]
     command += ["--checks", "all", "--exclude-checks", "positive_data_acceptance,ignored_auth"]
-    command += ["--generation-database", "none", "--report-json-path", str(report), *options]
+    command += ["--generation-allow-x00", "true", "--generation-database", "none"]
+    command += ["--report-json-path", str(report), *options]
     done = subprocess.run(
         command, cwd=report.parent, capture_output=True, text=True, env=os.environ, timeout=1800
     )

@@ -27,7 +27,13 @@ from ernie.settings import ConfigError, option, required
 from fastdeploy.client.command import read
 from fastdeploy.client.http import Client, ServerError
 
-URLS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
+URLS = (
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/embeddings",
+    "/v1/responses",
+    "/v1/messages",
+)
 SHORT = {"-i": "--input-file", "-o": "--output-file"}
 MOST_WAIT_S = 30.0
 

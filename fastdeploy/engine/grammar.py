@@ -300,11 +300,11 @@ def _rules_of_tag(
     i: int, trigger: str, begin: str, body: list[str], tokenizer: Tokenizer
 ) -> Iterator[str]:
     first, *more = _symbols(begin, tokenizer)
-    if first.startswith("<"):  # a control token, which cannot be part of the text before it
-        yield f"tag_{i}: TEXT {' '.join([first, *more, *body])}"
-        return
     rest = " ".join([*_symbols(begin[len(trigger) :], tokenizer), *body])
-    yield f"tag_{i}: trigger_{i} {rest}"
+    forms = f"trigger_{i} {rest}"
+    if first.startswith("<"):  # a control token, which cannot be part of the text before it
+        forms += f" | TEXT {' '.join([first, *more, *body])}"
+    yield f"tag_{i}: {forms}"
     yield f"trigger_{i}[lazy]: TEXT {_quoted(trigger)}"
 
 

@@ -31,6 +31,8 @@ class StopStrings:
     def push(self, text: str) -> str:
         """The text that is safe to show now that `text` has arrived; sets `matched` on a stop."""
         assert self.matched is None, "text after a stop string"
+        if not self.strings:
+            return text
         text = self.held + text
         ends = [(at + len(s), at, s) for s in self.strings if (at := text.find(s)) >= 0]
         if ends:

@@ -59,7 +59,7 @@ def chat_order(
         in_thought=wanted.begins_in_thought(language.tokenizer.decode(prompt[-_TAIL:])),
         parallel=use.parallel,
         shown=language.tokenizer.special_ids & ids,
-        is_held=use.mode == "required",
+        is_held=use.is_held,
     )
     return ChatOrder(prompt, params, reading)
 

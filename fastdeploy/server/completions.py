@@ -62,7 +62,7 @@ class CompletionReply(Reply):
             self.offsets[index] = logprobs.offset
         return {
             "index": index,
-            "text": self.context.tokenizer.decode(prompt) + completion.text,
+            "text": (self.context.tokenizer.decode(prompt) if echo else "") + completion.text,
             "logprobs": logprobs and logprobs.columns,
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import random
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,7 +76,8 @@ class Piece:
     @property
     def num_bytes(self) -> int:
         """About what an event of it takes; the scores of the prompt are never streamed."""
-        num_scores = sum(map(len, self.completion.logprobs or ()))
+        logprobs = self.completion.logprobs
+        num_scores = sum(map(len, logprobs)) if logprobs else 0
         return 256 + len(self.completion.text) + 128 * num_scores
 
 
@@ -106,7 +108,8 @@ class Answer:
         self.num_samples = num_samples  # of each prompt
         self.num_choices = len(prompts) * num_samples
         self.samples: dict[str, tuple[int, Sample]] = {}  # open ones, by the engine's request id
-        self.queue: asyncio.Queue[Piece | RequestError] = asyncio.Queue()  # an error is the last
+        self.queue: deque[Piece | RequestError] = deque()  # not yet read; an error is the last
+        self.waiter: asyncio.Future[None] | None = None  # done when there is something to read
         self.arrival = time.monotonic()
         self.num_unread_bytes = 0  # of pieces in the queue, see MAX_UNREAD_BYTES
         self.given_up = asyncio.Event()  # its client does not read
@@ -120,7 +123,10 @@ class Answer:
         """
         num_open = self.num_choices  # not len(samples): some may have ended before we listen
         while num_open:
-            piece = await self.queue.get()
+            while not self.queue:
+                self.waiter = asyncio.get_running_loop().create_future()
+                await self.waiter
+            piece = self.queue.popleft()
             if isinstance(piece, RequestError):
                 raise piece
             if piece.error is not None:
@@ -132,10 +138,20 @@ class Answer:
     def put(self, piece: Piece) -> None:
         """Add news; an answer that nobody reads is given up, and whoever sends it is told."""
         self.num_unread_bytes += piece.num_bytes
-        self.queue.put_nowait(piece)
+        self._append(piece)
         if self.num_unread_bytes > MAX_UNREAD_BYTES:
             self.given_up.set()
             self.close()
+
+    def fail(self, error: RequestError) -> None:
+        """End it with an error."""
+        self._append(error)
+        self.close()
+
+    def _append(self, news: Piece | RequestError) -> None:
+        self.queue.append(news)
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
 
     def abort(self) -> None:
         """End every open sample here and now; whoever listens gets the reason "abort"."""
@@ -294,8 +310,7 @@ class ServerEngine:
     def end_answers(self, reason: str) -> None:
         """End every open answer with an error."""
         for answer in list(self.answers):
-            answer.queue.put_nowait(EngineStopped(reason))
-            self.forget(answer)
+            answer.fail(EngineStopped(reason))
 
     def abort(self, answer: Answer) -> None:
         """Report an abort of each open sample to its listener, and have the engine forget it."""
@@ -352,8 +367,7 @@ class ServerEngine:
     def _reject(self, rejected: Rejected) -> None:
         answer = self.answer_by_id.get(rejected.ids[0])
         if answer is not None:
-            answer.queue.put_nowait(rejected.problem.error())
-            self.forget(answer)
+            answer.fail(rejected.problem.error())
 
     def _lose(self) -> None:
         """The process is gone, with all that it was doing."""

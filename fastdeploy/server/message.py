@@ -23,7 +23,7 @@ class Reading:
     in_thought: bool = False  # the prompt ends in the middle of a thought
     parallel: bool = True  # False: the first call is made, later ones are left out
     shown: frozenset[int] = frozenset()  # special tokens that the parser has to see
-    is_held: bool = False  # by a grammar, to calls alone
+    is_held: bool = False  # a grammar holds each call to its form
 
     def parser(self) -> Parser:
         return Parser(self.syntax, in_thought=self.in_thought, is_held=self.is_held)

@@ -10,7 +10,7 @@ could still be a tag, the blanks beside one, and a call until its end.
 
 A call is made once its JSON is whole and valid, in one piece. One that is cut by `max_tokens`, or
 whose JSON is invalid, is content as the model wrote it: arguments that had begun to stream could
-not be taken back. Where a grammar holds the answer to calls (`is_held`) they cannot turn out to be
+not be taken back. Where a grammar holds calls to their form (`is_held`) they cannot turn out to be
 broken, and so a call begins with its name, and its arguments follow as they are written:
 
     <tool_call>\\n{"name": "f", "arguments":  {"x": 1  }  }\\n</tool_call>

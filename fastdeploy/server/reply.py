@@ -95,7 +95,9 @@ class Reply(ABC):
         try:
             for choice in self.first_choices():
                 yield {**self.head, "choices": [choice], **empty_usage}
-            async for piece in self._grouped():
+            size = self.body.max_streaming_response_tokens or 1
+            pieces = self.answer.pieces()
+            async for piece in pieces if size == 1 else _grouped(pieces, size):
                 self._take(piece)
                 delta = self.delta(piece)
                 if delta is not None:
@@ -107,17 +109,6 @@ class Reply(ABC):
             return
         if with_usage:
             yield {**self.head, "choices": [], "usage": self.usage()}
-
-    async def _grouped(self) -> AsyncIterator[Piece]:
-        """The pieces; several of a choice as one where `max_streaming_response_tokens` says so."""
-        size = self.body.max_streaming_response_tokens or 1
-        held: dict[int, list[CompletionOutput]] = {}
-        async for piece in self.answer.pieces():
-            group = held.setdefault(piece.choice, [])
-            group.append(piece.completion)
-            num_tokens = sum(len(completion.token_ids) for completion in group)
-            if num_tokens >= size or piece.completion.finish_reason is not None:
-                yield replace(piece, completion=CompletionOutput.joined(held.pop(piece.choice)))
 
     @abstractmethod
     def choice(self, index: int, completion: CompletionOutput) -> dict[str, Any]:
@@ -188,6 +179,17 @@ class Reply(ABC):
             self.num_cached[prompt] = piece.num_cached
         if piece.prompt_logprobs is not None:
             self.prompt_logprobs[prompt] = piece.prompt_logprobs
+
+
+async def _grouped(pieces: AsyncIterator[Piece], size: int) -> AsyncIterator[Piece]:
+    """The pieces, those of a choice joined until they have `size` tokens."""
+    held: dict[int, list[CompletionOutput]] = {}
+    async for piece in pieces:
+        group = held.setdefault(piece.choice, [])
+        group.append(piece.completion)
+        num_tokens = sum(len(completion.token_ids) for completion in group)
+        if num_tokens >= size or piece.completion.finish_reason is not None:
+            yield replace(piece, completion=CompletionOutput.joined(held.pop(piece.choice)))
 
 
 def given_id(prefix: str, request_id: str | None) -> str:

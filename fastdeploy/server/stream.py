@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
-import struct
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any, Protocol, TypeVar
 
@@ -18,6 +16,13 @@ _encode = msgspec.json.Encoder().encode
 
 class Disconnected(Exception):
     """The client has closed the connection; nobody is there to be answered."""
+
+
+class Connection(Protocol):
+    """What a stream needs of a client's connection beside ASGI; see `connection`."""
+
+    def send_more(self, data: bytes) -> bool: ...
+    def cut(self) -> None: ...
 
 
 class Source(Protocol):
@@ -76,30 +81,30 @@ class EventStream(Response):
         self.events, self.source, self.last = events, source, last
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        cutting = asyncio.create_task(self._cut(scope.get("state", {}).get("transport")))
+        connection: Connection | None = scope.get("state", {}).get("connection")
+        cutting = asyncio.create_task(self._cut(connection))
         try:
-            await while_connected(receive, self._send(send))
+            await while_connected(receive, self._send(send, connection))
         except Disconnected:
             pass  # the ordinary end of a stream that somebody has stopped reading
         finally:
             cutting.cancel()
             self.source.close()
 
-    async def _cut(self, transport: asyncio.WriteTransport | None) -> None:
+    async def _cut(self, connection: Connection | None) -> None:
         await self.source.given_up.wait()
-        if transport is not None:
-            # The kernel drops what it holds as well, where it would go on for as long as it takes.
-            linger = struct.pack("ii", 1, 0)
-            transport.get_extra_info("socket").setsockopt(
-                socket.SOL_SOCKET, socket.SO_LINGER, linger
-            )
-            transport.abort()  # which `while_connected` sees as a disconnection
+        if connection is not None:
+            connection.cut()  # which `while_connected` sees as a disconnection
 
-    async def _send(self, send: Send) -> None:
+    async def _send(self, send: Send, connection: Connection | None) -> None:
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        has_begun = False  # the layers around want to see the first event and the last
         async for event in self.events:
             name = b"event: %b\n" % event["type"].encode() if "type" in event else b""
-            await send(_body(b"%bdata: %b\n\n" % (name, _encode(event)), more=True))
+            data = b"%bdata: %b\n\n" % (name, _encode(event))
+            if not (has_begun and connection is not None and connection.send_more(data)):
+                await send(_body(data, more=True))
+                has_begun = True
         last = b"" if self.last is None else b"data: %b\n\n" % self.last
         await send(_body(last, more=False))
 

@@ -50,6 +50,12 @@ class ToolUse:
     def names(self) -> list[str]:
         return [tool["function"]["name"] for tool in self.tools]
 
+    @property
+    def is_held(self) -> bool:
+        """Whether a grammar holds each call to its form."""
+        is_strict = any(tool["function"].get("strict") for tool in self.tools)
+        return self.mode == "required" or is_strict
+
 
 def tool_use(tools: Any, choice: Any, parallel: bool | None) -> ToolUse:
     """`tools`, `tool_choice` and `parallel_tool_calls` of a request. Raises RequestError.
@@ -90,7 +96,7 @@ def constraint_for(choice: Any, use: ToolUse, tokenizer: Tokenizer) -> GuidedDec
             f"body: %json {json.dumps({'anyOf': bodies, 'x-guidance': _AS_TRAINED})}",
         )
         return GuidedDecodingParams(grammar="\n".join(lines))
-    if not any(tool["function"].get("strict") for tool in use.tools):
+    if not use.is_held:
         return None
     structures = [
         {

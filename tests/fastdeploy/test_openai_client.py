@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from helpers_server import Server
+from helpers_server import Server, start_server, stop_server
 from openai import AsyncOpenAI, OpenAI
 
 from fastdeploy import LLM
@@ -195,11 +195,19 @@ def node_modules(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_the_node_client(server: Server, node_modules: Path) -> None:
+def test_the_node_client(folder: Path, node_modules: Path) -> None:
+    pytest.importorskip("llguidance")
     script = node_modules / "flows.mjs"  # modules are looked for beside the script
     script.write_text(FLOWS.read_text(encoding="utf-8"), encoding="utf-8")
-    done = subprocess.run(
-        ["node", str(script), server.url], capture_output=True, text=True, timeout=60
+    template = node_modules / "template.jinja"  # the model's own has no place for tools
+    template.write_text(
+        "{{ tools | tojson }}\n{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     )
+    flags = ("--tool-call-parser", "hermes", "--chat-template", str(template))
+    server = start_server(folder, "--enable-logprob", *flags, max_len=512)
+    done = subprocess.run(
+        ["node", str(script), server.url], capture_output=True, text=True, timeout=120
+    )
+    assert stop_server(server) == 0
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == "9 flows", done.stdout
+    assert done.stdout.splitlines()[-1] == "11 flows", done.stdout

@@ -20,6 +20,7 @@ from fastdeploy.server.page import FILES, FOLDER, PATHS, POLICY
 pytest.importorskip("playwright", reason="drives the browser; in the extra `dev`")
 from playwright.sync_api import Browser, Page, Request, Route, expect, sync_playwright
 
+expect.set_options(timeout=30_000)  # ms: a failure waits for it, a success does not
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium is installed; apt-get install chromium"
 )

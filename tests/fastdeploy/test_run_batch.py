@@ -41,6 +41,8 @@ def answers(path: Path) -> dict[str, dict[str, Any]]:
 
 def test_every_line_is_answered_good_or_bad(server: Server, tmp_path: Path) -> None:
     good = [line(f"good-{i}", f"Hello {i}, 你好") for i in range(20)]
+    asked = {"role": "user", "content": "Hello!"}
+    anthropic = {"model": "m", "max_tokens": 4, "messages": [asked]}
     bad = [
         line("refused", body={"messages": []}),
         line("url", url="/v1/models"),
@@ -48,11 +50,20 @@ def test_every_line_is_answered_good_or_bad(server: Server, tmp_path: Path) -> N
         line("get", method="GET"),
         line("no body", body=None),
     ]
-    source, output = written(tmp_path / "in.jsonl", good + bad), tmp_path / "out.jsonl"
+    others = [
+        line("messages", url="/v1/messages", body=anthropic),
+        line("no message", url="/v1/messages", body=anthropic | {"messages": []}),
+    ]
+    lines = good + bad + others
+    source, output = written(tmp_path / "in.jsonl", lines), tmp_path / "out.jsonl"
     command = ["run-batch", "-i", str(source), "-o", str(output), "--base-url", server.url]
     assert cli.main(command) == 1  # some have failed
     found = answers(output)
-    assert found.keys() == {entry["custom_id"] for entry in good + bad}
+    assert found.keys() == {entry["custom_id"] for entry in lines}
+    assert found["messages"]["response"]["body"]["usage"]["output_tokens"] == 4
+    refusal = found["no message"]["response"]
+    assert refusal["status_code"] == 400
+    assert "messages" in refusal["body"]["error"]["message"]
     for entry in good:
         response = found[entry["custom_id"]]["response"]
         assert response["status_code"] == 200

@@ -173,6 +173,20 @@ def test_the_transcript_of_a_stream(http: httpx.Client, llm: LLM) -> None:
     assert text == (GOLDEN / "chat_stream.txt").read_text(encoding="utf-8")
 
 
+def test_a_stream_to_a_client_of_http_1_0_has_no_frames(server: Server) -> None:
+    """Most events go past ASGI, framed for HTTP/1.1; this client would take frames for text."""
+    content = b'{"prompt": [5, 6], "max_tokens": 9, "stream": true, "ignore_eos": true}'
+    head = b"POST /v1/completions HTTP/1.0\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+    address = httpx.URL(server.url)
+    with socket.create_connection((address.host, address.port), timeout=30) as connection:
+        connection.sendall(head % len(content) + content)
+        _, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+    *lines, done, rest = body.decode().split("\n\n")
+    events = [json.loads(line.removeprefix("data: ")) for line in lines]
+    assert len(events) >= 2 and events[-1]["choices"][0]["finish_reason"] == "length"
+    assert (done, rest) == ("data: [DONE]", "")
+
+
 BIG = "x" * 1000
 BAD: list[tuple[str, Any, str | None]] = [
     ("chat", b"{", None),
@@ -349,7 +363,7 @@ def test_the_server_stops_in_the_middle_of_a_stream(folder: Path) -> None:
 def test_a_stop_waits_for_what_is_in_work_unless_it_is_said_twice(folder: Path) -> None:
     running = start_server(folder, "--timeout-graceful-shutdown", "60")
     body = {"prompt": "Hello", "max_tokens": 200, "ignore_eos": True, "stream": True}
-    with httpx.stream("POST", running.url + "/completions", json=body) as answer:
+    with httpx.stream("POST", running.url + "/completions", json=body, timeout=60) as answer:
         lines = answer.iter_lines()
         next(lines)
         running.process.send_signal(signal.SIGTERM)
@@ -357,7 +371,8 @@ def test_a_stop_waits_for_what_is_in_work_unless_it_is_said_twice(folder: Path) 
     assert running.process.wait(20) == 0
     running.process.communicate()
     running = start_server(folder, "--timeout-graceful-shutdown", "60")
-    with httpx.stream("POST", running.url + "/completions", json=body | {"n": 128}) as answer:
+    body["n"] = 128
+    with httpx.stream("POST", running.url + "/completions", json=body, timeout=60) as answer:
         lines = answer.iter_lines()
         next(lines)
         running.process.send_signal(signal.SIGTERM)

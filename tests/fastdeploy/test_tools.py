@@ -67,6 +67,7 @@ SCRIPT = [
         "Two.\n</think>\n\nLet me look.\n" + written("Paris") + written("Rome"),
         [tool()],
     ),
+    Line([user("Paris?")], "I look.\n</think>\n\n" + written("Paris"), [tool(strict=True)]),
     Line([user("Broken?")], f"Hm.\n</think>\n\n{BROKEN}\n", [tool()]),
     Line(HISTORY, "So.\n</think>\n\n<response>\nIt is sunny.\n</response>\n", [tool()]),
 ]
@@ -202,6 +203,20 @@ def test_a_required_call_is_made_where_the_model_would_only_talk(
     assert not most[-1].endswith("}") and most[0].startswith(most[-1])
 
 
+def test_a_strict_tool_streams_its_arguments_where_the_model_decides(client: OpenAI) -> None:
+    options: dict[str, Any] = {"tools": [tool(strict=True)], "messages": [user("Paris?")]}
+    whole = ask(client, **options).choices[0]
+    (call,) = whole.message.tool_calls
+    assert (call.function.name, call.function.arguments) == ("weather", '{"city": "Paris"}')
+    chunks = list(ask(client, **options, stream=True))
+    parts = [p for c in chunks for p in c.choices[0].delta.tool_calls or ()]
+    assert [p.function.name for p in parts if p.id] == ["weather"]
+    assert len(parts) > 3, "in fragments, as they are written"
+    assert "".join(p.function.arguments for p in parts) == call.function.arguments
+    assert not any(c.choices[0].delta.content for c in chunks) and whole.message.content is None
+    assert chunks[-1].choices[0].finish_reason == whole.finish_reason == "tool_calls"
+
+
 def test_the_clients_stream_helper_understands_the_calls(client: OpenAI) -> None:
     with client.chat.completions.stream(
         model="m", messages=[user("Both?")], tools=[tool()], temperature=0
@@ -218,7 +233,8 @@ def test_anthropics_form_has_thoughts_calls_and_results_as_blocks(thinker: Serve
 
     def create(messages: Any, **fields: Any) -> dict[str, Any]:
         body = {"model": "m", "max_tokens": 200, "temperature": 0, "tools": [weather], **fields}
-        return httpx.post(f"{thinker.url}/messages", json=body | {"messages": messages}).json()
+        body["messages"] = messages
+        return httpx.post(f"{thinker.url}/messages", json=body, timeout=60).json()
 
     asked = [user("Paris?")]
     answer = create(asked)

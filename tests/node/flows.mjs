@@ -7,6 +7,9 @@ import OpenAI from "openai";
 const client = new OpenAI({ baseURL: process.argv[2], apiKey: "none", maxRetries: 0 });
 const model = "m";
 const messages = [{ role: "user", content: "Hello!" }];
+const city = { type: "object", properties: { city: { enum: ["Rome"] } }, required: ["city"],
+  additionalProperties: false };
+const tools = [{ type: "function", function: { name: "weather", parameters: city } }];
 const greedy = { model, messages, temperature: 0, max_tokens: 8 };
 
 const flows = {
@@ -38,6 +41,27 @@ const flows = {
       { ...greedy, temperature: 1, n: 2, logprobs: true, top_logprobs: 3 });
     assert.equal(answer.choices.length, 2);
     assert.equal(answer.choices[1].logprobs.content[0].top_logprobs.length, 3);
+  },
+  async "a form"() {
+    const format = { type: "json_schema", json_schema: { name: "city", schema: city } };
+    const answer = await client.chat.completions.parse(
+      { ...greedy, max_tokens: 60, response_format: format });
+    assert.deepEqual(JSON.parse(answer.choices[0].message.content), { city: "Rome" });
+  },
+  async "tools"() {
+    const asked = { ...greedy, max_tokens: 120, tools, tool_choice: "required",
+      parallel_tool_calls: false };
+    const answer = await client.chat.completions.create(asked);
+    const [call] = answer.choices[0].message.tool_calls;
+    assert.equal(answer.choices[0].finish_reason, "tool_calls");
+    assert.deepEqual(JSON.parse(call.function.arguments), { city: "Rome" });
+    const stream = client.chat.completions.stream(asked);
+    const streamed = (await stream.finalChatCompletion()).choices[0].message.tool_calls[0];
+    assert.deepEqual(streamed.function, call.function);
+    const results = [{ role: "tool", tool_call_id: call.id, content: "sunny" }];
+    const next = await client.chat.completions.create(
+      { ...greedy, tools, messages: [...messages, answer.choices[0].message, ...results] });
+    assert.equal(next.choices.length, 1);
   },
   async "embeddings"() {
     const answer = await client.embeddings.create({ model, input: ["one", "two"] });
