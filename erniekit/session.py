@@ -83,6 +83,7 @@ class Session:
         self.model = build_model(
             run, self.device, weights, in_host_memory=not self.form.straight_into_sums
         )
+        self.model.tokenizer = self.train_stream.encoder.tokenizer  # the same; one is enough
         if run.is_lora and (adapter := self.resumed or run.model.lora_path):
             load_adapter(self.model, run, Path(adapter))
         self.form.divide(self.model)

@@ -192,10 +192,12 @@ def kind_of(error: DataError) -> str:
     return re.sub(r"\[\d+\]|\d+(?= tokens)", "#", str(error).split(";")[0])
 
 
-def stream(run: Run, split: str) -> Stream:
-    """The records of a split, encoded with the tokenizer and template of the run's model."""
+def stream(run: Run, split: str, tokenizer: Tokenizer | None = None) -> Stream:
+    """The records of a split, encoded with the template of the run's model and its `tokenizer`,
+    which is read where none is given.
+    """
     folder = resolve(run.model.model_name_or_path)
-    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer = tokenizer or Tokenizer.from_folder(folder)
     encoder = encoder_of(run, tokenizer, ChatTemplate.for_folder(folder, tokenizer))
     return Stream(run.data, split, encoder, seed=run.training.seed)
 
