@@ -233,6 +233,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if wants_weight and grad_VD is not None:
                 dtype = torch.bfloat16 if is_short else logits_CV.dtype
                 add_product(grad_VD, logits_CV.to(dtype), chunk_CD.detach().to(dtype))
+            del product_CV, logits_CV  # before the next chunk's are made
         ctx.is_summed = into is not None
         ctx.save_for_backward(grad_ND, None if ctx.is_summed or not wants_weight else grad_VD)
         return total * scale

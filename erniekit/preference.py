@@ -189,6 +189,7 @@ class ChunkedLogProbs(torch.autograd.Function):
             values_N[rows] = -loss_C
             if grad_ND is not None:
                 (grad_ND[rows],) = torch.autograd.grad(product_CV, chunk_CD, logits_CV)
+            del product_CV, logits_CV  # before the next chunk's are made
         ctx.chunk_size, ctx.into = chunk_size, into
         if wants_weight:
             ctx.save_for_backward(hidden_ND, weight_VD, targets_N)
@@ -218,6 +219,7 @@ class ChunkedLogProbs(torch.autograd.Function):
                 grad_ND[rows] = grad_CD * up_C1
             dtype = torch.bfloat16 if is_short else logits_CV.dtype
             add_product(grad_VD, logits_CV.to(dtype), (chunk_CD.detach() * up_C1).to(dtype))
+            del product_CV, logits_CV  # before the next chunk's are made
         returned = None if ctx.into is not None else grad_VD.to(weight_VD.dtype)
         return grad_ND, returned, None, None, None
 

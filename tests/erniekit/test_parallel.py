@@ -188,7 +188,9 @@ def test_best_weights_and_averages_are_those_of_one_process(
     runs: Path, kind: str, form: str
 ) -> None:
     ours, theirs = runs / f"{kind}-{form}", runs / kind
-    best = [json.loads((o / checkpoint.BEST_FILE).read_text())["checkpoint"] for o in (ours, theirs)]
+    best = [
+        json.loads((o / checkpoint.BEST_FILE).read_text())["checkpoint"] for o in (ours, theirs)
+    ]
     assert best == ["checkpoint-1", "checkpoint-1"]
     mean = checkpoint.AVERAGE_FOLDER
     for folder in ("", mean):

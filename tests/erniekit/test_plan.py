@@ -17,7 +17,7 @@ from erniekit.cli import main
 from erniekit.config import Run, resolved, run_from
 from erniekit.gradients import Gradients
 from erniekit.lora import add_lora
-from erniekit.optim import AdamW, treatments
+from erniekit.optim import OPTIMIZERS, treatments
 from erniekit.plan import GIB, Degrees, Sizes, kept_words, plan, sizes_of
 from erniekit.recompute import recompute
 
@@ -47,9 +47,13 @@ def num_bytes(tensors) -> int:
 @pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
 @pytest.mark.parametrize("fine_tuning", ["Full", "LoRA"])
 @pytest.mark.parametrize("low", ["true", "false"])
-def test_weights_sums_and_state_equal_those_of_real_tensors(config, fine_tuning, low) -> None:
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit", "muon"])
+def test_weights_sums_and_state_equal_those_of_real_tensors(
+    config, fine_tuning, low, optim
+) -> None:
+    precision = {"use_lowprecision_moment": low} if optim == "adamw" else {}
     run = planned(
-        fine_tuning=fine_tuning, use_lowprecision_moment=low, amp_master_grad=low, lora_rank=3
+        fine_tuning=fine_tuning, optim=optim, amp_master_grad=low, lora_rank=3, **precision
     )
     model = built(config, run)
     trained = trained_parameters(model)
@@ -57,7 +61,7 @@ def test_weights_sums_and_state_equal_those_of_real_tensors(config, fine_tuning,
     head = (model.head_weight, model.model.embed_tokens.weight)
     sums = Gradients(trained, dtype, float32_for=head)
     rates = treatments(trained, run.optimisation, num_layers=3, lora_plus_scale=1.0)
-    optimizer = AdamW(trained, rates, run.optimisation, seed=0)
+    optimizer = OPTIMIZERS[optim](trained, rates, run.optimisation, seed=0)
     sizes = sizes_of(config, run, "cpu")
     assert sizes.weights.total() == num_bytes(model.parameters())
     assert sizes.sums.total() == num_bytes(sums.sum_of(p) for p in trained.values())
