@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -174,7 +174,7 @@ def supervised(model: Any, batch: Any) -> Any:
     bounds = batch.cu_seqlens_S1.tolist()
     sums = [
         -log_probs(model, batch.token_ids_T[a:b], batch.labels_T[a:b]).sum()
-        for a, b in zip(bounds, bounds[1:])
+        for a, b in pairwise(bounds)
     ]
     return sum(sums) / batch.num_trained
 
