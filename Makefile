@@ -24,6 +24,7 @@ bench: $(VENV)/.dev
 	$(PIP) -e ".[bench]"
 	$(BIN)/python benchmarks/kernels_cpu.py
 	$(BIN)/python benchmarks/inference.py
+	$(BIN)/python benchmarks/vision.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/llama_cpp_parity.py
 	$(BIN)/python benchmarks/engine.py

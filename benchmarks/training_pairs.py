@@ -62,6 +62,7 @@ def run_ours(folder: Path, side: str) -> dict[str, float]:
             "packing": "false",
             "max_seq_len": 2 * (PROMPT + 2 * ANSWER),
             "mask_out_eos_token": "false",
+            "normalize_logps": "false",
             "batch_size": PAIRS,
             "max_steps": STEPS,
             "save_strategy": "no",

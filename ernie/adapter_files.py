@@ -2,14 +2,21 @@
 
     adapter_config.json            rank, scale, which modules have a pair
     adapter_model.safetensors      base_model.model.<module>.lora_A.weight (r, in), lora_B (out, r)
+                                   base_model.model.<module>.lora_magnitude_vector (out,)   DoRA
 
-Routed experts have one pair of stacked tensors for each of their two projections, `(E, r, in)` and
-`(E, out, r)`; no entry of `target_modules` names them.
+Routed experts have pairs for each of their two projections, in one of two forms:
+
+    ours     <experts>.gate_up_proj.lora_A.weight (E, r, in), lora_B (E, out, r), and magnitudes
+             (E, out); no entry of `target_modules` names them
+    PEFT's   `target_parameters` names gate_up_proj, down_proj or both: the last one of these is
+             <experts>.lora_A.weight (E r, in), lora_B (out, r E), and where both are there the
+             first is <experts>.base_layer.lora_A.weight
 
 An adapter that would silently do less than it says is refused: every tensor must land on a module
 of the model, have its counterpart and the shape of its rank, and every module that is named must be
-there. So is every setting that changes the arithmetic and is not known here (DoRA, biases, trained
-modules and tokens, quantised forms), by its name.
+there. So is every setting that changes the arithmetic and is not known here (biases, trained
+modules and tokens, quantised forms), by its name. DoRA and PiSSA adapters are read for training;
+serving adds products to rows, which they are not, and refuses them.
 
 Legend: r rank of one module, R of all parts of a fused product, I/O in/out width, E experts.
 """
@@ -39,7 +46,8 @@ from ernie.settings import ConfigError
 log = logging.getLogger(__name__)
 
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
-_TENSOR = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_TENSOR = re.compile(r"base_model\.model\.(.+)\.(?:lora_([AB])\.weight|lora_(magnitude_vector))")
+MAGNITUDE = "magnitude_vector"
 
 # Fused products and the modules that are their parts; `mlp` is the dense block or the shared
 # experts.
@@ -56,11 +64,12 @@ PRODUCTS = {
 # Any other key has to be null, false or empty.
 READ = {"r", "lora_alpha", "use_rslora", "target_modules", "rank_pattern", "alpha_pattern"}
 READ |= {"layers_to_transform", "peft_type", "bias", "init_lora_weights"}
+READ |= {"use_dora", "target_parameters"}
 HARMLESS = {"task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"}
 HARMLESS |= {"lora_dropout", "peft_version", "megatron_core", "runtime_config"}
 HARMLESS |= {"qalora_group_size"}  # means something with use_qalora only
-# Other ways to begin move part of the base model into the adapter.
-BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva")
+# Other ways to begin move part of the base model into the adapter, as "pissa" does.
+BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva", "pissa")
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +84,9 @@ class Settings:
     rank_by_pattern: Mapping[str, int]
     alpha_by_pattern: Mapping[str, float]
     layers: Sequence[int] | None  # None: all
+    parameters: Sequence[str] = ()  # ends of names of stacked weights
+    has_magnitude: bool = False  # DoRA
+    is_principal: bool = False  # PiSSA
 
     def wants(self, module: str) -> bool:
         """Whether a module is named as one that has a pair."""
@@ -107,15 +119,18 @@ def read_adapter(
     Raises ConfigError or CheckpointError, one sentence that names what does not fit.
     """
     settings = read_settings(Path(folder) / SETTINGS)
-    path = Path(folder) / WEIGHTS
-    if not path.is_file():
-        raise ConfigError(f"{folder} holds no {WEIGHTS}; give the folder of a saved LoRA adapter")
+    for is_there, key, what in (
+        (settings.has_magnitude, "use_dora=true", "rescales the rows of the base's own weights"),
+        (settings.is_principal, "init_lora_weights=pissa", "stands beside another base"),
+    ):
+        if is_there:
+            raise ConfigError(
+                f"{key} in {settings.origin}: such an adapter {what} and is not served by itself; "
+                "merge it into its base first (erniekit export)"
+            )
     shapes = module_shapes(config)
-    stored = _matched(read_header(path), shapes, str(path))
-    _check_targets(settings, shapes, stored)
-    for module in stored:
-        _check_shapes(module, stored[module], shapes[module], settings, max_rank)
-    if not any(_values(pair["B"]).any() for pair in stored.values()):
+    path, stored = _stored(Path(folder), settings, shapes, max_rank)
+    if not any(_values(p["B"], settings.rank_of(m)).any() for m, p in stored.items()):
         log.warning("every lora_B in %s is zero: the adapter changes nothing", path)
     layers = tuple(
         _layer_pairs(config, layer, shapes, stored, settings, dtype, device)
@@ -124,6 +139,38 @@ def read_adapter(
     tensors = [t for pairs in layers for pair in pairs.values() for t in (pair.a_RI, pair.b_OR)]
     num_bytes = sum(t.numel() * t.element_size() for t in tensors)
     return Adapter(layers, max(map(settings.rank_of, stored)), num_bytes)
+
+
+def read_tensors(folder: str | Path, config: ErnieConfig) -> tuple[Settings, dict[str, Tensor]]:
+    """Settings and float32 tensors of an adapter of any form, for training.
+
+    Names are those of parameters beside a model of `config`: `<module>.lora_A`, `.lora_B`,
+    `.lora_magnitude_vector`; those of experts stacked. Raises as `read_adapter` does.
+    """
+    settings = read_settings(Path(folder) / SETTINGS)
+    _, stored = _stored(Path(folder), settings, module_shapes(config), None)
+    tensors = {}
+    for module, parts in stored.items():
+        for part, tensor in parts.items():
+            tensors[f"{module}.lora_{part}"] = _values(tensor, settings.rank_of(module))
+    return settings, tensors
+
+
+def _stored(
+    folder: Path,
+    settings: Settings,
+    shapes: Mapping[str, tuple[int, ...]],
+    max_rank: int | None,
+) -> tuple[Path, dict[str, dict[str, Stored]]]:
+    """The weights' file, and its tensors by module and part, all of them checked."""
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise ConfigError(f"{folder} holds no {WEIGHTS}; give the folder of a saved LoRA adapter")
+    stored = _matched(read_header(path), shapes, settings, str(path))
+    _check_targets(settings, shapes, stored)
+    for module in stored:
+        _check_shapes(module, stored[module], shapes[module], settings, max_rank)
+    return path, stored
 
 
 def module_shapes(config: ErnieConfig) -> dict[str, tuple[int, ...]]:
@@ -166,6 +213,9 @@ def read_settings(path: Path) -> Settings:
     ):
         if values.get(key) not in served:
             raise _refused(path, key, values.get(key), f"served is {served[0]!r}")
+    parameters = values.get("target_parameters") or []
+    if not isinstance(parameters, list) or not all(isinstance(v, str) for v in parameters):
+        raise _refused(path, "target_parameters", parameters, "it takes a list of names")
     layers = values.get("layers_to_transform")
     return Settings(
         origin=str(path),
@@ -176,6 +226,9 @@ def read_settings(path: Path) -> Settings:
         rank_by_pattern=_table(path, "rank_pattern", values.get("rank_pattern"), _is_rank),
         alpha_by_pattern=_table(path, "alpha_pattern", values.get("alpha_pattern"), _is_number),
         layers=None if layers is None else _layer_numbers(path, layers),
+        parameters=parameters,
+        has_magnitude=_checked(path, "use_dora", values.get("use_dora", False), _is_flag),
+        is_principal=values.get("init_lora_weights") == "pissa",
     )
 
 
@@ -217,7 +270,7 @@ def _targets(path: Path, value: Any) -> str | list[str]:
     if isinstance(value, str) and value:
         _check_pattern(path, "target_modules", value)
         return value
-    if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
+    if not isinstance(value, list) or not all(isinstance(v, str) for v in value):
         raise _refused(path, "target_modules", value, "it takes a list of names, or a pattern")
     return value
 
@@ -252,23 +305,25 @@ def _by_pattern(table: Mapping[str, Any], module: str, default: Any) -> Any:
 
 
 def _matched(
-    tensors: Sequence[Stored], shapes: Mapping[str, Any], origin: str
+    tensors: Sequence[Stored], shapes: Mapping[str, Any], settings: Settings, origin: str
 ) -> dict[str, dict[str, Stored]]:
-    """`{module: {"A": ..., "B": ...}}` of all tensors."""
+    """`{module: {"A": ..., "B": ...}}` of all tensors, with magnitudes where there are any."""
     found: dict[str, dict[str, Stored]] = {}
     unknown = []
     for tensor in tensors:
         match = _TENSOR.fullmatch(tensor.name)
-        if match is None or match[1] not in shapes:
+        module = "" if match is None else _module(match[1], settings)
+        if match is None or module not in shapes or (match[3] and not settings.has_magnitude):
             unknown.append(tensor.name)
         else:
-            found.setdefault(match[1], {})[match[2]] = tensor
+            found.setdefault(module, {})[match[2] or match[3]] = tensor
     if unknown:
         raise ConfigError(
             f"{origin} has tensors that belong to no projection of this model: {_some(unknown)}"
         )
+    parts = {"A", "B", MAGNITUDE} if settings.has_magnitude else {"A", "B"}
     single = [
-        f"{module}.lora_{side}" for module in found for side in {"A", "B"} - found[module].keys()
+        f"{module}.lora_{part}" for module in found for part in sorted(parts - found[module].keys())
     ]
     if single:
         raise ConfigError(f"{origin} lacks the other half of a pair: {_some(single)}")
@@ -277,25 +332,45 @@ def _matched(
     return found
 
 
+def _module(name: str, settings: Settings) -> str:
+    """The weight that a name in the file is of; PEFT's wrappers of a stack are told apart."""
+    if not settings.parameters or not re.search(r"\.experts(\.base_layer)?$", name):
+        return name
+    both = len({parameter.rpartition(".")[2] for parameter in settings.parameters}) > 1
+    if name.endswith(".base_layer"):
+        return f"{name.removesuffix('base_layer')}gate_up_proj"
+    leaf = "down_proj" if both else settings.parameters[0].rpartition(".")[2]
+    return f"{name}.{leaf}"
+
+
 def _check_targets(
     settings: Settings, shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Any]
 ) -> None:
-    """That the modules named and those with tensors are the same. Experts are never named."""
+    """That the modules named and those with tensors are the same. Our form names no experts."""
     named = {m for m, shape in shapes.items() if len(shape) == 2 and settings.wants(m)}
     there = {m for m in found if len(shapes[m]) == 2}
+    if settings.parameters:
+        stacked = [m for m, shape in shapes.items() if len(shape) == 3]
+        named |= {m for m in stacked if any(_ends_with(m, t) for t in settings.parameters)}
+        there |= {m for m in found if len(shapes[m]) == 3}
     if isinstance(settings.targets, str):
         idle = [] if named or not there else [settings.targets]
     else:
         idle = [t for t in settings.targets if not any(_ends_with(m, t) for m in named)]
+    idle += [t for t in settings.parameters if not any(_ends_with(m, t) for m in named)]
     if idle:
+        key = "target_parameters" if idle[0] in settings.parameters else "target_modules"
         raise ConfigError(
-            f"target_modules in {settings.origin} names what matches no projection of this "
+            f"{key} in {settings.origin} names what matches no projection of this "
             f"model's blocks: {_some(idle)}"
         )
     if missing := sorted(named - there):
         raise ConfigError(f"{settings.origin} names modules without tensors: {_some(missing)}")
     if extra := sorted(there - named):
-        raise ConfigError(f"{settings.origin} does not name modules with tensors: {_some(extra)}")
+        raise ConfigError(
+            f"target_modules in {settings.origin} does not name modules with tensors: "
+            f"{_some(extra)}"
+        )
 
 
 def _check_shapes(
@@ -303,17 +378,21 @@ def _check_shapes(
     pair: Mapping[str, Stored],
     shape: tuple[int, ...],
     settings: Settings,
-    max_rank: int,
+    max_rank: int | None,
 ) -> None:
     rank = settings.rank_of(module)
-    if rank > max_rank:
+    if max_rank is not None and rank > max_rank:
         raise ConfigError(
             f"{settings.origin} gives {module} rank {rank}; max_lora_rank={max_rank} allows no "
             "more: raise it, or train with a lower rank"
         )
     *experts, out_size, in_size = shape
     wanted = {"A": (*experts, rank, in_size), "B": (*experts, out_size, rank)}
+    wanted[MAGNITUDE] = (*experts, out_size)
     for side, stored in pair.items():
+        if experts and _is_flat(stored):
+            flat = experts[0] * rank
+            wanted |= {"A": (flat, in_size), "B": (out_size, flat)}
         if stored.shape != wanted[side]:
             raise ConfigError(
                 f"{stored.name} in {stored.file} is {stored.shape}; this model and rank {rank} "
@@ -367,14 +446,24 @@ def _fused(
 def _scaled_pair(
     module: str, pair: Mapping[str, Stored], settings: Settings
 ) -> tuple[Tensor, Tensor]:
-    return _values(pair["A"]), _values(pair["B"]) * settings.scale_of(module)
+    rank = settings.rank_of(module)
+    return _values(pair["A"], rank), _values(pair["B"], rank) * settings.scale_of(module)
 
 
-def _values(stored: Stored) -> Tensor:
+def _is_flat(stored: Stored) -> bool:
+    """Whether a pair is of PEFT's form of a stack."""
+    return re.search(r"\.experts(\.base_layer)?\.lora_[AB]\.weight$", stored.name) is not None
+
+
+def _values(stored: Stored, rank: int) -> Tensor:
     values = torch.cat([rows.float() for _, rows in stored.rows()])
     if not values.isfinite().all():
         raise ConfigError(f"{stored.name} in {stored.file} has values that are no finite numbers")
-    return values
+    if not _is_flat(stored):
+        return values
+    if stored.name.endswith("lora_A.weight"):
+        return values.unflatten(0, (-1, rank))
+    return values.unflatten(1, (rank, -1)).permute(2, 0, 1)
 
 
 def _some(names: Iterable[str]) -> str:

@@ -15,30 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ernie.nested_config import from_nested, to_nested
 from ernie.settings import ConfigError
-
-
-@dataclass(frozen=True, kw_only=True)
-class VisionConfig:
-    """The vision tower (`vision_config` of the published files)."""
-
-    depth: int = 32
-    embed_dim: int = 1280
-    mlp_ratio: int = 4
-    num_heads: int = 16
-    in_channels: int = 3
-    patch_size: int = 14
-    spatial_merge_size: int = 2
-
-    @property
-    def num_params(self) -> int:
-        """Patch embedding without bias; blocks with biased qkv, proj, fc1, fc2 and two LayerNorms;
-        LayerNorm.
-        """
-        d, wide = self.embed_dim, self.embed_dim * self.mlp_ratio
-        patch = d * self.in_channels * self.patch_size**2
-        block = 4 * d * d + 4 * d + 2 * d * wide + wide + d + 4 * d
-        return patch + self.depth * block + 2 * d
+from ernie.vision.config import MARKERS, VisionConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +57,12 @@ class ErnieConfig:
 
     rope_3d: bool = False
     freq_allocation: int = 20
-    im_patch_id: int | None = None
+    im_patch_id: int | None = None  # the placeholder of images and of videos
+    image_start_token_id: int | None = None
+    image_end_token_id: int | None = None
+    video_start_token_id: int | None = None
+    video_end_token_id: int | None = None
+    video_token_id: int | None = None  # another placeholder of videos, which transformers has
     vision_config: VisionConfig | None = None
 
     extra: Mapping[str, Any] = field(default_factory=dict, compare=False)
@@ -101,6 +85,18 @@ class ErnieConfig:
             raise ConfigError(
                 f"moe_k={self.moe_k} of moe_num_experts={self.moe_num_experts} cannot be chosen"
             )
+        counts, has_vision = self.experts_per_bank, self.vision_config is not None
+        if (
+            len(set(counts)) > 1
+            or (has_vision and len(counts) != 2)
+            or len(counts) > 1 + has_vision
+        ):
+            raise ConfigError(
+                f"moe_num_experts={list(counts)} is not part of the family; give one number for a "
+                "text model, two equal ones (text, vision) for one with a vision_config"
+            )
+        if has_vision and not self.rope_3d:
+            raise ConfigError("rope_3d=false does not go with a vision_config; use true")
 
     # --- derived sizes ---
 
@@ -227,11 +223,12 @@ class ErnieConfig:
             raise ConfigError(
                 f"{origin}: model_type {model_type!r} is not of the ERNIE 4.5 family (ernie4_5...)"
             )
+        if isinstance(raw.get("text_config"), Mapping):
+            raw = from_nested(raw, origin)
         _unpack_rope(raw, origin)
-        if raw.get("compression_ratio", 1.0) != 1.0:
-            raise ConfigError(
-                f"{origin}: compression_ratio={raw['compression_ratio']} is not supported; use 1.0"
-            )
+        for key, only in _ONLY.items():
+            if raw.get(key, only) not in (only, None):
+                raise ConfigError(f"{origin}: {key}={raw[key]} is not supported; use {only}")
         names = {f.name for f in dataclasses.fields(cls)} - {"extra"}
         given = {k: _freeze(v) for k, v in raw.items() if k in names and v is not None}
         missing = [
@@ -246,9 +243,8 @@ class ErnieConfig:
         if "head_dim" not in given:
             given["head_dim"] = given["hidden_size"] // given["num_attention_heads"]
         if isinstance(given.get("vision_config"), Mapping):
-            known = {f.name for f in dataclasses.fields(VisionConfig)}
-            sizes = {k: v for k, v in given["vision_config"].items() if k in known}
-            given["vision_config"] = VisionConfig(**sizes)
+            given["vision_config"] = VisionConfig.from_dict(given["vision_config"], origin)
+            given = MARKERS | given
         return cls(**given, extra={k: v for k, v in raw.items() if k not in names})
 
     @classmethod
@@ -276,8 +272,11 @@ class ErnieConfig:
         extra = dict(values.pop("extra"))
         if not self.is_moe:
             values = {k: v for k, v in values.items() if not k.startswith("moe_")}
-        if not self.vision_config:
-            for key in ("rope_3d", "freq_allocation", "im_patch_id", "vision_config"):
+        if self.vision_config:
+            tower = values["vision_config"]
+            values["vision_config"] = tower.pop("extra") | tower
+        else:
+            for key in ("rope_3d", "freq_allocation", "vision_config", *MARKERS):
                 values.pop(key)
         if not self.num_nextn_predict_layers:
             values.pop("num_nextn_predict_layers")
@@ -295,6 +294,23 @@ class ErnieConfig:
             | values
         )
 
+    def to_nested_dict(self) -> dict[str, Any]:
+        """`to_dict` of a multimodal model, as transformers 5 writes it."""
+        layers = range(self.num_hidden_layers)
+        return to_nested(self.to_dict(), [self.is_moe_layer(i) for i in layers])
+
+
+# Keys that would mean another network, and the value that the family has.
+_ONLY = {
+    "compression_ratio": 1.0,
+    "moe_group_experts": False,
+    "moe_use_hard_gate": True,
+    "moe_use_token_type_bias": False,
+    "mm_vocab_size": 0,
+    "spatial_conv_size": 2,
+    "temporal_conv_size": 2,
+    "use_temporal_conv": True,
+}
 
 _ARCHITECTURES = {
     "ernie4_5": "Ernie4_5ForCausalLM",
@@ -316,7 +332,13 @@ def _unpack_rope(raw: dict[str, Any], origin: str) -> None:
     if "rope_theta" in nested:
         raw["rope_theta"] = nested["rope_theta"]
     if "mrope_section" in nested:
-        raw.setdefault("freq_allocation", nested["mrope_section"][-1])
+        *sides, time = nested["mrope_section"]
+        if len(sides) != 2 or sides[0] != sides[1]:
+            raise ConfigError(
+                f"{origin}: mrope_section={nested['mrope_section']} is not supported; give pairs "
+                "for height, width and time, with as many for width as for height"
+            )
+        raw.setdefault("freq_allocation", time)
 
 
 def _freeze(value: Any) -> Any:

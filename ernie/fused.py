@@ -37,7 +37,9 @@ from ernie.kernels import Norm, PackedWeight, QuantTensor
 from ernie.kernels.reference import route
 from ernie.layers import MLP, Linear, RMSNorm
 from ernie.model import Block, ErnieModel
-from ernie.moe.layer import MoE
+from ernie.moe.experts import Experts
+from ernie.moe.layer import MoE, Split
+from ernie.moe.router import Router
 from ernie.quant.scheme import Scheme
 from ernie.rope import Rotary
 from ernie.settings import ConfigError
@@ -129,6 +131,7 @@ def check_shard(config: ErnieConfig, size: int) -> None:
     }
     if config.moe_k is not None:
         sizes |= {"moe_intermediate_size": config.expert_sizes[0]}
+        sizes |= {"moe_intermediate_size of vision": config.expert_sizes[-1]}
     for name, value in sizes.items():
         if value % size:
             raise ConfigError(
@@ -172,9 +175,17 @@ class FusedBlock(nn.Module):
         )
 
     def forward(
-        self, x_TD: Tensor, rotary: Rotary, attend: Attend, changes: Changes = UNCHANGED
+        self,
+        x_TD: Tensor,
+        rotary: Rotary,
+        attend: Attend,
+        changes: Changes = UNCHANGED,
+        *,
+        split: Split | None = None,
     ) -> tuple[Tensor, None]:
         x_TD = self.self_attention(x_TD, rotary, attend, changes)
+        if split is not None and isinstance(self.mlp, FusedMoE):
+            return self.mlp.by_modality(x_TD, self.post_norm, changes, split), None
         return self.mlp(x_TD, self.post_norm, changes), None
 
     def self_attention(
@@ -217,18 +228,23 @@ class FusedMLP(nn.Module):
         return self.shard.sum_ranks(out_TD)
 
 
+# Router `(E, D)` and correction bias `(E,)` of a bank of experts, its packed gate_up and down.
+Bank = tuple[Tensor, Tensor, PackedWeight, PackedWeight]
+
+
 class FusedMoE(nn.Module):
     """A mixture-of-experts block with its norm and its residual."""
 
     def __init__(self, moe: MoE, scheme: Scheme, shard: Shard) -> None:
         super().__init__()
         self.shard = shard
-        self.router = moe.gate.weight.detach().float()
-        self.bias = moe.moe_statics.e_score_correction_bias.detach()[0]
         self.top_k, self.norm_min = moe.gate.top_k, moe.gate.norm_min
-        experts, bits = moe.experts, scheme.experts
-        self.gate_up = pack(shard.rows(experts.gate_up_proj, parts=2), bits, parts=2)
-        self.down = pack(shard.columns(experts.down_proj), bits)
+        bias = moe.moe_statics.e_score_correction_bias.detach()
+        text = _pack_bank(moe.gate, bias[0], moe.experts, scheme, shard)
+        self.router, self.bias, self.gate_up, self.down = text
+        self.vision: Bank | None = None
+        if moe.vision_gate is not None and moe.vision_experts is not None:
+            self.vision = _pack_bank(moe.vision_gate, bias[1], moe.vision_experts, scheme, shard)
         shared = moe.shared_experts
         if shared is not None and shared.gate_proj.bias is not None:
             raise ConfigError("shared experts with biases have no inference form; use_bias=false")
@@ -244,19 +260,32 @@ class FusedMoE(nn.Module):
             out_TD = self._fused(x_TD, norm, self.shared, own_TD)
         return self.shard.sum_ranks(out_TD)
 
+    def by_modality(self, x_TD: Tensor, norm: Norm, changes: Changes, split: Split) -> Tensor:
+        """`forward` where some tokens are of vision: each bank is one call with its tokens."""
+        if changes.touch("gate_up", "down", *EXPERT_PRODUCTS):
+            raise ValueError(
+                "a LoRA adapter changes experts in a batch with pictures, which has no inference "
+                "form; merge it into the weights"
+            )
+        text_XD, vision_ZD = (
+            self._fused(rows_XD, norm, self.shared, self.shard.own(rows_XD), bank)
+            if len(rows_XD)
+            else rows_XD
+            for rows_XD, bank in zip(split.apart(x_TD), (None, self.vision), strict=True)
+        )
+        return self.shard.sum_ranks(split.together(text_XD, vision_ZD))
+
     def _fused(
         self,
         x_TD: Tensor,
         norm: Norm,
         shared: tuple[PackedWeight, PackedWeight] | None,
         residual_TD: Tensor | None,
+        bank: Bank | None = None,
     ) -> Tensor:
         return kernels.moe(
             x_TD,
-            self.router,
-            self.bias,
-            self.gate_up,
-            self.down,
+            *(bank or (self.router, self.bias, self.gate_up, self.down)),
             shared,
             top_k=self.top_k,
             norm_min=self.norm_min,
@@ -336,6 +365,15 @@ def _norm(norm: RMSNorm) -> Norm:
 def _stacked_bias(layers: tuple[Linear, ...], shard: Shard) -> Tensor | None:
     biases = [shard.elements(layer.bias.detach()) for layer in layers if layer.bias is not None]
     return torch.cat(biases) if biases else None
+
+
+def _pack_bank(
+    gate: Router, bias_E: Tensor, experts: Experts, scheme: Scheme, shard: Shard
+) -> Bank:
+    bits = scheme.experts
+    gate_up = pack(shard.rows(experts.gate_up_proj, parts=2), bits, parts=2)
+    down = pack(shard.columns(experts.down_proj), bits)
+    return gate.weight.detach().float(), bias_E, gate_up, down
 
 
 def _pack_mlp(mlp: MLP, bits: int | None, shard: Shard) -> tuple[PackedWeight, PackedWeight]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -60,24 +61,28 @@ def generate(
     seed: int = 0,
     stop_ids: Sequence[int] = (),
     cache_dtype: torch.dtype | None = None,
+    pixel_values: Tensor | np.ndarray | None = None,
+    grid_thw: Tensor | np.ndarray | None = None,
 ) -> Iterator[int]:
     """Yield new token ids until one of `stop_ids` (which is yielded too) or `max_tokens`.
 
+    `pixel_values` `(P, C)` and `grid_thw` `(N, 3)` are the pictures of the prompt, as for
+    `ErnieModel.prompt`; what is generated is text, and stands behind the prompt's largest position.
     `temperature` 0 takes the most likely token, the smallest id among equals. `cache_dtype` rounds
     keys and values as a serving cache of that dtype does.
     """
     cache, generator = GrowingCache(cache_dtype), torch.Generator(model.device).manual_seed(seed)
-    new_ids, position = list(prompt_ids), 0
-    for _ in range(max_tokens):
-        ids_T = torch.tensor(new_ids, device=model.device)
-        positions = torch.arange(position, position + len(new_ids), device=model.device)
-        logits_V = model.head(model.hidden(ids_T, positions, cache)[-1:])[0]
-        position += len(new_ids)
-        token = choose(logits_V, temperature, top_p, generator)
+    prompt = model.prompt(prompt_ids, pixel_values, grid_thw)
+    hidden_TD = model.read(prompt, cache)
+    position = int(prompt.positions.max()) + 1
+    for number in range(max_tokens):
+        token = choose(model.head(hidden_TD[-1:])[0], temperature, top_p, generator)
         yield token
-        if token in stop_ids:
+        if token in stop_ids or number + 1 == max_tokens:
             return
-        new_ids = [token]
+        ids_T = torch.tensor([token], device=model.device)
+        hidden_TD = model.hidden(ids_T, torch.tensor([position], device=model.device), cache)
+        position += 1
 
 
 def choose(logits_V: Tensor, temperature: float, top_p: float, generator: torch.Generator) -> int:

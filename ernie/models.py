@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ernie.config import ErnieConfig, VisionConfig
+from ernie.config import ErnieConfig
+from ernie.vision.config import MARKERS, VisionConfig
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,8 @@ _300B = ErnieConfig(
 )
 
 _VISION: dict[str, Any] = {
+    **MARKERS,
     "rope_3d": True,
-    "im_patch_id": 100295,
     "vision_config": VisionConfig(),
     "num_nextn_predict_layers": 0,
     "moe_num_experts": (64, 64),
@@ -132,5 +133,30 @@ TINY: dict[str, ErnieConfig] = {
         moe_num_shared_experts=2,
         moe_layer_start_index=1,
         num_nextn_predict_layers=1,
+    ),
+    "tiny-vl": ErnieConfig(
+        hidden_size=40,
+        num_hidden_layers=3,
+        num_attention_heads=5,
+        num_key_value_heads=1,
+        head_dim=16,
+        intermediate_size=72,
+        vocab_size=211,
+        max_position_embeddings=512,
+        moe_num_experts=(8, 8),
+        moe_k=3,
+        moe_intermediate_size=(24, 10),
+        moe_num_shared_experts=2,
+        moe_layer_start_index=(1, 1),
+        moe_layer_end_index=(2, 2),
+        rope_3d=True,
+        freq_allocation=2,
+        im_patch_id=200,
+        image_start_token_id=201,
+        image_end_token_id=202,
+        video_start_token_id=203,
+        video_end_token_id=204,
+        video_token_id=205,
+        vision_config=VisionConfig(depth=2, embed_dim=16, mlp_ratio=3, num_heads=2),
     ),
 }

@@ -24,8 +24,9 @@ from ernie.vocabulary import Vocabulary, read_sentencepiece, read_tokenizers
 
 __all__ = ["FILES", "Detokenizer", "Tokenizer", "TokenizerError"]
 
-# What travels with a tokenizer; generation_config.json holds the ids that end an answer, and
-# training_template.json (`ernie.chat.lock`) what a model was trained with.
+# What travels with a tokenizer; generation_config.json holds the ids that end an answer,
+# training_template.json (`ernie.chat.lock`) what a model was trained with, and the last four how
+# pictures become part of a prompt (`ernie.vision.settings`).
 FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -33,8 +34,13 @@ FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    "chat_template.json",
     "generation_config.json",
     "training_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "video_preprocessor_config.json",
+    "Roboto-Regular.ttf",
 )
 
 

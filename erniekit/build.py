@@ -1,4 +1,5 @@
-"""The model of a run: read or made anew, with adapters, and with recomputation where wanted.
+"""The model of a run: read or made anew, with adapters beside frozen weights that may be brought
+into few bits while they are read, and with recomputation where wanted.
 
 Also what a configuration looks like for a hub name without reading anything, which lets every
 example file be checked on the meta device.
@@ -7,21 +8,27 @@ example file be checked on the meta device.
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection, Sequence
+from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import ernie
 from ernie import kernels
 from ernie.checkpoint.hub import resolve
 from ernie.config import ErnieConfig
+from ernie.kernels.weights import QuantTensor
 from ernie.models import MODELS, TINY
+from ernie.moe.router import Router
+from ernie.quant.scheme import FROZEN
 from ernie.settings import ConfigError, did_you_mean
 from ernie.tokenizer import Tokenizer
 from erniekit.config import Run
-from erniekit.lora import LoRA, add_lora
+from erniekit.lora import TRAINED, Freeze, LoRA, Preparation, add_lora, weight_names
 from erniekit.recompute import recompute
+from erniekit.reward_model import add_reward_head, fill_head, has_head
 
 log = logging.getLogger("erniekit")
 
@@ -58,10 +65,22 @@ def build_model(
     """
     choose_products(run, device)
     model = read_model(run, device, weights_from, in_host_memory=in_host_memory)
-    if run.is_lora:
+    if model.config.vision_config:
+        raise ConfigError(
+            f"{run.model.model_name_or_path} reads images, which cannot be trained here; train one "
+            "of the text models (0.3B, 21B-A3B, 300B-A47B)"
+        )
+    if run.is_lora and run.model.compute_type == "bf16":
         add_lora(model, lora_of(run), seed=run.training.seed)
-    else:
+    elif not run.is_lora:
         _choose_trained(model, run)
+    if run.model.stage == "RM":
+        add_reward_head(model, seed=run.training.seed)
+        if has_head(folder := weights_from or Path(run.model.model_name_or_path)):
+            fill_head(model, folder)
+    for router in model.modules():
+        if isinstance(router, Router):
+            router.capacity = run.model.moe_capacity
     granularity = run.model.recompute_granularity if run.model.recompute else None
     recompute(model, granularity, run.model.no_recompute_layers)
     return model
@@ -78,7 +97,12 @@ def choose_products(run: Run, device: str) -> None:
 def read_model(
     run: Run, device: str, weights_from: Path | None = None, *, in_host_memory: bool = False
 ) -> ernie.ErnieModel:
-    """The base model of a run as it is on disk, or a new one with random weights."""
+    """The base model of a run as it is on disk, or a new one with random weights.
+
+    With frozen weights in few bits it has its adapters, which change nothing yet.
+    """
+    if run.is_lora and run.model.compute_type != "bf16":
+        return _read_frozen(run, "cpu" if in_host_memory else device)
     source = weights_from or run.model.model_name_or_path
     if not source:
         raise ConfigError("model_name_or_path is not set; give a folder or a name on the hub")
@@ -91,18 +115,93 @@ def read_model(
         return model
     if run.model.continue_training:
         return ernie.load(source, dtype=dtype, device=device)
-    model = ernie.ErnieModel(config_of(str(source)), dtype=dtype, device=device)
+    return _new_model(run, device)
+
+
+def _new_model(run: Run, device: str) -> ernie.ErnieModel:
+    source = run.model.model_name_or_path
+    dtype = weights_dtype(run, device)
+    model = ernie.ErnieModel(config_of(source), dtype=dtype, device=device)
     model.init_weights(seed=run.training.seed)
     model.tokenizer = Tokenizer.from_folder(source)
     return model
 
 
+def _read_frozen(run: Run, device: str) -> ernie.ErnieModel:
+    """A model whose projections are brought into few bits, block by block as they are read, and
+    whose adapters are put beside them, as PiSSA needs the weights for its own.
+    """
+    path = run.model.model_name_or_path
+    if not path:
+        raise ConfigError("model_name_or_path is not set; give a folder or a name on the hub")
+    if not run.model.continue_training:
+        model = _new_model(run, device)
+        add_lora(model, lora_of(run), seed=run.training.seed, freeze=freezer(run))
+        return model
+    folder = resolve(path)
+    config = ErnieConfig.from_folder(folder)
+    if "quantization_config" in config.extra:
+        raise ConfigError(
+            f"{folder} is quantised already; compute_type={run.model.compute_type} needs the model "
+            "that it was made from"
+        )
+    plain = ernie.ErnieModel(config, device="meta")
+    prepare = Preparation(
+        lora_of(run), weight_names(plain), seed=run.training.seed, freeze=freezer(run)
+    )
+    model = ernie.load(folder, dtype=weights_dtype(run, device), device=device, swap_block=prepare)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith(TRAINED))
+    return model
+
+
+def freezer(run: Run) -> Freeze:
+    """What brings frozen weights into the form of `compute_type`."""
+    forms = FROZEN[run.model.compute_type]
+    double = run.model.qlora_weight_double_quant
+
+    def freeze(weight: Tensor, kind: str) -> QuantTensor:
+        form = getattr(forms, kind)
+        if form == "nf4":
+            return kernels.quantize_nf4(weight, double=double)
+        return kernels.quantize(weight, int(form.removeprefix("int")))
+
+    return freeze
+
+
+def frozen_form(run: Run, weight: str) -> str | None:
+    """The format (`kernels.weights.quantized_bytes`) of a frozen projection, None for its dtype."""
+    if run.model.compute_type == "bf16" or not run.is_lora:
+        return None
+    forms = FROZEN[run.model.compute_type]
+    form = forms.experts if ".mlp.experts." in weight else forms.dense
+    return f"{form}_double" if run.model.qlora_weight_double_quant else form
+
+
 def lora_of(run: Run) -> LoRA:
-    return LoRA(run.model.lora_rank, run.model.lora_alpha, run.model.rslora)
+    m = run.model
+    return LoRA(
+        m.lora_rank, m.lora_alpha, m.rslora, m.use_dora, m.pissa, tuple(m.lora_target_modules)
+    )
+
+
+def num_groups(run: Run) -> int:
+    """Groups of experts that the orthogonality loss looks at one by one; raises ConfigError where
+    they are of different sizes.
+    """
+    if not run.model.moe_group_orthogonal_loss:
+        return 1
+    config = config_of(str(resolve(run.model.model_name_or_path)))
+    if not config.moe_k or config.experts_per_bank[0] % config.moe_k:
+        raise ConfigError(
+            f"moe_group_orthogonal_loss divides experts into moe_k={config.moe_k} groups, but "
+            f"there are {config.moe_num_experts}; leave it out"
+        )
+    return config.moe_k
 
 
 def _choose_trained(model: ernie.ErnieModel, run: Run) -> None:
-    """Everything but prediction blocks that are not asked for."""
+    """Everything but prediction blocks that are not asked for, and what is to be frozen."""
     depth, wanted = len(model.model.mtp), run.model.num_nextn_predict_layers
     if wanted not in (0, depth):
         raise ConfigError(
@@ -110,6 +209,37 @@ def _choose_trained(model: ernie.ErnieModel, run: Run) -> None:
             f"{depth}"
         )
     model.model.mtp.requires_grad_(bool(wanted))
+    for name in frozen(dict(model.named_parameters()), run.model.freeze_parameters):
+        model.get_parameter(name).requires_grad_(False)
+    if not trained_parameters(model):
+        raise ConfigError(
+            f"freeze_parameters={','.join(run.model.freeze_parameters)} leaves nothing to train"
+        )
+
+
+_PARTS = {
+    "router": ("*.mlp.gate.*",),
+    "experts": ("*.mlp.experts.*",),
+    "shared_experts": ("*.shared_experts.*",),
+    "embeddings": ("model.embed_tokens.*", "lm_head.*"),
+    "attention": ("*.self_attn.*",),
+}
+
+
+def frozen(names: Collection[str], wanted: Sequence[str]) -> set[str]:
+    """The parameters that words of `freeze_parameters` mean; raises ConfigError for a word that
+    means none.
+    """
+    found: set[str] = set()
+    for word in wanted:
+        meant = {n for pattern in _PARTS.get(word, (word,)) for n in names if fnmatch(n, pattern)}
+        if not meant:
+            raise ConfigError(
+                f"freeze_parameters={word} means no parameter of this model; use "
+                f"{', '.join(_PARTS)}, or a pattern of names such as model.layers.0.*"
+            )
+        found |= meant
+    return found
 
 
 def trained_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

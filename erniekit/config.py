@@ -20,7 +20,7 @@ from ernie.settings import ConfigError, fill, option, read_overrides, read_yaml
 from erniekit import foreign
 
 # Names of the published files; `erniekit.launch` refuses those that cannot be trained yet.
-STAGES = ("SFT", "DPO", "PT", "VL-SFT", "OCR-VL-SFT")
+STAGES = ("SFT", "DPO", "KTO", "RM", "PT", "VL-SFT", "OCR-VL-SFT")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,13 +39,27 @@ class Model:
     lora_alpha: float = option(-1, "Adapter scale is alpha / rank; -1: 2 x rank (4 with rslora).")
     lora_path: str | None = option(None, "Folder of an adapter to start from.")
     rslora: bool = option(False, "Scale adapters by alpha / sqrt(rank); for rank 64 and above.")
+    lora_target_modules: tuple[str, ...] = option(
+        (),
+        "What gets an adapter (PEFT's target_modules): all-linear, ends of names like q_proj or "
+        "experts, or regular expressions of whole names; none: every projection.",
+    )
+    use_dora: bool = option(False, "Train the norms of weights' rows too (DoRA).")
+    pissa: bool = option(
+        False, "Begin with the largest singular values in the adapter, taken out of the base."
+    )
+    qlora_weight_double_quant: bool = option(
+        False, "Keep the scales of nf4 in 8 bits (double quantisation)."
+    )
     lora_plus_scale: float = option(1.0, "LoRA+: learning rate of the B matrices over that of A.")
     rslora_plus: bool = option(False, "Short for rslora, lora_plus_scale 4 and lora_alpha 4.")
     compute_type: str = option(
         "bf16",
         "Arithmetic of the run. On a CPU products are float32: LoRA keeps the frozen weights in "
-        "bfloat16, Full trains float32 weights and saves bfloat16 ones.",
-        choices=("bf16",),
+        "bfloat16, Full trains float32 weights and saves bfloat16 ones. For LoRA the frozen "
+        "weights can be kept in 8 bits (wint8), experts in 4 and the rest in 8 (wint4/8), or in 4 "
+        "bits of a normal distribution (nf4); products are those of the values they stand for.",
+        choices=("bf16", "wint8", "wint4/8", "nf4"),
     )
     cpu_products: str = option(
         "float32",
@@ -80,6 +94,26 @@ class Model:
     moe_orthogonal_loss_lambda: float = option(
         0.0, "Weight of the router's orthogonality loss (full training; not reported as loss)."
     )
+    moe_orthogonal_update: str = option(
+        "loss",
+        "How moe_orthogonal_loss_lambda acts: in the loss (loss), or after each optimizer step on "
+        "the router alone, by lambda times its gradient (decoupled, ERNIE's pre-training) or by "
+        "the learning rate times that (decoupled_lr, ERNIEKit's use_ortho_loss_callback).",
+        choices=("loss", "decoupled", "decoupled_lr"),
+    )
+    moe_group_orthogonal_loss: bool = option(
+        False, "Compare only experts of the same of moe_k groups of neighbours for orthogonality."
+    )
+    moe_capacity: float | None = option(
+        None,
+        "While training an expert takes at most so many times tokens / experts of a batch, first "
+        "choices first; what is over is dropped and told as moe_dropped. none: everything.",
+    )
+    freeze_parameters: tuple[str, ...] = option(
+        (),
+        "What is not trained (full only): router, experts, shared_experts, embeddings, attention, "
+        "or patterns of parameter names like model.layers.0.*; comma list.",
+    )
     moe_z_loss_lambda: float = option(
         0.0, "Weight of the router's z-loss (full training; not part of the reported loss)."
     )
@@ -97,11 +131,15 @@ class Data:
     """Where samples come from and how they fill a batch."""
 
     train_dataset_type: tuple[str, ...] = option(
-        ("erniekit",), "Format of each training file: erniekit, alpaca or messages; comma list."
+        ("erniekit",),
+        "Format of each training file: erniekit, alpaca or messages; erniekit or pretrain for "
+        "plain text (stage PT); comma list.",
     )
-    train_dataset_path: tuple[str, ...] = option((), "Training files (.jsonl, .json, .gz); list.")
+    train_dataset_path: tuple[str, ...] = option(
+        (), "Training files (.jsonl, .json, .gz, and .txt for stage PT); comma list."
+    )
     train_dataset_prob: tuple[float, ...] = option(
-        (1.0,), "Weight of each training file in mixing."
+        (1.0,), "Weight of each training file in mixing: share of the records, for PT of the text."
     )
     eval_dataset_type: tuple[str, ...] = option(
         ("erniekit",), "Format of each evaluation file; comma list."
@@ -110,12 +148,29 @@ class Data:
     eval_dataset_prob: tuple[float, ...] = option(
         (1.0,), "Weight of each evaluation file; 0 leaves it out, others are read whole."
     )
-    max_seq_len: int = option(4096, "Tokens of a packed row; a dialogue is cut to fit.")
+    input_dir: str | None = option(
+        None,
+        "Documents of token ids for stage PT instead of files: weight prefix weight prefix .., "
+        "each prefix of a .bin and an .idx file (Megatron's format).",
+    )
+    split: tuple[float, ...] = option(
+        (950.0, 50.0), "Shares of the documents of input_dir for training, evaluation, neither."
+    )
+    max_seq_len: int = option(
+        4096, "Tokens of a packed row; a dialogue is cut to fit, a document goes on in the next."
+    )
     packing: bool = option(True, "Put several dialogues into one row; they never see each other.")
     greedy_intokens: bool = option(
         True, "Pack a buffer of dialogues by best room (true) or in their order (false)."
     )
-    buffer_size: int = option(500, "Dialogues held for greedy packing.")
+    truncate_packing: bool = option(
+        True,
+        "Stage PT: fill rows to the last place, cutting documents there (true), or cut only those "
+        "that are longer than a row.",
+    )
+    buffer_size: int = option(
+        500, "Dialogues held for greedy packing; full rows of documents held to be shuffled."
+    )
     padding: bool = option(
         False, "Fill every batch to batch_size x max_seq_len tokens, for steps of a fixed shape."
     )
@@ -141,22 +196,78 @@ class Data:
     dataloader_num_workers: int = option(0, "Above 0: batches are prepared by a background thread.")
     prefetch_factor: int = option(2, "Batches prepared ahead by each worker.")
 
+    def files(self, split: str) -> list[tuple[str, str, float]]:
+        """Kind, path and weight of everything a split ("train" or "eval") is read from.
+
+        A prefix of `input_dir` has the kind "indexed". Raises ConfigError for one that is no list
+        of weights and prefixes.
+        """
+        if self.input_dir is None:
+            names = (getattr(self, f"{split}_dataset_{x}") for x in ("type", "path", "prob"))
+            return list(zip(*names))
+        if split == "eval" and not sum(self.split[1:2]):
+            return []
+        words = self.input_dir.split()
+        words = ["1", *words] if len(words) == 1 else words
+        try:
+            pairs = [(float(w), prefix) for w, prefix in zip(words[::2], words[1::2], strict=True)]
+        except ValueError:
+            raise ConfigError(
+                f"input_dir={self.input_dir!r} is no list of weights and prefixes; write it as in "
+                "0.4 data/part0 0.6 data/part1"
+            ) from None
+        return [("indexed", prefix, weight) for weight, prefix in pairs]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preferences:
-    """Training on pairs of answers (stage: DPO)."""
+    """Training on judged answers: pairs (stage: DPO, RM) or single ones (KTO)."""
 
-    loss_type: str = option("sigmoid", "Form of the loss.", choices=("sigmoid",))
+    loss_type: str = option(
+        "sigmoid",
+        "Form of the loss on pairs (docs/methods/dpo.md).",
+        choices=(
+            "sigmoid", "hinge", "ipo", "simpo", "dpop", "sppo_hard", "nca_pair", "or", "orpo",
+            "kto_pair", "robust",
+        ),
+    )  # fmt: skip
     beta: float = option(0.1, "Reward of a nat that the policy gains on the reference.")
-    label_smoothing: float = option(0.0, "Share of the pairs taken to be labelled the wrong way.")
-    normalize_logps: bool = option(
-        False, "Scale each answer's log-probability by the mean length of the pair over its own."
+    label_smoothing: float = option(
+        0.0, "Share of the pairs taken to be labelled the wrong way (sigmoid, simpo and robust)."
     )
-    reference_free: bool = option(False, "Compare the answers without a reference model.")
+    pref_loss_ratio: float = option(1.0, "Weight of the loss on pairs.")
+    sft_loss_ratio: float = option(
+        0.0, "Weight of the next-token loss on chosen answers that is added (orpo: always 1)."
+    )
+    simpo_gamma: float = option(0.5, "Margin of rewards that simpo asks for.")
+    dpop_lambda: float = option(50.0, "Weight of what a chosen answer has lost, for dpop.")
+    normalize_logps: bool = option(
+        True, "Scale each answer's log-probability by the mean length of the pair over its own."
+    )
+    reference_free: bool = option(
+        False, "Compare the answers without a reference model (simpo, or and orpo: always)."
+    )
+    ref_model_update_steps: int = option(
+        -1, "Every so many steps the model becomes its own reference; -1: never."
+    )
     max_prompt_len: int = option(
         2048, "Tokens of a prompt; a longer one loses its oldest turns. At most max_seq_len - 10."
     )
     mask_out_eos_token: bool = option(True, "The token that ends an answer has no loss.")
+    desirable_weight: float = option(1.0, "Weight of the loss of desirable answers (KTO).")
+    undesirable_weight: float = option(1.0, "Weight of the loss of undesirable answers (KTO).")
+
+
+# Keys of `Preferences` that a stage uses; the others are told to be without effect there.
+PREFERENCE_KEYS: dict[str, set[str]] = {
+    "DPO": {f.name for f in dataclasses.fields(Preferences)}
+    - {"desirable_weight", "undesirable_weight"},
+    "KTO": {
+        "beta", "reference_free", "ref_model_update_steps", "mask_out_eos_token",
+        "desirable_weight", "undesirable_weight",
+    },
+    "RM": {"max_prompt_len"},
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,11 +502,18 @@ class Parallel:
 
 @dataclass(frozen=True, kw_only=True)
 class Audit:
-    """What `erniekit data` does: show samples token by token, or else go through the files."""
+    """What `erniekit data` does: show samples token by token, write token ids, or else go through
+    the files.
+    """
 
     show: int = option(0, "Samples to show, in the order of training, packed into rows; 0: none.")
     sample: str | None = option(
         None, "File and line of a record to show, as in data/train.jsonl:17; with what is cut off."
+    )
+    dataset_output_dir: str | None = option(
+        None,
+        "Folder for the documents of the files (stage PT) as token ids, each file a prefix for "
+        "input_dir.",
     )
     preprocessing_num_workers: int | None = option(
         None, "Processes that go through the files; none: one for each processor."
@@ -481,9 +599,11 @@ def run_from(values: Mapping[str, Any], origin: str = "the settings") -> Run:
         groups[0] = _from_lora_key(groups[0], given="fine_tuning" in kept, lora=lora)
     names = [f.name for f in dataclasses.fields(Run)][: len(GROUPS)]
     run = Run(**dict(zip(names, groups)))
-    if run.model.stage != "DPO":
-        unused, defaults = dataclasses.asdict(run.preferences), dataclasses.asdict(Preferences())
-        without_effect += [key for key in unused if unused[key] != defaults[key]]
+    given, defaults = dataclasses.asdict(run.preferences), dataclasses.asdict(Preferences())
+    unused = given.keys() - PREFERENCE_KEYS.get(run.model.stage, set())
+    only = {"simpo_gamma": "simpo", "dpop_lambda": "dpop"}
+    unused |= {key for key, name in only.items() if run.preferences.loss_type != name}
+    without_effect += [key for key in given if key in unused and given[key] != defaults[key]]
     run = dataclasses.replace(run, without_effect=tuple(without_effect))
     validate(run)
     return run
@@ -553,7 +673,7 @@ def validate(run: Run) -> None:
         if name not in SINKS:
             raise ConfigError(f"report_to={name!r} is not known; use {', '.join(SINKS)}")
     for split in ("train", "eval"):
-        _check_sources(data, split)
+        _check_sources(data, split, model.stage)
     schedule, _, steady = optimisation.lr_scheduler_type.partition(":")
     if schedule not in SCHEDULES or (steady and not (schedule == "wsd" and steady.isdigit())):
         raise ConfigError(
@@ -593,18 +713,80 @@ def validate(run: Run) -> None:
             raise ConfigError(f"{key}={value} is no number of processes; give 1 or more")
     if model.lora_path and not run.is_lora:
         raise ConfigError("lora_path is an adapter to start from; it needs fine_tuning: LoRA")
-    if model.stage == "DPO":
+    _check_adapters(run)
+    if model.stage in PREFERENCE_KEYS:
         _check_preferences(run)
+    if model.stage == "DPO":
+        _check_loss_type(run.preferences)
+    if model.moe_capacity is not None and model.moe_capacity <= 0:
+        raise ConfigError(
+            f"moe_capacity={model.moe_capacity:g} would drop every token; give a number above 0, "
+            "or leave it out"
+        )
+    if model.moe_capacity is not None and model.stage not in _ONE_LOSS_A_TOKEN:
+        raise ConfigError(
+            f"moe_capacity={model.moe_capacity:g} drops tokens of the answers that stage="
+            f"{model.stage} compares; leave it out"
+        )
+    if run.is_lora and model.freeze_parameters:
+        raise ConfigError(
+            "freeze_parameters chooses what full training leaves out; LoRA trains its adapters "
+            "alone: use fine_tuning: Full"
+        )
+    if data.input_dir is not None:
+        _check_indexed(run)
+    if run.is_lora and not model.continue_training:
+        raise ConfigError(
+            "continue_training=false starts from random weights, which adapters would leave as "
+            "they are; use fine_tuning: Full"
+        )
+
+
+def _check_adapters(run: Run) -> None:
+    model = run.model
+    is_small = model.compute_type != "bf16"
+    for key, is_given in (
+        (f"compute_type={model.compute_type}", is_small),
+        ("use_dora=true", model.use_dora),
+        ("pissa=true", model.pissa),
+        ("lora_target_modules", bool(model.lora_target_modules)),
+    ):
+        if is_given and not run.is_lora:
+            raise ConfigError(f"{key} is for frozen weights beside adapters; use fine_tuning: LoRA")
+    if model.use_dora and model.pissa:
+        raise ConfigError(
+            "use_dora and pissa both say how an adapter stands beside its base; give one of them"
+        )
+    if model.qlora_weight_double_quant and model.compute_type != "nf4":
+        raise ConfigError(
+            f"qlora_weight_double_quant is of compute_type: nf4; this run has {model.compute_type}"
+        )
+    if is_small and run.parallel.sharding in ("stage2", "stage3"):
+        raise ConfigError(
+            f"sharding={run.parallel.sharding} cuts weights that can be gathered; with "
+            f"compute_type={model.compute_type} use stage1, or none"
+        )
 
 
 def _check_preferences(run: Run) -> None:
     p, data = run.preferences, run.data
     if p.beta <= 0:
         raise ConfigError(f"beta={p.beta:g} rewards nothing; give a number above 0, such as 0.1")
-    if not 0 <= p.label_smoothing < 0.5:
+    for key in (
+        "pref_loss_ratio", "sft_loss_ratio", "dpop_lambda", "desirable_weight",
+        "undesirable_weight",
+    ):  # fmt: skip
+        if getattr(p, key) < 0:
+            raise ConfigError(f"{key}={getattr(p, key):g} is below 0; give 0 or more")
+    if p.ref_model_update_steps == 0 or p.ref_model_update_steps < -1:
         raise ConfigError(
-            f"label_smoothing={p.label_smoothing:g} is no share of wrong labels; give 0, or less "
-            "than 0.5"
+            f"ref_model_update_steps={p.ref_model_update_steps} is no number of steps; give -1 or "
+            "1, 2.."
+        )
+    if p.reference_free and p.ref_model_update_steps > 0:
+        raise ConfigError(
+            f"ref_model_update_steps={p.ref_model_update_steps} updates a reference that "
+            "reference_free=True does without; leave one of them out"
         )
     if p.max_prompt_len < 1:
         raise ConfigError(f"max_prompt_len={p.max_prompt_len} is too small; give 1 or more")
@@ -617,8 +799,32 @@ def _check_preferences(run: Run) -> None:
     ):
         if value:
             raise ConfigError(
-                f"{key}={value} is not for pairs of answers (stage: DPO); leave it out"
+                f"{key}={value} is not for judged answers (stage: {run.model.stage}); leave it out"
             )
+
+
+def _check_loss_type(p: Preferences) -> None:
+    """What a form of the loss on pairs cannot go with."""
+    if not 0 <= p.label_smoothing < 0.5:
+        raise ConfigError(
+            f"label_smoothing={p.label_smoothing:g} is no share of wrong labels; give 0, or less "
+            "than 0.5"
+        )
+    if p.label_smoothing and p.loss_type not in ("sigmoid", "simpo", "robust"):
+        raise ConfigError(
+            f"label_smoothing={p.label_smoothing:g} is not part of loss_type={p.loss_type}; leave "
+            "it out, or use sigmoid, simpo or robust"
+        )
+    if p.loss_type == "orpo" and p.sft_loss_ratio not in (0, 1):
+        raise ConfigError(
+            f"sft_loss_ratio={p.sft_loss_ratio:g} contradicts loss_type=orpo, where it is 1; use "
+            "loss_type: or"
+        )
+    if p.loss_type in ("simpo", "or", "orpo") and p.ref_model_update_steps > 0:
+        raise ConfigError(
+            f"ref_model_update_steps={p.ref_model_update_steps} updates a reference that "
+            f"loss_type={p.loss_type} does without; leave it out"
+        )
 
 
 def _check_safety(run: Run) -> None:
@@ -627,7 +833,7 @@ def _check_safety(run: Run) -> None:
     if training.load_best_model_at_end:
         every = training.eval_steps or 500
         strategy = training.evaluation_strategy
-        if strategy == "no" or not run.data.eval_dataset_path or not training.do_eval:
+        if strategy == "no" or not run.data.files("eval") or not training.do_eval:
             raise ConfigError(
                 "load_best_model_at_end needs evaluations to choose by; give evaluation_strategy: "
                 "steps and eval_dataset_path"
@@ -658,18 +864,47 @@ def _check_safety(run: Run) -> None:
         raise ConfigError(f"stop_after_step={training.stop_after_step} is no step; give 1, 2..")
 
 
-def _check_sources(data: Data, split: str) -> None:
+def _check_indexed(run: Run) -> None:
+    data = run.data
+    if run.model.stage != "PT":
+        raise ConfigError(
+            f"input_dir holds documents, which stage={run.model.stage} cannot read; use stage: PT"
+        )
+    if data.train_dataset_path or data.eval_dataset_path:
+        raise ConfigError(
+            "input_dir has its own documents for training and evaluation (split); leave "
+            "train_dataset_path and eval_dataset_path out"
+        )
+    if not 1 <= len(data.split) <= 3 or min(data.split) < 0 or not data.split[0]:
+        raise ConfigError(
+            f"split={list(data.split)} must be one to three shares, the first above 0, as in 950,50"
+        )
+    weights = [weight for _, _, weight in data.files("train")]
+    if min(weights, default=0) < 0 or sum(weights) <= 0:
+        raise ConfigError(f"input_dir={data.input_dir!r} must have weights of 0 or more")
+
+
+_KINDS = {"PT": ("erniekit", "pretrain")}
+_ONE_LOSS_A_TOKEN = ("SFT", "PT", "VL-SFT", "OCR-VL-SFT")
+
+
+def _check_sources(data: Data, split: str, stage: str) -> None:
     kinds, paths, probs = (getattr(data, f"{split}_dataset_{x}") for x in ("type", "path", "prob"))
     if paths and not len(kinds) == len(paths) == len(probs):
         raise ConfigError(
             f"{split}_dataset_type, _path and _prob have {len(kinds)}, {len(paths)} and "
             f"{len(probs)} entries; give one of each per file"
         )
+    known = _KINDS.get(stage, ("erniekit", "alpaca", "messages", "chatml"))
     for kind in kinds:
-        if kind not in ("erniekit", "alpaca", "messages", "chatml"):
+        if kind not in known and (paths or kind != "pretrain"):
+            *first, last = known[:3]
             raise ConfigError(
-                f"{split}_dataset_type={kind!r} is not known; use erniekit, alpaca or messages"
+                f"{split}_dataset_type={kind!r} is not known for stage {stage}; use "
+                f"{', '.join(first)} or {last}"
             )
+    if stage != "PT" and (texts := [p for p in paths if p.removesuffix(".gz").endswith(".txt")]):
+        raise ConfigError(f"{texts[0]} is plain text, which only stage PT reads; give .jsonl files")
     if paths and (min(probs) < 0 or sum(probs) <= 0):
         raise ConfigError(f"{split}_dataset_prob={list(probs)} must be weights of 0 or more")
 

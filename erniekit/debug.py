@@ -26,13 +26,12 @@ from ernie.chat import UNTRAINED
 from erniekit.checkpoint import replace_text
 from erniekit.config import Run, to_yaml
 from erniekit.data.loader import Batch, Stream
-from erniekit.data.pack import Drawn
+from erniekit.data.pack import Row
 from erniekit.data.sources import DataError
 from erniekit.loop import SkippedStep
 from erniekit.metrics import METRICS_FILE
 
 _NUM_RECORDS = 50
-_MOST_BUFFERS = 4  # of greedy packing that are read to find where a sequence came from
 
 
 def write_bundle(run: Run, stream: Stream, skipped: SkippedStep) -> Path:
@@ -49,7 +48,9 @@ def write_bundle(run: Run, stream: Stream, skipped: SkippedStep) -> Path:
         "rng": torch.get_rng_state().tolist(),
     }
     replace_text(folder / "step.json", json.dumps(facts, indent=1) + "\n")
-    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in _sequences(stream, skipped)]
+    num_rows = run.training.batch_size * len(skipped.window)
+    sequences = _sequences(stream, skipped, num_rows)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in sequences]
     replace_text(folder / "batches.jsonl", "".join(lines))
     records = (run.output / METRICS_FILE).read_text(encoding="utf-8").splitlines(keepends=True)
     replace_text(folder / "records.jsonl", "".join(records[-_NUM_RECORDS:]))
@@ -61,9 +62,9 @@ def _order(norm: float) -> tuple[bool, float]:
     return math.isfinite(norm), -norm if math.isfinite(norm) else 0.0
 
 
-def _sequences(stream: Stream, skipped: SkippedStep) -> Iterator[dict[str, Any]]:
+def _sequences(stream: Stream, skipped: SkippedStep, num_rows: int) -> Iterator[dict[str, Any]]:
     sequences = [row for n, batch in enumerate(skipped.window) for row in _cut(batch, n)]
-    places = _origins(stream, skipped)
+    places = _origins(stream, skipped, num_rows)
     for row in sequences:
         found = places[tuple(row["token_ids"])]
         yield {"batch": row.pop("batch"), "file": found.pop(0) if found else None, **row}
@@ -81,23 +82,22 @@ def _cut(batch: Batch, number: int) -> Iterator[dict[str, Any]]:
             }
 
 
-def _origins(stream: Stream, skipped: SkippedStep) -> dict[tuple[int, ...], list[str]]:
-    """`file:line` of the samples around the step, by their tokens: the data is read again."""
-    start = skipped.start._replace(rows=0)
-    num_sequences = sum(len(batch.cu_seqlens_S1) for batch in skipped.window)
-    count = num_sequences + _MOST_BUFFERS * stream.data.buffer_size
+def _origins(
+    stream: Stream, skipped: SkippedStep, num_rows: int
+) -> dict[tuple[int, ...], list[str]]:
+    """`file:line` of the samples of the step, by their tokens: its rows are read again."""
+    rows = islice(_readable(stream.drawn_rows(skipped.start)), num_rows)
+    drawn = [drawn for row, _ in rows for drawn in row]
+    first, last = skipped.start.position, max((d.position for d in drawn), default=0)
+    draws = list(islice(stream.mix.draws(first), last + 1 - first))
     places: dict[tuple[int, ...], list[str]] = defaultdict(list)
-    draws = stream.mix.draws(start.position)
-    position, drawn = start.position, next(draws)
-    for sample in islice(_readable(stream.samples(start)), count):
-        while position < sample.position:
-            position, drawn = position + 1, next(draws)
-        source, index = drawn
-        places[tuple(sample.sample.token_ids)].append(stream.sources[source].where(index))
+    for one in drawn:
+        source, index = draws[one.position - first]
+        places[tuple(one.sample.token_ids)].append(stream.sources[source].where(index))
     return places
 
 
-def _readable(samples: Iterator[Drawn]) -> Iterator[Drawn]:
+def _readable(rows: Iterator[Row]) -> Iterator[Row]:
     """Up to where too many records are bad: that is not what the run stopped over."""
     with contextlib.suppress(DataError):
-        yield from samples
+        yield from rows

@@ -1,7 +1,7 @@
-"""Loss, perplexity and token accuracy on held-out data; loss and rewards on held-out pairs.
+"""Loss, perplexity and token accuracy on held-out data; loss and rewards of judged answers.
 
-Every trained token (every pair) counts the same, whatever row or batch it is in. Logits are made a
-few rows at a time, as in training, so the accuracy costs nothing extra.
+Every trained token (every judged answer or pair) counts the same, whatever row or batch it is in.
+Logits are made a few rows at a time, as in training, so the accuracy costs nothing extra.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from functools import wraps
 from itertools import islice
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from ernie import kernels
@@ -20,19 +23,45 @@ from ernie.chat import UNTRAINED
 from ernie.model import ErnieModel
 from erniekit.data.loader import Batch
 from erniekit.loop import to_device
-from erniekit.losses import Flat, Loss
+from erniekit.losses import ROUTER_LOSSES, Flat, Loss
 from erniekit.parallel.ranks import ALONE, Ranks
 
+T = TypeVar("T")
 
+
+def in_eval_mode(function: Callable[..., T]) -> Callable[..., T]:
+    """The same function of a model and more, with the model in evaluation mode: routers have no
+    capacity there.
+    """
+
+    @wraps(function)
+    def quietly(model: ErnieModel, *args: Any, **options: Any) -> T:
+        was_training = model.training
+        model.eval()
+        try:
+            return function(model, *args, **options)
+        finally:
+            model.train(was_training)
+
+    return quietly
+
+
+@in_eval_mode
 @torch.no_grad()
 def evaluate(
-    model: ErnieModel, batches: Iterable[Batch], chunk_size: int, ranks: Ranks = ALONE
+    model: ErnieModel,
+    batches: Iterable[Batch],
+    chunk_size: int,
+    ranks: Ranks = ALONE,
+    bytes_V: np.ndarray | None = None,
 ) -> dict[str, float]:
     """eval_loss (mean over tokens), eval_ppl, eval_accuracy, eval_tokens and eval_seconds.
 
-    All ranks are given the same batches and answer with the same numbers, of all of them.
+    With `bytes_V`, how many bytes of text each token stands for, eval_bits_per_byte too: the loss
+    of all predicted tokens over their bytes, which compares models of different vocabularies. All
+    ranks are given the same batches and answer with the same numbers, of all of them.
     """
-    start, total, num_right, num_tokens = time.monotonic(), 0.0, 0, 0
+    start, total, num_right, num_tokens, num_bytes = time.monotonic(), 0.0, 0, 0, 0
     for batch, counts in shared(batches, ranks):
         flat = to_device(batch, model.device)
         assert isinstance(flat, Flat), "pairs have an evaluation of their own"
@@ -47,46 +76,54 @@ def evaluate(
             num_right += counts * int((logits_CV.argmax(-1) == targets_C).sum())
             del logits_CV  # before the next chunk's are made
         num_tokens += counts * len(targets_N)
-    sums = _summed(ranks, total, num_right, num_tokens)
-    total, num_right, num_tokens = sums[0], int(sums[1]), int(sums[2])
+        if bytes_V is not None:
+            labels_T = batch.labels_T
+            num_bytes += counts * int(bytes_V[labels_T[labels_T != UNTRAINED]].sum())
+    sums = _summed(ranks, total, num_right, num_tokens, num_bytes)
+    total, num_right, num_tokens, num_bytes = sums[0], *map(int, sums[1:])
     loss = total / max(num_tokens, 1)
     return {
         "eval_loss": loss,
         "eval_ppl": math.exp(min(loss, 700.0)),
+        **({"eval_bits_per_byte": total / math.log(2) / num_bytes} if num_bytes else {}),
         "eval_accuracy": num_right / max(num_tokens, 1),
         "eval_tokens": num_tokens,
         "eval_seconds": time.monotonic() - start,
     }
 
 
+@in_eval_mode
 @torch.no_grad()
-def evaluate_pairs(
+def evaluate_judged(
     model: ErnieModel,
     batches: Iterable[Batch],
     loss: Callable[..., Loss],
+    measure: Callable[..., dict[str, Any]] = lambda model, batches, ranks: {},
     ranks: Ranks = ALONE,
 ) -> dict[str, float]:
-    """eval_loss, eval_rewards_* (means over pairs), eval_pairs, eval_tokens and eval_seconds.
+    """eval_loss and what the loss tells (eval_rewards_* and so on) of judged answers, means over
+    all of them; eval_pairs or eval_answers, eval_tokens and eval_seconds.
 
-    `loss(model, batch, scale=, share=)` is that of training; ranks as in `evaluate`.
+    `loss(model, batch, scale=, share=, **measured)` and `measure(model, batches, ranks)` are those
+    of training, the held-out data being one large step; ranks as in `evaluate`.
     """
-    start, num_pairs, num_tokens = time.monotonic(), 0, 0
-    totals: defaultdict[str, float] = defaultdict(float)
-    names = ("loss", "rewards_accuracy", "rewards_margin", "rewards_chosen", "rewards_rejected")
+    start, batches = time.monotonic(), list(batches)
+    num_judged = sum(len(batch.keys) for batch in batches)
+    options = {"scale": 1 / max(num_judged, 1), "share": 1 / max(len(batches), 1)}
+    options |= measure(model, batches, ranks) if batches else {}
+    totals: defaultdict[str, float] = defaultdict(float, loss=0.0)
     for batch, counts in shared(batches, ranks):
-        found = loss(model, to_device(batch, model.device), scale=1.0, share=1.0)
+        found = loss(model, to_device(batch, model.device), **options)
         totals["loss"] += counts * float(found.value)
         for name, value in found.parts.items():
-            totals[name] += counts * float(value)
-        num_pairs += counts * len(batch.keys)
-        num_tokens += counts * batch.num_trained
-    sums = _summed(ranks, num_pairs, num_tokens, *(totals[name] for name in names))
-    num_pairs, num_tokens = int(sums[0]), int(sums[1])
-    totals.update(zip(names, sums[2:]))
+            if name not in ROUTER_LOSSES:
+                totals[name] += counts * float(value)
+    sums = _summed(ranks, *totals.values())
+    unit = batches[0].unit if batches else "pairs"
     return {
-        **{f"eval_{name}": totals[name] / max(num_pairs, 1) for name in names},
-        "eval_pairs": num_pairs,
-        "eval_tokens": num_tokens,
+        **{f"eval_{name}": value for name, value in zip(totals, sums)},
+        f"eval_{unit}": num_judged,
+        "eval_tokens": sum(batch.num_trained for batch in batches),
         "eval_seconds": time.monotonic() - start,
     }
 

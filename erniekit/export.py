@@ -4,8 +4,10 @@
     gguf                       the same model as one file, for llama.cpp
     peft                       the adapter by itself, for the PEFT library
 
-The sum of base and adapter is made in float32 and rounded once. Refused: a whole model without a
-form to turn it into, and adapters of experts in the form `peft`, which that library cannot hold.
+The sum of base and adapter is made in float32 and rounded once; what was written is compared with
+what the adapter computes (`erniekit.merge_check`). Refused: a whole model without a form to turn it
+into, a merge that differs by more than rounding, and in the form `peft` what that library cannot
+hold.
 """
 
 from __future__ import annotations
@@ -17,14 +19,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from safetensors.torch import load_file
-
 import ernie
 from ernie.chat import LOCK_FILE
 from ernie.checkpoint.gguf_export import export_gguf
 from ernie.checkpoint.hub import resolve
+from ernie.checkpoint.writer import write_file
 from ernie.settings import ConfigError
-from erniekit import checkpoint, lora
+from erniekit import checkpoint, lora, lora_files, merge_check, reward_model
 from erniekit.config import Run
 
 log = logging.getLogger("erniekit")
@@ -39,7 +40,7 @@ def export(run: Run) -> int:
     Without a form, the layout and dtype of the base are kept. Raises ConfigError.
     """
     folder = _trained(run)
-    is_adapter = (folder / lora.ADAPTER_CONFIG).is_file()
+    is_adapter = (folder / lora_files.ADAPTER_CONFIG).is_file()
     form = run.export.export_format
     if not is_adapter and form is None:
         raise ConfigError(
@@ -54,7 +55,7 @@ def export(run: Run) -> int:
     with checkpoint.locked(run.output):
         if form == "peft":
             target = target / "peft"  # a model may lie in the folder above
-            _copy_adapter(folder, run.model.model_name_or_path, target)
+            _write_peft(folder, run.model.model_name_or_path, target)
         elif form == "gguf":
             with _whole(run, folder, is_adapter=is_adapter) as source:
                 target = target / f"model-{run.export.gguf_dtype}.gguf"
@@ -71,7 +72,7 @@ def split(run: Run) -> int:
     Weights, dtype and layout stay. Raises ConfigError for an adapter, which is one small file.
     """
     folder = _trained(run)
-    if (folder / lora.ADAPTER_CONFIG).is_file():
+    if (folder / lora_files.ADAPTER_CONFIG).is_file():
         raise ConfigError(f"{folder} holds an adapter, which is one file; use erniekit export")
     target = run.output / "split_export"
     with checkpoint.locked(run.output):
@@ -95,16 +96,21 @@ def _write_whole(
     """The model of `folder` as a model folder; `layout` None: as the base (or itself) has it."""
     base = resolve(run.model.model_name_or_path) if is_adapter else folder
     model = ernie.load(base, dtype=None)
+    samples = []
     if is_adapter:
-        lora.add_lora(model, lora.read_adapter_config(folder), seed=0)
-        path = folder / lora.ADAPTER_FILE
-        lora.load_adapter(model, load_file(path), str(path))
+        lora_files.put_in(model, folder)
+        samples = merge_check.samples(model)
         lora.merge_lora(model)
     if not run.export.copy_tokenizer:
         model.tokenizer = None
+    if reward_model.has_head(folder):
+        reward_model.mark(model)
+        reward_model.write_head(target, reward_model.read_head(folder))
     size = int(run.export.max_shard_size * 1e9)
     (target / LOCK_FILE).unlink(missing_ok=True)  # of an earlier export
     ernie.save(model, target, layout=layout or model.layout, max_shard_bytes=size)
+    if is_adapter:
+        merge_check.check(target, samples)
     copy_lock(folder, target)
     copy_kept_files(base, target)
 
@@ -133,16 +139,11 @@ def _whole(run: Run, folder: Path, *, is_adapter: bool) -> Iterator[Path]:
         yield Path(hidden)
 
 
-def _copy_adapter(folder: Path, base: str, target: Path) -> None:
-    tensors = load_file(folder / lora.ADAPTER_FILE)
-    if stacked := [name for name in tensors if ".mlp.experts." in name]:
-        raise ConfigError(
-            f"the adapter in {folder} has pairs of experts ({stacked[0]} and {len(stacked) - 1} "
-            "more), which PEFT cannot load beside those of the shared experts; export the merged "
-            "model: leave export_format out"
-        )
+def _write_peft(folder: Path, name: str, target: Path) -> None:
+    base = ernie.load(name, dtype=None)
+    form, tensors = lora_files.read_adapter(folder, base.config)
+    text, files = lora_files.peft_form(base, form, tensors, name, str(folder))
     target.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(folder / lora.ADAPTER_FILE, target / lora.ADAPTER_FILE)
+    write_file(target / lora_files.ADAPTER_FILE, files)
     copy_lock(folder, target)
-    text = (folder / lora.ADAPTER_CONFIG).read_text(encoding="utf-8")
-    checkpoint.replace_text(target / lora.ADAPTER_CONFIG, lora.with_base(text, base))
+    checkpoint.replace_text(target / lora_files.ADAPTER_CONFIG, text)

@@ -138,8 +138,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_template": (True,),
     "dataset_type": ("iterable",),
     "offline_dataset_path": (),
-    "input_dir": (),
-    "split": ("950,50",),
     "text_dataset_path": (),
     "text_dataset_prob": (),
     "truncation_strategy": ("left",),
@@ -148,7 +146,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "moe_dropout_prob": (0,),
     "moe_use_hard_gate": (False,),
     "moe_use_aux_free": (True,),
-    "use_ortho_loss_callback": (False,),
     "adaptive_norm_clip": (False,),
     "token_balance_loss": (True, False),  # the loss is always normalised by the token count
     "freeze_config": (),
@@ -164,11 +161,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "ignore_save_lr_and_optim": (False,),
     "ignore_load_lr_and_optim": (False,),
     "dpo_benchmark": (False,),
-    "pref_loss_ratio": (1,),
-    "sft_loss_ratio": (0,),
-    "simpo_gamma": (0.5,),
-    "dpop_lambda": (50,),
-    "ref_model_update_steps": (-1,),
     "quant_input_grad": (False,),
     "quant_weight_grad": (False,),
     "use_fp8": (False,),
@@ -181,11 +173,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 # Keys of ERNIEKit's that are settings here under the field's usual name.
-RENAMED = {"zcc_save_ema_coef": "ema_decay", "enable_zero_cost_checkpoint": "use_async_save"}
+RENAMED = {
+    "zcc_save_ema_coef": "ema_decay",
+    "enable_zero_cost_checkpoint": "use_async_save",
+    "target_modules": "lora_target_modules",  # PEFT's
+}
 
 _LATER = {
-    "loss_type": ("sigmoid",),
-    "compute_type": ("bf16",),
+    "compute_type": ("bf16", "wint8", "wint4/8", "nf4"),
     "optim": ("adamw", "adamw_custom", "adamw_8bit", "muon"),
 }
 
@@ -203,6 +198,8 @@ def renamed(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
             result[ours] = result.pop(theirs)
     given = result.pop("unified_checkpoint_config", None) or ()
     words = given.split() if isinstance(given, str) else list(given)
+    if str(result.pop("use_ortho_loss_callback", False)).lower() in ("true", "1", "yes"):
+        result.setdefault("moe_orthogonal_update", "decoupled_lr")
     if "async_save" in words:
         result.setdefault("use_async_save", True)
         words.remove("async_save")

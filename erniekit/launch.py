@@ -23,7 +23,13 @@ from erniekit.faults import told_in_a_sentence
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-RECIPES = {"SFT": "erniekit.recipes.sft", "DPO": "erniekit.recipes.preference"}
+RECIPES = {
+    "SFT": "erniekit.recipes.sft",
+    "DPO": "erniekit.recipes.preference",
+    "KTO": "erniekit.recipes.kto",
+    "RM": "erniekit.recipes.reward",
+    "PT": "erniekit.recipes.pretrain",
+}
 
 # Seconds for a step and a save after SIGTERM, before the agent ends a rank.
 GRACE_S = 600
@@ -47,7 +53,7 @@ def recipe_of(run: Run) -> ModuleType:
     """The module of a run's stage, which has `run` and `method`."""
     stage = run.model.stage
     if stage not in RECIPES:
-        raise ConfigError(f"stage={stage} is not available yet; use {' or '.join(RECIPES)}")
+        raise ConfigError(f"stage={stage} is not available yet; use {', '.join(RECIPES)}")
     return importlib.import_module(RECIPES[stage])
 
 

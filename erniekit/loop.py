@@ -27,16 +27,17 @@ from torch import Tensor
 from ernie.model import ErnieModel
 from ernie.moe import balance
 from ernie.moe.layer import MoE
-from erniekit import memory
+from ernie.moe.router import Router
+from erniekit import memory, routing
 from erniekit.average import Average
 from erniekit.config import Optimisation, Training
 from erniekit.data.loader import Batch
 from erniekit.data.pack import Cursor
 from erniekit.gradients import Gradients, length, squares_of
-from erniekit.losses import Flat, Loss
+from erniekit.losses import Flat, Loss, routers_of
 from erniekit.optim import AdamW, clip_scale, learning_rate_at
 from erniekit.parallel.ranks import ALONE, Ranks
-from erniekit.preference import Pairs
+from erniekit.preference import Judged, Pairs
 
 log = logging.getLogger("erniekit")
 
@@ -75,6 +76,7 @@ class Progress:
     total_tokens: int = 0
     skipped_steps: int = 0
     norms: list[float] = field(default_factory=list)  # of recent steps, where spikes are looked for
+    idle: list[list[int]] = field(default_factory=list)  # steps since an expert's last token
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -84,9 +86,19 @@ class Progress:
         return cls(**{**values, "cursor": Cursor(*values["cursor"])})
 
 
+@dataclass(frozen=True)
+class Orthogonal:
+    """The router's orthogonality loss as an update of its own (`balance.update_orthogonal`)."""
+
+    weight: float
+    by_learning_rate: bool
+    num_groups: int = 1
+
+
 @dataclass
 class Parts:
-    """What a loop drives. `loss(model, batch, scale=, share=)` is the training method.
+    """What a loop drives. `loss(model, batch, scale=, share=, **measured)` is the training method,
+    where `measure(window)` gives what it must know of the whole step first.
 
     `batches_per_step` counts the passes of one rank; `after_update()` follows every update.
     """
@@ -101,12 +113,22 @@ class Parts:
     epoch_size: int
     training: Training
     bias_step: float = 0.0  # of the routing bias, per optimizer step
+    orthogonal: Orthogonal | None = None
     ranks: Ranks = ALONE
     after_update: Callable[[], None] = lambda: None
     average: Average | None = None
+    measure: Callable[[list[Batch]], dict[str, Any]] = lambda window: {}
 
 
-def to_device(batch: Batch, device: torch.device) -> Flat | Pairs:
+def to_device(batch: Batch, device: torch.device) -> Flat | Pairs | Judged:
+    """The arrays of a batch as tensors of what its stage trains on."""
+    if batch.others is not None and batch.is_desirable_S is not None:
+        answers = to_device(dataclasses.replace(batch, others=None), device)
+        others = to_device(batch.others, device)
+        assert isinstance(answers, Flat) and isinstance(others, Flat)
+        return Judged(
+            answers, others, torch.from_numpy(batch.is_desirable_S).to(device), batch.keys
+        )
     pairs_P4 = batch.pairs_P4
     bounds = batch.cu_seqlens_S1 if pairs_P4 is None else pairs_P4
     arrays = (batch.token_ids_T, batch.labels_T, batch.positions_T, bounds)
@@ -157,18 +179,18 @@ def _step(
     learning_rate = learning_rate_at(progress.step, parts.num_steps, parts.optimisation)
     num_trained = sum(batch.num_trained for batch in window)
     squares: dict[str, Tensor] = {}
-    num_pairs = sum(len(batch.keys) for batch in window)
+    num_judged = sum(len(batch.keys) for batch in window)
     if parts.optimisation.optimizer_in_backward:
-        numbers, loads, squares = _backward_and_update(parts, window, learning_rate)
+        numbers, routed, squares = _backward_and_update(parts, window, learning_rate)
     else:
-        numbers, loads = _backward(parts, window, 1 / sum(batch.weight for batch in window))
+        numbers, routed = _backward(parts, window, 1 / sum(batch.weight for batch in window))
         numbers["grad_norm"] = parts.gradients.norm()
     extra = _on_host(numbers)
     loss, norm = extra.pop("loss"), extra.pop("grad_norm")
     reason = _why_skip(loss, norm, parts.training, progress)
     skipped = None
     if not reason:
-        _update(parts, loads, learning_rate, norm)
+        _update(parts, routed.loads, learning_rate, norm)
     else:
         squares = squares or parts.gradients.squares()
         norms = {name: float(square.sqrt()) for name, square in squares.items()}
@@ -180,6 +202,13 @@ def _step(
     progress.cursor = window[-1].cursor
     progress.total_tokens += num_tokens
     progress.skipped_steps += bool(reason)
+    extra |= routing.figures(
+        routed.loads,
+        routed.entropies,
+        progress.idle,
+        parts.model.config.moe_k or 1,
+        with_loads=routing.tells_loads(progress.step, parts.num_steps),
+    )
     record = {
         "step": progress.step,
         "loss": loss,
@@ -187,7 +216,7 @@ def _step(
         "grad_norm": norm,
         "num_tokens": num_tokens,
         "num_trained_tokens": num_trained,
-        **({"num_pairs": num_pairs} if num_pairs else {}),
+        **({f"num_{window[0].unit}": num_judged} if num_judged else {}),
         "total_tokens": progress.total_tokens,
         "epoch": round(progress.cursor.num_records / parts.epoch_size, 4),
         "peak_memory_gib": memory.peak_gib(parts.model.device),
@@ -203,6 +232,10 @@ def _update(parts: Parts, loads: list[Tensor], learning_rate: float, norm: float
         scale = clip_scale(norm, parts.optimisation.max_grad_norm)
         parts.optimizer.step(parts.gradients.present(), learning_rate, scale)
         parts.after_update()
+    if (o := parts.orthogonal) is not None:
+        step_size = o.weight * (learning_rate if o.by_learning_rate else 1.0)
+        for router in trained_routers(parts.model):
+            balance.update_orthogonal(router.weight, step_size, o.num_groups)
     if parts.bias_step:
         _balance(parts.model, loads, parts.bias_step)
     if parts.average is not None:
@@ -227,18 +260,26 @@ def _why_skip(loss: float, norm: float, training: Training, progress: Progress) 
     return reason
 
 
-def _backward(
-    parts: Parts, window: list[Batch], scale: float
-) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """Gradients of a window; numbers to be recorded, and each MoE layer's load: of the whole
+@dataclass
+class Routed:
+    """Each MoE layer's load `(E,)`, and its router's entropy summed over the tokens."""
+
+    loads: list[Tensor] = field(default_factory=list)
+    entropies: list[Tensor] = field(default_factory=list)
+
+
+def _backward(parts: Parts, window: list[Batch], scale: float) -> tuple[dict[str, Tensor], Routed]:
+    """Gradients of a window; numbers to be recorded, and what its routers did: of the whole
     window, of which this rank computes its share. One process waits for nothing: the numbers are
     still on their device."""
     sums: dict[str, Tensor] = {}
     loads: list[Tensor] = []
+    entropies: list[Tensor] = []
     own = parts.ranks.own(window)
+    measured = parts.measure(window)
     for number, batch in enumerate(own, 1):
         flat = to_device(batch, parts.model.device)
-        loss = parts.loss(parts.model, flat, scale=scale, share=1 / len(window))
+        loss = parts.loss(parts.model, flat, scale=scale, share=1 / len(window), **measured)
         if number == len(own):
             parts.gradients.expect_last()
         loss.total.backward()
@@ -247,16 +288,19 @@ def _backward(
             found["accuracy"] = loss.num_right
         for name, value in found.items():
             sums[name] = sums.get(name, 0) + value
-        loads = [a + b for a, b in zip(loads, loss.loads_LE)] if loads else loss.loads_LE
+        loads = _added(loads, loss.loads_LE)
+        entropies = _added(entropies, loss.entropies_L)
     parts.gradients.complete()
-    totals = parts.ranks.totals([*sums.values(), *loads])
-    sums, loads = dict(zip(sums, totals)), totals[len(sums) :]
+    totals = iter(parts.ranks.totals([*sums.values(), *loads, *entropies]))
+    sums = dict(zip(sums, totals))
+    routed = Routed([next(totals) for _ in loads], list(totals))
     if "accuracy" in sums:
         sums["accuracy"] = sums["accuracy"].double() / sum(batch.num_trained for batch in window)
-    if loads:
-        busiest_L = torch.stack([load.max() / load.float().mean() for load in loads])
-        sums["moe_max_over_mean"] = busiest_L.max()
-    return sums, loads
+    return sums, routed
+
+
+def _added(sums: list[Tensor], more: list[Tensor]) -> list[Tensor]:
+    return [a + b for a, b in zip(sums, more, strict=True)] if sums else more
 
 
 def _on_host(numbers: dict[str, Tensor]) -> dict[str, float]:
@@ -268,7 +312,7 @@ def _on_host(numbers: dict[str, Tensor]) -> dict[str, float]:
 
 def _backward_and_update(
     parts: Parts, window: list[Batch], learning_rate: float
-) -> tuple[dict[str, Tensor], list[Tensor], dict[str, Tensor]]:
+) -> tuple[dict[str, Tensor], Routed, dict[str, Tensor]]:
     """As `_backward`, but weights move within; the length of the gradient is one of the numbers,
     and the squared length of each parameter's comes beside them.
 
@@ -284,12 +328,18 @@ def _backward_and_update(
 
     assert len(window) == 1 and not parts.optimisation.max_grad_norm
     with parts.gradients.given_away(update):
-        numbers, loads = _backward(parts, window, 1 / window[0].weight)
-    return numbers | {"grad_norm": length(list(squares.values()))}, loads, squares
+        numbers, routed = _backward(parts, window, 1 / window[0].weight)
+    return numbers | {"grad_norm": length(list(squares.values()))}, routed, squares
+
+
+def trained_routers(model: ErnieModel) -> list[Router]:
+    return [router for router in routers_of(model) if router.weight.requires_grad]
 
 
 def _balance(model: ErnieModel, loads: list[Tensor], step_size: float) -> None:
     layers = [block.mlp for block in model.model.layers if isinstance(block.mlp, MoE)]
     for layer, load_E in zip(layers, loads, strict=True):
+        if not layer.gate.weight.requires_grad:
+            continue  # a frozen router keeps its bias
         bias_E = layer.moe_statics.e_score_correction_bias[0]
         balance.update_correction_bias(bias_E, load_E, step_size)

@@ -1,242 +1,355 @@
-"""LoRA: small trained matrices beside frozen weights, put in by a walk over the model.
+"""LoRA and its kin: small trained matrices beside frozen weights, put in by a walk over the model.
 
-    y = x W' + scale * (x A') B'        A (r, in) random, B (out, r) zero, both float32
+    y = x W' + scale * (x A') B'             A (r, in), B (out, r), both float32
+    y = m / |W + scale B A| * (the same)     DoRA: m (out,) is trained, the norms of rows are not
 
-Every attention and feed-forward projection gets a pair, and so does every routed expert (stacked,
-like the experts). Embedding, head, router and norms stay as they are. Files are those of the PEFT
-library for `Linear` layers, which loads them beside the same model in transformers; the stacked
-pairs of experts carry the same naming but are known to this module only.
+LoRA begins with B = 0 and a random A, DoRA with m = |W| besides. PiSSA begins with the largest r
+singular values in B A and takes them out of W, which is frozen as what is left. Weights may be kept
+in few bits (`Freeze`); the arithmetic beside them is the same.
+
+Attention, dense blocks, shared experts and routed experts may have pairs, these stacked like the
+experts (`erniekit.lora_targets` says which). Embedding, head, router and norms stay as they are.
+Files are those of `erniekit.lora_files`.
+
+Source: Hu et al., arXiv:2106.09685; Kalajdzievski, arXiv:2312.03732 (rank-stabilised scale); Hayou
+et al., arXiv:2402.12354 (LoRA+, in the optimizer); Liu et al., arXiv:2402.09353 (DoRA; norms as in
+section 4.3); Meng et al., arXiv:2404.02948 (PiSSA).
 
 Legend: T tokens, N rows sorted by expert, E experts, I/O in/out width, r rank.
 """
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from ernie import kernels
+from ernie.kernels.weights import QuantTensor
 from ernie.layers import Linear
-from ernie.model import ErnieModel
+from ernie.model import Block, ErnieModel
 from ernie.moe.experts import Experts
 from ernie.settings import ConfigError
+from erniekit.lora_targets import chosen
 
-ADAPTER_FILE = "adapter_model.safetensors"
-ADAPTER_CONFIG = "adapter_config.json"
-_PREFIX = "base_model.model."
+Weight = Tensor | QuantTensor
+STACKED = ("gate_up_proj", "down_proj")
+TRAINED = ("lora_A", "lora_B", "lora_magnitude_vector")  # last parts of names of parameters
 
 
 @dataclass(frozen=True)
 class LoRA:
-    """Rank and scale of an adapter."""
+    """What adapters are like. `targets` are no part of the comparison: names of tensors tell."""
 
     rank: int
     alpha: float
     is_rank_stabilised: bool = False
+    has_magnitude: bool = False  # DoRA
+    is_principal: bool = False  # PiSSA
+    targets: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def scale(self) -> float:
         return self.alpha / (math.sqrt(self.rank) if self.is_rank_stabilised else self.rank)
 
+    def doubled(self) -> LoRA:
+        """Twice the rank with the same scale: the form of a PiSSA adapter beside its whole base."""
+        alpha = self.alpha * (math.sqrt(2) if self.is_rank_stabilised else 2)
+        return replace(self, rank=2 * self.rank, alpha=alpha, is_principal=False)
 
-class LoRALinear(nn.Module):
+
+# --- the trained parts ---
+
+
+class Pair(nn.Module):
+    """The trained parts beside a weight `(O, I)`, or beside a stack `(E, O, I)`."""
+
+    row_squares: Tensor
+
+    def __init__(self, weight: Weight, lora: LoRA) -> None:
+        super().__init__()
+        *experts, out_size, in_size = weight.shape
+        device = weight.device
+        self.scale = lora.scale
+        self.lora_A = nn.Parameter(torch.zeros(*experts, lora.rank, in_size, device=device))
+        self.lora_B = nn.Parameter(torch.zeros(*experts, out_size, lora.rank, device=device))
+        self.lora_magnitude_vector: nn.Parameter | None = None
+        if lora.has_magnitude:
+            self.register_buffer("row_squares", row_squares(weight), persistent=False)
+            self.lora_magnitude_vector = nn.Parameter(self.row_squares.sqrt())
+
+    @torch.no_grad()
+    def row_norms(self, weight: Weight) -> Tensor:
+        """`|W + scale B A|` of each row, `(O,)` or `(E, O)`, without making the sum.
+
+        `|w|^2 + 2 scale <w A', b> + scale^2 b (A A') b'`, where the first is known.
+        """
+        a, b = self.lora_A, self.lora_B
+        if a.dim() == 2:
+            projected = kernels.linear(a, weight)  # (r, O)
+        else:
+            counts_E = torch.full((len(a),), a.shape[1], device=a.device)
+            projected = kernels.grouped_linear(a.flatten(0, 1), weight, counts_E)
+            projected = projected.view(*a.shape[:2], -1)
+        cross = (b * projected.mT).sum(-1)
+        own = ((b @ (a @ a.mT)) * b).sum(-1)
+        squares = self.row_squares + 2 * self.scale * cross + self.scale**2 * own
+        return squares.clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+
+    def row_factors(self, weight: Weight) -> Tensor:
+        """What DoRA multiplies the outputs with, `(O,)` or `(E, O)`."""
+        assert self.lora_magnitude_vector is not None
+        return self.lora_magnitude_vector / self.row_norms(weight)
+
+    @torch.no_grad()
+    def merge_into(self, weight: Tensor) -> None:
+        """Make `weight` compute the same without the pair; float32, rounded once to its dtype."""
+        trained = [self.lora_A, self.lora_B]
+        if self.lora_magnitude_vector is not None:
+            trained.append(self.lora_magnitude_vector)
+        stacks = [weight, *trained] if weight.dim() == 3 else [t[None] for t in (weight, *trained)]
+        for matrix, a, b, *magnitude in zip(*stacks):
+            merged = matrix.float() + self.scale * (b @ a)
+            if magnitude:
+                norms = merged.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+                merged *= (magnitude[0] / norms)[:, None]
+            matrix.copy_(merged)
+
+
+class LoRALinear(Pair):
     """A frozen `Linear` with a trained pair beside it."""
 
     def __init__(self, base: Linear, lora: LoRA) -> None:
-        super().__init__()
-        out_size, in_size = base.weight.shape
-        device = base.weight.device
-        self.base, self.scale = base, lora.scale
-        self.lora_A = nn.Parameter(torch.zeros(lora.rank, in_size, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(out_size, lora.rank, device=device))
+        super().__init__(base.weight, lora)
+        self.base = base
 
     def forward(self, x_TI: Tensor) -> Tensor:
         low_Tr = kernels.linear(x_TI, self.lora_A) * self.scale
-        return self.base(x_TI) + kernels.linear(low_Tr, self.lora_B)
-
-    @torch.no_grad()
-    def merge(self) -> Linear:
-        """The base with the pair added into its weight; the sum is rounded once, to its dtype."""
-        delta_OI = self.scale * (self.lora_B @ self.lora_A)
-        self.base.weight.copy_(self.base.weight.float() + delta_OI)
-        return self.base
+        if self.lora_magnitude_vector is None:
+            return self.base(x_TI) + kernels.linear(low_Tr, self.lora_B)
+        out_TO = kernels.linear(x_TI, self.base.weight) + kernels.linear(low_Tr, self.lora_B)
+        out_TO = out_TO * self.row_factors(self.base.weight).to(out_TO.dtype)
+        return out_TO if self.base.bias is None else out_TO + self.base.bias.to(out_TO.dtype)
 
 
-class LoRAExpertsProjection(nn.Module):
-    """The pairs of one stacked projection: A `(E, r, I)`, B `(E, O, r)`."""
+class LoRAExpertsProjection(Pair):
+    """The pairs of one stacked projection: A `(E, r, I)`, B `(E, O, r)`, m `(E, O)`."""
 
-    def __init__(self, weight_EOI: Tensor, lora: LoRA) -> None:
-        super().__init__()
-        num_experts, out_size, in_size = weight_EOI.shape
-        device = weight_EOI.device
-        self.scale = lora.scale
-        self.lora_A = nn.Parameter(torch.zeros(num_experts, lora.rank, in_size, device=device))
-        self.lora_B = nn.Parameter(torch.zeros(num_experts, out_size, lora.rank, device=device))
-
-    def forward(self, x_NI: Tensor, counts_E: Tensor) -> Tensor:
+    def forward(self, x_NI: Tensor, weight_EOI: Weight, counts_E: Tensor) -> Tensor:
+        """The projection with its pairs; `(N, O)`."""
+        out_NO = kernels.grouped_linear(x_NI, weight_EOI, counts_E)
         low_Nr = kernels.grouped_linear(x_NI, self.lora_A, counts_E) * self.scale
-        return kernels.grouped_linear(low_Nr, self.lora_B, counts_E)
+        out_NO = out_NO + kernels.grouped_linear(low_Nr, self.lora_B, counts_E)
+        if self.lora_magnitude_vector is None:
+            return out_NO
+        factors_EO = self.row_factors(weight_EOI).to(out_NO.dtype)
+        groups = zip(out_NO.split(counts_E.tolist()), factors_EO)
+        return torch.cat([rows * factors_O for rows, factors_O in groups])
 
 
 class LoRAExperts(nn.Module):
-    """Frozen `Experts` with trained pairs beside both projections of each expert."""
+    """Frozen `Experts` with trained pairs beside both projections of each expert, or one."""
 
-    def __init__(self, base: Experts, lora: LoRA) -> None:
+    def __init__(self, base: Experts, lora: LoRA, names: Collection[str]) -> None:
         super().__init__()
         self.base = base
-        self.gate_up_proj = LoRAExpertsProjection(base.gate_up_proj, lora)
-        self.down_proj = LoRAExpertsProjection(base.down_proj, lora)
+        for name in STACKED:
+            pair = LoRAExpertsProjection(getattr(base, name), lora) if name in names else None
+            setattr(self, name, pair)
 
     def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
-        gate_up = kernels.grouped_linear(x_ND, self.base.gate_up_proj, counts_E)
-        inner_NM = kernels.swiglu_halves(gate_up + self.gate_up_proj(x_ND, counts_E))
-        out_ND = kernels.grouped_linear(inner_NM, self.base.down_proj, counts_E)
-        return out_ND + self.down_proj(inner_NM, counts_E)
+        inner_NM = kernels.swiglu_halves(self.project("gate_up_proj", x_ND, counts_E))
+        return self.project("down_proj", inner_NM, counts_E)
+
+    def project(self, name: str, x_NI: Tensor, counts_E: Tensor) -> Tensor:
+        """One of the two projections of rows sorted by expert."""
+        pair, weight_EOI = getattr(self, name), getattr(self.base, name)
+        if pair is None:
+            return kernels.grouped_linear(x_NI, weight_EOI, counts_E)
+        return pair(x_NI, weight_EOI, counts_E)
+
+
+def _matrices(weight: Weight) -> list[Weight]:
+    return [weight] if len(weight.shape) == 2 else [weight[e] for e in range(weight.shape[0])]
+
+
+def row_squares(weight: Weight) -> Tensor:
+    """Sum of squares of each row, float32 `(O,)` or `(E, O)`; one matrix at a time is widened."""
+    values = (w.float() if isinstance(w, Tensor) else w.dequantized() for w in _matrices(weight))
+    return torch.stack([value.square().sum(-1) for value in values]).view(weight.shape[:-1])
+
+
+def principal(weight: Tensor, lora: LoRA) -> tuple[Tensor, Tensor]:
+    """A `(..., r, I)` and B `(..., O, r)`, float32, with `scale * B A` the best approximation of
+    rank r: `W = U S V'`, `B = U (S / scale)^(1/2)`, `A = (S / scale)^(1/2) V'` of the largest r.
+
+    The singular vectors are the eigenvectors of `W W'` or `W' W`, whichever is smaller, in float64:
+    the same vectors at a fraction of the time of a whole decomposition.
+    """
+    if weight.dim() == 3:
+        parts = [principal(matrix, lora) for matrix in weight]
+        a, b = zip(*parts)
+        return torch.stack(a), torch.stack(b)
+    wide = weight.double()
+    is_tall = wide.shape[0] > wide.shape[1]
+    if is_tall:
+        wide = wide.T
+    _, vectors = torch.linalg.eigh(wide @ wide.T)
+    left = vectors[:, -lora.rank :].flip(-1)
+    right = left.T @ wide  # S V'
+    roots = right.norm(dim=-1).clamp(min=torch.finfo(torch.float64).tiny)
+    b = left * (roots / lora.scale).sqrt()
+    a = right / (roots * lora.scale).sqrt()[:, None]
+    if is_tall:
+        a, b = b.T, a.T
+    return a.float().contiguous(), b.float().contiguous()
+
+
+# --- the walk ---
+
+# Makes of a weight and its format name (`dense` or `experts`) what is kept of it.
+Freeze = Callable[[Tensor, str], Weight]
+
+
+class Preparation:
+    """Puts adapters into blocks, one after the other: `add_lora` for a model that is being read.
+
+    Each block must come once, in order: A is drawn from one generator. Prediction blocks stay as
+    they are. `freeze` makes the few bits
+    of every projection, those without a pair too, after PiSSA has taken out its part.
+    """
+
+    def __init__(
+        self, lora: LoRA, names: Collection[str], *, seed: int, freeze: Freeze | None = None
+    ) -> None:
+        self.lora, self.freeze = lora, freeze
+        self.homes = {name[: name.index(".", len("model.layers.")) + 1] for name in names}
+        self.names = chosen(names, lora.targets)
+        self.generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()
-    def merge(self) -> Experts:
-        for name in ("gate_up_proj", "down_proj"):
-            pair, weight_EOI = getattr(self, name), getattr(self.base, name)
-            for e in range(len(weight_EOI)):
-                delta_OI = pair.scale * (pair.lora_B[e] @ pair.lora_A[e])
-                weight_EOI[e].copy_(weight_EOI[e].float() + delta_OI)
-        return self.base
+    def __call__(self, block: nn.Module) -> nn.Module:
+        assert isinstance(block, Block)
+        block.requires_grad_(False)
+        home = f"model.layers.{block.self_attn.layer}."
+        if home not in self.homes:
+            return block
+        for path, parent, name, child in list(_projections(block, home)):
+            if isinstance(child, Experts):
+                wanted = [leaf for leaf in STACKED if f"{path}.{leaf}" in self.names]
+                starts = {
+                    leaf: self._begin(child, leaf, "experts", leaf in wanted) for leaf in STACKED
+                }
+                if wanted:
+                    wrapped = LoRAExperts(child, self.lora, wanted)
+                    for leaf in wanted:
+                        self._fill(getattr(wrapped, leaf), starts[leaf])
+                    setattr(parent, name, wrapped)
+            else:
+                start = self._begin(child, "weight", "dense", path in self.names)
+                if path in self.names:
+                    linear = LoRALinear(child, self.lora)
+                    self._fill(linear, start)
+                    setattr(parent, name, linear)
+        return block
+
+    def _begin(
+        self, home: nn.Module, leaf: str, kind: str, has_pair: bool
+    ) -> tuple[Tensor, Tensor] | None:
+        """Bring a weight into its frozen form; PiSSA's A and B."""
+        weight = getattr(home, leaf)
+        start = None
+        if has_pair and self.lora.is_principal:
+            if self.lora.rank > (most := min(weight.shape[-2:])):
+                raise ConfigError(
+                    f"pissa: lora_rank={self.lora.rank} is more than the {most} singular values of "
+                    f"a weight of {tuple(weight.shape[-2:])}; give {most} or less"
+                )
+            start = principal(weight, self.lora)
+            # In float32, rounded once: to the weight's dtype, or to few bits.
+            rest = weight.float() - self.lora.scale * (start[1] @ start[0])
+            weight = rest if self.freeze else rest.to(weight.dtype)
+        if self.freeze:
+            kept = self.freeze(weight.detach(), kind)
+            delattr(home, leaf)  # a parameter; what takes its place may be none
+            setattr(home, leaf, kept)
+        elif start is not None:
+            getattr(home, leaf).copy_(weight)
+        return start
+
+    def _fill(self, pair: Pair, start: tuple[Tensor, Tensor] | None) -> None:
+        if start is not None:
+            pair.lora_A.copy_(start[0])
+            pair.lora_B.copy_(start[1])
+            return
+        bound = pair.lora_A.shape[-1] ** -0.5
+        values = torch.empty(pair.lora_A.shape)
+        pair.lora_A.copy_(values.uniform_(-bound, bound, generator=self.generator))
 
 
-def add_lora(model: ErnieModel, lora: LoRA, *, seed: int) -> None:
-    """Freeze the model and give every projection of its blocks a trained pair, in place.
+def add_lora(model: ErnieModel, lora: LoRA, *, seed: int, freeze: Freeze | None = None) -> None:
+    """Freeze the model and give the projections that are targets a trained pair, in place.
 
-    A is uniform in +-1/sqrt(in), as in PEFT (Kaiming with a = sqrt 5); B is zero, so that training
-    starts from the model as it is.
+    A is uniform in +-1/sqrt(in), as in PEFT (Kaiming with a = sqrt 5), and B is zero, so that
+    training starts from the model as it is; PiSSA's are `principal`. Raises ConfigError for a
+    target that matches nothing.
     """
     model.requires_grad_(False)
-    generator = torch.Generator().manual_seed(seed)
-    for parent, name, child in list(projections(model)):
-        wrapped = (
-            LoRAExperts(child, lora) if isinstance(child, Experts) else LoRALinear(child, lora)
-        )
-        setattr(parent, name, wrapped)
-        for key, parameter in wrapped.named_parameters():
-            if key.endswith("lora_A"):
-                bound = parameter.shape[-1] ** -0.5
-                values = torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
-                parameter.data.copy_(values)
-
-
-@contextmanager
-def without_adapters(model: ErnieModel) -> Iterator[None]:
-    """Inside, the model computes what it computed before `add_lora`, exactly."""
-    kinds = (LoRALinear, LoRAExpertsProjection)
-    adapters = [module for module in model.modules() if isinstance(module, kinds)]
-    scales = [adapter.scale for adapter in adapters]
-    for adapter in adapters:
-        adapter.scale = 0.0
-    try:
-        yield
-    finally:
-        for adapter, scale in zip(adapters, scales, strict=True):
-            adapter.scale = scale
+    prepare = Preparation(lora, weight_names(model), seed=seed, freeze=freeze)
+    for block in model.model.layers:
+        prepare(block)
 
 
 def merge_lora(model: ErnieModel) -> None:
-    """Add every pair into its weight and take the wrappers out, in place."""
+    """Add every pair into its weight and take the wrappers out, in place; rounded once, to the
+    weight's dtype. Not for a base in few bits.
+    """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, (LoRALinear, LoRAExperts)):
-                setattr(parent, name, child.merge())
+            if isinstance(child, LoRALinear):
+                child.merge_into(child.base.weight.data)
+            elif isinstance(child, LoRAExperts):
+                for leaf in STACKED:
+                    if (pair := getattr(child, leaf)) is not None:
+                        pair.merge_into(getattr(child.base, leaf).data)
+            else:
+                continue
+            setattr(parent, name, child.base)
 
 
-def projections(model: ErnieModel) -> Iterator[tuple[nn.Module, str, Linear | Experts]]:
-    """Parent, name and module of everything that gets a pair."""
-    for block in model.model.layers:
-        for parent in block.modules():
-            for name, child in parent.named_children():
-                if isinstance(child, (Linear, Experts)):
-                    yield parent, name, child
+def pairs(model: ErnieModel) -> Iterator[tuple[str, Pair, Weight]]:
+    """Name, pair and frozen weight of every projection that has one, in the model's order."""
+    for path, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            yield path, module, module.base.weight
+        elif isinstance(module, LoRAExperts):
+            for leaf in STACKED:
+                if (pair := getattr(module, leaf)) is not None:
+                    yield f"{path}.{leaf}", pair, getattr(module.base, leaf)
 
 
-# --- files ---
+def projections(model: ErnieModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """Name and weight of everything that can have a pair, of a plain model."""
+    for number, block in enumerate(model.model.layers):
+        for path, _, _, child in _projections(block, f"model.layers.{number}."):
+            if isinstance(child, Experts):
+                yield from ((f"{path}.{leaf}", getattr(child, leaf)) for leaf in STACKED)
+            else:
+                yield path, child.weight
 
 
-def file_name(parameter: str) -> str:
-    """The name in the file of a parameter of a pair."""
-    return f"{_PREFIX}{parameter}.weight"
+def weight_names(model: ErnieModel) -> list[str]:
+    return [name for name, _ in projections(model)]
 
 
-def parameter_name(in_file: str) -> str:
-    """The way back from `file_name`."""
-    return in_file.removeprefix(_PREFIX).removesuffix(".weight")
-
-
-def adapter_tensors(model: ErnieModel) -> dict[str, Tensor]:
-    """The pairs under their names in the file."""
-    return {
-        file_name(name): parameter.detach()
-        for name, parameter in model.named_parameters()
-        if name.endswith(("lora_A", "lora_B"))
-    }
-
-
-def adapter_config(model: ErnieModel, lora: LoRA, base: str) -> str:
-    """The text of `adapter_config.json`."""
-    wrapped = (n for n, m in model.named_modules() if isinstance(m, LoRALinear))
-    targets = sorted({name.rpartition(".")[2] for name in wrapped})
-    values = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "use_rslora": lora.is_rank_stabilised,
-        "target_modules": targets,
-        "lora_dropout": 0.0,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-    }
-    return json.dumps(values, indent=2) + "\n"
-
-
-def with_base(config: str, base: str) -> str:
-    """The text of an `adapter_config.json`, for another folder or name of the base model."""
-    values = json.loads(config)
-    values["base_model_name_or_path"] = base or values.get("base_model_name_or_path")
-    return json.dumps(values, indent=2) + "\n"
-
-
-def read_adapter_config(folder: str | Path) -> LoRA:
-    """Rank and scale of a saved adapter; raises ConfigError where there is none."""
-    path = Path(folder) / ADAPTER_CONFIG
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return LoRA(int(values["r"]), float(values["lora_alpha"]), bool(values.get("use_rslora")))
-    except FileNotFoundError:
-        raise ConfigError(f"{folder} holds no {ADAPTER_CONFIG}; give a LoRA checkpoint") from None
-    except (KeyError, ValueError) as error:
-        raise ConfigError(f"{path} is not an adapter's configuration ({error!r})") from None
-
-
-def load_adapter(model: ErnieModel, tensors: Mapping[str, Tensor], origin: str) -> None:
-    """Fill the pairs of a model from a file's tensors.
-
-    Raises ConfigError naming the first tensor that is missing, left over or of another shape:
-    an adapter that would silently do nothing is refused.
-    """
-    expected = adapter_tensors(model)
-    for name in [*expected, *tensors]:
-        if name not in tensors or name not in expected:
-            where = "missing in" if name not in tensors else "unknown to this model but in"
-            raise ConfigError(f"{name} is {where} {origin}; the adapter belongs to another model")
-        if tensors[name].shape != expected[name].shape:
-            raise ConfigError(
-                f"{name} in {origin} is {tuple(tensors[name].shape)}; this model and rank want "
-                f"{tuple(expected[name].shape)}"
-            )
-        expected[name].copy_(tensors[name])
+def _projections(
+    block: nn.Module, home: str
+) -> Iterator[tuple[str, nn.Module, str, Linear | Experts]]:
+    """Full name, parent, own name and module of the projections of a plain block."""
+    for path, parent in block.named_modules(prefix=home.removesuffix(".")):
+        for name, child in parent.named_children():
+            if isinstance(child, (Linear, Experts)):
+                yield f"{path}.{name}", parent, name, child

@@ -11,7 +11,7 @@ Legend: T tokens of the batch, N trained tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -21,9 +21,11 @@ from ernie.attention import packed_causal
 from ernie.chat import UNTRAINED
 from ernie.model import ErnieModel
 from ernie.moe import balance
-from ernie.moe.layer import MoE
-from ernie.moe.router import Routing
+from ernie.moe.router import Router, Routing
 from erniekit.gradients import Gradients
+
+# Parts of a `Loss` that train the router.
+ROUTER_LOSSES = ("aux_loss", "z_loss", "orthogonal_loss")
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class Terms:
     orthogonal: float = 0.0
     z: float = 0.0
     multi_token: float = 0.0
+    num_groups: int = 1  # within which the orthogonality loss compares experts
 
 
 @dataclass
@@ -59,6 +62,7 @@ class Loss:
     parts: dict[str, Tensor]
     loads_LE: list[Tensor]  # tokens per expert of each MoE layer
     num_right: Tensor | None = None
+    entropies_L: list[Tensor] = field(default_factory=list)  # of each, summed over the tokens
 
 
 def next_token(
@@ -89,21 +93,36 @@ def next_token(
     parts |= {name: part * share for name, part in routing_terms(model, routed, terms).items()}
     total = value + torch.stack(list(parts.values())).sum() if parts else value
     detached = {name: part.detach() for name, part in parts.items()}
+    detached |= {name: part * share for name, part in told_of(routed).items()}
     loads_LE = [routing.load_E for routing in routed]
-    return Loss(total, value.detach(), detached, loads_LE, num_right)
+    entropies_L = [balance.entropy(routing) for routing in routed]
+    return Loss(total, value.detach(), detached, loads_LE, num_right, entropies_L)
+
+
+def told_of(routed: list[Routing]) -> dict[str, Tensor]:
+    """Share of the choices that were over the capacity of their expert, where there is one."""
+    kept = [routing.kept_TK for routing in routed if routing.kept_TK is not None]
+    if not kept:
+        return {}
+    return {"moe_dropped": 1 - torch.stack([kept_TK.float().mean() for kept_TK in kept]).mean()}
+
+
+def routers_of(model: ErnieModel) -> list[Router]:
+    """The router of each bank of each MoE layer."""
+    return [module for module in model.model.layers.modules() if isinstance(module, Router)]
 
 
 def routing_terms(model: ErnieModel, routed: list[Routing], terms: Terms) -> dict[str, Tensor]:
     """Mean over the MoE layers of each wanted loss, times its weight."""
     if not routed:
         return {}
-    routers = [block.mlp.gate for block in model.model.layers if isinstance(block.mlp, MoE)]
+    weights = [gate.weight for gate in routers_of(model)]
     values = {
         "aux_loss": (terms.load_balance, lambda: map(balance.load_balance_loss, routed)),
         "z_loss": (terms.z, lambda: map(balance.z_loss, routed)),
         "orthogonal_loss": (
             terms.orthogonal,
-            lambda: (balance.orthogonal_loss(router.weight) for router in routers),
+            lambda: (balance.orthogonal_loss(w, terms.num_groups) for w in weights),
         ),
     }
     return {
@@ -181,8 +200,38 @@ class Selected(torch.autograd.Function):
         return grad_ND[place_T].masked_fill_(~is_selected_T[:, None], 0), None, None
 
 
-def add_product(total_VD: Tensor, left_CV: Tensor, right_CD: Tensor) -> None:
-    """`total += left.T @ right`, summed in float32 whatever the factors are."""
+@dataclass(frozen=True)
+class Chunk:
+    """Some rows before the vocabulary: their losses, which are right, and two gradients."""
+
+    loss_C: Tensor
+    right_C: Tensor
+    logits_CV: Tensor  # the gradient of the logits
+    grad_CD: Tensor | None  # of the hidden rows
+
+
+def logit_gradients(
+    hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor, scale: float, wants_hidden: bool
+) -> Chunk:
+    """Cross-entropy of rows, and the gradients of `scale` times its sum; logits are made once."""
+    chunk_CD = hidden_CD.detach()
+    with torch.set_grad_enabled(wants_hidden):  # for the rows' gradient by the product's backward
+        chunk_CD.requires_grad_(wants_hidden)
+        product_CV = kernels.linear(chunk_CD, weight_VD)
+    logits_CV = product_CV.detach()  # overwritten by their gradient
+    loss_C, right_C = kernels.cross_entropy_(logits_CV, targets_C, scale)
+    grad_CD = None
+    if wants_hidden:
+        (grad_CD,) = torch.autograd.grad(product_CV, chunk_CD, logits_CV)
+    return Chunk(loss_C, right_C, logits_CV, grad_CD)
+
+
+def add_product(total_VD: Tensor, left_CV: Tensor, right_CD: Tensor, *, is_short: bool) -> None:
+    """`total += left.T @ right`, summed in float32 whatever the factors are: of the dtype of
+    `left`, or bfloat16 where products are to be (`is_short`).
+    """
+    dtype = torch.bfloat16 if is_short else left_CV.dtype
+    left_CV, right_CD = left_CV.to(dtype), right_CD.detach().to(dtype)
     if left_CV.dtype == total_VD.dtype:
         total_VD.addmm_(left_CV.T, right_CD)
     elif left_CV.is_cuda and total_VD.dtype == torch.float32:
@@ -219,21 +268,17 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         frozen_VD, is_short = head_of_chunks(weight_VD)
         for start in range(0, len(hidden_ND), chunk_size):
             rows = slice(start, start + chunk_size)
-            chunk_CD = hidden_ND[rows].detach()
-            with torch.enable_grad():  # for the input's gradient by the product's own backward
-                chunk_CD.requires_grad_(wants_hidden)
-                product_CV = kernels.linear(chunk_CD, frozen_VD)
-            logits_CV = product_CV.detach()  # overwritten by their gradient
-            loss_C, right_C = kernels.cross_entropy_(logits_CV, targets_N[rows], scale)
-            total += loss_C.sum()
+            chunk = logit_gradients(
+                hidden_ND[rows], frozen_VD, targets_N[rows], scale, wants_hidden
+            )
+            total += chunk.loss_C.sum()
             if num_right is not None:
-                num_right += right_C.sum()
-            if grad_ND is not None:
-                (grad_ND[rows],) = torch.autograd.grad(product_CV, chunk_CD, logits_CV)
+                num_right += chunk.right_C.sum()
+            if grad_ND is not None and chunk.grad_CD is not None:
+                grad_ND[rows] = chunk.grad_CD
             if wants_weight and grad_VD is not None:
-                dtype = torch.bfloat16 if is_short else logits_CV.dtype
-                add_product(grad_VD, logits_CV.to(dtype), chunk_CD.detach().to(dtype))
-            del product_CV, logits_CV  # before the next chunk's are made
+                add_product(grad_VD, chunk.logits_CV, hidden_ND[rows], is_short=is_short)
+            del chunk  # before the next one is made
         ctx.is_summed = into is not None
         ctx.save_for_backward(grad_ND, None if ctx.is_summed or not wants_weight else grad_VD)
         return total * scale

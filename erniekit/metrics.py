@@ -6,13 +6,17 @@ A record has: step, loss, learning_rate, grad_norm, tokens_per_second, num_token
 num_trained_tokens (of this step), total_tokens, seconds, epoch, peak_memory_gib; accuracy (share of
 the trained tokens that the model held the likeliest); `skipped` and `skipped_because` where the
 step was;
-`moe_max_over_mean` and the router's losses for experts; eval_loss, eval_ppl, eval_accuracy and
-eval_tokens where the model was evaluated after it. Step 0 is the evaluation before training.
+`moe_max_over_mean` and the rest of `erniekit.routing`, and the router's losses, for experts;
+eval_loss, eval_ppl, eval_accuracy and eval_tokens where the model was evaluated after it (of plain
+text eval_bits_per_byte too). Step 0 is the evaluation before training.
 
 Of pairs: num_pairs, and means over them: rewards_chosen and rewards_rejected (beta times what the
 policy has gained on the reference, in nats), rewards_margin (their difference; `margin` in the
 line), rewards_accuracy (share with a margin above 0, a margin of 0 counting half; `right`); the
-same with eval_ before them, and eval_pairs.
+same with eval_ before them, and eval_pairs. preference_loss and sft_loss are the two parts of a
+loss that has both. Of judged answers: num_answers, kl (the gain of answers to other prompts, which
+each is compared with), rewards_chosen and rewards_rejected (of desirable and undesirable ones),
+rewards_accuracy (share on their side of kl). Rewards of a reward model are its own numbers.
 """
 
 from __future__ import annotations
@@ -76,28 +80,35 @@ def line(record: dict[str, Any], num_steps: int) -> str:
         f"{record['tokens_per_second']:,.0f} tok/s",
         f"{record['peak_memory_gib']:.1f} GiB",
     ]
-    if "rewards_margin" in record:
-        parts[2:2] = [
-            f"margin {record['rewards_margin']:.4f}",
-            f"right {100 * record['rewards_accuracy']:.0f} %",
-        ]
+    if "rewards_accuracy" in record:
+        parts[2:2] = _judged(record, "", 0)
     if "moe_max_over_mean" in record:
-        parts.append(f"moe max/mean {record['moe_max_over_mean']:.2f}")
+        told = f"moe max/mean {record['moe_max_over_mean']:.2f}"
+        if "moe_entropy" in record:
+            told += f" entropy {record['moe_entropy']:.2f}"
+        if record.get("moe_dead_experts"):
+            told += f" dead {record['moe_dead_experts']}"
+        parts.append(told)
     if record.get("skipped"):
         parts.append(f"SKIPPED: {record.get('skipped_because', 'not finite')}")
     return " | ".join(parts)
 
 
+def _judged(values: dict[str, Any], prefix: str, digits: int) -> list[str]:
+    """Of judged answers; a step with answers of one kind only has no margin."""
+    margin = values.get(f"{prefix}rewards_margin")
+    right = f"right {100 * values[f'{prefix}rewards_accuracy']:.{digits}f} %"
+    return [right] if margin is None else [f"margin {margin:.4f}", right]
+
+
 def eval_line(values: dict[str, float], step: int) -> str:
-    if "eval_pairs" in values:
-        parts = [
-            f"margin {values['eval_rewards_margin']:.4f}",
-            f"right {100 * values['eval_rewards_accuracy']:.1f} %",
-            f"{values['eval_pairs']:,} pairs",
-        ]
+    if "eval_rewards_accuracy" in values:
+        unit = "pairs" if "eval_pairs" in values else "answers"
+        parts = [*_judged(values, "eval_", 1), f"{values[f'eval_{unit}']:,} {unit}"]
     else:
         parts = [
             f"ppl {values['eval_ppl']:.2f}",
+            *(f"bits/byte {b:.4f}" for k, b in values.items() if k == "eval_bits_per_byte"),
             f"accuracy {100 * values['eval_accuracy']:.1f} %",
             f"{values['eval_tokens']:,} tokens",
         ]

@@ -68,6 +68,9 @@ def warmup_steps(num_steps: int, o: Optimisation) -> int:
     return o.warmup_steps or math.ceil(o.warmup_ratio * num_steps)
 
 
+MAGNITUDE = "lora_magnitude_vector"  # of a row, also where they are stacked by expert
+
+
 @dataclass(frozen=True)
 class Treatment:
     """How one parameter is updated: factor on the learning rate, and weight decay."""
@@ -91,7 +94,8 @@ def treatments(
             factor *= _layer_factor(name, num_layers, o.layerwise_lr_decay_bound)
         if o.moe_gate_lr_ratio is not None and name.endswith("mlp.gate.weight"):
             factor *= o.moe_gate_lr_ratio
-        result[name] = Treatment(factor, o.weight_decay if parameter.dim() > 1 else 0.0)
+        is_matrix = parameter.dim() > 1 and not name.endswith(MAGNITUDE)
+        result[name] = Treatment(factor, o.weight_decay if is_matrix else 0.0)
     return result
 
 
@@ -239,7 +243,7 @@ class Muon(AdamW):
     """
 
     def _is_matrix(self, name: str) -> bool:
-        others = ("embed_tokens.weight", "lm_head.weight", "lora_A", "lora_B")
+        others = ("embed_tokens.weight", "lm_head.weight", "lora_A", "lora_B", MAGNITUDE)
         return self.parameters[name].dim() > 1 and not name.endswith(others)
 
     def _new_moments(self, name: str) -> dict[str, Tensor]:

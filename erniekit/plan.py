@@ -29,12 +29,15 @@ from dataclasses import dataclass, field
 
 from ernie.config import ErnieConfig
 from ernie.kernels.reference import MOMENT_BLOCK
+from ernie.kernels.weights import quantized_bytes
 from ernie.model import ErnieModel
 from ernie.settings import ConfigError
-from erniekit.build import config_of, weights_dtype
+from erniekit.build import config_of, frozen, frozen_form, weights_dtype
 from erniekit.config import Optimisation, Run
 from erniekit.lora import projections
+from erniekit.lora_targets import chosen
 from erniekit.parallel.replicated import owners_of
+from erniekit.reward_model import HEAD, add_reward_head
 
 GIB = 2**30
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
@@ -144,23 +147,32 @@ def sizes_of(config: ErnieConfig, run: Run, device: str, degrees: Degrees = Degr
     dtype = weights_dtype(run, device)
     model = ErnieModel(config, dtype=dtype, device="meta")
     sizes = Sizes()
+    is_scored = run.model.stage == "RM"
+    if is_scored:
+        add_reward_head(model, seed=0)
+    still = frozen(dict(model.named_parameters()), run.model.freeze_parameters)
+    weights = dict(projections(model)) if run.is_lora else {}
+    few_bits = {id(w): form for n, w in weights.items() if (form := frozen_form(run, n))}
     for name, p in model.named_parameters():
-        trained = not run.is_lora and p.requires_grad
+        width: float = p.element_size()
+        if id(p) in few_bits:
+            width = quantized_bytes(p.shape, few_bits[id(p)]) / p.numel()
+        trained = ((not run.is_lora and p.requires_grad) or name == HEAD) and name not in still
         if name.startswith("model.mtp."):
             trained = trained and bool(run.model.num_nextn_predict_layers)
-        apart, size = name in VOCABULARY, p.element_size()
-        _add(sizes, name, p.numel(), size, trained, apart, p.dim() > 1 and not apart, run, degrees)
-    if run.is_lora:
-        names = {module: name for name, module in model.named_modules()}
-        for parent, child_name, child in projections(model):
-            name = f"{names[parent]}.{child_name}"
-            for weight in child.parameters():
-                if weight.dim() > 1:
-                    *stack, out_size, in_size = weight.shape
-                    for size in (in_size, out_size):
-                        count = run.model.lora_rank * size * (stack[0] if stack else 1)
-                        key = f"{name}.{len(sizes.trained)}"
-                        _add(sizes, key, count, 4, True, False, False, run, degrees)
+        apart = name in VOCABULARY
+        is_matrix = p.dim() > 1 and not apart
+        _add(sizes, name, p.numel(), width, trained, apart, is_matrix, run, degrees)
+    for name in chosen(weights, run.model.lora_target_modules) if run.is_lora else ():
+        *stack, out_size, in_size = weights[name].shape
+        counts = [run.model.lora_rank * in_size, run.model.lora_rank * out_size]
+        for part, count in enumerate([*counts, *[out_size] * run.model.use_dora]):
+            count *= math.prod(stack)
+            _add(sizes, f"{name}.{part}", count, 4, True, False, False, run, degrees)
+    if run.model.use_dora and run.is_lora:  # the known squares of rows, as many as magnitudes
+        for name in chosen(weights, run.model.lora_target_modules):
+            layer = int(name.split(".")[2])
+            sizes.weights[layer] += 4 * math.prod(weights[name].shape[:-1])
     if degrees.sharding > 1:
         _shard(sizes, run, degrees.sharding)
     return sizes
@@ -198,7 +210,7 @@ def _add(
     sizes: Sizes,
     name: str,
     numel: int,
-    width: int,
+    width: float,
     trained: bool,
     float32_sum: bool,
     is_matrix: bool,
@@ -213,7 +225,7 @@ def _add(
         sizes.trained[name] = numel
     experts = ".experts" in name and degrees.expert > 1
     count = numel // (degrees.expert if experts else degrees.tensor)
-    sizes.weights[layer] += count * width
+    sizes.weights[layer] += round(count * width)
     if not trained:
         return
     o = run.optimisation
@@ -245,26 +257,31 @@ def _moment_bytes(o: Optimisation, count: int, is_matrix: bool) -> int:
 def layer_words(config: ErnieConfig, run: Run, layer: int) -> dict[str, float]:
     """Words per token that autograd keeps of a block when nothing of it is computed again.
 
-    A word is an element of the activations' dtype; int64 indices count two, as on a CPU.
+    A word is an element of the activations' dtype; int64 indices count two, as on a CPU. Every
+    projection is taken to have an adapter.
     """
     c, rank = config, run.model.lora_rank * run.is_lora
-    d = c.hidden_size
+    d, dora = c.hidden_size, run.model.use_dora * run.is_lora  # DoRA keeps what it rescales
     attended = 2.0 * c.q_size + 2 * c.kv_size + c.num_attention_heads
-    if run.model.stage == "DPO":  # laid out with each prompt twice, and its result laid back
+    if run.model.stage in (
+        "DPO",
+        "RM",
+    ):  # laid out with each prompt twice, and its result laid back
         attended = 2 * attended + c.q_size
     words = {
         "stream": 2.0 * (d + 1),  # the two inputs of norms, and their scales
         "attention_input": float(d),
-        "attention": attended + 4 * rank,
+        "attention": attended + 4 * rank + dora * (c.q_size + 2 * c.kv_size + d),
         "mlp_input": float(d),
     }
     if not c.is_moe_layer(layer):
-        return words | {"mlp": 2.0 * c.intermediate_size + 3 * rank}
+        rescaled = dora * (2 * c.intermediate_size + d)
+        return words | {"mlp": 2.0 * c.intermediate_size + 3 * rank + rescaled}
     top_k, size, experts = c.moe_k or 0, c.expert_sizes[0], c.experts_per_bank[0]
     routing = 2 * experts + 2 * top_k + 2 * top_k + 2
     indices = 2 * 2 * top_k
-    rows = top_k * (d + 3 * size + d + 2 * rank)
-    shared = 2 * c.shared_size + 3 * rank if c.shared_size else 0
+    rows = top_k * (d + 3 * size + d + 2 * rank + dora * (2 * size + d))
+    shared = (2 + 2 * dora) * c.shared_size + 3 * rank + dora * d if c.shared_size else 0
     return words | {"mlp": float(routing + indices + rows + shared)}
 
 
@@ -308,7 +325,7 @@ def _peak(
     unit = word * batch / degrees.tensor
     layers = range(config.num_hidden_layers)
     kept = [unit * kept_words(config, run, n) for n in layers]
-    chunk = min(run.model.loss_subbatch_seqlen, batch)
+    chunk = min(run.model.loss_subbatch_seqlen, batch) if run.model.stage != "RM" else 0
     vocabulary = config.vocab_size / degrees.tensor
     head = {
         "activations": sum(kept) + unit * (config.hidden_size + config.head_dim),
@@ -363,11 +380,17 @@ def _process_bytes(config: ErnieConfig, run: Run, device: str) -> int:
 def _flops(config: ErnieConfig, run: Run, tokens: int) -> float:
     """Forward once, backward twice as much (once with frozen weights), and what is done again.
 
-    Of pairs, the head is done again where it is trained, and all tokens are taken to be answers.
+    Of judged answers, the head is done again where it is trained, and all tokens are taken to be
+    answers; what is measured over a step before it is one forward pass more. A reward model has no
+    such head.
     """
     head = 2 * tokens * config.hidden_size * config.vocab_size
     forward = tokens * config.flops_per_token(run.data.max_seq_len // 2)
     again = {"full": 1.0, "full_attn": 0.25, "mlp": 0.65}.get(run.model.recompute_granularity, 0)
     share = 1 - len(run.model.no_recompute_layers) / config.num_hidden_layers
     times = (2 if run.is_lora else 3) + again * share * run.model.recompute
-    return forward * times + head * (run.model.stage == "DPO" and not run.is_lora)
+    stage = run.model.stage
+    if stage == "RM":
+        return (forward - head) * times
+    times += stage == "KTO" or (stage == "DPO" and run.preferences.loss_type == "kto_pair")
+    return forward * times + head * (stage in ("DPO", "KTO") and not run.is_lora)

@@ -27,6 +27,7 @@ from erniekit import checkpoint, config, memory
 from erniekit.config import Run, resolved, run_from
 from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.plan import GIB, Degrees, Plan, plan
+from erniekit.preference_losses import PREFERENCE_LOSSES
 
 log = logging.getLogger("erniekit")
 
@@ -119,10 +120,12 @@ def read_plannable(values: dict[str, Any], origin: str) -> tuple[Run, Degrees, l
     here = run.parallel.nproc_per_node
     if run.parallel.sharding and here and degrees["sharding"] == 1:
         degrees["sharding"] = max(here // max(run.parallel.data_parallel_degree, 1), 1)
-    if run.model.stage == "DPO" and not run.preferences.reference_free:
+    p, read = run.preferences, {"DPO": "pair", "KTO": "answer, and one beside it,"}
+    is_free = p.reference_free or not PREFERENCE_LOSSES[p.loss_type].uses_reference
+    if run.model.stage in read and not is_free:
         notes.append(
-            "before the first step the reference model reads every pair of the run once, a forward "
-            "pass in no more memory than a step; that time is not counted"
+            f"before the first step the reference model reads every {read[run.model.stage]} of the "
+            "run once, a forward pass in no more memory than a step; that time is not counted"
         )
     return run, Degrees(**degrees), notes
 
@@ -207,7 +210,7 @@ def _candidates(run: Run) -> list[tuple[dict[str, Any], str]]:
     if o.amp_master_grad and not run.is_lora:
         found.append(({"amp_master_grad": False}, "sums of gradients are rounded"))
     above = "dialogues are cut to"
-    if run.model.stage == "DPO":
+    if run.model.stage in ("DPO", "RM"):
         above = "pairs lose turns, or are left out, above"
     lengths = [n for n in (32768, 16384, 8192, 4096, 2048, 1024, 512) if n < run.data.max_seq_len]
     found += [({"max_seq_len": n}, f"{above} {n} tokens") for n in lengths]

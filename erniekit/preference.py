@@ -1,9 +1,9 @@
 """Losses of preference training, as functions of four log-probabilities of each pair.
 
 Policy and reference each give the log-probability of the chosen and of the rejected answer; a
-method is a function of these and a row of `PREFERENCE_LOSSES`. Logits are never held whole: the
-labelled positions meet the vocabulary a few at a time, in the forward pass for the log-probability
-and once more in the backward pass, when the weight of each sequence is known.
+method is a function of these and a row of `erniekit.preference_losses`. Logits are never held
+whole: the labelled positions meet the vocabulary a few at a time, in the forward pass for the
+log-probability and once more in the backward pass, when the weight of each sequence is known.
 
 Legend: T tokens of the batch, N labelled tokens, C of them at a time, D hidden size, V vocabulary,
 P pairs.
@@ -11,22 +11,46 @@ P pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
-from ernie import kernels
-from ernie.attention import shared_prompt
+from ernie.attention import Attend, packed_causal, shared_prompt
 from ernie.chat import UNTRAINED
 from ernie.model import ErnieModel
 from ernie.moe.router import Routing
 from erniekit.gradients import Gradients
-from erniekit.losses import Loss, Selected, Terms, add_product, head_of_chunks, routing_terms
+from erniekit.losses import (
+    Flat,
+    Loss,
+    Selected,
+    Terms,
+    add_product,
+    head_of_chunks,
+    logit_gradients,
+    routing_terms,
+)
+from erniekit.preference_losses import Objective, gains
 
-_NO_TERMS = Terms()
+NO_TERMS = Terms()
+SIGMOID = Objective()
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Judged answers on the device of the model, one segment each; `others` are segments with the
+    same prompts and answers to other ones. `keys` name them, in order.
+    """
+
+    answers: Flat
+    others: Flat
+    is_desirable_S: Tensor
+    keys: tuple[bytes, ...] = ()
+
+    @property
+    def token_ids_T(self) -> Tensor:
+        return self.answers.token_ids_T
 
 
 @dataclass(frozen=True)
@@ -43,36 +67,16 @@ class Pairs:
     keys: tuple[bytes, ...] = ()
 
 
-@dataclass(frozen=True)
-class Objective:
-    """A method and its numbers; see the keys of the same names in `erniekit.config`."""
-
-    method: str = "sigmoid"
-    beta: float = 0.1
-    label_smoothing: float = 0.0
-    normalises_lengths: bool = False
-
-
-def sigmoid(margin_P: Tensor, *, label_smoothing: float) -> Tensor:
-    """-log sigmoid of the margin of rewards; a share of the labels is taken to be wrong.
-
-    Source: DPO (arXiv 2305.18290, eq. 7); conservative DPO for the smoothing.
-    """
-    right_P, wrong_P = logsigmoid(margin_P), logsigmoid(-margin_P)
-    return -(1 - label_smoothing) * right_P - label_smoothing * wrong_P
-
-
-PREFERENCE_LOSSES: dict[str, Callable[..., Tensor]] = {"sigmoid": sigmoid}
-
-
 def preference(
     model: ErnieModel,
     batch: Pairs,
     reference_P2: Tensor,
     *,
     scale: float,
-    objective: Objective = Objective(),
-    terms: Terms = _NO_TERMS,
+    objective: Objective = SIGMOID,
+    sft_scale: float = 0.0,
+    baseline_2: Tensor | None = None,
+    terms: Terms = NO_TERMS,
     share: float = 1.0,
     chunk_size: int = 128,
     gradients: Gradients | None = None,
@@ -80,31 +84,46 @@ def preference(
     """Loss of a row of pairs, summed and multiplied by `scale`, and the rewards it rests on.
 
     `reference_P2` is `sequence_log_probs` of the reference model, zeros for none; `scale` is one
-    over the number of pairs of the whole optimizer step. A reward is beta times what the policy has
-    gained on the reference. Of `parts`, `rewards_accuracy` is the share of pairs whose chosen
-    answer has the larger reward, a tie counting one half. For the rest see `losses.next_token`.
+    over the number of pairs of the whole optimizer step, `sft_scale` one over that of the trained
+    tokens of its chosen answers, and `baseline_2` as in `PreferenceLoss`. A reward is beta times
+    what the policy has gained on the reference. Of `parts`, `rewards_accuracy` is the share of
+    pairs whose chosen answer has the larger reward, a tie counting one half. For the rest see
+    `losses.next_token`.
     """
     routings: list[Routing | None] = []
     policy_P2 = sequence_log_probs(
         model, batch, chunk_size=chunk_size, gradients=gradients, routings=routings
     )
-    gain_P2 = policy_P2 - reference_P2
-    if objective.normalises_lengths:
-        lengths_P2 = answer_lengths(batch).double()
-        gain_P2 = gain_P2 * (lengths_P2.mean(1, keepdim=True) / lengths_P2)
-    rewards_P2 = objective.beta * gain_P2
-    margin_P = rewards_P2[:, 0] - rewards_P2[:, 1]
-    loss_of = PREFERENCE_LOSSES[objective.method]
-    value = loss_of(margin_P, label_smoothing=objective.label_smoothing).sum() * scale
+    gain_P2 = gains(policy_P2, reference_P2, answer_lengths(batch), objective)
+    given = (baseline_2,) if objective.row.uses_baselines else ()
+    compared = objective.row.of(gain_P2, objective, *given).sum() * scale
+    value, parts = objective.preference_weight * compared, {}
+    if objective.sft_weight:
+        supervised = -policy_P2[:, 0].sum() * sft_scale
+        value = value + objective.sft_weight * supervised
+        parts = {"preference_loss": compared.detach(), "sft_loss": supervised.detach()}
+    told = told_of_pairs(objective.beta * gain_P2.detach())
+    parts |= {name: n_P.sum() * scale for name, n_P in told.items()}
+    return with_terms(model, value, parts, routings, terms, share)
+
+
+def with_terms(
+    model: ErnieModel,
+    value: Tensor,
+    parts: dict[str, Tensor],
+    routings: list[Routing | None],
+    terms: Terms,
+    share: float,
+) -> Loss:
+    """A value and what is told of it, with the losses of the router added to what is trained."""
     routed = [routing for routing in routings if routing is not None]
     added = {name: part * share for name, part in routing_terms(model, routed, terms).items()}
     total = value + torch.stack(list(added.values())).sum() if added else value
-    parts = {name: part.detach() for name, part in added.items()}
-    parts |= {name: n_P.sum() * scale for name, n_P in _told(rewards_P2.detach()).items()}
+    parts = {name: part.detach() for name, part in added.items()} | parts
     return Loss(total, value.detach(), parts, [routing.load_E for routing in routed])
 
 
-def _told(rewards_P2: Tensor) -> dict[str, Tensor]:
+def told_of_pairs(rewards_P2: Tensor) -> dict[str, Tensor]:
     """What is recorded of each pair, by name."""
     margin_P = rewards_P2[:, 0] - rewards_P2[:, 1]
     return {
@@ -129,7 +148,34 @@ def sequence_log_probs(
     With `gradients` the head's gradient is added to its sum there at once; `routings` as in
     `ErnieModel.hidden`.
     """
-    attend = shared_prompt(batch.pairs_P4)
+    ends, attend = _ends_of_answers(batch), shared_prompt(batch.pairs_P4)
+    return _log_probs(model, batch, attend, ends, chunk_size, gradients, routings).view(-1, 2)
+
+
+def segment_log_probs(
+    model: ErnieModel,
+    batch: Flat,
+    *,
+    chunk_size: int = 128,
+    gradients: Gradients | None = None,
+    routings: list[Routing | None] | None = None,
+) -> Tensor:
+    """Log-probability of the labels of every segment, float64 `(S,)`; as `sequence_log_probs`."""
+    ends = batch.cu_seqlens_S1[1:].long()
+    attend = packed_causal(batch.cu_seqlens_S1, batch.lengths)
+    return _log_probs(model, batch, attend, ends, chunk_size, gradients, routings)
+
+
+def _log_probs(
+    model: ErnieModel,
+    batch: Pairs | Flat,
+    attend: Attend,
+    ends: Tensor,
+    chunk_size: int,
+    gradients: Gradients | None,
+    routings: list[Routing | None] | None,
+) -> Tensor:
+    """Sums over the labelled tokens before each of `ends`, from the end before it on."""
     hidden_TD = model.hidden(batch.token_ids_T, batch.positions_T, attend, routings=routings)
     labelled_T = batch.labels_T != UNTRAINED
     labelled_N = labelled_T.nonzero()[:, 0]
@@ -142,21 +188,22 @@ def sequence_log_probs(
         chunk_size,
         gradients.sum_of(weight_VD) if gradients is not None and is_summed else None,
     )
-    answer_N = _answers(batch, labelled_N)
-    zeros = values_N.new_zeros(2 * len(batch.pairs_P4), dtype=torch.float64)
-    return zeros.index_add(0, answer_N, values_N.double()).view(-1, 2)
+    place_N = torch.searchsorted(ends, labelled_N, right=True)
+    zeros = values_N.new_zeros(len(ends), dtype=torch.float64)
+    return zeros.index_add(0, place_N, values_N.double())
 
 
 def answer_lengths(batch: Pairs) -> Tensor:
     """Tokens with a loss of the chosen and the rejected answer of every pair, int64 `(P, 2)`."""
-    answer_N = _answers(batch, (batch.labels_T != UNTRAINED).nonzero()[:, 0])
-    return torch.bincount(answer_N, minlength=2 * len(batch.pairs_P4)).view(-1, 2)
+    ends = _ends_of_answers(batch)
+    labelled_N = (batch.labels_T != UNTRAINED).nonzero()[:, 0]
+    place_N = torch.searchsorted(ends, labelled_N, right=True)
+    return torch.bincount(place_N, minlength=len(ends)).view(-1, 2)
 
 
-def _answers(batch: Pairs, labelled_N: Tensor) -> Tensor:
-    """The answer that each token belongs to, counted chosen, rejected, chosen, ..."""
-    ends = batch.pairs_P4[:, 2:].flatten().contiguous()
-    return torch.searchsorted(ends, labelled_N, right=True)
+def _ends_of_answers(batch: Pairs) -> Tensor:
+    """Where the answers end, in the order chosen, rejected, chosen, ..."""
+    return batch.pairs_P4[:, 2:].flatten().contiguous()
 
 
 class ChunkedLogProbs(torch.autograd.Function):
@@ -183,13 +230,12 @@ class ChunkedLogProbs(torch.autograd.Function):
         frozen_VD, _ = head_of_chunks(weight_VD)
         for start in range(0, len(hidden_ND), chunk_size):
             rows = slice(start, start + chunk_size)
-            chunk_CD, product_CV = _product(hidden_ND[rows], frozen_VD, grad_ND is not None)
-            logits_CV = product_CV.detach()  # overwritten by onehot - softmax
-            loss_C, _ = kernels.cross_entropy_(logits_CV, targets_N[rows], -1.0)
-            values_N[rows] = -loss_C
-            if grad_ND is not None:
-                (grad_ND[rows],) = torch.autograd.grad(product_CV, chunk_CD, logits_CV)
-            del product_CV, logits_CV  # before the next chunk's are made
+            wanted = grad_ND is not None
+            chunk = logit_gradients(hidden_ND[rows], frozen_VD, targets_N[rows], -1.0, wanted)
+            values_N[rows] = -chunk.loss_C
+            if grad_ND is not None and chunk.grad_CD is not None:
+                grad_ND[rows] = chunk.grad_CD
+            del chunk  # before the next one is made
         ctx.chunk_size, ctx.into = chunk_size, into
         if wants_weight:
             ctx.save_for_backward(hidden_ND, weight_VD, targets_N)
@@ -211,22 +257,11 @@ class ChunkedLogProbs(torch.autograd.Function):
         frozen_VD, is_short = head_of_chunks(weight_VD)
         for start in range(0, len(hidden_ND), ctx.chunk_size):
             rows = slice(start, start + ctx.chunk_size)
-            chunk_CD, product_CV = _product(hidden_ND[rows], frozen_VD, wants_hidden)
-            logits_CV, up_C1 = product_CV.detach(), upstream_N[rows, None]
-            kernels.cross_entropy_(logits_CV, targets_N[rows], -1.0)
-            if grad_ND is not None:
-                (grad_CD,) = torch.autograd.grad(product_CV, chunk_CD, logits_CV)
-                grad_ND[rows] = grad_CD * up_C1
-            dtype = torch.bfloat16 if is_short else logits_CV.dtype
-            add_product(grad_VD, logits_CV.to(dtype), (chunk_CD.detach() * up_C1).to(dtype))
-            del product_CV, logits_CV  # before the next chunk's are made
+            up_C1 = upstream_N[rows, None]
+            chunk = logit_gradients(hidden_ND[rows], frozen_VD, targets_N[rows], -1.0, wants_hidden)
+            if grad_ND is not None and chunk.grad_CD is not None:
+                grad_ND[rows] = chunk.grad_CD * up_C1
+            add_product(grad_VD, chunk.logits_CV, hidden_ND[rows] * up_C1, is_short=is_short)
+            del chunk  # before the next one is made
         returned = None if ctx.into is not None else grad_VD.to(weight_VD.dtype)
         return grad_ND, returned, None, None, None
-
-
-def _product(hidden_CD: Tensor, weight_VD: Tensor, wants_grad: bool) -> tuple[Tensor, Tensor]:
-    """Rows and their logits; the rows' gradient then comes from the product's own backward."""
-    chunk_CD = hidden_CD.detach()
-    with torch.set_grad_enabled(wants_grad):
-        chunk_CD.requires_grad_(wants_grad)
-        return chunk_CD, kernels.linear(chunk_CD, weight_VD)

@@ -8,6 +8,10 @@ The reference is the model as training finds it (`build.read_model`), for LoRA a
 is gone before training begins: no second model is held. A pair is known by its tokens
 (`PairSample.key`), so a file serves every run in its folder. Numbers are written with all digits:
 a resumed run reads the very same ones.
+
+With `ref_model_update_steps` the model becomes its own reference every so many steps: it is then
+asked about the pairs of the steps up to the next time, so that still no second model is held. Those
+numbers are part of a checkpoint's state, and not of the file.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +35,7 @@ from erniekit.build import choose_products, read_model
 from erniekit.config import Run
 from erniekit.data.loader import Batch
 from erniekit.loop import to_device
-from erniekit.preference import Pairs, sequence_log_probs
+from erniekit.preference import Judged, Pairs, sequence_log_probs
 
 log = logging.getLogger("erniekit")
 
@@ -44,19 +48,50 @@ class References:
     """The log-probabilities of pairs by key, for a run on a device; none before `fill`.
 
     With `is_kept` new ones are added to the file; only the holder of the folder may do that.
+    `log_probs(model, batch, chunk_size=)` gives two for each of a batch's keys, `(P, 2)`.
     """
 
-    def __init__(self, run: Run, device: str, *, is_kept: bool) -> None:
-        self.run, self.device, self.is_kept = run, device, is_kept
+    def __init__(
+        self,
+        run: Run,
+        device: str,
+        *,
+        is_kept: bool,
+        log_probs: Callable[..., Tensor] = sequence_log_probs,
+    ) -> None:
+        self.run, self.device, self.is_kept, self.log_probs = run, device, is_kept, log_probs
+        self.every = max(run.preferences.ref_model_update_steps, 0)  # steps; 0: it never moves
+        self.is_moved = False
         self.path = run.output / REFERENCE_FILE
         self.values: dict[bytes, tuple[float, float]] = {}
 
-    def of(self, batch: Pairs) -> Tensor:
+    def of(self, batch: Pairs | Judged) -> Tensor:
         """Of the pairs of a batch, float64 `(P, 2)`, on its device."""
         values = [self.values[key] for key in batch.keys]
-        return torch.tensor(values, dtype=torch.float64, device=batch.pairs_P4.device)
+        return torch.tensor(values, dtype=torch.float64, device=batch.token_ids_T.device)
+
+    def move(self, model: ErnieModel, batches: Iterable[Batch]) -> None:
+        """Make the model, as it is now, the reference of these batches, and forget all others."""
+        self.values, self.is_moved = {}, True
+        for batch in batches:
+            self.values |= self._asked(model, batch)
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps of a reference that has moved; {} before."""
+        return {k.hex(): v for k, v in self.values.items()} if self.is_moved else {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what `state` gave; nothing for {}."""
+        if state:
+            self.is_moved = True
+            self.values = {bytes.fromhex(key): (c, r) for key, (c, r) in state.items()}
 
     @torch.no_grad()
+    def _asked(self, model: ErnieModel, batch: Batch) -> dict[bytes, tuple[float, float]]:
+        chunk_size = self.run.model.loss_subbatch_seqlen
+        found = self.log_probs(model, to_device(batch, model.device), chunk_size=chunk_size)
+        return {key: (c, r) for key, (c, r) in zip(batch.keys, found.tolist())}
+
     def fill(self, batches: Iterable[Batch]) -> None:
         """Read the file, and compute what it lacks of these batches.
 
@@ -75,11 +110,8 @@ class References:
                 log.info("computing the log-probabilities of the reference model")
                 choose_products(self.run, self.device)
                 model = read_model(self.run, self.device)
-            pairs = to_device(batch, model.device)
-            assert isinstance(pairs, Pairs)
-            chunk_size = self.run.model.loss_subbatch_seqlen
-            found = sequence_log_probs(model, pairs, chunk_size=chunk_size).tolist()
-            self._add({k: (c, r) for k, (c, r) in zip(batch.keys, found) if k in set(missing)})
+            found = self._asked(model, batch)
+            self._add({key: found[key] for key in dict.fromkeys(missing)})
             num_new += len(missing)
             if time.monotonic() - told > _EVERY_S:
                 told = time.monotonic()
@@ -125,7 +157,13 @@ def _origin(run: Run, device: str) -> dict[str, Any]:
     """What the numbers depend on besides the pairs."""
     model = run.model
     seed = None if model.continue_training else run.training.seed
-    return {
+    small: dict[str, Any] = {}
+    if model.compute_type != "bf16":  # the reference is the model in few bits, as training begins
+        keys = ["compute_type", "qlora_weight_double_quant", "pissa"]
+        keys += ["lora_rank", "lora_target_modules"] if model.pissa else []
+        values = {key: getattr(model, key) for key in keys}
+        small = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+    return small | {
         "model": model.model_name_or_path,
         "weights": _weights_digest(resolve(model.model_name_or_path)) if seed is None else None,
         "seed": seed,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load_file
@@ -24,19 +24,23 @@ from torch import Tensor
 import ernie
 from ernie.kernels import report
 from ernie.settings import ConfigError
-from erniekit import checkpoint, debug, lora, losses, metrics, snapshot
+from erniekit import checkpoint, debug, lora_files, losses, metrics, snapshot
 from erniekit.average import Average
-from erniekit.build import build_model, lora_of, trained_parameters
+from erniekit.build import build_model, lora_of, num_groups, trained_parameters
 from erniekit.config import Parallel, Run
 from erniekit.data.loader import Batch, Stream, prefetched
-from erniekit.loop import Parts, Progress, TooManySkipped, TrainingError, train
+from erniekit.loop import Orthogonal, Parts, Progress, TooManySkipped, TrainingError, train
 from erniekit.optim import AVERAGE, OPTIMIZERS, treatments
 from erniekit.parallel.forms import form_of
 from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.plan_report import record_error
 from erniekit.report.reporter import Reporter
+from erniekit.reward_model import fill_head, has_head
 from erniekit.saver import Saver
 from erniekit.signals import CaughtSignals
+
+if TYPE_CHECKING:
+    from erniekit.reference import References
 
 log = logging.getLogger("erniekit")
 
@@ -49,13 +53,17 @@ class Method:
     """What one kind of training has of its own; `prepare` gets every batch that will be used, to be
     looked at before the model is built.
 
-    `loss(model, batch, scale=, share=, gradients=)`; `evaluate(model, batches, ranks=)` gives
-    numbers for `metrics.eval_line`.
+    `loss(model, batch, scale=, share=, gradients=, **measured)`, where `measure(model, window,
+    ranks)` gives what the loss must know of all batches of a step before the first of them;
+    `evaluate(model, batches, ranks=)` gives numbers for `metrics.eval_line`. A `reference` that
+    moves along is told when to.
     """
 
     loss: Callable[..., losses.Loss]
     evaluate: Callable[..., dict[str, float]]
     prepare: Callable[[Iterable[Batch]], None] = lambda batches: None
+    measure: Callable[..., dict[str, Any]] = lambda model, window, ranks: {}
+    reference: References | None = None
 
 
 @dataclass
@@ -142,6 +150,8 @@ class Session:
         ranks_before = self.state.get("ranks", 1)
         _compare_settings(self.state["settings"], self.run, ranks_before, self.ranks.size)
         torch.set_rng_state(torch.tensor(self.state["rng"], dtype=torch.uint8))
+        if self.method.reference is not None:
+            self.method.reference.load_state(self.state.get("reference", {}))
 
     def _take_average(self, folder: Path) -> None:
         assert self.average is not None
@@ -236,10 +246,44 @@ class Session:
             self.train_stream.epoch_size,
             run.training,
             model.moe_use_aux_free_update_coef if full else 0.0,
+            self._orthogonal(),
             self.ranks,
             partial(self.form.after_update, self.trained),
             self.average,
+            self._measured,
         )
+
+    def _measured(self, window: list[Batch]) -> dict[str, Any]:
+        """What the loss must know of a step; before it, the reference moves where it is due."""
+        step, reference = self.progress.step, self.method.reference
+        if reference is not None and step and reference.every and step % reference.every == 0:
+            reference.move(self.model, self._batches_ahead(reference.every))
+        return self.method.measure(self.model, window, self.ranks)
+
+    def _batches_ahead(self, num_steps: int) -> Iterator[Batch]:
+        """Those of the next steps, and those of an evaluation."""
+        training = self.run.training
+        num_steps = min(num_steps, self.num_steps - self.progress.step)
+        count = num_steps * training.gradient_accumulation_steps * self.ranks.size
+        again = self.train_stream.again()
+        yield from islice(again.batches(training.batch_size, self.progress.cursor), count)
+        if self.eval_every:
+            yield from self._eval_batches()
+
+    def _eval_batches(self) -> Iterator[Batch]:
+        assert self.eval_stream is not None
+        limit = self.run.training.max_evaluate_steps
+        size, end = self.run.training.batch_size, self.eval_stream.epoch_size
+        return islice(self.eval_stream.batches(size, end=end), limit if limit > 0 else None)
+
+    def _orthogonal(self) -> Orthogonal | None:
+        """The decoupled update of routers, where it is wanted."""
+        model = self.run.model
+        weight = model.moe_orthogonal_loss_lambda
+        if self.run.is_lora or not weight or model.moe_orthogonal_update == "loss":
+            return None
+        by_learning_rate = model.moe_orthogonal_update == "decoupled_lr"
+        return Orthogonal(weight, by_learning_rate, num_groups(self.run))
 
     @property
     def _is_stopped(self) -> bool:
@@ -269,12 +313,7 @@ class Session:
         return self.is_stopped
 
     def _evaluated(self, step: int) -> dict[str, float]:
-        assert self.eval_stream is not None
-        training, limit = self.run.training, self.run.training.max_evaluate_steps
-        batches = self.eval_stream.batches(training.batch_size, end=self.eval_stream.epoch_size)
-        values = self.method.evaluate(
-            self.model, islice(batches, limit if limit > 0 else None), ranks=self.ranks
-        )
+        values = self.method.evaluate(self.model, self._eval_batches(), ranks=self.ranks)
         log.info("%s", metrics.eval_line(values, step))
         if self.metric not in values:
             raise ConfigError(
@@ -296,6 +335,8 @@ class Session:
             "settings": self.run.flat(),
             "ranks": self.ranks.size,
         }
+        if self.method.reference is not None:
+            state["reference"] = self.method.reference.state()
         tensors = self.tensors()
         if self.ranks.is_first:
             self.saver.save(self.progress.step, tensors, state)
@@ -421,12 +462,24 @@ def _compare_settings(
 
 
 def load_adapter(model: ernie.ErnieModel, run: Run, folder: Path) -> None:
-    saved, wanted = lora.read_adapter_config(folder), lora_of(run)
+    """The trained parts of a model from a checkpoint, or from any adapter of the run's form."""
+    saved, tensors = lora_files.read_adapter(folder, model.config)
+    wanted = lora_of(run)
     if saved != wanted:
-        raise ConfigError(
-            f"the adapter in {folder} has rank {saved.rank}, alpha {saved.alpha:g} and rslora "
-            f"{saved.is_rank_stabilised}; this run says {wanted.rank}, {wanted.alpha:g} and "
-            f"{wanted.is_rank_stabilised}: give the same, or another output_dir"
+        told = ", ".join(
+            f"{key} {getattr(saved, name)} (this run: {getattr(wanted, name)})"
+            for key, name in (
+                ("lora_rank", "rank"),
+                ("lora_alpha", "alpha"),
+                ("rslora", "is_rank_stabilised"),
+                ("use_dora", "has_magnitude"),
+                ("pissa", "is_principal"),
+            )
+            if getattr(saved, name) != getattr(wanted, name)
         )
-    path = folder / lora.ADAPTER_FILE
-    lora.load_adapter(model, load_file(path), str(path))
+        raise ConfigError(
+            f"the adapter in {folder} has {told}: give the same, or another output_dir"
+        )
+    lora_files.load_adapter(model, tensors, str(folder / lora_files.ADAPTER_FILE))
+    if run.model.stage == "RM" and has_head(folder):
+        fill_head(model, folder)

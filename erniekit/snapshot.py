@@ -5,7 +5,7 @@
     ema/<parameter>                  averages of the trained weights, where the run keeps them
 
 The weights are a folder that loads by itself, and so is `ema/` in it: averages, with all that is
-not trained beside them.
+not trained beside them. The head of a reward model lies in a file of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ernie.chat import write_lock
 from ernie.checkpoint import io
 from ernie.checkpoint.writer import write_file
 from ernie.model import KEPT_FLOAT32, ErnieModel
-from erniekit import checkpoint, lora
+from erniekit import checkpoint, lora_files, reward_model
 from erniekit.build import lora_of
 from erniekit.config import Run
 from erniekit.data.dialogue import Encoder
@@ -62,13 +62,18 @@ def write_model(
     """Weights by parameter as a folder that loads: a model, or an adapter (float32).
 
     `rounded` writes a model as it is published and served: bfloat16, routers and their bias
-    float32. A tensor is converted when its turn comes. Beside it lies how it was spoken to.
+    float32. A tensor is converted when its turn comes. Beside it lies how it was spoken to, if it
+    was.
     """
+    weights, head_1D = reward_model.split(weights)
     if run.is_lora:
         _write_adapter(run, model, weights, folder)
     else:
         _write_whole(model, weights, folder, rounded=rounded)
-    write_lock(folder, encoder.template, encoder.tokenizer)
+    if head_1D is not None:
+        reward_model.write_head(folder, head_1D)
+    if run.model.stage != "PT":
+        write_lock(folder, encoder.template, encoder.tokenizer)
 
 
 def _write_whole(
@@ -97,18 +102,20 @@ def _write_adapter(
     run: Run, model: ErnieModel, weights: Mapping[str, Tensor], folder: Path
 ) -> None:
     folder.mkdir(exist_ok=True)
-    files = {lora.file_name(name): tensor for name, tensor in weights.items()}
-    write_file(folder / lora.ADAPTER_FILE, files)
-    config = lora.adapter_config(model, lora_of(run), run.model.model_name_or_path)
-    checkpoint.replace_text(folder / lora.ADAPTER_CONFIG, config)
+    files = {lora_files.file_name(name): tensor for name, tensor in weights.items()}
+    write_file(folder / lora_files.ADAPTER_FILE, files)
+    config = lora_files.adapter_config(model, lora_of(run), run.model.model_name_or_path)
+    checkpoint.replace_text(folder / lora_files.ADAPTER_CONFIG, config)
     if model.tokenizer is not None:
         model.tokenizer.save(folder)
 
 
 def read_weights(run: Run, folder: Path) -> Iterator[tuple[str, Tensor]]:
     """The weights of a folder made by `write_model`, by parameter, float32, one after the other."""
+    if run.model.stage == "RM":
+        yield reward_model.HEAD, reward_model.read_head(folder)
     if not run.is_lora:
         yield from io.open_weights(folder, torch.float32)[1]
         return
-    for name, tensor in load_file(folder / lora.ADAPTER_FILE).items():
-        yield lora.parameter_name(name), tensor
+    for name, tensor in load_file(folder / lora_files.ADAPTER_FILE).items():
+        yield lora_files.parameter_name(name), tensor

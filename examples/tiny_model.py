@@ -1,6 +1,6 @@
 """Make a model folder with random weights and a tokenizer, small enough to try every command on.
 
-    python examples/tiny_model.py FOLDER [tiny-dense|tiny-moe]
+    python examples/tiny_model.py FOLDER [tiny-dense|tiny-moe|tiny-vl]
 
 The network is a small one of the family; the tokenizer is trained on the questions and answers of
 examples/data. It writes nonsense until it is trained, which takes seconds.
@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import sentencepiece
@@ -26,7 +27,9 @@ SPECIAL = ("<|end_of_sentence|>", "<|begin_of_sentence|>", "<|IMAGE_PLACEHOLDER|
 def make(folder: Path, name: str = "tiny-dense", seed: int = 0) -> None:
     """Write the model `name` of `ernie.models.TINY`, in float32, with a tokenizer of its own."""
     folder.mkdir(parents=True, exist_ok=True)
-    _train_tokenizer(folder)
+    with TEXTS.open(encoding="utf-8") as lines:
+        texts = [text for line in lines for part in json.loads(line).values() for text in part]
+    train_tokenizer(folder, texts, vocab_size=1000)
     tokenizer = ernie.Tokenizer.from_folder(folder)
     config = dataclasses.replace(TINY[name], vocab_size=tokenizer.vocab_size)
     model = ernie.ErnieModel(config, dtype=torch.float32)
@@ -35,14 +38,13 @@ def make(folder: Path, name: str = "tiny-dense", seed: int = 0) -> None:
     ernie.save(model, folder)
 
 
-def _train_tokenizer(folder: Path) -> None:
-    with TEXTS.open(encoding="utf-8") as lines:
-        texts = [text for line in lines for part in json.loads(line).values() for text in part]
+def train_tokenizer(folder: Path, texts: Iterable[str], *, vocab_size: int) -> None:
+    """Write a SentencePiece tokenizer trained on texts, with the control tokens of the family."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(texts),
         model_prefix=str(folder / "tokenizer"),
         model_type="bpe",
-        vocab_size=1000,
+        vocab_size=vocab_size,
         byte_fallback=True,
         split_digits=True,
         add_dummy_prefix=False,

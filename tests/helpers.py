@@ -12,6 +12,8 @@ import torch
 from transformers import (
     Ernie4_5_MoeConfig,
     Ernie4_5_MoeForCausalLM,
+    Ernie4_5_VLMoeConfig,
+    Ernie4_5_VLMoeForConditionalGeneration,
     Ernie4_5Config,
     Ernie4_5ForCausalLM,
     PreTrainedModel,
@@ -44,6 +46,32 @@ MOE = {
 }
 
 
+VL_TEXT = {
+    "hidden_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 5,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "intermediate_size": 72,
+    "vocab_size": 211,
+    "max_position_embeddings": 512,
+    "moe_num_experts": 8,
+    "moe_k": 3,
+    "moe_intermediate_size": [24, 10],
+    "moe_num_shared_experts": 2,
+    "mrope_section": [3, 3, 2],
+}
+VL_TOWER = {"depth": 2, "hidden_size": 48, "intermediate_size": 144, "num_heads": 3}
+VL_TOKENS = {
+    "image_token_id": 200,
+    "image_start_token_id": 201,
+    "image_end_token_id": 202,
+    "video_start_token_id": 203,
+    "video_end_token_id": 204,
+    "video_token_id": 205,
+}
+
+
 def hf_dense(seed: int = 0, **sizes: Any) -> Ernie4_5ForCausalLM:
     """A random dense model in float32; `sizes` override `DENSE`."""
     torch.manual_seed(seed)
@@ -56,12 +84,31 @@ def hf_moe(seed: int = 0, **sizes: Any) -> Ernie4_5_MoeForCausalLM:
     return _randomised(Ernie4_5_MoeForCausalLM(Ernie4_5_MoeConfig(**{**MOE, **sizes})))
 
 
+def hf_vl(
+    seed: int = 0, tower: dict[str, Any] | None = None, tied: bool = True, **text: Any
+) -> Ernie4_5_VLMoeForConditionalGeneration:
+    """A random multimodal model in float32; `text` overrides `VL_TEXT`, `tower` `VL_TOWER`."""
+    torch.manual_seed(seed)
+    sizes = {**VL_TEXT, **text}
+    rope = {"rope_type": "default", "rope_theta": 500000.0}
+    rope["mrope_section"] = sizes.pop("mrope_section")
+    config = Ernie4_5_VLMoeConfig(
+        text_config={**sizes, "rope_parameters": rope},
+        vision_config={**VL_TOWER, **(tower or {})},
+        tie_word_embeddings=tied,
+        **VL_TOKENS,
+    )
+    model = Ernie4_5_VLMoeForConditionalGeneration(config)
+    model.set_experts_implementation("eager")  # the others want sizes that are multiples of 4
+    return _randomised(model)
+
+
 @torch.no_grad()
 def _randomised(model: PreTrainedModel) -> Any:
     for name, parameter in model.named_parameters():
         if "e_score_correction_bias" in name:
             parameter.uniform_(0, 0.1)  # large enough to change which experts are chosen
-        elif name.endswith("norm.weight"):
+        elif name.endswith(("norm.weight", "norm1.weight", "norm2.weight", "ln.weight")):
             parameter.uniform_(0.5, 1.5)
         else:
             parameter.normal_(0, 0.08)

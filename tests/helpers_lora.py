@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ernie.model import ErnieModel
-from erniekit import lora
+from erniekit import lora, lora_files
 
 
 def trained(model: ErnieModel, pair: lora.LoRA, seed: int) -> ErnieModel:
@@ -28,8 +28,8 @@ def trained(model: ErnieModel, pair: lora.LoRA, seed: int) -> ErnieModel:
 
 def save(wrapped: ErnieModel, pair: lora.LoRA, folder: Path) -> Path:
     """The adapter of a wrapped model, as the trainer writes it."""
-    config = json.loads(lora.adapter_config(wrapped, pair, "a base"))
-    return write(folder, lora.adapter_tensors(wrapped), config)
+    config = json.loads(lora_files.adapter_config(wrapped, pair, "a base"))
+    return write(folder, lora_files.adapter_tensors(wrapped), config)
 
 
 def write(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> Path:

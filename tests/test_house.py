@@ -31,7 +31,15 @@ LAYERS = (
     {"checkpoint", "generate", "fused", "adapters", "adapter_files"},
 )
 # These import neither torch nor the model.
-LIGHT = ("ernie.tokenizer", "ernie.chat", "ernie.config", "ernie.models", "ernie.settings")
+LIGHT = (
+    *("ernie.tokenizer", "ernie.chat", "ernie.config", "ernie.models", "ernie.settings"),
+    *(
+        "ernie.vision.prompt",
+        "ernie.vision.processor",
+        "ernie.vision.sources",
+        "ernie.vision.video",
+    ),
+)
 LIGHT_CLIS = ("erniekit.cli", "fastdeploy.cli", "fastdeploy.entrypoints.openai.api_server")
 
 

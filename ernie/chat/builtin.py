@@ -1,4 +1,4 @@
-"""The two text templates of the ERNIE 4.5 family, for folders that bring none of their own.
+"""The templates of the ERNIE 4.5 family, for folders that bring none of their own.
 
     ERNIE 4.5             <|begin_of_sentence|>{system}\\n
                           User: {question}\\n
@@ -9,18 +9,29 @@
                           <|im_start|>assistant\\n<think>\\n{thought}\\n</think>\\n\\n
                           <response>\\n{answer}\\n</response>\\n<|im_end|>\\n\\n
 
+    ERNIE 4.5 VL          <|begin_of_sentence|>{system}\\n
+                          User: {text, and in its place}Picture 1:<|IMAGE_START|>..<|IMAGE_END|>
+                          \\nAssistant: {thought}{answer}<|end_of_sentence|>
+
 (Line breaks are those spelled `\\n`.) Source: the published template of the LLMs; for Thinking, the
-data pipeline of PaddleFormers.
+data pipeline of PaddleFormers; for VL, transformers' and the data pipelines of ERNIE and
+PaddleFormers.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import count
 from typing import Any
 
 from ernie.chat.messages import ChatError, Dialogue, Segment, written_differently
 from ernie.chat.sandbox import LEADING_THOUGHT
+
+PLACES = {
+    "image": ("Picture {}:<|IMAGE_START|>", "<|image@placeholder|>", "<|IMAGE_END|>"),
+    "video": ("Video {}:<|VIDEO_START|>", "<|video@placeholder|>", "<|VIDEO_END|>"),
+}
 
 
 def _own(text: str) -> Segment:
@@ -124,8 +135,10 @@ def _thinking_head(system: str, tools: Sequence[Mapping[str, Any]]) -> list[Segm
 
 def _with_thought_apart(message: dict[str, Any]) -> dict[str, Any]:
     """An answer may carry its thought in front of the content, between `<think>` and `</think>`."""
+    if message["role"] != "assistant" or "reasoning_content" in message:
+        return message
     thought = LEADING_THOUGHT.fullmatch(message["content"])
-    if message["role"] != "assistant" or "reasoning_content" in message or not thought:
+    if not thought:
         return message
     _, inner, _, rest = thought.groups()
     return message | {"reasoning_content": inner.strip("\n"), "content": rest.lstrip("\n")}
@@ -141,8 +154,104 @@ def _response(message: Mapping[str, Any]) -> list[Segment]:
     segments = []
     if message["content"] or not calls:
         segments += [_own("<response>\n"), Segment(message["content"]), _own("\n</response>\n")]
-    for call in calls:
+    return [*segments, *_calls(message)]
+
+
+def _calls(message: Mapping[str, Any]) -> list[Segment]:
+    segments = []
+    for call in message.get("tool_calls", []):
         function = {key: call["function"][key] for key in ("name", "arguments")}
         written = Segment(json.dumps(function, ensure_ascii=False))
         segments += [_own("<tool_call>\n"), written, _own("\n</tool_call>\n")]
+    return segments
+
+
+def vl_segments(dialogue: Dialogue) -> list[Segment]:
+    """VL-28B-A3B, VL-424B-A47B. A prompt ends with an empty thought, or with an open one for
+    `enable_thinking`. Answers before the last user message are written without either.
+
+    Source: the template of transformers' conversion of the published models.
+    """
+    thinks = dialogue.options.get("enable_thinking", None)
+    for key in dialogue.options.keys() - {"enable_thinking"}:
+        raise ChatError(f"the ERNIE 4.5 VL template has no option {key!r}")
+    if dialogue.tools:
+        raise ChatError("the ERNIE 4.5 VL template has no place for tools; use the Thinking model")
+
+    def opening(answer: Mapping[str, Any]) -> tuple[str, list[Segment]]:
+        thought = answer.get("reasoning_content", "")
+        if thought and thinks is False:
+            raise ChatError("an answer holds a thought, and enable_thinking is false")
+        if not (thought or thinks):
+            return "<think>\n\n</think>\n\n", []
+        return "<think>", [_own("\n"), Segment(thought), _own("\n</think>\n")]
+
+    return _vl_segments(dialogue, opening, "ERNIE 4.5 VL")
+
+
+def vl_thinking_segments(dialogue: Dialogue) -> list[Segment]:
+    """VL-28B-A3B-Thinking, which always thinks and calls tools.
+
+    Source: ERNIE's and PaddleFormers' data pipelines.
+    """
+    _refuse_options(dialogue, "ERNIE 4.5 VL Thinking", thinks=True)
+
+    def opening(answer: Mapping[str, Any]) -> tuple[str, list[Segment]]:
+        return "\n<think>\n", _thought(answer)
+
+    return _vl_segments(dialogue, opening, "ERNIE 4.5 VL Thinking")
+
+
+def _vl_segments(
+    dialogue: Dialogue,
+    opening: Callable[[Mapping[str, Any]], tuple[str, list[Segment]]],
+    name: str,
+) -> list[Segment]:
+    """`opening` of an answer: what the prompt ends with, and the thought that the model writes."""
+    messages = [_with_thought_apart(message) for message in dialogue.messages]
+    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    last_user = users[-1] if users else -1
+    segments = [_own("<|begin_of_sentence|>")]
+    if dialogue.tools:
+        listed = ", ".join(json.dumps(tool, ensure_ascii=False) for tool in dialogue.tools)
+        segments += [_own("\n<tool_list>\n["), Segment(listed), _own("]\n</tool_list>\n")]
+    numbers = {"image": count(1), "video": count(1)}
+    for i, message in enumerate(messages):
+        role, content = message["role"], message["content"]
+        if (message.get("tool_calls") or role == "tool") and name == "ERNIE 4.5 VL":
+            raise ChatError(f"messages[{i}] is about tools, for which {name} has no place")
+        if role == "system":
+            segments += [Segment(content), _own("\n")]
+        elif role == "user":
+            segments += [_own("User: "), *_items(content, numbers)]
+        elif role == "tool":
+            segments += [_own("User: \n<tool_output>\n"), *_items(content, numbers)]
+            segments.append(_own("\n</tool_output>\n"))
+        else:
+            is_trained = i in dialogue.trained
+            if is_trained and i < last_user:
+                raise ChatError(written_differently(i))
+            asked, thought = opening(message) if i > last_user else ("", [])
+            segments.append(_own("\nAssistant: " + asked))
+            answer = [*thought, Segment(content), *_calls(message), _own("<|end_of_sentence|>")]
+            segments += _answer(is_trained, *answer)
+    if dialogue.add_generation_prompt:
+        segments.append(_own("\nAssistant: " + opening({})[0]))
+    return segments
+
+
+def _items(
+    content: str | list[dict[str, Any]], numbers: Mapping[str, Iterator[int]]
+) -> list[Segment]:
+    if isinstance(content, str):
+        return [Segment(content)]
+    segments = []
+    for part in content:
+        if part["type"] == "text":
+            segments.append(Segment(part["text"]))
+            continue
+        kind = part["type"]
+        before, place, after = PLACES[kind]
+        opening = _own(before.format(next(numbers[kind])))
+        segments += [opening, Segment(place, is_trusted=True, picture=kind), _own(after)]
     return segments

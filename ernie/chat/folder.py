@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -12,15 +13,33 @@ from ernie.chat.messages import ChatError, Dialogue, Segment, written_differentl
 from ernie.chat.sandbox import JinjaTemplate, StandIns
 from ernie.tokenizer import Tokenizer
 
+# How templates write the place of a picture. The first are those of the original processor, the
+# others tokens.
+PLACES = {
+    "<|image@placeholder|>": "image",
+    "<|video@placeholder|>": "video",
+    "<|IMAGE_PLACEHOLDER|>": "image",
+    "<|VIDEO_PLACEHOLDER|>": "video",
+}
+_PLACE = re.compile("|".join(map(re.escape, PLACES)))
+
+
+def read_by(source: str) -> frozenset[str]:
+    """The kinds of pictures for which a template has a place."""
+    return frozenset(kind for place, kind in PLACES.items() if place in source)
+
 
 def folder_sources(folder: Path) -> tuple[dict[str, str], str]:
     """Templates by name ("default", "tool_use") and where they were found."""
     path = folder / "chat_template.jinja"
     if path.is_file():
         return {"default": path.read_text("utf-8")}, str(path)
-    path = folder / "tokenizer_config.json"
-    value = json.loads(path.read_text("utf-8")).get("chat_template") if path.is_file() else None
-    where = f"the chat_template of {path}"
+    value = None
+    for name in ("chat_template.json", "tokenizer_config.json"):
+        path = folder / name
+        where = f"the chat_template of {path}"
+        if path.is_file() and (value := json.loads(path.read_text("utf-8")).get("chat_template")):
+            break
     if not value:
         return {}, where
     if isinstance(value, str):
@@ -45,6 +64,11 @@ class JinjaSegments:
         self._templates = {
             name: JinjaTemplate(source, where, tokenizer.names) for name, source in sources.items()
         }
+        written = "\n".join(sources.values())
+        self._reads = read_by(written)
+        self._part_types = {
+            kind: f"{kind}_url" if f"{kind}_url" in written else kind for kind in self._reads
+        }
         self._thinks = any("<think>" in source for source in sources.values())
         self._constants = tokenizer.names.keys()
         self._control_tokens = tokenizer.control_tokens
@@ -59,7 +83,7 @@ class JinjaSegments:
         self._check_options(template.variables, dialogue.options)
         given = (dialogue.messages, dialogue.tools, dialogue.options)
         stand_ins = StandIns(self._control_tokens, given)
-        messages = [stand_ins.hide_message(message) for message in dialogue.messages]
+        messages = [stand_ins.hide_message(self._spelled(m)) for m in dialogue.messages]
         tools, options = stand_ins.hide(dialogue.tools), stand_ins.hide(dialogue.options)
 
         def text(num_messages: int, prompt: bool) -> str:
@@ -83,7 +107,17 @@ class JinjaSegments:
                 starts.add(len(before))
             if i in dialogue.trained:
                 trained.append(self._trained_span(i, before, text(i + 1, False), whole))
-        return _split(whole, starts, trained, stand_ins)
+        return _split(whole, starts, trained, stand_ins, bool(self._reads))
+
+    def _spelled(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A message whose pictures have the type that the template looks for."""
+        if not isinstance(message["content"], list):
+            return message
+        parts = [
+            part | {"type": self._part_types.get(part["type"], part["type"])}
+            for part in message["content"]
+        ]
+        return message | {"content": parts}
 
     def _check_options(self, variables: frozenset[str], options: Mapping[str, Any]) -> None:
         """Refuse those that the template does not read, but for asking it to do what it does."""
@@ -120,11 +154,17 @@ class JinjaSegments:
 
 
 def _split(
-    text: str, starts: set[int], trained: Sequence[tuple[int, int]], stand_ins: StandIns
+    text: str,
+    starts: set[int],
+    trained: Sequence[tuple[int, int]],
+    stand_ins: StandIns,
+    has_places: bool,
 ) -> list[Segment]:
     """Cut rendered text wherever a property of segments changes."""
     hidden = [i for i, c in enumerate(text) if c in stand_ins.characters]
-    borders = {0, len(text), *starts, *hidden, *(i + 1 for i in hidden), *sum(trained, ())}
+    places = [match.span() for match in _PLACE.finditer(text)] if has_places else []
+    borders = {0, len(text), *starts, *hidden, *(i + 1 for i in hidden)}
+    borders.update(*trained, *places)
     segments = []
     for start, end in pairwise(sorted(borders)):
         piece = text[start:end]
@@ -134,6 +174,7 @@ def _split(
                 is_trusted=piece[0] not in stand_ins.characters,
                 starts_answer=start in starts,
                 is_trained=any(a <= start < b for a, b in trained),
+                picture=PLACES.get(piece, "") if has_places else "",
             )
         )
     return segments

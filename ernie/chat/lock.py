@@ -57,6 +57,9 @@ def _written(template: ChatTemplate) -> list[Any]:
         {"role": "assistant", "tool_calls": [call], "reasoning_content": "r"},
         {"role": "tool", "content": "t"},
     ]
+    if template.reads:
+        pictures = [{"type": kind} for kind in sorted(template.reads)]
+        told.append({"role": "user", "content": [{"type": "text", "text": "q"}, *pictures]})
     answer = {"role": "assistant", "content": "a", "reasoning_content": ""}
     found: list[Any] = []
     for messages, extra in (
@@ -65,7 +68,8 @@ def _written(template: ChatTemplate) -> list[Any]:
         ([*called, answer], {"add_generation_prompt": False, "tools": tools}),
     ):
         try:
-            found.append([astuple(part) for part in template.render(messages, **extra)])
+            parts = template.render(messages, **extra)
+            found.append([astuple(p) if p.picture else astuple(p)[:4] for p in parts])
         except ChatError:
             found.append(None)
     return found

@@ -1,17 +1,19 @@
 """What goes into a chat template and what comes out: checked messages, and segments of text.
 
 Messages are those of the OpenAI API. Refused, naming the message at fault: unknown roles, parts
-that are not text, tool calls whose arguments are not a JSON object.
+of a kind that the model does not read, tool calls whose arguments are not a JSON object.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 ROLES = ("system", "user", "assistant", "tool")
+# Kind of picture by the type of a part; the part holds its source under the same name.
+MEDIA = {"image_url": "image", "image": "image", "video_url": "video", "video": "video"}
 
 
 class ChatError(ValueError):
@@ -30,11 +32,16 @@ class Segment:
     is_trusted: bool = False  # control tokens it spells become their ids
     starts_answer: bool = False  # encoded apart from what stands before it
     is_trained: bool = False
+    picture: str = ""  # "image" or "video": stands for one, whose size decides how many tokens
 
 
 @dataclass(frozen=True)
 class Dialogue:
-    """Checked messages and how to render them; `content` is a str in each."""
+    """Checked messages and how to render them.
+
+    `content` is a str in each; for a model that reads pictures, that of users and tools may be a
+    list of `{"type": "text", "text": ...}` and `{"type": "image"}` or `"video"`.
+    """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]]
@@ -43,8 +50,13 @@ class Dialogue:
     trained: frozenset[int]  # indices of the messages to be trained; none in a prompt
 
 
-def checked_message(where: str, message: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy with `content` as one string, arguments of tool calls as objects, no empty extras."""
+def checked_message(
+    where: str, message: Mapping[str, Any], reads: Collection[str] = ()
+) -> dict[str, Any]:
+    """A copy with `content` as one string, arguments of tool calls as objects, no empty extras.
+
+    `reads` are the kinds of pictures that the model reads; where there are any, parts stay apart.
+    """
     if not isinstance(message, Mapping):
         raise ChatError(f"{where} is {message!r}; expected an object with role and content")
     role = message.get("role")
@@ -63,7 +75,12 @@ def checked_message(where: str, message: Mapping[str, Any]) -> dict[str, Any]:
     if role == "tool" and isinstance(content, Mapping):  # a result may be an object
         content = json.dumps(content, ensure_ascii=False)
     checked = dict(message)
-    checked["content"] = _text(f"{where}.content", content, may_be_missing)
+    kinds = reads if role in ("user", "tool") else ()
+    if isinstance(content, list):
+        parts = _parts(f"{where}.content", content, kinds)
+        checked["content"] = parts if reads and kinds else _joined(parts, "" if reads else "\n")
+    else:
+        checked["content"] = _text(f"{where}.content", content, may_be_missing)
     for key in ("tool_calls", "reasoning_content"):
         checked.pop(key, None)
     if calls:
@@ -80,17 +97,45 @@ def _text(where: str, content: Any, may_be_missing: bool) -> str:
         return content
     if content is None and may_be_missing:
         return ""
-    if not isinstance(content, list):
-        raise ChatError(f"{where} is {content!r}; expected a string or a list of text parts")
+    raise ChatError(f"{where} is {content!r}; expected a string or a list of text parts")
+
+
+def _parts(where: str, content: list[Any], reads: Collection[str]) -> list[dict[str, Any]]:
+    """Parts of text as they are, pictures as `{"type": kind}`; their sources are no template's
+    business (`pictures_of`).
+    """
+    parts = []
     for n, part in enumerate(content):
-        if not isinstance(part, Mapping) or part.get("type") != "text":
-            kind = part.get("type") if isinstance(part, Mapping) else part
+        kind = part.get("type") if isinstance(part, Mapping) else part
+        if isinstance(part, Mapping) and isinstance(kind, str) and MEDIA.get(kind) in reads:
+            parts.append({"type": MEDIA[kind]})
+            continue
+        if not isinstance(part, Mapping) or kind != "text":
+            known = " and ".join(repr(read) for read in ("text", *sorted(reads)))
             raise ChatError(
-                f"{where}[{n}] is of type {kind!r}; this model reads parts of type 'text'"
+                f"{where}[{n}] is of type {kind!r}; this model reads parts of type {known}"
             )
         if not isinstance(part.get("text"), str):
             raise ChatError(f"{where}[{n}].text is {part.get('text')!r}; expected a string")
-    return "\n".join(part["text"] for part in content)
+        parts.append({"type": "text", "text": part["text"]})
+    return parts
+
+
+def _joined(parts: Sequence[Mapping[str, Any]], between: str) -> str:
+    return between.join(part["text"] for part in parts)
+
+
+def pictures_of(messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, Any, str]]:
+    """(kind, source, where) of every picture of messages as they came, in order; the source is what
+    stands in the part under the name of its type, such as `{"url": ...}`.
+    """
+    return [
+        (MEDIA[part["type"]], part.get(part["type"]), f"messages[{i}].content[{n}]")
+        for i, message in enumerate(messages)
+        if isinstance(message, Mapping) and isinstance(message.get("content"), list)
+        for n, part in enumerate(message["content"])
+        if isinstance(part, Mapping) and part.get("type") in tuple(MEDIA)
+    ]
 
 
 def _checked_call(where: str, call: Any) -> dict[str, Any]:

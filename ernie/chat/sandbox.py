@@ -112,8 +112,8 @@ class StandIns:
         them.
         """
         hidden = self.hide(message) | {"role": message["role"]}
-        thought = LEADING_THOUGHT.fullmatch(message["content"])
-        if message["role"] == "assistant" and thought:
+        thought = message["role"] == "assistant" and LEADING_THOUGHT.fullmatch(message["content"])
+        if thought:
             opening, inner, closing, rest = thought.groups()
             hidden["content"] = opening + self.hide(inner) + closing + self.hide(rest)
         return hidden

@@ -13,26 +13,35 @@ tests hold for every template here:
                                           cut ^
 
 Messages are those of the OpenAI API; the key "label" (1 if missing) says whether an answer is
-trained.
+trained. Pictures are segments of their own, which become as many placeholder tokens as
+the `pictures` of `encode` say (`ernie.vision.prompt` reads the pictures and asks for that).
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ernie.chat.builtin import llm_segments, thinking_segments
-from ernie.chat.folder import JinjaSegments, folder_sources
+from ernie.chat.builtin import (
+    llm_segments,
+    thinking_segments,
+    vl_segments,
+    vl_thinking_segments,
+)
+from ernie.chat.folder import JinjaSegments, folder_sources, read_by
 from ernie.chat.messages import ChatError, Dialogue, NoTemplate, Segment, checked_message
 from ernie.tokenizer import Tokenizer
 
 UNTRAINED = -100  # the label that cross-entropy leaves out
 # What ends a turn in the templates of the family, besides the tokenizer's own eos.
 END_TOKENS = ("<|end_of_sentence|>", "<|im_end|>")
+# Stands for pictures and clips alike, in as many copies as they have tokens.
+PLACEHOLDER = "<|IMAGE_PLACEHOLDER|>"
 _TAG = re.compile(r"</?[a-z_]+>")
 
 
@@ -43,10 +52,14 @@ class Encoded:
     A label differs from its id in one place: the `<|end_of_sentence|>` after a trained answer is
     labelled with eos, which is what the model is to say there and what the server stops at, while
     the dialogue goes on with `<|end_of_sentence|>`. Source: ERNIEKit's data pipeline.
+
+    `pictures`: (number in the `pictures` given, first token, token after the last) of each, in
+    order of appearance.
     """
 
     token_ids: list[int]
     labels: list[int]
+    pictures: list[tuple[int, int, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -54,7 +67,7 @@ class ChatTemplate:
     """How a model wants a dialogue written. Choose one with `for_folder`, or `LLM`, `THINKING`.
 
     `tags` are those its text spells, such as `<think>`: they tell how the model answers. `source`
-    is that text; empty for a built-in one.
+    is that text; empty for a built-in one. `reads`: kinds of pictures that messages may hold.
     """
 
     name: str
@@ -62,21 +75,23 @@ class ChatTemplate:
     _required: tuple[str, ...] = ()
     tags: frozenset[str] = frozenset()
     source: str = ""
+    reads: frozenset[str] = frozenset()
 
     @classmethod
     def for_folder(cls, path: str | Path, tokenizer: Tokenizer | None = None) -> ChatTemplate:
         """The template in a model folder, else the built-in one that its special tokens belong to.
 
-        Looked for in chat_template.jinja, then in tokenizer_config.json. Raises ChatError for one
-        that does not compile, and NoTemplate where there is none and the tokenizer has the tokens
-        of neither built-in one.
+        Looked for in chat_template.jinja, chat_template.json and tokenizer_config.json. Raises
+        ChatError for one that does not compile, and NoTemplate where there is none and the
+        tokenizer has the tokens of no built-in one. VL_THINKING is not told from VL by its tokens:
+        its folder needs the template.
         """
         folder = Path(path)
         tokenizer = tokenizer or Tokenizer.from_folder(folder)
         sources, where = folder_sources(folder)
         if sources:
             return cls.from_sources(sources, where, tokenizer)
-        for template in (LLM, THINKING):
+        for template in (VL, LLM, THINKING):
             if all(tokenizer.id_of(token) is not None for token in template._required):
                 return template
         raise NoTemplate(
@@ -91,7 +106,8 @@ class ChatTemplate:
         """Jinja texts by name, of which one is "default"; `where` names them in errors."""
         tags = frozenset(_TAG.findall("\n".join(sources.values())))
         segments = JinjaSegments(sources, where, tokenizer, stop_ids(tokenizer))
-        return cls(where, segments, tags=tags, source=json.dumps(sources, sort_keys=True))
+        reads = read_by("\n".join(sources.values()))
+        return cls(where, segments, (), tags, json.dumps(sources, sort_keys=True), reads)
 
     def render(
         self,
@@ -108,7 +124,10 @@ class ChatTemplate:
         sample: the answers whose message has no "label" of 0 are. `options` reach the template
         (`chat_template_kwargs` of the servers). Raises ChatError naming the message at fault.
         """
-        checked = [checked_message(f"messages[{i}]", message) for i, message in enumerate(messages)]
+        checked = [
+            checked_message(f"messages[{i}]", message, self.reads)
+            for i, message in enumerate(messages)
+        ]
         if not checked:
             raise ChatError("messages is empty; a dialogue needs at least one message")
         trained = frozenset(
@@ -127,15 +146,25 @@ class ChatTemplate:
         )
 
     def encode(
-        self, tokenizer: Tokenizer, messages: Sequence[Mapping[str, Any]], /, **arguments: Any
+        self,
+        tokenizer: Tokenizer,
+        messages: Sequence[Mapping[str, Any]],
+        pictures: Sequence[tuple[str, int]] = (),
+        /,
+        **arguments: Any,
     ) -> Encoded:
-        """`render(messages, **arguments)` as token ids and labels."""
+        """`render(messages, **arguments)` as token ids and labels.
+
+        `pictures`: kind and number of tokens of those that the messages hold, in order.
+        """
         for token in self._required:
             if tokenizer.id_of(token) is None:
                 raise ChatError(
                     f"the {self.name} template needs the token {token}, which the tokenizer lacks"
                 )
-        return _encoded(tokenizer, self.render(messages, **arguments))
+        segments = self.render(messages, **arguments)
+        _check_pictures([segment.picture for segment in segments if segment.picture], pictures)
+        return _encoded(tokenizer, segments, pictures)
 
 
 def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
@@ -157,9 +186,22 @@ def one_answer_each(messages: Sequence[Mapping[str, Any]]) -> list[list[dict[str
     return samples
 
 
-def _encoded(tokenizer: Tokenizer, segments: Sequence[Segment]) -> Encoded:
+def _check_pictures(written: Sequence[str], pictures: Sequence[tuple[str, int]]) -> None:
+    given = Counter(kind for kind, _ in pictures)
+    if Counter(written) != given:
+        raise ChatError(
+            f"the chat template has places for {dict(Counter(written))} where the messages hold "
+            f"{dict(given)}; a dialogue with pictures is prepared by ernie.vision.prompt"
+        )
+
+
+def _encoded(
+    tokenizer: Tokenizer, segments: Sequence[Segment], pictures: Sequence[tuple[str, int]]
+) -> Encoded:
     token_ids: list[int] = []
     labels: list[int] = []
+    spans: list[tuple[int, int, int]] = []
+    waiting = list(enumerate(pictures))
     pending: list[str] = []  # plain text since the last cut
     is_trained = False
     trained: list[slice] = []  # runs of labels
@@ -180,6 +222,14 @@ def _encoded(tokenizer: Tokenizer, segments: Sequence[Segment]) -> Encoded:
         if segment.starts_answer or segment.is_trained != is_trained:
             cut()
         is_trained = segment.is_trained
+        if segment.picture:
+            cut()
+            chosen = next(entry for entry in waiting if entry[1][0] == segment.picture)
+            waiting.remove(chosen)
+            number, (_, num_tokens) = chosen
+            spans.append((number, len(token_ids), len(token_ids) + num_tokens))
+            put([_placeholder_id(tokenizer)] * num_tokens)
+            continue
         if not segment.is_trusted:
             pending.append(segment.text)
             continue
@@ -191,7 +241,14 @@ def _encoded(tokenizer: Tokenizer, segments: Sequence[Segment]) -> Encoded:
                 pending.append(piece)
     cut()
     _set_eos(tokenizer, labels, trained)
-    return Encoded(token_ids, labels)
+    return Encoded(token_ids, labels, spans)
+
+
+def _placeholder_id(tokenizer: Tokenizer) -> int:
+    found = tokenizer.id_of(PLACEHOLDER)
+    if found is None:
+        raise ChatError(f"the tokenizer has no {PLACEHOLDER}, which stands for pictures")
+    return found
 
 
 def _set_eos(tokenizer: Tokenizer, labels: list[int], trained: Sequence[slice]) -> None:
@@ -215,4 +272,17 @@ THINKING = ChatTemplate(
     thinking_segments,
     ("<|im_start|>", "<|im_end|>"),
     frozenset({"<think>", "<response>", "<tool_call>"}),
+)
+_VL_TOKENS = (
+    *("<|begin_of_sentence|>", "<|end_of_sentence|>", PLACEHOLDER),
+    *("<|IMAGE_START|>", "<|IMAGE_END|>", "<|VIDEO_START|>", "<|VIDEO_END|>"),
+)
+_VL_READS = frozenset({"image", "video"})
+VL = ChatTemplate("ERNIE 4.5 VL", vl_segments, _VL_TOKENS, frozenset({"<think>"}), reads=_VL_READS)
+VL_THINKING = ChatTemplate(
+    "ERNIE 4.5 VL Thinking",
+    vl_thinking_segments,
+    _VL_TOKENS,
+    frozenset({"<think>", "<tool_call>"}),
+    reads=_VL_READS,
 )

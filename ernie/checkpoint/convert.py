@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from ernie.checkpoint.folder import CheckpointError, Stored
-from ernie.checkpoint.layouts import BLOCKS, LAYOUTS, Layout, Row
+from ernie.checkpoint.layouts import BLOCKS, Layout, Row, layouts_of
 from ernie.checkpoint.writer import Planned
 
 Shape = tuple[int, ...]
@@ -58,20 +58,27 @@ class Unit:
 # --- from the table to a plan ---
 
 
-def plan(template: Template, layout: Layout, root: str) -> list[Unit]:
-    """The units of all parameters, in their order.
+def plan(
+    template: Template, layout: Layout, root: str | None = None, tower: str | None = None
+) -> list[Unit]:
+    """The units of all parameters, in their order; names begin with `root` and `tower`, which are
+    those that the layout writes unless given.
 
     Raises CheckpointError for a parameter that no row of the layout describes.
     """
     units: list[Unit] = []
     done: set[str] = set()
+    prefixes = {"root": root or layout.roots[0], "tower": tower or layout.towers[0]}
     for name in template:
         if name in done:
             continue
         row, place = _row_of(name, layout)
         native = tuple(p.removesuffix("[{e}]").format(**place) for p in row.native)
         experts = range(len(template[name])) if row.native[0].endswith("[{e}]") else (None,)
-        places = ({**place, "root": root, "e": e} for e in experts)
+        before = template.get(name.replace(".vision_experts.", ".experts."), ())  # for `{v}`
+        places = (
+            {**place, **prefixes, "e": e, "v": e if e is None else len(before) + e} for e in experts
+        )
         units.append(Unit(native, tuple(_group(row, native, p, template) for p in places)))
         done.update(native)
     return units
@@ -134,14 +141,18 @@ def names_of(units: Sequence[Unit]) -> list[str]:
 def detect(
     tensors: Mapping[str, Stored],
     template: Template,
-    layouts: Iterable[Layout] = tuple(LAYOUTS.values()),
+    layouts: Iterable[Layout] | None = None,
 ) -> tuple[Layout, list[Unit]]:
     """The layout whose names fit a folder best, and its plan, which fits the folder exactly.
 
-    Raises CheckpointError for the first missing or unknown tensor or wrong shape.
+    `layouts` are those of the template's kind of model unless given. Raises CheckpointError for the
+    first missing or unknown tensor or wrong shape.
     """
     candidates = [
-        (layout, plan(template, layout, root)) for layout in layouts for root in layout.roots
+        (layout, plan(template, layout, root, tower))
+        for layout in (layouts_of(template).values() if layouts is None else layouts)
+        for root in layout.roots
+        for tower in layout.towers
     ]
     misfits = [len(tensors.keys() ^ set(names_of(units))) for _, units in candidates]
     layout, units = candidates[misfits.index(min(misfits))]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ernie.checkpoint import convert
 from ernie.checkpoint.folder import CheckpointError, Stored, read_folder
 from ernie.checkpoint.hub import resolve
-from ernie.checkpoint.layouts import LAYOUTS, MTP_MARK, Layout
+from ernie.checkpoint.layouts import LAYOUTS, MTP_MARK, Layout, layouts_of
 from ernie.checkpoint.writer import write_folder
 from ernie.config import ErnieConfig
 from ernie.kernels.weights import QuantTensor
@@ -94,7 +94,7 @@ def stored_weights(
     tensors: Mapping[str, Stored],
     template: Mapping[str, Tensor],
     device: torch.device | str,
-    layouts: Iterable[Layout] = tuple(LAYOUTS.values()),
+    layouts: Iterable[Layout] | None = None,
 ) -> tuple[str, Iterator[tuple[str, Tensor]]]:
     """The layout of a folder, and its tensors by their native names, as `template` wants them.
 
@@ -150,10 +150,10 @@ def write(
     """
     if isinstance(layout, str) and layout not in LAYOUTS:
         raise CheckpointError(f"layout {layout!r} is not known; use one of {', '.join(LAYOUTS)}")
-    table = LAYOUTS[layout] if isinstance(layout, str) else layout
-    units = convert.plan(template, table, table.roots[0])
+    table = layouts_of(template)[layout] if isinstance(layout, str) else layout
+    units = convert.plan(template, table)
     dtype = str(template["model.embed_tokens.weight"].dtype).removeprefix("torch.")
-    files = {**(texts or {}), "config.json": as_json(_config_dict(config, table.dtype_key, dtype))}
+    files = {**(texts or {}), "config.json": as_json(_config_dict(config, table, dtype))}
     if generation_config is not None:
         files["generation_config.json"] = as_json(generation_config)
     write_folder(
@@ -170,11 +170,11 @@ def as_json(value: Mapping[str, Any]) -> str:
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def _config_dict(config: ErnieConfig, dtype_key: str, dtype: str) -> dict[str, Any]:
+def _config_dict(config: ErnieConfig, table: Layout, dtype: str) -> dict[str, Any]:
+    whole = config.to_nested_dict() if table.is_nested else config.to_dict()
     # auto_map names Python files, which are never written here.
     dropped = ("dtype", "torch_dtype", "auto_map")
-    kept = {k: v for k, v in config.to_dict().items() if k not in dropped}
-    return {**kept, dtype_key: dtype}
+    return {**{k: v for k, v in whole.items() if k not in dropped}, table.dtype_key: dtype}
 
 
 def _readable_config(folder: Path) -> ErnieConfig:

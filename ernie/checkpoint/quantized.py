@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ernie import kernels
 from ernie.checkpoint import io
 from ernie.checkpoint.folder import CheckpointError, read_folder
-from ernie.checkpoint.layouts import QUANTIZED, SCALES
+from ernie.checkpoint.layouts import QUANTIZED, QUANTIZED_VL, SCALES, Layout
 from ernie.config import ErnieConfig
 from ernie.kernels.weights import GROUP_SIZE, QuantTensor
 from ernie.model import ErnieModel
@@ -57,7 +57,7 @@ def write_quantized(source: str | Path, target: str | Path, quantization: str) -
         config,
         _template(config, scheme, dtype),
         _Native(plain, scheme),
-        layout=QUANTIZED,
+        layout=_layout(model.config),
         tokenizer=model.tokenizer,
         generation_config=model.generation_config,
     )
@@ -78,7 +78,7 @@ def read_quantized(
     dtype = io.stored_dtype(tensors)
     model = ErnieModel(config, dtype=dtype, device="meta")
     template = _template(config, scheme, dtype)
-    _, weights = io.stored_weights(folder, tensors, template, device, [QUANTIZED])
+    _, weights = io.stored_weights(folder, tensors, template, device, [_layout(config)])
     widths = {name: plain.shape[-1] for name, plain in model.named_parameters()}
     io.fill(model, _joined(weights, widths, scheme), swap_block)
     return model
@@ -128,6 +128,10 @@ def scheme_of(config: ErnieConfig, folder: Path) -> Scheme:
     return Scheme(**given)
 
 
+def _layout(config: ErnieConfig) -> Layout:
+    return QUANTIZED_VL if config.vision_config else QUANTIZED
+
+
 class _Native:
     """Native tensors by name, made when they are asked for; the parts of a weight follow it."""
 
@@ -170,7 +174,7 @@ def _bits(name: str, scheme: Scheme) -> int | None:
     """Bits of the parameter `name`, None where it keeps its values."""
     if name == "lm_head.weight":
         return scheme.head
-    if ".mlp.experts." in name:
+    if ".mlp.experts." in name or ".mlp.vision_experts." in name:
         return scheme.experts
     is_product = name.endswith("_proj.weight") and not name.endswith("linear_proj.weight")
     return scheme.dense if is_product else None

@@ -69,6 +69,7 @@ __all__ = [
     "pack",
     "project",
     "quantize",
+    "quantize_nf4",
     "report",
     "rms_norm",
     "rotate",
@@ -81,20 +82,22 @@ __all__ = [
 ]
 
 
-def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
+def linear(x_TI: Tensor, weight_OI: Tensor | QuantTensor, bias_O: Tensor | None = None) -> Tensor:
     """`x @ weight.T + bias`, `(T, O)` in x's dtype; weights may be bfloat16 under float32
     activations.
 
-    Differentiable in x, and in weight and bias where they require it.
+    A quantised weight counts as the values that it stands for, with unrounded rows: for frozen
+    weights in training. Differentiable in x, and in weight and bias where they require it.
     """
     return pick("linear", x_TI.device)(x_TI, weight_OI, bias_O)
 
 
-def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+def grouped_linear(x_NI: Tensor, weight_EOI: Tensor | QuantTensor, counts_E: Tensor) -> Tensor:
     """Rows sorted by expert: the first `counts[0]` rows times expert 0's weight, and so on; `(N,
     O)`.
 
-    `counts_E` is int64 and sums to N. Differentiable in x and weight.
+    `counts_E` is int64 and sums to N. Quantised weights as in `linear`. Differentiable in x and
+    weight.
     """
     return pick("grouped_linear", x_NI.device)(x_NI, weight_EOI, counts_E)
 
@@ -181,15 +184,20 @@ def attend_packed(
     cu_seqlens_S1: Tensor,
     scale: float,
     lengths: Sequence[int] | None = None,
+    *,
+    causal: bool = True,
 ) -> Tensor:
-    """Causal attention inside each segment of a packed row; `(T, H, d)`.
+    """Attention inside each segment of a packed row; `(T, H, d)`. Token i of a segment sees its
+    tokens up to i, or, not `causal`, all of them.
 
     `cu_seqlens` is int32 `(S + 1,)`, begins with 0 and ends with T: segment s is rows
     `cu_seqlens[s]:cu_seqlens[s+1]`. `lengths` are those of the segments, where the host knows
     them: it spares a GPU some work. Query head h reads key/value head `h // (H // G)`. Softmax in
     float32. Differentiable in q, k, v.
     """
-    return pick("attend_packed", q_THd.device)(q_THd, k_TGd, v_TGd, cu_seqlens_S1, scale, lengths)
+    return pick("attend_packed", q_THd.device)(
+        q_THd, k_TGd, v_TGd, cu_seqlens_S1, scale, lengths, causal=causal
+    )
 
 
 def attend_paged(
@@ -237,6 +245,16 @@ def quantize(weight_OI: Tensor, bits: int) -> QuantTensor:
     the one with the least squared error among a few candidates.
     """
     return pick("quantize", weight_OI.device)(weight_OI, bits)
+
+
+def quantize_nf4(weight_OI: Tensor, *, double: bool = False) -> QuantTensor:
+    """A weight `(O, I)` or `(E, O, I)` in the 16 levels of nf4, 64 columns with one scale, their
+    largest magnitude.
+
+    `double` keeps these scales in 8 bits with one float32 for each channel (the paper: 256 scales
+    with one, in floats of 8 bits). Source: Dettmers et al., QLoRA, arXiv:2305.14314.
+    """
+    return pick("quantize_nf4", weight_OI.device)(weight_OI, double=double)
 
 
 def pack(weight: Tensor | QuantTensor, *, parts: int = 1) -> PackedWeight:

@@ -38,6 +38,7 @@ OPERATIONS = (
     "attend_paged",
     "write_cache",
     "quantize",
+    "quantize_nf4",
     "pack",
     "expert",
     "project",

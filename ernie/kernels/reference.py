@@ -14,16 +14,38 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ernie.kernels.weights import GROUP_SIZE, ROUNDED_GROUP, PackedWeight, QuantTensor
+from ernie.kernels.weights import (
+    GROUP_SIZE,
+    NF4_GROUP,
+    NF4_LEVELS,
+    ROUNDED_GROUP,
+    PackedWeight,
+    QuantTensor,
+)
 
 
-def linear(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    return F.linear(
-        x_TI, weight_OI.to(x_TI.dtype), None if bias_O is None else bias_O.to(x_TI.dtype)
-    )
+def linear(x_TI: Tensor, weight_OI: Tensor | QuantTensor, bias_O: Tensor | None = None) -> Tensor:
+    bias_O = None if bias_O is None else bias_O.to(x_TI.dtype)
+    if isinstance(weight_OI, QuantTensor):
+        out_TO = _FrozenProduct.apply(x_TI, weight_OI)
+        return out_TO if bias_O is None else out_TO + bias_O
+    return F.linear(x_TI, weight_OI.to(x_TI.dtype), bias_O)
 
 
-def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
+class _FrozenProduct(torch.autograd.Function):
+    """Rows times a quantised weight, which is dequantised anew in each pass and never kept."""
+
+    @staticmethod
+    def forward(ctx, x_TI: Tensor, weight_OI: QuantTensor) -> Tensor:
+        ctx.weight_OI = weight_OI
+        return x_TI @ weight_OI.dequantized(x_TI.dtype).T
+
+    @staticmethod
+    def backward(ctx, grad_TO: Tensor):
+        return grad_TO @ ctx.weight_OI.dequantized(grad_TO.dtype), None
+
+
+def grouped_linear(x_NI: Tensor, weight_EOI: Tensor | QuantTensor, counts_E: Tensor) -> Tensor:
     groups = x_NI.split(counts_E.tolist())
     # Experts without rows are left out: they would only cost a conversion of their weight.
     parts = [linear(rows, weight_EOI[e]) for e, rows in enumerate(groups) if len(rows)]
@@ -107,11 +129,15 @@ def attend_packed(
     cu_seqlens_S1: Tensor,
     scale: float,
     lengths: Sequence[int] | None = None,
+    *,
+    causal: bool = True,
 ) -> Tensor:
     del lengths
     bounds = cu_seqlens_S1.tolist()
     out = [
-        _attend_one(q_THd[a:b], k_TGd[a:b], v_TGd[a:b], scale) for a, b in pairwise(bounds) if b > a
+        _attend_one(q_THd[a:b], k_TGd[a:b], v_TGd[a:b], scale, causal)
+        for a, b in pairwise(bounds)
+        if b > a
     ]
     return torch.cat(out) if out else torch.zeros_like(q_THd)
 
@@ -193,6 +219,27 @@ def quantize(weight_OI: Tensor, bits: int) -> QuantTensor:
     nibbles = (integers + 8).to(torch.uint8)
     data = (nibbles[..., 0::2] | nibbles[..., 1::2] << 4)[..., : -(-in_size // 2)]
     return QuantTensor(4, data.contiguous(), channel_O, group_Og, in_size)
+
+
+def quantize_nf4(weight_OI: Tensor, *, double: bool = False) -> QuantTensor:
+    *outer, in_size = weight_OI.shape
+    levels = torch.tensor(NF4_LEVELS, device=weight_OI.device)
+    padded = F.pad(weight_OI.float(), (0, -in_size % NF4_GROUP))
+    groups_Ogn = padded.unflatten(-1, (-1, NF4_GROUP))
+    most_Og = groups_Ogn.abs().amax(-1)
+    channel_O = torch.ones(outer, device=weight_OI.device)
+    scale_Og = most_Og
+    if double:
+        channel_O = most_Og.amax(-1) / 255
+        least_Og = (most_Og > 0).float()  # a small group beside a large one is not lost
+        scale_Og = (most_Og / _nonzero(channel_O)[..., None]).round().maximum(least_Og)
+        scale_Og = scale_Og.to(torch.uint8)
+        most_Og = scale_Og.float() * channel_O[..., None]
+    between = (levels[1:] + levels[:-1]) / 2
+    nibbles = torch.bucketize(groups_Ogn / _nonzero(most_Og)[..., None], between).flatten(-2)
+    nibbles = nibbles.to(torch.uint8)
+    data = (nibbles[..., 0::2] | nibbles[..., 1::2] << 4)[..., : -(-in_size // 2)]
+    return QuantTensor(4, data.contiguous(), channel_O, scale_Og, in_size, is_normal=True)
 
 
 # The largest value of a group becomes this integer before its scale is fitted.
@@ -494,9 +541,11 @@ def _rounded_at_random(x: Tensor, bits: Tensor) -> Tensor:
     return (raised & -0x10000).view(torch.float32).to(torch.bfloat16)
 
 
-def _attend_one(q_qHd: Tensor, k_nGd: Tensor, v_nGd: Tensor, scale: float) -> Tensor:
+def _attend_one(
+    q_qHd: Tensor, k_nGd: Tensor, v_nGd: Tensor, scale: float, causal: bool = True
+) -> Tensor:
     """One sequence: q holds the last `len(q)` of its n tokens; query i sees keys up to its own
-    position."""
+    position, or, not `causal`, all of them."""
     num_queries, num_heads, _ = q_qHd.shape
     num_keys, num_kv_heads, _ = k_nGd.shape
     group = num_heads // num_kv_heads
@@ -505,5 +554,7 @@ def _attend_one(q_qHd: Tensor, k_nGd: Tensor, v_nGd: Tensor, scale: float) -> Te
     hidden = torch.ones(num_queries, num_keys, dtype=torch.bool, device=q_qHd.device).triu(
         num_keys - num_queries + 1
     )
-    weights_Hqn = scores_Hqn.masked_fill(hidden, float("-inf")).softmax(-1)
+    if causal:
+        scores_Hqn = scores_Hqn.masked_fill(hidden, float("-inf"))
+    weights_Hqn = scores_Hqn.softmax(-1)
     return torch.einsum("hqn,nhd->qhd", weights_Hqn, v_nHd.float()).to(q_qHd.dtype)

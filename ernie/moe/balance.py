@@ -6,6 +6,8 @@ Legend: T tokens, E experts, K choices per token, D hidden size.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,14 +34,48 @@ def z_loss(routing: Routing) -> Tensor:
     return routing.logits_TE.logsumexp(-1).square().mean()
 
 
-def orthogonal_loss(weight_ED: Tensor) -> Tensor:
-    """`sum_ef (<w_e, w_f> - [e = f])^2 / E^2` over rows scaled to length 1: experts shall look for
-    different things. Source: ERNIE 4.5 technical report; PaddleFormers `topk_gate`.
+def entropy(routing: Routing) -> Tensor:
+    """Sum over the tokens of `-sum_e p_e log p_e / log E`, float32: 1 a token where all experts are
+    alike to the router, 0 where it is sure.
     """
-    rows = weight_ED.float()
-    rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    gap = rows @ rows.T - torch.eye(len(rows), device=rows.device)
-    return gap.square().sum() / len(rows) ** 2
+    probs_TE, num_experts = routing.probs_TE.detach(), routing.probs_TE.shape[1]
+    return torch.special.entr(probs_TE).sum() / max(math.log(num_experts), 1e-12)
+
+
+def orthogonal_loss(weight_ED: Tensor, num_groups: int = 1) -> Tensor:
+    """`sum_ef (<w_e, w_f> - [e = f])^2 / E^2` over rows scaled to length 1: experts shall look for
+    different things. With `num_groups`, which divides E, only experts of one group of neighbours
+    are compared, and it is the mean over the groups. Source: ERNIE 4.5 technical report;
+    PaddleFormers `topk_gate`.
+    """
+    return _gap(_unit_rows(weight_ED, num_groups)[0]).square().mean()
+
+
+def _unit_rows(weight_ED: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """Rows by group, `(groups, E / groups, D)`, scaled to length 1, and their lengths; float32."""
+    rows = weight_ED.float().unflatten(0, (num_groups, -1))
+    lengths = rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
+    return rows / lengths, lengths
+
+
+def _gap(rows: Tensor) -> Tensor:
+    """`(groups, E / groups, E / groups)`, what products of unit rows are off orthogonality."""
+    return rows @ rows.mT - torch.eye(rows.shape[1], device=rows.device)
+
+
+@torch.no_grad()
+def update_orthogonal(weight_ED: Tensor, step_size: float, num_groups: int = 1) -> None:
+    """`W -= step_size * gradient of orthogonal_loss`, in place, without an optimizer, as weight
+    decay is decoupled in AdamW.
+
+    With `n` rows in each of `g` groups and G their gap, the gradient by unit rows U is
+    `4 / (g n^2) G U`, of which a row's length takes the part along the row away. Source: ERNIE's
+    callbacks of pre-training (step_size = lambda) and of ERNIEKit (learning rate times lambda).
+    """
+    units, lengths = _unit_rows(weight_ED, num_groups)
+    by_units = 4 / (num_groups * units.shape[1] ** 2) * _gap(units) @ units
+    along = (by_units * units).sum(-1, keepdim=True) * units
+    weight_ED -= step_size * ((by_units - along) / lengths).flatten(0, 1)
 
 
 @torch.no_grad()

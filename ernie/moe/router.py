@@ -6,6 +6,9 @@ Legend: T tokens, D hidden size, E experts of one bank, K chosen experts per tok
     chosen = top-k of (p + bias)         the bias steers the *choice* only
     weight = p[chosen] / sum p[chosen]   the bias is not in the weight
 
+With a capacity (training only; a `Router` has none unless it is given one) choices that are one too
+many for their expert have weight 0, and the others of the token share its place in the sum.
+
 The correction bias is not trained by gradient: balancing moves it after each optimizer step
 (`ernie.moe.balance`), which evens the load without a loss term that bends the model.
 Source: PaddleFormers `topk_gate`, transformers `Ernie4_5_MoeTopKRouter`.
@@ -27,9 +30,18 @@ class Routing:
     """One bank's decision for T tokens, and what the balance losses need to know of it."""
 
     experts_TK: Tensor  # int64, indices of the chosen experts
-    weights_TK: Tensor  # float32, positive, each row sums to 1
+    weights_TK: Tensor  # float32, each row sums to 1 (to 0 where all of it is over capacity)
     probs_TE: Tensor  # float32 softmax over all experts, before the bias
     logits_TE: Tensor  # float32
+    kept_TK: Tensor | None = None  # bool, choices within the capacity, where there is one
+    # In a layer with two banks: this one is about the text tokens, and here is what the vision bank
+    # decided about the vision tokens, if there are any.
+    vision: Routing | None = None
+
+    @property
+    def banks(self) -> tuple[Routing, ...]:
+        """The decisions of all banks that had tokens to decide about, text first."""
+        return (self,) if self.vision is None else (self, self.vision)
 
     @property
     def load_E(self) -> Tensor:
@@ -40,6 +52,18 @@ class Routing:
 def counts_of(experts: Tensor, num_experts: int) -> Tensor:
     """How often each expert occurs, int64 `(E,)`; unlike bincount it does not wait for a GPU."""
     return (experts.flatten()[:, None] == torch.arange(num_experts, device=experts.device)).sum(0)
+
+
+def within_capacity(experts_TK: Tensor, num_experts: int, capacity: int) -> Tensor:
+    """Which choices are among the first `capacity` of their expert, bool `(T, K)`.
+
+    The first choices of all tokens come first, in the order of the batch, then the second ones, and
+    so on. Source: the order of Paddle's `moe_gate_dispatch`.
+    """
+    experts_N = experts_TK.T.flatten()
+    is_own_NE = experts_N[:, None] == torch.arange(num_experts, device=experts_TK.device)
+    place_N = is_own_NE.cumsum(0).gather(1, experts_N[:, None])[:, 0]
+    return (place_N <= capacity).view(experts_TK.T.shape).T
 
 
 class _Chosen(torch.autograd.Function):
@@ -63,7 +87,11 @@ class _Chosen(torch.autograd.Function):
 
 
 class Router(nn.Module):
-    """The gate of one bank of experts; `weight` is `(E, D)` and always float32."""
+    """The gate of one bank of experts; `weight` is `(E, D)` and always float32.
+
+    `capacity` is how many times its even share (of one choice a token) an expert takes of a batch
+    in training mode; None for all.
+    """
 
     def __init__(self, config: ErnieConfig, num_experts: int) -> None:
         super().__init__()
@@ -73,6 +101,7 @@ class Router(nn.Module):
         assert config.moe_k is not None
         self.top_k = config.moe_k
         self.norm_min = config.moe_norm_min
+        self.capacity: float | None = None
 
     def forward(self, x_TD: Tensor, bias_E: Tensor) -> Routing:
         # Float32 from here on, also under bfloat16 activations: a rounded logit picks another
@@ -80,6 +109,11 @@ class Router(nn.Module):
         logits_TE = F.linear(x_TD.float(), self.weight.float())
         probs_TE = logits_TE.softmax(-1)
         experts_TK = (probs_TE.detach() + bias_E).topk(self.top_k, dim=-1).indices
-        chosen_TK = _Chosen.apply(probs_TE, experts_TK)
+        chosen_TK, kept_TK = _Chosen.apply(probs_TE, experts_TK), None
+        if self.capacity is not None and self.training:
+            num_tokens, num_experts = probs_TE.shape
+            most = int(self.capacity * num_tokens // num_experts)
+            kept_TK = within_capacity(experts_TK, num_experts, most)
+            chosen_TK = chosen_TK * kept_TK
         weights_TK = chosen_TK / chosen_TK.sum(-1, keepdim=True).clamp(min=self.norm_min)
-        return Routing(experts_TK, weights_TK, probs_TE, logits_TE)
+        return Routing(experts_TK, weights_TK, probs_TE, logits_TE, kept_TK)

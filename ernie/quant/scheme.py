@@ -5,6 +5,8 @@
                 are nearly the whole model); a dense model has its MLPs and attention in 4 bits
     wint4_all   4 bits wherever wint4 has 8 but the head
 
+Training has names of its own for the frozen weights beside adapters (`FROZEN`).
+
 A scheme may also be written as the published JSON object, for example
 `{"quantization": "mix_quant", "dense_quant_type": "wint8", "moe_quant_type": "wint4"}`.
 Norms, routers, biases and the embedding table keep their values. Imports no torch.
@@ -37,6 +39,25 @@ SCHEMES = {
     "wint8": Scheme("wint8", dense=8, experts=8, head=8),
     "wint4": Scheme("wint4", dense=8, experts=4, head=8),
     "wint4_all": Scheme("wint4_all", dense=4, experts=4, head=8),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """Formats (`ernie.kernels.weights`) of the frozen weights beside which adapters are trained.
+
+    Embedding and head keep their values.
+    """
+
+    dense: str  # attention, dense MLPs, shared experts
+    experts: str  # routed experts
+
+
+# By ERNIEKit's `compute_type`.
+FROZEN = {
+    "wint8": Frozen("int8", "int8"),
+    "wint4/8": Frozen("int8", "int4"),
+    "nf4": Frozen("nf4", "nf4"),
 }
 
 

@@ -5,7 +5,7 @@ Unusable records are named by file, line and column, and written to
 tokens goes into `<output_dir>/data/ledger.json` (see `ledger`). Files are streamed; what is
 remembered of a record are a few numbers.
 
-Refused: a stage whose data is no dialogues or pairs of them, and, at the end, more unusable records
+Refused: a stage whose data is of another kind, and, at the end, more unusable records
 than `max_bad_data_share`.
 """
 
@@ -24,7 +24,7 @@ from ernie.settings import ConfigError
 from erniekit import checkpoint
 from erniekit.config import Run
 from erniekit.data import ledger
-from erniekit.data.chunks import Chunks, Fault
+from erniekit.data.chunks import Chunks, Fault, read_chunk
 from erniekit.data.ledger import KINDS, Account, Samples
 from erniekit.data.loader import Faults, Stream, stream
 from erniekit.data.sources import Source
@@ -60,16 +60,21 @@ def run_data(run: Run) -> int:
     """The verb. Returns 0; raises ConfigError, or DataError for too many unusable records."""
     if run.model.stage not in RECIPES:
         raise ConfigError(
-            f"stage={run.model.stage} has data of another kind; use {' or '.join(RECIPES)}"
+            f"stage={run.model.stage} has data of another kind; use {', '.join(RECIPES)}"
         )
-    names = [s for s in ("train", "eval") if getattr(run.data, f"{s}_dataset_path")]
+    names = [s for s in ("train", "eval") if run.data.files(s)]
     if not names:
-        raise ConfigError("train_dataset_path is not set; give a .jsonl file of dialogues")
+        raise ConfigError("train_dataset_path is not set; give a .jsonl file of records")
     streams = {name: stream(run, name) for name in names}
     if run.audit.show or run.audit.sample:
         from erniekit.data import view
 
         return view.show(run.audit, streams)
+    if run.audit.dataset_output_dir:
+        from erniekit.data import offline
+
+        folder = _made(Path(run.audit.dataset_output_dir))
+        return offline.write(streams, folder, run.audit.preprocessing_num_workers)
     folder = _made(run.output / FOLDER)
     splits = [Split(name, s, Faults(run.data.max_bad_data_share)) for name, s in streams.items()]
     with Chunks(streams, run.audit.preprocessing_num_workers) as chunks:
@@ -89,7 +94,7 @@ def _made(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"output_dir {folder.parent} cannot be made: {error.strerror}") from None
+        raise ConfigError(f"the folder {folder} cannot be made: {error.strerror}") from None
     return folder
 
 
@@ -104,7 +109,7 @@ def _read(split: Split, chunks: Chunks, folder: Path, taken: set[str]) -> None:
         split.accounts.append(account)
         split.reasons.append(reasons)
         with _Quarantine(bad, source) as quarantine:
-            for chunk in chunks.of(split.name, number):
+            for chunk in chunks.of(split.name, number, read_chunk):
                 split.samples.extend(chunk.samples)
                 account.tokens["truncated"] += chunk.num_truncated
                 account.tokens["dropped"] += chunk.num_dropped

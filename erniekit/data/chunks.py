@@ -9,10 +9,11 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 from erniekit.data.columns import column_of
 from erniekit.data.dialogue import CutAway
@@ -22,6 +23,8 @@ from erniekit.data.sources import DataError
 from erniekit.data.wholes import num_left_out, num_tokens
 
 SIZE = 1000  # records
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -54,7 +57,7 @@ def read_chunk(stream: Stream, number: int, start: int) -> Chunk:
     for index in range(start, min(start + SIZE, len(source))):
         try:
             record = source[index]
-            samples = stream.encoder.read(record, kind)
+            samples = stream.read(number, index)
             chunk.num_dropped += num_left_out(stream.encoder, record, kind)
         except DataError as error:
             chunk.num_dropped += num_tokens(stream.encoder, source, index, kind)
@@ -101,18 +104,18 @@ class Chunks:
             self.pool.shutdown(cancel_futures=True)
             _forked.clear()
 
-    def of(self, split: str, number: int) -> Iterator[Chunk]:
-        """The stretches of a file, in its order."""
+    def of(self, split: str, number: int, read: Callable[[Stream, int, int], T]) -> Iterator[T]:
+        """What `read(stream, number, start)` makes of the stretches of a file, in its order."""
         stream = self.streams[split]
         starts = range(0, len(stream.sources[number]), SIZE)
         if self.pool is None:
-            return (read_chunk(stream, number, start) for start in starts)
-        return self.pool.map(partial(_read_forked, split, number), starts)
+            return (read(stream, number, start) for start in starts)
+        return self.pool.map(partial(_read_forked, read, split, number), starts)
 
 
 # What forked processes find here is what the one that forked them had put here.
 _forked: dict[str, Stream] = {}
 
 
-def _read_forked(split: str, number: int, start: int) -> Chunk:
-    return read_chunk(_forked[split], number, start)
+def _read_forked(read: Callable[[Stream, int, int], T], split: str, number: int, start: int) -> T:
+    return read(_forked[split], number, start)

@@ -25,7 +25,7 @@ import numpy as np
 
 from erniekit.data.dialogue import Sample
 from erniekit.data.loader import Stream
-from erniekit.data.pack import Drawn, pack
+from erniekit.data.pack import Drawn
 
 KINDS = ("trained", "masked", "truncated", "dropped", "duplicate")
 NEAR_EMPTY = 2  # trained tokens: the end, and at most one before it
@@ -151,7 +151,7 @@ def first_epoch(stream: Stream, samples: Samples, batch_size: int) -> Epoch:
                 yield Drawn(position, part, Sample(range(n - 1), range(n - 1)))
 
     capacity, num_rows, num_tokens = stream.data.max_seq_len, 0, 0
-    for row, _ in pack(drawn(), capacity, way=stream.way, buffer_size=stream.data.buffer_size):
+    for row, _ in stream.packed(drawn()):
         num_rows += 1
         num_tokens += sum(map(len, row))
     num_places = -(-num_rows // batch_size) * batch_size * capacity

@@ -10,6 +10,8 @@ counted by reason, and a share of them above `max_bad_data_share` ends the run w
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import hashlib
 import logging
 import queue
@@ -25,13 +27,17 @@ import numpy as np
 
 from ernie.chat import UNTRAINED, ChatTemplate
 from ernie.checkpoint.hub import resolve
+from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer
 from erniekit.config import Data, Run
 from erniekit.data.dialogue import Encoder, Sample
+from erniekit.data.indexed import Indexed, share
+from erniekit.data.judged import NEIGHBOURS, JudgedEncoder, JudgedSample
 from erniekit.data.mix import Mix
-from erniekit.data.pack import START, Cursor, Drawn, pack
+from erniekit.data.pack import START, Cursor, Drawn, Row, pack
 from erniekit.data.preference import PairEncoder, PairSample
-from erniekit.data.sources import DataError, open_source
+from erniekit.data.sources import DataError, Source, open_source
+from erniekit.data.text import TextEncoder
 
 log = logging.getLogger("erniekit")
 
@@ -51,12 +57,19 @@ class Batch:
     num_tokens: int  # without padding
     num_trained: int
     pairs_P4: np.ndarray | None = None  # int64, bounds as in `ernie.attention.shared_prompt`
-    keys: tuple[bytes, ...] = ()  # of the pairs
+    keys: tuple[bytes, ...] = ()  # of the pairs, or of the judged answers
+    is_desirable_S: np.ndarray | None = None  # bool, of judged answers
+    others: Batch | None = None  # the same prompts with answers to other ones
 
     @property
     def weight(self) -> int:
-        """What its loss is a sum over: pairs where there are any, else trained tokens."""
+        """What its loss is a sum over: pairs or judged answers, else trained tokens."""
         return len(self.keys) or self.num_trained
+
+    @property
+    def unit(self) -> str:
+        """What `keys` name: pairs or answers."""
+        return "pairs" if self.is_desirable_S is None else "answers"
 
 
 def batch_of(rows: list[list[Sample]], cursor: Cursor, *, fixed_size: int = 0) -> Batch:
@@ -87,8 +100,18 @@ def batch_of(rows: list[list[Sample]], cursor: Cursor, *, fixed_size: int = 0) -
         num_tokens,
         int((labels != UNTRAINED).sum()),
         np.array(pairs, np.int64) if pairs else None,
-        tuple(sample.key for sample in samples if isinstance(sample, PairSample)),
+        tuple(s.key for s in samples if isinstance(s, (PairSample, JudgedSample))),
+        *_judged(samples, cursor),
     )
+
+
+def _judged(samples: list[Sample], cursor: Cursor) -> tuple[np.ndarray | None, Batch | None]:
+    """Which samples are desirable, and what they are compared with; None of other samples."""
+    judged = [sample for sample in samples if isinstance(sample, JudgedSample)]
+    others = [sample.other for sample in judged if sample.other is not None]
+    if not judged:
+        return None, None
+    return np.array([s.is_desirable for s in judged]), batch_of([others], cursor)
 
 
 @dataclass
@@ -96,6 +119,7 @@ class Faults:
     """What could not be used, by reason."""
 
     max_share: float
+    is_silent: bool = False
     read: int = 0
     by_reason: Counter[str] = field(default_factory=Counter)
 
@@ -106,6 +130,8 @@ class Faults:
     def add(self, where: str, error: DataError) -> None:
         reason = str(error)
         self.by_reason[kind_of(error)] += 1
+        if self.is_silent:
+            return
         if self.total <= _SHOWN:
             log.warning("left out %s: %s", where, reason)
         elif self.total == _SHOWN + 1:
@@ -126,16 +152,19 @@ class Stream:
     """The records of a split as samples and rows. One per split; iterating starts anew."""
 
     def __init__(self, data: Data, split: str, encoder: Encoder, *, seed: int) -> None:
-        kinds, paths, weights = (
-            getattr(data, f"{split}_dataset_{x}") for x in ("type", "path", "prob")
-        )
+        kinds, paths, weights = zip(*data.files(split))
         self.data, self.encoder = data, encoder
         self.kinds = kinds
-        self.sources = [open_source(path) for path in paths]
+        self.sources = [_opened(data, split, kind, path) for kind, path in zip(kinds, paths)]
         training = split == "train"
         self.way = "separate" if not data.packing else "sequential"
         if training and data.packing and data.greedy_intokens:
             self.way = "greedy"
+        if isinstance(encoder, TextEncoder):
+            # Weights are shares of the text: a file of long documents is drawn from less often.
+            weights = tuple(w * len(s) / max(s.size, 1) for w, s in zip(weights, self.sources))
+            if data.packing and data.truncate_packing:
+                self.way = "full"
         self.mix = Mix(
             [len(source) for source in self.sources],
             weights,
@@ -150,6 +179,12 @@ class Stream:
     def epoch_size(self) -> int:
         return self.mix.epoch_size
 
+    def again(self) -> Stream:
+        """The same records for another reader, with faults of its own that are not logged."""
+        other = copy.copy(self)
+        other.faults = Faults(self.data.max_bad_data_share, is_silent=True)
+        return other
+
     def samples(self, start: Cursor, end: int | None = None) -> Iterator[Drawn]:
         """Samples of the records from `start` on, up to position `end` (without end if None)."""
         length = None if end is None else max(end - start.position, 0)
@@ -157,25 +192,51 @@ class Stream:
         for position, (source, index) in enumerate(draws, start.position):
             skipped = start.part if position == start.position else 0
             for part, sample in enumerate(self._read(source, index)):
-                if part >= skipped:
-                    yield Drawn(position, part, sample)
+                if part < skipped:
+                    continue
+                drawn = Drawn(position, part, sample)
+                is_first = position == start.position and part == start.part
+                yield drawn.piece(start.offset, len(drawn)) if is_first else drawn
 
     def _read(self, source: int, index: int) -> list[Sample]:
         self.faults.read += 1
         try:
-            record = self.sources[source][index]
-            samples = self.encoder.read(record, self.kinds[source])
+            samples = self.read(source, index)
         except DataError as error:
             self.faults.add(self.sources[source].where(index), error)
             samples = []
         self.faults.judge(at_end=False)
         return samples
 
+    def read(self, source: int, index: int) -> list[Sample]:
+        """The samples of a record of a file; raises DataError for one that cannot be used."""
+        samples = self.encoder.read(self.sources[source][index], self.kinds[source])
+        if isinstance(self.encoder, JudgedEncoder):
+            samples = self.encoder.completed(samples, self._following(source, index))
+        return samples
+
+    def _following(self, source: int, index: int) -> Iterator[tuple[Any, str]]:
+        """The records after one in its file, with their format; after the last comes the first."""
+        records, kind = self.sources[source], self.kinds[source]
+        for step in range(1, min(len(records), NEIGHBOURS + 1)):
+            with contextlib.suppress(DataError):  # told where it is read for itself
+                yield records[(index + step) % len(records)], kind
+
+    def drawn_rows(self, start: Cursor = START, end: int | None = None) -> Iterator[Row]:
+        """(row with its places, cursor after it) from a cursor on."""
+        return islice(self.packed(self.samples(start._replace(rows=0), end)), start.rows, None)
+
+    def packed(self, samples: Iterable[Drawn]) -> Iterator[Row]:
+        """Samples in rows, as training packs them."""
+        data, seed = self.data, self.mix.seed if self.mix.shuffle else None
+        return pack(
+            samples, data.max_seq_len, way=self.way, buffer_size=data.buffer_size, seed=seed
+        )
+
     def rows(self, start: Cursor = START, end: int | None = None) -> Iterator[Any]:
         """(row, cursor after it) from a cursor on."""
-        stream = self.samples(start._replace(rows=0), end)
-        size, capacity = self.data.buffer_size, self.data.max_seq_len
-        return islice(pack(stream, capacity, way=self.way, buffer_size=size), start.rows, None)
+        for row, cursor in self.drawn_rows(start, end):
+            yield [drawn.sample for drawn in row], cursor
 
     def batches(
         self, batch_size: int, start: Cursor = START, end: int | None = None
@@ -187,32 +248,57 @@ class Stream:
             yield batch_of([row for row, _ in group], group[-1][1], fixed_size=fixed_size)
 
 
+def _opened(data: Data, split: str, kind: str, path: str) -> Source:
+    """A file of records, or a split's share of the documents of a prefix."""
+    if kind != "indexed":
+        return open_source(path)
+    source = Indexed(path)
+    source.first, source.last = share(
+        source.num_documents, data.split, ("train", "eval").index(split)
+    )
+    if not len(source):
+        raise ConfigError(
+            f"split={','.join(f'{s:g}' for s in data.split)} leaves none of the "
+            f"{source.num_documents} documents of {path} for {split}; give other shares"
+        )
+    return source
+
+
 def kind_of(error: DataError) -> str:
     """What is wrong with a record, in words that other records share."""
     return re.sub(r"\[\d+\]|\d+(?= tokens)", "#", str(error).split(";")[0])
 
 
 def stream(run: Run, split: str, tokenizer: Tokenizer | None = None) -> Stream:
-    """The records of a split, encoded with the template of the run's model and its `tokenizer`,
-    which is read where none is given.
+    """The records of a split, encoded with the `tokenizer` of the run's model, which is read where
+    none is given, and its template where they are dialogues.
     """
     folder = resolve(run.model.model_name_or_path)
     tokenizer = tokenizer or Tokenizer.from_folder(folder)
-    encoder = encoder_of(run, tokenizer, ChatTemplate.for_folder(folder, tokenizer))
+    encoder: Encoder
+    if run.model.stage == "PT":
+        encoder = TextEncoder(tokenizer, run.data.max_seq_len)
+    else:
+        encoder = encoder_of(run, tokenizer, ChatTemplate.for_folder(folder, tokenizer))
     return Stream(run.data, split, encoder, seed=run.training.seed)
 
 
 def encoder_of(run: Run, tokenizer: Tokenizer, template: ChatTemplate) -> Encoder:
-    """What reads the records of a run's stage: pairs for DPO, dialogues otherwise."""
+    """What reads the records of a stage with a template: pairs, judged answers, or dialogues."""
     data, p = run.data, run.preferences
-    if run.model.stage == "DPO":
+    if run.model.stage in ("DPO", "RM"):
+        is_scored = run.model.stage == "RM"
         return PairEncoder(
             tokenizer,
             template,
             data.max_seq_len,
             max_prompt_tokens=min(p.max_prompt_len, data.max_seq_len - 10),
-            masks_end=p.mask_out_eos_token,
+            masks_end=p.mask_out_eos_token and not is_scored,
+            reads_end=is_scored,
         )
+    if run.model.stage == "KTO":
+        masks_end = p.mask_out_eos_token
+        return JudgedEncoder(tokenizer, template, data.max_seq_len, masks_end=masks_end)
     return Encoder(
         tokenizer, template, data.max_seq_len, one_answer_per_sample=data.split_multi_turn
     )
@@ -249,7 +335,7 @@ def survey(stream: Stream, max_records: int) -> Survey:
         num_samples += len(row)
         for sample in row:
             num_tokens += len(sample)
-            num_trained += sum(label != UNTRAINED for label in sample.labels)
+            num_trained += sample.num_trained
             digests.add(digest(sample))
     stream.faults.judge(at_end=True)
     if not num_rows:

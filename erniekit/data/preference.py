@@ -15,9 +15,8 @@ so that both first tokens of an answer follow from the prompt. A prompt that is 
 *oldest whole turns*; a pair that still does not fit is left out, and no answer is ever cut.
 `chatml` is another name of `messages`. Whatever cannot be used raises `DataError`.
 
-A reward model can read the same rows: the score of an answer stands at its last token, before
-`pairs_P4[:, 2]` and `pairs_P4[:, 3]`, once the end of the answer is among the inputs (here it is a
-label only).
+A reward model reads the same rows with the end of each answer among the inputs too, where otherwise
+it is a label only: its scores stand at the tokens before `pairs_P4[:, 2]` and `pairs_P4[:, 3]`.
 """
 
 from __future__ import annotations
@@ -100,6 +99,21 @@ Parts = tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]
 
 
 def _from_erniekit(record: Mapping[str, Any]) -> Parts:
+    prompt = prompt_of(record)
+    responses, order = record.get("response"), record.get("sort")
+    if not isinstance(responses, list) or len(responses) != 2:
+        raise DataError("response is not a list of two; expected two answers to choose from")
+    if not isinstance(order, list) or [type(n) for n in order] != [int, int]:
+        raise DataError(f"sort is {order!r}; expected two integers")
+    if order[0] == order[1]:
+        raise DataError(f"sort is {order!r}; expected the larger at the preferred answer")
+    first, second = (continuation(response) for response in responses)
+    chosen, rejected = (first, second) if order[0] > order[1] else (second, first)
+    return prompt, chosen, rejected
+
+
+def prompt_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The messages of `system`, `src` and `tgt`, a question last; raises DataError."""
     questions = _texts(record, "src")
     answers = _texts(record, "tgt") if record.get("tgt") else []
     if len(questions) != len(answers) + 1:
@@ -109,23 +123,15 @@ def _from_erniekit(record: Mapping[str, Any]) -> Parts:
     system = record.get("system")
     if system is not None and not isinstance(system, str):
         raise DataError(f"system is a {type(system).__name__}; expected a string")
-    responses, order = record.get("response"), record.get("sort")
-    if not isinstance(responses, list) or len(responses) != 2:
-        raise DataError("response is not a list of two; expected two answers to choose from")
-    if not isinstance(order, list) or [type(n) for n in order] != [int, int]:
-        raise DataError(f"sort is {order!r}; expected two integers")
-    if order[0] == order[1]:
-        raise DataError(f"sort is {order!r}; expected the larger at the preferred answer")
     turns = [{"role": "user", "content": questions[0]}]
     for answer, question in zip(answers, questions[1:], strict=True):
         turns.append({"role": "assistant", "content": answer})
         turns.append({"role": "user", "content": question})
-    first, second = (_continuation(response) for response in responses)
-    chosen, rejected = (first, second) if order[0] > order[1] else (second, first)
-    return _opening(system) + turns, chosen, rejected
+    return _opening(system) + turns
 
 
-def _continuation(response: Any) -> list[dict[str, Any]]:
+def continuation(response: Any) -> list[dict[str, Any]]:
+    """The messages of a response: a text, or a list answer, question, answer, ..."""
     texts = _texts({"response": response}, "response")
     if len(texts) % 2 == 0:
         raise DataError(f"a response of {len(texts)} texts; expected an odd number, answers last")
@@ -139,7 +145,7 @@ def _from_alpaca(record: Mapping[str, Any]) -> Parts:
     system = record.get("system")
     if system is not None and not isinstance(system, str):
         raise DataError(f"system is a {type(system).__name__}; expected a string")
-    chosen, rejected = (_continuation(_text(record, key)) for key in ("chosen", "rejected"))
+    chosen, rejected = (continuation(_text(record, key)) for key in ("chosen", "rejected"))
     return [*_opening(system), question], chosen, rejected
 
 
@@ -175,7 +181,8 @@ _READERS = {
 class PairEncoder(Encoder):
     """Turns pairs into samples of at most `max_tokens`, prompts of at most `max_prompt_tokens`.
 
-    Counts what `Encoder` does. With `masks_end` the token that ends an answer has no loss.
+    Counts what `Encoder` does. With `masks_end` the token that ends an answer has no loss; with
+    `reads_end` it is an input too.
     """
 
     def __init__(
@@ -186,9 +193,11 @@ class PairEncoder(Encoder):
         *,
         max_prompt_tokens: int,
         masks_end: bool,
+        reads_end: bool = False,
     ) -> None:
         super().__init__(tokenizer, template, max_tokens)
         self.max_prompt_tokens, self.masks_end = max_prompt_tokens, masks_end
+        self.reads_end = reads_end
 
     def dialogue(self, record: Any, kind: str) -> Dialogue:
         """That of the chosen answer."""
@@ -235,7 +244,7 @@ class PairEncoder(Encoder):
             self.encode(prompt + messages[pair.num_prompt :], pair.tools)
             for messages in (pair.chosen, pair.rejected)
         )
-        starts = [_first_trained(encoded.labels) for encoded in (chosen, rejected)]
+        starts = [first_trained(encoded.labels) for encoded in (chosen, rejected)]
         common = min(*starts, _num_equal(chosen.token_ids, rejected.token_ids))
         assert common, "a dialogue begins with something"
         ids = chosen.token_ids[: common - 1]
@@ -244,17 +253,14 @@ class PairEncoder(Encoder):
         for encoded in (chosen, rejected):
             bounds.append(len(ids))
             targets = self._targets(encoded.labels[common:])
-            ids += encoded.token_ids[common - 1 :][: len(targets)]
-            labels += targets
+            ids += encoded.token_ids[common - 1 :][: len(targets) + self.reads_end]
+            labels += targets + [UNTRAINED] * self.reads_end
         return PairSample(ids, labels, chosen=bounds[0], rejected=bounds[1])
 
     def _targets(self, labels: list[int]) -> list[int]:
         """Labels of an answer without ends where those are masked, up to the last one with loss."""
         if self.masks_end:
-            labels = [
-                UNTRAINED if after == UNTRAINED else label
-                for label, after in zip(labels, [*labels[1:], UNTRAINED], strict=True)
-            ]
+            labels = without_ends(labels)
         while labels and labels[-1] == UNTRAINED:
             labels.pop()
         if not labels:
@@ -262,7 +268,15 @@ class PairEncoder(Encoder):
         return labels
 
 
-def _first_trained(labels: list[int]) -> int:
+def without_ends(labels: Sequence[int]) -> list[int]:
+    """Labels of which the last of every stretch, the end of an answer, has no loss."""
+    return [
+        UNTRAINED if after == UNTRAINED else label
+        for label, after in zip(labels, [*labels[1:], UNTRAINED], strict=True)
+    ]
+
+
+def first_trained(labels: list[int]) -> int:
     """Position of the first label; raises DataError where there is none."""
     first = next((i for i, label in enumerate(labels) if label != UNTRAINED), None)
     if first is None:

@@ -1,9 +1,10 @@
-"""Files of records, read in any order: JSON lines, gzipped JSON lines, and JSON arrays.
+"""Files of records, read in any order: JSON lines, JSON arrays and plain text, gzipped or not.
 
 A file of JSON lines is mapped into memory and indexed by the offsets of its lines, so that
 shuffling costs 16 bytes a record and nothing is held that is not looked at. A gzipped file is first
 unpacked to an unnamed temporary file; a JSON array is read whole. A byte order mark, CRLF and blank
-lines are understood, a key given twice is not. Refuses what cannot be a data file at all (missing,
+lines are understood, a key given twice is not. A plain text is one record, and a long one several,
+cut at line ends. Refuses what cannot be a data file at all (missing,
 empty, cut short); a record that cannot be used raises `DataError` when it is asked for.
 """
 
@@ -15,6 +16,7 @@ import mmap
 import shutil
 import tempfile
 import zlib
+from bisect import bisect_right
 from collections import Counter
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
@@ -25,6 +27,7 @@ from ernie.settings import ConfigError
 
 _BOM = b"\xef\xbb\xbf"
 _WINDOW = 1 << 26  # bytes searched for line ends at once
+_STRETCH = 1 << 18  # bytes of a plain text that are one record, up to the end of the line
 
 
 class DataError(ValueError):
@@ -42,10 +45,13 @@ class DataError(ValueError):
 class Source(Protocol):
     """Records of one file, by index. `where(i)` names file and line for messages, `number(i)` is
     the line (or the item), `index_of` the way back, and `text(i)` what stands there; bytes that are
-    no text are spelled out.
+    no text are spelled out. `size` is about that of all records: bytes, or tokens.
     """
 
     path: Path
+
+    @property
+    def size(self) -> int: ...
 
     def __len__(self) -> int: ...
 
@@ -61,17 +67,25 @@ class Source(Protocol):
 
 
 def open_source(path: str | Path) -> Source:
-    """The records of a `.jsonl`, `.json` or `.gz` file; raises ConfigError where there are none."""
+    """The records of a `.jsonl`, `.json`, `.txt` or `.gz` file; raises ConfigError where there are
+    none.
+    """
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"there is no data file {path}; give the path of a .jsonl or .json file")
     file = _unpacked(path) if path.suffix == ".gz" else path.open("rb")
+    if is_plain_text(path):
+        return Text(path, file)
     head = file.read(4096).removeprefix(_BOM).lstrip()
     file.seek(0)
     source: Source = Array(path, file) if head.startswith(b"[") else Lines(path, file)
     if not len(source):
         raise ConfigError(f"{path} holds no records; it must hold one JSON object per line")
     return source
+
+
+def is_plain_text(path: str | Path) -> bool:
+    return Path(str(path).removesuffix(".gz")).suffix == ".txt"
 
 
 def _unpacked(path: Path) -> BinaryIO:
@@ -92,6 +106,7 @@ class Lines:
         self.path = path
         self.starts, self.ends, self.numbers = _line_bounds(file)
         self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if len(self) else b""
+        self.size = len(self.content)
 
     def __len__(self) -> int:
         return len(self.starts)
@@ -127,6 +142,54 @@ class Lines:
         return self._line(index).decode("utf-8", "backslashreplace")
 
 
+class Text:
+    """A plain text as `{"text": ...}`, in stretches of whole lines where it is long. A stretch is
+    numbered by its first line. Raises ConfigError for a file without any text.
+    """
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path = path
+        self.size = size = file.seek(0, 2)
+        self.content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
+        start = len(_BOM) if self.content[:3] == _BOM else 0
+        self.bounds, self.numbers = [start], [1]
+        while start < size:
+            end = (self.content.find(b"\n", start + _STRETCH) + 1) or size
+            self.numbers.append(self.numbers[-1] + self.content[start:end].count(b"\n"))
+            self.bounds.append(end)
+            start = end
+        if not self.content[self.bounds[0] : self.bounds[0] + _STRETCH].strip():
+            raise ConfigError(f"{path} holds no text; give a file that begins with some")
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def __getitem__(self, index: int) -> dict[str, str]:
+        try:
+            return {"text": self._stretch(index).decode("utf-8")}
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"not UTF-8 text (byte {self.bounds[index] + error.start} of the file); save the "
+                "file as UTF-8"
+            ) from None
+
+    def _stretch(self, index: int) -> bytes:
+        return self.content[self.bounds[index] : self.bounds[index + 1]]
+
+    def where(self, index: int) -> str:
+        return f"{self.path}:{self.numbers[index]}"
+
+    def number(self, index: int) -> int:
+        return self.numbers[index]
+
+    def index_of(self, number: int) -> int | None:
+        index = bisect_right(self.numbers, number) - 1
+        return index if 0 <= index < len(self) else None
+
+    def text(self, index: int) -> str:
+        return self._stretch(index).decode("utf-8", "backslashreplace")
+
+
 class Array:
     """A JSON array of objects, read whole; items are counted from 1."""
 
@@ -134,6 +197,7 @@ class Array:
         self.path = path
         try:
             text = file.read().removeprefix(_BOM).decode("utf-8")
+            self.size = len(text)
             self.records = json.loads(text, object_pairs_hook=_object)
         except (ValueError, RecursionError) as error:
             raise ConfigError(f"{path} begins like a JSON array but is not one: {error}") from None

@@ -26,7 +26,6 @@ from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer
 from erniekit.config import Audit
 from erniekit.data.loader import Stream
-from erniekit.data.pack import START, Drawn, pack
 from erniekit.data.sources import DataError
 from erniekit.data.wholes import Shown, shown, sides_of
 
@@ -104,21 +103,15 @@ def find(wanted: str, streams: Mapping[str, Stream]) -> tuple[Stream, int, int]:
 
 def _show_rows(page: Page, stream: Stream, count: int) -> None:
     """The first `count` samples of the stream, in the rows they are trained in."""
-    drawn_by_id: dict[int, Drawn] = {}
-
-    def noted() -> Iterator[Drawn]:
-        for drawn in stream.samples(START, stream.epoch_size):
-            drawn_by_id[id(drawn.sample)] = drawn
-            yield drawn
-
     data, tokenizer = stream.data, stream.encoder.tokenizer
-    rows = pack(noted(), data.max_seq_len, way=stream.way, buffer_size=data.buffer_size)
+    rows = stream.drawn_rows(end=stream.epoch_size)
     for number, (row, _) in enumerate(rows, start=1):
-        for i, sample in enumerate(row[:count], start=1):
-            position = drawn_by_id[id(sample)].position
-            source, index = next(stream.mix.draws(position))
+        for i, drawn in enumerate(row[:count], start=1):
+            source, index = next(stream.mix.draws(drawn.position))
             place = stream.sources[source].where(index)
-            for title, side in sides_of(sample):
+            if drawn.offset:
+                place += f", from token {drawn.offset + 1}"
+            for title, side in sides_of(drawn.sample):
                 shown_side = Shown(title, side)
                 page.sample(f"row {number}, sample {i}: {place}{title}", shown_side, tokenizer)
         free = data.max_seq_len - sum(map(len, row))

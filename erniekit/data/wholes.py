@@ -9,8 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from erniekit.data.dialogue import Dialogue, Encoder, Sample
+from erniekit.data.judged import JudgedSample
 from erniekit.data.preference import PairEncoder, PairSample
 from erniekit.data.sources import DataError, Source
+from erniekit.data.text import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,11 @@ def num_left_out(encoder: Encoder, record: Any, kind: str) -> int:
 
 def shown(encoder: Encoder, record: Any, kind: str) -> list[Shown]:
     """Every sample of a record with what was cut off of it; raises DataError."""
-    sides = [side for sample in encoder.read(record, kind) for side in sides_of(sample)]
+    samples = encoder.read(record, kind)
+    if isinstance(encoder, TextEncoder):
+        titles = [f", document {n}" if len(samples) > 1 else "" for n in range(1, 1 + len(samples))]
+        return [Shown(title, sample) for title, sample in zip(titles, samples)]
+    sides = [side for sample in samples for side in sides_of(sample)]
     wholes = [
         encoder.encode(messages, dialogue.tools).token_ids
         for dialogue in encoder.dialogues(record, kind)
@@ -59,7 +65,9 @@ def shown(encoder: Encoder, record: Any, kind: str) -> list[Shown]:
 
 
 def sides_of(sample: Sample) -> list[tuple[str, Sample]]:
-    """A sample, with no title; or the two dialogues of a pair, each with its prompt."""
+    """A sample, judged or with no title; or the two dialogues of a pair, each with its prompt."""
+    if isinstance(sample, JudgedSample):
+        return [(", desirable" if sample.is_desirable else ", undesirable", sample)]
     if not isinstance(sample, PairSample):
         return [("", sample)]
     ids, labels, start, middle = sample.token_ids, sample.labels, sample.chosen, sample.rejected

@@ -6,7 +6,7 @@
 Every block is gathered by itself; embedding, final norm and head together stay whole from the
 forward pass to the backward pass, as the loss needs the head in between. Parameters become DTensors
 cut along their first dimension; the optimizer is given this rank's parts and knows nothing of it.
-Routers and their bias, small and float32, stay whole everywhere.
+Routers, their bias and a reward head, small and float32, stay whole everywhere.
 
 Gradients come through autograd alone, the vocabulary's too, so that FSDP2 can sum and cut them.
 """
@@ -32,6 +32,7 @@ from erniekit.gradients import Gradients, length
 from erniekit.optim import AdamW
 from erniekit.parallel.ranks import Ranks
 from erniekit.parallel.replicated import placed_squares
+from erniekit.reward_model import HEAD
 
 
 def shard(model: ErnieModel, ranks: Ranks, *, keep_whole_in_step: bool) -> None:
@@ -40,7 +41,8 @@ def shard(model: ErnieModel, ranks: Ranks, *, keep_whole_in_step: bool) -> None:
     `keep_whole_in_step` is stage2.
     """
     assert ranks.mesh is not None
-    whole = {p for name, p in model.named_parameters() if name.endswith(KEPT_FLOAT32)}
+    kept = (*KEPT_FLOAT32, HEAD)
+    whole = {p for name, p in model.named_parameters() if name.endswith(kept)}
     for parameter in whole:
         parameter.data = parameter.data.to(ranks.mesh.device_type)
     cut = partial(

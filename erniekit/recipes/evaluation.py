@@ -16,7 +16,7 @@ from typing import Any
 
 import ernie
 from ernie.settings import ConfigError
-from erniekit import checkpoint, lora
+from erniekit import checkpoint, lora_files
 from erniekit.build import build_model, read_model
 from erniekit.config import Run, resolved
 from erniekit.data.loader import stream
@@ -27,6 +27,7 @@ from erniekit.report import story
 from erniekit.report.answers import answers, prompts
 from erniekit.report.scores import SCORES, mean_scores
 from erniekit.report.story import RESULTS_FILE, SAMPLES_FILE
+from erniekit.reward_model import add_reward_head, fill_head, has_head
 from erniekit.session import Method, load_adapter
 
 log = logging.getLogger("erniekit")
@@ -34,7 +35,7 @@ log = logging.getLogger("erniekit")
 
 def evaluate_run(run: Run) -> int:
     """Write `eval_results.json` and `eval_samples.jsonl` into output_dir; returns the exit code."""
-    if not run.data.eval_dataset_path and not run.reporting.lm_eval_tasks:
+    if not run.data.files("eval") and not run.reporting.lm_eval_tasks:
         raise ConfigError("eval_dataset_path is not set; give a .jsonl file of records")
     if run.reporting.lm_eval_tasks and importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("lm_eval_tasks needs the package lm-eval; pip install lm-eval")
@@ -43,12 +44,12 @@ def evaluate_run(run: Run) -> int:
     run = resolved(run, device)
     folder = checkpoint.chosen(run.output, run.training.use_checkpoint)
     method = recipe_of(run).method(run, device, is_kept=False)
-    if run.data.eval_dataset_path:
+    if run.data.files("eval"):
         method.prepare(eval_batches(run, stream(run, "eval")))
     model, what = _model(run, device, folder)
     run.output.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"model": str(what), "time": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-    if run.data.eval_dataset_path:
+    if run.data.files("eval"):
         results |= _on_data(run, method, model, what)
     if run.reporting.lm_eval_tasks:
         from erniekit.lm_eval_model import run_tasks
@@ -70,7 +71,8 @@ def _on_data(run: Run, method: Method, model: ernie.ErnieModel, what: str | Path
     held_out.faults.judge(at_end=True)
     log.info("evaluated %s", what)
     log.info("%s", eval_line(values, 0).replace("eval at step 0", "eval"))
-    asked = prompts(held_out, run.reporting.num_answers)
+    num_answers = 0 if run.model.stage in ("RM", "PT") else run.reporting.num_answers
+    asked = prompts(held_out, num_answers)
     given = answers(model, asked, run.reporting.max_answer_tokens, step=0)
     lines = [json.dumps({k: v for k, v in a.items() if k != "step"}) + "\n" for a in given]
     checkpoint.replace_text(run.output / SAMPLES_FILE, "".join(lines))
@@ -86,10 +88,14 @@ def _on_data(run: Run, method: Method, model: ernie.ErnieModel, what: str | Path
 
 
 def _model(run: Run, device: str, folder: Path | None) -> tuple[ernie.ErnieModel, str | Path]:
-    if folder is None:
-        return read_model(run, device), run.model.model_name_or_path
-    if not (folder / lora.ADAPTER_CONFIG).is_file():
-        return ernie.load(folder, device=device), folder
-    model = build_model(run, device)
-    load_adapter(model, run, folder)
-    return model, folder
+    if folder is not None and (folder / lora_files.ADAPTER_CONFIG).is_file():
+        model = build_model(run, device).eval()
+        load_adapter(model, run, folder)
+        return model, folder
+    what = folder or Path(run.model.model_name_or_path)
+    model = read_model(run, device) if folder is None else ernie.load(folder, device=device)
+    if run.model.stage == "RM":
+        add_reward_head(model, seed=run.training.seed)
+        if has_head(what):
+            fill_head(model, what)
+    return model.eval(), folder or run.model.model_name_or_path

@@ -10,16 +10,23 @@ several pairs, each prompt once (`erniekit.data.preference`); the rest of the st
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from ernie.chat import UNTRAINED
 from ernie.model import ErnieModel
-from erniekit.config import Run, resolved
-from erniekit.evaluate import evaluate_pairs
+from erniekit.config import Preferences, Run, resolved
+from erniekit.data.loader import Batch
+from erniekit.evaluate import evaluate_judged, shared
+from erniekit.loop import to_device
 from erniekit.losses import Loss
 from erniekit.parallel.ranks import ALONE, Ranks
-from erniekit.preference import Objective, Pairs, preference
+from erniekit.preference import Pairs, answer_lengths, preference, sequence_log_probs
+from erniekit.preference_losses import PREFERENCE_LOSSES, Objective, gains
 from erniekit.recipes import sft
 from erniekit.reference import References
 from erniekit.session import Method
@@ -32,29 +39,88 @@ def run(run: Run, device: str, ranks: Ranks = ALONE) -> int:
     return sft.train(run, device, method(run, device, is_kept=ranks.is_first), ranks)
 
 
+def objective_of(p: Preferences) -> Objective:
+    """The method that the keys of a run describe."""
+    return Objective(
+        p.loss_type,
+        p.beta,
+        p.label_smoothing,
+        p.normalize_logps,
+        p.simpo_gamma,
+        p.dpop_lambda,
+        p.pref_loss_ratio,
+        1.0 if PREFERENCE_LOSSES[p.loss_type].has_sft else p.sft_loss_ratio,
+    )
+
+
 def method(run: Run, device: str, *, is_kept: bool = True) -> Method:
     """The preference loss, and its value and rewards on held-out pairs.
 
-    `is_kept` as in `References`; the reference of `reference_free` is zero for every answer.
+    `is_kept` as in `References`; without a reference it is zero for every answer.
     """
-    p = run.preferences
-    objective = Objective(p.loss_type, p.beta, p.label_smoothing, p.normalize_logps)
-    references = References(run, device, is_kept=is_kept) if not p.reference_free else None
+    objective, chunk_size = objective_of(run.preferences), run.model.loss_subbatch_seqlen
+    has_reference = objective.row.uses_reference and not run.preferences.reference_free
+    references = References(run, device, is_kept=is_kept) if has_reference else None
+
+    def reference_of(batch: Pairs) -> Tensor:
+        if references is not None:
+            return references.of(batch)
+        device = batch.token_ids_T.device
+        return torch.zeros(len(batch.pairs_P4), 2, dtype=torch.float64, device=device)
 
     def loss(model: ErnieModel, batch: Pairs, **options) -> Loss:
-        zeros = torch.zeros(len(batch.pairs_P4), 2, dtype=torch.float64, device=model.device)
-        reference_P2 = references.of(batch) if references is not None else zeros
         return preference(
             model,
             batch,
-            reference_P2,
+            reference_of(batch),
             objective=objective,
             terms=sft.terms(run),
-            chunk_size=run.model.loss_subbatch_seqlen,
+            chunk_size=chunk_size,
             **options,
         )
 
-    evaluate = partial(evaluate_pairs, loss=loss)
+    def measure(model: ErnieModel, batches: Sequence[Batch], ranks: Ranks) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if objective.sft_weight:
+            found["sft_scale"] = 1 / sum(map(_num_chosen, batches))
+        if objective.row.uses_baselines:
+            found["baseline_2"] = baselines(
+                model, batches, reference_of, objective, ranks, chunk_size
+            )
+        return found
+
+    evaluate = partial(evaluate_judged, loss=loss, measure=measure)
     if references is None:
-        return Method(loss, evaluate)
-    return Method(loss, evaluate, references.fill)
+        return Method(loss, evaluate, measure=measure)
+    return Method(loss, evaluate, references.fill, measure, references)
+
+
+def _num_chosen(batch: Batch) -> int:
+    """Trained tokens of the chosen answers."""
+    assert batch.pairs_P4 is not None
+    stretches = (batch.labels_T[chosen:rejected] for _, chosen, rejected, _ in batch.pairs_P4)
+    return sum(int((labels != UNTRAINED).sum()) for labels in stretches)
+
+
+@torch.no_grad()
+def baselines(
+    model: ErnieModel,
+    batches: Sequence[Batch],
+    reference_of: Callable[[Pairs], Tensor],
+    objective: Objective,
+    ranks: Ranks = ALONE,
+    chunk_size: int = 128,
+) -> Tensor:
+    """Mean gain of chosen and of rejected answers over these batches, not below 0; float64 `(2,)`.
+
+    One more forward pass over the step, so that it means the same however it is cut into batches.
+    """
+    total_2 = torch.zeros(2, dtype=torch.float64, device=model.device)
+    for batch, counts in shared(batches, ranks):
+        pairs = to_device(batch, model.device)
+        assert isinstance(pairs, Pairs)
+        policy_P2 = sequence_log_probs(model, pairs, chunk_size=chunk_size)
+        gain_P2 = gains(policy_P2, reference_of(pairs), answer_lengths(pairs), objective)
+        total_2 += counts * gain_P2.sum(0)
+    (total_2,) = ranks.totals([total_2])
+    return (total_2 / sum(len(batch.keys) for batch in batches)).clamp(min=0)

@@ -20,6 +20,7 @@ from typing import Any
 
 from ernie.settings import ConfigError
 from erniekit import checkpoint, losses, memory
+from erniekit.build import num_groups
 from erniekit.config import Run, changed, resolved, to_yaml
 from erniekit.data.loader import Batch, Stream, Survey, stream, survey
 from erniekit.evaluate import evaluate
@@ -49,9 +50,11 @@ def terms(run: Run) -> losses.Terms:
     model, full = run.model, not run.is_lora
     return losses.Terms(
         load_balance=model.moe_aux_loss_lambda * full,
-        orthogonal=model.moe_orthogonal_loss_lambda * full,
+        orthogonal=model.moe_orthogonal_loss_lambda
+        * (full and model.moe_orthogonal_update == "loss"),
         z=model.moe_z_loss_lambda * full,
         multi_token=model.multi_token_pred_lambda if model.num_nextn_predict_layers else 0.0,
+        num_groups=num_groups(run),
     )
 
 
@@ -104,6 +107,8 @@ def _batches_of(
     progress = Progress.from_dict(state["progress"]) if state else Progress()
     size = run.training.batch_size
     last = min(num_steps, run.training.stop_after_step or num_steps)
+    if (every := run.preferences.ref_model_update_steps) > 0:  # later ones are asked on the way
+        last = min(last, every)
     num_left = (last - progress.step) * run.training.gradient_accumulation_steps * ranks.size
     yield from islice(train_stream.batches(size, progress.cursor), max(num_left, 0))
     if eval_stream is not None and run.training.evaluation_strategy != "no":
@@ -119,9 +124,9 @@ def eval_batches(run: Run, eval_stream: Stream) -> Iterator[Batch]:
 
 def _streams(run: Run) -> tuple[Stream, Stream | None]:
     """The training records, and those for evaluation where there are any."""
-    if not run.data.train_dataset_path:
+    if not run.data.files("train"):
         raise ConfigError("train_dataset_path is not set; give a .jsonl file of records")
-    has_eval = run.training.do_eval and run.data.eval_dataset_path
+    has_eval = run.training.do_eval and run.data.files("eval")
     train_stream = stream(run, "train")
     tokenizer = train_stream.encoder.tokenizer
     return train_stream, stream(run, "eval", tokenizer) if has_eval else None
@@ -155,15 +160,16 @@ def _num_steps(
 
 
 def _tell(source: Stream, found: Survey) -> None:
-    counts = source.encoder.counts
+    counts, cut = source.encoder.counts, ""
+    if "dialogues cut" in counts:  # documents are never
+        cut = f", {counts['dialogues cut']} dialogues cut ({counts['turns dropped']} turns)"
     log.info(
-        "data: %d records read of an epoch of %d, %d left out, %d dialogues cut (%d turns); an "
-        "epoch is %d rows, %s tokens, %s trained; rows are %.0f %% full",
+        "data: %d records read of an epoch of %d, %d left out%s; an epoch is %d rows, %s tokens, "
+        "%s trained; rows are %.0f %% full",
         found.num_records,
         found.epoch_size,
         found.num_bad,
-        counts["dialogues cut"],
-        counts["turns dropped"],
+        cut,
         found.num_rows,
         f"{found.num_tokens:,}",
         f"{found.num_trained:,}",

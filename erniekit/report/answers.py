@@ -17,6 +17,7 @@ from ernie.generate import generate
 from ernie.model import ErnieModel
 from erniekit.data.loader import Stream
 from erniekit.data.sources import DataError
+from erniekit.evaluate import in_eval_mode
 from erniekit.report.scores import scores
 
 
@@ -62,6 +63,7 @@ def _prompt(stream: Stream, source: int, index: int) -> Prompt | None:
     return Prompt(records.where(index), shown, encoded.token_ids, str(answer.get("content") or ""))
 
 
+@in_eval_mode
 def answers(
     model: ErnieModel, asked: Sequence[Prompt], max_tokens: int, step: int
 ) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from erniekit.report import heat
 from erniekit.report.bar import duration
 from erniekit.report.markup import table, text
 from erniekit.report.plots import Line, exact, plot, smoothed
@@ -32,6 +33,7 @@ PLOTS = (
         ("eval_rewards_chosen", "chosen, evaluation", "c2 dots"),
         ("eval_rewards_rejected", "rejected, evaluation", "c3 dots"),
     ]),
+    ("Bits per byte", [("eval_bits_per_byte", "evaluation", "c1 dots")]),
     ("Token accuracy", [
         ("accuracy", "training", "c0"), ("eval_accuracy", "evaluation", "c1 dots"),
     ]),
@@ -40,6 +42,9 @@ PLOTS = (
     ("Tokens per second", [("tokens_per_second", "", "c2")]),
     ("Peak memory, GiB", [("peak_memory_gib", "", "c2")]),
     ("Router: busiest expert / mean", [("moe_max_over_mean", "", "c3")]),
+    ("Router: entropy over its largest value", [("moe_entropy", "", "c2")]),
+    ("Router: dead experts", [("moe_dead_experts", "", "c1")]),
+    ("Router: share over capacity", [("moe_dropped", "", "c1")]),
     ("Router: weighted losses", [
         ("aux_loss", "load balance", "c0"), ("z_loss", "z", "c1"),
         ("orthogonal_loss", "orthogonal", "c2"),
@@ -50,16 +55,18 @@ PLOTS = (
 _UNDRAWN = {
     "step", "seconds", "num_tokens", "num_trained_tokens", "total_tokens", "epoch",
     "eval_ppl", "eval_tokens", "eval_seconds", "num_pairs", "eval_pairs",
+    "num_answers", "eval_answers",
 }  # fmt: skip
 _SMOOTH_FROM = 40  # points
-_SMOOTH_ALREADY = {"learning_rate", "peak_memory_gib"}
+_MOST_MAPS = 6  # of the experts of a layer
+_SMOOTH_ALREADY = {"learning_rate", "peak_memory_gib", "moe_dead_experts"}
 
 
 def page(story: Story) -> str:
     """The whole HTML document."""
     sections = (
-        _numbers(story), _plots(story), _answers(story), _skipped(story), _results(story),
-        _data(story), _settings(story), _starts(story),
+        _numbers(story), _plots(story), _experts(story), _answers(story), _skipped(story),
+        _results(story), _data(story), _settings(story), _starts(story),
     )  # fmt: skip
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -113,6 +120,7 @@ def _numbers(story: Story) -> str:
     for key, name, form in (
         ("eval_loss", "evaluation loss", "{:.4f}"),
         ("eval_ppl", "perplexity", "{:.2f}"),
+        ("eval_bits_per_byte", "bits per byte", "{:.4f}"),
         ("eval_accuracy", "token accuracy", "{:.1%}"),
         ("eval_rewards_accuracy", "preference accuracy", "{:.1%}"),
         ("eval_rewards_margin", "reward margin", "{:.3f}"),
@@ -178,6 +186,50 @@ def _figure(story: Story, title: str, wanted: list[tuple[str, str, str]]) -> str
     return (
         f"<figure><figcaption><h3>{text(title)}</h3>{''.join(legend)}</figcaption>"
         f"{plot(lines, marks)}</figure>"
+    )
+
+
+def _experts(story: Story) -> str:
+    """Heat maps of the load: busiest expert by layer, and the experts of the most uneven layers."""
+    found = [r for r in story.steps if _are_loads(r.get("moe_loads"))]
+    shape = [len(layer) for layer in found[-1]["moe_loads"]] if found else []
+    found = [r for r in found if [len(layer) for layer in r["moe_loads"]] == shape]
+    if not found:
+        return ""
+    shown = heat.thinned(found)
+    steps = [record["step"] for record in shown]
+    # By layer, expert and column: load over the mean of the layer at that step.
+    ratios = [
+        [[r["moe_loads"][n][e] * size / max(sum(r["moe_loads"][n]), 1) for r in shown]
+         for e in range(size)]
+        for n, size in enumerate(shape)
+    ]  # fmt: skip
+    busiest = [[max(column) for column in zip(*layer)] for layer in ratios]
+    order = sorted(range(len(shape)), key=lambda n: -busiest[n][-1])[:_MOST_MAPS]
+    maps = [("Busiest expert of each layer", "layer of experts", busiest)] * (len(shape) > 1)
+    maps += [(f"Layer of experts {n}", "expert", ratios[n]) for n in order]
+    figures = "".join(
+        f"<figure><figcaption><h3>{title}</h3></figcaption>{heat.heat(rows, steps, name)}</figure>"
+        for title, name, rows in maps
+    )
+    legend = "".join(f'<span class="l{i}">{text(name)}</span>' for i, name in enumerate(heat.NAMES))
+    left = (
+        f", the {len(order)} most uneven of {len(shape)} layers" if len(order) < len(shape) else ""
+    )
+    told = f"Load of an expert over the mean of its layer, at single steps{left}."
+    return (
+        f'<section><h2>Experts</h2><p>{told}</p><p class="levels">{legend}</p>'
+        f'<div class="maps">{figures}</div></section>'
+    )
+
+
+def _are_loads(value: Any) -> bool:
+    """Lists of counts, as training writes them; a file may hold anything."""
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(isinstance(layer, list) and layer for layer in value)
+        and all(isinstance(n, int) and n >= 0 for layer in value for n in layer)
     )
 
 

@@ -2,10 +2,14 @@
 
 STYLE = """
 :root { --ink:#1b1f24; --soft:#656d76; --line:#d8dee4; --back:#f6f8fa; --card:#fff;
-  --c0:#2563eb; --c1:#d9480f; --c2:#0d8a6f; --c3:#8b3fd1; --bad:#cf222e; --good:#1a7f37 }
+  --c0:#2563eb; --c1:#d9480f; --c2:#0d8a6f; --c3:#8b3fd1; --bad:#cf222e; --good:#1a7f37;
+  --l0:#1b1f24; --l1:#4b3f9e; --l2:#8f86d6; --l3:#cfcaf2; --l4:#f1efe8; --l5:#fbd0a8;
+  --l6:#f08c3a; --l7:#b3370a }
 @media (prefers-color-scheme: dark) { :root { --ink:#e6edf3; --soft:#9198a1; --line:#30363d;
   --back:#0d1117; --card:#161b22; --c0:#6ea8fe; --c1:#ff9b6a; --c2:#4fd1b0; --c3:#c69cff;
-  --bad:#ff7b72; --good:#56d364 } }
+  --bad:#ff7b72; --good:#56d364;
+  --l0:#f0f6fc; --l1:#a59bff; --l2:#7a70d0; --l3:#4a4480; --l4:#2b2f36; --l5:#6b4526;
+  --l6:#c76a1f; --l7:#ff9b52 } }
 * { box-sizing:border-box }
 body { margin:0; background:var(--back); color:var(--ink);
   font:15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Noto Sans", sans-serif }
@@ -52,6 +56,16 @@ polyline.c2 { stroke:var(--c2) } polyline.c3 { stroke:var(--c3) }
 polyline.faint { stroke-width:1; opacity:.35 }
 circle.c0 { fill:var(--c0) } circle.c1 { fill:var(--c1) }
 circle.c2 { fill:var(--c2) } circle.c3 { fill:var(--c3) }
+path.l0 { fill:var(--l0) } path.l1 { fill:var(--l1) } path.l2 { fill:var(--l2) }
+path.l3 { fill:var(--l3) } path.l4 { fill:var(--l4) } path.l5 { fill:var(--l5) }
+path.l6 { fill:var(--l6) } path.l7 { fill:var(--l7) }
+.l0 { --c:var(--l0) } .l1 { --c:var(--l1) } .l2 { --c:var(--l2) } .l3 { --c:var(--l3) }
+.l4 { --c:var(--l4) } .l5 { --c:var(--l5) } .l6 { --c:var(--l6) } .l7 { --c:var(--l7) }
+.levels { display:flex; flex-wrap:wrap; gap:.15rem .9rem; font-size:.8rem }
+.levels span::before { content:""; display:inline-block; width:.9em; height:.9em;
+  border-radius:2px; background:var(--c); vertical-align:-.1em; margin-right:.35em }
+.maps { display:grid; gap:.75rem; grid-template-columns:repeat(auto-fit, minmax(min(100%, 21rem),
+  1fr)) }
 .tip { fill:transparent } .tip:hover { fill:var(--ink); fill-opacity:.15 }
 article { padding:.9rem 0; border-top:1px solid var(--line) }
 article:first-of-type { border-top:0; padding-top:0 }

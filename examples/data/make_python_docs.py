@@ -8,8 +8,11 @@ writes, beside this file,
     sft-train-alpaca.jsonl              type alpaca     {"instruction", "input", "output"}
     sft-train-messages.jsonl            type messages   {"messages": [{"role", "content"}, ...]}
     dpo-train.jsonl, dpo-eval.jsonl     type erniekit   {"src", "tgt", "response", "sort"}
+    kto-train.jsonl, kto-eval.jsonl     type erniekit   {"src", "tgt", "response", "label"}
+    pt-train.jsonl, pt-eval.jsonl       type pretrain   {"text": the documentation of a module}
 
-In the last two a plain answer is preferred to the same one with pleasantries around it.
+In the pairs a plain answer is preferred to the same one with pleasantries around it; in those for
+KTO every question has one of them, desirable if it is the plain one.
 
 The files in the repository come from CPython 3.11; another version gives slightly other ones. Every
 fifteenth function is held out for evaluation; no function is in both files. The texts are the
@@ -109,6 +112,21 @@ def preference(question: str, answer: str) -> dict:
     return {"src": [question], "tgt": [], "response": [answer, wordy], "sort": [1, 0]}
 
 
+def judgement(question: str, answer: str) -> dict:
+    """One answer of the pair, which its name decides, and whether it is the plain one."""
+    pair = preference(question, answer)
+    chosen = hashlib.sha256(question.encode()).digest()[3] % 2
+    response, rank = pair["response"][chosen], pair["sort"][chosen]
+    return {"src": [question], "tgt": [], "response": response, "label": bool(rank)}
+
+
+def documents() -> list[str]:
+    """The whole docstrings of modules, in an order that only depends on their names."""
+    order = sorted(MODULES, key=lambda name: hashlib.sha256(name.encode()).hexdigest())
+    texts = (inspect.cleandoc(importlib.import_module(name).__doc__ or "") for name in order)
+    return list(dict.fromkeys(text for text in texts if len(text) >= MIN_CHARS))
+
+
 def write(name: str, records: list[dict]) -> None:
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
     (HERE / name).write_text("".join(lines), encoding="utf-8")
@@ -132,6 +150,11 @@ def main() -> None:
     )
     write("dpo-train.jsonl", [preference(*pair) for pair in train[:NUM_PAIRS]])
     write("dpo-eval.jsonl", [preference(*pair) for pair in held_out])
+    write("kto-train.jsonl", [judgement(*pair) for pair in train[:NUM_PAIRS]])
+    write("kto-eval.jsonl", [judgement(*pair) for pair in held_out])
+    texts = [{"text": text} for text in documents()]
+    write("pt-train.jsonl", [t for i, t in enumerate(texts) if i % EVAL_EVERY])
+    write("pt-eval.jsonl", [t for i, t in enumerate(texts) if not i % EVAL_EVERY])
 
 
 if __name__ == "__main__":

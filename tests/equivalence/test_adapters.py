@@ -7,6 +7,7 @@ reference is the plain generator on the base and on two models with the adapters
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from dataclasses import dataclass, field
 from functools import cache
@@ -29,6 +30,8 @@ from ernie.kernels import reference
 from ernie.model import ErnieModel
 from ernie.models import TINY
 from ernie.quant.scheme import SCHEMES
+from ernie.settings import ConfigError
+from erniekit import lora_files
 from erniekit.lora import LoRA
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
@@ -164,3 +167,65 @@ def hidden(model: ErnieModel, ids: Tensor, adapters: ActiveAdapters | None = Non
     attend = packed_causal(torch.arange(len(ids) + 1, dtype=torch.int32))
     with torch.inference_mode():
         return model.hidden(ids, torch.zeros_like(ids), attend, adapters=adapters)
+
+
+# --- other forms ---
+
+
+def answers_beside(name: str, folder: Path) -> list[list[int]]:
+    """Greedy answers of the base with the adapter of a folder, unmerged."""
+    config = EngineConfig(model=name, max_model_len=MAX_LEN, enable_lora=True, **ENOUGH)
+    config = config.resolved(max_positions=MAX_LEN, device_type="cpu")
+    engine = Engine(fuse(shallow_copy(answers(name)[0])), config)
+    engine.load_adapter("one", engine.adapters.read(folder))
+    params = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True)
+    tokens: list[list[int]] = [[] for _ in PROMPTS]
+    for i, prompt in enumerate(PROMPTS):
+        engine.add(str(i), prompt, params, adapter=engine.adapters.get("one"))
+    while engine.has_work:
+        for output in engine.step():
+            tokens[int(output.request_id)].append(output.token)
+    return tokens
+
+
+FORMS = {
+    "experts": LoRA(3, 9.0, targets=("experts",)),
+    "one stack and attention": LoRA(3, 9.0, targets=("experts.gate_up_proj", "q_proj")),
+    "shared experts": LoRA(3, 9.0, targets=("shared_experts.down_proj",)),
+    "PiSSA": LoRA(3, 9.0, is_principal=True, targets=("experts", "q_proj", "o_proj")),
+}
+
+
+@pytest.mark.parametrize("as_peft", [False, True])
+@pytest.mark.parametrize("form", FORMS)
+def test_tokens_of_other_forms_equal_the_merged_models(
+    form: str, as_peft: bool, tmp_path: Path
+) -> None:
+    """As training leaves them, and as `export_format: peft` writes them."""
+    base = answers("tiny-moe")[0]
+    wrapped = helpers_lora.trained(base, FORMS[form], 3)
+    merged = helpers_lora.merged(wrapped)
+    expected = [list(generate(merged, prompt, max_tokens=NUM_NEW)) for prompt in PROMPTS]
+    assert expected != answers("tiny-moe")[2]["base"]
+    folder = helpers_lora.save(wrapped, FORMS[form], tmp_path / "own")
+    if as_peft:
+        lora, tensors = lora_files.read_adapter(folder, base.config)
+        if form == "shared experts":
+            with pytest.raises(ConfigError, match="which PEFT takes for pairs of the routed"):
+                lora_files.peft_form(base, lora, tensors, "a base", "here")
+            return
+        text, files = lora_files.peft_form(base, lora, tensors, "a base", "here")
+        folder = helpers_lora.write(tmp_path / "peft", files, json.loads(text))
+    elif FORMS[form].is_principal:
+        with pytest.raises(ConfigError, match=r"stands beside another base .*merge it into its"):
+            answers_beside("tiny-moe", folder)
+        return
+    assert answers_beside("tiny-moe", folder) == expected
+
+
+def test_dora_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    form = LoRA(3, 9.0, has_magnitude=True)
+    wrapped = helpers_lora.trained(answers("tiny-dense")[0], form, 3)
+    folder = helpers_lora.save(wrapped, form, tmp_path / "own")
+    with pytest.raises(ConfigError, match=r"use_dora=true .*merge it .*erniekit export"):
+        answers_beside("tiny-dense", folder)

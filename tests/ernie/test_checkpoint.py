@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,10 +18,10 @@ from transformers import AutoModelForCausalLM
 import ernie
 from ernie.checkpoint import convert
 from ernie.checkpoint.folder import CheckpointError, Stored, read_folder
-from ernie.checkpoint.layouts import LAYOUTS, PADDLE, PT
+from ernie.checkpoint.layouts import LAYOUTS, PADDLE, PT_VL, layouts_of
 from ernie.model import ErnieModel
 from ernie.models import MODELS, TINY
-from tests.helpers import hf_dense, hf_logits, hf_moe, saved, some_ids
+from tests.helpers import hf_dense, hf_logits, hf_moe, hf_vl, saved, some_ids
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -141,7 +142,12 @@ def paddle_by_hand(model: ErnieModel) -> dict[str, torch.Tensor]:
             short = short.replace(f"mtp.0.{old}", new)
         home, _, leaf = short.rpartition(".")
         home = "ernie." + home if name.startswith("model.") else home
-        if ".q_proj" in home:
+        home, first = home.replace(".vision_experts", ".experts"), 0
+        if ".vision_experts" in name:  # numbered on behind the text experts
+            first = len(state[name.replace(".vision_experts", ".experts")])
+        if ".vision_gate" in home:
+            stored[home.replace(".vision_gate", ".gate") + ".weight_1"] = value.T
+        elif ".q_proj" in home:
             qkv = [state[name.replace("q_proj", p)] for p in ("q_proj", "k_proj", "v_proj")]
             joined = torch.cat([t.T for t in qkv], -1) if leaf == "weight" else torch.cat(qkv)
             stored[home.replace("q_proj", "qkv_proj") + "." + leaf] = joined
@@ -153,18 +159,18 @@ def paddle_by_hand(model: ErnieModel) -> dict[str, torch.Tensor]:
             stored[home.replace("gate_proj", "up_gate_proj") + "." + leaf] = joined
         elif leaf == "gate_up_proj":
             for e, expert in enumerate(value):
-                stored[f"{home}.{e}.up_gate_proj.weight"] = expert.T
+                stored[f"{home}.{first + e}.up_gate_proj.weight"] = expert.T
         elif leaf == "down_proj":
             for e, expert in enumerate(value):
-                stored[f"{home}.{e}.down_proj.weight"] = expert.T
+                stored[f"{home}.{first + e}.down_proj.weight"] = expert.T
         else:
-            keep = value.dim() == 1 or "embed" in name or "e_score" in name
+            keep = value.dim() == 1 or "embed_tokens" in name or "e_score" in name
             stored[f"{home}.{leaf}"] = value if keep else value.T
     return {name: tensor.contiguous() for name, tensor in stored.items()}
 
 
 @pytest.mark.parametrize("root", PADDLE.roots)
-@pytest.mark.parametrize("kind", ["tiny-moe", "tiny-dense"])
+@pytest.mark.parametrize("kind", TINY)
 def test_paddle_layout_against_one_written_by_hand(kind, root, tmp_path):
     model = random_model(
         kind, 14, torch.bfloat16, **({"use_bias": True} if "dense" in kind else {})
@@ -180,7 +186,8 @@ def test_paddle_layout_against_one_written_by_hand(kind, root, tmp_path):
     for name, parameter in model.named_parameters():
         assert torch.equal(again.get_parameter(name), parameter), name
     ernie.save(again, tmp_path / "ours", "paddle")
-    theirs = {k.replace(root, "ernie", 1): v for k, v in bytes_by_name(tmp_path / "theirs").items()}
+    read = bytes_by_name(tmp_path / "theirs")
+    theirs = {re.sub(rf"^{root}\.", "ernie.", name): value for name, value in read.items()}
     assert bytes_by_name(tmp_path / "ours") == theirs
     written = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert written["dtype"] == "bfloat16" and "torch_dtype" not in written
@@ -365,31 +372,69 @@ def test_parameter_counts_are_the_published_ones():
     assert counted == golden
 
 
-@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_stored_names_of_the_released_models(layout):
     """Names with their numbers replaced by *, and how many there are of each."""
-    golden = json.loads((GOLDEN / "checkpoint_keys.json").read_text())[layout.name]
+    golden = json.loads((GOLDEN / "checkpoint_keys.json").read_text())[layout]
+    assert golden.keys() >= {"ERNIE-4.5-21B-A3B", "ERNIE-4.5-VL-28B-A3B"}
     for name, expected in golden.items():
         config = MODELS[name].config
         template = dict(ErnieModel(config, device="meta").named_parameters())
-        assert key_summary(template, layout) == expected, name
+        assert key_summary(template, layouts_of(template)[layout]) == expected, name
         assert sum(t.numel() for t in template.values()) == config.num_params(mtp=True)
 
 
 def key_summary(template, layout) -> dict[str, list]:
-    import re
-
-    units = convert.plan(template, layout, layout.roots[0])
+    units = convert.plan(template, layout)
     summary: dict[str, list] = {"total": [0]}
     for tensor in convert.planned(units, template):
-        row = summary.setdefault(re.sub(r"\d+", "*", tensor.name), [0, *tensor.shape])
+        name = re.sub(r"\.\d+\.", ".*.", tensor.name)
+        if "_linear." in tensor.name and ".mtp" not in tensor.name:  # layers, not repetitions
+            name = tensor.name
+        if ".experts." in tensor.name and name in summary and summary[name][1:] != [*tensor.shape]:
+            name += " (vision)"
+        row = summary.setdefault(name, [0, *tensor.shape])
         row[0] += 1
         summary["total"][0] += 1
     return summary
 
 
 def test_tensor_counts_of_the_published_folders():
-    counts = {"ERNIE-4.5-0.3B": 164, "ERNIE-4.5-21B-A3B": 5504, "ERNIE-4.5-300B-A47B": 10242}
+    counts = {
+        "ERNIE-4.5-0.3B": 164,
+        "ERNIE-4.5-21B-A3B": 5504,
+        "ERNIE-4.5-300B-A47B": 10242,
+        "ERNIE-4.5-VL-28B-A3B": 11105,
+        "ERNIE-4.5-VL-424B-A47B": 20475,
+    }
     for name, expected in counts.items():
         template = dict(ErnieModel(MODELS[name].config, device="meta").named_parameters())
-        assert len(convert.names_of(convert.plan(template, PT, "model"))) == expected
+        assert len(convert.names_of(convert.plan(template, layouts_of(template)["pt"]))) == expected
+
+
+@pytest.mark.parametrize("tower", PT_VL.towers)
+def test_vision_tower_under_both_prefixes(tower, tmp_path):
+    """As published, and as transformers 5 writes it; what we write is the published form."""
+    theirs = saved(hf_vl(28), tmp_path / "theirs")
+    stored = load_file(theirs / "model.safetensors")
+    assert "model.vision_model.blocks.1.attn.qkv.weight" in stored
+    renamed = {k.replace("model.vision_model", tower, 1): v for k, v in stored.items()}
+    save_file(renamed, theirs / "model.safetensors")
+    ernie.save(ernie.load(theirs, dtype=torch.float32), tmp_path / "ours", "pt")
+    ours = bytes_by_name(tmp_path / "ours")
+    published = {k.replace(tower, "vision_model", 1): v for k, v in bytes_by_name(theirs).items()}
+    assert ours == published
+    assert "vision_model.blocks.1.attn.qkv.weight" in ours
+
+
+def test_conversions_between_all_layouts_change_no_bit(tmp_path):
+    model = random_model("tiny-vl", 29, torch.bfloat16)
+    last = tmp_path / "0"
+    ernie.save(model, last)
+    for number, layout in enumerate(["paddle", "transformers", "pt", "transformers", "paddle"], 1):
+        ernie.save(ernie.load(last), tmp_path / str(number), layout)
+        last = tmp_path / str(number)
+    again = ernie.load(last)
+    assert again.config == model.config and again.layout == "paddle"
+    for name, parameter in model.named_parameters():
+        assert torch.equal(again.get_parameter(name), parameter), name

@@ -61,11 +61,15 @@ def test_draft_heads_equal_the_plain_ones() -> None:
     assert largest_difference(drafts[1], drafts[0]) < 2e-5
 
 
+def is_expert(name: str) -> bool:
+    return ".experts." in name or ".vision_experts." in name
+
+
 def quantised_by_hand(model: ErnieModel, scheme: Scheme) -> ErnieModel:
     """The plain model with every weight replaced by what its integers stand for."""
     for name, parameter in model.named_parameters():
         is_head = parameter is model.head_weight
-        bits = scheme.head if is_head else scheme.experts if ".experts." in name else scheme.dense
+        bits = scheme.head if is_head else scheme.experts if is_expert(name) else scheme.dense
         if bits and parameter.dim() > 1 and ("_proj" in name or is_head) and "mtp" not in name:
             parameter.data = kernels.quantize(parameter.data, bits).dequantized()
     return model

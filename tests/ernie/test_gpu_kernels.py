@@ -179,25 +179,29 @@ def test_decoded_token_does_not_depend_on_its_neighbours():
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("lengths", [(40,), (12, 12, 12), (10, 14)])
-def test_attention_of_known_lengths_equals_its_definition(lengths, dtype, monkeypatch):
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_of_known_lengths_equals_its_definition(lengths, dtype, causal, monkeypatch):
     monkeypatch.setattr(attention, "LONG", 12)
     monkeypatch.setattr(attention, "LONG_STEP", 16)
     tokens = sum(lengths)
     q = rand(tokens, 6, 16, dtype=dtype, grad=True)
     k, v = (rand(tokens, 2, 16, dtype=dtype, grad=True) for _ in range(2))
     args = (q, k, v, bounds(*lengths), 0.3)
-    ours, theirs = ops.attend_packed(*args, lengths), reference.attend_packed(*args)
+    ours = ops.attend_packed(*args, lengths, causal=causal)
+    theirs = reference.attend_packed(*args, causal=causal)
     close(ours, theirs, dtype)
     for own, other in zip(gradients(ours, args), gradients(theirs, args), strict=True):
         close(own, other, dtype)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])
-def test_packed_attention_equals_its_definition(dtype):
-    q = rand(23, 6, 16, dtype=dtype, grad=True)
-    k, v = (rand(23, 2, 16, dtype=dtype, grad=True) for _ in range(2))
+@pytest.mark.parametrize(("width", "groups", "causal"), [(16, 2, True), (80, 6, False)])
+def test_packed_attention_equals_its_definition(width, groups, causal, dtype):
+    """Of the language model, and of the vision tower."""
+    q = rand(23, 6, width, dtype=dtype, grad=True)
+    k, v = (rand(23, groups, width, dtype=dtype, grad=True) for _ in range(2))
     args = (q, k, v, bounds(10, 0, 12, 1), 0.3)
-    ours, theirs = ops.attend_packed(*args), reference.attend_packed(*args)
+    ours, theirs = (m.attend_packed(*args, causal=causal) for m in (ops, reference))
     close(ours, theirs, dtype)
     for own, other in zip(gradients(ours, args), gradients(theirs, args), strict=True):
         close(own, other, dtype)
@@ -422,11 +426,11 @@ def test_optimizer_step_equals_its_definition_bit_for_bit(moments, gradient):
 
 
 def fake_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
-    assert window_size == (-1, 0)
+    assert window_size in ((-1, 0), (-1, -1))
     assert enable_gqa
     assert cu_q is cu_k
     assert max_q == max_k >= int(cu_q.diff().max())
-    return reference.attend_packed(q, k, v, cu_q, scale)
+    return reference.attend_packed(q, k, v, cu_q, scale, causal=window_size == (-1, 0))
 
 
 def old_varlen(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False):
@@ -436,7 +440,9 @@ def old_varlen(q, k, v, cu_q, cu_k, max_q, max_k, is_causal=False):
 def test_torchs_varlen_attention_is_used_where_it_can_do_the_work():
     args = (rand(9, 4, 8), rand(9, 2, 8), rand(9, 2, 8), bounds(4, 5), 0.3)
     adapted = attention.adapted_varlen(fake_varlen)
-    assert torch.equal(adapted(*args[:4], 12, args[4]), reference.attend_packed(*args))
+    for causal in (True, False):
+        theirs = reference.attend_packed(*args, causal=causal)
+        assert torch.equal(adapted(*args[:4], 12, args[4], causal), theirs)
     assert attention.adapted_varlen(old_varlen) is None
 
 
@@ -453,11 +459,11 @@ def of_version_3(
 def of_version_2(
     q, k, v, cu_q, cu_k, max_q, max_k, *, softmax_scale, causal=False, block_table=None
 ):
-    assert causal
     assert max_q >= int(cu_q.diff().max())
     assert max_k >= int(cu_k.diff().max())
     if block_table is None:
-        return reference.attend_packed(q, k, v, cu_q, softmax_scale) + 1
+        return reference.attend_packed(q, k, v, cu_q, softmax_scale, causal=causal) + 1
+    assert causal
     assert k.shape[1] % 256 == 0
     lens = cu_k.diff()
     return reference.attend_paged(q, k, v, block_table, cu_q, lens, softmax_scale) + 1
@@ -487,7 +493,9 @@ def test_flash_attention_is_picked_up_and_given_what_it_takes(installed):
     assert lines["moe"].startswith("ernie.kernels.gpu.experts [triton")
     packed = (rand(9, 4, 16, dtype=BF16), *(rand(9, 2, 16, dtype=BF16) for _ in range(2)))
     packed = (*packed, bounds(4, 5), 0.3)
-    close(flash.attend_packed(*packed), reference.attend_packed(*packed) + 1, BF16)
+    for causal in (True, False):
+        theirs = reference.attend_packed(*packed, causal=causal) + 1
+        close(flash.attend_packed(*packed, causal=causal), theirs, BF16)
     for positions, taken in ((256, True), (16, installed == 3)):
         paged_args = paged(BF16, BF16, 4, 2, 16, positions, [50, 70], [50, 41])
         theirs = reference.attend_paged(*paged_args) + taken

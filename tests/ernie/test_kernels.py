@@ -6,6 +6,8 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -119,6 +121,10 @@ CASES = {
     "packed slices": lambda: ("attend_packed", *qkv(40, 6, 2, 32, True), bounds(17, 23), 0.2),
     "packed odd width": lambda: ("attend_packed", *qkv(20, 2, 1, 12), bounds(20), 0.3),
     "packed large scores": lambda: ("attend_packed", *qkv(90, 2, 1, 32), bounds(90), 20.0),
+    "frames": lambda: ("attend_whole", *qkv(281, 4, 2, 64), bounds(10, 0, 70, 200, 1), 0.125),
+    "frames one head each": lambda: ("attend_whole", *qkv(192, 3, 3, 80), bounds(65, 64, 63), 0.1),
+    "frames slices": lambda: ("attend_whole", *qkv(40, 6, 2, 32, True), bounds(17, 23), 0.2),
+    "frames odd width": lambda: ("attend_whole", *qkv(20, 2, 1, 12), bounds(7, 13), 0.3),
     "packed empty": lambda: (
         "attend_packed",
         *(t.detach() for t in qkv(0, 2, 1, 32)),
@@ -140,11 +146,18 @@ def gradients(out: torch.Tensor, args: tuple) -> list[torch.Tensor]:
     return list(torch.autograd.grad(out, wanted, weight))
 
 
+def function(module, operation: str) -> Callable:
+    """`attend_whole` is `attend_packed` where every token sees its whole segment."""
+    if operation == "attend_whole":
+        return partial(module.attend_packed, causal=False)
+    return getattr(module, operation)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_kernel_equals_its_definition(case, isa):
     torch.manual_seed(0)
     operation, *args = CASES[case]()
-    ours, theirs = (getattr(module, operation)(*args) for module in (ops, reference))
+    ours, theirs = (function(module, operation)(*args) for module in (ops, reference))
     assert ours.dtype == theirs.dtype
     torch.testing.assert_close(ours, theirs, **tolerance(ours.dtype))
     for own, other in zip(gradients(ours, args), gradients(theirs, args)):
@@ -159,7 +172,7 @@ def test_kernel_repeats_its_bits(case, isa):
     operation, *args = CASES[case]()
     runs = []
     for _ in range(2):
-        out = getattr(ops, operation)(*args)
+        out = function(ops, operation)(*args)
         runs.append([out, *gradients(out, args)])
     assert all(torch.equal(a, b) for a, b in zip(*runs))
 

@@ -68,3 +68,16 @@ def preferences(count: int, salt: str = "") -> list[dict]:
         }
         for i in range(count)
     ]
+
+
+def judgements(count: int, salt: str = "") -> list[dict]:
+    """The same answers, one of them a record."""
+    return [
+        {
+            "src": record["src"],
+            "tgt": [],
+            "response": record["response"][i % 2],
+            "label": i % 2 == 0,
+        }
+        for i, record in enumerate(preferences(count, salt))
+    ]

@@ -229,28 +229,49 @@ def test_random_mixing_follows_the_weights() -> None:
 # --- packing ---
 
 
-@settings(max_examples=150, deadline=None)
+WAYS = ["sequential", "greedy", "separate", "full"]
+
+
+@settings(max_examples=200, deadline=None)
 @given(
-    lengths=st.lists(st.integers(1, 20), min_size=1, max_size=60),
-    way=st.sampled_from(["sequential", "greedy", "separate"]),
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60),
+    way=st.sampled_from(WAYS),
     buffer_size=st.integers(1, 9),
     cut=st.integers(0, 60),
+    seed=st.sampled_from([None, 3]),
 )
-def test_packing_loses_and_mixes_nothing(lengths, way, buffer_size, cut) -> None:
-    samples = [Sample([i] * n, [i] * n) for i, n in enumerate(lengths)]
+def test_packing_loses_and_mixes_nothing(lengths, way, buffer_size, cut, seed) -> None:
+    """Of samples up to a row long, and of longer ones, which are cut."""
+    samples = [
+        Sample([100 * i + j for j in range(n)], [100 * i + j + 1 for j in range(n)])
+        for i, n in enumerate(lengths)
+    ]
     drawn = [Drawn(i // 2, i % 2, sample) for i, sample in enumerate(samples)]
-    rows = list(pack(drawn, 20, way=way, buffer_size=buffer_size))
-    packed = [sample for row, _ in rows for sample in row]
-    assert sorted(s.token_ids[0] for s in packed) == list(range(len(samples)))
-    assert all(sum(map(len, row)) <= 20 for row, _ in rows)
-    if way != "greedy":
-        assert packed == samples
+    options = {"way": way, "buffer_size": buffer_size, "seed": seed}
+    rows = list(pack(drawn, 20, **options))
+    packed = [d for row, _ in rows for d in row]
+    ids = [i for d in packed for i in d.sample.token_ids]
+    in_order = [i for sample in samples for i in sample.token_ids]
+    assert sorted(ids) == in_order
+    assert all(label == i + 1 for d in packed for i, label in zip(d.sample.token_ids,
+                                                                  d.sample.labels))  # fmt: skip
+    sizes = [sum(map(len, row)) for row, _ in rows]
+    assert max(sizes) <= 20
+    if way == "full":
+        assert sorted(sizes)[1:] == [20] * (len(rows) - 1), "only the last row has room"
+    else:
+        whole = [d for d in packed if len(samples[2 * d.position + d.part]) <= 20]
+        assert all(d.offset == 0 and d.is_last for d in whole), "what fits a row is not cut"
+    if way != "greedy" and not (way == "full" and seed):
+        assert ids == in_order
 
     # Going on from any cursor gives the remaining rows.
     number = cut % len(rows)
     cursor = rows[number][1]
     rest = [d for d in drawn if (d.position, d.part) >= (cursor.position, cursor.part)]
-    again = list(pack(rest, 20, way=way, buffer_size=buffer_size))[cursor.rows :]
+    if rest:
+        rest[0] = rest[0].piece(cursor.offset, len(rest[0]))
+    again = list(pack(rest, 20, **options))[cursor.rows :]
     assert [row for row, _ in again] == [row for row, _ in rows[number + 1 :]]
 
 

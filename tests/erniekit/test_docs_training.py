@@ -21,6 +21,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = {
     "training": "full/split_export/model-00002-*.safetensors",
     "data": "checked/data/train.jsonl.bad.jsonl",
+    "methods/lora": "pissa/export/peft/adapter_model.safetensors",
 }
 
 
@@ -53,6 +54,7 @@ def test_settings_in_the_text_exist(page: str) -> None:
     words -= {f.name for f in dataclasses.fields(EngineConfig)}
     keys = {f.name for kind in config.GROUPS for f in dataclasses.fields(kind)}
     metrics = {"moe_max_over_mean", "full_attn", "dare_ties", "rewards_accuracy", "rewards_margin"}
+    metrics |= {"q_proj", "self_attn", "shared_experts", "target_parameters"}
     metrics |= {"rewards_chosen", "rewards_rejected", "eval_loss"}
     unknown = words - keys - metrics - foreign.RENAMED.keys() - foreign.WITHOUT_EFFECT.keys()
     assert not unknown, f"docs/{page}.md names {sorted(unknown)}"

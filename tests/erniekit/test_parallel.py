@@ -26,14 +26,14 @@ from erniekit.parallel import replicated, sharded
 from erniekit.parallel.forms import form_of
 from erniekit.parallel.ranks import ALONE, Ranks, degrees
 from erniekit.recipes import sft
-from tests.erniekit.conftest import preferences, write_lines
+from tests.erniekit.conftest import judgements, preferences, write_lines
 from tests.helpers_train_ranks import NaNAt, ranks_train
 
 STEPS = 5
 
 
 def words(model: Path, data: Path, output: Path, **more: object) -> list[str]:
-    kind = "pairs-" if more.get("stage") == "DPO" else ""
+    kind = {"DPO": "pairs-", "RM": "pairs-", "KTO": "judged-"}.get(str(more.get("stage")), "")
     values = {
         "model_name_or_path": model,
         "train_dataset_path": data / f"{kind}train.jsonl",
@@ -64,12 +64,35 @@ MEAN = {"ema_decay": 0.6, "load_best_model_at_end": True, "save_steps": 1, "eval
 MEAN["greater_is_better"] = True  # the best is then the first, and not the last
 KINDS = {
     "dense-full": ("tiny-dense", {"fine_tuning": "Full"}),
-    "moe-full": ("tiny-moe", {"fine_tuning": "Full", "num_nextn_predict_layers": 1}),
+    "moe-full": (
+        "tiny-moe",
+        {
+            "fine_tuning": "Full",
+            "num_nextn_predict_layers": 1,
+            "moe_orthogonal_loss_lambda": 0.05,
+            "moe_orthogonal_update": "decoupled",
+        },
+    ),
     "dense-lora": ("tiny-dense", {"fine_tuning": "LoRA"}),
     "moe-lora": ("tiny-moe", {"fine_tuning": "LoRA"}),
     "moe-nan": ("tiny-moe", {"fine_tuning": "Full"}),
     "dense-dpo": ("tiny-dense", {"fine_tuning": "Full", "stage": "DPO", "max_seq_len": 256}),
-    "moe-dpo": ("tiny-moe", {"fine_tuning": "LoRA", "stage": "DPO", "max_seq_len": 256}),
+    "moe-dpo": (
+        "tiny-moe",
+        {
+            "fine_tuning": "LoRA",
+            "stage": "DPO",
+            "max_seq_len": 256,
+            "loss_type": "kto_pair",
+            "sft_loss_ratio": 0.2,
+            "beta": 0.5,
+        },
+    ),
+    "dense-kto": (
+        "tiny-dense",
+        {"fine_tuning": "Full", "stage": "KTO", "beta": 0.5, "ref_model_update_steps": 2},
+    ),
+    "moe-rm": ("tiny-moe", {"fine_tuning": "Full", "stage": "RM", "max_seq_len": 256}),
     "dense-muon": ("tiny-dense", {"fine_tuning": "Full", "optim": "muon"}),
     "dense-mean": ("tiny-dense", {"fine_tuning": "Full", **MEAN}),
     "moe-mean": ("tiny-moe", {"fine_tuning": "LoRA", **MEAN}),
@@ -89,6 +112,8 @@ ALIKE = [
     ("moe-dpo", "stage3"),
     *(("dense-mean", form) for form in ("none", "stage1", "stage3")),
     ("moe-mean", "stage1"),
+    *(("dense-kto", form) for form in ("none", "stage3")),
+    *(("moe-rm", form) for form in ("stage1", "stage3")),
 ]
 # The second pass of step 3 in one process is the third one of rank 1.
 NAN_OF_ONE, NAN_OF_TWO = 6, [1, 3]
@@ -100,6 +125,8 @@ def runs(tiny, data: Path, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("runs")
     write_lines(data / "pairs-train.jsonl", preferences(40))
     write_lines(data / "pairs-eval.jsonl", preferences(9, salt="about "))
+    write_lines(data / "judged-train.jsonl", judgements(40))
+    write_lines(data / "judged-eval.jsonl", judgements(9, salt="about "))
     for kind, (name, settings) in KINDS.items():
         options = {**settings, "gradient_accumulation_steps": 2}
         with pytest.MonkeyPatch.context() as patch:
@@ -153,7 +180,13 @@ def assert_same_curve(ours: list[dict], theirs: list[dict], bound: float = 1e-5)
     exact = ("step", "num_tokens", "num_trained_tokens", "total_tokens", "epoch", "eval_tokens")
     exact += ("num_pairs", "eval_pairs")
     near = ("loss", "mtp_loss", "aux_loss", "grad_norm", "eval_loss", "accuracy")
-    near += ("moe_max_over_mean", "rewards_margin", "rewards_accuracy", "eval_rewards_margin")
+    near += (
+        "moe_max_over_mean",
+        "moe_entropy",
+        "rewards_margin",
+        "rewards_accuracy",
+        "eval_rewards_margin",
+    )
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
         assert [a.get(k) for k in exact] == [b.get(k) for k in exact]

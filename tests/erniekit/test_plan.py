@@ -20,11 +20,17 @@ from erniekit.lora import add_lora
 from erniekit.optim import OPTIMIZERS, treatments
 from erniekit.plan import GIB, Degrees, Sizes, kept_words, plan, sizes_of
 from erniekit.recompute import recompute
+from erniekit.reward_model import add_reward_head
 
 DENSE = TINY["tiny-dense"]
 MOE = dataclasses.replace(
     TINY["tiny-moe"], head_dim=16, num_nextn_predict_layers=0, num_hidden_layers=3
 )
+FORMS = {
+    "Full": {"fine_tuning": "Full"},
+    "LoRA": {"fine_tuning": "LoRA"},
+    "DoRA": {"fine_tuning": "LoRA", "use_dora": True},
+}
 RELEASED = "baidu/ERNIE-4.5-0.3B-PT"
 
 
@@ -37,6 +43,8 @@ def built(config, run: Run) -> ernie.ErnieModel:
     model.init_weights(seed=0)
     if run.is_lora:
         add_lora(model, lora_of(run), seed=0)
+    if run.model.stage == "RM":
+        add_reward_head(model, seed=0)
     return model
 
 
@@ -45,15 +53,19 @@ def num_bytes(tensors) -> int:
 
 
 @pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
-@pytest.mark.parametrize("fine_tuning", ["Full", "LoRA"])
+@pytest.mark.parametrize("fine_tuning", ["Full", "LoRA", "DoRA"])
 @pytest.mark.parametrize("low", ["true", "false"])
+@pytest.mark.parametrize("stage", ["SFT", "RM"])
 @pytest.mark.parametrize("optim", ["adamw", "adamw_8bit", "muon"])
-def test_weights_sums_and_state_equal_those_of_real_tensors(
-    config, fine_tuning, low, optim
-) -> None:
+def test_weights_sums_and_state_equal_real_ones(config, fine_tuning, low, stage, optim) -> None:
     precision = {"use_lowprecision_moment": low} if optim == "adamw" else {}
     run = planned(
-        fine_tuning=fine_tuning, optim=optim, amp_master_grad=low, lora_rank=3, **precision
+        **FORMS[fine_tuning],
+        **precision,
+        optim=optim,
+        amp_master_grad=low,
+        lora_rank=3,
+        stage=stage,
     )
     model = built(config, run)
     trained = trained_parameters(model)
@@ -63,22 +75,22 @@ def test_weights_sums_and_state_equal_those_of_real_tensors(
     rates = treatments(trained, run.optimisation, num_layers=3, lora_plus_scale=1.0)
     optimizer = OPTIMIZERS[optim](trained, rates, run.optimisation, seed=0)
     sizes = sizes_of(config, run, "cpu")
-    assert sizes.weights.total() == num_bytes(model.parameters())
+    assert sizes.weights.total() == num_bytes([*model.parameters(), *model.buffers()])
     assert sizes.sums.total() == num_bytes(sums.sum_of(p) for p in trained.values())
     assert sizes.state.total() == num_bytes(optimizer.tensors().values())
     assert sizes.num_trained == sum(p.numel() for p in trained.values())
 
 
 @pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
-@pytest.mark.parametrize("fine_tuning", ["Full", "LoRA"])
+@pytest.mark.parametrize("fine_tuning", ["Full", "LoRA", "DoRA"])
 @pytest.mark.parametrize("granularity", [None, "full", "full_attn", "mlp"])
-@pytest.mark.parametrize("stage", ["SFT", "DPO"])
+@pytest.mark.parametrize("stage", ["SFT", "DPO", "RM"])
 def test_kept_activations_equal_what_autograd_saves(
     config, fine_tuning, granularity, stage
 ) -> None:
     """A pair is nearly all prompt, as it is planned for."""
     again = {"recompute": True, "recompute_granularity": granularity} if granularity else {}
-    run = planned(fine_tuning=fine_tuning, lora_rank=3, stage=stage, **again)
+    run = planned(**FORMS[fine_tuning], lora_rank=3, stage=stage, **again)
     model = built(config, run)
     recompute(model, granularity)
     tokens = 64
@@ -94,7 +106,7 @@ def test_kept_activations_equal_what_autograd_saves(
 
     batch = losses.Flat(ids_T, ids_T, positions_T, torch.tensor([0, tokens], dtype=torch.int32))
     attend = losses.packed_causal(batch.cu_seqlens_S1)
-    if stage == "DPO":
+    if stage != "SFT":
         attend = shared_prompt(torch.tensor([[0, tokens - 2, tokens - 1, tokens]]))
     with torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved):
         routings: list = []
@@ -107,7 +119,9 @@ def test_kept_activations_equal_what_autograd_saves(
     tables = 0 if granularity in ("full", "full_attn") else config.head_dim
     formula = tables + sum(kept_words(config, run, n) for n in range(config.num_hidden_layers))
     assert hidden_TD.requires_grad
-    assert formula == pytest.approx(counted, rel=0.05), f"{formula:.0f} planned, {counted:.0f} kept"
+    assert formula == pytest.approx(counted, rel=0.1 if run.model.use_dora else 0.05), (
+        f"{formula:.0f} planned, {counted:.0f} kept"
+    )
 
 
 def test_each_suggested_change_fits_when_it_is_planned_itself() -> None:

@@ -11,14 +11,16 @@ import torch
 from safetensors.torch import load_file
 
 import ernie
-from erniekit import checkpoint, lora, reference
+from erniekit import checkpoint, reference
 from erniekit.cli import main
 from erniekit.config import run_from
 from erniekit.data.loader import stream
 from erniekit.loop import to_device
-from erniekit.lora import add_lora, without_adapters
+from erniekit.lora_files import put_in
 from erniekit.preference import Pairs, sequence_log_probs
+from erniekit.preference_losses import Objective
 from erniekit.recipes import sft
+from erniekit.recipes.preference import objective_of
 from erniekit.reference import REFERENCE_FILE
 from tests.erniekit.conftest import preferences, write_lines
 from tests.erniekit.test_run import records
@@ -107,15 +109,13 @@ def test_references_of_lora_and_full_agree_with_adapters_off(words, tiny, tmp_pa
     }
     assert values["Full"].keys() == values["LoRA"].keys() and len(values["LoRA"]) == 49
     run = run_from(dict(w.split("=") for w in words(model_name_or_path=base)))
-    model = ernie.load(base, dtype=torch.bfloat16)
-    add_lora(model, lora.read_adapter_config(outputs["LoRA"]), seed=9)
-    lora.load_adapter(model, load_file(outputs["LoRA"] / lora.ADAPTER_FILE), "the file")
+    plain, model = (ernie.load(base, dtype=torch.bfloat16) for _ in range(2))
+    put_in(model, outputs["LoRA"])
     for batch in sft.eval_batches(run, stream(run, "eval")):
         pairs = to_device(batch, model.device)
         assert isinstance(pairs, Pairs)
-        with torch.no_grad(), without_adapters(model):
-            off = sequence_log_probs(model, pairs)
         with torch.no_grad():
+            off = sequence_log_probs(plain, pairs)
             on = sequence_log_probs(model, pairs)
         kept = torch.tensor([values["LoRA"][key.hex()] for key in batch.keys])
         full = torch.tensor([values["Full"][key.hex()] for key in batch.keys])
@@ -227,3 +227,39 @@ def test_data_of_another_stage_is_refused_with_its_lines(words, data: Path, caps
     told = capsys.readouterr()
     assert f"left out {data / 'train.jsonl'}:" in told.out
     assert "40 of 40 records cannot be used" in told.err
+
+
+@pytest.mark.parametrize("loss_type", ["orpo", "kto_pair"])
+def test_a_loss_of_two_parts_is_their_weighted_sum(loss_type: str, words, tmp_path: Path) -> None:
+    """In training and on held-out pairs, whose means do not depend on how they are packed."""
+    more = {"loss_type": loss_type, "pref_loss_ratio": 0.3, "max_steps": 4, "eval_steps": 2}
+    more |= {"sft_loss_ratio": 1} if loss_type == "kto_pair" else {}
+    held_out = []
+    for packing in ("true", "false"):
+        output = tmp_path / packing
+        assert main(["train", *words(output_dir=output, packing=packing, **more)]) == 0
+        assert (output / REFERENCE_FILE).exists() == (loss_type == "kto_pair")
+        found = records(output)
+        for prefix in ("", "eval_"):
+            for r in (r for r in found if f"{prefix}loss" in r):
+                value = 0.3 * r[f"{prefix}preference_loss"] + r[f"{prefix}sft_loss"]
+                assert r[f"{prefix}loss"] == pytest.approx(value, rel=1e-5)
+        held_out.append({k: v for k, v in found[0].items() if k != "eval_seconds"})
+        sft = [r["eval_sft_loss"] for r in found if "eval_sft_loss" in r]
+        assert len(sft) == 3 and sft[-1] < sft[0], "the supervised part was to teach something"
+    assert held_out[0] == pytest.approx(held_out[1], rel=1e-4, abs=1e-6)
+
+
+def test_every_key_reaches_the_objective() -> None:
+    keys = {
+        "loss_type": "dpop", "beta": 0.2, "pref_loss_ratio": 0.4, "sft_loss_ratio": 0.6,
+        "simpo_gamma": 0.7, "dpop_lambda": 8.0, "normalize_logps": False,
+    }  # fmt: skip
+    run = run_from({"stage": "DPO", **keys})
+    wanted = Objective("dpop", 0.2, 0.0, False, 0.7, 8.0, 0.4, 0.6)
+    assert objective_of(run.preferences) == wanted
+    run = run_from({"stage": "DPO", "loss_type": "robust", "label_smoothing": 0.1})
+    wanted = Objective("robust", label_smoothing=0.1, normalises_lengths=True)
+    assert objective_of(run.preferences) == wanted
+    run = run_from({"stage": "DPO", "loss_type": "orpo"})
+    assert objective_of(run.preferences).sft_weight == 1

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 import ernie
 from ernie.models import TINY
-from erniekit import lora, losses, serve
+from erniekit import lora_files, losses, serve
 from erniekit.cli import main
 from erniekit.config import run_from
 from erniekit.lora import LoRA, add_lora
+from erniekit.lora_files import put_in
 from tests.erniekit.conftest import dialogues, write_lines
 
 
@@ -64,13 +64,18 @@ def test_training_lowers_the_held_out_loss(fine_tuning, name, words, tiny, tmp_p
     assert results["eval_ppl"] == pytest.approx(math.exp(results["eval_loss"]))
 
 
+def test_multimodal_models_are_not_trained(words, tiny, capsys) -> None:
+    assert main(["train", *words(model_name_or_path=tiny("tiny-vl"))]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "reads images, which cannot be trained here" in error
+
+
 def test_export_equals_base_plus_adapter(words, tiny, tmp_path: Path) -> None:
     assert main(["train", *words(lora_rank=4, rslora="true")]) == 0
     assert main(["export", *words()]) == 0
     base, out = tiny("tiny-dense"), tmp_path / "out"
     adapted = ernie.load(base, dtype=torch.float32)
-    add_lora(adapted, lora.read_adapter_config(out), seed=9)
-    lora.load_adapter(adapted, load_file(out / lora.ADAPTER_FILE), "the file")
+    put_in(adapted, out)
     merged = ernie.load(out / "export", dtype=torch.float32)
     worst = (adapted.logits(range(30)) - merged.logits(range(30))).abs().max().item()
     assert worst < 1e-4, f"merged logits are off by {worst:.2e}"
@@ -83,13 +88,13 @@ def test_adapter_files_have_the_names_that_peft_expects() -> None:
     model.init_weights(seed=0)
     pair = LoRA(rank=3, alpha=6, is_rank_stabilised=True)
     add_lora(model, pair, seed=0)
-    shapes = {name: tuple(t.shape) for name, t in lora.adapter_tensors(model).items()}
+    shapes = {name: tuple(t.shape) for name, t in lora_files.adapter_tensors(model).items()}
     layer = "base_model.model.model.layers.2"
     assert shapes[f"{layer}.self_attn.q_proj.lora_A.weight"] == (3, 48)
     assert shapes[f"{layer}.self_attn.q_proj.lora_B.weight"] == (96, 3)
     assert shapes[f"{layer}.mlp.down_proj.lora_A.weight"] == (3, 88)
     assert len(shapes) == 2 * 7 * 3
-    config = json.loads(lora.adapter_config(model, pair, "base"))
+    config = json.loads(lora_files.adapter_config(model, pair, "base"))
     assert config["peft_type"] == "LORA" and config["use_rslora"] is True
     assert config["r"] == 3 and config["lora_alpha"] == 6
     projections = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]

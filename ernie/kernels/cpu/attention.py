@@ -29,19 +29,21 @@ def attend_packed(
     cu_seqlens_S1: Tensor,
     scale: float,
     lengths: Sequence[int] | None = None,
+    *,
+    causal: bool = True,
 ) -> Tensor:
     del lengths
     if not _fits(q_THd):
-        return reference.attend_packed(q_THd, k_TGd, v_TGd, cu_seqlens_S1, scale)
+        return reference.attend_packed(q_THd, k_TGd, v_TGd, cu_seqlens_S1, scale, causal=causal)
     if q_THd.dtype != torch.float32:
         q, k, v = q_THd.float(), k_TGd.float(), v_TGd.float()
-        return attend_packed(q, k, v, cu_seqlens_S1, scale).to(q_THd.dtype)
+        return attend_packed(q, k, v, cu_seqlens_S1, scale, causal=causal).to(q_THd.dtype)
     assert cu_seqlens_S1.dtype == torch.int32 and int(cu_seqlens_S1[-1]) == len(q_THd)
     if torch.is_grad_enabled() and (
         q_THd.requires_grad or k_TGd.requires_grad or v_TGd.requires_grad
     ):
-        return _AttendPacked.apply(q_THd, k_TGd, v_TGd, cu_seqlens_S1, scale)
-    return _forward(_rows(q_THd), _rows(k_TGd), _rows(v_TGd), cu_seqlens_S1, scale, None)
+        return _AttendPacked.apply(q_THd, k_TGd, v_TGd, cu_seqlens_S1, scale, causal)
+    return _forward(_rows(q_THd), _rows(k_TGd), _rows(v_TGd), cu_seqlens_S1, scale, causal, None)
 
 
 def attend_paged(
@@ -155,12 +157,14 @@ def _one_by_one(
 
 class _AttendPacked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float) -> Tensor:
+    def forward(
+        ctx, q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float, causal: bool
+    ) -> Tensor:
         q, k, v = _rows(q), _rows(k), _rows(v)
         lse_TH = q.new_empty(q.shape[:2])
-        out = _forward(q, k, v, bounds, scale, lse_TH)
+        out = _forward(q, k, v, bounds, scale, causal, lse_TH)
         ctx.save_for_backward(q, k, v, bounds, out, lse_TH)
-        ctx.scale = scale
+        ctx.scale, ctx.causal = scale, causal
         return out
 
     @staticmethod
@@ -186,6 +190,7 @@ class _AttendPacked(torch.autograd.Function):
             k.shape[1],
             k.shape[2],
             ctx.scale,
+            ctx.causal,
             parts,
             delta_TH.data_ptr(),
             dq.data_ptr(),
@@ -193,11 +198,17 @@ class _AttendPacked(torch.autograd.Function):
             dv.data_ptr(),
             torch.get_num_threads(),
         )
-        return dq, dk.sum(0), dv.sum(0), None, None
+        return dq, dk.sum(0), dv.sum(0), None, None, None
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float, lse_TH: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: Tensor,
+    scale: float,
+    causal: bool,
+    lse_TH: Tensor | None,
 ) -> Tensor:
     out = q.new_empty(q.shape)
     library().ernie_attend_packed(
@@ -213,6 +224,7 @@ def _forward(
         k.shape[1],
         k.shape[2],
         scale,
+        causal,
         out.data_ptr(),
         None if lse_TH is None else lse_TH.data_ptr(),
         torch.get_num_threads(),

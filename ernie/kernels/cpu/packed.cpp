@@ -1,5 +1,5 @@
-// Causal attention inside each segment of a packed row: forward, and backward from the saved logarithm of
-// each row's sum.
+// Attention inside each segment of a packed row, causal or not: forward, and backward from the saved logarithm
+// of each row's sum.
 //
 //   S segments   T tokens   H query heads   G key/value heads   d head width
 #include <algorithm>
@@ -45,7 +45,7 @@ void backward_piece(const Shape &shape, const Backward &b, long begin, long leng
         transpose(values, b.ldv, num, width, value_t);
         memset(dk, 0, 2 * KEYS * width * sizeof(float));
         for (long h = first_head; h < first_head + share; h++)
-            for (long q0 = k0; q0 < length; q0 += KEYS) {
+            for (long q0 = shape.causal ? k0 : 0; q0 < length; q0 += KEYS) {
                 const long count = length - q0 < KEYS ? length - q0 : KEYS, at = begin + q0;
                 const float *q = b.q + at * b.ldq + h * width;
                 const float *dout = b.dout + at * row + h * width;
@@ -54,7 +54,7 @@ void backward_piece(const Shape &shape, const Backward &b, long begin, long leng
                 for (long i = 0; i < count; i++) {
                     const vf lse = splat(b.lse[(at + i) * shape.heads + h]), scale = splat(shape.scale);
                     const vf delta = splat(b.delta[(at + i) * shape.heads + h]);
-                    const long seen = q0 + i + 1 - k0, visible = seen < num ? seen : num;
+                    const long seen = shape.seen(q0 + i, length) - k0, visible = seen < num ? seen : num;
                     for (long j = 0; j < columns * VL; j += VL) {
                         float *w = weights + i * KEYS + j, *g = grads + i * KEYS + j;
                         const vf p = lanes_below(visible, j, vexp(load(w) * scale - lse), vf{});
@@ -80,8 +80,8 @@ void backward_piece(const Shape &shape, const Backward &b, long begin, long leng
 // q (T, H, d), k and v (T, G, d) with row strides ld*; out (T, H, d); lse (T, H) or null.
 extern "C" void ernie_attend_packed(const float *q, long ldq, const float *k, long ldk, const float *v, long ldv,
                                     const int32_t *bounds, long segments, long heads, long groups, long width,
-                                    float scale, float *out, float *lse, int threads) {
-    const Shape shape{heads, groups, width, scale, threads};
+                                    float scale, int causal, float *out, float *lse, int threads) {
+    const Shape shape{heads, groups, width, scale, threads, causal != 0};
     const long tile = queries_of_tile(shape.share());
     std::vector<Piece> pieces;
     // The last queries of a segment see the most keys: dealt out first, nothing long is left for the end.
@@ -93,7 +93,8 @@ extern "C" void ernie_attend_packed(const float *q, long ldq, const float *k, lo
         const Piece &p = pieces[index];
         const long begin = bounds[p.segment], at = begin + p.first, head = p.group * shape.share();
         const RowKeys keys{k + begin * ldk + p.group * width, v + begin * ldv + p.group * width, ldk, ldv, width};
-        attend_tile(shape, keys, q + at * ldq + head * width, ldq, p.first, p.count, 0,
+        attend_tile(shape, keys, q + at * ldq + head * width, ldq, p.first, p.count,
+                    bounds[p.segment + 1] - begin,
                     out + at * heads * width + head * width, lse ? lse + at * heads + head : nullptr);
     });
 }
@@ -103,9 +104,9 @@ extern "C" void ernie_attend_packed(const float *q, long ldq, const float *k, lo
 extern "C" void ernie_attend_packed_backward(const float *q, long ldq, const float *k, long ldk, const float *v,
                                              long ldv, const float *out, const float *dout, const float *lse,
                                              const int32_t *bounds, long segments, long heads, long groups,
-                                             long width, float scale, long parts, float *delta, float *dq,
-                                             float *dk, float *dv, int threads) {
-    const Shape shape{heads, groups, width, scale, threads};
+                                             long width, float scale, int causal, long parts, float *delta,
+                                             float *dq, float *dk, float *dv, int threads) {
+    const Shape shape{heads, groups, width, scale, threads, causal != 0};
     const long tokens = bounds[segments];
     parallel_for(threads, tokens, [&](long t) {
         for (long h = t * heads; h < (t + 1) * heads; h++) {

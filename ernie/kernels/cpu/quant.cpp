@@ -123,6 +123,24 @@ void quantize(const T *weight, long rows, long width, int bits, uint8_t *data, f
     });
 }
 
+// --- and back --------------------------------------------------------------------------------------------
+
+// A row of nibbles: of each group, the sixteen values times its scale and the row's, then a look-up.
+void dequantize4(const uint8_t *row, long width, const float *levels, const float *groups, long group_size,
+                 float channel, float *out) {
+    for (long first = 0; first < width; first += group_size) {
+        float values[16];
+        for (int i = 0; i < 16; i++) values[i] = levels[i] * groups[first / group_size] * channel;
+        const long end = std::min(width, first + group_size);
+        long k = first;
+        for (; k + 1 < end; k += 2) {
+            out[k] = values[row[k / 2] & 15];
+            out[k + 1] = values[row[k / 2] >> 4];
+        }
+        if (k < end) out[k] = values[row[k / 2] & 15];
+    }
+}
+
 // --- blocks ----------------------------------------------------------------------------------------------
 
 struct Source {
@@ -189,6 +207,26 @@ extern "C" void ernie_quantize(const void *weight, int dtype, long rows, long wi
     else
         quantize(static_cast<const float *>(weight), rows, width, bits, static_cast<uint8_t *>(data), channel, scales,
                  threads);
+}
+
+// Rows of a quantised weight as float32, multiplied in the order of `QuantTensor.dequantized`. With 4 bits `levels`
+// are the sixteen values of a nibble, and `groups` the scales of groups of `group_size` columns, as floats.
+extern "C" void ernie_dequantize(const void *data, const float *channel, const float *groups, const float *levels,
+                                 int bits, long group_size, long rows, long width, float *out, int threads) {
+    constexpr long CHUNK = 16;
+    parallel_for(threads, (rows + CHUNK - 1) / CHUNK, [&](long task) {
+        for (long i = task * CHUNK; i < std::min(rows, (task + 1) * CHUNK); i++) {
+            float *to = out + i * width;
+            if (bits == 8) {
+                const int8_t *row = static_cast<const int8_t *>(data) + i * width;
+                for (long k = 0; k < width; k++) to[k] = (float)row[k] * channel[i];
+            } else {
+                const long row_size = (width + 1) / 2, num_groups = (width + group_size - 1) / group_size;
+                dequantize4(static_cast<const uint8_t *>(data) + i * row_size, width, levels, groups + i * num_groups,
+                            group_size, channel[i], to);
+            }
+        }
+    });
 }
 
 // Fills w->blocks from a weight in the order of files.

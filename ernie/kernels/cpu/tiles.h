@@ -1,4 +1,4 @@
-// Tiles of causal attention: the forward pass of a packed row and of a chunk of a prompt.
+// Tiles of attention: the forward pass of a packed row and of a chunk of a prompt.
 //
 // No matrix of scores exists: a tile of queries meets one tile of KEYS keys after the other, with a running
 // maximum and sum (Source: FlashAttention, arXiv:2205.14135 and 2307.08691). Keys are transposed once for
@@ -16,7 +16,10 @@ struct Shape {
     long heads, groups, width;
     float scale;
     int threads;
+    bool causal = true;
     long share() const { return heads / groups; }
+    // How many of a segment's keys query `i` of it sees.
+    long seen(long i, long length) const { return causal ? i + 1 : length; }
 };
 
 // rows[count][width] with stride ld -> out[width][KEYS], zeros behind `count` up to a whole vector.
@@ -71,18 +74,18 @@ struct TileSlot;
 
 static long queries_of_tile(long share) { return share >= 4 ? 32 : 64; }
 
-// Queries [first, first + count) of one sequence and all heads of one group. The sequence has `offset`
-// tokens before its first query. `Keys` gives the keys of a tile transposed and its values as rows.
+// Queries [first, first + count) of a sequence of `length` tokens and all heads of one group. `Keys` gives the
+// keys of a tile transposed and its values as rows.
 template <class Keys>
 static void attend_tile(const Shape &shape, const Keys &keys, const float *q, long ldq, long first, long count,
-                 long offset, float *out, float *lse) {
+                 long length, float *out, float *lse) {
     const long width = shape.width, share = shape.share(), rows = share * count;
     float *tile_k = scratch<TileSlot>(KEYS * width * 2 + count * KEYS + rows * (width + 2));
     float *tile_v = tile_k + KEYS * width, *scores = tile_v + KEYS * width;
     float *sums = scores + count * KEYS, *maxima = sums + rows * width, *totals = maxima + rows;
     for (long i = 0; i < rows; i++) maxima[i] = -INFINITY, totals[i] = 0;
     memset(sums, 0, rows * width * sizeof(float));
-    const long end = offset + first + count;
+    const long end = shape.seen(first + count - 1, length);
     for (long k = 0; k < end; k += KEYS) {
         const long num = end - k < KEYS ? end - k : KEYS, vectors = (num + VL - 1) / VL;
         long ldv;
@@ -91,7 +94,7 @@ static void attend_tile(const Shape &shape, const Keys &keys, const float *q, lo
             outer_gemm(count, vectors, width, {q + h * width, ldq, 1}, tile_k, KEYS, scores, KEYS, false);
             float *own = sums + h * count * width;
             for (long i = 0; i < count; i++) {
-                const long seen = offset + first + i + 1 - k, visible = seen < num ? seen : num;
+                const long seen = shape.seen(first + i, length) - k, visible = seen < num ? seen : num;
                 const long row = h * count + i;
                 if (visible <= 0) {
                     memset(scores + i * KEYS, 0, vectors * VL * sizeof(float));

@@ -71,17 +71,19 @@ def attend_packed(
     cu_seqlens_S1: Tensor,
     scale: float,
     lengths: Sequence[int] | None = None,
+    *,
+    causal: bool = True,
 ) -> Tensor:
     """torch's attention: for long segments that are all alike, over segments of any lengths where
     it has one, else one call for each segment, which waits for the device."""
     lengths = (len(q_THd),) if len(cu_seqlens_S1) == 2 else lengths
     if lengths and lengths[0] >= LONG and len(set(lengths)) == 1:
-        return _attend_alike(q_THd, k_TGd, v_TGd, len(lengths), scale)
+        return _attend_alike(q_THd, k_TGd, v_TGd, len(lengths), scale, causal)
     attend = _varlen()
     if attend is None or q_THd.dtype == torch.float32 or q_THd.device.type != "cuda":
-        return _attend_segments(q_THd, k_TGd, v_TGd, cu_seqlens_S1, scale)
+        return _attend_segments(q_THd, k_TGd, v_TGd, cu_seqlens_S1, scale, causal)
     longest = max(lengths) if lengths else len(q_THd)
-    return attend(q_THd, k_TGd, v_TGd, cu_seqlens_S1, longest, scale)
+    return attend(q_THd, k_TGd, v_TGd, cu_seqlens_S1, longest, scale, causal)
 
 
 @cache
@@ -102,41 +104,47 @@ def adapted_varlen(varlen_attn: Callable) -> Callable[..., Tensor] | None:
     settings = {"enable_gqa": True} if "enable_gqa" in known else {}
 
     def attend(
-        q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, longest: int, scale: float
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        cu_seqlens: Tensor,
+        longest: int,
+        scale: float,
+        causal: bool,
     ) -> Tensor:
         return varlen_attn(
             q, k, v, cu_seqlens, cu_seqlens, longest, longest,
-            scale=scale, window_size=(-1, 0), **settings,
+            scale=scale, window_size=(-1, 0 if causal else -1), **settings,
         )  # fmt: skip
 
     return attend
 
 
 def _attend_segments(
-    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, cu_seqlens_S1: Tensor, scale: float
+    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, cu_seqlens_S1: Tensor, scale: float, causal: bool
 ) -> Tensor:
     sizes = cu_seqlens_S1.diff().tolist()
     parts = zip(q_THd.split(sizes), k_TGd.split(sizes), v_TGd.split(sizes))
-    return torch.cat([_attend_alike(q, k, v, 1, scale) for q, k, v in parts])
+    return torch.cat([_attend_alike(q, k, v, 1, scale, causal) for q, k, v in parts])
 
 
 def _attend_alike(
-    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, num_segments: int, scale: float
+    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, num_segments: int, scale: float, causal: bool
 ) -> Tensor:
     """Segments of one length, as the batch of torch's attention: cuDNN's, where that is fastest.
 
-    It makes a plan for each length that it meets, so long ones are filled up to few different ones;
-    no token looks at what comes after it.
+    It makes a plan for each length that it meets, so long ones are filled up to few different ones,
+    where no token looks at what comes after it.
     """
     length = len(q_THd) // num_segments
-    missing = -length % LONG_STEP if length >= LONG else 0
+    missing = -length % LONG_STEP if causal and length >= LONG else 0
     q, k, v = (
         F.pad(x.unflatten(0, (num_segments, length)).transpose(1, 2), (0, 0, 0, missing))
         for x in (q_THd, k_TGd, v_TGd)
     )
     is_grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(
-        q, k, v, is_causal=True, scale=scale, enable_gqa=is_grouped
+        q, k, v, is_causal=causal, scale=scale, enable_gqa=is_grouped
     )
     return out[:, :, :length].transpose(1, 2).flatten(0, 1)
 

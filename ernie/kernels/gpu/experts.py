@@ -32,7 +32,7 @@ from ernie.kernels.gpu.pointwise import rms_norm, swiglu
 from ernie.kernels.gpu.products import MANY_ROWS, Norm, mlp, product
 from ernie.kernels.gpu.rows import row_products
 from ernie.kernels.gpu.unpack import unpacked
-from ernie.kernels.weights import PackedWeight
+from ernie.kernels.weights import PackedWeight, QuantTensor
 
 # torch's product of sorted rows with a weight for each expert; None where torch has none.
 grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
@@ -98,8 +98,25 @@ def _grouped_mlp(x_ND: Tensor, gate_up: PackedWeight, down: PackedWeight, ends_E
     return grouped_mm(h_NM, unpacked(down, x_ND.dtype).mT, offs=ends_E)
 
 
-def grouped_linear(x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
-    return _GroupedLinear.apply(x_NI, weight_EOI, counts_E)
+def grouped_linear(x_NI: Tensor, weight_EOI: Tensor | QuantTensor, counts_E: Tensor) -> Tensor:
+    product = _FrozenGroups if isinstance(weight_EOI, QuantTensor) else _GroupedLinear
+    return product.apply(x_NI, weight_EOI, counts_E)
+
+
+class _FrozenGroups(torch.autograd.Function):
+    """`_GroupedLinear` of a quantised weight, which is dequantised anew in each pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NI: Tensor, weight_EOI: QuantTensor, counts_E: Tensor) -> Tensor:
+        ctx.weight_EOI, ctx.ends_E = weight_EOI, counts_E.cumsum(0).int()
+        x_NI = rows_of(x_NI)
+        return _grouped(x_NI, weight_EOI.dequantized(x_NI.dtype).mT, ctx.ends_E)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad_NO = grads[0].contiguous()
+        weight_EOI = ctx.weight_EOI.dequantized(grad_NO.dtype)
+        return _grouped(grad_NO, weight_EOI, ctx.ends_E), None, None
 
 
 class _GroupedLinear(torch.autograd.Function):

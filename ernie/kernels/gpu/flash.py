@@ -69,15 +69,17 @@ def attend_packed(
     cu_seqlens_S1: Tensor,
     scale: float,
     lengths: Sequence[int] | None = None,
+    *,
+    causal: bool = True,
 ) -> Tensor:
     if q_THd.dtype not in (torch.bfloat16, torch.float16) or not len(q_THd):
-        return ops.attend_packed(q_THd, k_TGd, v_TGd, cu_seqlens_S1, scale, lengths)
+        return ops.attend_packed(q_THd, k_TGd, v_TGd, cu_seqlens_S1, scale, lengths, causal=causal)
     _, varlen, _ = _parts()
     # Where the longest segment is not known here, a row's length is, and is no less.
     longest = max(lengths) if lengths else len(q_THd)
     return varlen(
         q_THd, k_TGd, v_TGd, cu_seqlens_S1, cu_seqlens_S1, longest, longest,
-        softmax_scale=scale, causal=True,
+        softmax_scale=scale, causal=causal,
     )  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""Images and video: from patches to rows of the language model."""

@@ -1,0 +1,209 @@
+"""Messages with pictures and clips to what the model takes: token ids, pixel rows, grids, spans.
+
+    {"role": "user", "content": [
+        {"type": "text", "text": "What is this?"},
+        {"type": "image_url", "image_url": {"url": "https://..."}},     data:, file: also
+        {"type": "video_url", "video_url": {"url": "...", "fps": 1}},
+        {"type": "image", "image": b"..." or an opened picture},
+        {"type": "video", "video": b"..." or a list of frames}]}
+
+Pictures are fetched and read side by side, then written into the prompt by the chat template:
+START, a placeholder (id 100295, also for clips) for each token of the picture, END. Positions and
+kinds of tokens are the model's business.
+
+Numpy only: a process that reads pictures for a model elsewhere does without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from ernie.chat.messages import ChatError, pictures_of
+from ernie.chat.template import ChatTemplate
+from ernie.tokenizer import Tokenizer
+from ernie.vision.processor import Picture, image_picture, in_threads
+from ernie.vision.settings import VisionSettings, font_of
+from ernie.vision.sources import MediaError, Sources
+from ernie.vision.video import check_num_frames, clip_picture, frames_picture
+
+_FETCHES = 8  # at a time, for one dialogue
+# What one clip may say about its sampling, beside its url, and the setting that it changes.
+_CLIP_OPTIONS = {
+    "fps": "video_fps",
+    "min_frames": "video_min_frames",
+    "max_frames": "video_max_frames",
+    "target_frames": "video_target_frames",
+    "frames_sample": "video_frames_sample",
+    "min_pixels": "video_min_pixels",
+    "max_pixels": "video_max_pixels",
+}
+_IMAGE_OPTIONS = {"min_pixels": "image_min_pixels", "max_pixels": "image_max_pixels"}
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a picture stands in a prompt: tokens `start` to `stop`, rows `first_row` to
+    `first_row + t * h * w`. Caches of its features are keyed by `digest`.
+    """
+
+    kind: str
+    start: int
+    stop: int
+    first_row: int
+    grid: tuple[int, int, int]
+    digest: str
+
+
+@dataclass(frozen=True, eq=False)
+class Inputs:
+    """A dialogue as the model takes it.
+
+    token_ids, labels: as in `ernie.chat.Encoded`. pixel_values: (P, 588) uint8, all pictures one
+    after the other, in order of appearance. grid_thw: (N, 3) int64. pictures: one span for each.
+    """
+
+    token_ids: list[int]
+    labels: list[int]
+    pixel_values: np.ndarray
+    grid_thw: np.ndarray
+    pictures: tuple[Span, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Processor:
+    """How pictures of messages are had and read.
+
+    max_images, max_videos: how many one dialogue may hold; None for no limit.
+    """
+
+    settings: VisionSettings = field(default_factory=VisionSettings)
+    sources: Sources = field(default_factory=Sources)
+    font: Path | None = None
+    max_images: int | None = None
+    max_videos: int | None = None
+
+    @classmethod
+    def from_folder(cls, path: str | Path, **arguments: Any) -> Processor:
+        """With the settings and the font of a model folder."""
+        return cls(settings=VisionSettings.from_folder(path), font=font_of(path), **arguments)
+
+    def inputs(
+        self,
+        template: ChatTemplate,
+        tokenizer: Tokenizer,
+        messages: Sequence[Mapping[str, Any]],
+        /,
+        *,
+        options: Mapping[str, Any] | None = None,
+        seed: int | None = None,
+        **arguments: Any,
+    ) -> Inputs:
+        """The dialogue, rendered with `arguments` of `ChatTemplate.encode`.
+
+        `options` change the limits for this dialogue (`mm_processor_kwargs`); `seed` is for frames
+        drawn at random. Raises ChatError, and MediaError naming the part at fault.
+        """
+        if pictures_of(messages):  # refuse what is wrong before anything is fetched
+            template.render(messages, **arguments)
+        pictures = self.pictures(messages, options=options, seed=seed)
+        sizes = [(picture.kind, picture.num_tokens) for picture in pictures]
+        encoded = template.encode(tokenizer, messages, sizes, **arguments)
+        spans, first_row = [], 0
+        for number, start, stop in encoded.pictures:
+            picture = pictures[number]
+            spans.append(Span(picture.kind, start, stop, first_row, picture.grid, picture.digest))
+            first_row += len(picture.rows)
+        ordered = [pictures[number].rows for number, *_ in encoded.pictures]
+        width = 3 * self.settings.patch_size**2
+        rows = ordered[0] if len(ordered) == 1 else np.concatenate([_no_rows(width), *ordered])
+        grids = np.array([span.grid for span in spans], np.int64).reshape(-1, 3)
+        return Inputs(encoded.token_ids, encoded.labels, rows, grids, tuple(spans))
+
+    def pictures(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        options: Mapping[str, Any] | None = None,
+        seed: int | None = None,
+    ) -> list[Picture]:
+        """Those of the messages, in order."""
+        found = pictures_of(messages)
+        for kind, limit in (("image", self.max_images), ("video", self.max_videos)):
+            number = sum(entry[0] == kind for entry in found)
+            if limit is not None and number > limit:
+                raise ChatError(f"the messages hold {number} parts of {kind}; the limit is {limit}")
+        settings = self.settings.changed(options or {})
+
+        contents = in_threads(self._content, found, num_threads=_FETCHES)
+
+        def read(work: tuple[tuple[str, Any, str], Any]) -> Picture:
+            (kind, source, where), content = work
+            with _named(where):
+                own = _own_options(kind, source) if isinstance(source, Mapping) else {}
+                return self._picture(kind, content, settings.changed(own), seed)
+
+        return in_threads(read, list(zip(found, contents)))
+
+    def _content(self, entry: tuple[str, Any, str]) -> Any:
+        """The bytes or the opened picture of a part; a list of them for a clip given as frames."""
+        kind, source, where = entry
+        if isinstance(source, Mapping):
+            source = source.get("url")
+        with _named(where):
+            if isinstance(source, list) and kind == "video":
+                check_num_frames(len(source), self.settings)  # before they are fetched
+                return [self._bytes(frame, "image") for frame in source]
+            return self._bytes(source, kind)
+
+    def _picture(
+        self, kind: str, content: Any, settings: VisionSettings, seed: int | None
+    ) -> Picture:
+        if kind == "image":
+            return image_picture(content, settings)
+        if isinstance(content, list):
+            return frames_picture(content, settings, font=self.font)
+        if not isinstance(content, bytes):
+            raise MediaError("a clip is given as one opened picture; expected bytes or a list")
+        return clip_picture(content, settings, font=self.font, seed=seed)
+
+    def _bytes(self, source: Any, kind: str) -> bytes | Image.Image:
+        if isinstance(source, (bytes, Image.Image)):
+            return source
+        if isinstance(source, Path):
+            source = str(source)
+        if not isinstance(source, str):
+            raise MediaError(f"a part of {kind} holds {type(source).__name__}; expected a URL")
+        return self.sources.read(source, kind)
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    try:
+        yield
+    except MediaError as error:
+        raise MediaError(f"{where}: {error}") from None
+
+
+def _own_options(kind: str, source: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that a part changes for itself. `detail`, of the OpenAI API, has no meaning here."""
+    names = _CLIP_OPTIONS if kind == "video" else _IMAGE_OPTIONS
+    changed = {}
+    for key, value in source.items():
+        if key in ("url", "detail"):
+            continue
+        if key not in names:
+            known = ", ".join(("url", *names))
+            raise MediaError(f"{key!r} is no property of a part of {kind}; known: {known}")
+        changed[names[key]] = value
+    return changed
+
+
+def _no_rows(width: int) -> np.ndarray:
+    return np.empty((0, width), np.uint8)

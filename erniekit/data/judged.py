@@ -1,0 +1,184 @@
+"""Records of single answers that are judged: desirable or undesirable (stage: KTO).
+
+    erniekit  {"src": [question, ...], "tgt": [earlier answer, ...], "response": answer, "label":
+              true, "system"?}      a response may be a list answer, question, answer, ...
+    alpaca    {"instruction", "input"?, "output", "history"?, "system"?, "kto_tag": true}
+    messages  {"messages": [message, ..., answer], "label": true, "tools"?}
+              {"prompt": [message, ...], "completion": [message, ...], "label": true}
+
+Without tables to tell them apart these are also the formats of LLaMA-Factory's `kto_en_demo`
+(messages; `kto_tag` and `label` are two names of one key) and of TRL (prompt and completion; both
+may be texts). `chatml` is another name of `messages`. Whatever cannot be used raises `DataError`.
+
+A judged answer is compared with what is usual, which needs the answer to another prompt after this
+one (`JudgedSample.other`): that of the next record in the file that has another prompt. It is not
+part of a row, and is cut where it is too long.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from ernie.chat import UNTRAINED, ChatTemplate
+from ernie.tokenizer import Tokenizer
+from erniekit.data.dialogue import Dialogue, Encoder, Sample, read_dialogue
+from erniekit.data.preference import continuation, first_trained, prompt_of, without_ends
+from erniekit.data.sources import DataError
+
+NEIGHBOURS = 100  # records after one that are looked through for an answer to another prompt
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A dialogue, of which only what was judged has label 1."""
+
+    dialogue: Dialogue
+    is_desirable: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedSample(Sample):
+    """A prompt and an answer; the answer begins with what follows token `num_prompt - 1`.
+
+    `other` is the prompt with an answer that belongs to another one, None before it is known.
+    """
+
+    num_prompt: int
+    is_desirable: bool
+    other: Sample | None = None
+
+    @property
+    def key(self) -> bytes:
+        """Equal for equal answers that are compared with equal ones: 16 bytes."""
+        numbers = [len(self), *self.token_ids, *self.labels]
+        if self.other is not None:
+            numbers += [*self.other.token_ids, *self.other.labels]
+        return hashlib.blake2b(np.asarray(numbers, np.int32).tobytes(), digest_size=16).digest()
+
+
+def read_judgement(record: Any, kind: str) -> Judgement:
+    """The judged answer in a record of a format; raises DataError for one that cannot be used."""
+    if not isinstance(record, dict):
+        raise DataError(f"a {type(record).__name__}; expected an object")
+    dialogue, num_prompt = _READERS[kind](record)
+    messages = [
+        {**m, "label": int(i >= num_prompt)} if m.get("role") == "assistant" else m
+        for i, m in enumerate(dialogue.messages)
+    ]
+    return Judgement(Dialogue(messages, dialogue.tools), _label(record))
+
+
+def _label(record: Mapping[str, Any]) -> bool:
+    keys = [key for key in ("label", "kto_tag") if key in record]
+    if len(keys) != 1:
+        told = "both label and kto_tag" if keys else "no label"
+        raise DataError(f"{told}; expected label: true for a desirable answer, else false")
+    value = record[keys[0]]
+    if not isinstance(value, bool):
+        raise DataError(f"{keys[0]} is {value!r}; expected true or false", at=keys[0])
+    return value
+
+
+def _from_erniekit(record: Mapping[str, Any]) -> tuple[Dialogue, int]:
+    prompt = prompt_of(record)
+    return _checked(prompt, continuation(record.get("response"))), len(prompt)
+
+
+def _from_alpaca(record: Mapping[str, Any]) -> tuple[Dialogue, int]:
+    dialogue = read_dialogue(record, "alpaca")
+    return dialogue, len(dialogue.messages) - 1
+
+
+def _from_messages(record: Mapping[str, Any]) -> tuple[Dialogue, int]:
+    if "messages" in record:
+        dialogue = read_dialogue(record, "messages")
+        return dialogue, len(dialogue.messages) - 1
+    prompt = _messages(record, "prompt", "user")
+    dialogue = _checked(prompt, _messages(record, "completion", "assistant"), record.get("tools"))
+    return dialogue, len(prompt)
+
+
+def _messages(record: Mapping[str, Any], key: str, role: str) -> list[dict[str, Any]]:
+    value = record.get(key)
+    if isinstance(value, str) and value.strip():
+        return [{"role": role, "content": value}]
+    if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
+        raise DataError(f"{key} is neither text nor a list of messages", at=key)
+    return value
+
+
+def _checked(prompt: list[dict[str, Any]], answer: list[dict[str, Any]], tools=None) -> Dialogue:
+    return read_dialogue({"messages": prompt + answer, "tools": tools}, "messages")
+
+
+_READERS = {
+    "erniekit": _from_erniekit,
+    "alpaca": _from_alpaca,
+    "messages": _from_messages,
+    "chatml": _from_messages,
+}
+
+
+class JudgedEncoder(Encoder):
+    """Turns judged answers into samples of at most `max_tokens`, as `Encoder` does dialogues.
+
+    With `masks_end` the token that ends an answer has no loss.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, template: ChatTemplate, max_tokens: int, *, masks_end: bool
+    ) -> None:
+        super().__init__(tokenizer, template, max_tokens)
+        self.masks_end = masks_end
+
+    def dialogue(self, record: Any, kind: str) -> Dialogue:
+        return read_judgement(record, kind).dialogue
+
+    def read(self, record: Any, kind: str) -> list[Sample]:
+        judgement = read_judgement(record, kind)
+        (sample,) = self.samples(judgement.dialogue)
+        labels = without_ends(sample.labels) if self.masks_end else list(sample.labels)
+        if all(label == UNTRAINED for label in labels):
+            raise DataError("an answer has no token to learn from")
+        num_prompt = first_trained(labels) + 1
+        return [
+            JudgedSample(
+                sample.token_ids,
+                labels,
+                sample.num_cut,
+                num_prompt=num_prompt,
+                is_desirable=judgement.is_desirable,
+            )
+        ]
+
+    def completed(
+        self, samples: list[Sample], following: Iterable[tuple[Any, str]]
+    ) -> list[Sample]:
+        """The samples of a record with their `other`, from the records (and formats) after it."""
+        (sample,) = samples
+        assert isinstance(sample, JudgedSample)
+        prompt = list(sample.token_ids[: sample.num_prompt])
+        for record, kind in following:
+            try:
+                (other,) = self.read(record, kind)
+            except DataError:  # told where it is read for itself
+                continue
+            assert isinstance(other, JudgedSample)
+            if list(other.token_ids[: other.num_prompt]) != prompt:
+                return [replace(sample, other=self._after(prompt, other))]
+        raise DataError(
+            f"no other prompt in the {NEIGHBOURS} records after it; expected one, whose answer its "
+            "own is compared with"
+        )
+
+    def _after(self, prompt: list[int], other: JudgedSample) -> Sample:
+        """The answer of a sample after another prompt, cut to fit."""
+        start = other.num_prompt
+        ids = [*prompt, *other.token_ids[start:]]
+        labels = [UNTRAINED] * (len(prompt) - 1) + list(other.labels[start - 1 :])
+        return Sample(ids[: self.max_tokens], labels[: self.max_tokens])

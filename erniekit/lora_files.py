@@ -1,0 +1,220 @@
+"""Folders of adapters, those of the PEFT library: what training writes, and starts from.
+
+    adapter_config.json          rank, scale, `use_dora`, `init_lora_weights`, `target_modules`
+    adapter_model.safetensors    pairs, and DoRA's magnitudes, under PEFT's names
+
+Pairs of experts lie stacked, as they are trained; `peft_form` turns them into PEFT's own form,
+where it has one, and a PiSSA adapter into one of twice the rank that stands beside the whole base.
+Reading takes all of these forms (`ernie.adapter_files`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ernie.adapter_files import SETTINGS, WEIGHTS, Settings, read_tensors
+from ernie.config import ErnieConfig
+from ernie.model import ErnieModel
+from ernie.settings import ConfigError
+from erniekit.lora import TRAINED, LoRA, add_lora, pairs, principal, projections, weight_names
+from erniekit.lora_targets import shortest
+
+ADAPTER_CONFIG, ADAPTER_FILE = SETTINGS, WEIGHTS
+_PREFIX = "base_model.model."
+_BARE = ".lora_magnitude_vector"  # has no `.weight` behind it
+
+
+def file_name(parameter: str) -> str:
+    """The name in the file of a trained parameter."""
+    return _PREFIX + parameter + ("" if parameter.endswith(_BARE) else ".weight")
+
+
+def parameter_name(in_file: str) -> str:
+    """The way back from `file_name`."""
+    return in_file.removeprefix(_PREFIX).removesuffix(".weight")
+
+
+def adapter_tensors(model: ErnieModel) -> dict[str, Tensor]:
+    """The trained parts under their names in the file."""
+    return {
+        file_name(name): parameter.detach()
+        for name, parameter in model.named_parameters()
+        if name.endswith(TRAINED)
+    }
+
+
+def adapter_config(model: ErnieModel, lora: LoRA, base: str) -> str:
+    """The text of `adapter_config.json` for a model with adapters."""
+    wrapped = [name for name, pair, _ in pairs(model) if pair.lora_A.dim() == 2]
+    return config_text(lora, wrapped, _linear_names(model), base)
+
+
+def config_text(
+    lora: LoRA, wrapped: list[str], linear: list[str], base: str, **more: object
+) -> str:
+    """`wrapped` are the modules with pairs among `linear`, all that could have one."""
+    values = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "use_rslora": lora.is_rank_stabilised,
+        "use_dora": lora.has_magnitude,
+        "init_lora_weights": "pissa" if lora.is_principal else True,
+        "target_modules": shortest(linear, wrapped),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+    }
+    return json.dumps(values | more, indent=2) + "\n"
+
+
+def _linear_names(model: ErnieModel) -> list[str]:
+    """Modules of two-dimensional weights, of a model with or without adapters."""
+    plain = ErnieModel(model.config, device="meta")
+    return [name for name, weight in projections(plain) if weight.dim() == 2]
+
+
+def form_of(settings: Settings) -> LoRA:
+    """What the adapter of a folder is like. Raises ConfigError for what cannot be trained on."""
+    for key, table in (
+        ("rank_pattern", settings.rank_by_pattern),
+        ("alpha_pattern", settings.alpha_by_pattern),
+    ):
+        if table:
+            raise ConfigError(
+                f"{key} in {settings.origin} gives modules ranks or scales of their own, which "
+                "can be served but not trained; give an adapter of one rank"
+            )
+    return LoRA(
+        settings.rank,
+        settings.alpha,
+        settings.is_rank_stabilised,
+        settings.has_magnitude,
+        settings.is_principal,
+    )
+
+
+def read_adapter(folder: Path, config: ErnieConfig) -> tuple[LoRA, dict[str, Tensor]]:
+    """An adapter for a model of `config`: what it is like, its weights being the targets, and its
+    float32 tensors by parameter.
+
+    Raises ConfigError or CheckpointError.
+    """
+    settings, tensors = read_tensors(folder, config)
+    weights = sorted({name.rpartition(".")[0] for name in tensors})
+    return replace(form_of(settings), targets=tuple(weights)), tensors
+
+
+@torch.no_grad()
+def load_adapter(model: ErnieModel, tensors: Mapping[str, Tensor], origin: str) -> None:
+    """Fill the trained parts of a model, by parameter.
+
+    Raises ConfigError naming the first tensor that is missing, left over or of another shape: an
+    adapter that would silently do nothing is refused.
+    """
+    expected = {n: p for n, p in model.named_parameters() if n.endswith(TRAINED)}
+    for name in [*expected, *tensors]:
+        if name not in tensors or name not in expected:
+            where = "missing in" if name not in tensors else "unknown to this model but in"
+            raise ConfigError(
+                f"{name} is {where} {origin}; the adapter belongs to another model, or has other "
+                "lora_target_modules"
+            )
+        if tensors[name].shape != expected[name].shape:
+            raise ConfigError(
+                f"{name} in {origin} is {tuple(tensors[name].shape)}; this model and rank want "
+                f"{tuple(expected[name].shape)}"
+            )
+        expected[name].copy_(tensors[name])
+
+
+# --- other forms ---
+
+
+def beside_the_base(
+    base: ErnieModel, lora: LoRA, tensors: Mapping[str, Tensor]
+) -> tuple[LoRA, dict[str, Tensor]]:
+    """An adapter as one of ordinary LoRA (or DoRA) that stands beside the whole plain `base`.
+
+    PiSSA stands beside `W - scale B0 A0`: `scale (B A - B0 A0)` is a pair of twice the rank, `[A;
+    A0]` and `[B, -B0]`. Source: Meng et al., arXiv:2404.02948, appendix C.
+    """
+    if not lora.is_principal:
+        return lora, dict(tensors)
+    weights, found = dict(projections(base)), {}
+    for name in sorted({n.rpartition(".")[0] for n in tensors}):
+        a0, b0 = principal(weights[name].detach(), lora)
+        found[f"{name}.lora_A"] = torch.cat((tensors[f"{name}.lora_A"], a0), -2)
+        found[f"{name}.lora_B"] = torch.cat((tensors[f"{name}.lora_B"], -b0), -1)
+    return lora.doubled(), found
+
+
+def put_in(base: ErnieModel, folder: Path) -> None:
+    """The adapter of a folder beside a whole plain model, in place: ready to compute or to merge.
+
+    Raises ConfigError or CheckpointError.
+    """
+    form, tensors = beside_the_base(base, *read_adapter(folder, base.config))
+    add_lora(base, form, seed=0)
+    load_adapter(base, tensors, str(folder / ADAPTER_FILE))
+
+
+def peft_form(
+    base: ErnieModel, lora: LoRA, tensors: Mapping[str, Tensor], name: str, origin: str
+) -> tuple[str, dict[str, Tensor]]:
+    """Config text and tensors of an adapter as PEFT loads it beside the same model in transformers.
+
+    `base` is the plain model, `name` what the config calls it. Raises ConfigError for what PEFT
+    has no form for.
+    """
+    lora, tensors = beside_the_base(base, lora, tensors)
+    weights = sorted({n.rpartition(".")[0] for n in tensors})
+    stacked = [w for w in weights if ".mlp.experts." in w]
+    parameters = sorted({f"mlp.experts.{w.rpartition('.')[2]}" for w in stacked}, reverse=True)
+    linear = [w for w in weights if w not in stacked]
+    if base.config.is_moe:
+        _check_mixture(base, lora, linear, stacked, origin)
+    files = {}
+    for parameter, tensor in tensors.items():
+        weight, _, part = parameter.rpartition(".")
+        if weight not in stacked:
+            files[file_name(parameter)] = tensor
+            continue
+        experts, _, leaf = weight.rpartition(".")
+        inner = ".base_layer" if len(parameters) == 2 and leaf == "gate_up_proj" else ""
+        flat = tensor.flatten(0, 1) if part == "lora_A" else tensor.permute(1, 2, 0).flatten(1)
+        files[file_name(f"{experts}{inner}.{part}")] = flat.contiguous()
+    names = [n for n, w in projections(base) if w.dim() == 2]
+    more = {"target_parameters": parameters} if parameters else {}
+    return config_text(lora, linear, names, name, **more), files
+
+
+def _check_mixture(
+    base: ErnieModel, lora: LoRA, linear: list[str], stacked: list[str], origin: str
+) -> None:
+    """PEFT takes `gate_proj`, `up_proj`, `down_proj` of a mixture of experts for its experts'."""
+    if refused := [w for w in linear if ".mlp." in w]:
+        raise ConfigError(
+            f"the adapter in {origin} has a pair for {refused[0]} and {len(refused) - 1} more of "
+            "its kind, which PEFT takes for pairs of the routed experts; leave export_format out "
+            "for the merged model, or train lora_target_modules=q_proj,k_proj,v_proj,o_proj,experts"
+        )
+    leaves = {w.rpartition(".")[2] for w in stacked}
+    missing = {
+        w for w in weight_names(base) if ".mlp.experts." in w and w.rpartition(".")[2] in leaves
+    } - set(stacked)
+    if stacked and (lora.has_magnitude or missing):
+        what = "DoRA on routed experts" if lora.has_magnitude else "experts of some layers only"
+        raise ConfigError(
+            f"the adapter in {origin} has {what}, for which PEFT has no form; leave export_format "
+            "out for the merged model"
+        )

@@ -1,0 +1,208 @@
+"""Reward models: a number beside the vocabulary, what it is trained on, and how it is loaded.
+
+    reward = w . norm(hidden at the last token of an answer)        w (1, D), float32
+
+The head is a `Linear` of the name `score` put into a model (`add_reward_head`); nothing else of
+the network changes. In a folder it lies beside the weights, which still load as a model without it:
+
+    config.json                    "reward_head": "reward_head/model.safetensors"
+    reward_head/model.safetensors  "score.weight" (1, D); beside an adapter too
+
+Refused by `load`: a folder without a head, and one whose head is of another width.
+
+Legend: T tokens of the batch, D hidden size, P pairs, S sequences.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn.functional import logsigmoid
+
+import ernie
+from ernie.attention import packed_causal, shared_prompt
+from ernie.checkpoint.writer import write_file
+from ernie.layers import Linear
+from ernie.model import ErnieModel
+from ernie.moe.router import Routing
+from ernie.settings import ConfigError
+from erniekit import lora, lora_files
+from erniekit.gradients import Gradients
+from erniekit.losses import Loss, Terms
+from erniekit.preference import NO_TERMS, Pairs, told_of_pairs, with_terms
+
+HEAD = "score.weight"
+HEAD_FILE = "reward_head/model.safetensors"
+CONFIG_KEY = "reward_head"
+
+
+def add_reward_head(model: ErnieModel, *, seed: int) -> None:
+    """Give a model a trained head, in place; the head to the vocabulary is no longer trained.
+
+    w is normal with variance 1 / (D + 1). Source: learning to summarise from human feedback (arXiv
+    2009.01325, appendix B.1).
+    """
+    size = model.config.hidden_size
+    generator = torch.Generator().manual_seed(seed)
+    values_1D = torch.randn(1, size, generator=generator) * (size + 1) ** -0.5  # float32
+    score = Linear(size, 1, bias=False)
+    score.weight = nn.Parameter(values_1D.to(model.device))
+    model.score = score
+    if model.lm_head is not None:
+        model.lm_head.requires_grad_(False)
+    mark(model)
+
+
+def mark(model: ErnieModel) -> None:
+    """Have the configuration of a model say where its head lies."""
+    extra = {**model.config.extra, CONFIG_KEY: HEAD_FILE}
+    model.config = dataclasses.replace(model.config, extra=extra)
+
+
+def rewards(model: ErnieModel, hidden_TD: Tensor, places: Tensor) -> Tensor:
+    """Rewards of the sequences whose last tokens stand at `places` (int64), float32, its shape."""
+    last_SD = model.model.norm(hidden_TD[places.flatten()]).float()
+    return (last_SD @ _head(model)[0]).view(places.shape)
+
+
+def _head(model: ErnieModel) -> Tensor:
+    return model.get_parameter(HEAD)
+
+
+# --- the loss ---
+
+
+def bradley_terry(
+    model: ErnieModel,
+    batch: Pairs,
+    *,
+    scale: float,
+    terms: Terms = NO_TERMS,
+    share: float = 1.0,
+    gradients: Gradients | None = None,
+) -> Loss:
+    """-log sigmoid(reward of the chosen - reward of the rejected answer) of every pair, summed and
+    multiplied by `scale`, one over the number of pairs of the whole optimizer step.
+
+    Rows must have the end of each answer among their inputs. `parts` as in `preference`; for the
+    rest see `losses.next_token`. Source: Bradley and Terry (1952), as in InstructGPT (arXiv
+    2203.02155, eq. 1).
+    """
+    del gradients  # all of them come through autograd
+    routings: list[Routing | None] = []
+    attend = shared_prompt(batch.pairs_P4)
+    hidden_TD = model.hidden(batch.token_ids_T, batch.positions_T, attend, routings=routings)
+    rewards_P2 = rewards(model, hidden_TD, batch.pairs_P4[:, 2:] - 1).double()
+    value = -logsigmoid(rewards_P2[:, 0] - rewards_P2[:, 1]).sum() * scale
+    told = told_of_pairs(rewards_P2.detach())
+    parts = {name: value_P.sum() * scale for name, value_P in told.items()}
+    return with_terms(model, value, parts, routings, terms, share)
+
+
+# --- files ---
+
+
+def split(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Tensor | None]:
+    """Weights by parameter without the head, and the head where there is one."""
+    return {name: t for name, t in weights.items() if name != HEAD}, weights.get(HEAD)
+
+
+def write_head(folder: Path, head_1D: Tensor) -> None:
+    path = folder / HEAD_FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, {HEAD: head_1D})
+
+
+def has_head(folder: Path) -> bool:
+    return (folder / HEAD_FILE).is_file()
+
+
+def read_head(folder: Path) -> Tensor:
+    """The head of a folder, float32 `(1, D)`; raises ConfigError where there is none."""
+    if not has_head(folder):
+        raise ConfigError(
+            f"{folder} holds no {HEAD_FILE}; give a folder that stage: RM has written"
+        )
+    return load_file(folder / HEAD_FILE)[HEAD].float()
+
+
+@torch.no_grad()
+def fill_head(model: ErnieModel, folder: Path) -> None:
+    """Take the head of a folder over into a model that has one; raises ConfigError."""
+    head_1D, own_1D = read_head(folder), _head(model)
+    if head_1D.shape != own_1D.shape:
+        raise ConfigError(
+            f"the reward head in {folder} is {tuple(head_1D.shape)}, this model wants "
+            f"{tuple(own_1D.shape)}; it belongs to another model"
+        )
+    own_1D.copy_(head_1D)
+
+
+# --- scoring ---
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A loaded model, called with sequences of token ids."""
+
+    model: ErnieModel
+    max_tokens: int = 8192  # of one forward pass, or one sequence where that is longer
+
+    @torch.no_grad()
+    def __call__(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+        """The reward of each whole dialogue, whose last token is the end of its answer.
+
+        Sequences are packed, and a reward does not depend on what it is packed with. Raises
+        ValueError for one without tokens.
+        """
+        if any(not len(ids) for ids in sequences):
+            raise ValueError("a sequence has no tokens; give prompt and answer")
+        found: list[float] = []
+        while len(found) < len(sequences):
+            row = [list(sequences[len(found)])]
+            for ids in sequences[len(found) + 1 :]:
+                if sum(map(len, row)) + len(ids) > self.max_tokens:
+                    break
+                row.append(list(ids))
+            found += self._of_row(row)
+        return found
+
+    def _of_row(self, row: list[list[int]]) -> list[float]:
+        device, lengths = self.model.device, [len(ids) for ids in row]
+        ids_T = torch.tensor([i for ids in row for i in ids], device=device)
+        positions_T = torch.cat([torch.arange(n, device=device) for n in lengths])
+        ends_S = torch.tensor(lengths, device=device).cumsum(0)
+        bounds_S1 = torch.nn.functional.pad(ends_S, (1, 0)).to(torch.int32)
+        hidden_TD = self.model.hidden(ids_T, positions_T, packed_causal(bounds_S1, lengths))
+        return rewards(self.model, hidden_TD, ends_S - 1).tolist()
+
+
+def load(
+    folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
+) -> RewardModel:
+    """The reward model in a folder that `stage: RM` has written: a whole model, or an adapter that
+    is merged into the base it names. `tokenizer` of its `model` is the base's.
+
+    Raises ConfigError or CheckpointError in a sentence.
+    """
+    folder = Path(folder)
+    read_head(folder)
+    base = folder
+    is_adapter = (folder / lora_files.ADAPTER_CONFIG).is_file()
+    if is_adapter:
+        values = json.loads((folder / lora_files.ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        base = values["base_model_name_or_path"]
+    model = ernie.load(base, dtype=dtype, device=device)
+    if is_adapter:
+        lora_files.put_in(model, folder)
+        lora.merge_lora(model)
+    add_reward_head(model, seed=0)
+    fill_head(model, folder)
+    return RewardModel(model.requires_grad_(False).eval())

@@ -1,0 +1,61 @@
+"""The pages of docs/methods: settings are a run, what they name exists, tables are ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from erniekit import config, foreign
+from erniekit.config import run_from
+from erniekit.preference_losses import PREFERENCE_LOSSES
+
+ROOT = Path(__file__).parents[2]
+PAGES = {"dpo": "DPO", "kto": "KTO", "rm": "RM"}
+RECORDED = {
+    "rewards_accuracy", "rewards_margin", "rewards_chosen", "rewards_rejected", "preference_loss",
+    "sft_loss",
+}  # fmt: skip
+
+
+def text_of(page: str) -> str:
+    return (ROOT / f"docs/methods/{page}.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_settings_are_a_run_and_every_key_that_is_named_exists(page: str) -> None:
+    text = text_of(page)
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", text, re.M | re.S)
+    run = run_from(yaml.safe_load(block))
+    assert run.model.stage == PAGES[page] and not run.without_effect
+    for path in (*run.data.train_dataset_path, *run.data.eval_dataset_path):
+        assert (ROOT / path).is_file(), path
+    for folder in re.findall(r"`(examples/configs/[\w./-]+)`", text):
+        assert list((ROOT / folder).glob("run_*.yaml")), folder
+    keys = {f.name for kind in config.GROUPS for f in dataclasses.fields(kind)}
+    known = keys | RECORDED | foreign.WITHOUT_EFFECT.keys() | PREFERENCE_LOSSES.keys()
+    named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", text))
+    assert named - known <= {"kto_en_demo", "kto_tag", "reward_head"}, named - known
+
+
+def test_the_table_of_losses_is_that_of_the_code() -> None:
+    rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (sums|means) \| (yes|no) \|", text_of("dpo"), re.M)
+    found = {name: (of == "means", has == "yes") for name, _, of, has in rows}
+    assert found == {n: (r.uses_means, r.uses_reference) for n, r in PREFERENCE_LOSSES.items()}
+
+
+def test_defaults_in_the_table_are_those_of_the_code() -> None:
+    defaults = {f.name: f.default for f in dataclasses.fields(config.Preferences)}
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ([-\w., ]+) \| ", text_of("dpo"), re.M)
+    told = {
+        name.strip("`"): value
+        for names, values in rows
+        if values != "loss of a pair"
+        for name, value in zip(names.split(", "), values.split(", "), strict=True)
+    }
+    assert len(told) == 9
+    for name, value in told.items():
+        assert yaml.safe_load(value) == defaults[name], name
