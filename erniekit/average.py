@@ -14,15 +14,24 @@ import torch
 from torch import Tensor
 
 from ernie.settings import ConfigError
-from erniekit.optim import AdamW
+from erniekit.optim import AVERAGE, AdamW
 
 
 class Average:
-    """`tensors` are the averages by parameter, float32, on the device of the weights."""
+    """The averages lie in the optimizer's state, float32: of what this rank's optimizer updates.
+
+    They begin with the weights as they are now.
+    """
 
     def __init__(self, optimizer: AdamW, decay: float) -> None:
         self.optimizer, self.decay = optimizer, decay
-        self.tensors = {n: optimizer.exact(n).detach().clone() for n in optimizer.state}
+        for name, average in self.tensors.items():
+            average.copy_(optimizer.exact(name))
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """By parameter, on the device of the weights."""
+        return {name: state[AVERAGE] for name, state in self.optimizer.state.items()}
 
     @torch.no_grad()
     def update(self) -> None:
@@ -31,11 +40,12 @@ class Average:
             average.lerp_(self.optimizer.exact(name), 1 - self.decay)
 
     def load(self, tensors: Iterable[tuple[str, Tensor]], origin: str) -> None:
-        """Go on from averages that were saved; what is not averaged is left alone."""
-        missing = set(self.tensors)
+        """Go on from averages that were saved; what is not averaged here is left alone."""
+        averages = self.tensors
+        missing = set(averages)
         for name, tensor in tensors:
-            if name in self.tensors:
-                self.tensors[name].copy_(tensor)
+            if name in averages:
+                averages[name].copy_(tensor)
                 missing.discard(name)
         if missing:
             raise ConfigError(

@@ -74,6 +74,7 @@ def evaluate(
             chosen_C = logits_CV.gather(-1, targets_C[:, None])[:, 0]
             total += counts * float((logits_CV.logsumexp(-1) - chosen_C).double().sum())
             num_right += counts * int((logits_CV.argmax(-1) == targets_C).sum())
+            del logits_CV  # before the next chunk's are made
         num_tokens += counts * len(targets_N)
         if bytes_V is not None:
             labels_T = batch.labels_T

@@ -280,6 +280,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 grad_ND[rows] = chunk.grad_CD
             if wants_weight and grad_VD is not None:
                 add_product(grad_VD, chunk.logits_CV, hidden_ND[rows], is_short=is_short)
+            del chunk  # before the next one is made
         ctx.is_summed = into is not None
         ctx.save_for_backward(grad_ND, None if ctx.is_summed or not wants_weight else grad_VD)
         return total * scale

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import resource
 import sys
+from collections.abc import Callable
 
 import torch
 
 _M_MMAP_THRESHOLD = -3  # of <malloc.h>
-_MAPPED_BYTES = 4 << 20
+_MAPPED_BYTES = 256 << 10
 
 
 def peak_gib(device: torch.device) -> float:
@@ -31,13 +33,24 @@ def _resident_peak_kib() -> float:
 
 
 def map_large_tensors() -> None:
-    """Have glibc give every tensor of 4 MiB and more pages of its own; elsewhere do nothing.
+    """Have glibc give every tensor of 256 KiB and more pages of its own; elsewhere do nothing.
 
-    By itself glibc moves that border up to 32 MiB, and then activations of 8 and 12 MiB leave holes
-    between those that are kept: a forward pass of the 0.3B shape over 1024 tokens grows by 36 MiB a
-    layer where 4 MiB are kept.
+    By itself glibc moves that border up to 32 MiB. Activations below it are cut out of one heap,
+    where those that are freed leave holes between those that are kept, and the next step's, a few
+    tokens longer, do not fit into them: with a border of 4 MiB, which rows of 1010 tokens stay
+    below, LoRA on 8 layers of the 0.3B shape took 1.64 GiB and not 1.38.
     """
-    if sys.platform.startswith("linux"):
-        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # not in every C library
-        if mallopt is not None:
-            mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+    if (mallopt := _from_glibc("mallopt")) is not None:
+        mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
+
+
+def give_back() -> None:
+    """Return to the system what was freed in the heap, wherever it lies; elsewhere do nothing."""
+    gc.collect()
+    if (trim := _from_glibc("malloc_trim")) is not None:
+        trim(0)
+
+
+def _from_glibc(name: str) -> Callable[..., int] | None:
+    """A function of glibc, where that is the C library."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None

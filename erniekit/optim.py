@@ -25,6 +25,7 @@ from ernie.settings import ConfigError
 from erniekit.config import Optimisation
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
+AVERAGE = "average"  # part of a parameter's state
 
 
 def learning_rate_at(step: int, num_steps: int, o: Optimisation) -> float:
@@ -172,7 +173,11 @@ class AdamW:
 
     def new_state(self, name: str) -> dict[str, Tensor]:
         """What is remembered of a parameter before the first update."""
-        return self._new_moments(name) | self._new_original(self.parameters[name])
+        parameter = self.parameters[name]
+        state = self._new_moments(name) | self._new_original(parameter)
+        if self.o.ema_decay:  # kept by `erniekit.average`, and gathered with the rest
+            state[AVERAGE] = parameter.detach().to(torch.float32, copy=True)
+        return state
 
     def _new_moments(self, name: str) -> dict[str, Tensor]:
         parameter = self.parameters[name]
@@ -186,14 +191,17 @@ class AdamW:
         return {} if is_exact else {"original": parameter.detach().float()}
 
     def tensors(self) -> dict[str, Tensor]:
-        """The state by `<parameter>.<moment|square|scales|original>`, for a checkpoint."""
+        """The state by `<parameter>.<moment|square|scales|original|average>`, for a checkpoint."""
         return {
             f"{name}.{key}": t for name, state in self.state.items() for key, t in state.items()
         }
 
     def load(self, tensors: Mapping[str, Tensor], num_updates: int) -> None:
-        """Take over a state made by `tensors()`; ConfigError for that of another optimizer."""
-        if tensors.keys() != self.tensors().keys():
+        """Take over a state made by `tensors()`, without averages, which are a checkpoint's own
+        part; ConfigError for that of another optimizer.
+        """
+        own = (key for key in self.tensors() if not key.endswith(f".{AVERAGE}"))
+        if tensors.keys() != set(own):
             raise ConfigError(
                 f"the checkpoint's optimizer state does not fit optim={self.o.optim} and the "
                 "trained weights; give the optim of the checkpoint, or another output_dir"

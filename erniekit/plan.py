@@ -9,7 +9,7 @@ largest of the moments of a step:
     head       everything kept, and a chunk of logits
     layer l    sums of the layers above l, activations of l and those below, temporaries of l
     update     all sums, no activations
-    loading    the weights, and the pages of the file they come from
+    loading    where a rank gives up weights that it has read
 
 Rows are taken as full: the plan is for the longest batch, of pairs for one that is nearly all
 prompt. Refused: multimodal networks, and degrees
@@ -28,11 +28,12 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from ernie.config import ErnieConfig
+from ernie.kernels.reference import MOMENT_BLOCK
 from ernie.kernels.weights import quantized_bytes
 from ernie.model import ErnieModel
 from ernie.settings import ConfigError
 from erniekit.build import config_of, frozen, frozen_form, weights_dtype
-from erniekit.config import Run
+from erniekit.config import Optimisation, Run
 from erniekit.lora import projections
 from erniekit.lora_targets import chosen
 from erniekit.parallel.replicated import owners_of
@@ -44,8 +45,8 @@ _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 # Resident memory of a process with torch and this package imported and its thread pool running.
 CPU_BASE = 265 * 2**20
 TOKENIZER_BYTES = 700  # resident, by token of the vocabulary
+VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")  # summed apart, in float32
 GPU_BASE = 0  # peaks on a GPU count tensors only
-FILE_BYTES = 5 * 10**9  # largest weight file of a checkpoint; one is read at a time
 BLOCK_BUFFER = 16 * 2**20  # of bfloat16 weights widened block by block (ernie.kernels.cpu)
 
 
@@ -149,7 +150,6 @@ def sizes_of(config: ErnieConfig, run: Run, device: str, degrees: Degrees = Degr
     is_scored = run.model.stage == "RM"
     if is_scored:
         add_reward_head(model, seed=0)
-    has_float32_sum = {"model.embed_tokens.weight", "lm_head.weight"}
     still = frozen(dict(model.named_parameters()), run.model.freeze_parameters)
     weights = dict(projections(model)) if run.is_lora else {}
     few_bits = {id(w): form for n, w in weights.items() if (form := frozen_form(run, n))}
@@ -160,14 +160,15 @@ def sizes_of(config: ErnieConfig, run: Run, device: str, degrees: Degrees = Degr
         trained = ((not run.is_lora and p.requires_grad) or name == HEAD) and name not in still
         if name.startswith("model.mtp."):
             trained = trained and bool(run.model.num_nextn_predict_layers)
-        float32 = name in has_float32_sum
-        _add(sizes, name, p.numel(), width, trained, float32, run, degrees)
+        apart = name in VOCABULARY
+        is_matrix = p.dim() > 1 and not apart
+        _add(sizes, name, p.numel(), width, trained, apart, is_matrix, run, degrees)
     for name in chosen(weights, run.model.lora_target_modules) if run.is_lora else ():
         *stack, out_size, in_size = weights[name].shape
         counts = [run.model.lora_rank * in_size, run.model.lora_rank * out_size]
         for part, count in enumerate([*counts, *[out_size] * run.model.use_dora]):
             count *= math.prod(stack)
-            _add(sizes, f"{name}.{part}", count, 4, True, False, run, degrees)
+            _add(sizes, f"{name}.{part}", count, 4, True, False, False, run, degrees)
     if run.model.use_dora and run.is_lora:  # the known squares of rows, as many as magnitudes
         for name in chosen(weights, run.model.lora_target_modules):
             layer = int(name.split(".")[2])
@@ -212,6 +213,7 @@ def _add(
     width: float,
     trained: bool,
     float32_sum: bool,
+    is_matrix: bool,
     run: Run,
     degrees: Degrees,
 ) -> None:
@@ -227,17 +229,26 @@ def _add(
     if not trained:
         return
     o = run.optimisation
-    moments = 2 * (2 if o.use_lowprecision_moment else 4)
     original = 4 if width < 4 else 0
     # A single gradient is its own sum, and has the weight's dtype; not where whole ones travel.
     travels = degrees.sharding > 1 and run.parallel.sharding in (None, "stage1")
     is_short = width == 2 and run.training.gradient_accumulation_steps == 1 and not travels
     is_long = float32_sum or (o.amp_master_grad and not is_short)
-    sizes.sums[layer] += count * (4 if is_long else 2)
-    sizes.state[layer] += count * (moments + original)
+    if float32_sum or not o.optimizer_in_backward:  # else a gradient is gone when it is complete
+        sizes.sums[layer] += count * (4 if is_long else 2)
+    sizes.state[layer] += _moment_bytes(o, count, is_matrix) + count * original
     if o.ema_decay:
         sizes.average[layer] += count * 4
     sizes.largest[layer] = max(sizes.largest[layer], count)
+
+
+def _moment_bytes(o: Optimisation, count: int, is_matrix: bool) -> int:
+    """What the optimizer remembers of a weight of `count` elements, besides its original."""
+    if o.optim == "adamw_8bit":
+        return 2 * count + 2 * 4 * math.ceil(count / MOMENT_BLOCK)
+    if o.optim == "muon" and is_matrix:
+        return 4 * count
+    return 2 * count * (2 if o.use_lowprecision_moment else 4)
 
 
 # --- activations ---
@@ -340,11 +351,9 @@ def _peak(
         parts["optimizer"] = sizes.state.total() / degrees.pipeline
         parts["average"] = sizes.average.total() / degrees.pipeline
         parts["copy"] = copy / degrees.pipeline
-    if device == "cpu" and run.model.continue_training:
-        # Pages of the file that is being read are resident beside the weights.
-        moments["loading"] = {"file": min(2 * sizes.num_params, FILE_BYTES)}
-        if sizes.gathered:  # a rank reads the whole model before it gives up what is not its own
-            moments["loading"]["gathered"] = (degrees.sharding - 1) * sizes.weights.total()
+    if device == "cpu" and run.model.continue_training and sizes.gathered:
+        # A rank reads the whole model before it gives up what is not its own.
+        moments["loading"] = {"gathered": (degrees.sharding - 1) * sizes.weights.total()}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     resident = {
         "weights": sizes.weights.total() / degrees.pipeline,
@@ -352,7 +361,7 @@ def _peak(
         "process": _process_bytes(config, run, device),
     }
     names = (
-        "weights", "gathered", "file", "gradients", "optimizer", "average", "copy", "activations",
+        "weights", "gathered", "gradients", "optimizer", "average", "copy", "activations",
         "temporaries", "loss", "process",
     )  # fmt: skip
     return {name: round(resident.get(name, 0)) for name in names}, moment

@@ -250,6 +250,7 @@ class ChunkedLogProbs(torch.autograd.Function):
             values_N[rows] = -chunk.loss_C
             if grad_ND is not None and chunk.grad_CD is not None:
                 grad_ND[rows] = chunk.grad_CD
+            del chunk  # before the next one is made
         ctx.chunk_size, ctx.into = chunk_size, into
         if wants_weight:
             ctx.save_for_backward(hidden_ND, weight_VD, targets_N)
@@ -276,5 +277,6 @@ class ChunkedLogProbs(torch.autograd.Function):
             if grad_ND is not None and chunk.grad_CD is not None:
                 grad_ND[rows] = chunk.grad_CD * up_C1
             add_product(grad_VD, chunk.logits_CV, hidden_ND[rows] * up_C1, is_short=is_short)
+            del chunk  # before the next one is made
         returned = None if ctx.into is not None else grad_VD.to(weight_VD.dtype)
         return grad_ND, returned, None, None, None

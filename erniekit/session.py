@@ -30,7 +30,7 @@ from erniekit.build import build_model, lora_of, num_groups, trained_parameters
 from erniekit.config import Parallel, Run
 from erniekit.data.loader import Batch, Stream, prefetched
 from erniekit.loop import Orthogonal, Parts, Progress, TooManySkipped, TrainingError, train
-from erniekit.optim import OPTIMIZERS, treatments
+from erniekit.optim import AVERAGE, OPTIMIZERS, treatments
 from erniekit.parallel.forms import form_of
 from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.plan_report import record_error
@@ -108,6 +108,7 @@ class Session:
         self.model = build_model(
             run, self.device, weights, in_host_memory=not self.form.straight_into_sums
         )
+        self.model.tokenizer = self.train_stream.encoder.tokenizer  # the same; one is enough
         if run.is_lora and (adapter := self.resumed or run.model.lora_path):
             load_adapter(self.model, run, Path(adapter))
         self.form.divide(self.model)
@@ -176,9 +177,14 @@ class Session:
         assert self.average is not None
         source = folder / checkpoint.AVERAGE_FOLDER
         if source.is_dir():
-            self.average.load(snapshot.read_weights(self.run, source), str(source))
+            self.average.load(self._parts_of(source), str(source))
         else:
             log.warning("%s has no averaged weights: the average begins with its weights", folder)
+
+    def _parts_of(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
+        """What this rank has of the weights of a folder, by parameter."""
+        for name, tensor in snapshot.read_weights(self.run, folder):
+            yield name, self.form.part_of(self.parameters[name], tensor)
 
     def _every(self, strategy: str, steps: int) -> int:
         """Steps between two events of a strategy; 0 for never."""
@@ -366,10 +372,12 @@ class Session:
         These may be the tensors themselves, which the next step changes.
         """
         kept = self.trained if self.run.is_lora else self.parameters
-        averages = self.average.tensors if self.average is not None else {}
+        weights, state = self.form.whole(kept), self.form.whole_state(self.optimizer)
+        mark = f".{AVERAGE}"
+        averages = {k.removesuffix(mark): state.pop(k) for k in list(state) if k.endswith(mark)}
         parts = (
-            (snapshot.WEIGHTS, self.form.whole(kept)),
-            (snapshot.OPTIMIZER, self.form.whole_state(self.optimizer)),
+            (snapshot.WEIGHTS, weights),
+            (snapshot.OPTIMIZER, state),
             (snapshot.AVERAGE, averages),
             (snapshot.BATCHES, self.method.source.tensors() if self.method.source else {}),
         )
@@ -401,9 +409,8 @@ class Session:
     @torch.no_grad()
     def _take_weights(self, folder: Path) -> None:
         """The weights of a checkpoint, and its averages, in place of those of the last step."""
-        parameters = dict(self.model.named_parameters())
-        for name, tensor in snapshot.read_weights(self.run, folder):
-            parameters[name].copy_(tensor)
+        for name, part in self._parts_of(folder):
+            self.form.held(self.parameters[name]).copy_(part)
         if self.average is not None:
             self._take_average(folder)
 
@@ -413,16 +420,19 @@ class Session:
         if self.ranks.is_first:
             record_error(run, self.device, self.ranks)
         self.gradients.release()
-        best = self._best() if run.training.load_best_model_at_end else None
-        if best is not None and best[1].name != f"checkpoint-{self.progress.step}":
-            log.info("the final model is that of %s, %s %.4f", best[1], self.metric, best[0])
-            self._take_weights(best[1])
-        weights = snapshot.part(self.tensors(), snapshot.WEIGHTS)
+        best = self._best() if run.training.load_best_model_at_end and self.ranks.is_first else None
+        # Rank 0 has seen its checkpoints become whole.
+        value, name = self.ranks.told([best[0], best[1].name] if best is not None else [0.0, ""])
+        if name not in ("", f"checkpoint-{self.progress.step}"):
+            log.info("the final model is that of %s, %s %.4f", output / name, self.metric, value)
+            self._take_weights(output / name)
+        tensors = self.tensors()
+        weights = snapshot.part(tensors, snapshot.WEIGHTS)
         if not self.ranks.is_first:
             return 0
         snapshot.write_model(run, self.model, encoder, weights, output, rounded=True)
         if self.average is not None:
-            weights |= self.average.tensors
+            weights |= snapshot.part(tensors, snapshot.AVERAGE)
             folder = output / checkpoint.AVERAGE_FOLDER
             snapshot.write_model(run, self.model, encoder, weights, folder, rounded=True)
         faults = self.train_stream.faults

@@ -273,12 +273,12 @@ def kind_of(error: DataError) -> str:
     return re.sub(r"\[\d+\]|\d+(?= tokens)", "#", str(error).split(";")[0])
 
 
-def stream(run: Run, split: str) -> Stream:
-    """The records of a split, encoded with the tokenizer of the run's model, and its template where
-    they are dialogues.
+def stream(run: Run, split: str, tokenizer: Tokenizer | None = None) -> Stream:
+    """The records of a split, encoded with the `tokenizer` of the run's model, which is read where
+    none is given, and its template where they are dialogues.
     """
     folder = resolve(run.model.model_name_or_path)
-    tokenizer = Tokenizer.from_folder(folder)
+    tokenizer = tokenizer or Tokenizer.from_folder(folder)
     encoder: Encoder
     if run.model.stage == "PT":
         encoder = TextEncoder(tokenizer, run.data.max_seq_len)

@@ -20,12 +20,6 @@ if TYPE_CHECKING:
 def form_of(run: Run, ranks: Ranks) -> Replicated | Sharded:
     """The form of a run; raises ConfigError for settings that cannot go with it."""
     stage = run.parallel.sharding if ranks.shards > 1 else None
-    for key, value in (
-        ("ema_decay", run.optimisation.ema_decay),
-        ("load_best_model_at_end", run.training.load_best_model_at_end),
-    ):
-        if ranks.size > 1 and value:
-            raise ConfigError(f"{key}={value} is for one process yet; leave it out")
     if ranks.size > 1 and run.optimisation.optimizer_in_backward:
         raise ConfigError(
             f"optimizer_in_backward cannot go with {ranks.size} processes, whose gradients are "

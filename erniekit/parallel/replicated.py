@@ -222,6 +222,15 @@ class Replicated:
         """On rank 0 the whole of tensors of the model; all ranks must call it."""
         return dict(tensors) if self.ranks.is_first else {}
 
+    def held(self, parameter: Tensor) -> Tensor:
+        """What this rank has of a parameter, on the same memory."""
+        return parameter.detach()
+
+    def part_of(self, parameter: Tensor, whole: Tensor) -> Tensor:
+        """What this rank has of a whole tensor that is cut as `parameter` is."""
+        del parameter
+        return whole
+
     @torch.no_grad()
     def after_update(self, trained: Mapping[str, nn.Parameter]) -> None:
         """Every owner's weights replace the other ranks' of its copy."""

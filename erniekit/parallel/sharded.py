@@ -152,6 +152,14 @@ class Sharded:
                 found[name] = whole.detach().cpu()
         return found
 
+    def held(self, parameter: Tensor) -> Tensor:
+        """What this rank has of a parameter, on the same memory."""
+        return _local(parameter)
+
+    def part_of(self, parameter: Tensor, whole: Tensor) -> Tensor:
+        """What this rank has of a whole tensor that is cut as `parameter` is."""
+        return _cut_like(whole, parameter)
+
     def after_update(self, trained: Mapping[str, nn.Parameter]) -> None:
         """Weights are gathered when they are next needed."""
 

@@ -74,6 +74,7 @@ def train(run: Run, device: str, method: Method, ranks: Ranks) -> int:
         session = Session(
             run, device, num_steps, folder, state, train_stream, eval_stream, method, ranks
         )
+        memory.give_back()
         return session.finish() if session.train() else session.stopped_by_signal
 
 
@@ -126,7 +127,9 @@ def _streams(run: Run) -> tuple[Stream, Stream | None]:
     if not run.data.files("train"):
         raise ConfigError("train_dataset_path is not set; give a .jsonl file of records")
     has_eval = run.training.do_eval and run.data.files("eval")
-    return stream(run, "train"), stream(run, "eval") if has_eval else None
+    train_stream = stream(run, "train")
+    tokenizer = train_stream.encoder.tokenizer
+    return train_stream, stream(run, "eval", tokenizer) if has_eval else None
 
 
 def _num_steps(

@@ -60,6 +60,8 @@ def words(model: Path, data: Path, output: Path, **more: object) -> list[str]:
     return [f"{key}={value}" for key, value in values.items()]
 
 
+MEAN = {"ema_decay": 0.6, "load_best_model_at_end": True, "save_steps": 1, "eval_steps": 1}
+MEAN["greater_is_better"] = True  # the best is then the first, and not the last
 KINDS = {
     "dense-full": ("tiny-dense", {"fine_tuning": "Full"}),
     "moe-full": (
@@ -92,6 +94,8 @@ KINDS = {
     ),
     "moe-rm": ("tiny-moe", {"fine_tuning": "Full", "stage": "RM", "max_seq_len": 256}),
     "dense-muon": ("tiny-dense", {"fine_tuning": "Full", "optim": "muon"}),
+    "dense-mean": ("tiny-dense", {"fine_tuning": "Full", **MEAN}),
+    "moe-mean": ("tiny-moe", {"fine_tuning": "LoRA", **MEAN}),
 }
 FORMS = {
     "none": {},
@@ -106,6 +110,8 @@ ALIKE = [
     ("dense-muon", "stage1"),
     *(("dense-dpo", form) for form in ("none", "stage3")),
     ("moe-dpo", "stage3"),
+    *(("dense-mean", form) for form in ("none", "stage1", "stage3")),
+    ("moe-mean", "stage1"),
     *(("dense-kto", form) for form in ("none", "stage3")),
     *(("moe-rm", form) for form in ("stage1", "stage3")),
 ]
@@ -142,11 +148,22 @@ def records(output: Path) -> list[dict]:
 
 
 def saved(output: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
-    """Weights and optimizer state of a checkpoint."""
+    """Weights and optimizer state of a checkpoint, and averages where it has them."""
     folder = output / f"checkpoint-{step}"
     state = load_file(folder / checkpoint.OPTIMIZER_FILE)
-    (weights,) = folder.glob("*model.safetensors")
-    return load_file(weights) | {f"state of {name}": tensor for name, tensor in state.items()}
+    averages = weights_in(folder / checkpoint.AVERAGE_FOLDER)
+    return (
+        weights_in(folder)
+        | {f"state of {name}": tensor for name, tensor in state.items()}
+        | {f"average of {name}": tensor for name, tensor in averages.items()}
+    )
+
+
+def weights_in(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*model.safetensors"):
+        found |= load_file(file)
+    return found
 
 
 def assert_alike(ours: dict, theirs: dict, bound: float = 1e-5) -> None:
@@ -196,6 +213,28 @@ def test_sharded_state_equals_replicated_bit_for_bit(runs: Path, kind: str) -> N
     ours, theirs = saved(runs / f"{kind}-stage1"), saved(runs / f"{kind}-none")
     for name, expected in theirs.items():
         assert torch.equal(ours[name], expected), f"{name} differs"
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("kind", "form"), [pair for pair in ALIKE if pair[0].endswith("mean")])
+def test_best_weights_and_averages_are_those_of_one_process(
+    runs: Path, kind: str, form: str
+) -> None:
+    ours, theirs = runs / f"{kind}-{form}", runs / kind
+    best = [
+        json.loads((o / checkpoint.BEST_FILE).read_text())["checkpoint"] for o in (ours, theirs)
+    ]
+    assert best == ["checkpoint-1", "checkpoint-1"]
+    mean = checkpoint.AVERAGE_FOLDER
+    for folder in ("", mean):
+        assert weights_in(theirs / folder)
+        # Rounded to bfloat16, where a last digit may differ.
+        assert_alike(weights_in(ours / folder), weights_in(theirs / folder), bound=1e-2)
+    for name, tensor in weights_in(ours / best[0] / mean).items():
+        rounded = weights_in(ours / mean)[name]
+        assert torch.equal(tensor.to(rounded.dtype), rounded), name
+    weights, averages = (weights_in(theirs / best[1] / folder) for folder in ("", mean))
+    assert any(not torch.equal(averages[name], weight) for name, weight in weights.items())
 
 
 @pytest.mark.ranks
@@ -366,15 +405,6 @@ def test_one_process_exchanges_nothing() -> None:
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"ema_decay": 0.9}, "ema_decay=0.9"),
-        (
-            {
-                "load_best_model_at_end": True,
-                "evaluation_strategy": "steps",
-                "eval_dataset_path": ["x"],
-            },
-            "load_best_model_at_end=True",
-        ),
         (
             {
                 "optimizer_in_backward": True,

@@ -17,7 +17,7 @@ from erniekit.cli import main
 from erniekit.config import Run, resolved, run_from
 from erniekit.gradients import Gradients
 from erniekit.lora import add_lora
-from erniekit.optim import AdamW, treatments
+from erniekit.optim import OPTIMIZERS, treatments
 from erniekit.plan import GIB, Degrees, Sizes, kept_words, plan, sizes_of
 from erniekit.recompute import recompute
 from erniekit.reward_model import add_reward_head
@@ -56,10 +56,13 @@ def num_bytes(tensors) -> int:
 @pytest.mark.parametrize("fine_tuning", ["Full", "LoRA", "DoRA"])
 @pytest.mark.parametrize("low", ["true", "false"])
 @pytest.mark.parametrize("stage", ["SFT", "RM"])
-def test_weights_sums_and_state_equal_real_ones(config, fine_tuning, low, stage) -> None:
+@pytest.mark.parametrize("optim", ["adamw", "adamw_8bit", "muon"])
+def test_weights_sums_and_state_equal_real_ones(config, fine_tuning, low, stage, optim) -> None:
+    precision = {"use_lowprecision_moment": low} if optim == "adamw" else {}
     run = planned(
         **FORMS[fine_tuning],
-        use_lowprecision_moment=low,
+        **precision,
+        optim=optim,
         amp_master_grad=low,
         lora_rank=3,
         stage=stage,
@@ -70,7 +73,7 @@ def test_weights_sums_and_state_equal_real_ones(config, fine_tuning, low, stage)
     head = (model.head_weight, model.model.embed_tokens.weight)
     sums = Gradients(trained, dtype, float32_for=head)
     rates = treatments(trained, run.optimisation, num_layers=3, lora_plus_scale=1.0)
-    optimizer = AdamW(trained, rates, run.optimisation, seed=0)
+    optimizer = OPTIMIZERS[optim](trained, rates, run.optimisation, seed=0)
     sizes = sizes_of(config, run, "cpu")
     assert sizes.weights.total() == num_bytes([*model.parameters(), *model.buffers()])
     assert sizes.sums.total() == num_bytes(sums.sum_of(p) for p in trained.values())

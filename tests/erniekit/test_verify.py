@@ -10,6 +10,7 @@ import pytest
 
 from erniekit import checkpoint, session
 from erniekit.cli import main
+from tests.erniekit.conftest import preferences, write_lines
 from tests.erniekit.test_resume import curve, words
 
 
@@ -115,6 +116,21 @@ def test_a_repetition_that_is_stopped_gives_no_verdict(copied: Path, monkeypatch
     assert main(["resume", "--verify", str(copied)]) == 2
     assert "the repetition was stopped at step 7" in capsys.readouterr().err
     assert not list(copied.glob("*.certificate.json")) + list(copied.glob(".replay-*"))
+
+
+@pytest.mark.parametrize("fine_tuning", ["Full", "LoRA"])
+def test_a_run_on_preferences_is_certified(fine_tuning, tiny, tmp_path: Path, capsys) -> None:
+    """Its numbers of the reference lie in the folder, and are not asked for again."""
+    pairs = write_lines(tmp_path / "pairs.jsonl", preferences(30))
+    more = {"stage": "DPO", "fine_tuning": fine_tuning, "max_seq_len": 256, "num_answers": 0}
+    more |= {"train_dataset_path": pairs, "eval_dataset_path": pairs, "max_steps": 4}
+    output = tmp_path / "run"
+    assert main(words(tiny("tiny-dense"), tmp_path, output, save_steps=2, **more)) == 0
+    assert main(["resume", "--verify", str(output)]) == 0
+    assert "reproduced: steps 3 to 4" in capsys.readouterr().out
+    told = certificate(output, 2)
+    assert told["compared"]["records"] == [3, 4]
+    assert {"rewards_margin", "loss"} <= set(told["compared"]["numbers"])
 
 
 def test_a_changed_record_fails(copied: Path) -> None:
