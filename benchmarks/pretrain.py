@@ -1,6 +1,6 @@
 """Does a mixture of experts pre-trained from nothing beat a dense twin of the same active size?
 
-    python benchmarks/pretrain.py [--steps 750] [--folder FOLDER]
+    python benchmarks/pretrain.py [--steps 400] [--folder FOLDER]
 
 Both read the same tokens of the same English and Chinese documents in the same order, with the
 tokenizer that `examples/pretrain_corpus.py` has learnt on them. They train side by side, each on
@@ -34,7 +34,7 @@ Record = dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=QUESTION)
-    parser.add_argument("--steps", type=int, default=750)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--folder", type=Path, help="where corpus and models go, and stay")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
