@@ -646,6 +646,13 @@ class Run:
         return self.model.fine_tuning == "LoRA"
 
     @property
+    def has_answers(self) -> bool:
+        """Whether its records are questions that the model can be asked: not so of plain text, and
+        a reward model does not answer.
+        """
+        return self.model.stage not in ("PT", "RM")
+
+    @property
     def output(self) -> Path:
         if self.training.output_dir is None:
             raise ConfigError("output_dir is none; give a folder")

@@ -71,7 +71,7 @@ def _on_data(run: Run, method: Method, model: ernie.ErnieModel, what: str | Path
     held_out.faults.judge(at_end=True)
     log.info("evaluated %s", what)
     log.info("%s", eval_line(values, 0).replace("eval at step 0", "eval"))
-    num_answers = 0 if run.model.stage in ("RM", "PT") else run.reporting.num_answers
+    num_answers = run.reporting.num_answers if run.has_answers else 0
     asked = prompts(held_out, num_answers)
     given = answers(model, asked, run.reporting.max_answer_tokens, step=0)
     lines = [json.dumps({k: v for k, v in a.items() if k != "step"}) + "\n" for a in given]
