@@ -27,7 +27,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from ernie.settings import ConfigError
-from fastdeploy.server.calls import (
+from ernie.chat.calls import (
     BEGIN,
     CALL,
     END,

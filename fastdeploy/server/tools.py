@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from ernie.tokenizer import Tokenizer
 from fastdeploy.errors import RequestError
 from fastdeploy.sampling import GuidedDecodingParams, SamplingParams
-from fastdeploy.server.calls import CALL, END_CALL
+from ernie.chat.calls import CALL, END_CALL
 
 MAX_TOOLS = 128
 MAX_DEPTH = 64  # of a schema

@@ -18,7 +18,7 @@ from fastdeploy.engine.request import TokenOutput
 from fastdeploy.engine.text import Sample
 from fastdeploy.outputs import CompletionOutput, Logprob, RequestMetrics
 from fastdeploy.sampling import SamplingParams
-from fastdeploy.server.calls import Call, read_calls
+from ernie.chat.calls import Call, read_calls
 from fastdeploy.server.message import Message, Reading, Said
 from fastdeploy.server.parsers import (
     REASONING_PARSERS,
