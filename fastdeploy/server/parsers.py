@@ -26,7 +26,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from ernie.settings import ConfigError
 from ernie.chat.calls import (
     BEGIN,
     CALL,
@@ -37,6 +36,7 @@ from ernie.chat.calls import (
     CallScan,
     read_calls,
 )
+from ernie.settings import ConfigError
 
 THINK, END_THINK = "<think>", "</think>"
 RESPONSE, END_RESPONSE = "<response>", "</response>"

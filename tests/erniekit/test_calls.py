@@ -14,10 +14,11 @@ from erniekit.data.dialogue import Encoder, read_dialogue
 from erniekit.data.sources import DataError
 from erniekit.report.scores import call_scores, mean_scores
 from fastdeploy.server.parsers import Parser, find_syntax
-from tests.helpers_tokenizer import sentencepiece_folder
+from tests.helpers_tokenizer import byte_level_folder, sentencepiece_folder
 
 ROOT = Path(__file__).parents[2]
 FC_TEMPLATE = ROOT / "examples/configs/SmolLM2-135M/fc/chat_template.jinja"
+EXAMPLE = "the example's"  # chat template, which has no thoughts
 WEATHER = {"name": "weather", "description": "of a city", "parameters": {"type": "object"}}
 TIMER = {"name": "timer", "parameters": {"type": "object", "properties": {"s": {}}}}
 TOOLS = [{"type": "function", "function": tool} for tool in (WEATHER, TIMER)]
@@ -72,18 +73,32 @@ CORPUS: list[list[dict]] = [
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> Tokenizer:
-    return Tokenizer.from_folder(sentencepiece_folder(tmp_path_factory.mktemp("calls")))
+def tokenizer_of(tmp_path_factory):
+    """A function from a template to a tokenizer that has its control tokens."""
+    root = tmp_path_factory.mktemp("calls")
+    bytes_, pieces = byte_level_folder(root / "bytes"), sentencepiece_folder(root / "pieces")
+    made = {folder: Tokenizer.from_folder(folder) for folder in (bytes_, pieces)}
+    return lambda template: made[bytes_ if template in (THINKING, EXAMPLE) else pieces]
 
 
-@pytest.mark.parametrize("template", [THINKING, VL_THINKING], ids=lambda t: t.name)
+def template_of(template, tokenizer: Tokenizer) -> ChatTemplate:
+    if template != EXAMPLE:
+        return template
+    return ChatTemplate.from_sources({"default": FC_TEMPLATE.read_text()}, "it", tokenizer)
+
+
+@pytest.mark.parametrize(
+    "template", [THINKING, VL_THINKING, EXAMPLE], ids=lambda t: getattr(t, "name", t)
+)
 @pytest.mark.parametrize("messages", CORPUS, ids=range(len(CORPUS)))
-def test_samples_are_what_a_server_asks_and_the_parser_reads(template, messages, tokenizer) -> None:
+def test_samples_are_what_a_server_asks_and_the_parser_reads(
+    template, messages, tokenizer_of
+) -> None:
+    tokenizer = tokenizer_of(template)
+    template = template_of(template, tokenizer)
     encoder = Encoder(tokenizer, template, 4096, one_answer_per_sample=True)
     samples = encoder.read({"messages": messages, "tools": TOOLS}, "messages")
-    answers = [
-        i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("label", 1)
-    ]
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m.get("label", 1)]
     assert len(samples) == len(answers)
     for i, sample in zip(answers, samples):
         prompt = template.encode(tokenizer, messages[:i], tools=TOOLS).token_ids
@@ -96,12 +111,14 @@ def test_samples_are_what_a_server_asks_and_the_parser_reads(template, messages,
             for c in messages[i].get("tool_calls", [])
         ]
         assert [(c.name, json.loads(c.arguments)) for c in calls_in(text)] == wanted
-        parser = Parser(find_syntax("auto", "auto", template.tags), in_thought=True)
+        parser = Parser(
+            find_syntax("auto", "auto", template.tags), in_thought="<think>" in template.tags
+        )
         parts = [*parser.push(text), *parser.finish()]
         assert [c for part in parts for c in part.calls] == list(calls_in(text))
 
 
-def test_sharegpt_says_the_same_dialogue_as_messages(tokenizer) -> None:
+def test_sharegpt_says_the_same_dialogue_as_messages(tokenizer_of) -> None:
     inner = {"name": "weather", "arguments": {"city": "北京"}}
     parallel = [inner, {"name": "timer", "arguments": {"s": 1}}]
     record = {
@@ -121,7 +138,7 @@ def test_sharegpt_says_the_same_dialogue_as_messages(tokenizer) -> None:
         result("sunny"),
         said("Sunny."),
     ]
-    encoder = Encoder(tokenizer, THINKING, 4096)
+    encoder = Encoder(tokenizer_of(THINKING), THINKING, 4096)
     assert encoder.read(record, "sharegpt") == encoder.read(
         {"messages": messages, "tools": TOOLS}, "messages"
     )
@@ -177,9 +194,11 @@ def test_faults_of_sharegpt_say_why_and_where(turn, words, at) -> None:
     assert words in str(caught.value) and caught.value.at == at
 
 
-def test_a_template_without_a_place_for_tools_refuses_them(tokenizer) -> None:
+def test_a_template_without_a_place_for_tools_refuses_them(tokenizer_of) -> None:
     with pytest.raises(DataError, match="no place for tools"):
-        Encoder(tokenizer, LLM, 4096).read({"messages": CORPUS[0], "tools": TOOLS}, "messages")
+        Encoder(tokenizer_of(LLM), LLM, 4096).read(
+            {"messages": CORPUS[0], "tools": TOOLS}, "messages"
+        )
 
 
 @pytest.mark.parametrize(
