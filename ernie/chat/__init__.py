@@ -1,9 +1,8 @@
 """Chat messages to token ids, for a server's prompts and for training samples alike.
 
 `template` is the front; `messages` checks what comes in, `builtin` holds the family's own,
-`folder` finds those of a model folder and `sandbox` runs them; `calls` reads the calls in an answer;
-`lock` tells whether they are those
-that a model was trained with.
+`folder` finds those of a model folder and `sandbox` runs them; `lock` tells whether they are those
+that a model was trained with; `calls` reads the calls of an answer.
 """
 
 from ernie.chat.lock import LOCK_FILE, changes, write_lock

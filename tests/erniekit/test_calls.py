@@ -10,11 +10,15 @@ import pytest
 from ernie.chat import LLM, THINKING, UNTRAINED, VL_THINKING, ChatTemplate
 from ernie.chat.calls import calls_in
 from ernie.tokenizer import Tokenizer
+from erniekit.config import Data
 from erniekit.data.dialogue import Encoder, read_dialogue
+from erniekit.data.loader import Stream
 from erniekit.data.sources import DataError
+from erniekit.report.answers import prompts
 from erniekit.report.scores import call_scores, mean_scores
 from fastdeploy.server.parsers import Parser, find_syntax
-from tests.helpers_tokenizer import byte_level_folder, sentencepiece_folder
+from tests.helpers_tokenizer import byte_level_folder
+from tests.helpers_vision import vl_folder
 
 ROOT = Path(__file__).parents[2]
 FC_TEMPLATE = ROOT / "examples/configs/SmolLM2-135M/fc/chat_template.jinja"
@@ -76,7 +80,7 @@ CORPUS: list[list[dict]] = [
 def tokenizer_of(tmp_path_factory):
     """A function from a template to a tokenizer that has its control tokens."""
     root = tmp_path_factory.mktemp("calls")
-    bytes_, pieces = byte_level_folder(root / "bytes"), sentencepiece_folder(root / "pieces")
+    bytes_, pieces = byte_level_folder(root / "bytes"), vl_folder(root / "pieces")
     made = {folder: Tokenizer.from_folder(folder) for folder in (bytes_, pieces)}
     return lambda template: made[bytes_ if template in (THINKING, EXAMPLE) else pieces]
 
@@ -204,7 +208,8 @@ def test_a_template_without_a_place_for_tools_refuses_them(tokenizer_of) -> None
 @pytest.mark.parametrize(
     ("ours", "theirs", "scores"),
     [
-        ('{"name": "a", "arguments": {"y": 2.0, "x": 1}}', '{"name": "a", "arguments": {"x": 1, "y": 2}}', (1, 1)),
+        ('{"name": "a", "arguments": {"y": 2.0, "x": 1}}',
+         '{"name": "a", "arguments": {"x": 1, "y": 2}}', (1, 1)),
         ('{"name": "a", "arguments": {"x": true}}', '{"name": "a", "arguments": {"x": 1}}', (1, 0)),
         ('{"name": "b", "arguments": {"x": 1}}', '{"name": "a", "arguments": {"x": 1}}', (0, 0)),
         ('[{"name": "b"}, {"name": "a"}]', '[{"name": "a"}, {"name": "b"}]', (1, 1)),
@@ -224,3 +229,21 @@ def test_a_call_in_a_thought_is_none_and_means_are_over_those_that_have_the_scor
     assert call_scores(calls_in(thought), ()) == {"no_call": 1}
     records = [{"f1": 1, "no_call": 1}, {"f1": 0, "call_name": 1, "call_arguments": 0}]
     assert mean_scores(records) == {"f1": 0.5, "call_name": 1, "call_arguments": 0, "no_call": 1}
+
+
+def test_evaluation_asks_for_every_call_of_the_example(tokenizer_of) -> None:
+    template = template_of(EXAMPLE, tokenizer_of(EXAMPLE))
+    path = ROOT / "examples/data/fc-eval.jsonl"
+    encoder = Encoder(tokenizer_of(EXAMPLE), template, 4096)
+    data = Data(eval_dataset_path=(str(path),), eval_dataset_type=("chatml",))
+    stream = Stream(data, "eval", encoder, seed=0)
+    found = prompts(stream, -1)
+    records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    calling = [[m for m in r["messages"] if m.get("tool_calls")] for r in records]
+    ends = [r["messages"][-1] for r in records if not r["messages"][-1].get("tool_calls")]
+    assert len(found) == sum(map(len, calling)) + len(ends)
+    made = [len(p.calls or ()) for p in found if p.calls]
+    assert made == [len(m["tool_calls"]) for group in calling for m in group]
+    for prompt in found:
+        perfect = call_scores(calls_in(prompt.reference), prompt.calls)
+        assert set(perfect.values()) == {1.0}, prompt.reference
