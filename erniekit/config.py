@@ -303,7 +303,7 @@ class Policy:
     rollout_max_seqs: int = option(64, "Answers under way at once.")
     rollout_server: str | None = option(
         None,
-        "Address of a fastdeploy server with --enable-control-api that answers instead, as "
+        "Address of a fastdeploy server (--enable-control-api --enable-logprob) that answers, as "
         "http://127.0.0.1:8188; it is given the new weights before each round, in a folder.",
     )
     rollout_correction: str = option(
