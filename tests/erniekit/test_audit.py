@@ -190,7 +190,8 @@ KEYS = (
 RECORDS = st.dictionaries(
     st.sampled_from(KEYS),
     ANY_JSON | st.lists(st.dictionaries(st.sampled_from(KEYS), ANY_JSON | st.sampled_from(
-        ["user", "assistant", "system", "tool", "function_call", "observation"]), max_size=4), max_size=4),
+        ["user", "assistant", "system", "tool", "function_call", "observation"]
+    ), max_size=4), max_size=4),
     max_size=5,
 )  # fmt: skip
 
