@@ -41,8 +41,6 @@ LATER: dict[str, tuple[Any, ...]] = {
     "model_impl": ("auto", "fastdeploy"),
     "use_warmup": (0,),
     "lm_head_fp32": (False,),
-    "limit_mm_per_prompt": (None,),
-    "mm_processor_kwargs": (None,),
     "max_encoder_cache": (-1, 0),
     "max_processor_cache": (-1, 0),
     "disable_chunked_mm_input": (False,),
