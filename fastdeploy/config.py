@@ -68,6 +68,9 @@ class EngineConfig:
         False, "Give a text the same tokens, to the bit, whatever else is computed beside it."
     )
     enable_prefix_caching: bool = option(True, "Reuse the cache of texts that begin alike.")
+    vision_cache_mib: int = option(
+        1024, "Memory for pictures that were read, kept for requests with the same ones, in MiB."
+    )
     enable_chunked_prefill: bool = option(True, "Read long prompts in pieces, between other texts.")
     use_cudagraph: bool | None = option(
         None,
@@ -124,6 +127,7 @@ class EngineConfig:
             "tensor_parallel_size",
             "max_num_batched_tokens",
             "num_gpu_blocks_override",
+            "vision_cache_mib",
             "max_loras",
             "max_lora_rank",
             "guided_decoding_max_bytes",
