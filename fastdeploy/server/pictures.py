@@ -36,7 +36,7 @@ MAX_BYTES = 768 << 20  # of the patches of one request: they cross the link in o
 class PromptPictures(msgspec.Struct, array_like=True):
     """The pictures of one prompt: what `ernie.vision.prompt.Inputs` has beside token ids."""
 
-    rows: bytes  # (P, width) uint8
+    rows: bytearray  # (P, width) uint8
     width: int
     spans: list[Span]
 
@@ -53,7 +53,7 @@ class PromptPictures(msgspec.Struct, array_like=True):
                 param="messages",
             )
         width = inputs.pixel_values.shape[1]
-        return cls(inputs.pixel_values.tobytes(), width, list(inputs.pictures))
+        return cls(bytearray(inputs.pixel_values.data), width, list(inputs.pictures))
 
     def inputs(self, prompt_ids: list[int]) -> Inputs:
         """The way back, behind the link; the prompt may have grown at its end."""
