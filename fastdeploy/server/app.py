@@ -298,6 +298,9 @@ class Service:
             "root": self.name,
             "parent": parent,
             "max_model_len": self.loaded.config.max_model_len,
+            "input_modalities": ["text", *sorted(self.loaded.template.reads)]
+            if self.loaded.template
+            else ["text"],
             "permission": [],
         }
 
