@@ -111,8 +111,6 @@ REASONS = {
     "controller_port": "is not offered: the routes of enable_control_api do it, behind the keys",
     "swap_space": "is not offered: the cache has no tier in the host's memory",
     "kvcache_storage_backend": "is not offered: the cache has no tier outside of memory",
-    "limit_mm_per_prompt": _TEXT,
-    "mm_processor_kwargs": _TEXT,
     "enable_mm": _TEXT,
     "enable_mm_output": _TEXT,
     "trust_remote_code": _MODEL_CODE,
