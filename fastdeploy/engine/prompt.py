@@ -1,18 +1,21 @@
-"""What a user says in words and pictures, as token ids: chat prompts and bad words. Imports no
-torch.
+"""What a user says in words and pictures, as token ids and patches: chat prompts, prompts with
+pictures, and bad words. Imports no torch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ernie.chat import ChatTemplate
 from ernie.chat.messages import pictures_of
 from ernie.tokenizer import Tokenizer
-from ernie.vision.prompt import Inputs, Processor
 from fastdeploy.errors import RequestError
 from fastdeploy.sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from ernie.vision.prompt import Inputs, Processor
 
 # Arguments of the rendering itself: a request may not set them through chat_template_kwargs.
 RESERVED = frozenset({"messages", "tools", "add_generation_prompt", "tokenize", "chat_template"})
@@ -81,6 +84,51 @@ def _checked(
             param="chat_template_kwargs",
         )
     return template, tokenizer
+
+
+def picture_prompt(
+    processor: Processor | None,
+    tokenizer: Tokenizer | None,
+    prompt: str | Sequence[int],
+    data: Any,
+) -> Inputs:
+    """A prompt with `data`, `{"image": [...], "video": [...]}`: see `Processor.prompt_inputs`. A
+    path is a file that the caller may read, unlike one in a message.
+    """
+    if processor is None or tokenizer is None:
+        lacks = "reads text only" if processor is None else "has no tokenizer"
+        raise RequestError(f"multimodal_data is given, but this model {lacks}", param="prompt")
+    if not isinstance(data, Mapping) or data.keys() - {"image", "video"}:
+        shown = sorted(map(str, data)) if isinstance(data, Mapping) else type(data).__name__
+        raise RequestError(
+            f"multimodal_data is {shown}; it takes the keys 'image' and 'video', each with a list",
+            param="prompt",
+        )
+    listed = []
+    for kind in ("image", "video"):
+        sources = data.get(kind) or ()
+        sources = sources if isinstance(sources, (list, tuple)) else [sources]
+        listed.append([_source(kind, number, source) for number, source in enumerate(sources)])
+    return processor.prompt_inputs(tokenizer, prompt, *listed)
+
+
+def _source(kind: str, number: int, source: Any) -> Any:
+    """As in a part of a message, with files read."""
+    if isinstance(source, Mapping):  # {"video": ..., "max_frames": 8}
+        name = kind if kind in source else "url"
+        options = {key: value for key, value in source.items() if key != name}
+        return {**options, "url": _source(kind, number, source.get(name))}
+    if isinstance(source, list):  # frames
+        return [_source("image", number, frame) for frame in source]
+    is_path = isinstance(source, Path) or (isinstance(source, str) and ":" not in source[:16])
+    if not is_path:
+        return source
+    try:
+        return Path(source).read_bytes()
+    except OSError as error:
+        raise RequestError(
+            f"{kind}[{number}] of multimodal_data cannot be read: {error}", param="prompt"
+        ) from None
 
 
 def banned_sequences(

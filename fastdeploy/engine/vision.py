@@ -141,17 +141,18 @@ class PictureRows:
         rows, places, half_read, first = [], [], set(), 0
         for part in parts:
             layout, end = part.request.layout, part.start + part.num_tokens
-            reads = layout is not None and part.start < part.request.num_prompt
-            for span in layout.pictures if layout is not None and reads else ():
+            first, at = first + part.num_tokens, first
+            if layout is None or part.start >= part.request.num_prompt:
+                continue
+            for span in layout.pictures:
                 begin, stop = max(span.start, part.start), min(span.stop, end)
                 if begin >= stop:
                     continue
                 rows_LD = self._rows(span, layout, model)
                 rows.append(rows_LD[begin - span.start : stop - span.start])
-                places.append(np.arange(begin, stop) - part.start + first)
+                places.append(np.arange(begin, stop) - part.start + at)
                 if stop < span.stop:
                     half_read.add(span.digest)
-            first += part.num_tokens
         self._shrink(half_read)
         if not rows:
             return None

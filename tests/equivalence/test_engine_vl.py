@@ -4,6 +4,7 @@ however they are cut, found in the cache or computed again.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,17 +15,21 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import ernie
 from ernie.fused import fuse, shallow_copy
 from ernie.generate import generate
 from ernie.model import ErnieModel
 from ernie.models import TINY
-from ernie.vision.prompt import Inputs, Span
+from ernie.tokenizer import Tokenizer
+from ernie.vision.prompt import Inputs, Processor, Span
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
 from fastdeploy.errors import RequestError
+from fastdeploy.llm import LLM
 from fastdeploy.sampling import SamplingParams
+from tests.helpers_vision import png, vl_folder
 
 NUM_NEW, MAX_LEN, BLOCK = 24, 96, 8
 SMALL, WIDE, CLIP = (1, 4, 6), (1, 4, 20), (4, 4, 8)  # 6, 20 and 16 rows
@@ -245,3 +250,110 @@ def test_a_text_model_refuses_pictures() -> None:
     engine = Engine(made, config.resolved(max_positions=64, device_type="cpu"))
     with pytest.raises(RequestError, match="text model"):
         engine.check(replace(PROMPTS[0], token_ids=[7] * 19), SamplingParams())
+
+
+@pytest.fixture(scope="module")
+def llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    """The tiny network with the vocabulary of a tokenizer."""
+    folder = vl_folder(tmp_path_factory.mktemp("tokenizer"))
+    tokenizer = Tokenizer.from_folder(folder)
+    marks = {
+        f"{kind}_{end}_token_id": tokenizer.id_of(f"<|{kind.upper()}_{end.upper()}|>")
+        for kind in ("image", "video")
+        for end in ("start", "end")
+    }
+    mark = tokenizer.id_of("<|IMAGE_PLACEHOLDER|>")
+    config = replace(
+        TINY["tiny-vl"],
+        vocab_size=tokenizer.vocab_size,
+        im_patch_id=mark,
+        video_token_id=None,
+        **marks,
+    )
+    made = ErnieModel(config, dtype=torch.float32)
+    made.init_weights(seed=1, std=0.3)
+    settings = {"max_model_len": 400, "num_gpu_blocks_override": 60, "max_num_batched_tokens": 16}
+    return LLM(made, tokenizer=str(folder), **settings)
+
+
+PARAMS = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+# As the template writes the messages below.
+WRITTEN = (
+    "<|begin_of_sentence|>User: What?Picture 1:<|IMAGE_START|><|image@placeholder|><|IMAGE_END|>"
+)
+
+
+def test_chat_with_a_picture_equals_the_plain_generator(llm: LLM) -> None:
+    url = "data:image/png;base64," + base64.b64encode(png("teal")).decode()
+    part = {"type": "image_url", "image_url": {"url": url}}
+    messages = [{"role": "user", "content": [{"type": "text", "text": "What?"}, part]}]
+    assert llm.template is not None and llm.tokenizer is not None
+    inputs = Processor().inputs(llm.template, llm.tokenizer, messages, add_generation_prompt=True)
+    (output,) = llm.chat(messages, PARAMS)
+    assert output.prompt_token_ids == inputs.token_ids
+    wanted = generate(
+        llm.engine.runner.model,
+        inputs.token_ids,
+        max_tokens=8,
+        pixel_values=inputs.pixel_values,
+        grid_thw=inputs.grid_thw,
+    )
+    assert output.outputs.token_ids == list(wanted)
+
+
+def test_pictures_of_a_prompt_are_the_same_however_they_are_given(llm: LLM, tmp_path: Path) -> None:
+    data = png("teal")
+    path = tmp_path / "teal.png"
+    path.write_bytes(data)
+    assert llm.tokenizer is not None
+    ids = llm.tokenizer.encode(
+        WRITTEN.replace("image@placeholder", "IMAGE_PLACEHOLDER"), allow_special=True
+    )
+    given = [
+        {"prompt": WRITTEN, "multimodal_data": {"image": [data]}},
+        {"prompt": WRITTEN, "multi_modal_data": {"image": Image.open(path)}},
+        {"prompt": WRITTEN, "multi_modal_data": {"image": [str(path)]}},
+        {"prompt_token_ids": ids, "multimodal_data": {"image": [path]}},
+    ]
+    assert llm.engine.pictures is not None
+    llm.engine.pictures.forget()
+    before = llm.engine.pictures.num_computed
+    outputs = llm.generate(given, PARAMS)
+    assert llm.engine.pictures.num_computed - before <= 1
+    assert len({tuple(output.outputs.token_ids) for output in outputs}) == 1
+    whole = outputs[0].prompt_token_ids
+    again = {"prompt_token_ids": whole, "multimodal_data": {"image": [data]}}
+    assert llm.generate(again, PARAMS)[0].prompt_token_ids == whole
+
+
+def test_a_clip_of_a_prompt_stands_in_its_place(llm: LLM) -> None:
+    prompt = (
+        "<|VIDEO_START|><|video@placeholder|><|VIDEO_END|> and "
+        "<|IMAGE_START|><|image@placeholder|><|IMAGE_END|>"
+    )
+    clip = {"video": [png(c) for c in ("red", "teal")], "max_pixels": 28 * 28 * 8}
+    clip["min_pixels"] = 28 * 28
+    data = {"image": [png()], "video": [clip]}
+    order = llm._order({"prompt": prompt, "multimodal_data": data})
+    assert isinstance(order.prompt, Inputs)
+    assert [span.kind for span in order.prompt.pictures] == ["video", "image"]
+    ids = llm._order({"prompt_token_ids": order.token_ids, "multimodal_data": data})
+    assert ids.token_ids == order.token_ids
+    assert len(llm.generate({"prompt": prompt, "multimodal_data": data}, PARAMS)) == 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "told"),
+    [
+        ({"prompt": "x", "multimodal_data": {"image": [b""]}}, "0 places of kind image, and 1"),
+        ({"prompt": WRITTEN, "multimodal_data": {"image": [b"no"]}}, r"image\[0\]: the picture"),
+        ({"prompt": WRITTEN, "multimodal_data": {"image": ["gone.png"]}}, "cannot be read"),
+        ({"prompt": WRITTEN, "multimodal_data": {"sound": [1]}}, "takes the keys"),
+        ({"prompt": WRITTEN, "multimodal_data": [1]}, "multimodal_data is list"),
+    ],
+)
+def test_pictures_of_a_prompt_that_are_wrong_are_refused(
+    llm: LLM, prompt: dict[str, Any], told: str
+) -> None:
+    with pytest.raises(ValueError, match=told):
+        llm.generate(prompt, PARAMS)
