@@ -1,9 +1,9 @@
-"""Fill the generated parts of README.md: result tables from the newest records, and the tree.
+"""Fill the generated parts of README.md and docs/methods: tables of the newest records, the tree.
 
     python docs/readme.py            write them
     python docs/readme.py --check    exit with 1 when the README says something else
 
-So no number in the README is typed by hand, and the tree is the real one: an entry's words are the
+So no number there is typed by hand, and the tree is the real one: an entry's words are the
 first sentence of its module. A test runs the check.
 """
 
@@ -89,12 +89,12 @@ def sentence(path: Path) -> str:
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    new = filled(text)
-    if "--check" in sys.argv[1:]:
-        sys.exit("README.md is out of date; run python docs/readme.py" if new != text else 0)
-    readme.write_text(new, encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs/methods").glob("*.md"))):
+        text = path.read_text(encoding="utf-8")
+        new = filled(text)
+        if "--check" in sys.argv[1:] and new != text:
+            sys.exit(f"{path.relative_to(ROOT)} is out of date; run python docs/readme.py")
+        path.write_text(new, encoding="utf-8")
 
 
 if __name__ == "__main__":

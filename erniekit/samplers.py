@@ -6,9 +6,9 @@ answer depends on its prompt, its seed and the weights, not on its neighbours.
     Own       `ernie.rollout`. Of LoRA the base is brought into the inference form once and the
               adapters are laid beside it in every round; a Full model, and adapters of other
               forms or beside a base in few bits, generate as they are.
-    Served    a fastdeploy server with --enable-control-api: pause, new weights from a folder that
-              it must be able to read, resume; then one request an answer. Its arithmetic is not
-              that of training: see `rollout_correction`.
+    Served    a fastdeploy server with --enable-control-api and --enable-logprob: pause, new weights
+              from a folder that it must be able to read, resume; then one request an answer. Its
+              arithmetic is not that of training: see `rollout_correction`.
 """
 
 from __future__ import annotations
@@ -189,7 +189,7 @@ class Served:
         except (urllib.error.URLError, OSError) as error:
             raise ConfigError(
                 f"no server answers at rollout_server={self.address} ({error}); start one: "
-                "python -m fastdeploy.entrypoints.openai.api_server --enable-control-api"
+                "fastdeploy serve FOLDER --enable-control-api --enable-logprob"
             ) from None
 
 

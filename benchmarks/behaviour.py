@@ -1,6 +1,6 @@
 """What does each method change in a model's behaviour on held-out data, beside its loss?
 
-    python benchmarks/effects.py [--methods SFT,DPO] [--seeds 1,2]
+    python benchmarks/behaviour.py [--methods SFT,DPO] [--seeds 1,2]
 
 The model is SmolLM2-135M-Instruct, trained with the example files of each method; nothing of the
 held-out questions is in the training data. Every run is a command that anyone can type; before and
@@ -175,7 +175,7 @@ def report(results: dict[str, list[Numbers]], methods: list[str], seeds: list[in
         )
     chosen = f"--methods {','.join(methods)} --seeds {','.join(map(str, seeds))}"
     write_record(
-        "effects", QUESTION, f"python benchmarks/effects.py {chosen}",
+        "behaviour", QUESTION, f"python benchmarks/behaviour.py {chosen}",
         {"model": "SmolLM2-135M-Instruct", "configs": {m: CONFIGS[m] for m in methods},
          "seeds": seeds, "answers": MAX_TOKENS},
         results, table, " ".join(readings),
