@@ -132,8 +132,8 @@ class Data:
 
     train_dataset_type: tuple[str, ...] = option(
         ("erniekit",),
-        "Format of each training file: erniekit, alpaca, messages or reasoning_gym; erniekit or "
-        "pretrain for plain text (stage PT); comma list.",
+        "Format of each training file: erniekit, alpaca, messages, sharegpt or reasoning_gym; "
+        "erniekit or pretrain for plain text (stage PT); comma list.",
     )
     train_dataset_path: tuple[str, ...] = option(
         (),
@@ -1043,7 +1043,9 @@ def _check_indexed(run: Run) -> None:
         raise ConfigError(f"input_dir={data.input_dir!r} must have weights of 0 or more")
 
 
-_KINDS = {"PT": ("erniekit", "pretrain")}
+_JUDGED = ("erniekit", "alpaca", "messages", "chatml")
+_DIALOGUES = ("erniekit", "alpaca", "messages", "sharegpt", "reasoning_gym", "chatml")
+_KINDS = {"PT": ("erniekit", "pretrain"), **dict.fromkeys(("DPO", "KTO", "RM"), _JUDGED)}
 _ONE_LOSS_A_TOKEN = ("SFT", "PT", "VL-SFT", "OCR-VL-SFT")
 
 
@@ -1054,10 +1056,10 @@ def _check_sources(data: Data, split: str, stage: str) -> None:
             f"{split}_dataset_type, _path and _prob have {len(kinds)}, {len(paths)} and "
             f"{len(probs)} entries; give one of each per file"
         )
-    known = _KINDS.get(stage, ("erniekit", "alpaca", "messages", "reasoning_gym", "chatml"))
+    known = _KINDS.get(stage, _DIALOGUES)
     for kind in kinds:
         if kind not in known and (paths or kind != "pretrain"):
-            *first, last = known[:4]
+            *first, last = (kind for kind in known if kind != "chatml")
             raise ConfigError(
                 f"{split}_dataset_type={kind!r} is not known for stage {stage}; use "
                 f"{', '.join(first)} or {last}"

@@ -230,11 +230,11 @@ class LLM:
         if data is not None:
             inputs = picture_prompt(self.processor, self.tokenizer, prompt, data)
             return _Order(text, inputs, salt)
-        if text is None:
+        if not isinstance(prompt, str):
             return _Order(None, list(prompt), salt)
         if self.tokenizer is None:
             raise RequestError("the model has no tokenizer; give the prompt as token ids")
-        return _Order(text, self.tokenizer.encode(text), salt)
+        return _Order(prompt, self.tokenizer.encode(prompt), salt)
 
     def _chat_prompt(
         self, template: ChatTemplate | None, messages: Any, tools: Any, options: Mapping[str, Any]

@@ -2,7 +2,7 @@
 
 `template` is the front; `messages` checks what comes in, `builtin` holds the family's own,
 `folder` finds those of a model folder and `sandbox` runs them; `lock` tells whether they are those
-that a model was trained with.
+that a model was trained with; `calls` reads the calls of an answer.
 """
 
 from ernie.chat.lock import LOCK_FILE, changes, write_lock

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import count
 from typing import Any
 
+from ernie.chat.calls import written
 from ernie.chat.messages import ChatError, Dialogue, Segment, written_differently
 from ernie.chat.sandbox import LEADING_THOUGHT
 
@@ -159,10 +160,8 @@ def _response(message: Mapping[str, Any]) -> list[Segment]:
 
 def _calls(message: Mapping[str, Any]) -> list[Segment]:
     segments = []
-    for call in message.get("tool_calls", []):
-        function = {key: call["function"][key] for key in ("name", "arguments")}
-        written = Segment(json.dumps(function, ensure_ascii=False))
-        segments += [_own("<tool_call>\n"), written, _own("\n</tool_call>\n")]
+    for call in written(message.get("tool_calls", [])):
+        segments += [_own("<tool_call>\n"), Segment(call), _own("\n</tool_call>\n")]
     return segments
 
 

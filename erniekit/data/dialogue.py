@@ -1,8 +1,9 @@
-"""Records of the three dialogue formats to tokens with labels.
+"""Records of the dialogue formats to tokens with labels.
 
     erniekit  {"src": [question, ...], "tgt": [answer, ...], "system"?, "label"?: [0/1, ...]}
     alpaca    {"instruction", "input"?, "output", "history"?: [[question, answer], ...], "system"?}
     messages  {"messages": [{"role", "content", "label"?, "tool_calls"?}, ...], "tools"?}
+    sharegpt  {"conversations": [{"from", "value"}, ...], "system"?, "tools"?}
 
 Each becomes chat messages, and `ernie.chat` writes both these and a server's prompts, so that what
 is trained is what is served. A dialogue that is longer than a row loses its *oldest whole turns*
@@ -24,6 +25,8 @@ import numpy as np
 from ernie.chat import UNTRAINED, ChatError, ChatTemplate, Encoded, one_answer_each
 from ernie.chat.messages import checked_message
 from ernie.tokenizer import Tokenizer, TokenizerError
+from erniekit.data import sharegpt
+from erniekit.data.calls import Calls, read_tools
 from erniekit.data.sources import DataError
 
 
@@ -118,31 +121,39 @@ def _from_alpaca(record: Mapping[str, Any]) -> Dialogue:
 
 
 def _from_messages(record: Mapping[str, Any]) -> Dialogue:
-    messages, tools = record.get("messages"), record.get("tools")
+    messages = record.get("messages")
     if not isinstance(messages, list) or not messages:
         raise DataError(
             "no messages; expected a list of objects with role and content", at="messages"
         )
-    if tools is not None and not (
-        isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)
-    ):
-        raise DataError(f"tools is {_short(tools)}; expected a list of objects", at="tools")
-    before = None
-    for i, message in enumerate(messages):
-        where = f"messages[{i}]"
+    places = [f"messages[{i}]" for i in range(len(messages))]
+    return _checked(messages, record.get("tools"), places)
+
+
+def _from_sharegpt(record: Mapping[str, Any]) -> Dialogue:
+    messages, places = sharegpt.messages_of(record)
+    return _checked(messages, record.get("tools"), places)
+
+
+def _checked(messages: list[dict[str, Any]], tools: Any, places: Sequence[str]) -> Dialogue:
+    """A dialogue of messages that stand at `places` of a record; raises DataError."""
+    declared = read_tools(tools)
+    before, calls = None, Calls(declared)
+    for i, (message, where) in enumerate(zip(messages, places)):
         try:
-            role = checked_message(where, message)["role"]
+            checked = checked_message(where, message)
         except ChatError as error:
             raise DataError(str(error), at=where) from None
-        if fault := _out_of_order(message, role, before, is_first=i == 0):
+        role = checked["role"]
+        fault = _out_of_order(message, role, before, is_first=i == 0) or calls.fault(checked)
+        if fault:
             raise DataError(f"{where} {fault}", at=where)
         before = role
     if before != "assistant":
         raise DataError(
-            "the last message is no answer; nothing follows it to be trained",
-            at=f"messages[{len(messages) - 1}]",
+            "the last message is no answer; nothing follows it to be trained", at=places[-1]
         )
-    return Dialogue(messages, tools or None)
+    return Dialogue(messages, declared or None)
 
 
 def _out_of_order(message: Any, role: str, before: str | None, *, is_first: bool) -> str:
@@ -163,6 +174,7 @@ _READERS = {
     "alpaca": _from_alpaca,
     "messages": _from_messages,
     "chatml": _from_messages,
+    "sharegpt": _from_sharegpt,
     "reasoning_gym": _from_messages,
 }
 

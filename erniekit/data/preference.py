@@ -90,9 +90,11 @@ def read_pair(record: Any, kind: str) -> Pair:
         raise DataError("both answers are the same; expected one that is preferred")
     prompt = [{**m, "label": 0} if m.get("role") == "assistant" else m for m in prompt]
     tools = record.get("tools")
-    for messages in (prompt + chosen, prompt + rejected):
-        read_dialogue({"messages": messages, "tools": tools}, "messages")
-    return Pair(prompt + chosen, prompt + rejected, len(prompt), tools or None)
+    first, second = (
+        read_dialogue({"messages": prompt + answer, "tools": tools}, "messages")
+        for answer in (chosen, rejected)
+    )
+    return Pair(first.messages, second.messages, len(prompt), first.tools)
 
 
 Parts = tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]

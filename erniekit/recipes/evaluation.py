@@ -25,7 +25,7 @@ from erniekit.metrics import METRICS_FILE, eval_line
 from erniekit.recipes.sft import eval_batches
 from erniekit.report import story
 from erniekit.report.answers import answers, prompts
-from erniekit.report.scores import SCORES, mean_scores
+from erniekit.report.scores import mean_scores
 from erniekit.report.story import RESULTS_FILE, SAMPLES_FILE
 from erniekit.reward_model import add_reward_head, fill_head, has_head
 from erniekit.session import Method, load_adapter
@@ -76,7 +76,7 @@ def _on_data(run: Run, method: Method, model: ernie.ErnieModel, what: str | Path
     given = answers(model, asked, run.reporting.max_answer_tokens, step=0)
     lines = [json.dumps({k: v for k, v in a.items() if k != "step"}) + "\n" for a in given]
     checkpoint.replace_text(run.output / SAMPLES_FILE, "".join(lines))
-    means = mean_scores([{k: a[k] for k in SCORES} for a in given])
+    means = mean_scores(given)
     if means:
         told = " | ".join(f"{name} {value:.3f}" for name, value in means.items())
         log.info("%d answers | %s", len(given), told)

@@ -21,7 +21,7 @@ from erniekit.metrics import Metrics
 from erniekit.report import about, sinks, story
 from erniekit.report.answers import answers, prompts
 from erniekit.report.bar import Bar
-from erniekit.report.scores import SCORES, mean_scores
+from erniekit.report.scores import CALL_SCORES, mean_scores
 
 log = logging.getLogger("erniekit")
 
@@ -114,8 +114,9 @@ class Reporter:
             return
         for record in records:
             self.answers.write(record)
-        means = mean_scores([{k: r[k] for k in SCORES} for r in records])
-        log.info("answers at step %d | %d prompts | f1 %.3f", step, len(records), means["f1"])
+        means = mean_scores(records)
+        told = " | ".join(f"{k} {means[k]:.3f}" for k in ("f1", *CALL_SCORES) if k in means)
+        log.info("answers at step %d | %d prompts | %s", step, len(records), told)
 
     def _write_about(self) -> None:
         parameters = list(self.model.parameters())

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from ernie.chat.calls import Call
 from fastdeploy.outputs import CompletionOutput, TokenLogprobs
-from fastdeploy.server.calls import Call
 from fastdeploy.server.parsers import Parser, Part, Syntax
 
 _CHECKED_PIECE = 8192  # characters; a parser that is fed a long text at once copies it often

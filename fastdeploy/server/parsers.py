@@ -26,8 +26,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
-from ernie.settings import ConfigError
-from fastdeploy.server.calls import (
+from ernie.chat.calls import (
     BEGIN,
     CALL,
     END,
@@ -37,6 +36,7 @@ from fastdeploy.server.calls import (
     CallScan,
     read_calls,
 )
+from ernie.settings import ConfigError
 
 THINK, END_THINK = "<think>", "</think>"
 RESPONSE, END_RESPONSE = "<response>", "</response>"

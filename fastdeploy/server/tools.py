@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
+from ernie.chat.calls import CALL, END_CALL
 from ernie.tokenizer import Tokenizer
 from fastdeploy.errors import RequestError
 from fastdeploy.sampling import GuidedDecodingParams, SamplingParams
-from fastdeploy.server.calls import CALL, END_CALL
 
 MAX_TOOLS = 128
 MAX_DEPTH = 64  # of a schema

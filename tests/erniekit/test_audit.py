@@ -185,20 +185,23 @@ ANY_JSON = st.recursive(
 KEYS = (
     "src", "tgt", "label", "system", "is_system", "instruction", "input", "output", "history",
     "messages", "tools", "role", "content", "tool_calls", "prompt", "chosen", "rejected",
-    "response", "sort", "question",
+    "response", "sort", "question", "conversations", "from", "value",
 )  # fmt: skip
 RECORDS = st.dictionaries(
     st.sampled_from(KEYS),
     ANY_JSON | st.lists(st.dictionaries(st.sampled_from(KEYS), ANY_JSON | st.sampled_from(
-        ["user", "assistant", "system", "tool"]), max_size=4), max_size=4),
+        ["user", "assistant", "system", "tool", "function_call", "observation"]
+    ), max_size=4), max_size=4),
     max_size=5,
 )  # fmt: skip
 
 
 @settings(max_examples=300, deadline=None)
-@given(record=RECORDS | ANY_JSON, kind=st.sampled_from(["erniekit", "alpaca", "messages"]))
+@given(
+    record=RECORDS | ANY_JSON, kind=st.sampled_from(["erniekit", "alpaca", "messages", "sharegpt"])
+)
 def test_any_record_is_read_or_refused(record, kind, folder) -> None:
-    for stage in ("SFT", "DPO"):
+    for stage in ("SFT", "DPO")[: 1 if kind == "sharegpt" else 2]:
         try:
             samples = fuzzed_stream(folder, stage).encoder.read(record, kind)
         except DataError as error:

@@ -180,7 +180,7 @@ def test_tables_of_keys_do_not_overlap() -> None:
         (["max_steps=0"], "max_steps=0"),
         (["batch_size=0"], "give 1 or more"),
         (["train_dataset_path=a,b"], "have 1, 2 and 1 entries"),
-        (["train_dataset_type=csv"], "use erniekit, alpaca, messages or reasoning_gym"),
+        (["train_dataset_type=csv"], "use erniekit, alpaca, messages, sharegpt or reasoning_gym"),
         (["min_lr=1"], "above learning_rate"),
         (["lr_scheduler_type=cosin"], "use one of linear"),
         (["learning_rate=fast"], "takes float"),

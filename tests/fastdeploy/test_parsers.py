@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 
 import ernie
 from ernie.chat import LLM, THINKING
+from ernie.chat.calls import Call, read_calls
 from ernie.settings import ConfigError
 from fastdeploy.engine.request import TokenOutput
 from fastdeploy.engine.text import Sample
 from fastdeploy.outputs import CompletionOutput, Logprob, RequestMetrics
 from fastdeploy.sampling import SamplingParams
-from fastdeploy.server.calls import Call, read_calls
 from fastdeploy.server.message import Message, Reading, Said
 from fastdeploy.server.parsers import (
     REASONING_PARSERS,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,3 +97,25 @@ def _read_call(value: Any) -> Call:
     call = Call(value["name"], json.dumps(arguments, ensure_ascii=False, allow_nan=False))
     (call.name + call.arguments).encode()  # fails on half a surrogate pair
     return call
+
+
+def calls_in(text: str) -> tuple[Call, ...]:
+    """The whole and valid calls between tags in an answer, in order; those in its thoughts are none
+    (`</think>` ends them). What a server would make of the same answer.
+    """
+    calls: list[Call] = []
+    at = max(text.rfind("</think>"), 0)
+    while (found := text.find(CALL, at)) >= 0:
+        begin = found + len(CALL)
+        end = CallScan(begin).end_of_call(text)
+        if end < 0:
+            break
+        calls += read_calls(text[begin:end])
+        at = end + len(END_CALL)
+    return tuple(calls)
+
+
+def written(calls: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The JSON text of each checked call, as a model of this family writes it between the tags."""
+    functions = ({key: call["function"][key] for key in ("name", "arguments")} for call in calls)
+    return [json.dumps(function, ensure_ascii=False) for function in functions]
