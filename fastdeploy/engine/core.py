@@ -66,7 +66,7 @@ class Engine:
         """
         assert config.max_num_batched_tokens is not None, "the config is not resolved"
         self.config = config
-        self.vocab_size = model.config.vocab_size
+        self.network, self.vocab_size = model.config, model.config.vocab_size
         self.eos_ids = frozenset(eos_ids)
         self.think_tags = think_tags
         self.early_stop = config.early_stop()
@@ -184,7 +184,7 @@ class Engine:
             self.grammars.check_size(params.guided_decoding)
         prompt_ids = token_ids_of(prompt)
         check_prompt(prompt_ids, self.vocab_size, self.config.max_model_len, params.min_tokens)
-        layout = Layout.of(prompt, self.runner.model.config)
+        layout = Layout.of(prompt, self.network)
         if layout is not None:
             check_pictures(self.config)
         return layout
