@@ -10,6 +10,7 @@ import dataclasses
 import json
 import re
 from dataclasses import dataclass
+from ipaddress import ip_network
 from pathlib import Path
 
 from ernie.settings import ConfigError, check_positive, fill, option, required
@@ -67,6 +68,9 @@ class EngineConfig:
         False, "Give a text the same tokens, to the bit, whatever else is computed beside it."
     )
     enable_prefix_caching: bool = option(True, "Reuse the cache of texts that begin alike.")
+    vision_cache_mib: int = option(
+        1024, "Memory for pictures that were read, kept for requests with the same ones, in MiB."
+    )
     enable_chunked_prefill: bool = option(True, "Read long prompts in pieces, between other texts.")
     use_cudagraph: bool | None = option(
         None,
@@ -123,6 +127,7 @@ class EngineConfig:
             "tensor_parallel_size",
             "max_num_batched_tokens",
             "num_gpu_blocks_override",
+            "vision_cache_mib",
             "max_loras",
             "max_lora_rank",
             "guided_decoding_max_bytes",
@@ -300,6 +305,29 @@ class ServerConfig:
         None, "Tokens that a request may ask for: its prompts x n x max_tokens."
     )
     max_body_mib: int = option(32, "Size of a request body at most, in MiB.")
+    limit_mm_per_prompt: dict | None = option(  # noqa: RUF009
+        None,
+        'Pictures of a request at most, in JSON; as it comes: {"image": 16, "video": 2}.',
+        group="Pictures",
+    )
+    mm_processor_kwargs: dict | None = option(  # noqa: RUF009
+        None,
+        "Limits below those of the model, in JSON: image_max_pixels, video_max_frames, video_fps "
+        "and the like; requests may ask for less.",
+    )
+    media_urls: bool = option(True, "Fetch pictures from http(s) URLs of requests.")
+    allowed_media_domains: list[str] | None = option(  # noqa: RUF009
+        None, "The only host names that these URLs may have; none: any with public addresses."
+    )
+    allowed_media_networks: list[str] | None = option(  # noqa: RUF009
+        None, "Networks that they may reach although they are not public, such as 10.1.0.0/16."
+    )
+    allowed_local_media_path: str | None = option(
+        None, "Folder below which requests may name files; none: they may name none."
+    )
+    media_fetch_timeout: float = option(20, "Seconds for one fetch, redirects and body included.")
+    max_image_mib: int = option(32, "Size of an image file at most, in MiB.")
+    max_video_mib: int = option(256, "Size of a clip's file at most, in MiB.")
     log_level: str = option(
         "info",
         "Least level of the log.",
@@ -347,6 +375,8 @@ class ServerConfig:
             "max_num_waiting",
             "max_tokens_per_request",
             "max_body_mib",
+            "max_image_mib",
+            "max_video_mib",
             "engine_step_timeout",
         )
         for name in ("timeout_graceful_shutdown", "timeout"):
@@ -358,8 +388,37 @@ class ServerConfig:
             )
         if self.served_model_name is not None and not all(self.served_model_name):
             raise ConfigError("served_model_name is empty; give a name, or leave it out")
+        self.media_limits()  # refuses what is wrong with them
+        self._check_media()
         self._check_access()
         self._check_traces()
+
+    def media_limits(self) -> dict[str, int]:
+        """Most pictures of a request, by kind. Raises ConfigError."""
+        limits = {"image": 16, "video": 2}
+        for kind, number in (self.limit_mm_per_prompt or {}).items():
+            is_count = isinstance(number, int) and not isinstance(number, bool) and number >= 0
+            if kind not in limits or not is_count:
+                raise ConfigError(
+                    f"limit_mm_per_prompt has {kind!r}: {number!r}; it takes image and video, each "
+                    "with a number of 0 or more"
+                )
+            limits[kind] = number
+        return limits
+
+    def _check_media(self) -> None:
+        if not 0 < self.media_fetch_timeout < float("inf"):
+            raise ConfigError(
+                f"media_fetch_timeout={self.media_fetch_timeout}; it takes more than 0 seconds"
+            )
+        folder = self.allowed_local_media_path
+        if folder is not None and not Path(folder).is_dir():
+            raise ConfigError(f"allowed_local_media_path={folder} is no folder")
+        for network in self.allowed_media_networks or ():
+            try:
+                ip_network(network)
+            except ValueError as error:
+                raise ConfigError(f"allowed_media_networks: {error}") from None
 
     def _check_access(self) -> None:
         for key in self.all_keys():

@@ -17,13 +17,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from ernie.adapters import Adapter
+from ernie.chat import ChatTemplate
+from ernie.chat.messages import pictures_of
+from ernie.checkpoint.hub import resolve
 from ernie.model import ErnieModel
+from ernie.vision.prompt import Processor
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.language import Language, template_of
 from fastdeploy.engine.loading import load
-from fastdeploy.engine.prompt import banned_sequences, chat_prompt
+from fastdeploy.engine.prompt import banned_sequences, chat_inputs, chat_prompt, picture_prompt
 from fastdeploy.engine.request import RequestMetrics, TokenOutput
 from fastdeploy.engine.text import Sample
+from fastdeploy.engine.vision import Prompt as EnginePrompt
+from fastdeploy.engine.vision import token_ids_of
 from fastdeploy.engine.weights import Source
 from fastdeploy.errors import RequestError
 from fastdeploy.flags import read_config
@@ -32,7 +38,9 @@ from fastdeploy.sampling import SamplingParams, filled
 from fastdeploy.vectors import shaped
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
-PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids", "multimodal_data", "cache_salt"})
+# Two names for pictures, of two servers that people come from.
+PICTURE_KEYS = ("multimodal_data", "multi_modal_data")
+PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids", "cache_salt", *PICTURE_KEYS})
 
 
 @dataclass(slots=True)
@@ -40,10 +48,14 @@ class _Order:
     """One prompt of a call, and how it is to be served."""
 
     text: str | None
-    token_ids: list[int]
+    prompt: EnginePrompt
     cache_salt: str | None = None
     priority: int = 0
     adapter: Adapter | None = None
+
+    @property
+    def token_ids(self) -> list[int]:
+        return list(token_ids_of(self.prompt))
 
 
 class LLM:
@@ -61,6 +73,7 @@ class LLM:
         self.engine, self.config = loaded.engine, loaded.config
         self.tokenizer, self.template = loaded.tokenizer, loaded.template
         self.defaults = loaded.defaults
+        self.processor = self._processor()
         self.ids = itertools.count()
 
     def generate(
@@ -75,7 +88,10 @@ class LLM:
     ) -> list[RequestOutput] | Iterator[list[RequestOutput | None]]:
         """Continue each prompt: a text, a list of token ids, `{"prompt": either}`, or a list of
         these. A dict may have a `cache_salt`, a text: cached blocks are shared only among prompts
-        of the same salt. Prompts of a lower `priority` (one number, or one for each) run first.
+        of the same salt. It may have pictures, as `multimodal_data` (or `multi_modal_data`):
+        `{"image": [...], "video": [...]}`, each a path, bytes or an opened picture; the prompt is
+        then written as a chat template writes it (`Processor.prompt_inputs`). Prompts of a lower
+        `priority` (one number, or one for each) run first.
         `lora` is the name of a loaded adapter (or one for each), None the model as it is.
 
         Returns one output for each prompt, in order. With `stream` an iterator: each item is a list
@@ -115,7 +131,7 @@ class LLM:
         lora: str | Sequence[str | None] | None = None,
     ) -> list[RequestOutput] | Iterator[list[RequestOutput | None]]:
         """Answer one conversation (a list of messages) or several (a list of those); see
-        `generate`.
+        `generate`. Parts of messages may be pictures: `docs/vision.md`.
         """
         template = self.template
         if chat_template is not None and self.tokenizer is not None:
@@ -124,7 +140,7 @@ class LLM:
         tools = [tools] if isinstance(tools, Mapping) else tools
         options = chat_template_kwargs or {}
         listed = [
-            _Order(None, chat_prompt(template, self.tokenizer, turns, tools, options))
+            _Order(None, self._chat_prompt(template, turns, tools, options))
             for turns in conversations
         ]
         return self._run(listed, sampling_params, priority, lora, use_tqdm, stream)
@@ -146,7 +162,7 @@ class LLM:
         orders = [self._order(prompt) for prompt in _as_list(prompts)]
         for order, name in zip(orders, _loras_of(lora, len(orders))):
             order.adapter = None if name is None else self.engine.adapters.get(name)
-            self.engine.check(order.token_ids, params)
+            self.engine.check(order.prompt, params)
         number = next(self.ids)
         open_ids = {f"{number}-{position}" for position in range(len(orders))}
         vector_by_id: dict[str, list[float]] = {}
@@ -154,7 +170,7 @@ class LLM:
             for position, order in enumerate(orders):
                 self.engine.add(
                     f"{number}-{position}",
-                    order.token_ids,
+                    order.prompt,
                     params,
                     cache_salt=order.cache_salt,
                     adapter=order.adapter,
@@ -195,10 +211,8 @@ class LLM:
         self.engine.update_weights(source)
 
     def _order(self, prompt: Prompt) -> _Order:
-        salt = None
+        salt = data = None
         if isinstance(prompt, Mapping):
-            if prompt.get("multimodal_data"):
-                raise RequestError("multimodal_data is given, but this model reads text only")
             if "prompt" not in prompt and "prompt_token_ids" not in prompt:
                 raise RequestError(f"a prompt has {sorted(prompt)}; it needs the key 'prompt'")
             if unknown := sorted(set(prompt) - PROMPT_KEYS):
@@ -206,14 +220,35 @@ class LLM:
             salt = prompt.get("cache_salt")
             if salt is not None and not (isinstance(salt, str) and salt):
                 raise RequestError(f"cache_salt={salt!r}; it takes a text", param="cache_salt")
+            if all(prompt.get(key) for key in PICTURE_KEYS):
+                raise RequestError(f"a prompt has both {' and '.join(PICTURE_KEYS)}; leave out one")
+            data = next((prompt[key] for key in PICTURE_KEYS if prompt.get(key)), None)
             prompt = prompt.get("prompt", prompt.get("prompt_token_ids"))
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise RequestError("the model has no tokenizer; give the prompt as token ids")
-            return _Order(prompt, self.tokenizer.encode(prompt), salt)
-        if not isinstance(prompt, list | tuple):
+        if not isinstance(prompt, str | list | tuple):
             raise TypeError(f"a prompt is a text, token ids or a dict, not {type(prompt).__name__}")
-        return _Order(None, list(prompt), salt)
+        text = prompt if isinstance(prompt, str) else None
+        if data is not None:
+            inputs = picture_prompt(self.processor, self.tokenizer, prompt, data)
+            return _Order(text, inputs, salt)
+        if not isinstance(prompt, str):
+            return _Order(None, list(prompt), salt)
+        if self.tokenizer is None:
+            raise RequestError("the model has no tokenizer; give the prompt as token ids")
+        return _Order(prompt, self.tokenizer.encode(prompt), salt)
+
+    def _chat_prompt(
+        self, template: ChatTemplate | None, messages: Any, tools: Any, options: Mapping[str, Any]
+    ) -> EnginePrompt:
+        if self.processor is not None and pictures_of(messages):
+            return chat_inputs(self.processor, template, self.tokenizer, messages, tools, options)
+        return chat_prompt(template, self.tokenizer, messages, tools, options)
+
+    def _processor(self) -> Processor | None:
+        """What reads pictures, None for a model of text."""
+        if self.engine.pictures is None:
+            return None
+        folder = resolve(self.folder) if self.folder else self.config.tokenizer
+        return Processor.from_folder(folder) if folder else Processor()
 
     def _run(
         self,
@@ -231,7 +266,7 @@ class LLM:
         for order, one, number, name in zip(orders, params, priorities, names):
             order.priority = number
             order.adapter = None if name is None else self.engine.adapters.get(name)
-            self.engine.check(order.token_ids, one)
+            self.engine.check(order.prompt, one)
             if one.pooling is not None:
                 raise RequestError("pooling makes no text; use LLM.embed", param="pooling")
             if one.guided_decoding is not None and self.engine.grammars is not None:
@@ -290,7 +325,7 @@ class _Call:
             name = f"{request_id}-{index}"
             engine.add(
                 name,
-                order.token_ids,
+                order.prompt,
                 params,
                 seed=seed,
                 sample_index=index,

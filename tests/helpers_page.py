@@ -33,6 +33,7 @@ class Upstream:
         self.bodies: list[dict[str, Any]] = []
         self.num_left = 0  # streams whose reader went away
         self.names = ["ERNIE-4.5-0.3B"]
+        self.reads = ["text", "image"]
 
     def app(self) -> FastAPI:
         app = FastAPI()
@@ -43,6 +44,7 @@ class Upstream:
             if refused := self._refused(request):
                 return refused
             card = {"max_model_len": 131072, "owned_by": "FastDeploy", "created": 1_760_000_000}
+            card |= {"input_modalities": self.reads}
             return JSONResponse({"data": [{"id": name, **card} for name in self.names]})
 
         @app.post("/v1/chat/completions")

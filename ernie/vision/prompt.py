@@ -16,6 +16,7 @@ Numpy only: a process that reads pictures for a model elsewhere does without tor
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -26,13 +27,14 @@ import numpy as np
 from PIL import Image
 
 from ernie.chat.messages import ChatError, pictures_of
-from ernie.chat.template import ChatTemplate
+from ernie.chat.template import PLACEHOLDER, UNTRAINED, ChatTemplate
 from ernie.tokenizer import Tokenizer
 from ernie.vision.processor import Picture, image_picture, in_threads
 from ernie.vision.settings import VisionSettings, font_of
 from ernie.vision.sources import MediaError, Sources
 from ernie.vision.video import check_num_frames, clip_picture, frames_picture
 
+_PLACE = re.compile(r"<\|(image|video)@placeholder\|>")  # as templates write it
 _FETCHES = 8  # at a time, for one dialogue
 # What one clip may say about its sampling, beside its url, and the setting that it changes.
 _CLIP_OPTIONS = {
@@ -115,16 +117,59 @@ class Processor:
         pictures = self.pictures(messages, options=options, seed=seed)
         sizes = [(picture.kind, picture.num_tokens) for picture in pictures]
         encoded = template.encode(tokenizer, messages, sizes, **arguments)
+        places = [(pictures[number], start, stop) for number, start, stop in encoded.pictures]
+        return self._joined(encoded.token_ids, encoded.labels, places)
+
+    def prompt_inputs(
+        self,
+        tokenizer: Tokenizer,
+        prompt: str | Sequence[int],
+        images: Sequence[Any] = (),
+        videos: Sequence[Any] = (),
+        /,
+        *,
+        options: Mapping[str, Any] | None = None,
+    ) -> Inputs:
+        """A prompt that is written already, as a chat template writes it, with its pictures.
+
+        In a text, control tokens it spells become their ids, and `<|image@placeholder|>` and
+        `<|video@placeholder|>` are the places of pictures. In token ids a place is a run of
+        placeholder ids, one or as many as the picture has tokens; one behind VIDEO_START is a
+        clip's. Images and videos are given as in parts of messages. Raises MediaError.
+        """
+        mark, video = tokenizer.id_of(PLACEHOLDER), tokenizer.id_of("<|VIDEO_START|>")
+        if mark is None:
+            raise MediaError(f"the tokenizer has no {PLACEHOLDER}, which stands for pictures")
+        ids, runs = _written(prompt, tokenizer, mark, video)
+        entries = _entries([kind for kind, *_ in runs], {"image": images, "video": videos})
+        pictures = self._read(entries, options, None)
+        token_ids: list[int] = []
+        places, end = [], 0
+        for (_, start, stop), picture, (*_, where) in zip(runs, pictures, entries):
+            if stop - start not in (1, picture.num_tokens):
+                raise MediaError(
+                    f"{where} has {picture.num_tokens} tokens, and {stop - start} placeholders "
+                    "stand for it; give one, or as many"
+                )
+            token_ids += ids[end:start]
+            places.append((picture, len(token_ids), len(token_ids) + picture.num_tokens))
+            token_ids += [mark] * picture.num_tokens
+            end = stop
+        token_ids += ids[end:]
+        return self._joined(token_ids, [UNTRAINED] * len(token_ids), places)
+
+    def _joined(
+        self, token_ids: list[int], labels: list[int], places: Sequence[tuple[Picture, int, int]]
+    ) -> Inputs:
         spans, first_row = [], 0
-        for number, start, stop in encoded.pictures:
-            picture = pictures[number]
+        for picture, start, stop in places:
             spans.append(Span(picture.kind, start, stop, first_row, picture.grid, picture.digest))
             first_row += len(picture.rows)
-        ordered = [pictures[number].rows for number, *_ in encoded.pictures]
+        ordered = [picture.rows for picture, *_ in places]
         width = 3 * self.settings.patch_size**2
         rows = ordered[0] if len(ordered) == 1 else np.concatenate([_no_rows(width), *ordered])
         grids = np.array([span.grid for span in spans], np.int64).reshape(-1, 3)
-        return Inputs(encoded.token_ids, encoded.labels, rows, grids, tuple(spans))
+        return Inputs(token_ids, labels, rows, grids, tuple(spans))
 
     def pictures(
         self,
@@ -134,7 +179,15 @@ class Processor:
         seed: int | None = None,
     ) -> list[Picture]:
         """Those of the messages, in order."""
-        found = pictures_of(messages)
+        return self._read(pictures_of(messages), options, seed)
+
+    def _read(
+        self,
+        found: Sequence[tuple[str, Any, str]],
+        options: Mapping[str, Any] | None,
+        seed: int | None,
+    ) -> list[Picture]:
+        """Pictures of (kind, source, where)."""
         for kind, limit in (("image", self.max_images), ("video", self.max_videos)):
             number = sum(entry[0] == kind for entry in found)
             if limit is not None and number > limit:
@@ -181,6 +234,51 @@ class Processor:
         if not isinstance(source, str):
             raise MediaError(f"a part of {kind} holds {type(source).__name__}; expected a URL")
         return self.sources.read(source, kind)
+
+
+def _written(
+    prompt: str | Sequence[int], tokenizer: Tokenizer, mark: int, video: int | None
+) -> tuple[list[int], list[tuple[str, int, int]]]:
+    """Token ids of a prompt, and the places of pictures in it: kind, first and behind the last."""
+    kind_by_place: dict[int, str] = {}
+    ids: list[int] = []
+    if isinstance(prompt, str):
+        for number, piece in enumerate(_PLACE.split(prompt)):  # every other one is a kind
+            if number % 2:
+                kind_by_place[len(ids)] = piece
+                ids.append(mark)
+            else:
+                ids += tokenizer.encode(piece, allow_special=True)
+    else:
+        ids += prompt
+    runs: list[tuple[str, int, int]] = []
+    for i, token in enumerate(ids):
+        if token != mark:
+            continue
+        if runs and runs[-1][2] == i and i not in kind_by_place:
+            kind, start, _ = runs.pop()
+        else:
+            behind = "video" if i and ids[i - 1] == video else "image"
+            kind, start = kind_by_place.get(i, behind), i
+        runs.append((kind, start, i + 1))
+    return ids, runs
+
+
+def _entries(
+    kinds: Sequence[str], given: Mapping[str, Sequence[Any]]
+) -> list[tuple[str, Any, str]]:
+    """(kind, source, where) for each place of a prompt, in order."""
+    for kind, sources in given.items():
+        if kinds.count(kind) != len(sources):
+            raise MediaError(
+                f"the prompt has {kinds.count(kind)} places of kind {kind}, and {len(sources)} are "
+                f"given; write <|{kind}@placeholder|> for each"
+            )
+    entries = []
+    for place, kind in enumerate(kinds):
+        number = kinds[:place].count(kind)
+        entries.append((kind, given[kind][number], f"{kind}[{number}]"))
+    return entries
 
 
 @contextmanager

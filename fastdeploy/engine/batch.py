@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ernie.adapters import ActiveAdapters, Adapter
+from ernie.model import Embeds
 from fastdeploy.engine.scheduler import Schedule
 
 
@@ -26,7 +27,7 @@ class Batch:
     """
 
     token_ids_T: Tensor  # int64
-    positions_T: Tensor  # int64
+    positions_T: Tensor  # int64; (3, T) where tokens of vision are among them
     slots_T: Tensor  # int64, where each token's key and value go: block * block_size + offset
     cu_seqlens_S1: Tensor  # int32, part s is tokens cu_seqlens[s]:cu_seqlens[s + 1]
     lens_S: Tensor  # int32, tokens of each request in the cache once this step is done
@@ -34,6 +35,8 @@ class Batch:
     rows_R: Tensor  # int64, the tokens after which logits are wanted
     adapters: ActiveAdapters | None  # and which tokens each one changes; None: nobody has one
     begins: bool = False  # whether the step is the beginning of one text, and nothing else
+    modality_T: Tensor | None = None  # int64, 0 text, 1 vision; None: all is text
+    embeds: Embeds | None = None  # rows of pictures, on the device
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
@@ -41,7 +44,8 @@ class Batch:
             return self
         moved = {name: getattr(self, name).to(device) for name in TENSORS}
         adapters = None if self.adapters is None else self.adapters.to(device)
-        return replace(self, **moved, adapters=adapters)
+        modality_T = None if self.modality_T is None else self.modality_T.to(device)
+        return replace(self, **moved, adapters=adapters, modality_T=modality_T)
 
 
 TENSORS = tuple(field.name for field in fields(Batch) if field.type == "Tensor")
@@ -69,6 +73,7 @@ class BatchBuilder:
     def build(self, schedule: Schedule) -> Batch:
         """The batch of a step that has at least one part."""
         num_tokens = num_rows = num_blocks = 0
+        has_vision = False
         for s, part in enumerate(schedule.parts):
             request, first = part.request, num_tokens
             num_tokens += part.num_tokens
@@ -77,6 +82,10 @@ class BatchBuilder:
                 old = len(blocks) - len(part.new_blocks)
                 self.tables[request.seat, old : len(blocks)] = part.new_blocks
             self._fill_tokens(slice(first, num_tokens), part.start, part.token_ids, blocks)
+            if request.layout is not None:
+                places_3N, modality_N = request.layout.at(part.start, part.start + part.num_tokens)
+                self.positions[first:num_tokens] = places_3N[0]
+                has_vision |= bool(modality_N.any())
             self.seats[s] = request.seat
             self.cu_seqlens[s + 1] = num_tokens
             self.lens[s] = part.start + part.num_tokens
@@ -86,9 +95,12 @@ class BatchBuilder:
                 num_rows += part.num_logits
             num_blocks = max(num_blocks, len(blocks))
         num_parts = len(schedule.parts)
+        positions_T, modality_T = torch.from_numpy(self.positions[:num_tokens]), None
+        if has_vision:
+            positions_T, modality_T = self._by_modality(schedule)
         return Batch(
             token_ids_T=torch.from_numpy(self.token_ids[:num_tokens]),
-            positions_T=torch.from_numpy(self.positions[:num_tokens]),
+            positions_T=positions_T,
             slots_T=torch.from_numpy(self.slots[:num_tokens]),
             cu_seqlens_S1=torch.from_numpy(self.cu_seqlens[: num_parts + 1]),
             lens_S=torch.from_numpy(self.lens[:num_parts]),
@@ -96,7 +108,21 @@ class BatchBuilder:
             rows_R=torch.from_numpy(self.rows[:num_rows]),
             adapters=self._adapters(schedule),
             begins=num_parts == 1 and schedule.parts[0].start == 0,
+            modality_T=modality_T,
         )
+
+    def _by_modality(self, schedule: Schedule) -> tuple[Tensor, Tensor]:
+        """Positions `(3, T)`, equal ones for tokens of text, and modality `(T,)`."""
+        positions_3T = np.tile(self.positions[: schedule.num_tokens], (3, 1))
+        modality_T = np.zeros(schedule.num_tokens, np.int64)
+        first = 0
+        for part in schedule.parts:
+            where = slice(first, first + part.num_tokens)
+            if part.request.layout is not None:
+                found = part.request.layout.at(part.start, part.start + part.num_tokens)
+                positions_3T[:, where], modality_T[where] = found
+            first = where.stop
+        return torch.from_numpy(positions_3T), torch.from_numpy(modality_T)
 
     def _adapters(self, schedule: Schedule) -> ActiveAdapters | None:
         tokens_by_adapter: dict[Adapter, list[np.ndarray]] = {}

@@ -26,7 +26,8 @@ key has the token after the block too, and a block is named once that is known.
 Texts with a *salt* hang under a root of their own, a number made from the salt by a cryptographic
 hash: who does not know the salt can neither find such blocks nor learn, by timing, that they exist.
 Nothing is kept for a salt but the blocks themselves. Texts of an adapter have other keys and values
-than those of the model: each adapter in memory has roots of its own, too.
+than those of the model: each adapter in memory has roots of its own, too. The tokens of a picture
+are all alike, so a key has a number made from the picture's pixels in the place of each.
 
 Integers only: the tensors are in `cache.py`, the policy is in `scheduler.py`.
 """

@@ -33,6 +33,7 @@ from fastdeploy.engine.sampler import Choice, Sampler
 from fastdeploy.engine.scheduler import Scheduler
 from fastdeploy.engine.speculative import make_drafter, num_ahead
 from fastdeploy.engine.thinking import ThinkTags
+from fastdeploy.engine.vision import Layout, PictureRows, Prompt, token_ids_of
 from fastdeploy.engine.weights import HostCopy, Source, read_weights
 from fastdeploy.errors import RequestError
 from fastdeploy.outputs import Stats
@@ -65,7 +66,7 @@ class Engine:
         """
         assert config.max_num_batched_tokens is not None, "the config is not resolved"
         self.config = config
-        self.vocab_size = model.config.vocab_size
+        self.network, self.vocab_size = model.config, model.config.vocab_size
         self.eos_ids = frozenset(eos_ids)
         self.think_tags = think_tags
         self.early_stop = config.early_stop()
@@ -94,7 +95,10 @@ class Engine:
             max_blocks=-(-config.max_model_len // config.block_size),
             block_size=config.block_size,
         )
-        self.runner = Runner(model.eval(), self.allocate(num_blocks=num_blocks), builder, ranks)
+        has_vision = model.config.vision_config is not None
+        self.pictures = PictureRows(config.vision_cache_mib << 20) if has_vision else None
+        cache = self.allocate(num_blocks=num_blocks)
+        self.runner = Runner(model.eval(), cache, builder, ranks, self.pictures)
         self.adapters = Adapters(model, config)
         self.sampler = Sampler(self.vocab_size)
         self.pooler = Pooler(self.runner)
@@ -126,7 +130,7 @@ class Engine:
     def add(
         self,
         request_id: str,
-        prompt_ids: Sequence[int],
+        prompt: Prompt,
         params: SamplingParams,
         *,
         seed: int | None = None,
@@ -138,6 +142,7 @@ class Engine:
     ) -> None:
         """Queue one sample of a request. Raises RequestError for what cannot be served.
 
+        `prompt` is token ids, or the `Inputs` of a prompt with pictures (`ernie.vision.prompt`).
         `seed` stands in for a missing `params.seed`; samples of one request share it. Lower
         `priority` runs first. Texts share cached blocks only with texts of the same `cache_salt`
         and the same `adapter` (one of `self.adapters`, None for the model as it is). None of the
@@ -145,12 +150,12 @@ class Engine:
         """
         if request_id in self.requests:
             raise RequestError(f"there is a request {request_id!r} already; choose another id")
-        self.check(prompt_ids, params)
+        layout = self.check(prompt, params)
         if params.seed is not None:
             seed = params.seed
         request = Request(
             request_id,
-            prompt_ids,
+            token_ids_of(prompt),
             params,
             seed=self.new_seed() if seed is None else seed,
             max_model_len=self.config.max_model_len,
@@ -162,19 +167,27 @@ class Engine:
             think_tags=self.think_tags,
             early_stop=self.early_stop,
             adapter=adapter,
+            layout=layout,
         )
         self.requests[request_id] = request
         (self.compiling if params.guided_decoding is not None else self.scheduler).add(request)
 
-    def check(self, prompt_ids: Sequence[int], params: SamplingParams) -> None:
-        """Raise RequestError if the engine cannot serve this prompt with these settings."""
+    def check(self, prompt: Prompt, params: SamplingParams) -> Layout | None:
+        """The layout of a prompt with pictures. Raises RequestError if the engine cannot serve this
+        prompt with these settings.
+        """
         self._refuse_while_resting()
         check_params(params, self.vocab_size, self.config, thinks=self.think_tags is not None)
         if params.guided_decoding is not None:
             if self.grammars is None:
                 raise why_none(self.config)
             self.grammars.check_size(params.guided_decoding)
+        prompt_ids = token_ids_of(prompt)
         check_prompt(prompt_ids, self.vocab_size, self.config.max_model_len, params.min_tokens)
+        layout = Layout.of(prompt, self.network)
+        if layout is not None:
+            check_pictures(self.config)
+        return layout
 
     def load_adapter(self, name: str, adapter: Adapter) -> None:
         """Offer an adapter (see `Adapters.read`) under a name, from the next step on.
@@ -343,6 +356,8 @@ class Engine:
     def _start_over(self) -> None:
         self.scheduler.preempt_all()
         self.blocks.forget()
+        if self.pictures is not None:
+            self.pictures.forget()
 
     def _refuse_while_running(self, what: str) -> None:
         if self.ranks:
@@ -431,6 +446,19 @@ class Engine:
                 )
             )
         return outputs
+
+
+def check_pictures(config: EngineConfig) -> None:
+    """Raise RequestError where the engine runs with something that pictures do not go with."""
+    for name, is_on in (
+        ("enable_lora", config.enable_lora),
+        ("speculation by mtp", config.has_mtp),
+        (f"tensor_parallel_size={config.tensor_parallel_size}", config.tensor_parallel_size > 1),
+    ):
+        if is_on:
+            raise RequestError(
+                f"pictures with {name} are not available; leave out one of the two", param="prompt"
+            )
 
 
 def num_cache_blocks(model: ErnieModel, config: EngineConfig, ranks: Ranks | None = None) -> int:

@@ -129,10 +129,11 @@ class DecodeGraphs:
 
     def takes(self, batch: Batch) -> bool:
         """Whether every request of the step computes one token and wants its logits, none has an
-        adapter, and there are not more than the largest size."""
+        adapter or is of vision, and there are not more than the largest size."""
         num = len(batch.lens_S)
         decodes = len(batch.token_ids_T) == num == len(batch.rows_R)
-        return decodes and batch.adapters is None and num <= self.sizes[-1]
+        is_plain = batch.adapters is None and batch.modality_T is None
+        return decodes and is_plain and num <= self.sizes[-1]
 
     def run(self, batch: Batch) -> tuple[Batch, Result]:
         """A step that is still in the host's memory: on the device, and its results; both in memory

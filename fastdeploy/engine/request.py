@@ -30,6 +30,7 @@ from fastdeploy.sampling import SamplingParams
 if TYPE_CHECKING:
     from ernie.adapters import Adapter
     from fastdeploy.engine.constraint import Constraint
+    from fastdeploy.engine.vision import Layout
 
 
 class Status(enum.Enum):
@@ -57,12 +58,15 @@ class Request:
         think_tags: ThinkTags | None = None,
         early_stop: EarlyStop | None = None,
         adapter: Adapter | None = None,
+        layout: Layout | None = None,
     ) -> None:
         self.id = request_id
         self.params = params
         self.seed = (seed, sample_index)  # draws depend on it and on the position, on nothing else
         self.token_ids = list(prompt_ids)
         self.num_prompt = len(self.token_ids)
+        self.layout = layout  # of a prompt with pictures
+        self._key_ids = self.token_ids if layout is None else list(layout.key_ids)
         self.num_computed = 0
         self.draft_ids: list[int] = []
         self.drafter_notes: Any = None
@@ -102,6 +106,12 @@ class Request:
     @property
     def num_known(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def key_ids(self) -> list[int]:
+        """What blocks are found by: `token_ids`, with the names of pictures for their tokens."""
+        self._key_ids += self.token_ids[len(self._key_ids) :]
+        return self._key_ids
 
     @property
     def num_output(self) -> int:

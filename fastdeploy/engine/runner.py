@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from fastdeploy.engine.cache import KVCache, PagedAttend
 from fastdeploy.engine.graphs import DecodeGraphs, FixedBatch, Record
 from fastdeploy.engine.ranks import Ranks
 from fastdeploy.engine.scheduler import Schedule
+from fastdeploy.engine.vision import PictureRows
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:
@@ -29,6 +31,7 @@ class Runner:
         cache: KVCache,
         batches: BatchBuilder | None,
         ranks: Ranks | None = None,
+        pictures: PictureRows | None = None,
     ) -> None:
         self.model = model
         self.cache = cache
@@ -36,6 +39,7 @@ class Runner:
         self.batch: Batch | None = None
         self.hidden_TD: Tensor | None = None
         self.ranks = ranks
+        self.pictures = pictures  # None for a model of text
         self.graphs: DecodeGraphs | None = None
 
     def record_decoding(self, record: Record, sizes: list[int]) -> DecodeGraphs:
@@ -49,6 +53,10 @@ class Runner:
         """Compute the tokens of a step; returns the wanted logits, float32 `(R, V)`, by part."""
         assert self.batches is not None, "rank 0 decides what is run"
         batch = self.batches.build(schedule)
+        if batch.modality_T is not None and self.pictures is not None:
+            with on(self.model.device), torch.inference_mode():
+                embeds = self.pictures.embeds(schedule.parts, self.model)
+            batch = replace(batch, embeds=embeds)
         if self.ranks is None:
             return self.compute(batch)
         with self.ranks.watched():
@@ -72,7 +80,12 @@ class Runner:
         """Hidden states `(T, D)` and the wanted logits `(R, V)`."""
         attend = PagedAttend(self.cache, batch)
         hidden_TD = self.model.hidden(
-            batch.token_ids_T, batch.positions_T, attend, adapters=batch.adapters
+            batch.token_ids_T,
+            batch.positions_T,
+            attend,
+            modality=batch.modality_T,
+            embeds=batch.embeds,
+            adapters=batch.adapters,
         )
         if not len(batch.rows_R):
             none_RV = hidden_TD.new_empty(0, self.model.config.vocab_size, dtype=torch.float32)

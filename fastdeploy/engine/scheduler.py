@@ -159,7 +159,7 @@ class Scheduler:
                     self.num_drafts += 1
                     self.num_draft_tokens += len(part.draft_ids)
                     self.num_accepted_tokens += num_taken - 1
-                self.blocks.name(request.table, request.token_ids, request.num_computed)
+                self.blocks.name(request.table, request.key_ids, request.num_computed)
                 if request.finish_reason():
                     self.finish(request)
             elif request.num_computed == request.num_known:  # its states were all that was wanted
@@ -228,7 +228,7 @@ class Scheduler:
         if self.refused == (request, self.blocks.num_free):
             return 0  # nothing has changed: do not search a long text for hits in every step
         needs_all = request.num_to_score > 0 or request.params.pooling == "mean"
-        found = self.blocks.find(() if needs_all else request.token_ids, request.cache_root)
+        found = self.blocks.find(() if needs_all else request.key_ids, request.cache_root)
         num_cached = len(found.blocks) * self.blocks.block_size
         rest = request.num_known - num_cached
         if rest > budget and not self.chunked_prefill:
@@ -253,7 +253,7 @@ class Scheduler:
     def _part(self, request: Request, num_tokens: int, *, admitted: bool = False) -> Part:
         start, end = request.num_computed, request.num_computed + num_tokens
         added = self.blocks.grow(request.table, end)
-        self.blocks.name(request.table, request.token_ids, end)
+        self.blocks.name(request.table, request.key_ids, end)
         chooses = end == request.num_known and request.params.pooling is None
         scores = request.num_to_score > 0
         return Part(

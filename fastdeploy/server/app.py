@@ -13,6 +13,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from ernie.chat import ChatError
+from ernie.chat.messages import pictures_of
 from ernie.tokenizer import TokenizerError
+from ernie.vision.sources import MediaError
 from fastdeploy.config import EngineConfig, ServerConfig
 from fastdeploy.engine.grammar import Grammars, make_grammars, why_none
 from fastdeploy.engine.language import Language
@@ -32,7 +35,7 @@ from fastdeploy.metrics import Metrics
 from fastdeploy.sampling import SamplingParams, filled
 from fastdeploy.server import adapters
 from fastdeploy.server.about import add_about
-from fastdeploy.server.chat import ChatReply, chat_order
+from fastdeploy.server.chat import ChatOrder, ChatReply, chat_order
 from fastdeploy.server.completions import CompletionReply, completion_prompts
 from fastdeploy.server.connection import read_body
 from fastdeploy.server.control import add_control
@@ -50,6 +53,7 @@ from fastdeploy.server.openapi import add_openapi
 from fastdeploy.server.page import PATHS as PAGE_PATHS
 from fastdeploy.server.page import add_page
 from fastdeploy.server.parsers import find_syntax
+from fastdeploy.server.pictures import Pictures, PromptPictures
 from fastdeploy.server.pooling import add_pooling
 from fastdeploy.server.protocol import (
     Addressed,
@@ -100,6 +104,7 @@ class Service:
         tags = template.tags if template else ()
         self.syntax = find_syntax(config.reasoning_parser, config.tool_call_parser, tags)
         self.grammars = GrammarCheck(self._make_grammars)
+        self.pictures = Pictures(config, self.loaded)
         self.started = int(time.time())
 
     def _make_grammars(self) -> Grammars:
@@ -138,10 +143,11 @@ class Service:
         self.limits.admit()
         params = filled(body.sampling_params(), self.engine.defaults)
         field, params.guided_decoding = body.form() or ("tools", None)
+        pictures = None
         if isinstance(body, ChatRequest):
-            trusts = self.config.trust_request_chat_template
-            order = chat_order(body, params, self.loaded, self.syntax, trusts=trusts)
+            order = await self._order(body, params)
             prompts, params, reading = [order.prompt], order.params, order.reading
+            pictures = order.pictures
         else:
             assert isinstance(body, CompletionRequest)
             prompts, reading = completion_prompts(body, self.tokenizer), Reading()
@@ -157,14 +163,29 @@ class Service:
         if params.guided_decoding is not None:
             checked = await self.grammars.checked(params.guided_decoding, field)
             params = replace(params, guided_decoding=checked)
-        answer = self.submit(request, body, prompts, params, reply_kind.id_prefix, reading.shown)
+        prefix, shown = reply_kind.id_prefix, reading.shown
+        answer = self.submit(request, body, prompts, params, prefix, shown, pictures)
         num_top, on_divergence = params.logprobs or 0, self.metrics.stream_divergence.inc
         name = self.name_of(body)
         context = Context(name, self.tokenizer, num_top, params.n, on_divergence, reading)
         return reply_kind(body, answer, context)
 
+    async def _order(self, body: ChatRequest, params: SamplingParams) -> ChatOrder:
+        """A chat as the engine takes it; its pictures are read in a thread."""
+        make = partial(
+            chat_order,
+            body,
+            params,
+            self.loaded,
+            self.syntax,
+            trusts=self.config.trust_request_chat_template,
+        )
+        if self.pictures.processor is None or not pictures_of(body.messages or ()):
+            return make()
+        return await self.pictures.in_thread(partial(make, processor=self.pictures.processor))
+
     def prompt_of(self, body: ChatRequest) -> list[int]:
-        """The token ids of a chat."""
+        """The token ids of a chat without pictures."""
         params, trusts = body.sampling_params(), self.config.trust_request_chat_template
         return chat_order(body, params, self.loaded, self.syntax, trusts=trusts).prompt
 
@@ -176,9 +197,10 @@ class Service:
         params: SamplingParams,
         prefix: str,
         shown: Collection[int] = (),
+        pictures: PromptPictures | None = None,
     ) -> Answer:
         """Queue the prompts in the engine; whoever gets the answer must close it. Its id begins
-        with `prefix`; special tokens in `shown` are part of its text.
+        with `prefix`; special tokens in `shown` are part of its text, `pictures` of its prompt.
 
         Raises RequestError, 409 for a `request_id` that is at work already.
         """
@@ -198,6 +220,7 @@ class Service:
             cache_salt=self._cache_salt(request, body),
             adapter=adapter,
             shown=shown,
+            pictures=pictures,
         )
         answer.owner, answer.id = owner, name
         return answer
@@ -275,6 +298,9 @@ class Service:
             "root": self.name,
             "parent": parent,
             "max_model_len": self.loaded.config.max_model_len,
+            "input_modalities": ["text", *sorted(self.loaded.template.reads)]
+            if self.loaded.template
+            else ["text"],
             "permission": [],
         }
 
@@ -295,6 +321,7 @@ def create_app(
         yield
         logging_task.cancel()
         await service.grammars.close()
+        await service.pictures.close()
         await service.engine.stop()
 
     # No pages of its own: bodies are read by `protocol`, not by the framework.
@@ -365,9 +392,14 @@ def _add_error_handlers(app: FastAPI, limits: Limits) -> None:
 
     @app.exception_handler(RequestError)
     @app.exception_handler(ChatError)
+    @app.exception_handler(MediaError)
     @app.exception_handler(TokenizerError)
     async def user_error(request: Request, error: ValueError) -> Response:
-        param = "messages" if isinstance(error, ChatError) else getattr(error, "param", None)
+        param = (
+            "messages"
+            if isinstance(error, (ChatError, MediaError))
+            else getattr(error, "param", None)
+        )
         return body(request, str(error), getattr(error, "status", 400), param)
 
     @app.exception_handler(ClientDisconnect)

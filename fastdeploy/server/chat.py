@@ -7,14 +7,16 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ernie.chat import ChatTemplate
+from ernie.vision.prompt import Inputs, Processor
 from fastdeploy.engine.language import Language
-from fastdeploy.engine.prompt import chat_prompt
+from fastdeploy.engine.prompt import chat_inputs, chat_prompt
 from fastdeploy.errors import RequestError
 from fastdeploy.outputs import CompletionOutput, Logprob, TokenLogprobs
 from fastdeploy.sampling import SamplingParams
 from fastdeploy.server.engine import Piece
 from fastdeploy.server.message import Message, Reading, Said
 from fastdeploy.server.parsers import Syntax
+from fastdeploy.server.pictures import PromptPictures
 from fastdeploy.server.protocol import ChatRequest
 from fastdeploy.server.reply import Reply, likeliest
 from fastdeploy.server.tools import ToolUse, check_history, constrained, tool_use
@@ -33,14 +35,22 @@ class ChatOrder:
     prompt: list[int]
     params: SamplingParams
     reading: Reading
+    pictures: PromptPictures | None
 
 
 def chat_order(
-    body: ChatRequest, params: SamplingParams, language: Language, syntax: Syntax, *, trusts: bool
+    body: ChatRequest,
+    params: SamplingParams,
+    language: Language,
+    syntax: Syntax,
+    *,
+    trusts: bool,
+    processor: Processor | None = None,
 ) -> ChatOrder:
-    """`syntax` is that of the model; `trusts`: a request may bring its own template.
+    """`syntax` is that of the model; `trusts`: a request may bring its own template. `processor`
+    reads its pictures, which takes a while: call it in a thread if there are any.
 
-    Raises RequestError, or ChatError naming the message at fault.
+    Raises RequestError, ChatError naming the message at fault, or MediaError naming the part.
     """
     use = tool_use(body.tools, body.tool_choice, body.parallel_tool_calls)
     if use.tools and not syntax.has_calls:
@@ -51,7 +61,9 @@ def chat_order(
         )
     params = _with_effort(params, body, syntax)
     params = constrained(params, body.tool_choice, use, language.tokenizer)
-    prompt = _prompt(body, use, language, trusts)
+    found = _prompt(body, use, language, trusts, processor)
+    pictures = PromptPictures.of(found) if isinstance(found, Inputs) else None
+    prompt = found.token_ids if isinstance(found, Inputs) else found
     wanted = Syntax(syntax.thoughts, bool(use.tools))
     ids = {language.tokenizer.id_of(tag) for tag in wanted.tags}
     reading = Reading(
@@ -61,10 +73,12 @@ def chat_order(
         shown=language.tokenizer.special_ids & ids,
         is_held=use.is_held,
     )
-    return ChatOrder(prompt, params, reading)
+    return ChatOrder(prompt, params, reading, pictures)
 
 
-def _prompt(body: ChatRequest, use: ToolUse, language: Language, trusts: bool) -> list[int]:
+def _prompt(
+    body: ChatRequest, use: ToolUse, language: Language, trusts: bool, processor: Processor | None
+) -> list[int] | Inputs:
     if body.prompt_token_ids is not None:
         return body.prompt_token_ids
     if not body.messages:
@@ -76,7 +90,10 @@ def _prompt(body: ChatRequest, use: ToolUse, language: Language, trusts: bool) -
     if body.chat_template is not None:
         template = _template_of_request(body.chat_template, language, trusts)
     messages = [_as_templates_know_it(i, message) for i, message in enumerate(body.messages)]
-    return chat_prompt(template, language.tokenizer, messages, use.tools, _options(body))
+    arguments = template, language.tokenizer, messages, use.tools, _options(body)
+    if processor is None:
+        return chat_prompt(*arguments)
+    return chat_inputs(processor, *arguments, changes=body.mm_processor_kwargs)
 
 
 def _raw_prompt(body: ChatRequest, language: Language) -> list[int]:

@@ -43,6 +43,7 @@ from fastdeploy.server.link import (
     Start,
 )
 from fastdeploy.server.log import ORIGIN, Origin
+from fastdeploy.server.pictures import PromptPictures
 from fastdeploy.server.supervisor import Child, State, Supervisor, spawn
 
 log = logging.getLogger("fastdeploy")
@@ -101,11 +102,16 @@ class Answer:
     """
 
     def __init__(
-        self, engine: ServerEngine, prompts: Sequence[Sequence[int]], num_samples: int
+        self,
+        engine: ServerEngine,
+        prompts: Sequence[Sequence[int]],
+        num_samples: int,
+        pictures: PromptPictures | None = None,
     ) -> None:
         self.engine = engine
         self.prompts = prompts
         self.num_samples = num_samples  # of each prompt
+        self.num_picture_tokens = pictures.num_tokens() if pictures is not None else {}
         self.num_choices = len(prompts) * num_samples
         self.samples: dict[str, tuple[int, Sample]] = {}  # open ones, by the engine's request id
         self.queue: deque[Piece | RequestError] = deque()  # not yet read; an error is the last
@@ -237,14 +243,16 @@ class ServerEngine:
         cache_salt: str | None = None,
         adapter: str | None = None,
         shown: Collection[int] = (),
+        pictures: PromptPictures | None = None,
     ) -> Answer:
         """Queue every sample of every prompt; special tokens in `shown` are part of its text.
+        `pictures` are those of the only prompt.
 
         Raises RequestError, having queued nothing.
         """
         self._check(prompts, params)
         banned = [list(ids) for ids in banned_sequences(self.language.tokenizer, params)]
-        answer = Answer(self, prompts, params.num_samples)
+        answer = Answer(self, prompts, params.num_samples, pictures)
         adds = []
         for i, prompt_ids in enumerate(prompts):
             ids = [str(self.num_submitted + 1 + j) for j in range(params.num_samples)]
@@ -255,7 +263,9 @@ class ServerEngine:
                 answer.samples[request_id] = choice, sample
             seed = params.seed if params.seed is not None else self.seeds.getrandbits(59)
             prompt = list(prompt_ids)
-            adds.append(Add(ids, prompt, params, seed, banned, priority, cache_salt, adapter))
+            adds.append(
+                Add(ids, prompt, params, seed, banned, priority, cache_salt, adapter, pictures)
+            )
         self.supervisor.send(*adds)
         self.answers.add(answer)
         self.answer_by_id.update(dict.fromkeys(answer.samples, answer))

@@ -26,6 +26,7 @@ from fastdeploy.engine.request import TokenOutput
 from fastdeploy.errors import RequestError
 from fastdeploy.outputs import Stats
 from fastdeploy.sampling import SamplingParams
+from fastdeploy.server.pictures import PromptPictures
 
 MAX_FRAME_BYTES = 2**30  # prompt_logprobs of a long prompt are the longest: some 100 MiB
 _LENGTH = struct.Struct("<I")
@@ -57,6 +58,7 @@ class Add(Message):
     priority: int
     cache_salt: str | None
     adapter: str | None
+    pictures: PromptPictures | None = None
 
 
 class Abort(Message):

@@ -21,6 +21,7 @@ FILES = {
     "/web/chat.js": ("chat.js", "text/javascript"),
     "/web/api.js": ("api.js", "text/javascript"),
     "/web/markdown.js": ("markdown.js", "text/javascript"),
+    "/web/pictures.js": ("pictures.js", "text/javascript"),
     "/web/icon.svg": ("icon.svg", "image/svg+xml"),
 }
 PATHS = frozenset(FILES)
@@ -29,7 +30,7 @@ POLICY = "; ".join(
         "default-src 'none'",
         "script-src 'self'",
         "style-src 'self'",
-        "img-src 'self'",
+        "img-src 'self' data:",  # pictures that the reader has added
         "connect-src 'self'",
         "form-action 'none'",
         "base-uri 'none'",

@@ -187,6 +187,7 @@ class ChatRequest(Common):
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     disable_chat_template: bool | None = False
+    mm_processor_kwargs: dict[str, Any] | None = None  # how its pictures are read
     metadata: dict[str, Any] | None = None
 
     def num_logprobs(self) -> int | None:

@@ -129,7 +129,10 @@ class Reply(ABC):
             "prompt_tokens": prompt,
             "completion_tokens": generated,
             "total_tokens": prompt + generated,
-            "prompt_tokens_details": {"cached_tokens": sum(self.num_cached)},
+            "prompt_tokens_details": {
+                "cached_tokens": sum(self.num_cached),
+                **self.answer.num_picture_tokens,
+            },
         }
 
     def extras(self, choice: int, completion: CompletionOutput) -> dict[str, Any]:

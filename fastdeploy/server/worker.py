@@ -164,10 +164,12 @@ class Worker:
         engine = self.engine
         try:
             adapter = None if add.adapter is None else engine.adapters.get(add.adapter)
+            pictures, ids = add.pictures, add.prompt_ids
+            prompt = ids if pictures is None else pictures.inputs(ids)
             for index, request_id in enumerate(add.ids):
                 engine.add(
                     request_id,
-                    add.prompt_ids,
+                    prompt,
                     add.params,
                     seed=add.seed,
                     sample_index=index,

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -167,6 +171,114 @@ def test_regenerate_and_edit_replace_the_end(page: Page, upstream: Upstream) -> 
     expect(page.locator(".assistant")).to_have_count(1)
     sent = [[m["content"] for m in body["messages"]] for body in upstream.bodies]
     assert sent == [["First"], ["First"], ["Second"]]
+
+
+DROP = """([data, how]) => {
+    const bytes = Uint8Array.from(atob(data), (c) => c.charCodeAt(0));
+    const transfer = new DataTransfer();
+    transfer.items.add(new File([bytes], "a.png", { type: "image/png" }));
+    const target = document.getElementById("input");
+    const options = { bubbles: true, cancelable: true };
+    if (how === "paste") {
+        target.dispatchEvent(new ClipboardEvent("paste", { ...options, clipboardData: transfer }));
+    } else {
+        target.dispatchEvent(new DragEvent("dragover", { ...options, dataTransfer: transfer }));
+        target.dispatchEvent(new DragEvent("drop", { ...options, dataTransfer: transfer }));
+    }
+}"""
+
+
+def a_png(color: str, size: tuple[int, int] = (40, 30)) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", size, color).save(file, "PNG")
+    return file.getvalue()
+
+
+@needs_browser
+def test_pictures_are_added_by_button_drop_and_paste(page: Page, upstream: Upstream) -> None:
+    contents = {how: a_png(color) for how, color in zip(("button", "drop", "paste"), COLORS)}
+    file = {"name": "a.png", "mimeType": "image/png", "buffer": contents["button"]}
+    page.locator("#files").set_input_files([file])  # what the button opens
+    expect(page.locator("#tray img")).to_have_count(1)
+    for number, how in enumerate(("drop", "paste"), 2):
+        page.evaluate(DROP, [base64.b64encode(contents[how]).decode(), how])
+        expect(page.locator("#tray img")).to_have_count(number)
+    page.get_by_label("Remove picture 1").click()
+    expect(page.locator("#tray img")).to_have_count(2)
+    ask(page, "Compare")
+    expect_end(page, 1)
+    expect(page.locator("#tray")).to_be_hidden()
+    expect(page.locator(".user .pictures img")).to_have_count(2)
+    assert page.evaluate("[...document.images].every((i) => i.complete && i.naturalWidth)")
+    wanted = [
+        {"type": "image_url", "image_url": {"url": as_url(contents[how])}}
+        for how in ("drop", "paste")
+    ]
+    wanted += [{"type": "text", "text": "Compare"}]
+    assert upstream.bodies[-1]["messages"] == [{"role": "user", "content": wanted}]
+    page.reload()
+    expect(page.locator(".user .pictures img")).to_have_count(2)
+    page.locator(".user").hover()
+    page.get_by_role("button", name="Edit").click()
+    page.get_by_label("Edit your message").fill("Describe")
+    page.keyboard.press("Enter")
+    expect_end(page, 1)
+    wanted[-1] = {"type": "text", "text": "Describe"}
+    assert upstream.bodies[-1]["messages"] == [{"role": "user", "content": wanted}]
+
+
+COLORS = ("red", "green", "blue")
+
+
+def as_url(content: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+@needs_browser
+def test_a_picture_alone_is_a_message_and_a_large_one_is_made_smaller(
+    page: Page, upstream: Upstream
+) -> None:
+    file = {"name": "a.png", "mimeType": "image/png", "buffer": a_png("red", (4000, 2000))}
+    page.locator("#files").set_input_files([file])
+    expect(page.locator("#tray img")).to_have_count(1)
+    page.get_by_label("Send", exact=True).click()
+    expect_end(page, 1)
+    (part,) = upstream.bodies[-1]["messages"][0]["content"]
+    head, content = part["image_url"]["url"].split(",")
+    assert head == "data:image/jpeg;base64"
+    width, height = Image.open(io.BytesIO(base64.b64decode(content))).size
+    assert 4_700_000 < width * height <= 4_842_768 and abs(width / height - 2) < 0.01
+
+
+@needs_browser
+def test_what_is_no_picture_and_a_model_of_text_are_told(page: Page, upstream: Upstream) -> None:
+    expect(page.get_by_label("Add pictures")).to_be_visible()
+    text = {"name": "a.txt", "mimeType": "text/plain", "buffer": b"no picture"}
+    page.locator("#files").set_input_files([text])
+    expect(page.get_by_role("alert")).to_contain_text("a.txt is no picture")
+    expect(page.get_by_role("button", name="Try again")).to_be_hidden()
+    upstream.reads = ["text"]
+    page.reload()
+    expect(page.locator("#facts")).to_contain_text("tokens")
+    expect(page.get_by_label("Add pictures")).to_be_hidden()
+    page.evaluate(DROP, [base64.b64encode(a_png("red")).decode(), "drop"])
+    expect(page.get_by_role("alert")).to_contain_text("This model reads text only.")
+
+
+@needs_browser
+def test_pictures_beyond_the_browsers_storage_are_told_after_a_reload(page: Page) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (900, 900, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(noise).save(file, "PNG")
+    sent = {"name": "a.png", "mimeType": "image/png", "buffer": file.getvalue()}
+    for number in range(1, 4):
+        page.locator("#files").set_input_files([sent])
+        expect(page.locator("#tray img")).to_have_count(number)
+    ask(page, "Look")
+    expect_end(page, 1)
+    expect(page.locator(".user .pictures img")).to_have_count(3)
+    page.reload()
+    expect(page.locator(".user .note")).to_contain_text("The pictures of this message are gone")
 
 
 @needs_browser
@@ -376,7 +488,7 @@ def test_the_files_are_small_guarded_and_complete() -> None:
         again = client.get(path, headers={"if-none-match": answer.headers["etag"]})
         assert (again.status_code, again.content) == (304, b"")
         total += len(answer.content)
-    assert total < 48 * 1024, f"the page has grown to {total} bytes"
+    assert total < 56 * 1024, f"the page has grown to {total} bytes"
     assert {name for name, _ in FILES.values()} == {path.name for path in FOLDER.iterdir()}
     html = (FOLDER / "index.html").read_text("utf-8")
     assert not re.search(r"<script>|<style|style=|\son\w+=|https?://", html)

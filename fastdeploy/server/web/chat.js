@@ -2,6 +2,7 @@
 
 import { ApiError, chat, models } from "./api.js";
 import { Markdown, element } from "./markdown.js";
+import { Tray, contentOf, dataUrl, thumbnail } from "./pictures.js";
 
 const $ = (id) => document.getElementById(id);
 const NUMBERS = ["temperature", "top_p", "max_tokens", "seed"];
@@ -10,9 +11,11 @@ const THEME = "fastdeploy.theme";
 const TALK = "fastdeploy.talk"; // of this tab
 const KEY = "fastdeploy.key";
 
-const turns = read(sessionStorage, TALK) ?? []; // {role, content, thought?, thought_s?, calls?, figures?, note?}
+const turns = read(sessionStorage, TALK) ?? []; // {role, content, pictures?, lost?, thought?, thought_s?, calls?, figures?, note?}
 let settings = read(localStorage, SETTINGS) ?? {};
 let running = null; // {controller, view} while an answer comes in
+let reads = null; // what the model takes, once that is known
+const tray = new Tray($("tray"), () => showState());
 
 function read(storage, name) {
   try {
@@ -22,7 +25,15 @@ function read(storage, name) {
   }
 }
 
-const keep = () => sessionStorage.setItem(TALK, JSON.stringify(turns));
+// Browsers keep a few MiB for a page: pictures that do not fit are not there after a reload.
+function keep() {
+  try {
+    sessionStorage.setItem(TALK, JSON.stringify(turns));
+  } catch {
+    const without = turns.map(({ pictures, ...turn }) => (pictures ? { ...turn, lost: pictures.length } : turn));
+    sessionStorage.setItem(TALK, JSON.stringify(without));
+  }
+}
 
 // --- one answer on the screen ---
 
@@ -172,8 +183,12 @@ function figuresText(figures) {
 
 function userNode(turn) {
   const text = element("div", { class: "bubble", dir: "auto" }, turn.content);
+  const above = [];
+  if (turn.pictures?.length) above.push(element("div", { class: "pictures" }, ...turn.pictures.map(thumbnail)));
+  if (turn.lost) above.push(element("p", { class: "note" }, "The pictures of this message are gone: the browser keeps only a few MiB."));
+  text.hidden = !turn.content;
   const meta = element("div", { class: "meta" }, button("Edit", "edit"), button("Copy", "question"));
-  return element("article", { class: "turn user", "aria-label": "You" }, text, meta);
+  return element("article", { class: "turn user", "aria-label": "You" }, ...above, text, meta);
 }
 
 function redraw() {
@@ -208,7 +223,7 @@ function showState() {
   $("clear").hidden = isEmpty;
   $("stop").hidden = !running;
   $("send").hidden = Boolean(running);
-  $("send").disabled = !$("input").value.trim();
+  $("send").disabled = !$("input").value.trim() && !tray.urls.length;
   $("talk").setAttribute("aria-busy", String(Boolean(running)));
   document.body.classList.toggle("running", Boolean(running));
 }
@@ -216,7 +231,7 @@ function showState() {
 // --- sending ---
 
 function requestBody() {
-  const history = turns.map(({ role, content }) => ({ role, content: content ?? "" }));
+  const history = turns.map((turn) => ({ role: turn.role, content: contentOf(turn) }));
   const system = settings.system?.trim() ? [{ role: "system", content: settings.system }] : [];
   const body = {
     model: $("model").value || undefined,
@@ -265,8 +280,9 @@ async function answer() {
   else if (failure) showProblem(failure);
 }
 
-function send(text) {
+function send(text, pictures = []) {
   const turn = { role: "user", content: text };
+  if (pictures.length) turn.pictures = pictures;
   turns.push(turn);
   $("talk").append(userNode(turn));
   keep();
@@ -294,6 +310,7 @@ function again() {
 
 function showProblem(error) {
   $("problem-text").textContent = problemText(error);
+  $("retry").hidden = false;
   $("problem").hidden = false;
   toEnd();
 }
@@ -352,6 +369,8 @@ async function showModels() {
   $("facts").replaceChildren(...shown.map(([term, value]) =>
     element("div", {}, element("dt", {}, term), element("dd", {}, value))));
   $("model").replaceChildren(...cards.map(({ id }) => element("option", { value: id }, id)));
+  reads = card.input_modalities ?? ["text"];
+  $("attach").hidden = !reads.includes("image");
   $("model").hidden = cards.length < 2;
   $("title").hidden = cards.length > 1;
   return undefined;
@@ -384,9 +403,10 @@ function edit(node, index) {
   node.replaceChildren(element("div", { class: "editor" }, box, element("div", { class: "row" }, cancel, save)));
   const done = () => {
     const text = box.value.trim();
-    if (!text || running) return;
+    const { pictures } = turns[index];
+    if ((!text && !pictures) || running) return;
     cut(index);
-    send(text);
+    send(text, pictures);
   };
   save.onclick = done;
   cancel.onclick = redraw;
@@ -422,10 +442,10 @@ $("talk").addEventListener("click", ({ target }) => {
 $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   const text = $("input").value.trim();
-  if (!text || running) return;
+  if ((!text && !tray.urls.length) || running) return;
   $("input").value = "";
   grow($("input"));
-  send(text);
+  send(text, tray.take());
 });
 $("input").addEventListener("keydown", (event) => {
   if (!isSending(event)) return;
@@ -448,6 +468,58 @@ $("clear").onclick = () => {
   redraw();
   $("input").focus();
 };
+
+// --- pictures: by button, drop and paste ---
+
+async function addPictures(files) {
+  if (!files.length) return;
+  hideProblem();
+  if (reads && !reads.includes("image")) return showNote("This model reads text only.");
+  for (const file of files) {
+    try {
+      tray.add(await dataUrl(file));
+    } catch (error) {
+      showNote(error.message);
+    }
+  }
+  $("input").focus();
+}
+
+// Of what the reader did; there is nothing to try again.
+function showNote(message) {
+  showProblem({ status: 0, message });
+  $("retry").hidden = true;
+}
+
+const hasFiles = ({ dataTransfer }) => dataTransfer?.types.includes("Files");
+
+$("attach").onclick = () => $("files").click();
+$("files").onchange = async () => {
+  await addPictures([...$("files").files]);
+  $("files").value = "";
+};
+document.addEventListener("paste", (event) => {
+  const files = [...event.clipboardData.files];
+  if (!files.length) return;
+  event.preventDefault();
+  addPictures(files);
+});
+for (const name of ["dragenter", "dragover"]) {
+  document.addEventListener(name, (event) => {
+    if (!hasFiles(event)) return;
+    event.preventDefault();
+    document.body.classList.add("dropping");
+  });
+}
+document.addEventListener("dragleave", (event) => {
+  if (!event.relatedTarget) document.body.classList.remove("dropping");
+});
+document.addEventListener("drop", (event) => {
+  document.body.classList.remove("dropping");
+  if (!hasFiles(event)) return;
+  event.preventDefault();
+  addPictures([...event.dataTransfer.files]);
+});
 
 // --- settings and theme ---
 
