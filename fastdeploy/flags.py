@@ -102,7 +102,7 @@ LATER: dict[str, tuple[Any, ...]] = {
 SHORT = {"dp": "data_parallel_size", "pp": "pipeline_parallel_size"}
 
 _ONE_HOST = "asks for several machines; start a server on each and put a balancer in front"
-_TEXT = "is not available: the models served so far read and write text"
+_TEXT = "is not needed: a model that reads pictures is served so, and all answer in text"
 _TLS = "is not offered: a proxy with TLS in front does it (see docs/serving.md)"
 _MODEL_CODE = "is refused: no code from a model's folder or from a plug-in is ever run"
 REASONS = {
