@@ -16,7 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +84,7 @@ def train(folder: Path, steps: int) -> None:
 def measured(folder: Path, name: str) -> Record:
     """Curves, held-out bits per byte by language and samples of a trained side."""
     output = folder / f"out-{name}"
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    steps = [line for line in lines if "loss" in line]
+    steps, lines = steps_of(output)
     names = ("loss", "moe_max_over_mean", "moe_dead_experts")
     return {
         "bits_per_byte": evaluated(words(folder, name), folder, output),
@@ -162,20 +161,11 @@ def draw(results: dict[str, Record]) -> None:
 
 
 def report(results: dict[str, Record], steps: int) -> None:
-    table = [["", *results]]
-    rows = [
-        ("parameters", lambda r: f"{r['parameters'] / 1e6:.1f} M"),
-        ("active for a token", lambda r: f"{r['active'] / 1e6:.1f} M"),
-        ("tokens", lambda r: f"{r['tokens'] / 1e6:.2f} M"),
-        *(
-            (f"held-out {name}, bits per byte", lambda r, n=name: f"{r['bits_per_byte'][n]:.3f}")
-            for name in LANGUAGES
-        ),
-        ("busiest expert, last 50 steps, over the mean", lambda r: _busiest(r)),
-        ("hours on half the processors", lambda r: f"{r['seconds'] / 3600:.2f}"),
-    ]
-    for name, cell in rows:
-        table.append([name, *(cell(record) for record in results.values())])
+    more = {
+        "busiest expert, last 50 steps, over the mean": _busiest,
+        "hours on half the processors": lambda r: f"{r['seconds'] / 3600:.2f}",
+    }
+    table = table_of(results, "tokens", 3, more)
     moe, dense = (record["bits_per_byte"] for record in results.values())
     gains = [f"{language} {100 * (1 - moe[language] / dense[language]):+.1f} %" for language in moe]
     reading = f"Fewer bits a byte than the dense twin after the same tokens: {', '.join(gains)}."
@@ -188,6 +178,32 @@ def report(results: dict[str, Record], steps: int) -> None:
         {"steps": steps, "configs": "examples/configs/tiny/pt", "temperature": 0.8, "top_p": 0.9},
         results, table, reading, details,
     )  # fmt: skip
+
+
+def table_of(
+    results: Mapping[str, Record], tokens: str, digits: int, more: Mapping[str, Callable]
+) -> list[list[str]]:
+    """A column for each model: sizes, tokens, bits per byte to so many digits, `more` rows."""
+    rows: dict[str, Callable[[Record], str]] = {
+        "parameters": lambda r: f"{r['parameters'] / 1e6:.1f} M",
+        "active for a token": lambda r: f"{r['active'] / 1e6:.1f} M",
+        tokens: lambda r: f"{r['tokens'] / 1e6:.2f} M",
+        **{
+            f"held-out {name}, bits per byte": lambda r, n=name: (
+                f"{r['bits_per_byte'][n]:.{digits}f}"
+            )
+            for name in LANGUAGES
+        },
+        **more,
+    }
+    cells = [[name, *map(cell, results.values())] for name, cell in rows.items()]
+    return [["", *results], *cells]
+
+
+def steps_of(output: Path) -> tuple[list[Record], list[Record]]:
+    """What a run recorded of its steps, and all that it recorded."""
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "loss" in line], lines
 
 
 def _busiest(record: Record) -> str:

@@ -12,14 +12,13 @@ layers. All use the same schedule. At the first step all three compute the same 
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 from harness import ROOT, write_record
-from pretrain import LANGUAGES, evaluated, sizes, words
+from pretrain import LANGUAGES, evaluated, sizes, steps_of, table_of, words
 
 QUESTION = __doc__.splitlines()[0]
 CHOSEN = {"dense parent": 0, "upcycled, 1 of 8": 1, "upcycled, 2 of 8": 2}
@@ -63,8 +62,7 @@ def gone_on(folder: Path, start: Path, steps: int) -> Record:
         "continue_training=true", f"max_steps={steps}", *GOING_ON,
     ]  # fmt: skip
     erniekit("train", *settings)
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    trained = [line for line in lines if "loss" in line]
+    trained, _ = steps_of(output)
     return {
         "bits_per_byte": evaluated(settings, folder, output),
         "tokens": trained[-1]["total_tokens"],
@@ -75,20 +73,11 @@ def gone_on(folder: Path, start: Path, steps: int) -> Record:
 
 
 def report(results: dict[str, Record], steps: int) -> None:
-    table = [["", *results]]
-    rows = [
-        ("parameters", lambda r: f"{r['parameters'] / 1e6:.1f} M"),
-        ("active for a token", lambda r: f"{r['active'] / 1e6:.1f} M"),
-        ("tokens since the start", lambda r: f"{r['tokens'] / 1e6:.2f} M"),
-        *(
-            (f"held-out {name}, bits per byte", lambda r, n=name: f"{r['bits_per_byte'][n]:.4f}")
-            for name in LANGUAGES
-        ),
-        ("busiest expert over the mean", lambda r: f"{r['busiest']:.2f}" if r["busiest"] else ""),
-        ("experts without a token", lambda r: "" if r["dead"] is None else f"{r['dead']:.0f}"),
-    ]
-    for name, cell in rows:
-        table.append([name, *(cell(record) for record in results.values())])
+    more = {
+        "busiest expert over the mean": lambda r: f"{r['busiest']:.2f}" if r["busiest"] else "",
+        "experts without a token": lambda r: "" if r["dead"] is None else f"{r['dead']:.0f}",
+    }
+    table = table_of(results, "tokens since the start", 4, more)
     dense, *others = results
     gains = []
     for side in others:

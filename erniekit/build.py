@@ -28,7 +28,7 @@ from ernie.tokenizer import Tokenizer
 from erniekit.config import Run
 from erniekit.lora import TRAINED, Freeze, LoRA, Preparation, add_lora, weight_names
 from erniekit.recompute import recompute
-from erniekit.reward_model import add_reward_head, fill_head, has_head
+from erniekit.reward_model import put_head
 
 log = logging.getLogger("erniekit")
 
@@ -75,9 +75,8 @@ def build_model(
     elif not run.is_lora:
         _choose_trained(model, run)
     if run.model.stage == "RM":
-        add_reward_head(model, seed=run.training.seed)
-        if has_head(folder := weights_from or Path(run.model.model_name_or_path)):
-            fill_head(model, folder)
+        folder = weights_from or Path(run.model.model_name_or_path)
+        put_head(model, folder, seed=run.training.seed)
     for router in model.modules():
         if isinstance(router, Router):
             router.capacity = run.model.moe_capacity

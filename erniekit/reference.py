@@ -44,6 +44,14 @@ _EVERY_S = 10.0  # between two lines that tell how far it is
 _ENDS = 1 << 16  # bytes at both ends of a weight file by which it is known
 
 
+def reference_of(references: References | None, batch: Pairs | Judged) -> Tensor:
+    """Log-probabilities of the reference, as `References.of`; zero for every answer without one."""
+    if references is not None:
+        return references.of(batch)
+    device = batch.token_ids_T.device
+    return torch.zeros(len(batch.keys), 2, dtype=torch.float64, device=device)
+
+
 class References:
     """The log-probabilities of pairs by key, for a run on a device; none before `fill`.
 

@@ -60,6 +60,13 @@ def add_reward_head(model: ErnieModel, *, seed: int) -> None:
     mark(model)
 
 
+def put_head(model: ErnieModel, folder: Path, *, seed: int) -> None:
+    """Give a model the head of a folder, or a new one where the folder has none, in place."""
+    add_reward_head(model, seed=seed)
+    if has_head(folder):
+        fill_head(model, folder)
+
+
 def mark(model: ErnieModel) -> None:
     """Have the configuration of a model say where its head lies."""
     extra = {**model.config.extra, CONFIG_KEY: HEAD_FILE}

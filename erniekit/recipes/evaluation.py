@@ -27,7 +27,7 @@ from erniekit.report import story
 from erniekit.report.answers import answers, prompts
 from erniekit.report.scores import mean_scores
 from erniekit.report.story import RESULTS_FILE, SAMPLES_FILE
-from erniekit.reward_model import add_reward_head, fill_head, has_head
+from erniekit.reward_model import put_head
 from erniekit.session import Method, load_adapter
 
 log = logging.getLogger("erniekit")
@@ -95,7 +95,5 @@ def _model(run: Run, device: str, folder: Path | None) -> tuple[ernie.ErnieModel
     what = folder or Path(run.model.model_name_or_path)
     model = read_model(run, device) if folder is None else ernie.load(folder, device=device)
     if run.model.stage == "RM":
-        add_reward_head(model, seed=run.training.seed)
-        if has_head(what):
-            fill_head(model, what)
+        put_head(model, what, seed=run.training.seed)
     return model.eval(), folder or run.model.model_name_or_path

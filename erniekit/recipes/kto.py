@@ -12,9 +12,6 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ernie.model import ErnieModel
 from erniekit.config import Run, resolved
 from erniekit.data.loader import Batch
@@ -24,7 +21,7 @@ from erniekit.losses import Loss
 from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.preference import Judged
 from erniekit.recipes import sft
-from erniekit.reference import References
+from erniekit.reference import References, reference_of
 from erniekit.session import Method
 
 
@@ -44,18 +41,13 @@ def method(run: Run, device: str, *, is_kept: bool = True) -> Method:
     references = None
     if not p.reference_free:
         references = References(run, device, is_kept=is_kept, log_probs=judged_log_probs)
-
-    def reference_of(batch: Judged) -> Tensor:
-        if references is not None:
-            return references.of(batch)
-        device = batch.token_ids_T.device
-        return torch.zeros(len(batch.keys), 2, dtype=torch.float64, device=device)
+    asked = partial(reference_of, references)
 
     def loss(model: ErnieModel, batch: Judged, **options) -> Loss:
         return kto(
             model,
             batch,
-            reference_of(batch)[:, 0],
+            asked(batch)[:, 0],
             utility=utility,
             terms=sft.terms(run),
             chunk_size=chunk_size,
@@ -63,7 +55,7 @@ def method(run: Run, device: str, *, is_kept: bool = True) -> Method:
         )
 
     def measure(model: ErnieModel, batches: Sequence[Batch], ranks: Ranks) -> dict[str, Any]:
-        return usual(model, batches, reference_of, ranks=ranks, chunk_size=chunk_size)
+        return usual(model, batches, asked, ranks=ranks, chunk_size=chunk_size)
 
     evaluate = partial(evaluate_judged, loss=loss, measure=measure)
     if references is None:

@@ -28,7 +28,7 @@ from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.preference import Pairs, answer_lengths, preference, sequence_log_probs
 from erniekit.preference_losses import PREFERENCE_LOSSES, Objective, gains
 from erniekit.recipes import sft
-from erniekit.reference import References
+from erniekit.reference import References, reference_of
 from erniekit.session import Method
 
 
@@ -61,18 +61,13 @@ def method(run: Run, device: str, *, is_kept: bool = True) -> Method:
     objective, chunk_size = objective_of(run.preferences), run.model.loss_subbatch_seqlen
     has_reference = objective.row.uses_reference and not run.preferences.reference_free
     references = References(run, device, is_kept=is_kept) if has_reference else None
-
-    def reference_of(batch: Pairs) -> Tensor:
-        if references is not None:
-            return references.of(batch)
-        device = batch.token_ids_T.device
-        return torch.zeros(len(batch.pairs_P4), 2, dtype=torch.float64, device=device)
+    asked = partial(reference_of, references)
 
     def loss(model: ErnieModel, batch: Pairs, **options) -> Loss:
         return preference(
             model,
             batch,
-            reference_of(batch),
+            asked(batch),
             objective=objective,
             terms=sft.terms(run),
             chunk_size=chunk_size,
@@ -84,9 +79,7 @@ def method(run: Run, device: str, *, is_kept: bool = True) -> Method:
         if objective.sft_weight:
             found["sft_scale"] = 1 / sum(map(_num_chosen, batches))
         if objective.row.uses_baselines:
-            found["baseline_2"] = baselines(
-                model, batches, reference_of, objective, ranks, chunk_size
-            )
+            found["baseline_2"] = baselines(model, batches, asked, objective, ranks, chunk_size)
         return found
 
     evaluate = partial(evaluate_judged, loss=loss, measure=measure)
