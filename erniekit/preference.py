@@ -22,6 +22,7 @@ from ernie.model import ErnieModel
 from ernie.moe.router import Routing
 from erniekit.gradients import Gradients
 from erniekit.losses import (
+    figures_of,
     Flat,
     Loss,
     Selected,
@@ -120,7 +121,7 @@ def with_terms(
     added = {name: part * share for name, part in routing_terms(model, routed, terms).items()}
     total = value + torch.stack(list(added.values())).sum() if added else value
     parts = {name: part.detach() for name, part in added.items()} | parts
-    return Loss(total, value.detach(), parts, [routing.load_E for routing in routed])
+    return Loss(total, value.detach(), parts, figures_of(model, routed)[0])
 
 
 def told_of_pairs(rewards_P2: Tensor) -> dict[str, Tensor]:
