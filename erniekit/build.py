@@ -170,7 +170,7 @@ def frozen_form(run: Run, weight: str) -> str | None:
     if run.model.compute_type == "bf16" or not run.is_lora:
         return None
     forms = FROZEN[run.model.compute_type]
-    form = forms.experts if ".mlp.experts." in weight else forms.dense
+    form = forms.experts if re.search(r"\.mlp\.(vision_)?experts\.", weight) else forms.dense
     return f"{form}_double" if run.model.qlora_weight_double_quant else form
 
 

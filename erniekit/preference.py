@@ -22,12 +22,12 @@ from ernie.model import ErnieModel
 from ernie.moe.router import Routing
 from erniekit.gradients import Gradients
 from erniekit.losses import (
-    figures_of,
     Flat,
     Loss,
     Selected,
     Terms,
     add_product,
+    figures_of,
     head_of_chunks,
     logit_gradients,
     routing_terms,

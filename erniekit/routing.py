@@ -7,8 +7,8 @@
     moe_loads           at about a hundred steps of a run: tokens of each expert, a list a layer
 
 Of a multimodal model these are about the text experts, and the same with moe_vision_ about the
-vision experts. A collapsing router shows in all of them: load goes to a few experts, the others die, and the
-entropy falls. Numbers are of the whole step, all batches and all ranks.
+vision experts. A collapsing router shows in all of them: load goes to a few experts, the others
+die, and the entropy falls. Numbers are of the whole step, all batches and all ranks.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def figures(
     counts = _lists(loads)
     if not idle:
         idle += [[0] * len(layer) for layer in counts]
-    found = {}
+    found: dict[str, Any] = {}
     for bank, name in zip(range(num_banks), ("moe_", "moe_vision_")):
         own = slice(bank, None, num_banks)
         values = _of_bank(counts[own], list(entropies)[own], idle[own], top_k)

@@ -354,7 +354,7 @@ def processor_of(run: Run, folder: Path) -> Processor:
     the run gives. Any file and public URL that a record names is read.
     """
     p, settings = run.pictures, VisionSettings.from_folder(folder)
-    given = {
+    given: dict[str, Any] = {
         "image_min_pixels": p.min_pixels,
         "image_max_pixels": p.max_pixels,
         "video_min_pixels": p.video_min_pixels,

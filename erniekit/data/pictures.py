@@ -1,7 +1,7 @@
 """Records with pictures, of stage VL-SFT, to dialogues.
 
     published  {"text_info": [{"text", "tag": "mask" or "no_mask"}, ...], "order"?, "is_system"?,
-                "image_info"?: [{"image_url", "matched_text_index"}, ...], "video_info"?: [the same],
+                "image_info"?: [{"image_url", "matched_text_index"}, ...], "video_info"?: [same],
                 "system"?, "tools"?}
     query      {"query", "response", "images"?, "videos"?, "history"?: [[query, response], ...],
                 "system"?}
@@ -20,9 +20,11 @@ read by `erniekit.data.multimodal`.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +124,10 @@ def _from_text_info(record: Mapping[str, Any], places: Places) -> Dialogue:
             key = "image_url" if "image_url" in entry else f"{kind}_url"
             parts.append(places.part(kind, entry.get(key), f"{at}.{key}"))
         elif entry.get("tool_response") is not None:
-            put(at, "tool", entry["tool_response"])
+            result = entry["tool_response"]
+            text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
+            put(at, "tool", [*parts, {"type": "text", "text": text}])
+            parts = []
         elif entry["tag"] == "mask":
             parts.append({"type": "text", "text": entry["text"]})
         else:
@@ -189,7 +194,7 @@ def _given_order(order: Any, entries: Mapping[str, Sequence[Any]]) -> list[tuple
     if isinstance(order, Mapping):
         kinds, indices = order.get("type"), order.get("index")
         is_table = isinstance(kinds, list) and isinstance(indices, list)
-        order = list(zip(kinds, indices)) if is_table and len(kinds) == len(indices) else None
+        order = list(zip_longest(kinds or (), indices or ())) if is_table else None
     wanted = sorted((kind, i) for kind, found in entries.items() for i in range(len(found)))
     try:
         given = [(str(kind), int(i)) for kind, i in order]
@@ -197,8 +202,8 @@ def _given_order(order: Any, entries: Mapping[str, Sequence[Any]]) -> list[tuple
         given = []
     if sorted(given) != wanted:
         raise DataError(
-            f"order does not name each of the {len(wanted)} texts, images and videos once; expected "
-            '[["image", 0], ["text", 0], ...]',
+            f"order does not name each of the {len(wanted)} texts, images and videos once; "
+            'expected [["image", 0], ["text", 0], ...]',
             at="order",
         )
     return given

@@ -31,7 +31,7 @@ def dialogues(count: int, salt: str = "") -> list[dict]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A function from "tiny-dense", "tiny-moe" or "tiny-vl" to a folder with a random float32 model."""
+    """A function from "tiny-dense", "tiny-moe" or "tiny-vl" to a folder with a random model."""
     root = tmp_path_factory.mktemp("models")
 
     def folder(name: str) -> Path:
