@@ -44,7 +44,7 @@ LATER: dict[str, tuple[Any, ...]] = {
     "max_encoder_cache": (-1, 0),
     "max_processor_cache": (-1, 0),
     "disable_chunked_mm_input": (False,),
-    "enable_mm": (False,),
+    "enable_mm": (False, True),  # what a model reads is in its folder
     "tool_parser_plugin": (None,),
     "logprobs_mode": ("raw_logprobs",),
     "enable_keep_sampling_mask": (False,),
@@ -102,7 +102,6 @@ LATER: dict[str, tuple[Any, ...]] = {
 SHORT = {"dp": "data_parallel_size", "pp": "pipeline_parallel_size"}
 
 _ONE_HOST = "asks for several machines; start a server on each and put a balancer in front"
-_TEXT = "is not needed: a model that reads pictures is served so, and all answer in text"
 _TLS = "is not offered: a proxy with TLS in front does it (see docs/serving.md)"
 _MODEL_CODE = "is refused: no code from a model's folder or from a plug-in is ever run"
 REASONS = {
@@ -111,8 +110,7 @@ REASONS = {
     "controller_port": "is not offered: the routes of enable_control_api do it, behind the keys",
     "swap_space": "is not offered: the cache has no tier in the host's memory",
     "kvcache_storage_backend": "is not offered: the cache has no tier outside of memory",
-    "enable_mm": _TEXT,
-    "enable_mm_output": _TEXT,
+    "enable_mm_output": "is not available: the models answer in text",
     "trust_remote_code": _MODEL_CODE,
     "tool_parser_plugin": _MODEL_CODE,
     "logits_processors": _MODEL_CODE,

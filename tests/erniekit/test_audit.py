@@ -171,7 +171,7 @@ def test_files_that_cannot_be_opened_are_one_sentence(words, tmp_path: Path, cap
         error = capsys.readouterr().err
         assert name in error and error.count("\n") == 1, error
     assert main(["data", *words(tmp_path / "a", stage="VL-SFT")]) == 2
-    assert "use SFT, DPO, KTO, RM, PT" in capsys.readouterr().err
+    assert "use SFT, DPO, UPO, KTO, RM, PT" in capsys.readouterr().err
 
 
 ANY_JSON = st.recursive(

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from erniekit import config, foreign
+from erniekit.report.scores import CALL_SCORES, SCORES
 from fastdeploy.config import EngineConfig
 
 ROOT = Path(__file__).parents[2]
@@ -55,6 +56,7 @@ def test_settings_in_the_text_exist(page: str) -> None:
     keys = {f.name for kind in config.GROUPS for f in dataclasses.fields(kind)}
     metrics = {"moe_max_over_mean", "full_attn", "dare_ties", "rewards_accuracy", "rewards_margin"}
     metrics |= {"q_proj", "self_attn", "shared_experts", "target_parameters"}
-    metrics |= {"rewards_chosen", "rewards_rejected", "eval_loss"}
+    metrics |= {"rewards_chosen", "rewards_rejected", "eval_loss"} | {*SCORES, *CALL_SCORES}
+    metrics |= {"reasoning_content", "tool_call_id"}  # parts of messages
     unknown = words - keys - metrics - foreign.RENAMED.keys() - foreign.WITHOUT_EFFECT.keys()
     assert not unknown, f"docs/{page}.md names {sorted(unknown)}"

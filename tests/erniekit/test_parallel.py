@@ -255,7 +255,8 @@ def test_one_process_goes_on_from_two_ranks(
         assert main(["train", *words(tiny(name), data, tmp_path / origin, **more)]) == 0
     ours, theirs = tmp_path / f"moe-full-{form}", tmp_path / "moe-full"
     assert_same_curve(records(ours), records(theirs))
-    assert_alike(saved(ours, STEPS + 2), saved(theirs, STEPS + 2))
+    # Means of squares are off by twice as much as the gradients they come from.
+    assert_alike(saved(ours, STEPS + 2), saved(theirs, STEPS + 2), bound=2e-5)
 
 
 @pytest.mark.ranks
