@@ -671,8 +671,8 @@ class Audit:
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "wsd")
 SINKS = ("tensorboard", "visualdl", "wandb", "swanlab", "all", "none")
 GROUPS = (
-    Model, Data, Pictures, Preferences, Policy, Training, Optimisation, Generation, Server, Export, Reporting,
-    Parallel, Audit,
+    Model, Data, Pictures, Preferences, Policy, Training, Optimisation, Generation, Server, Export,
+    Reporting, Parallel, Audit,
 )  # fmt: skip
 
 

@@ -294,7 +294,8 @@ def _backward(parts: Parts, window: list[Batch], scale: float) -> tuple[dict[str
         loss = parts.loss(parts.model, flat, scale=scale, share=1 / len(window), **measured)
         if number == len(own):
             parts.gradients.expect_last()
-        loss.total.backward()
+        if loss.total.requires_grad:  # not of text alone where only vision's parts are trained
+            loss.total.backward()
         found = {"loss": loss.value, **loss.parts}
         if loss.num_right is not None:
             found["accuracy"] = loss.num_right
