@@ -8,6 +8,7 @@ example file be checked on the meta device.
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase as fnmatch
 from pathlib import Path
@@ -65,11 +66,6 @@ def build_model(
     """
     choose_products(run, device)
     model = read_model(run, device, weights_from, in_host_memory=in_host_memory)
-    if model.config.vision_config:
-        raise ConfigError(
-            f"{run.model.model_name_or_path} reads images, which cannot be trained here; train one "
-            "of the text models (0.3B, 21B-A3B, 300B-A47B)"
-        )
     if run.is_lora and run.model.compute_type == "bf16":
         add_lora(model, lora_of(run), seed=run.training.seed)
     elif not run.is_lora:
@@ -173,7 +169,7 @@ def frozen_form(run: Run, weight: str) -> str | None:
     if run.model.compute_type == "bf16" or not run.is_lora:
         return None
     forms = FROZEN[run.model.compute_type]
-    form = forms.experts if ".mlp.experts." in weight else forms.dense
+    form = forms.experts if re.search(r"\.mlp\.(vision_)?experts\.", weight) else forms.dense
     return f"{form}_double" if run.model.qlora_weight_double_quant else form
 
 
@@ -208,12 +204,11 @@ def _choose_trained(model: ernie.ErnieModel, run: Run) -> None:
             f"{depth}"
         )
     model.model.mtp.requires_grad_(bool(wanted))
-    for name in frozen(dict(model.named_parameters()), run.model.freeze_parameters):
+    for name in still(dict(model.named_parameters()), run):
         model.get_parameter(name).requires_grad_(False)
     if not trained_parameters(model):
-        raise ConfigError(
-            f"freeze_parameters={','.join(run.model.freeze_parameters)} leaves nothing to train"
-        )
+        words = (*run.model.freeze_parameters, *run.model.freeze_config)
+        raise ConfigError(f"freezing {', '.join(words)} leaves nothing to train")
 
 
 _PARTS = {
@@ -222,7 +217,33 @@ _PARTS = {
     "shared_experts": ("*.shared_experts.*",),
     "embeddings": ("model.embed_tokens.*", "lm_head.*"),
     "attention": ("*.self_attn.*",),
+    "vision_tower": ("vision_model.*",),
+    "resampler": ("model.resampler_model.*",),
 }
+
+
+def still(names: Collection[str], run: Run) -> set[str]:
+    """The parameters that full training leaves as they are, by `freeze_parameters` and
+    `freeze_config`.
+    """
+    found = frozen(names, run.model.freeze_parameters)
+    words = run.model.freeze_config
+    if words and not any(name.startswith("vision_model.") for name in names):
+        raise ConfigError(
+            f"freeze_config={' '.join(words)} is about multimodal models; this one reads text "
+            "alone: use freeze_parameters"
+        )
+    if "freeze_vision" in words:
+        found |= {name for name in names if name.startswith("vision_model.")}
+    if "freeze_lm" in words:
+        trained = ("vision_model.", "model.resampler_model.")
+        found |= {
+            name for name in names if not name.startswith(trained) and not _VISION_BANK.search(name)
+        }
+    return found
+
+
+_VISION_BANK = re.compile(r"\.mlp\.vision_(gate|experts)\.")
 
 
 def frozen(names: Collection[str], wanted: Sequence[str]) -> set[str]:

@@ -114,6 +114,18 @@ class Model:
         "What is not trained (full only): router, experts, shared_experts, embeddings, attention, "
         "or patterns of parameter names like model.layers.0.*; comma list.",
     )
+    freeze_config: tuple[str, ...] = option(
+        (),
+        "Parts of a multimodal model that are not trained (full only): freeze_vision (the tower), "
+        "freeze_lm (all but tower, resampler and vision experts); words.",
+    )
+    token_balance_loss: str = option(
+        "none",
+        "What the gradient divides a step's loss by: its trained tokens (none; the reported loss "
+        "always), all tokens its rows have room for (budget, also true), or for each sample its "
+        "own tokens, masked ones too (sample).",
+        choices=("none", "budget", "sample"),
+    )
     moe_z_loss_lambda: float = option(
         0.0, "Weight of the router's z-loss (full training; not part of the reported loss)."
     )
@@ -158,6 +170,21 @@ class Data:
     split: tuple[float, ...] = option(
         (950.0, 50.0), "Shares of the documents of input_dir for training, evaluation, neither."
     )
+    text_dataset_type: tuple[str, ...] = option(
+        ("erniekit",), "Format of each file of text alone for stage VL-SFT; comma list."
+    )
+    text_dataset_path: tuple[str, ...] = option(
+        (), "Files of text alone that are mixed in (stage VL-SFT); comma list."
+    )
+    text_dataset_prob: tuple[float, ...] = option((1.0,), "Weight of each of them in their share.")
+    modality_ratio: tuple[float, ...] = option(
+        (1.0, 1.0), "Shares of the records that are of text_dataset_path and with pictures."
+    )
+    chat_template: str | None = option(
+        None,
+        "Template of a multimodal model whose folder has none or another; none: the folder's.",
+        choices=(None, "ernie_vl", "ernie_vl_thinking"),
+    )
     max_seq_len: int = option(
         4096, "Tokens of a packed row; a dialogue is cut to fit, a document goes on in the next."
     )
@@ -198,6 +225,10 @@ class Data:
     dataloader_num_workers: int = option(0, "Above 0: batches are prepared by a background thread.")
     prefetch_factor: int = option(2, "Batches prepared ahead by each worker.")
 
+    def _named(self, split: str) -> list[tuple[str, str, float]]:
+        names = (getattr(self, f"{split}_dataset_{x}") for x in ("type", "path", "prob"))
+        return list(zip(*names))
+
     def files(self, split: str) -> list[tuple[str, str, float]]:
         """Kind, path and weight of everything a split ("train" or "eval") is read from.
 
@@ -205,8 +236,14 @@ class Data:
         of weights and prefixes.
         """
         if self.input_dir is None:
-            names = (getattr(self, f"{split}_dataset_{x}") for x in ("type", "path", "prob"))
-            return list(zip(*names))
+            files = self._named(split)
+            if split == "train" and self.text_dataset_path:
+                return [
+                    (kind, path, share * weight / sum(w for *_, w in part))
+                    for share, part in zip(self.modality_ratio, (self._named("text"), files))
+                    for kind, path, weight in part
+                ]
+            return files
         if split == "eval" and not sum(self.split[1:2]):
             return []
         words = self.input_dir.split()
@@ -219,6 +256,28 @@ class Data:
                 "0.4 data/part0 0.6 data/part1"
             ) from None
         return [("indexed", prefix, weight) for weight, prefix in pairs]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pictures:
+    """How pictures and clips of the records are read (stage: VL-SFT); limits that are not given are
+    those of the model folder.
+    """
+
+    min_pixels: int | None = option(None, "Fewest pixels of an image after resizing.")
+    max_pixels: int | None = option(None, "Most pixels of an image after resizing.")
+    video_min_pixels: int | None = option(None, "Fewest pixels of a frame after resizing.")
+    video_max_pixels: int | None = option(None, "Most pixels of a frame after resizing.")
+    video_fps: float = option(2.0, "Frames taken of a second of a clip.")
+    video_min_frames: int = option(16, "Fewest frames of a clip, if it has as many.")
+    video_max_frames: int = option(480, "Most frames of a clip.")
+    video_target_frames: int = option(-1, "Exactly so many frames; -1: by video_fps.")
+    video_frames_sample: str = option(
+        "middle",
+        "Which frame stands for its part of a clip; rand is drawn once for each record.",
+        choices=("leading", "middle", "rand"),
+    )
+    render_timestamp: bool = option(True, "Draw the time on frames.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -468,6 +527,10 @@ class Optimisation:
         1.0, "Learning rate factor of the lowest layer, rising linearly to 1 at the top."
     )
     moe_gate_lr_ratio: float | None = option(None, "Learning rate factor of the routers.")
+    vit_lr_ratio: float | None = option(None, "Learning rate factor of the vision tower.")
+    visual_ld: float | None = option(
+        None, "The same by depth: this once more for each block of the tower from the top down."
+    )
     amp_master_grad: bool | None = option(
         None,
         "Sum gradients in float32 (true) or bfloat16 (false). none: float32 for LoRA and on a "
@@ -608,8 +671,8 @@ class Audit:
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "wsd")
 SINKS = ("tensorboard", "visualdl", "wandb", "swanlab", "all", "none")
 GROUPS = (
-    Model, Data, Preferences, Policy, Training, Optimisation, Generation, Server, Export, Reporting,
-    Parallel, Audit,
+    Model, Data, Pictures, Preferences, Policy, Training, Optimisation, Generation, Server, Export,
+    Reporting, Parallel, Audit,
 )  # fmt: skip
 
 
@@ -619,6 +682,7 @@ class Run:
 
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
+    pictures: Pictures = field(default_factory=Pictures)
     preferences: Preferences = field(default_factory=Preferences)
     policy: Policy = field(default_factory=Policy)
     training: Training = field(default_factory=Training)
@@ -647,10 +711,10 @@ class Run:
 
     @property
     def has_answers(self) -> bool:
-        """Whether its records are questions that the model can be asked: not so of plain text, and
-        a reward model does not answer.
+        """Whether its records are questions that the model is asked while it trains: not so of
+        plain text and of pictures, and a reward model does not answer.
         """
-        return self.model.stage not in ("PT", "RM")
+        return self.model.stage not in ("PT", "RM", "VL-SFT")
 
     @property
     def output(self) -> Path:
@@ -697,6 +761,11 @@ def run_from(values: Mapping[str, Any], origin: str = "the settings") -> Run:
     only = {"simpo_gamma": "simpo", "dpop_lambda": "dpop"}
     unused |= {key for key, name in only.items() if run.preferences.loss_type != name}
     without_effect += [key for key in given if key in unused and given[key] != defaults[key]]
+    if run.model.stage != "VL-SFT":
+        pictures, defaults = dataclasses.asdict(run.pictures), dataclasses.asdict(Pictures())
+        without_effect += [key for key in pictures if pictures[key] != defaults[key]]
+    if run.model.stage not in _ONE_LOSS_A_TOKEN and run.model.token_balance_loss != "none":
+        without_effect.append("token_balance_loss")
     if run.model.stage != "UPO":
         policy, defaults = dataclasses.asdict(run.policy), dataclasses.asdict(Policy())
         without_effect += [key for key in policy if policy[key] != defaults[key]]
@@ -709,6 +778,12 @@ def _respelt(key: str, value: Any) -> Any:
     """ERNIEKit's empty strings mean "not given"; YAML reads the strategy `no` as false."""
     if key.endswith("_strategy") and value is False:
         return "no"
+    if key == "token_balance_loss" and str(value).lower() in ("true", "false"):
+        return "budget" if str(value).lower() == "true" else "none"
+    if key == "modality_ratio" and isinstance(value, str):
+        return value.strip().strip("[]")
+    if key == "freeze_config" and isinstance(value, str):
+        return value.replace(",", " ").split()
     return None if isinstance(value, str) and not value.strip() else value
 
 
@@ -768,8 +843,9 @@ def validate(run: Run) -> None:
     for name in run.reporting.report_to:
         if name not in SINKS:
             raise ConfigError(f"report_to={name!r} is not known; use {', '.join(SINKS)}")
-    for split in ("train", "eval"):
+    for split in ("train", "eval", "text"):
         _check_sources(data, split, model.stage)
+    _check_multimodal(run)
     schedule, _, steady = optimisation.lr_scheduler_type.partition(":")
     if schedule not in SCHEDULES or (steady and not (schedule == "wsd" and steady.isdigit())):
         raise ConfigError(
@@ -837,6 +913,35 @@ def validate(run: Run) -> None:
         raise ConfigError(
             "continue_training=false starts from random weights, which adapters would leave as "
             "they are; use fine_tuning: Full"
+        )
+
+
+def _check_multimodal(run: Run) -> None:
+    model, data, o = run.model, run.data, run.optimisation
+    for word in model.freeze_config:
+        if word not in FREEZE_WORDS:
+            raise ConfigError(
+                f"freeze_config={word!r} is not known; use {' or '.join(FREEZE_WORDS)}"
+            )
+    if len(data.modality_ratio) != 2 or min(data.modality_ratio) < 0 or not data.modality_ratio[1]:
+        raise ConfigError(
+            f"modality_ratio={list(data.modality_ratio)} must be two shares, of text and of "
+            "pictures, the second above 0, as in 1,1"
+        )
+    for key, value in (("vit_lr_ratio", o.vit_lr_ratio), ("visual_ld", o.visual_ld)):
+        if value is not None and value < 0:
+            raise ConfigError(f"{key}={value:g} is below 0; give a factor such as 0.9")
+    if model.stage != "VL-SFT":
+        if data.text_dataset_path:
+            raise ConfigError(
+                "text_dataset_path is mixed into data with pictures (stage: VL-SFT); use "
+                "train_dataset_path"
+            )
+        return
+    if run.parallel.sharding in ("stage2", "stage3"):
+        raise ConfigError(
+            f"sharding={run.parallel.sharding} needs all ranks to use the same weights, and a "
+            "batch without pictures uses no vision tower; use stage1, or none"
         )
 
 
@@ -1043,6 +1148,7 @@ def _check_indexed(run: Run) -> None:
         raise ConfigError(f"input_dir={data.input_dir!r} must have weights of 0 or more")
 
 
+FREEZE_WORDS = ("freeze_vision", "freeze_lm")
 _JUDGED = ("erniekit", "alpaca", "messages", "chatml")
 _DIALOGUES = ("erniekit", "alpaca", "messages", "sharegpt", "reasoning_gym", "chatml")
 _KINDS = {"PT": ("erniekit", "pretrain"), **dict.fromkeys(("DPO", "KTO", "RM"), _JUDGED)}

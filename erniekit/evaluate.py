@@ -18,12 +18,11 @@ import numpy as np
 import torch
 
 from ernie import kernels
-from ernie.attention import packed_causal
 from ernie.chat import UNTRAINED
 from ernie.model import ErnieModel
 from erniekit.data.loader import Batch
 from erniekit.loop import to_device
-from erniekit.losses import ROUTER_LOSSES, Flat, Loss
+from erniekit.losses import ROUTER_LOSSES, Flat, Loss, hidden_of
 from erniekit.parallel.ranks import ALONE, Ranks
 
 T = TypeVar("T")
@@ -65,8 +64,7 @@ def evaluate(
     for batch, counts in shared(batches, ranks):
         flat = to_device(batch, model.device)
         assert isinstance(flat, Flat), "pairs have an evaluation of their own"
-        attend = packed_causal(flat.cu_seqlens_S1, flat.lengths)
-        hidden_TD = model.hidden(flat.token_ids_T, flat.positions_T, attend)
+        hidden_TD = hidden_of(model, flat)
         trained = flat.labels_T != UNTRAINED
         hidden_ND, targets_N = model.model.norm(hidden_TD[trained]), flat.labels_T[trained]
         for rows_CD, targets_C in zip(hidden_ND.split(chunk_size), targets_N.split(chunk_size)):

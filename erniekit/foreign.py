@@ -52,6 +52,31 @@ WITHOUT_EFFECT: dict[str, str] = {
     "amp_custom_white_list": "precision is per kernel",
     "amp_custom_black_list": "precision is per kernel",
     "weight_quantize_algo": "compute_type decides",
+    # pictures
+    "multimodal": "the model's config.json decides",
+    "use_moe": "the model's config.json decides",
+    "moe_use_hard_gate": "tokens always go to the experts of their kind",
+    "moe_multimodal_dispatch_use_allgather": "experts live in this process",
+    "variable_resolution": "pictures always keep their proportions",
+    "spatial_conv_size": "the model's config.json decides",
+    "im_prefix_length": "pictures have as many tokens as they need",
+    "image_token_len": "pictures have as many tokens as they need",
+    "serialize_output": "samples are never written",
+    "drop_untrainble_sample": "samples without a trained token are always left out and told",
+    "add_sys_token": "the chat template decides",
+    "drop_history_with_k": "a dialogue is trained as it is in the data",
+    "min_shot": "a dialogue is trained as it is in the data",
+    "max_shot": "a dialogue is trained as it is in the data",
+    "example_from_same_task_prob": "a dialogue is trained as it is in the data",
+    "pseudo_sampling_prob": "a dialogue is trained as it is in the data",
+    "trigger_data_prob": "a dialogue is trained as it is in the data",
+    "same_data": "a resumed run goes on in its data",
+    "sampling_wo_replacement_data_resuming": "a resumed run goes on in its data",
+    "use_train_part_sharding": "every rank reads all files",
+    "text_use_train_part_sharding": "every rank reads all files",
+    "modality_interleave": "records are mixed by modality_ratio",
+    "balanced_image_preprocess": "batches are always dealt by their patches",
+    "vit_second_fwd_batch_size": "long videos pass the tower in pieces",
     # memory management of PaddlePaddle
     "offload_optim": "the optimizer stays on the device",
     "tensorwise_offload_optimizer": "the optimizer stays on the device",
@@ -138,21 +163,14 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_template": (True,),
     "dataset_type": ("iterable",),
     "offline_dataset_path": (),
-    "text_dataset_path": (),
-    "text_dataset_prob": (),
     "truncation_strategy": ("left",),
     "attention_probs_dropout_prob": (0,),
     "hidden_dropout_prob": (0,),
     "moe_dropout_prob": (0,),
-    "moe_use_hard_gate": (False,),
     "moe_use_aux_free": (True,),
     "adaptive_norm_clip": (False,),
-    "token_balance_loss": (True, False),  # the loss is always normalised by the token count
-    "freeze_config": (),
     "train_emb_only": (0, False),
     "train_moe_only": (),
-    "vit_lr_ratio": (),
-    "visual_ld": (),
     "do_predict": (False,),
     "zcc_ema_interval": (1,),
     "flash_device_save_steps": (0,),
@@ -164,8 +182,11 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "quant_input_grad": (False,),
     "quant_weight_grad": (False,),
     "use_fp8": (False,),
-    "multimodal": (False,),
     "vision_model_name_or_path": (),
+    "use_pic_id": (True,),
+    "image_dtype": ("uint8",),
+    "adaptive_max_imgtoken_option": (),
+    "adaptive_max_imgtoken_rate": (),
     "enable_mm": (False,),
     "quantization": (),
     "reasoning_parser": (),
@@ -200,6 +221,10 @@ def renamed(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     words = given.split() if isinstance(given, str) else list(given)
     if str(result.pop("use_ortho_loss_callback", False)).lower() in ("true", "1", "yes"):
         result.setdefault("moe_orthogonal_update", "decoupled_lr")
+    if str(result.pop("one_sample_in_one_seq", False)).lower() in ("true", "1", "yes"):
+        result.setdefault("packing", False)
+    if size := result.pop("pad_to_max_seqlen", None):
+        result.setdefault("max_seq_len", size)
     if "async_save" in words:
         result.setdefault("use_async_save", True)
         words.remove("async_save")

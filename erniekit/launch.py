@@ -30,6 +30,7 @@ RECIPES = {
     "KTO": "erniekit.recipes.kto",
     "RM": "erniekit.recipes.reward",
     "PT": "erniekit.recipes.pretrain",
+    "VL-SFT": "erniekit.recipes.sft",
 }
 
 # Seconds for a step and a save after SIGTERM, before the agent ends a rank.

@@ -31,11 +31,12 @@ from ernie.moe.router import Router
 from erniekit import memory, routing
 from erniekit.average import Average
 from erniekit.config import Optimisation, Training
-from erniekit.data.loader import Batch
+from erniekit.data.loader import Batch, Pictures
 from erniekit.data.pack import Cursor
 from erniekit.gradients import Gradients, length, squares_of
-from erniekit.losses import Flat, Loss, routers_of
+from erniekit.losses import Flat, Loss, Seen, routers_of
 from erniekit.optim import AdamW, clip_scale, learning_rate_at
+from erniekit.parallel.deal import dealt
 from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.preference import Judged, Pairs
 
@@ -139,8 +140,15 @@ def to_device(batch: Batch, device: torch.device) -> Flat | Pairs | Judged:
     if pairs_P4 is None:
         lengths = tuple(np.diff(batch.cu_seqlens_S1).tolist())
         numbers = {name: torch.from_numpy(n).to(device) for name, n in batch.numbers.items()}
-        return Flat(ids_T, labels_T, positions_T, ends, lengths, numbers)
+        seen = None if batch.pictures is None else _seen(batch.pictures, device)
+        return Flat(ids_T, labels_T, positions_T, ends, lengths, numbers, seen)
     return Pairs(ids_T, labels_T, positions_T, ends, batch.keys)
+
+
+def _seen(pictures: Pictures, device: torch.device) -> Seen:
+    arrays = (pictures.pixel_values_PC, pictures.places_L, pictures.modality_T)
+    pixels_PC, places_L, modality_T = (torch.from_numpy(array).to(device) for array in arrays)
+    return Seen(pixels_PC, pictures.grids, places_L, modality_T)
 
 
 def train(
@@ -208,6 +216,7 @@ def _step(
         routed.entropies,
         progress.idle,
         parts.model.config.moe_k or 1,
+        num_banks=len(parts.model.config.experts_per_bank),
         with_loads=routing.tells_loads(progress.step, parts.num_steps),
     )
     record = {
@@ -263,7 +272,9 @@ def _why_skip(loss: float, norm: float, training: Training, progress: Progress) 
 
 @dataclass
 class Routed:
-    """Each MoE layer's load `(E,)`, and its router's entropy summed over the tokens."""
+    """Load `(E,)` of each bank of each MoE layer, and its router's entropy summed over the tokens,
+    as `losses.figures_of` lists them.
+    """
 
     loads: list[Tensor] = field(default_factory=list)
     entropies: list[Tensor] = field(default_factory=list)
@@ -276,14 +287,15 @@ def _backward(parts: Parts, window: list[Batch], scale: float) -> tuple[dict[str
     sums: dict[str, Tensor] = {}
     loads: list[Tensor] = []
     entropies: list[Tensor] = []
-    own = parts.ranks.own(window)
+    own = dealt(window, [batch.num_patches for batch in window], parts.ranks)
     measured = parts.measure(window)
     for number, batch in enumerate(own, 1):
         flat = to_device(batch, parts.model.device)
         loss = parts.loss(parts.model, flat, scale=scale, share=1 / len(window), **measured)
         if number == len(own):
             parts.gradients.expect_last()
-        loss.total.backward()
+        if loss.total.requires_grad:  # not of text alone where only vision's parts are trained
+            loss.total.backward()
         found = {"loss": loss.value, **loss.parts}
         if loss.num_right is not None:
             found["accuracy"] = loss.num_right
@@ -339,8 +351,12 @@ def trained_routers(model: ErnieModel) -> list[Router]:
 
 def _balance(model: ErnieModel, loads: list[Tensor], step_size: float) -> None:
     layers = [block.mlp for block in model.model.layers if isinstance(block.mlp, MoE)]
-    for layer, load_E in zip(layers, loads, strict=True):
-        if not layer.gate.weight.requires_grad:
-            continue  # a frozen router keeps its bias
-        bias_E = layer.moe_statics.e_score_correction_bias[0]
-        balance.update_correction_bias(bias_E, load_E, step_size)
+    banks = [
+        (gate, layer.moe_statics.e_score_correction_bias[bank])
+        for layer in layers
+        for bank, gate in enumerate((layer.gate, layer.vision_gate))
+        if gate is not None
+    ]
+    for (gate, bias_E), load_E in zip(banks, loads, strict=True):
+        if gate.weight.requires_grad:  # a frozen router keeps its bias
+            balance.update_correction_bias(bias_E, load_E, step_size)

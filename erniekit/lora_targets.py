@@ -73,7 +73,7 @@ def shortest(names: Collection[str], wanted: Collection[str]) -> list[str]:
 def _spellings(name: str) -> tuple[list[str], list[str]]:
     """Names of which each means a weight, and names that mean it together."""
     home, _, leaf = name.rpartition(".")
-    if not home.endswith(".experts"):
+    if not home.endswith((".experts", ".vision_experts")):
         return [name], []
     if leaf == "gate_up_proj":
         return [name, home], [f"{home}.0.gate_proj", f"{home}.0.up_proj"]

@@ -11,8 +11,9 @@ Legend: T tokens of the batch, N trained tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -20,10 +21,14 @@ from torch import Tensor
 from ernie import kernels
 from ernie.attention import packed_causal
 from ernie.chat import UNTRAINED
-from ernie.model import ErnieModel
+from ernie.model import Embeds, ErnieModel
 from ernie.moe import balance
 from ernie.moe.router import Router, Routing
+from ernie.vision.grids import Grids
 from erniekit.gradients import Gradients
+
+if TYPE_CHECKING:
+    from erniekit.data.loader import Batch
 
 # Parts of a `Loss` that train the router.
 ROUTER_LOSSES = ("aux_loss", "z_loss", "orthogonal_loss")
@@ -35,10 +40,21 @@ class Flat:
 
     token_ids_T: Tensor
     labels_T: Tensor
-    positions_T: Tensor
+    positions_T: Tensor  # (3, T) of a multimodal model
     cu_seqlens_S1: Tensor
     lengths: tuple[int, ...] | None = None  # of the segments, where the host knows them
     numbers: Mapping[str, Tensor] = field(default_factory=dict)  # what a method has of its own
+    pictures: Seen | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """The pictures of a batch of a multimodal model, on its device, as `ErnieModel` takes them."""
+
+    pixel_values_PC: Tensor
+    grids: Grids
+    places_L: Tensor
+    modality_T: Tensor
 
 
 @dataclass(frozen=True)
@@ -49,6 +65,7 @@ class Terms:
     orthogonal: float = 0.0
     z: float = 0.0
     multi_token: float = 0.0
+    balance: str = "none"  # form of `balanced`
     num_groups: int = 1  # within which the orthogonality loss compares experts
 
 
@@ -62,7 +79,7 @@ class Loss:
     total: Tensor
     value: Tensor
     parts: dict[str, Tensor]
-    loads_LE: list[Tensor]  # tokens per expert of each MoE layer
+    loads_LE: list[Tensor]  # tokens per expert of each bank of each MoE layer
     num_right: Tensor | None = None
     entropies_L: list[Tensor] = field(default_factory=list)  # of each, summed over the tokens
 
@@ -76,17 +93,23 @@ def next_token(
     terms: Terms = Terms(),
     share: float = 1.0,
     gradients: Gradients | None = None,
+    balance_factor: float | None = None,
 ) -> Loss:
     """Cross-entropy of every trained token, summed and multiplied by `scale`.
 
     `share` is this batch's part of the optimizer step, by which the losses that are means over a
     batch are weighted. With `gradients` the head's gradient is added to its sum there at once.
+    `balance_factor` is what `balanced` measures of a step.
     """
     routings: list[Routing | None] = []
-    attend = packed_causal(batch.cu_seqlens_S1, batch.lengths)
-    hidden_TD = model.hidden(batch.token_ids_T, batch.positions_T, attend, routings=routings)
+    hidden_TD = hidden_of(model, batch, routings)
     num_right = torch.zeros((), dtype=torch.int64, device=hidden_TD.device)
-    value = _head_loss(model, hidden_TD, batch.labels_T, scale, chunk_size, gradients, num_right)
+    weights_T = (
+        None if balance_factor is None else token_weights(batch, terms.balance, balance_factor)
+    )
+    value = _head_loss(
+        model, hidden_TD, batch.labels_T, scale, chunk_size, gradients, num_right, weights_T
+    )
     parts = {}
     if terms.multi_token:
         weighted = scale * terms.multi_token / len(model.model.mtp)
@@ -96,14 +119,79 @@ def next_token(
     total = value + torch.stack(list(parts.values())).sum() if parts else value
     detached = {name: part.detach() for name, part in parts.items()}
     detached |= {name: part * share for name, part in told_of(routed).items()}
-    loads_LE = [routing.load_E for routing in routed]
-    entropies_L = [balance.entropy(routing) for routing in routed]
+    loads_LE, entropies_L = figures_of(model, routed)
     return Loss(total, value.detach(), detached, loads_LE, num_right, entropies_L)
+
+
+def hidden_of(
+    model: ErnieModel, batch: Flat, routings: list[Routing | None] | None = None
+) -> Tensor:
+    """`ErnieModel.hidden` of a batch and its pictures, `(T, D)`."""
+    attend, seen = packed_causal(batch.cu_seqlens_S1, batch.lengths), batch.pictures
+    modality, embeds = None, None
+    if seen is not None:
+        modality = seen.modality_T
+        if seen.grids:
+            rows_LD = model.picture_rows(seen.pixel_values_PC, seen.grids)
+            embeds = Embeds(rows_LD, seen.places_L)
+    return model.hidden(
+        batch.token_ids_T,
+        batch.positions_T,
+        attend,
+        modality=modality,
+        embeds=embeds,
+        routings=routings,
+    )
+
+
+def balanced(window: Sequence[Batch], form: str, budget: int) -> dict[str, float]:
+    """What `next_token` must know of a step for a balance of tokens (`token_balance_loss`): a
+    factor that goes with `token_weights`, by which gradients are those of
+
+        none     sum of all losses / trained tokens                  (nothing is measured)
+        budget   sum of all losses / (tokens that the rows of the step have room for, `budget`)
+        sample   mean over samples of (sum of its losses / all its tokens, masked ones too)
+
+    so that a sample with many tokens of pictures and a short answer does not push as hard as a long
+    text. The value of the loss stays the first. Source: PaddleFormers' `token_balance_loss`;
+    ERNIE 4.5 technical report.
+    """
+    if form == "none":
+        return {}
+    num_trained = sum(batch.num_trained for batch in window)
+    if form == "budget":
+        return {"balance_factor": num_trained / budget}
+    return {"balance_factor": num_trained / sum(batch.num_samples for batch in window)}
+
+
+def token_weights(batch: Flat, form: str, factor: float) -> Tensor:
+    """By which the gradient of each token's loss is multiplied, float32 `(T,)`."""
+    if form == "budget":
+        return torch.full(batch.labels_T.shape, factor, device=batch.labels_T.device)
+    sizes_S = batch.cu_seqlens_S1.diff()
+    return (factor / sizes_S).float().repeat_interleave(sizes_S)
+
+
+def figures_of(model: ErnieModel, routed: list[Routing]) -> tuple[list[Tensor], list[Tensor]]:
+    """Load `(E,)` and entropy of each bank of each MoE layer, in the order of `routers_of`; zero of
+    a bank that had no tokens.
+    """
+    loads, entropies = [], []
+    num_banks = len(model.config.experts_per_bank)
+    for routing in routed:
+        banks = routing.banks
+        loads += [bank.load_E for bank in banks]
+        entropies += [balance.entropy(bank) for bank in banks]
+        for _ in range(num_banks - len(banks)):
+            loads.append(torch.zeros_like(loads[-1]))
+            entropies.append(torch.zeros_like(entropies[-1]))
+    return loads, entropies
 
 
 def told_of(routed: list[Routing]) -> dict[str, Tensor]:
     """Share of the choices that were over the capacity of their expert, where there is one."""
-    kept = [routing.kept_TK for routing in routed if routing.kept_TK is not None]
+    banks = [bank for routing in routed for bank in routing.banks]
+    kept = [bank.kept_TK for bank in banks if bank.kept_TK is not None and len(bank.kept_TK)]
     if not kept:
         return {}
     return {"moe_dropped": 1 - torch.stack([kept_TK.float().mean() for kept_TK in kept]).mean()}
@@ -115,20 +203,21 @@ def routers_of(model: ErnieModel) -> list[Router]:
 
 
 def routing_terms(model: ErnieModel, routed: list[Routing], terms: Terms) -> dict[str, Tensor]:
-    """Mean over the MoE layers of each wanted loss, times its weight."""
+    """Mean over the MoE layers of each wanted loss, times its weight; of two banks the sum."""
     if not routed:
         return {}
     weights = [gate.weight for gate in routers_of(model)]
+    banks = [bank for routing in routed for bank in routing.banks if len(bank.probs_TE)]
     values = {
-        "aux_loss": (terms.load_balance, lambda: map(balance.load_balance_loss, routed)),
-        "z_loss": (terms.z, lambda: map(balance.z_loss, routed)),
+        "aux_loss": (terms.load_balance, lambda: map(balance.load_balance_loss, banks)),
+        "z_loss": (terms.z, lambda: map(balance.z_loss, banks)),
         "orthogonal_loss": (
             terms.orthogonal,
             lambda: (balance.orthogonal_loss(w, terms.num_groups) for w in weights),
         ),
     }
     return {
-        name: weight * torch.stack(list(losses())).mean()
+        name: weight * torch.stack(list(losses())).sum() / len(routed)
         for name, (weight, losses) in values.items()
         if weight
     }
@@ -168,14 +257,16 @@ def _head_loss(
     chunk_size: int,
     gradients: Gradients | None,
     num_right: Tensor | None = None,
+    weights_T: Tensor | None = None,
 ) -> Tensor:
     trained_T = labels_T != UNTRAINED
     trained_N = trained_T.nonzero()[:, 0]
     hidden_ND = model.model.norm(Selected.apply(hidden_TD, trained_N, trained_T))
     weight_VD = model.head_weight
     into = gradients.sum_of(weight_VD) if gradients and weight_VD.requires_grad else None
+    weights_N = None if weights_T is None else weights_T[trained_N]
     return ChunkedCrossEntropy.apply(
-        hidden_ND, weight_VD, labels_T[trained_N], scale, chunk_size, into, num_right
+        hidden_ND, weight_VD, labels_T[trained_N], scale, chunk_size, into, num_right, weights_N
     )
 
 
@@ -213,15 +304,24 @@ class Chunk:
 
 
 def logit_gradients(
-    hidden_CD: Tensor, weight_VD: Tensor, targets_C: Tensor, scale: float, wants_hidden: bool
+    hidden_CD: Tensor,
+    weight_VD: Tensor,
+    targets_C: Tensor,
+    scale: float,
+    wants_hidden: bool,
+    weights_C: Tensor | None = None,
 ) -> Chunk:
-    """Cross-entropy of rows, and the gradients of `scale` times its sum; logits are made once."""
+    """Cross-entropy of rows, and the gradients of `scale` times its sum, where given with a weight
+    for each row; logits are made once.
+    """
     chunk_CD = hidden_CD.detach()
     with torch.set_grad_enabled(wants_hidden):  # for the rows' gradient by the product's backward
         chunk_CD.requires_grad_(wants_hidden)
         product_CV = kernels.linear(chunk_CD, weight_VD)
     logits_CV = product_CV.detach()  # overwritten by their gradient
     loss_C, right_C = kernels.cross_entropy_(logits_CV, targets_C, scale)
+    if weights_C is not None:
+        logits_CV *= weights_C[:, None]
     grad_CD = None
     if wants_hidden:
         (grad_CD,) = torch.autograd.grad(product_CV, chunk_CD, logits_CV)
@@ -247,7 +347,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     Gradients are formed in the forward pass. That of the weight is added to `into` (float32) when
     it is given, for an upstream gradient of 1, and is otherwise returned like any other. Tokens
-    whose logit is the largest are added to `num_right`.
+    whose logit is the largest are added to `num_right`. `weights` `(N,)` multiply the gradients of
+    tokens, not the value.
     """
 
     @staticmethod
@@ -260,6 +361,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         chunk_size: int,
         into: Tensor | None,
         num_right: Tensor | None = None,
+        weights_N: Tensor | None = None,
     ) -> Tensor:
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
@@ -270,8 +372,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         frozen_VD, is_short = head_of_chunks(weight_VD)
         for start in range(0, len(hidden_ND), chunk_size):
             rows = slice(start, start + chunk_size)
+            weights_C = None if weights_N is None else weights_N[rows]
             chunk = logit_gradients(
-                hidden_ND[rows], frozen_VD, targets_N[rows], scale, wants_hidden
+                hidden_ND[rows], frozen_VD, targets_N[rows], scale, wants_hidden, weights_C
             )
             total += chunk.loss_C.sum()
             if num_right is not None:
@@ -291,6 +394,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return (
             None if grad_ND is None else grad_ND * upstream.to(grad_ND.dtype),
             None if grad_VD is None else grad_VD * upstream,
+            None,
             None,
             None,
             None,

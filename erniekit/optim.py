@@ -25,6 +25,8 @@ from ernie.settings import ConfigError
 from erniekit.config import Optimisation
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
+_TOWER_BLOCK = re.compile(r"^vision_model\.blocks\.(\d+)\.")
+_GATES = ("mlp.gate.weight", "mlp.vision_gate.weight")
 AVERAGE = "average"  # part of a parameter's state
 
 
@@ -84,16 +86,21 @@ def treatments(
     o: Optimisation,
     *,
     num_layers: int,
+    num_tower_blocks: int = 0,
     lora_plus_scale: float = 1.0,
 ) -> dict[str, Treatment]:
-    """By name: vectors are not decayed; LoRA's B, low layers and routers have their own factors."""
+    """By name: vectors are not decayed; LoRA's B, low layers, routers and the vision tower have
+    their own factors.
+    """
     result = {}
     for name, parameter in parameters.items():
         factor = lora_plus_scale if name.endswith("lora_B") else 1.0
         if o.layerwise_lr_decay_bound != 1.0:
             factor *= _layer_factor(name, num_layers, o.layerwise_lr_decay_bound)
-        if o.moe_gate_lr_ratio is not None and name.endswith("mlp.gate.weight"):
+        if o.moe_gate_lr_ratio is not None and name.endswith(_GATES):
             factor *= o.moe_gate_lr_ratio
+        if name.startswith("vision_model."):
+            factor *= _tower_factor(name, num_tower_blocks, o)
         is_matrix = parameter.dim() > 1 and not name.endswith(MAGNITUDE)
         result[name] = Treatment(factor, o.weight_decay if is_matrix else 0.0)
     return result
@@ -104,6 +111,16 @@ def _layer_factor(name: str, num_layers: int, bound: float) -> float:
     layer = _LAYER.search(name)
     depth = int(layer[1]) + 1 if layer else 0 if "embed_tokens" in name else num_layers + 1
     return bound + (1 - bound) * depth / (num_layers + 1)
+
+
+def _tower_factor(name: str, num_blocks: int, o: Optimisation) -> float:
+    """`vit_lr_ratio`, times `visual_ld` once for the uppermost block, twice for the one under it
+    and so on down to the patch embedding. Source: layer decay of BEiT.
+    """
+    block = _TOWER_BLOCK.search(name)
+    depth = int(block[1]) + 1 if block else 0 if ".patch_embed." in name else num_blocks + 1
+    ratio = 1.0 if o.vit_lr_ratio is None else o.vit_lr_ratio
+    return ratio * (1.0 if o.visual_ld is None else o.visual_ld) ** (num_blocks + 1 - depth)
 
 
 class AdamW:

@@ -12,8 +12,8 @@ largest of the moments of a step:
     loading    where a rank gives up weights that it has read
 
 Rows are taken as full: the plan is for the longest batch, of pairs for one that is nearly all
-prompt. Refused: multimodal networks, and degrees
-that are no positive numbers.
+prompt, of pictures (stage: VL-SFT) for one that is nothing but images. Refused: degrees that are no
+positive numbers.
 
 Legend: T tokens of a batch, D hidden size, I width of the feed-forward, M of an expert, E experts,
 K chosen ones, H query heads, G key heads, d head width, r rank of the adapters.
@@ -32,7 +32,7 @@ from ernie.kernels.reference import MOMENT_BLOCK
 from ernie.kernels.weights import quantized_bytes
 from ernie.model import ErnieModel
 from ernie.settings import ConfigError
-from erniekit.build import config_of, frozen, frozen_form, weights_dtype
+from erniekit.build import config_of, frozen_form, still, weights_dtype
 from erniekit.config import Optimisation, Run
 from erniekit.lora import projections
 from erniekit.lora_targets import chosen
@@ -111,11 +111,6 @@ def plan(run: Run, device: str, degrees: Degrees = Degrees()) -> Plan:
     Raises ConfigError for a model that is not known or cannot be trained here.
     """
     config = config_of(run.model.model_name_or_path)
-    if config.vision_config:
-        raise ConfigError(
-            f"{run.model.model_name_or_path} reads images, which cannot be trained here; plan one "
-            "of the text models (0.3B, 21B-A3B, 300B-A47B)"
-        )
     sizes = sizes_of(config, run, device, degrees)
     batch = run.training.batch_size * run.data.max_seq_len
     trained = 4 * sizes.num_trained
@@ -150,14 +145,14 @@ def sizes_of(config: ErnieConfig, run: Run, device: str, degrees: Degrees = Degr
     is_scored = run.model.stage == "RM"
     if is_scored:
         add_reward_head(model, seed=0)
-    still = frozen(dict(model.named_parameters()), run.model.freeze_parameters)
+    left = still(dict(model.named_parameters()), run)
     weights = dict(projections(model)) if run.is_lora else {}
     few_bits = {id(w): form for n, w in weights.items() if (form := frozen_form(run, n))}
     for name, p in model.named_parameters():
         width: float = p.element_size()
         if id(p) in few_bits:
             width = quantized_bytes(p.shape, few_bits[id(p)]) / p.numel()
-        trained = ((not run.is_lora and p.requires_grad) or name == HEAD) and name not in still
+        trained = ((not run.is_lora and p.requires_grad) or name == HEAD) and name not in left
         if name.startswith("model.mtp."):
             trained = trained and bool(run.model.num_nextn_predict_layers)
         apart = name in VOCABULARY
@@ -300,6 +295,23 @@ def kept_words(config: ErnieConfig, run: Run, layer: int) -> float:
     return sum(count for part, count in words.items() if part != dropped)
 
 
+def picture_words(config: ErnieConfig, run: Run) -> float:
+    """Words per token that autograd keeps of tower and resampler, where every token is an image's:
+    of merge x merge patches. Nothing of parts that are frozen and have none before them.
+    """
+    vision = config.vision_config
+    if vision is None or run.model.stage != "VL-SFT" or run.is_lora:
+        return 0.0
+    wide, patches = vision.embed_dim, vision.spatial_merge_size**2
+    resampler = 10 * patches * wide + 2 * config.hidden_size + 4
+    if "freeze_vision" in run.model.freeze_config:
+        return float(resampler)
+    block = 8 * wide + 3 * vision.intermediate_size + vision.num_heads + 4
+    if run.model.recompute and run.model.recompute_granularity == "full":
+        block = wide
+    return float(resampler + patches * (vision.depth * block + wide))
+
+
 def _temporary_words(config: ErnieConfig, run: Run, layer: int) -> float:
     """Words per token that the backward pass of a block holds at once besides what was kept."""
     words = layer_words(config, run, layer)
@@ -325,6 +337,7 @@ def _peak(
     unit = word * batch / degrees.tensor
     layers = range(config.num_hidden_layers)
     kept = [unit * kept_words(config, run, n) for n in layers]
+    kept[0] += unit * picture_words(config, run)
     chunk = min(run.model.loss_subbatch_seqlen, batch) if run.model.stage != "RM" else 0
     vocabulary = config.vocab_size / degrees.tensor
     head = {
@@ -392,5 +405,9 @@ def _flops(config: ErnieConfig, run: Run, tokens: int) -> float:
     stage = run.model.stage
     if stage == "RM":
         return (forward - head) * times
+    if stage == "VL-SFT" and (vision := config.vision_config):
+        is_frozen = run.is_lora or "freeze_vision" in run.model.freeze_config
+        tower = 2 * tokens * vision.spatial_merge_size**2 * vision.num_params
+        return forward * times + tower * (1 if is_frozen else times)
     times += stage == "KTO" or (stage == "DPO" and run.preferences.loss_type == "kto_pair")
     return forward * times + head * (stage in ("DPO", "KTO") and not run.is_lora)

@@ -25,6 +25,7 @@ import torch
 from ernie.settings import ConfigError
 from erniekit import checkpoint, config, memory
 from erniekit.config import Run, resolved, run_from
+from erniekit.launch import RECIPES
 from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.plan import GIB, Degrees, Plan, plan
 from erniekit.preference_losses import PREFERENCE_LOSSES
@@ -113,7 +114,8 @@ def read_plannable(values: dict[str, Any], origin: str) -> tuple[Run, Degrees, l
         given = [_degree(key, rest.pop(key)) for key in keys if key in rest]
         degrees[name] = max(given, default=1)
     for key, planned in PLANNED_AS.items():
-        if notes and str(rest.get(key, planned)) != planned:
+        is_here = key == "stage" and rest.get(key) in RECIPES
+        if notes and not is_here and str(rest.get(key, planned)) != planned:
             notes.append(f"planned as {key}={planned}; {key}={rest[key]} is not counted")
             rest[key] = planned
     run = run_from(rest, origin)

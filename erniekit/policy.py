@@ -27,7 +27,7 @@ from ernie.chat import UNTRAINED
 from ernie.model import ErnieModel
 from ernie.moe.router import Routing
 from erniekit.gradients import Gradients
-from erniekit.losses import Flat, Loss, Terms, routing_terms
+from erniekit.losses import Flat, Loss, Terms, figures_of, routing_terms
 from erniekit.preference import label_log_probs
 
 _NO_TERMS = Terms()
@@ -226,7 +226,7 @@ def policy(
     total = value + torch.stack(list(added.values())).sum() if added else value
     told = {name: n["told_K"][k] * share for k, name in enumerate(TOLD)}
     recorded = {name: part.detach() for name, part in (parts | added).items()} | told
-    return Loss(total, value.detach(), recorded, [routing.load_E for routing in routed])
+    return Loss(total, value.detach(), recorded, figures_of(model, routed)[0])
 
 
 def answer_of_label(labels_T: Tensor, cu_seqlens_S1: Tensor, counts_G: Tensor) -> Tensor:

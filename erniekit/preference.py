@@ -27,6 +27,7 @@ from erniekit.losses import (
     Selected,
     Terms,
     add_product,
+    figures_of,
     head_of_chunks,
     logit_gradients,
     routing_terms,
@@ -120,7 +121,7 @@ def with_terms(
     added = {name: part * share for name, part in routing_terms(model, routed, terms).items()}
     total = value + torch.stack(list(added.values())).sum() if added else value
     parts = {name: part.detach() for name, part in added.items()} | parts
-    return Loss(total, value.detach(), parts, [routing.load_E for routing in routed])
+    return Loss(total, value.detach(), parts, figures_of(model, routed)[0])
 
 
 def told_of_pairs(rewards_P2: Tensor) -> dict[str, Tensor]:

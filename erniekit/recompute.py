@@ -31,14 +31,18 @@ def recompute(
 ) -> None:
     """Make the blocks of `model` recompute, in place; names of parameters stay as they are.
 
-    `granularity` None recomputes only what costs next to nothing, in every layer.
+    `granularity` None recomputes only what costs next to nothing, in every layer. The blocks of a
+    vision tower are recomputed whole, where blocks are.
     """
+    # Nothing random happens in a block, so the generator need not be restored.
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    if granularity == "full" and model.vision_model is not None:
+        for block in model.vision_model.blocks:
+            block.forward = partial(again, block.forward)
     for number, block in enumerate(model.model.layers):
         chosen = None if number in except_layers else granularity
         if chosen in _PARTS:
             part = block.get_submodule(_PARTS[chosen])
-            # Nothing random happens in a block, so the generator need not be restored.
-            again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
             part.forward = partial(again, part.forward)
         if chosen not in ("full", "mlp"):
             for part in block.modules():

@@ -6,8 +6,9 @@
     moe_layers          the same three numbers of each layer, as lists
     moe_loads           at about a hundred steps of a run: tokens of each expert, a list a layer
 
-A collapsing router shows in all of them: load goes to a few experts, the others die, and the
-entropy falls. Numbers are of the whole step, all batches and all ranks.
+Of a multimodal model these are about the text experts, and the same with moe_vision_ about the
+vision experts. A collapsing router shows in all of them: load goes to a few experts, the others
+die, and the entropy falls. Numbers are of the whole step, all batches and all ranks.
 """
 
 from __future__ import annotations
@@ -29,8 +30,10 @@ def figures(
     top_k: int,
     *,
     with_loads: bool,
+    num_banks: int = 1,
 ) -> dict[str, Any]:
-    """The numbers of a step, from each layer's load `(E,)` and its entropy summed over the tokens.
+    """The numbers of a step, from each layer's load `(E,)` and its entropy summed over the tokens;
+    where there are two banks, from those of a layer's text and vision experts in turn.
 
     `idle`, the steps since each expert's last token by layer, is moved on by one step.
     """
@@ -39,24 +42,35 @@ def figures(
     counts = _lists(loads)
     if not idle:
         idle += [[0] * len(layer) for layer in counts]
+    found: dict[str, Any] = {}
+    for bank, name in zip(range(num_banks), ("moe_", "moe_vision_")):
+        own = slice(bank, None, num_banks)
+        values = _of_bank(counts[own], list(entropies)[own], idle[own], top_k)
+        if with_loads:
+            values["loads"] = counts[own]
+        found |= {name + key: value for key, value in values.items()}
+    return found
+
+
+def _of_bank(
+    counts: list[list[int]], entropies: Sequence[Tensor], idle: list[list[int]], top_k: int
+) -> dict[str, Any]:
     for layer, steps in zip(counts, idle, strict=True):
         steps[:] = [0 if count else n + 1 for count, n in zip(layer, steps, strict=True)]
     busiest = [max(layer) * len(layer) / max(sum(layer), 1) for layer in counts]
     dead = [sum(n >= DEAD_AFTER for n in steps) for steps in idle]
     found: dict[str, Any] = {
-        "moe_max_over_mean": max(busiest),
-        "moe_dead_experts": sum(dead),
+        "max_over_mean": max(busiest),
+        "dead_experts": sum(dead),
     }
     layers: dict[str, list[Any]] = {"max_over_mean": _rounded(busiest), "dead_experts": dead}
     if entropies:
         num_tokens = [max(sum(layer) / top_k, 1) for layer in counts]
         sums = torch.stack(list(entropies)).tolist()
         means = [total / n for total, n in zip(sums, num_tokens, strict=True)]
-        found["moe_entropy"] = sum(means) / len(means)
+        found["entropy"] = sum(means) / len(means)
         layers["entropy"] = _rounded(means)
-    found["moe_layers"] = layers
-    if with_loads:
-        found["moe_loads"] = counts
+    found["layers"] = layers
     return found
 
 

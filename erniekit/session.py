@@ -116,12 +116,14 @@ class Session:
         self.trained = trained_parameters(self.model)
         dtype = torch.float32 if run.optimisation.amp_master_grad else torch.bfloat16
         self.gradients = self.form.gradients(self.model, self.trained, dtype)
+        vision = self.model.config.vision_config
         self.optimizer = OPTIMIZERS[run.optimisation.optim](
             self.form.parts(self.trained),
             treatments(
                 self.trained,
                 run.optimisation,
                 num_layers=self.model.config.num_hidden_layers,
+                num_tower_blocks=vision.depth if vision else 0,
                 lora_plus_scale=run.model.lora_plus_scale,
             ),
             run.optimisation,

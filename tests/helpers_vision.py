@@ -10,6 +10,7 @@ import av
 import numpy as np
 from PIL import Image
 
+from ernie.tokenizer import Tokenizer
 from tests import helpers_tokenizer
 
 VL_SPECIAL = (
@@ -27,6 +28,19 @@ def vl_folder(folder: Path) -> Path:
     special = [*helpers_tokenizer.ERNIE_SPECIAL, *VL_SPECIAL]
     symbols = [token for token in special if token != "<mask:1>"]
     return helpers_tokenizer.sentencepiece_folder(folder, user_defined_symbols=symbols)
+
+
+def vl_marks(tokenizer: Tokenizer) -> dict[str, int | None]:
+    """The fields of a config that name the tokens of pictures."""
+    marks = {
+        f"{kind}_{end}_token_id": tokenizer.id_of(f"<|{kind.upper()}_{end.upper()}|>")
+        for kind in ("image", "video")
+        for end in ("start", "end")
+    }
+    return marks | {
+        "im_patch_id": tokenizer.id_of("<|IMAGE_PLACEHOLDER|>"),
+        "video_token_id": None,
+    }
 
 
 def grey_clip(

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -52,6 +52,16 @@ class Sample:
     @property
     def positions(self) -> np.ndarray:
         return np.arange(len(self))
+
+    @property
+    def mark(self) -> bytes:
+        """What tells it from a sample of the same tokens."""
+        return b""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes that it holds besides its tokens."""
+        return 0
 
 
 class CutAway(DataError):
@@ -127,21 +137,28 @@ def _from_messages(record: Mapping[str, Any]) -> Dialogue:
             "no messages; expected a list of objects with role and content", at="messages"
         )
     places = [f"messages[{i}]" for i in range(len(messages))]
-    return _checked(messages, record.get("tools"), places)
+    return checked_dialogue(messages, record.get("tools"), places)
 
 
 def _from_sharegpt(record: Mapping[str, Any]) -> Dialogue:
     messages, places = sharegpt.messages_of(record)
-    return _checked(messages, record.get("tools"), places)
+    return checked_dialogue(messages, record.get("tools"), places)
 
 
-def _checked(messages: list[dict[str, Any]], tools: Any, places: Sequence[str]) -> Dialogue:
-    """A dialogue of messages that stand at `places` of a record; raises DataError."""
+def checked_dialogue(
+    messages: list[dict[str, Any]],
+    tools: Any,
+    places: Sequence[str],
+    reads: Collection[str] = (),
+) -> Dialogue:
+    """A dialogue of messages that stand at `places` of a record, with pictures of the kinds that
+    are read; raises DataError.
+    """
     declared = read_tools(tools)
     before, calls = None, Calls(declared)
     for i, (message, where) in enumerate(zip(messages, places)):
         try:
-            checked = checked_message(where, message)
+            checked = checked_message(where, message, reads)
         except ChatError as error:
             raise DataError(str(error), at=where) from None
         role = checked["role"]
@@ -266,13 +283,18 @@ class Encoder:
             num_cut = size - len(encoded.token_ids)
         self.counts["dialogues cut"] += dropped > 0
         self.counts["turns dropped"] += dropped
-        labels = encoded.labels[1:]
-        sample = Sample(encoded.token_ids[:-1], labels, num_cut)
+        sample = self.sample_of(encoded, messages, num_cut)
         if not sample.num_trained:
             if dropped:
                 raise CutAway("no trained answer is left after cutting")
             raise DataError("no answer with label 1; nothing to train on")
         return sample
+
+    def sample_of(
+        self, encoded: Encoded, messages: Sequence[Mapping[str, Any]], num_cut: int
+    ) -> Sample:
+        """The sample of an encoded dialogue, `num_cut` tokens of whose messages were cut off."""
+        return Sample(encoded.token_ids[:-1], encoded.labels[1:], num_cut)
 
     def _shortened(self, messages: list[dict[str, Any]], tools: Any) -> tuple[Encoded, int]:
         """A dialogue that is too long without as few of its oldest turns as possible, and their

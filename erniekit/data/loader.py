@@ -2,7 +2,8 @@
 
     sources -> mix -> dialogues -> samples -> rows -> batches of flat tokens
 
-Legend: T tokens of the flat batch, S segments (samples).
+Legend: T tokens of the flat batch, S segments (samples), P patches of pictures, C elements of a
+patch, L tokens that stand for rows of pictures.
 
 Records that cannot be used are never silent: each is logged (the first few in full), all are
 counted by reason, and a share of them above `max_bad_data_share` ends the run with `DataError`.
@@ -19,23 +20,30 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ernie.chat import UNTRAINED, ChatTemplate
+from ernie.chat import UNTRAINED, VL, VL_THINKING, ChatTemplate
 from ernie.checkpoint.hub import resolve
+from ernie.config import ErnieConfig
 from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer
+from ernie.vision.prompt import Processor
+from ernie.vision.settings import VisionSettings, font_of
+from ernie.vision.sources import MediaError, Sources
 from erniekit.config import Data, Run
 from erniekit.data import tasks
 from erniekit.data.dialogue import Encoder, Sample
 from erniekit.data.indexed import Indexed, share
 from erniekit.data.judged import NEIGHBOURS, JudgedEncoder, JudgedSample
 from erniekit.data.mix import Mix
+from erniekit.data.multimodal import PicturedSample, PictureEncoder
 from erniekit.data.pack import START, Cursor, Drawn, Row, pack
+from erniekit.data.pictures import Beside
 from erniekit.data.preference import PairEncoder, PairSample
 from erniekit.data.sources import DataError, Source, open_source
 from erniekit.data.text import TextEncoder
@@ -46,13 +54,39 @@ _SHOWN = 5  # faults logged in full
 _ENOUGH = 200  # records after which the share of faults is judged
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures of a batch, in order of appearance, and which tokens are about them."""
+
+    pixel_values_PC: np.ndarray  # uint8
+    grids: list[tuple[int, int, int]]
+    places_L: np.ndarray  # int64, of the tokens that stand for their rows
+    modality_T: np.ndarray  # int64, as in `ernie.vision.positions`
+
+    @classmethod
+    def of(cls, samples: list[Sample], missing: int) -> Pictures | None:
+        """Those of samples with `missing` tokens of padding behind; None for a text model's."""
+        pictured = [sample for sample in samples if isinstance(sample, PicturedSample)]
+        if not pictured:
+            return None
+        pictures = [picture for sample in pictured for picture in sample.pictures]
+        rows = [picture.rows for picture in pictures]
+        modality = np.concatenate([sample.modality_T for sample in pictured])
+        return cls(
+            np.concatenate(rows) if rows else np.empty((0, 0), np.uint8),
+            [picture.grid for picture in pictures],
+            np.concatenate([sample.is_place_T for sample in pictured]).nonzero()[0],
+            np.pad(modality, (0, missing)),
+        )
+
+
 @dataclass
 class Batch:
     """Rows laid one after the other. Arrays here; `erniekit.loop` makes tensors of them."""
 
     token_ids_T: np.ndarray  # int64
     labels_T: np.ndarray  # int64, the token that follows, UNTRAINED where there is no loss
-    positions_T: np.ndarray  # int64, from 0 in every segment
+    positions_T: np.ndarray  # int64, from 0 in every segment; (3, T) of a multimodal model
     cu_seqlens_S1: np.ndarray  # int32, bounds of the segments
     cursor: Cursor  # how the stream goes on after this batch
     num_tokens: int  # without padding
@@ -62,6 +96,16 @@ class Batch:
     is_desirable_S: np.ndarray | None = None  # bool, of judged answers
     others: Batch | None = None  # the same prompts with answers to other ones
     numbers: dict[str, np.ndarray] = field(default_factory=dict)  # what a method has of its own
+    pictures: Pictures | None = None  # of a batch of a multimodal model, be it without any
+
+    @property
+    def num_samples(self) -> int:
+        """Segments without that of padding."""
+        return int((self.cu_seqlens_S1[1:] <= self.num_tokens).sum())
+
+    @property
+    def num_patches(self) -> int:
+        return 0 if self.pictures is None else len(self.pictures.pixel_values_PC)
 
     @property
     def weight(self) -> int:
@@ -96,7 +140,7 @@ def batch_of(rows: list[list[Sample]], cursor: Cursor, *, fixed_size: int = 0) -
     return Batch(
         ids,
         labels,
-        np.concatenate([*(s.positions for s in samples), np.arange(missing)]),
+        _positions(samples, missing),
         bounds_S1.astype(np.int32),
         cursor,
         num_tokens,
@@ -104,7 +148,15 @@ def batch_of(rows: list[list[Sample]], cursor: Cursor, *, fixed_size: int = 0) -
         np.array(pairs, np.int64) if pairs else None,
         tuple(s.key for s in samples if isinstance(s, (PairSample, JudgedSample))),
         *_judged(samples, cursor),
+        pictures=Pictures.of(samples, missing),
     )
+
+
+def _positions(samples: list[Sample], missing: int) -> np.ndarray:
+    """`(T,)`, or `(3, T)` of a multimodal model, with those of a segment of padding."""
+    parts = [sample.positions for sample in samples]
+    padding = np.broadcast_to(np.arange(missing), (*parts[0].shape[:-1], missing))
+    return np.concatenate([*parts, padding], axis=-1)
 
 
 def _judged(samples: list[Sample], cursor: Cursor) -> tuple[np.ndarray | None, Batch | None]:
@@ -158,6 +210,8 @@ class Stream:
         self.data, self.encoder = data, encoder
         self.kinds = kinds
         self.sources = [_opened(data, split, kind, path) for kind, path in zip(kinds, paths)]
+        if isinstance(encoder, PictureEncoder):
+            self.sources = [Beside(source) for source in self.sources]
         training = split == "train"
         self.way = "separate" if not data.packing else "sequential"
         if training and data.packing and data.greedy_intokens:
@@ -283,8 +337,40 @@ def stream(run: Run, split: str, tokenizer: Tokenizer | None = None) -> Stream:
     if run.model.stage == "PT":
         encoder = TextEncoder(tokenizer, run.data.max_seq_len)
     else:
-        encoder = encoder_of(run, tokenizer, ChatTemplate.for_folder(folder, tokenizer))
+        encoder = encoder_of(run, tokenizer, _template(run, folder, tokenizer))
     return Stream(run.data, split, encoder, seed=run.training.seed)
+
+
+def _template(run: Run, folder: Path, tokenizer: Tokenizer) -> ChatTemplate:
+    """The one that the run names, else that of the model folder."""
+    named = {"ernie_vl": VL, "ernie_vl_thinking": VL_THINKING}
+    if run.data.chat_template in named:
+        return named[run.data.chat_template]
+    return ChatTemplate.for_folder(folder, tokenizer)
+
+
+def processor_of(run: Run, folder: Path) -> Processor:
+    """How pictures of training records are read: the limits of the model folder, with those that
+    the run gives. Any file and public URL that a record names is read.
+    """
+    p, settings = run.pictures, VisionSettings.from_folder(folder)
+    given: dict[str, Any] = {
+        "image_min_pixels": p.min_pixels,
+        "image_max_pixels": p.max_pixels,
+        "video_min_pixels": p.video_min_pixels,
+        "video_max_pixels": p.video_max_pixels,
+        "video_fps": p.video_fps,
+        "video_min_frames": p.video_min_frames,
+        "video_max_frames": p.video_max_frames,
+        "video_target_frames": p.video_target_frames,
+        "video_frames_sample": p.video_frames_sample,
+        "render_timestamp": p.render_timestamp,
+    }
+    try:
+        settings = replace(settings, **{k: v for k, v in given.items() if v is not None})
+    except MediaError as error:
+        raise ConfigError(f"the limits of pictures do not fit: {error}") from None
+    return Processor(settings=settings, sources=Sources(folder=Path("/")), font=font_of(folder))
 
 
 def encoder_of(run: Run, tokenizer: Tokenizer, template: ChatTemplate) -> Encoder:
@@ -303,9 +389,28 @@ def encoder_of(run: Run, tokenizer: Tokenizer, template: ChatTemplate) -> Encode
     if run.model.stage == "KTO":
         masks_end = p.mask_out_eos_token
         return JudgedEncoder(tokenizer, template, data.max_seq_len, masks_end=masks_end)
+    if run.model.stage == "VL-SFT":
+        folder = resolve(run.model.model_name_or_path)
+        return PictureEncoder(
+            tokenizer,
+            template,
+            data.max_seq_len,
+            config=_multimodal(folder),
+            processor=processor_of(run, folder),
+        )
     return Encoder(
         tokenizer, template, data.max_seq_len, one_answer_per_sample=data.split_multi_turn
     )
+
+
+def _multimodal(folder: Path) -> ErnieConfig:
+    config = ErnieConfig.from_folder(folder)
+    if config.vision_config is None:
+        raise ConfigError(
+            f"stage=VL-SFT trains a model that reads pictures, which {folder} does not; use a VL "
+            "model, or stage: SFT"
+        )
+    return config
 
 
 @dataclass(frozen=True)
@@ -358,7 +463,8 @@ def survey(stream: Stream, max_records: int) -> Survey:
 
 
 def digest(sample: Sample) -> bytes:
-    return hashlib.blake2b(np.asarray(sample.token_ids, np.int32).tobytes(), digest_size=8).digest()
+    content = np.asarray(sample.token_ids, np.int32).tobytes() + sample.mark
+    return hashlib.blake2b(content, digest_size=8).digest()
 
 
 def prefetched(batches: Iterable[Batch], depth: int) -> Generator[Batch, None, None]:

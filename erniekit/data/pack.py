@@ -40,6 +40,7 @@ class Cursor(NamedTuple):
 
 
 START = Cursor()
+_MOST_BYTES = 1 << 29  # of pictures in the buffer of greedy packing
 
 
 @dataclass(frozen=True)
@@ -145,11 +146,22 @@ def _sequential(stream: Iterable[Drawn], capacity: int) -> Iterator[Row]:
 
 def _greedy(stream: Iterable[Drawn], capacity: int, buffer_size: int) -> Iterator[Row]:
     buffered = iter(stream)
-    while buffer := list(islice(buffered, buffer_size)):
+    while buffer := _buffer(buffered, buffer_size):
         rows = fill_rows(buffer, capacity)
         for number, row in enumerate(rows, start=1):
             last = number == len(rows)
             yield row, buffer[-1].after if last else buffer[0].here._replace(rows=number)
+
+
+def _buffer(stream: Iterator[Drawn], size: int) -> list[Drawn]:
+    """The next `size` samples, or fewer where their pictures fill `_MOST_BYTES`."""
+    buffer, num_bytes = [], 0
+    for drawn in islice(stream, size):
+        buffer.append(drawn)
+        num_bytes += drawn.sample.num_bytes
+        if num_bytes >= _MOST_BYTES:
+            break
+    return buffer
 
 
 def fill_rows(samples: list[Drawn], capacity: int) -> list[list[Drawn]]:

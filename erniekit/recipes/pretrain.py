@@ -8,6 +8,7 @@ do not see each other, and nothing is lost where one is cut (`erniekit.data.text
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 from ernie.checkpoint.hub import resolve
@@ -31,4 +32,4 @@ def method(run: Run, device: str, *, is_kept: bool = True) -> Method:
     tokenizer = Tokenizer.from_folder(resolve(run.model.model_name_or_path))
     chunk_size = run.model.loss_subbatch_seqlen
     measured = partial(evaluate, chunk_size=chunk_size, bytes_V=bytes_by_token(tokenizer))
-    return Method(sft.method(run, device, is_kept=is_kept).loss, measured)
+    return dataclasses.replace(sft.method(run, device, is_kept=is_kept), evaluate=measured)

@@ -12,12 +12,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from ernie.model import ErnieModel
 from ernie.settings import ConfigError
 from erniekit import checkpoint, losses, memory
 from erniekit.build import num_groups
@@ -42,7 +43,13 @@ def method(run: Run, device: str, *, is_kept: bool = True) -> Method:
     del device, is_kept  # nothing is computed before training
     chunk_size = run.model.loss_subbatch_seqlen
     loss = partial(losses.next_token, chunk_size=chunk_size, terms=terms(run))
-    return Method(loss, partial(evaluate, chunk_size=chunk_size))
+    return Method(loss, partial(evaluate, chunk_size=chunk_size), measure=partial(_measure, run))
+
+
+def _measure(run: Run, model: ErnieModel, window: Sequence[Batch], ranks: Ranks) -> dict[str, Any]:
+    del model, ranks
+    budget = len(window) * run.training.batch_size * run.data.max_seq_len
+    return losses.balanced(window, run.model.token_balance_loss, budget)
 
 
 def terms(run: Run) -> losses.Terms:
@@ -54,6 +61,7 @@ def terms(run: Run) -> losses.Terms:
         * (full and model.moe_orthogonal_update == "loss"),
         z=model.moe_z_loss_lambda * full,
         multi_token=model.multi_token_pred_lambda if model.num_nextn_predict_layers else 0.0,
+        balance=model.token_balance_loss,
         num_groups=num_groups(run),
     )
 

@@ -13,6 +13,7 @@ import ernie
 from ernie.models import TINY
 from ernie.tokenizer import Tokenizer
 from tests.helpers_tokenizer import sentencepiece_folder
+from tests.helpers_vision import vl_folder, vl_marks
 
 
 def write_lines(path: Path, records: list) -> Path:
@@ -30,15 +31,17 @@ def dialogues(count: int, salt: str = "") -> list[dict]:
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """A function from "tiny-dense" or "tiny-moe" to a folder with a random float32 model."""
+    """A function from "tiny-dense", "tiny-moe" or "tiny-vl" to a folder with a random model."""
     root = tmp_path_factory.mktemp("models")
 
     def folder(name: str) -> Path:
         path = root / name
         if not path.exists():
-            sentencepiece_folder(path)
+            has_vision = TINY[name].vision_config is not None
+            (vl_folder if has_vision else sentencepiece_folder)(path)
             tokenizer = Tokenizer.from_folder(path)
-            config = dataclasses.replace(TINY[name], vocab_size=tokenizer.vocab_size)
+            marks = vl_marks(tokenizer) if has_vision else {}
+            config = dataclasses.replace(TINY[name], vocab_size=tokenizer.vocab_size, **marks)
             model = ernie.ErnieModel(config, dtype=torch.float32)
             model.init_weights(seed=1)
             model.tokenizer = tokenizer

@@ -170,7 +170,7 @@ def test_files_that_cannot_be_opened_are_one_sentence(words, tmp_path: Path, cap
         assert main(["data", *words(tmp_path / name)]) == 2
         error = capsys.readouterr().err
         assert name in error and error.count("\n") == 1, error
-    assert main(["data", *words(tmp_path / "a", stage="VL-SFT")]) == 2
+    assert main(["data", *words(tmp_path / "a", stage="OCR-VL-SFT")]) == 2
     assert "use SFT, DPO, UPO, KTO, RM, PT" in capsys.readouterr().err
 
 

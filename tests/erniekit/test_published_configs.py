@@ -6,10 +6,14 @@ numbers are those of the published files.
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from ernie.settings import read_yaml
+from erniekit import foreign
 from erniekit.plan import plan
 from erniekit.plan_report import DEGREES, PLANNED_AS, read_plannable
 
@@ -225,6 +229,32 @@ def test_published_files_are_read_and_planned(name: str) -> None:
     assert 0 < found.parts["weights"] < found.peak
     for note in notes:  # what is not trained as it stands
         assert any(key in note for key in (*DIVIDES, *PLANNED_AS, "reads every pair")), note
+
+
+VL = Path(__file__).parents[2] / "examples/configs/ERNIE-4.5-VL-28B-A3B/sft"
+
+
+@pytest.mark.parametrize("path", sorted(VL.glob("*.yaml")), ids=lambda path: path.name)
+def test_published_files_about_pictures_are_read_and_planned(path: Path) -> None:
+    """As above, with the published degrees; what is not a setting is told to have no effect."""
+    values = read_yaml(path) | {"tensor_parallel_degree": 4, "pipeline_parallel_degree": 2}
+    run, degrees, notes = read_plannable(dict(values), path.name)
+    known = run.flat()
+    assert known["packing"] is False and known["max_seq_len"] == values["pad_to_max_seqlen"]
+    renamed = ("one_sample_in_one_seq", "pad_to_max_seqlen", "unified_checkpoint_config")
+    for key, value in values.items():
+        if key in (*DIVIDES, *run.without_effect, *renamed, *foreign.NEUTRAL) or not value:
+            continue
+        value = value.strip("[]").split(",") if key == "modality_ratio" else value
+        assert told(known[key]) == told(value), f"{key} is {known[key]!r}, not {value!r}"
+    found = plan(run, "cuda", degrees)
+    thawed = dataclasses.replace(run.model, freeze_config=())
+    full = plan(dataclasses.replace(run, model=thawed), "cuda", degrees)
+    assert 0 < found.parts["weights"] < found.peak
+    if not run.is_lora:
+        assert full.num_trained - found.num_trained > 6e8, "the tower"
+        assert full.parts["activations"] > found.parts["activations"]
+    assert all(any(key in note for key in DIVIDES) for note in notes), notes
 
 
 def told(value: Any) -> Any:
