@@ -31,28 +31,28 @@ from vl_pictures import (
 from ernie.config import ErnieConfig
 from ernie.vision.config import VisionConfig
 
-COUNT, HELD_OUT = 80_000, 250  # pictures of training, and of each held-out set
+COUNT, HELD_OUT = 160_000, 250  # pictures of training, and of each held-out set
 VOCAB_SIZE = 1200
 PIXELS = SIZE * SIZE
 
 # Text and pictures have experts of their own, wide and narrow, and one of both widths is shared.
 CONFIG = ErnieConfig(
-    hidden_size=160,
-    num_hidden_layers=5,
-    num_attention_heads=5,
-    num_key_value_heads=5,
+    hidden_size=128,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
     head_dim=32,
-    intermediate_size=480,
+    intermediate_size=384,
     max_position_embeddings=1024,
     moe_num_experts=(8, 8),
     moe_k=2,
-    moe_intermediate_size=(160, 96),
+    moe_intermediate_size=(128, 96),
     moe_num_shared_experts=1,
     moe_layer_start_index=(1, 1),
-    moe_layer_end_index=(4, 4),
+    moe_layer_end_index=(3, 3),
     rope_3d=True,
     freq_allocation=4,
-    vision_config=VisionConfig(depth=4, embed_dim=96, mlp_ratio=4, num_heads=4),
+    vision_config=VisionConfig(depth=4, embed_dim=128, mlp_ratio=4, num_heads=4),
 )
 
 
