@@ -4,8 +4,9 @@
 
 `examples/vl_small.py` draws the pictures; the model is trained on those of single things and then
 on all, and its twin on the same questions and answers without the pictures, until it is flat: what
-the twin knows is how often each answer is right. Runs that lie in FOLDER already are taken as they are. Both answer the questions of
-every held-out set greedily, and an answer is right if it is the expected one, letter by letter.
+the twin knows is how often each answer is right. Runs that lie in FOLDER already are taken as they
+are. Both answer the questions of every held-out set greedily, and an answer is right if it is the
+expected one, letter by letter.
 
 The record shows the shares by set; `docs/images/vl_small.png` the first English question of each
 set and of some the second, as they come.
@@ -27,7 +28,7 @@ from pretrain import sizes, steps_of
 
 QUESTION = __doc__.splitlines()[0]
 CONFIG = "examples/configs/tiny/vl/run_vl_sft.yaml"
-FIRST = ("max_seq_len=512", "max_steps=1200")  # of the run on single things
+FIRST = ("max_seq_len=512", "max_steps=1200", "learning_rate=1.0e-3", "warmup_steps=200")
 SIDES = {"with pictures": "", "text alone": "-text"}
 # A file of each set, and what it holds.
 SETS = {

@@ -3,7 +3,7 @@
     python examples/vl_small.py FOLDER [COUNT]
 
     FOLDER/train.jsonl                COUNT records in the published format of stage VL-SFT
-    FOLDER/first.jsonl                those of them that name the colour or shape of one thing, or it
+    FOLDER/first.jsonl                those of them about a single thing: colour, shape, name
     FOLDER/train-text.jsonl           the same questions and answers, without the pictures
     FOLDER/eval.jsonl, eval-text.jsonl
     FOLDER/held-out/*.jsonl           one file for each set of `vl_pictures.SETS`
@@ -27,7 +27,16 @@ from typing import Any
 
 from tiny_model import save_new, train_tokenizer
 from vl_pictures import (
-    COLOURS, COUNTS, LETTERS, QUESTIONS, SETS, SHAPES, SIZE, Example, emoji_sheet, example,
+    COLOURS,
+    COUNTS,
+    LETTERS,
+    QUESTIONS,
+    SETS,
+    SHAPES,
+    SIZE,
+    Example,
+    emoji_sheet,
+    example,
     some_example,
 )  # fmt: skip
 
@@ -95,7 +104,10 @@ def write(folder: Path, name: str, examples: Iterator[Example]) -> None:
     path = folder / f"{name}.jsonl"
     path.parent.mkdir(exist_ok=True)
     up = "../" * name.count("/")
-    with path.open("w", encoding="utf-8") as file, without(path).open("w", encoding="utf-8") as twin:
+    with (
+        path.open("w", encoding="utf-8") as file,
+        without(path).open("w", encoding="utf-8") as twin,
+    ):
         for i, one in enumerate(examples):
             place = Path("pictures") / Path(name).name / f"{i // 1000:02}" / f"{i}.png"
             (folder / place.parent).mkdir(parents=True, exist_ok=True)
