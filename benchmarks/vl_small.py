@@ -1,6 +1,6 @@
 """Does a small multimodal model trained from nothing see what is in a picture that it never saw?
 
-    python benchmarks/vl_small.py --folder FOLDER [--steps 9000] [--text-steps 1500]
+    python benchmarks/vl_small.py --folder FOLDER [--steps 6600] [--text-steps 1500]
 
 `examples/vl_small.py` draws the pictures; the model is trained on those of single things and then
 on all, and its twin on the same questions and answers without the pictures, until it is flat: what
@@ -51,7 +51,7 @@ Record = dict[str, Any]
 def main() -> None:
     parser = argparse.ArgumentParser(description=QUESTION)
     parser.add_argument("--folder", type=Path, required=True, help="where pictures and runs go")
-    parser.add_argument("--steps", type=int, default=9_000)
+    parser.add_argument("--steps", type=int, default=6_600)
     parser.add_argument("--text-steps", type=int, default=1_500)
     args = parser.parse_args()
     if not (args.folder / "model/config.json").exists():

@@ -3,16 +3,16 @@
     python examples/vl_small.py FOLDER [COUNT]
 
     FOLDER/train.jsonl                COUNT records in the published format of stage VL-SFT
-    FOLDER/first.jsonl                those of them about a single thing: colour, shape, name
+    FOLDER/first.jsonl                those of them about one thing or a short text
     FOLDER/train-text.jsonl           the same questions and answers, without the pictures
     FOLDER/eval.jsonl, eval-text.jsonl
     FOLDER/held-out/*.jsonl           one file for each set of `vl_pictures.SETS`
     FOLDER/pictures/*/*.png           84 x 84 pixels, nine tokens each
     FOLDER/model                      five million parameters with random weights, and a tokenizer
 
-Train it with examples/configs/tiny/vl/run_vl_sft.yaml, on first.jsonl before all: names of single
-things teach the tower to see within a few hundred steps, while the whole mixture, most of which
-asks for more than one look, leaves it blind for long. What has come of it lies in
+Train it with examples/configs/tiny/vl/run_vl_sft.yaml, on first.jsonl before all: single things
+teach the tower to see within a few hundred steps, while the whole mixture, most of which asks for
+more than one look, leaves it blind for long. What has come of it lies in
 examples/models/vl-small; `make demo-vl` asks that.
 """
 
@@ -45,7 +45,7 @@ from ernie.vision.config import VisionConfig
 
 COUNT, HELD_OUT = 160_000, 250  # pictures of training, and of each held-out set
 VOCAB_SIZE = 1200
-FIRST = ("colour", "shape", "emoji")
+FIRST = ("colour", "shape", "read", "emoji")
 PIXELS = SIZE * SIZE
 
 # Text and pictures have experts of their own, wide and narrow, and one of both widths is shared.
