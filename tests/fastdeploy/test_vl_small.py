@@ -39,7 +39,7 @@ def drawn(pictures, kind: str, count: int, is_held_out: bool = False):
 
 
 def in_english(pictures, word: str) -> str:
-    return dict((zh, en) for en, zh in pictures.COLOURS).get(word, word)
+    return {zh: en for en, zh in pictures.COLOURS}.get(word, word)
 
 
 def test_the_only_colour_of_a_shape_is_the_answer(pictures) -> None:
@@ -86,8 +86,9 @@ def test_training_never_draws_what_is_held_out(pictures) -> None:
         assert not any(pair in one.answer for pair in unseen), one.answer
     assert set(kinds) == set(pictures.KINDS)
     for kind in ("number", "word"):
-        assert all(map(pictures.is_held_out_text, (e.answer for e in drawn(pictures, kind, 50, True))))
-    for one in drawn(pictures, "caption", 50, True):
+        for one in drawn(pictures, kind, 50, is_held_out=True):
+            assert pictures.is_held_out_text(one.answer), one.answer
+    for one in drawn(pictures, "caption", 50, is_held_out=True):
         assert any(pair in one.answer for pair in unseen), one.answer
 
 
@@ -97,9 +98,12 @@ def test_records_of_the_twin_are_the_same_without_pictures(pictures, tmp_path) -
     from erniekit.data.pictures import FOLDER, read_pictured
 
     vl_small.make(tmp_path, count=40, held_out=24)
-    for path in (tmp_path / "train.jsonl", tmp_path / "eval.jsonl", tmp_path / "held-out/word.jsonl"):
-        lines = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-        twins = [json.loads(line) for line in vl_small.without(path).read_text("utf-8").splitlines()]
+    for name in ("train.jsonl", "eval.jsonl", "held-out/word.jsonl"):
+        path = tmp_path / name
+        lines, twins = (
+            [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+            for file in (path, vl_small.without(path))
+        )
         for record, twin in zip(lines, twins, strict=True):
             dialogue = read_pictured({FOLDER: str(path.parent), **record}, "erniekit")
             assert Path(dialogue.messages[0]["content"][0]["image"]).is_file()
