@@ -2,11 +2,11 @@
 
     python benchmarks/vl_small.py --folder FOLDER [--steps 4500] [--text-steps 800]
 
-`examples/vl_small.py` draws the pictures; the model is trained on those of single things
-and short texts and then on all, and its twin on the same questions and answers without the pictures, until it is flat: what
-the twin knows is how often each answer is right. Runs that lie in FOLDER already are taken as they
-are. Both answer the questions of every held-out set greedily, and an answer is right if it is the
-expected one, letter by letter.
+`examples/vl_small.py` draws the pictures; the model is trained on those of single things and short
+texts and then on all, and its twin on the same questions and answers without the pictures, until it
+is flat: what the twin knows is how often each answer is right. Runs that lie in FOLDER already are
+taken as they are. Both answer the questions of every held-out set greedily, and an answer is right
+if it is the expected one, letter by letter.
 
 The record shows the shares by set; `docs/images/vl_small.png` the first English question of each
 set and of some the second, as they come.
