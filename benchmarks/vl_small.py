@@ -1,6 +1,6 @@
 """Does a small multimodal model trained from nothing see what is in a picture that it never saw?
 
-    python benchmarks/vl_small.py --folder FOLDER [--steps 4000] [--text-steps 800]
+    python benchmarks/vl_small.py --folder FOLDER [--steps 4000] [--text-steps 500]
 
 `examples/vl_small.py` draws the pictures; the model is trained on those of single things and short
 texts and then on all, and its twin on the same questions and answers without the pictures, until it
@@ -52,8 +52,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=QUESTION)
     parser.add_argument("--folder", type=Path, required=True, help="where pictures and runs go")
     parser.add_argument("--steps", type=int, default=4_000)
-    parser.add_argument("--text-steps", type=int, default=800)
+    parser.add_argument("--text-steps", type=int, default=500)
     args = parser.parse_args()
+    args.folder = args.folder.resolve()
     if not (args.folder / "model/config.json").exists():
         make = [sys.executable, "examples/vl_small.py", str(args.folder)]
         subprocess.run(make, cwd=ROOT, check=True)
@@ -72,6 +73,7 @@ def measured(folder: Path, name: str, steps: int) -> Record:
     if not (output / "model.safetensors").exists():
         train(folder, name, steps)
     done, lines = steps_of(output)
+    first = [] if name else steps_of(folder / "out-first")[0]
     answers = answered(folder, name, output)
     return {
         "right": {kind: share(given) for kind, given in answers.items()},
@@ -84,9 +86,9 @@ def measured(folder: Path, name: str, steps: int) -> Record:
         },
         "asked": sum(map(len, answers.values())),
         "answers": {kind: given[:20] for kind, given in answers.items()},
-        "steps": done[-1]["step"],
-        "tokens": done[-1]["total_tokens"],
-        "seconds": round(sum(step["seconds"] for step in done)),
+        "steps": len(first) + len(done),
+        "tokens": sum(step["num_tokens"] for step in (*first, *done)),
+        "seconds": round(sum(step["seconds"] for step in (*first, *done))),
         "loss": [[s["step"], round(s["loss"], 4)] for s in done if s["step"] % 50 == 0],
         "held_out": [[s["step"], round(s["eval_loss"], 4)] for s in lines if "eval_loss" in s],
         **sizes(output),
