@@ -1,6 +1,6 @@
 """Does a small multimodal model trained from nothing see what is in a picture that it never saw?
 
-    python benchmarks/vl_small.py --folder FOLDER [--steps 4000] [--text-steps 500]
+    python benchmarks/vl_small.py --folder FOLDER [--steps 4000] [--text-steps 900]
 
 `examples/vl_small.py` draws the pictures; the model is trained on those of single things and short
 texts and then on all, and its twin on the same questions and answers without the pictures, until it
@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=QUESTION)
     parser.add_argument("--folder", type=Path, required=True, help="where pictures and runs go")
     parser.add_argument("--steps", type=int, default=4_000)
-    parser.add_argument("--text-steps", type=int, default=500)
+    parser.add_argument("--text-steps", type=int, default=900)
     args = parser.parse_args()
     args.folder = args.folder.resolve()
     if not (args.folder / "model/config.json").exists():
