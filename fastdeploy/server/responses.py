@@ -15,14 +15,16 @@ from fastapi.responses import JSONResponse, Response
 
 from fastdeploy.errors import RequestError
 from fastdeploy.server.chat import ChatReply
+from fastdeploy.server.parts import told_as_sent
 from fastdeploy.server.protocol import read_json, validated
 from fastdeploy.server.response_events import ResponseWriter
 from fastdeploy.server.response_items import as_items
 from fastdeploy.server.response_request import (
     ResponseRequest,
+    chat_of,
     empty_response,
-    fitting_chat,
     refuse_mistakes,
+    truncate,
 )
 from fastdeploy.server.response_store import Item, Job, ResponseStore, Stored
 from fastdeploy.server.stream import Disconnected, EventStream, drained, while_connected
@@ -44,9 +46,13 @@ def add_responses(app: FastAPI, service: Service) -> None:
         history = _history(store, owner, body.previous_response_id)
         items = [*history, *as_items(body.input)]
         refuse_mistakes(body, items)
-        chat = fitting_chat(body, items, service)
+        chat = chat_of(body, items, len(history), service.reads)
         response = empty_response(body, service)
-        reply = await service.begin(request, chat, ChatReply)
+        processor = service.pictures.processor and service.pictures.processor.remembering()
+        with told_as_sent(chat.messages, "input"):
+            if body.truncation == "auto":
+                await truncate(chat, body, service, processor)
+            reply = await service.begin(request, chat, ChatReply, processor)
         reply.answer.id = response["id"]
         events = ResponseWriter(response).events(reply.events())
         stored = Stored(response, items)
