@@ -378,7 +378,7 @@ class Engine:
             raise RequestError("the engine is paused; resume it first", status=503)
 
     def stats(self) -> Stats:
-        blocks, scheduler = self.blocks, self.scheduler
+        blocks, scheduler, pictures = self.blocks, self.scheduler, self.pictures
         return Stats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
@@ -394,6 +394,9 @@ class Engine:
             num_draft_tokens=scheduler.num_draft_tokens,
             num_accepted_tokens=scheduler.num_accepted_tokens,
             num_unfinished_forms=self.num_unfinished_forms,
+            num_pictures_computed=pictures.num_computed if pictures else 0,
+            num_picture_hits=pictures.num_hits if pictures else 0,
+            num_picture_bytes=pictures.num_bytes if pictures else 0,
         )
 
     def _report(

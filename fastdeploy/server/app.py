@@ -85,7 +85,7 @@ class Service:
         folder = Path(engine_config.model).resolve().name
         self.names = config.served_model_name or [folder]  # the first one in answers
         self.name = self.names[0]
-        self.metrics = Metrics(engine_config)
+        self.metrics = Metrics(engine_config, has_vision=bool(self.reads))
         self.observer = Observer(config, self.metrics)
         enabled = engine_config.enable_lora
         folders = adapters.folder_by_name(config, self.name, enabled=enabled)

@@ -141,8 +141,13 @@ def test_greedy_tokens_equal_the_plain_generator(
     assert (stats.num_hit_tokens > 0) == caching, f"{stats}"
     assert (stats.num_preemptions > 0) == (num_blocks < 200), f"{stats}"
     assert stats.num_free_blocks == stats.num_blocks, f"blocks are held by nobody: {stats}"
-    assert engine.pictures is not None
-    assert engine.pictures.num_computed == NUM_PICTURES  # each once, in both rounds
+    assert stats.num_pictures_computed == NUM_PICTURES  # each once, in both rounds
+    if num_blocks == 200:
+        # 7 places in the prompts of a round, all of them found but for the first of each picture;
+        # in the second round whole blocks of the cache stand for some of them.
+        found = 2 * 7 - NUM_PICTURES
+        assert 0 < stats.num_picture_hits <= found
+        assert caching or stats.num_picture_hits == found, f"{stats}"
 
 
 @pytest.mark.parametrize(
