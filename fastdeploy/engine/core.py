@@ -184,10 +184,7 @@ class Engine:
             self.grammars.check_size(params.guided_decoding)
         prompt_ids = token_ids_of(prompt)
         check_prompt(prompt_ids, self.vocab_size, self.config.max_model_len, params.min_tokens)
-        layout = Layout.of(prompt, self.network)
-        if layout is not None:
-            check_pictures(self.config)
-        return layout
+        return Layout.of(prompt, self.network)
 
     def load_adapter(self, name: str, adapter: Adapter) -> None:
         """Offer an adapter (see `Adapters.read`) under a name, from the next step on.
@@ -449,19 +446,6 @@ class Engine:
                 )
             )
         return outputs
-
-
-def check_pictures(config: EngineConfig) -> None:
-    """Raise RequestError where the engine runs with something that pictures do not go with."""
-    for name, is_on in (
-        ("enable_lora", config.enable_lora),
-        ("speculation by mtp", config.has_mtp),
-        (f"tensor_parallel_size={config.tensor_parallel_size}", config.tensor_parallel_size > 1),
-    ):
-        if is_on:
-            raise RequestError(
-                f"pictures with {name} are not available; leave out one of the two", param="prompt"
-            )
 
 
 def num_cache_blocks(model: ErnieModel, config: EngineConfig, ranks: Ranks | None = None) -> int:

@@ -159,8 +159,8 @@ class PictureRows:
         self._shrink(half_read)
         if not rows:
             return None
-        places_L = torch.from_numpy(np.concatenate(places)).to(model.device)
-        return Embeds(torch.cat(rows), places_L)
+        rows_LD = torch.cat(rows).to(model.activation_dtype)
+        return Embeds(rows_LD, torch.from_numpy(np.concatenate(places)).to(model.device))
 
     def forget(self) -> None:
         """Drop all rows: those of other weights are others."""

@@ -12,13 +12,15 @@ import os
 import sys
 import threading
 import time
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
-from ernie.model import ErnieModel
+from ernie.model import Embeds, ErnieModel
 from fastdeploy.config import EngineConfig
+from fastdeploy.engine.batch import Batch
 from fastdeploy.engine.cache import KVCache, cache_dtype, free_bytes
 from fastdeploy.engine.loading import read_model
 from fastdeploy.engine.ranks import Group, unpacked
@@ -28,8 +30,9 @@ from fastdeploy.engine.runner import Runner
 class Worker:
     """The public methods are what rank 0 may call, with arguments and results that fit in JSON."""
 
-    def __init__(self, model: ErnieModel, num_ranks: int) -> None:
-        self._model, self._num_ranks = model, num_ranks
+    def __init__(self, model: ErnieModel, group: Group) -> None:
+        self._model, self._group = model, group
+        model.vision_model = model.model.resampler_model = None  # rank 0 reads pictures for all
         self._runner: Runner | None = None
 
     def free_bytes(self) -> int:
@@ -45,7 +48,7 @@ class Worker:
             block_size,
             cache_dtype(dtype, model),
             model.device,
-            num_ranks=self._num_ranks,
+            num_ranks=self._group.size,
         )
         self._runner = Runner(model, cache, None)
 
@@ -54,11 +57,24 @@ class Worker:
         kind, content = frame[:1], frame[1:]
         if kind == b"b":
             assert self._runner is not None, "a batch before there is a cache"
-            self._runner.compute(unpacked(content).to(self._model.device))
+            self._runner.compute(self._with_rows(unpacked(content).to(self._model.device)))
             return None
         call = json.loads(content)
         assert not call["name"].startswith("_"), f"{call['name']} is not to be called"
         return {"value": getattr(self, call["name"])(**call["arguments"])}
+
+    def _with_rows(self, batch: Batch) -> Batch:
+        """The batch with its rows of pictures, which rank 0 sends through the group."""
+        if batch.embeds is None:
+            return batch
+        model, places_L = self._model, batch.embeds.places_L
+        rows_LD = torch.empty(
+            len(places_L),
+            model.config.hidden_size,
+            dtype=model.activation_dtype,
+            device=model.device,
+        )
+        return replace(batch, embeds=Embeds(self._group.receive(rows_LD), places_L))
 
 
 def main(link: Connection) -> None:
@@ -70,8 +86,8 @@ def main(link: Connection) -> None:
     logging.disable(logging.WARNING)  # rank 0 reads the same files and says the same
     torch.set_num_threads(settings["num_threads"])
     config = EngineConfig(**settings["config"])
-    device, size = torch.device(settings["device"]), config.tensor_parallel_size
-    group = Group(settings["rank"], size, device, settings["folder"])
+    device = torch.device(settings["device"])
+    group = Group(settings["rank"], config.tensor_parallel_size, device, settings["folder"])
     try:
         model = read_model(config, device, group.shard)
     except ValueError as error:  # of the folder; rank 0 has most likely met it as well
@@ -79,7 +95,7 @@ def main(link: Connection) -> None:
         sys.exit(1)
     _answer(link, {"value": None})
     group.connect()
-    worker = Worker(model, size)
+    worker = Worker(model, group)
     while True:
         try:
             frame = link.recv_bytes()
