@@ -51,7 +51,7 @@ EXPERT_PRODUCTS = (
     ("experts.gate_up", "experts.down"),
     ("vision_experts.gate_up", "vision_experts.down"),
 )
-PLAIN = Scheme("none", dense=None, experts=None, head=None)
+PLAIN = Scheme("none", dense=None, experts=None, vision_experts=None, head=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,8 +252,8 @@ class FusedMoE(nn.Module):
         bias = moe.moe_statics.e_score_correction_bias.detach()
         self.banks = [_pack_bank(moe.gate, bias[0], moe.experts, scheme.experts, shard)]
         if moe.vision_gate is not None and moe.vision_experts is not None:
-            vision = _pack_bank(moe.vision_gate, bias[1], moe.vision_experts, scheme.experts, shard)
-            self.banks.append(vision)
+            bits = scheme.vision_experts
+            self.banks.append(_pack_bank(moe.vision_gate, bias[1], moe.vision_experts, bits, shard))
         shared = moe.shared_experts
         if shared is not None and shared.gate_proj.bias is not None:
             raise ConfigError("shared experts with biases have no inference form; use_bias=false")

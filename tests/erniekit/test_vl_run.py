@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import ernie
+from ernie.adapter_files import PRODUCTS, read_adapter
 from ernie.model import ErnieModel
 from ernie.models import TINY
 from ernie.settings import ConfigError
