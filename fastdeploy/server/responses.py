@@ -16,7 +16,8 @@ from fastapi.responses import JSONResponse, Response
 from fastdeploy.errors import RequestError
 from fastdeploy.server.chat import ChatReply
 from fastdeploy.server.parts import told_as_sent
-from fastdeploy.server.protocol import read_json, validated
+from fastdeploy.server.protocol import ChatRequest, read_json, validated
+from fastdeploy.server.reply import Reply
 from fastdeploy.server.response_events import ResponseWriter
 from fastdeploy.server.response_items import as_items
 from fastdeploy.server.response_request import (
@@ -48,11 +49,7 @@ def add_responses(app: FastAPI, service: Service) -> None:
         refuse_mistakes(body, items)
         chat = chat_of(body, items, len(history), service.reads)
         response = empty_response(body, service)
-        processor = service.pictures.processor and service.pictures.processor.remembering()
-        with told_as_sent(chat.messages, "input"):
-            if body.truncation == "auto":
-                await truncate(chat, body, service, processor)
-            reply = await service.begin(request, chat, ChatReply, processor)
+        reply = await _begun(request, chat, body, service)
         reply.answer.id = response["id"]
         events = ResponseWriter(response).events(reply.events())
         stored = Stored(response, items)
@@ -119,6 +116,18 @@ class Follower:
 
     def close(self) -> None:
         pass
+
+
+async def _begun(
+    request: Request, chat: ChatRequest, body: ResponseRequest, service: Service
+) -> Reply:
+    """The chat, put to work. Pictures that were read to see what fits are not read again."""
+    processor = service.pictures.processor
+    with told_as_sent(chat.messages, "input"):
+        if body.truncation == "auto":
+            processor = processor and processor.remembering()
+            await truncate(chat, body, service, processor)
+        return await service.begin(request, chat, ChatReply, processor)
 
 
 def _history(store: ResponseStore, owner: str, response_id: str | None) -> list[Item]:

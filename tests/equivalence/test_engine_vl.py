@@ -30,6 +30,7 @@ from ernie.fused import fuse, shallow_copy
 from ernie.generate import generate
 from ernie.model import ErnieModel
 from ernie.models import TINY
+from ernie.quant.scheme import SCHEMES
 from ernie.tokenizer import Tokenizer
 from ernie.vision.prompt import Inputs, Processor, Span
 from erniekit.lora import LoRA
@@ -174,6 +175,18 @@ def test_other_settings_change_no_token(settings: dict[str, Any]) -> None:
     engine = engine_of(**settings)
     for _ in range(2):
         assert run(engine, ALL) == expected()
+
+
+@pytest.mark.parametrize("scheme", ["wint8", "wint4"])
+def test_integer_weights_give_the_tokens_of_the_generator_on_them(scheme: str) -> None:
+    """What these weights stand for is compared in `tests/ernie/test_fused.py`."""
+    made = fuse(shallow_copy(model()), SCHEMES[scheme])
+    wanted = [answer_of(made, prompt) for prompt in ALL]
+    assert wanted != expected(), "nothing was quantised"
+    settings = {"block_size": BLOCK, "num_gpu_blocks_override": 200, "max_num_batched_tokens": 13}
+    config = EngineConfig(model="tiny-vl", max_model_len=MAX_LEN, **settings)
+    engine = Engine(made, config.resolved(max_positions=MAX_LEN, device_type="cpu"))
+    assert run(engine, ALL) == wanted
 
 
 def test_the_plain_form_of_the_model_gives_the_same() -> None:

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import helpers_lora
 from helpers_server import app_client
 from openai import OpenAI
 from openai.types.responses import ResponseItem
 from pydantic import TypeAdapter
 from starlette.testclient import TestClient
 
+import ernie
+from erniekit.lora import LoRA
 from fastdeploy.config import EngineConfig, ServerConfig
 from tests.helpers_vision import data_url, png, serving, vl_model_folder
 
@@ -235,6 +244,28 @@ def test_truncation_leaves_out_the_oldest_pictures(folder: Path) -> None:
             answer = http.post("/tokenize", json={"messages": rest}).json()
             lengths.append(answer.get("count", 10**6))
         assert got["usage"]["input_tokens"] == max(n for n in lengths if n <= 120)
+
+
+def test_an_adapter_answers_about_pictures_as_the_merged_model(
+    folder: Path, tmp_path: Path
+) -> None:
+    """All three forms, by the adapter's name."""
+    base, pair = ernie.load(folder, dtype=torch.float32), LoRA(4, 16.0)
+    wrapped = helpers_lora.trained(base, pair, 3)
+    helpers_lora.save(wrapped, pair, tmp_path / "poet")
+    shutil.copytree(folder, tmp_path / "merged")
+    ernie.save(helpers_lora.merged(wrapped), tmp_path / "merged")
+    asked = said([chat_image(RED), TEXT])
+    with app_client(engine_config(tmp_path / "merged")) as http:
+        text, _ = chat(http, asked)
+    config = ServerConfig(lora_modules=[f"poet={tmp_path / 'poet'}"])
+    with app_client(engine_config(folder, enable_lora=True), config) as http:
+        assert chat(http, asked, model="poet")[0] == text != chat(http, asked)[0]
+        answer = message(http, messages=said([image_block(RED), TEXT]), model="poet").json()
+        assert answer["content"][0]["text"] == text
+        body = {"input": said([input_image(RED), INPUT_TEXT]), "model": "poet", "temperature": 0}
+        answer = http.post("/v1/responses", json=body | {"max_output_tokens": LENGTH}).json()
+        assert answer["output"][0]["content"][0]["text"] == text
 
 
 REFUSED: dict[str, tuple[Any, Any, str]] = {
