@@ -55,13 +55,13 @@ def add_responses(app: FastAPI, service: Service) -> None:
         stored = Stored(response, items)
         if body.background:
             stored.job = Job(reply.answer)
-            store.put(owner, stored, len(history))
-            stored.job.start(_and_then(events, store, owner, stored, len(history)))
+            store.put(owner, stored)
+            stored.job.start(_and_then(events, store, owner, stored))
             if body.stream:
                 return EventStream(stored.job.follow(), Follower())
             return JSONResponse(response)
         if body.store is not False:
-            events = _and_then(events, store, owner, stored, len(history))
+            events = _and_then(events, store, owner, stored)
         if body.stream:
             return EventStream(events, reply.answer)
         try:
@@ -148,12 +148,11 @@ async def _and_then(
     store: ResponseStore,
     owner: str,
     stored: Stored,
-    num_old: int,
 ) -> AsyncIterator[dict[str, Any]]:
     """The events, and before the last one goes out the response is stored as it then is."""
     async for event in events:
         if stored.has_ended:
-            store.put(owner, stored, num_old)
+            store.put(owner, stored)
         yield event
 
 
