@@ -29,7 +29,7 @@ def add_messages(app: FastAPI, service: Service) -> None:
         service.metrics.requests.inc()
         body = with_extras(MessagesRequest, read_json(await service.read(request)))
         chat = chat_of(body, service)
-        with told_as_sent(chat.messages, "messages"):
+        with told_as_sent(chat, "messages"):
             reply = await service.begin(request, chat, ChatReply)
         num_prompt = sum(map(len, reply.answer.prompts))
         message = empty_message(service.name_of(body), num_prompt)
@@ -52,7 +52,7 @@ def add_messages(app: FastAPI, service: Service) -> None:
     async def count_tokens(request: Request) -> Response:
         body = with_extras(CountRequest, read_json(await service.read(request)))
         chat = chat_of(body, service)
-        with told_as_sent(chat.messages, "messages"):
+        with told_as_sent(chat, "messages"):
             prompt = await service.prompt_of(chat)
         num_tokens = len(prompt) + len(chat.completion_token_ids or ())
         return JSONResponse({"input_tokens": num_tokens})

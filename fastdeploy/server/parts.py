@@ -19,6 +19,7 @@ from typing import Any
 from ernie.chat import ChatError
 from ernie.vision.sources import MediaError
 from fastdeploy.errors import RequestError
+from fastdeploy.server.protocol import ChatRequest
 
 Part = dict[str, Any]
 
@@ -76,16 +77,16 @@ def joined(parts: Sequence[Part]) -> str | list[Part]:
 
 
 @contextmanager
-def told_as_sent(messages: Sequence[Mapping[str, Any]] | None, field: str) -> Iterator[None]:
-    """Have errors about a chat's pictures name the place in the request that it is made of, in
-    whose `field` they stand.
+def told_as_sent(chat: ChatRequest, field: str) -> Iterator[None]:
+    """Have errors about the pictures of a chat, whose messages may change meanwhile, name the place
+    in the request that it is made of, in whose `field` they stand.
     """
     try:
         yield
     except (ChatError, MediaError) as error:
         sent_as = {
             f"messages[{i}].content[{n}]": part.get("sent_as")
-            for i, message in enumerate(messages or ())
+            for i, message in enumerate(chat.messages or ())
             if isinstance(message["content"], list)
             for n, part in enumerate(message["content"])
         }

@@ -123,7 +123,7 @@ async def _begun(
 ) -> Reply:
     """The chat, put to work. Pictures that were read to see what fits are not read again."""
     processor = service.pictures.processor
-    with told_as_sent(chat.messages, "input"):
+    with told_as_sent(chat, "input"):
         if body.truncation == "auto":
             processor = processor and processor.remembering()
             await truncate(chat, body, service, processor)

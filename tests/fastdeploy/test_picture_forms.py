@@ -119,6 +119,14 @@ def test_a_response_about_pictures_is_what_the_chat_says(http: TestClient, clien
     assert events[-1].response.output_text == text
     other = respond(client, input=said([input_image(BLUE), INPUT_TEXT, input_image(RED)]))
     assert other.output_text != text, "pictures change nothing"
+    said_of = {
+        name: float(value)
+        for line in http.get("/metrics").text.splitlines()
+        if line.startswith("fastdeploy:mm_cache_")
+        for name, value in [line.removeprefix("fastdeploy:mm_cache_").split()]
+    }
+    assert said_of["hits_total"] > 0 < said_of["bytes"], said_of
+    assert said_of["queries_total"] >= said_of["hits_total"] + 2, said_of
 
 
 def test_a_response_goes_on_about_the_pictures_before(http: TestClient, client: OpenAI) -> None:
@@ -244,6 +252,9 @@ def test_truncation_leaves_out_the_oldest_pictures(folder: Path) -> None:
             answer = http.post("/tokenize", json={"messages": rest}).json()
             lengths.append(answer.get("count", 10**6))
         assert got["usage"]["input_tokens"] == max(n for n in lengths if n <= 120)
+        turns[16] = said([INPUT_TEXT, input_image(b"none")])[0]
+        error = http.post("/v1/responses", json=body | {"truncation": "auto"}).json()["error"]
+        assert error["message"].startswith("input[16].content[1]: the picture"), error
 
 
 def test_an_adapter_answers_about_pictures_as_the_merged_model(
