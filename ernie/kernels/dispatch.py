@@ -34,6 +34,8 @@ OPERATIONS = (
     "swiglu",
     "swiglu_halves",
     "cross_entropy_",
+    "draw",
+    "token_logprobs",
     "attend_packed",
     "attend_paged",
     "write_cache",

@@ -558,3 +558,79 @@ def _attend_one(
         scores_Hqn = scores_Hqn.masked_fill(hidden, float("-inf"))
     weights_Hqn = scores_Hqn.softmax(-1)
     return torch.einsum("hqn,nhd->qhd", weights_Hqn, v_nHd.float()).to(q_qHd.dtype)
+
+
+# Of `draw`: a token's probability is an integer, so that sums of probabilities have no order.
+SUREST = 2.0**44  # the likeliest token; 2**18 of them add up within 63 bits
+WIDEST = 31.5  # nats below the likeliest, where less than one is left of it
+RANKS_PER_NAT = 2.0**23  # tokens that are nearer than that are equally likely, in float32 too
+MOST_TOKENS = 2**18  # of a vocabulary
+
+
+def draw(
+    logits_RV: Tensor,
+    temperature_R: Tensor,
+    min_p_R: Tensor,
+    top_k_R: Tensor,
+    top_p_R: Tensor,
+    uniform_R: Tensor,
+) -> Tensor:
+    ranks_RV, masses_RV = draw_masses(logits_RV, temperature_R, min_p_R)
+    sorted_RV, order_RV = ranks_RV.sort(dim=-1, stable=True)
+    sorted_RV = kept_masses(masses_RV.gather(-1, order_RV), masses_RV.sum(-1), top_k_R, top_p_R)
+    return invert(torch.zeros_like(masses_RV).scatter(-1, order_RV, sorted_RV), uniform_R)
+
+
+def draw_masses(
+    logits_RV: Tensor, temperature_R: Tensor, min_p_R: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How far each token is from the likeliest, in ranks, and its probability times some number of
+    its row, 0 where `min_p` drops it; both int64 `(R, V)`."""
+    scale_R1, limit_R1 = (
+        x[:, None].to(logits_RV.device) for x in draw_scales(temperature_R, min_p_R)
+    )
+    logits_RV = logits_RV.float()
+    distance_RV = (logits_RV.amax(-1, keepdim=True) - logits_RV) * scale_R1
+    is_in_RV = distance_RV <= limit_R1  # false for what is not a number
+    masses_RV = torch.where(is_in_RV, (-distance_RV).exp() * SUREST, 0.0).long()
+    ranks_RV = torch.where(is_in_RV, distance_RV, WIDEST + 0.5) * RANKS_PER_NAT
+    return ranks_RV.long(), masses_RV
+
+
+def draw_scales(temperature_R: Tensor, min_p_R: Tensor) -> tuple[Tensor, Tensor]:
+    """What logits are multiplied by, and how many nats below the likeliest a token may be; float32
+    `(R,)`."""
+    return (1 / temperature_R).float(), (-min_p_R.log()).clamp_max(WIDEST).float()
+
+
+def kept_masses(
+    sorted_RK: Tensor, total_R: Tensor, top_k_R: Tensor, top_p_R: Tensor
+) -> Tensor:
+    """Masses of the likeliest tokens, in descending order, without those that `top_k` and `top_p`
+    drop; `total` is that of all tokens of a row."""
+    device = sorted_RK.device
+    top_k_R1, top_p_R = top_k_R[:, None].to(device), top_p_R.to(device)
+    rank_K = torch.arange(sorted_RK.shape[-1], device=device)
+    sorted_RK = sorted_RK.masked_fill((top_k_R1 > 0) & (rank_K >= top_k_R1), 0)
+    whole_R = torch.where(top_k_R1[:, 0] > 0, sorted_RK.sum(-1), total_R)
+    before_RK = sorted_RK.cumsum(-1) - sorted_RK
+    return sorted_RK.masked_fill(before_RK >= enough_mass(whole_R, top_p_R)[:, None], 0)
+
+
+def enough_mass(whole_R: Tensor, top_p_R: Tensor) -> Tensor:
+    """The share `top_p` of some masses: no token is kept after so much. At least one token is."""
+    return (top_p_R * whole_R.double()).ceil().long().clamp_min(1).minimum(whole_R)
+
+
+def invert(masses_RV: Tensor, uniform_R: Tensor) -> Tensor:
+    """Where the cumulated masses pass `uniform` times their sum, `(R,)`; 0 in a row without any."""
+    cumulated_RV = masses_RV.cumsum(-1)
+    whole_R = cumulated_RV[:, -1]
+    target_R = (uniform_R.to(whole_R.device) * whole_R.double()).long().minimum(whole_R - 1)
+    places_R1 = torch.searchsorted(cumulated_RV, target_R[:, None], right=True)
+    return places_R1[:, 0].clamp_max(masses_RV.shape[-1] - 1)
+
+
+def token_logprobs(logits_RV: Tensor, tokens_R: Tensor) -> Tensor:
+    own_R = logits_RV.gather(-1, tokens_R[:, None])[:, 0]
+    return own_R.float() - logits_RV.float().logsumexp(-1)

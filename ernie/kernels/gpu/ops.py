@@ -36,6 +36,8 @@ MODULE_BY_OPERATION = {
     "attend_packed": "attention",
     "attend_paged": "attention",
     "cross_entropy_": "loss",
+    "draw": "sampling",
+    "token_logprobs": "sampling",
     "adamw_step": "optimizer",
     "adamw_8bit_step": "optimizer",
 }
