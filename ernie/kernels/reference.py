@@ -581,9 +581,7 @@ def draw(
     return invert(torch.zeros_like(masses_RV).scatter(-1, order_RV, sorted_RV), uniform_R)
 
 
-def draw_masses(
-    logits_RV: Tensor, temperature_R: Tensor, min_p_R: Tensor
-) -> tuple[Tensor, Tensor]:
+def draw_masses(logits_RV: Tensor, temperature_R: Tensor, min_p_R: Tensor) -> tuple[Tensor, Tensor]:
     """How far each token is from the likeliest, in ranks, and its probability times some number of
     its row, 0 where `min_p` drops it; both int64 `(R, V)`."""
     scale_R1, limit_R1 = (
@@ -603,9 +601,7 @@ def draw_scales(temperature_R: Tensor, min_p_R: Tensor) -> tuple[Tensor, Tensor]
     return (1 / temperature_R).float(), (-min_p_R.log()).clamp_max(WIDEST).float()
 
 
-def kept_masses(
-    sorted_RK: Tensor, total_R: Tensor, top_k_R: Tensor, top_p_R: Tensor
-) -> Tensor:
+def kept_masses(sorted_RK: Tensor, total_R: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:
     """Masses of the likeliest tokens, in descending order, without those that `top_k` and `top_p`
     drop; `total` is that of all tokens of a row."""
     device = sorted_RK.device

@@ -30,6 +30,7 @@ from ernie.kernels.weights import QuantTensor
 BF16, I8 = torch.bfloat16, torch.int8
 POINTERS = {
     BF16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
+    torch.float64: "*fp64",
     I8: "*i8", torch.uint8: "*u8", torch.bool: "*i1", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "launch_pdl", "enable_fp_fusion")
@@ -49,7 +50,8 @@ def compiled(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs:
         is_tensor = isinstance(value, torch.Tensor)
         scalar = "fp32" if isinstance(value, float) else "i32"
         signature[name] = POINTERS[value.dtype] if is_tensor else scalar
-        if is_tensor or (isinstance(value, int) and value % 16 == 0):
+        is_special = isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize
+        if is_tensor or is_special:
             attributes[(i,)] = [["tt.divisibility", 16]]
     key = str((kernel.fn.__name__, signature, constants, attributes, options))
     if key in seen:
@@ -126,8 +128,17 @@ def main() -> None:
     ops.grouped_linear(x, rand(8, 512, hidden), torch.full((8,), 100)).sum().backward()
     experts_and_back(x.detach(), experts)
     update()
+    draws()
     for dtype in (BF16, torch.float32):
         ops.cross_entropy_(torch.ones(2, 103424, dtype=dtype), torch.zeros(2).long(), 0.5)
+
+
+def draws() -> None:
+    """Tokens of a batch that has every setting, and of one that has none."""
+    logits, one = torch.ones(3, 103424), torch.ones(3, dtype=torch.float64)
+    ops.draw(logits, one, one * 0, one.long(), one / 2, one / 2)
+    ops.draw(logits, one, one * 0, one.long() * 0, one, one / 2)
+    ops.token_logprobs(logits, torch.zeros(3, dtype=torch.int64))
 
 
 def experts_and_back(x: torch.Tensor, experts: int) -> None:

@@ -59,5 +59,6 @@ def _restricted(
     short_r = (top_k_r <= 0) & (sorted_rK.sum(-1) < enough_mass(total_r, top_p_r))
     if num_candidates < num_tokens and bool(short_r.any()):
         rest = (ranks_rV, masses_rV, top_k_r, top_p_r, uniform_r)
-        tokens_r[short_r] = _restricted(*(x[short_r] for x in rest), 16 * num_candidates)
+        some = [x[short_r] for x in rest]
+        tokens_r[short_r] = _restricted(*some, num_candidates=16 * num_candidates)
     return tokens_r

@@ -92,15 +92,13 @@ def _found_cuts(
     states = logits.new_empty(2, grid[0], 3, dtype=torch.int64)
     for i in range(ROUNDS):
         new, old = i % 2, (i + 1) % 2
-        _count[grid](
+        _bins[grid](
             *row, cuts_R2, sums[old], states[old], sums[new], states[new],
             BITS.value * (ROUNDS - 1 - i), FIRST=i == 0, BY_COUNT=by_count, **sizes,
         )  # fmt: skip
     found_R2 = logits.new_empty(grid[0], 2, dtype=torch.int64)
     last = (ROUNDS - 1) % 2
-    _cut[(grid[0],)](
-        *row, cuts_R2, sums[last], states[last], found_R2, BY_COUNT=by_count, **sizes
-    )
+    _cut[(grid[0],)](*row, cuts_R2, sums[last], states[last], found_R2, BY_COUNT=by_count, **sizes)
     return found_R2
 
 
@@ -170,7 +168,7 @@ def _boundary(
 
 
 @triton.jit(do_not_specialize=["shift"])
-def _count(
+def _bins(
     logits, tops, settings, stride, width, num_chunks, cuts, old_sums, old_states, sums, states,
     shift, FIRST: tl.constexpr, BY_COUNT: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
