@@ -17,6 +17,8 @@ import importlib.util
 from collections.abc import Callable
 from importlib.metadata import version
 
+HEEDS_BATCH_INVARIANT = True
+
 MODULE_BY_OPERATION = {
     "rms_norm": "pointwise",
     "rotate": "pointwise",
