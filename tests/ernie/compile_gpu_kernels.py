@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
+from ernie import kernels
 from ernie.kernels.gpu import experts as experts_of_gpu
 from ernie.kernels.gpu import language, ops, products, rows
 from ernie.kernels.weights import QuantTensor
@@ -129,6 +130,7 @@ def main() -> None:
     experts_and_back(x.detach(), experts)
     update()
     draws()
+    with_fixed_tiles(heads, groups, width, hidden)
     for dtype in (BF16, torch.float32):
         ops.cross_entropy_(torch.ones(2, 103424, dtype=dtype), torch.zeros(2).long(), 0.5)
 
@@ -139,6 +141,17 @@ def draws() -> None:
     ops.draw(logits, one, one * 0, one.long(), one / 2, one / 2)
     ops.draw(logits, one, one * 0, one.long() * 0, one, one / 2)
     ops.token_logprobs(logits, torch.zeros(3, dtype=torch.int64))
+
+
+def with_fixed_tiles(heads: int, groups: int, width: int, hidden: int) -> None:
+    """What `batch_invariant` alone uses: a router's product, and attention of few and many."""
+    kernels.batch_invariant(True, "cuda")
+    ops.project(torch.ones(3, hidden), products.pack(torch.ones(64, hidden)))
+    for bits in (0, 8, 4):
+        ops.mlp(rand(3, hidden), weight(bits, 3072, hidden), weight(bits, hidden, 1536))
+    cache, ints = rand(4, 64, groups, width), torch.ones(2, dtype=torch.int32)
+    ops.attend_paged(rand(3, heads, width), cache, cache, ints.view(1, 2), ints, ints[:1], 0.1)
+    kernels.batch_invariant(False)
 
 
 def experts_and_back(x: torch.Tensor, experts: int) -> None:

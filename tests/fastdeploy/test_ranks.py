@@ -128,22 +128,25 @@ def test_ranks_take_new_weights_or_keep_the_old_ones(
 
 
 def test_ranks_heed_batch_invariance(even_folder: Path) -> None:
-    """Logits of a prompt alone, and behind another in the same step."""
-    settings = {"max_model_len": 64, "tensor_parallel_size": 2, "batch_invariant": True}
-    config = EngineConfig(model=str(even_folder), dtype="float32", **settings)
-    engine = loading.load(config).engine
+    """Logits of a prompt that is read at once, and in pieces, with others beside it."""
     found = []
-    for others in ([], [PROMPT[::-1]], [[5], PROMPT[3:9]]):
-        for i, prompt in enumerate([*others, PROMPT]):
-            engine.add(f"{len(found)} {i}", prompt, GREEDY)
-        found.append(engine.runner.run(engine.scheduler.schedule())[-1])
-        for name in list(engine.requests):
-            engine.abort(name)
-        engine.reset_prefix_cache()
-    engine.ranks.stop()
+    for others, most_tokens in (([], 64), ([PROMPT[::-1], PROMPT[3:9]], 7)):
+        settings = {"max_model_len": 64, "max_num_batched_tokens": most_tokens, "max_num_seqs": 4}
+        ranked = {"tensor_parallel_size": 2, "batch_invariant": True}
+        llm = LLM(str(even_folder), dtype="float32", **settings, **ranked)
+        seen, sample = [], llm.engine.sampler.__call__
+
+        def spy(logits_RV, parts, masks, seen=seen, sample=sample):
+            rows = (i for part in parts for i in [part.request.id] * part.num_logits)
+            seen += [logits_RV[row].clone() for row, i in enumerate(rows) if i.endswith("-0-0")]
+            return sample(logits_RV, parts, masks)
+
+        llm.engine.sampler = spy
+        llm.generate([PROMPT, *others], GREEDY, use_tqdm=False)
+        llm.engine.ranks.stop()
+        found.append(torch.stack(seen))
     kernels.batch_invariant(False)
-    for logits in found[1:]:
-        assert torch.equal(logits, found[0]), float((logits - found[0]).abs().max())
+    assert torch.equal(*found), float((found[1] - found[0]).abs().max())
 
 
 def test_batch_invariance_of_more_than_two_ranks_is_refused() -> None:
