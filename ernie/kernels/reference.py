@@ -563,6 +563,7 @@ def _attend_one(
 # Of `draw`: a token's probability is an integer, so that sums of probabilities have no order.
 SUREST = 2.0**44  # the likeliest token; 2**18 of them add up within 63 bits
 WIDEST = 31.5  # nats below the likeliest, where less than one is left of it
+NOWHERE = 32.0  # nats, in place of more and of what is not a number
 RANKS_PER_NAT = 2.0**23  # tokens that are nearer than that are equally likely, in float32 too
 MOST_TOKENS = 2**18  # of a vocabulary
 
@@ -575,24 +576,38 @@ def draw(
     top_p_R: Tensor,
     uniform_R: Tensor,
 ) -> Tensor:
-    ranks_RV, masses_RV = draw_masses(logits_RV, temperature_R, min_p_R)
+    distance_RV, is_row_R = draw_distances(logits_RV, temperature_R, min_p_R)
+    masses_RV, ranks_RV = draw_masses(distance_RV), draw_ranks(distance_RV)
     sorted_RV, order_RV = ranks_RV.sort(dim=-1, stable=True)
     sorted_RV = kept_masses(masses_RV.gather(-1, order_RV), masses_RV.sum(-1), top_k_R, top_p_R)
-    return invert(torch.zeros_like(masses_RV).scatter(-1, order_RV, sorted_RV), uniform_R)
+    kept_RV = torch.zeros_like(masses_RV).scatter(-1, order_RV, sorted_RV)
+    return invert(kept_RV, uniform_R).where(is_row_R, 0)
 
 
-def draw_masses(logits_RV: Tensor, temperature_R: Tensor, min_p_R: Tensor) -> tuple[Tensor, Tensor]:
-    """How far each token is from the likeliest, in ranks, and its probability times some number of
-    its row, 0 where `min_p` drops it; both int64 `(R, V)`."""
+def draw_distances(
+    logits_RV: Tensor, temperature_R: Tensor, min_p_R: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How many nats each token is below the likeliest one of its row, float32 `(R, V)`, NOWHERE for
+    those that are too far or that `min_p` drops; and which rows are numbers, bool `(R,)`."""
     scale_R1, limit_R1 = (
         x[:, None].to(logits_RV.device) for x in draw_scales(temperature_R, min_p_R)
     )
     logits_RV = logits_RV.float()
-    distance_RV = (logits_RV.amax(-1, keepdim=True) - logits_RV) * scale_R1
-    is_in_RV = distance_RV <= limit_R1  # false for what is not a number
-    masses_RV = torch.where(is_in_RV, (-distance_RV).exp() * SUREST, 0.0).long()
-    ranks_RV = torch.where(is_in_RV, distance_RV, WIDEST + 0.5) * RANKS_PER_NAT
-    return ranks_RV.long(), masses_RV
+    top_R1 = logits_RV.amax(-1, keepdim=True)
+    distance_RV = (top_R1 - logits_RV).mul_(scale_R1).clamp_max_(NOWHERE)
+    if bool(min_p_R.any()):
+        distance_RV.masked_fill_(distance_RV > limit_R1, NOWHERE)
+    return distance_RV, top_R1[:, 0].isfinite()
+
+
+def draw_masses(distance_RV: Tensor) -> Tensor:
+    """Probabilities times some number of their row, int64."""
+    return distance_RV.neg().exp_().mul_(SUREST).long()
+
+
+def draw_ranks(distance_RV: Tensor) -> Tensor:
+    """What tokens are sorted by, int64."""
+    return (distance_RV * RANKS_PER_NAT).long()
 
 
 def draw_scales(temperature_R: Tensor, min_p_R: Tensor) -> tuple[Tensor, Tensor]:

@@ -98,6 +98,9 @@ class Engine:
         self.runner = Runner(model.eval(), cache, builder, ranks, self.pictures)
         self.adapters = Adapters(model, config)
         self.sampler = Sampler(self.vocab_size)
+        if self.device.type == "cuda":
+            with on(self.device):
+                self.sampler.warm_up(self.device)
         self.pooler = Pooler(self.runner)
         self.grammars, self.masks = grammars, Masks(self.vocab_size)
         most_s = config.guided_decoding_max_stall_ms / 1000
@@ -236,7 +239,8 @@ class Engine:
         schedule = self.scheduler.schedule()
         masks = self.masks.begin(schedule.parts)
         logits_RV = self.runner.run(schedule)
-        choices = self.sampler(logits_RV, schedule.parts, masks)
+        with on(self.device):
+            choices = self.sampler(logits_RV, schedule.parts, masks)
         tokens = [[choice.token for choice in some] for some in choices]
         pooled = self.pooler(schedule.parts)
         grown = self.scheduler.update(schedule, tokens)

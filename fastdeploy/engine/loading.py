@@ -149,7 +149,7 @@ def _around(model: ErnieModel, config: EngineConfig, ranks: Ranks | None) -> Loa
 
 
 def choose_kernels(config: EngineConfig, device: torch.device) -> None:
-    """What this process computes by. Raises ConfigError for a mode that the device does not have."""
+    """What is computed with here. Raises ConfigError for a mode that `device` does not have."""
     try:
         kernels.batch_invariant(config.batch_invariant, device.type)
     except ValueError as error:

@@ -105,6 +105,16 @@ class Sampler:
             masks.take(tokens_by_request)
         return accepted
 
+    def warm_up(self, device: torch.device) -> None:
+        """Have a GPU's kernels compiled, for all settings, before a request needs them."""
+        logits_RV = torch.zeros(1, self.vocab_size, device=device)
+        one = torch.ones(1, dtype=torch.float64)
+        for top_k in (0, 1):
+            for top_p in (0.5, 1.0):
+                limits = (one * 0, one.long() * top_k, one * top_p)
+                tokens_R = kernels.draw(logits_RV, one, *limits, one / 2)
+        kernels.token_logprobs(logits_RV, tokens_R)
+
     def _adjust(self, logits_RV: Tensor, parts: Sequence[Part]) -> None:
         lists, row = Lists(self.vocab_size), 0
         for part in parts:

@@ -2,26 +2,22 @@
 
 On a GPU, or in Triton's interpreter (tests/conftest.py asks for it), where this shows that nothing
 is decided by the number of rows; that tiles of one shape add in one order is the hardware's part.
-The interpreter multiplies tiles by numpy, whose results depend on a column's place in the tile, as
-those of a tensor core do not: here it does so in float64.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 pytest.importorskip("triton", reason="there are no wheels of it for this platform")
 
-from triton.runtime import interpreter
-
 from ernie import kernels
 from ernie.kernels import dispatch, reference
 from ernie.kernels.gpu import ops
+from tests.helpers_triton import make_products_placeless
 
 ON_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if ON_GPU else "cpu"
@@ -29,17 +25,11 @@ pytestmark = pytest.mark.gpu if ON_GPU else []
 ROWS = [slice(20, 21), slice(0, 3), slice(17, 69)]
 
 
-def placeless_dot(self, a, b, d, *_):
-    """In place of the interpreter's own: a float32 that is right does not depend on its place."""
-    exact = np.matmul(a.data, b.data, dtype=np.float64).astype(np.float32)
-    return interpreter.TensorHandle(exact + d.data, d.dtype.scalar)
-
-
 @pytest.fixture(autouse=True)
 def invariant(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.manual_seed(0)
     if not ON_GPU:
-        monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", placeless_dot)
+        make_products_placeless(monkeypatch)
     kernels.batch_invariant(True, "cuda")
     yield
     kernels.batch_invariant(False)
@@ -77,15 +67,13 @@ def test_products_of_a_row_do_not_depend_on_the_others(bits: int, dtype: torch.d
         same(whole_mlp[rows], ops.mlp(x[rows], gate_up, down, norm=norm, residual_TD=x[rows]), rows)
 
 
-@pytest.mark.parametrize(("bits", "dtype"), FORMS[1:3])
-def test_experts_of_a_row_do_not_depend_on_the_others(
-    bits: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_experts_of_a_row_do_not_depend_on_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     from ernie.kernels.gpu import experts
 
     monkeypatch.setattr(experts, "_has_grouped", lambda device: True)  # and yet not torch's product
     monkeypatch.setattr(experts, "GROUPED_ROWS", 8)
     num, top_k, hidden, size = 4, 2, 64, 32
+    bits, dtype = FORMS[1]
     gate_up = packed(bits, num, 2 * size, hidden, dtype=dtype)
     down = packed(bits, num, hidden, size, dtype=dtype)
     shared = tuple(packed(bits, *s, dtype=dtype) for s in ((2 * size, hidden), (hidden, size)))

@@ -36,7 +36,8 @@ BITS = tl.constexpr(4)  # of a rank that a round decides
 NEVER = tl.constexpr(1 << 28)  # above the rank of every token that can be drawn
 PER_NAT = tl.constexpr(RANKS_PER_NAT)
 LIKELIEST = tl.constexpr(SUREST)
-# Rows of the settings, and of a search: the digits found, what lies below them, what is enough.
+STATE = tl.constexpr(4)  # of a search: the digits found, what lies below them, what is enough
+# Rows of the settings.
 SCALE, LIMIT, TOP_K, TOP_P, UNIFORM = (tl.constexpr(i) for i in range(5))
 
 
@@ -89,7 +90,7 @@ def _found_cuts(
     rank; int64. `cuts` are those of a search before."""
     logits = row[0]
     sums = logits.new_empty(2, *grid, BINS.value, dtype=torch.int64)
-    states = logits.new_empty(2, grid[0], 3, dtype=torch.int64)
+    states = logits.new_empty(2, grid[0], STATE.value, dtype=torch.int64)
     for i in range(ROUNDS):
         new, old = i % 2, (i + 1) % 2
         _bins[grid](
@@ -151,8 +152,8 @@ def _boundary(
     settings, sums, states, num_chunks, row, num_rows, BY_COUNT: tl.constexpr, CHUNKS: tl.constexpr
 ):
     """After a round: the digits found, what lies below them, and what is enough."""
-    digits, below = tl.load(states + row * 3), tl.load(states + row * 3 + 1)
-    enough = tl.load(states + row * 3 + 2)
+    digits, below = tl.load(states + row * STATE), tl.load(states + row * STATE + 1)
+    enough = tl.load(states + row * STATE + 2)
     c, bin = tl.arange(0, CHUNKS), tl.arange(0, BINS)
     place = (row * num_chunks + c[:, None]) * BINS + bin[None, :]
     totals = tl.sum(tl.load(sums + place, (c < num_chunks)[:, None], 0), 0)
@@ -185,9 +186,9 @@ def _bins(
             settings, old_sums, old_states, num_chunks, row, num_rows, BY_COUNT, CHUNKS
         )
     if chunk == 0:
-        tl.store(states + row * 3, digits)
-        tl.store(states + row * 3 + 1, below)
-        tl.store(states + row * 3 + 2, enough)
+        tl.store(states + row * STATE, digits)
+        tl.store(states + row * STATE + 1, below)
+        tl.store(states + row * STATE + 2, enough)
     _, rank, mass = _chunk(
         logits, tops, settings, stride, width, num_chunks, cuts, row, num_rows, chunk, CHUNKS, BLOCK
     )
