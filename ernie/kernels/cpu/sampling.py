@@ -38,15 +38,21 @@ def _drawn(distance_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor, uniform_R: Ten
     is_restricted_R = (top_k_R > 0) | (top_p_R < 1)
     kept, free = is_restricted_R.nonzero()[:, 0], (~is_restricted_R).nonzero()[:, 0]
     if not len(kept):
-        return invert(draw_masses(distance_RV), uniform_R)
+        return _free(distance_RV, uniform_R)
     settings = (top_k_R[kept], top_p_R[kept], uniform_R[kept])
     few = max(NUM_CANDIDATES, int(top_k_R.max()) + 1)
     if not len(free):
         return _restricted(distance_RV, *settings, few)
     tokens_R = torch.empty(len(distance_RV), dtype=torch.int64)
-    tokens_R[free] = invert(draw_masses(distance_RV[free]), uniform_R[free])
+    tokens_R[free] = _free(distance_RV[free], uniform_R[free])
     tokens_R[kept] = _restricted(distance_RV[kept], *settings, few)
     return tokens_R
+
+
+def _free(distance_rV: Tensor, uniform_r: Tensor) -> Tensor:
+    # One by one: memory for all rows at once is given back to the system and taken anew each time.
+    rows = zip(distance_rV.split(1), uniform_r.split(1))
+    return torch.cat([invert(draw_masses(row_1V), uniform_1) for row_1V, uniform_1 in rows])
 
 
 def _restricted(
@@ -80,4 +86,4 @@ def _total(distance_rV: Tensor, top_k_r: Tensor) -> Tensor:
     """The mass of each row; rows with `top_k` do without."""
     if bool((top_k_r > 0).all()):
         return torch.zeros_like(top_k_r)
-    return draw_masses(distance_rV).sum(-1)
+    return torch.stack([draw_masses(distance_V).sum() for distance_V in distance_rV])
