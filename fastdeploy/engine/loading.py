@@ -137,8 +137,10 @@ def _around(model: ErnieModel, config: EngineConfig, ranks: Ranks | None) -> Loa
     rebuild = partial(served, config=config)
     reread = None
     if ranks:
-        place = {"device": ranks.group.device, "shard": ranks.group.shard}
-        reread = partial(reread_model, config=config, network=model.config, **place)
+        device, shard = ranks.group.device, ranks.group.shard
+        reread = partial(
+            reread_model, config=config, network=model.config, device=device, shard=shard
+        )
     grammars = make_grammars(config, tokenizer, model.config.vocab_size, ends)
     engine = Engine(
         model, config, ends, tags, rebuild=rebuild, reread=reread, ranks=ranks, grammars=grammars

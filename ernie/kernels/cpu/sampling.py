@@ -77,8 +77,8 @@ def _restricted(
     is_last_rK = order_rK // MOST_TOKENS == order_rK[:, -1:] // MOST_TOKENS
     short_r = (is_last_rK & (kept_rK > 0)).any(-1)
     if num_candidates < num_tokens and bool(short_r.any()):
-        some = [x[short_r] for x in (distance_rV, top_k_r, top_p_r, uniform_r)]
-        tokens_r[short_r] = _restricted(*some, num_candidates=16 * num_candidates)
+        settings = (top_k_r[short_r], top_p_r[short_r], uniform_r[short_r])
+        tokens_r[short_r] = _restricted(distance_rV[short_r], *settings, 16 * num_candidates)
     return tokens_r
 
 
