@@ -15,7 +15,6 @@ rounds needs nothing.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -45,6 +44,7 @@ from erniekit.losses import Flat
 from erniekit.metrics import Metrics
 from erniekit.rewards import Rewards, Scored
 from erniekit.samplers import Sampler, has_adapters, is_plain_lora
+from erniekit.seeds import seed_of
 from erniekit.session import load_adapter
 
 log = logging.getLogger("erniekit")
@@ -375,12 +375,6 @@ def sampling_of(run: Run) -> Sampling:
     return Sampling(
         p.max_completion_length, p.rollout_temperature, p.rollout_top_p, p.rollout_top_k
     )
-
-
-def seed_of(*numbers: int) -> int:
-    """63 bits that depend on all the numbers."""
-    digest = hashlib.blake2b(np.array(numbers, np.int64).tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def _told(answered: Answered, step: int, is_kept: bool) -> dict[str, Any]:
