@@ -6,7 +6,7 @@ Written to be read, and to run on any device; see `ernie.kernels` for shapes and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -135,7 +135,7 @@ def attend_packed(
     del lengths
     bounds = cu_seqlens_S1.tolist()
     out = [
-        _attend_one(q_THd[a:b], k_TGd[a:b], v_TGd[a:b], scale, causal)
+        attend_one(q_THd[a:b], k_TGd[a:b], v_TGd[a:b], scale, causal)
         for a, b in pairwise(bounds)
         if b > a
     ]
@@ -164,7 +164,7 @@ def attend_paged(
                 _cached_values(cache[blocks].flatten(0, 1)[:length])
                 for cache in (k_cache_BPGr, v_cache_BPGr)
             )
-            out[a:b] = _attend_one(q_THd[a:b], keys, values, scale)
+            out[a:b] = attend_one(q_THd[a:b], keys, values, scale)
     return out
 
 
@@ -541,11 +541,16 @@ def _rounded_at_random(x: Tensor, bits: Tensor) -> Tensor:
     return (raised & -0x10000).view(torch.float32).to(torch.bfloat16)
 
 
-def _attend_one(
-    q_qHd: Tensor, k_nGd: Tensor, v_nGd: Tensor, scale: float, causal: bool = True
+def attend_one(
+    q_qHd: Tensor,
+    k_nGd: Tensor,
+    v_nGd: Tensor,
+    scale: float,
+    causal: bool = True,
+    drop: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """One sequence: q holds the last `len(q)` of its n tokens; query i sees keys up to its own
-    position, or, not `causal`, all of them."""
+    position, or, not `causal`, all of them. `drop` is dropout of the weights, `(H, q, n)`."""
     num_queries, num_heads, _ = q_qHd.shape
     num_keys, num_kv_heads, _ = k_nGd.shape
     group = num_heads // num_kv_heads
@@ -557,6 +562,8 @@ def _attend_one(
     if causal:
         scores_Hqn = scores_Hqn.masked_fill(hidden, float("-inf"))
     weights_Hqn = scores_Hqn.softmax(-1)
+    if drop is not None:
+        weights_Hqn = drop(weights_Hqn)
     return torch.einsum("hqn,nhd->qhd", weights_Hqn, v_nHd.float()).to(q_qHd.dtype)
 
 
