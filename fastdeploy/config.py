@@ -120,6 +120,12 @@ class EngineConfig:
                 "batch_invariant with enable_lora is not available: a text beside one with an "
                 "adapter is computed in another order; leave out one of the two"
             )
+        if self.batch_invariant and self.tensor_parallel_size > 2:
+            raise ConfigError(
+                f"batch_invariant with tensor_parallel_size={self.tensor_parallel_size} is not "
+                "available: sums of more than two ranks are made in an order that depends on the "
+                "size of a step; use 1 or 2"
+            )
         check_positive(
             self,
             "max_num_seqs",

@@ -163,16 +163,18 @@ class Ranks:
         if batch.embeds is not None:
             self.group.receive(batch.embeds.rows_LD)
 
-    def call(self, name: str, **arguments: Any) -> list[Any]:
+    def call(self, name: str, *, is_long: bool = False, **arguments: Any) -> list[Any]:
         """Run a method of `Worker` in every child and return their results, by rank.
 
-        The group must not be used in it, as rank 0 only waits. Raises RankError.
+        The group must not be used in it, as rank 0 only waits, for ever if it is long. Raises
+        RankError.
         """
         frame = b"c" + json.dumps({"name": name, "arguments": arguments}).encode()
         with self.watched():
             for link in self.links:
                 link.send_bytes(frame)
-        return [self._answer(rank, PATIENCE_S) for rank in range(1, self.size)]
+        patience_s = None if is_long else PATIENCE_S
+        return [self._answer(rank, patience_s) for rank in range(1, self.size)]
 
     @contextlib.contextmanager
     def watched(self) -> Iterator[None]:

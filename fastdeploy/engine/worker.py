@@ -22,18 +22,19 @@ from ernie.model import Embeds, ErnieModel
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.batch import Batch
 from fastdeploy.engine.cache import KVCache, cache_dtype, free_bytes
-from fastdeploy.engine.loading import read_model
+from fastdeploy.engine.loading import choose_kernels, read_model, reread_model
 from fastdeploy.engine.ranks import Group, unpacked
 from fastdeploy.engine.runner import Runner
+from fastdeploy.engine.weights import HostCopy, without_weights
 
 
 class Worker:
     """The public methods are what rank 0 may call, with arguments and results that fit in JSON."""
 
-    def __init__(self, model: ErnieModel, group: Group) -> None:
-        self._model, self._group = model, group
-        model.vision_model = model.model.resampler_model = None  # rank 0 reads pictures for all
+    def __init__(self, model: ErnieModel, config: EngineConfig, group: Group) -> None:
+        self._model, self._config, self._group = _reader(model), config, group
         self._runner: Runner | None = None
+        self._host_copy: HostCopy | None = None
 
     def free_bytes(self) -> int:
         return free_bytes(self._model.device)
@@ -51,6 +52,32 @@ class Worker:
             num_ranks=self._group.size,
         )
         self._runner = Runner(model, cache, None)
+
+    def sleep(self, level: int) -> None:
+        """What `Engine.sleep` does here."""
+        self._runner = None
+        if level == 2:
+            self._model, self._host_copy = without_weights(self._model), None
+        elif self._model.device.type == "cuda" and self._host_copy is None:
+            self._host_copy = HostCopy(self._model)
+        if self._group.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def wake_up(self) -> None:
+        """Take the weights back that level 1 keeps in the host's memory; `allocate` comes next."""
+        if self._host_copy is not None:
+            self._host_copy.restore()
+            self._host_copy = None
+
+    def update_weights(self, folder: str) -> None:
+        """Go on with this rank's slice of other weights, which rank 0 has found to be right."""
+        network, group = self._model.config, self._group
+        self._model = _reader(
+            reread_model(folder, self._config, network, group.device, group.shard)
+        )
+        self._host_copy = None
+        if self._runner is not None:
+            self._runner.model = self._model
 
     def _obey(self, frame: bytes) -> Any:
         """Do what one frame says; returns the answer to a call."""
@@ -77,6 +104,12 @@ class Worker:
         return replace(batch, embeds=Embeds(self._group.receive(rows_LD), places_L))
 
 
+def _reader(model: ErnieModel) -> ErnieModel:
+    """Without tower and resampler: rank 0 sees pictures for all."""
+    model.vision_model = model.model.resampler_model = None
+    return model
+
+
 def main(link: Connection) -> None:
     try:
         settings = json.loads(link.recv_bytes())
@@ -89,13 +122,14 @@ def main(link: Connection) -> None:
     device = torch.device(settings["device"])
     group = Group(settings["rank"], config.tensor_parallel_size, device, settings["folder"])
     try:
+        choose_kernels(config, device)
         model = read_model(config, device, group.shard)
     except ValueError as error:  # of the folder; rank 0 has most likely met it as well
         _answer(link, {"error": str(error)})
         sys.exit(1)
     _answer(link, {"value": None})
     group.connect()
-    worker = Worker(model, group)
+    worker = Worker(model, config, group)
     while True:
         try:
             frame = link.recv_bytes()
