@@ -3,12 +3,12 @@ every rank taking the next one?
 
     python benchmarks/dealing.py
 
-Arithmetic alone: nothing is computed of the pictures. A set of records is drawn as they come:
-a quarter of text alone, else one to four images, which are photos, screens, pages or thumbnails, each
-resized as the released models resize them. A step is ACCUMULATION batches for each rank; a batch
-is one row of 8192 tokens, which holds one record (as the published files have it) or as many as
-greedy packing puts there. All ranks wait for the one with the most patches, so the measure is the
-patches of that rank over the mean, 1 where all have equally much.
+Arithmetic alone: nothing is computed of the pictures. Records are drawn: a quarter of text alone,
+else with one to four images, which are photos, screens, pages or thumbnails, each resized as the
+released models resize them. A step is ACCUMULATION batches for each rank; a batch is one row of
+8192 tokens, which holds one record (as the published files have it) or as many as greedy packing
+puts there. All ranks wait for the one with the most patches, so the measure is the patches of that
+rank over the mean, 1 where all have equally much.
 
 The bound is what no dealing can beat: the largest batch, where that alone is above the mean.
 """
