@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -130,6 +131,19 @@ def test_every_form_of_a_dialogue_is_the_same_sample(opened, media: Path) -> Non
     assert len(first.pictures) == 2 and first.pictures[0].digest != first.pictures[1].digest
     for name, sample in samples.items():
         assert same(sample, first), name
+
+
+def test_the_records_of_the_documentation_are_one_sample(opened, media: Path) -> None:
+    (media / "chart.png").write_bytes(png())
+    page = (Path(__file__).parents[2] / "docs/methods/vl.md").read_text("utf-8")
+    records = [
+        json.loads(block) for block in re.findall(r"^```json\n(.*?)^```$", page, re.M | re.S)
+    ]
+    samples = []
+    for record in records[:3]:
+        kind = "messages" if "messages" in record else "erniekit"
+        samples += opened([record], train_dataset_type=kind).read(0, 0)
+    assert len(samples) == 3 and all(same(sample, samples[0]) for sample in samples)
 
 
 def test_labels_positions_and_places_of_a_sample(opened, tiny) -> None:
