@@ -140,7 +140,7 @@ def test_the_records_of_the_documentation_are_one_sample(opened, media: Path) ->
         json.loads(block) for block in re.findall(r"^```json\n(.*?)^```$", page, re.M | re.S)
     ]
     samples = []
-    for record in records[:3]:
+    for record in map(json.loads, blocks[:3]):
         kind = "messages" if "messages" in record else "erniekit"
         samples += opened([record], train_dataset_type=kind).read(0, 0)
     assert len(samples) == 3 and all(same(sample, samples[0]) for sample in samples)
