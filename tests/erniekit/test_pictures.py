@@ -136,9 +136,7 @@ def test_every_form_of_a_dialogue_is_the_same_sample(opened, media: Path) -> Non
 def test_the_records_of_the_documentation_are_one_sample(opened, media: Path) -> None:
     (media / "chart.png").write_bytes(png())
     page = (Path(__file__).parents[2] / "docs/methods/vl.md").read_text("utf-8")
-    records = [
-        json.loads(block) for block in re.findall(r"^```json\n(.*?)^```$", page, re.M | re.S)
-    ]
+    blocks = re.findall(r"^```json\n(.*?)^```$", page, re.M | re.S)
     samples = []
     for record in map(json.loads, blocks[:3]):
         kind = "messages" if "messages" in record else "erniekit"
