@@ -33,12 +33,12 @@ from ernie.vision.config import VisionConfig
 sys.path.insert(0, str(ROOT / "examples"))  # for tiny_model
 
 QUESTION = " ".join(__doc__.split("\n\n")[0].split())
-ROWS, STEPS, SIDE, ANSWER, ROW = 2, 5, 448, 400, 1024
+ROWS, STEPS, SIDE, ANSWER, ROW = 2, 4, 448, 250, 1024
 CONFIG = ErnieConfig(
-    hidden_size=384, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=2,
+    hidden_size=384, num_hidden_layers=4, num_attention_heads=6, num_key_value_heads=2,
     head_dim=64, intermediate_size=1024, max_position_embeddings=2048,
-    moe_num_experts=(8, 8), moe_k=2, moe_intermediate_size=(512, 192), moe_num_shared_experts=1,
-    moe_layer_start_index=(1, 1), moe_layer_end_index=(5, 5),
+    moe_num_experts=(8, 8), moe_k=2, moe_intermediate_size=(384, 128), moe_num_shared_experts=1,
+    moe_layer_start_index=(1, 1), moe_layer_end_index=(3, 3),
     rope_3d=True, freq_allocation=10,
     vision_config=VisionConfig(depth=6, embed_dim=256, mlp_ratio=4, num_heads=4),
 )  # fmt: skip
@@ -54,17 +54,19 @@ SIDES = (OURS, "transformers", OURS_FLOAT, "transformers, eager experts", OURS_A
 
 def prepare(folder: Path) -> None:
     """The model in both layouts, and records of one length with their pictures."""
-    import ernie
     import numpy as np
+    import torch
     from PIL import Image
     from tiny_model import save_new, train_tokenizer
+
+    import ernie
 
     lines = (ROOT / "examples/data/sft-train.jsonl").read_text().splitlines()
     texts = [text for line in lines for part in json.loads(line).values() for text in part]
     (folder / "model").mkdir()
-    train_tokenizer(folder / "model", texts, vocab_size=8000, has_vision=True)
+    train_tokenizer(folder / "model", texts, vocab_size=4000, has_vision=True)
     save_new(folder / "model", CONFIG, seed=0)
-    model = ernie.load(folder / "model")
+    model = ernie.load(folder / "model", dtype=torch.float32)
     ernie.save(model, folder / "theirs", layout="transformers")
     tokenizer = model.tokenizer
     assert tokenizer is not None
