@@ -407,6 +407,10 @@ def test_two_ranks_give_the_same_tokens(chunk: int, tmp_path: Path) -> None:
         for _ in range(2):
             assert run(engine, ALL) == [answer_of(made, prompt) for prompt in ALL]
         assert engine.stats().num_pictures_computed == NUM_PICTURES
+        made.init_weights(seed=2, std=0.3)
+        ernie.save(made, tmp_path / "other")
+        engine.update_weights(tmp_path / "other")
+        assert run(engine, ALL) == [answer_of(made, prompt) for prompt in ALL]
     finally:
         engine.ranks.stop()
 
