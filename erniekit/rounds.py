@@ -258,8 +258,8 @@ class Rounds:
         pairs = [drawn.sample for drawn in found if isinstance(drawn.sample, PairSample)]
         if any(pair.media and pair.media.pictures for pair in pairs):
             raise DataError(
-                "pair_dataset_path holds pairs about pictures, which stage: UPO does not read; give "
-                "pairs of text, or use stage: DPO"
+                "pair_dataset_path holds pairs about pictures, which stage: UPO does not read; "
+                "give pairs of text, or use stage: DPO"
             )
         return pairs
 
