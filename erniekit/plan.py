@@ -269,27 +269,29 @@ def layer_words(config: ErnieConfig, run: Run, layer: int, bank: int = 0) -> dic
     projection is taken to have an adapter.
     """
     c, rank = config, run.model.lora_rank * run.is_lora
+    is_paired = run.model.stage in ("DPO", "RM")
     d, dora = c.hidden_size, run.model.use_dora * run.is_lora  # DoRA keeps what it rescales
+    drop = run.is_lora * bool(run.model.lora_dropout)  # each adapter reads rows of its own
     attended = 2.0 * c.q_size + 2 * c.kv_size + c.num_attention_heads
-    if run.model.stage in (
-        "DPO",
-        "RM",
-    ):  # laid out with each prompt twice, and its result laid back
-        attended = 2 * attended + c.q_size
+    # For pairs laid out with each prompt twice, and its result laid back; else an adapter that
+    # reads rows of its own does not read the result that is kept anyway.
+    attended = 2 * attended + c.q_size if is_paired else attended + drop * c.q_size
     words = {
         "stream": 2.0 * (d + 1),  # the two inputs of norms, and their scales
         "attention_input": float(d),
-        "attention": attended + 4 * rank + dora * (c.q_size + 2 * c.kv_size + d),
+        "attention": attended + 4 * rank + dora * (c.q_size + 2 * c.kv_size + d) + drop * 2 * d,
         "mlp_input": float(d),
     }
     if not c.is_moe_layer(layer):
-        rescaled = dora * (2 * c.intermediate_size + d)
+        rescaled = dora * (2 * c.intermediate_size + d) + drop * (d + c.intermediate_size)
         return words | {"mlp": 2.0 * c.intermediate_size + 3 * rank + rescaled}
     top_k, size, experts = c.moe_k or 0, c.expert_sizes[bank], c.experts_per_bank[bank]
     routing = 2 * experts + 2 * top_k + 2 * top_k + 2
     indices = 2 * 2 * top_k
     rows = top_k * (d + 3 * size + d + 2 * rank + dora * (2 * size + d))
-    shared = (2 + 2 * dora) * c.shared_size + 3 * rank + dora * d if c.shared_size else 0
+    shared = 0
+    if c.shared_size:
+        shared = (2 + 2 * dora + drop) * c.shared_size + 3 * rank + (dora + drop) * d
     parted = d if bank else 0  # tokens of vision, set apart
     return words | {"mlp": float(routing + indices + rows + shared + parted)}
 

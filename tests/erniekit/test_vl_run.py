@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import ernie
+from ernie.adapter_files import PRODUCTS, read_adapter
 from ernie.model import ErnieModel
 from ernie.models import TINY
 from ernie.settings import ConfigError, read_yaml
@@ -154,6 +155,8 @@ def test_an_adapter_has_pairs_beside_both_banks_and_goes_on(trained) -> None:
     for bank in ("experts", "vision_experts"):
         changed = [n for n, t in a.items() if f".mlp.{bank}." in n and "lora_B" in n and t.any()]
         assert changed, f"no pair of {bank} moved"
+    served = read_adapter(whole, TINY["tiny-vl"], max_rank=2)
+    assert {product for pairs in served.layers for product in pairs} == set(PRODUCTS)
     code = main(["export", f"{whole}/run.yaml"])
     assert code == 0
     merged = weights_of(whole / "export")
