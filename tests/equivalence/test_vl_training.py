@@ -129,10 +129,11 @@ def test_padding_changes_nothing(model: ErnieModel) -> None:
     assert_equal(gradients_of(model, [padded]), gradients_of(model, [plain]), 1e-5)
 
 
-def test_recomputed_gradients_are_the_same_bits(model: ErnieModel) -> None:
+@pytest.mark.parametrize("granularity", [None, "full"])
+def test_recomputed_gradients_are_the_same_bits(model: ErnieModel, granularity: str | None) -> None:
     batches = [batch(PROMPTS, model)]
     kept = gradients_of(model, batches)
-    recompute(model, "full")
+    recompute(model, granularity)
     again = gradients_of(model, batches)
     assert all(torch.equal(kept[name], again[name]) for name in kept)
 
