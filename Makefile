@@ -30,6 +30,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/vision.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/vl_training.py
+	$(BIN)/python benchmarks/dealing.py
 	$(BIN)/python benchmarks/llama_cpp_parity.py
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/quality.py

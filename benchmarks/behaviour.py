@@ -1,6 +1,6 @@
 """What does each method change in a model's behaviour on held-out data, beside its loss?
 
-    python benchmarks/behaviour.py [--methods SFT,DPO] [--seeds 1,2]
+    python benchmarks/behaviour.py [--methods SFT,DPO,KTO,RM,calls] [--seeds 1,2]
 
 The model is SmolLM2-135M-Instruct, trained with the example files of each method; nothing of the
 held-out questions is in the training data. Every run is a command that anyone can type; before and
@@ -9,14 +9,18 @@ after it the same questions are asked:
     similarity   shared words of a greedy answer and the reference answer (F1 of unigrams)
     words        median length of the answers
     preferred    share of held-out pairs whose chosen answer has the likelier tokens, on average
-    reward       the same by what the policy gained on the start, DPO's own measure; one half at
-                 the start, where nothing is gained
+    reward       share that is rewarded rightly: of pairs by what the policy gained on the start
+                 (DPO) or by the model's scores (RM), of single answers by what was gained on the
+                 usual answer (KTO); one half where nothing is gained
+    calls        share of held-out dialogues that call for a tool where the right ones are called
+                 with the right arguments
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,7 +35,12 @@ QUESTION = __doc__.splitlines()[0]
 CONFIGS = {
     "SFT": "examples/configs/SmolLM2-135M/sft/run_sft_lora.yaml",
     "DPO": "examples/configs/SmolLM2-135M/dpo/run_dpo_lora.yaml",
+    "KTO": "examples/configs/SmolLM2-135M/kto/run_kto_lora.yaml",
+    "RM": "examples/configs/SmolLM2-135M/rm/run_rm_lora.yaml",
+    "calls": "examples/configs/SmolLM2-135M/fc/run_fc_lora.yaml",
 }
+ANSWERING = ("SFT", "DPO", "KTO")  # the others are measured by what their runs record
+CALLS_TEMPLATE = ROOT / "examples/configs/SmolLM2-135M/fc/chat_template.jinja"
 QUESTIONS = ROOT / "examples/data/sft-eval.jsonl"
 PAIRS = ROOT / "examples/data/dpo-eval.jsonl"
 MAX_TOKENS = 96
@@ -59,15 +68,20 @@ def measure(folder: Path, methods: list[str], seeds: list[int]) -> dict[str, lis
     """The start, and each method's runs, as numbers of their behaviour."""
     base = folder / "base"
     erniekit("import-gguf", smollm2_gguf(), base)
-    results = {"start": [asked(base)]}
+    shutil.copytree(base, folder / "with-tools")
+    shutil.copy(CALLS_TEMPLATE, folder / "with-tools")
+    results = {"start": [asked(base)]} if set(methods) & set(ANSWERING) else {}
     for method in methods:
+        model = folder / "with-tools" if method == "calls" else base
         results[method] = []
         for seed in seeds:
             output = folder / f"{method}-{seed}"
-            words = [f"model_name_or_path={base}", f"output_dir={output}", f"seed={seed}"]
+            words = [f"model_name_or_path={model}", f"output_dir={output}", f"seed={seed}"]
             erniekit("train", CONFIGS[method], *words)
-            erniekit("export", CONFIGS[method], *words)
-            numbers = asked(output / "export") | held_out(output)
+            numbers = held_out(output) | (called(output) if method == "calls" else {})
+            if method in ANSWERING:
+                erniekit("export", CONFIGS[method], *words)
+                numbers |= asked(output / "export")
             results[method].append(numbers)
             print(method, seed, numbers, file=sys.stderr, flush=True)
     return results
@@ -86,12 +100,27 @@ def asked(model: Path) -> Numbers:
 
 
 def held_out(output: Path) -> Numbers:
-    """The held-out loss before and after, and DPO's reward accuracy after training."""
+    """The held-out loss and, where there is one, reward accuracy before and after training."""
     lines = (output / "metrics.jsonl").read_text().splitlines()
     evaluated = [record for record in map(json.loads, lines) if "eval_loss" in record]
     numbers = {"loss before": evaluated[0]["eval_loss"], "loss": evaluated[-1]["eval_loss"]}
-    if "eval_rewards_accuracy" in evaluated[-1]:
-        numbers["reward"] = evaluated[-1]["eval_rewards_accuracy"]
+    for name, record in (("reward before", evaluated[0]), ("reward", evaluated[-1])):
+        if "eval_rewards_accuracy" in record:
+            numbers[name] = record["eval_rewards_accuracy"]
+    return numbers
+
+
+def called(output: Path) -> Numbers:
+    """How right the calls of held-out dialogues are, before and after training."""
+    records = _records(output / "answers.jsonl")
+    first, last = (pick(record["step"] for record in records) for pick in (min, max))
+    numbers = {}
+    for when, step in ((" before", first), ("", last)):
+        for name, score in (
+            ("calls", "call_arguments"), ("tools", "call_name"), ("no calls", "no_call"),
+        ):  # fmt: skip
+            found = [r[score] for r in records if r["step"] == step and score in r]
+            numbers[name + when] = mean(found)
     return numbers
 
 
@@ -152,16 +181,28 @@ def _records(path: Path) -> list[dict[str, Any]]:
 
 
 def report(results: dict[str, list[Numbers]], methods: list[str], seeds: list[int]) -> None:
-    names = ("loss before", "loss", "similarity", "words", "preferred", "reward")
+    names = ("loss before", "loss", "similarity", "words", "preferred")
+    names += ("reward before", "reward", "calls before", "calls")
     table = [["model", *names]]
     for side, runs in results.items():
         cells = [_cell([run[name] for run in runs if name in run]) for name in names]
         table.append([side, *cells])
-    readings = []
-    start = results["start"][0]
+    chosen = f"--methods {','.join(methods)} --seeds {','.join(map(str, seeds))}"
+    write_record(
+        "behaviour", QUESTION, f"python benchmarks/behaviour.py {chosen}",
+        {"model": "SmolLM2-135M-Instruct", "configs": {m: CONFIGS[m] for m in methods},
+         "seeds": seeds, "answers": MAX_TOKENS},
+        results, table, " ".join(sentences(results)),
+    )  # fmt: skip
+
+
+def sentences(results: dict[str, list[Numbers]]) -> list[str]:
+    """What to read in the table, one sentence about each method."""
+    found = []
+    start = results["start"][0] if "start" in results else {}
     if "SFT" in results:
         after = mean(run["similarity"] for run in results["SFT"])
-        readings.append(
+        found.append(
             f"SFT: answers share {100 * after:.0f} % of their words with the reference, "
             f"{100 * start['similarity']:.0f} % before."
         )
@@ -169,17 +210,37 @@ def report(results: dict[str, list[Numbers]], methods: list[str], seeds: list[in
         reward = 100 * (mean(run["reward"] for run in results["DPO"]) - 0.5)
         points = 100 * (mean(run["preferred"] for run in results["DPO"]) - start["preferred"])
         met = "met" if min(reward, points) >= DPO_POINTS else "missed"
-        readings.append(
+        found.append(
             f"DPO: held-out preference accuracy rises by {points:.0f} points (likelier tokens) and "
             f"{reward:.0f} points (rewards); at least {DPO_POINTS}: {met}."
         )
-    chosen = f"--methods {','.join(methods)} --seeds {','.join(map(str, seeds))}"
-    write_record(
-        "behaviour", QUESTION, f"python benchmarks/behaviour.py {chosen}",
-        {"model": "SmolLM2-135M-Instruct", "configs": {m: CONFIGS[m] for m in methods},
-         "seeds": seeds, "answers": MAX_TOKENS},
-        results, table, " ".join(readings),
-    )  # fmt: skip
+    if "KTO" in results:
+        before, after = (_percent(results["KTO"], name) for name in ("reward before", "reward"))
+        points = 100 * (mean(run["preferred"] for run in results["KTO"]) - start["preferred"])
+        found.append(
+            f"KTO: {after} % of the held-out answers are on their side, {before} % before; "
+            f"{points:.0f} points more of the pairs are in the right order."
+        )
+    if "RM" in results:
+        before, after = (_percent(results["RM"], name) for name in ("reward before", "reward"))
+        found.append(
+            f"RM: the preferred answer of held-out pairs scores higher in {after} %, {before} % "
+            "before."
+        )
+    if "calls" in results:
+        told = [f"{_percent(results['calls'], name)} %" for name in _CALLS]
+        found.append(
+            "Calls: right in {} of the held-out dialogues that ask for one, {} before; the right "
+            "tools in {}, {} before; none where none is asked for in {}, {} before.".format(*told)
+        )
+    return found
+
+
+_CALLS = ("calls", "calls before", "tools", "tools before", "no calls", "no calls before")
+
+
+def _percent(runs: list[Numbers], name: str) -> str:
+    return f"{100 * mean(run[name] for run in runs):.0f}"
 
 
 def _cell(values: list[float]) -> str:

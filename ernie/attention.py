@@ -14,16 +14,28 @@ where old keys are kept, is the business of whoever runs the model:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ernie import kernels
 from ernie.config import ErnieConfig
+from ernie.kernels.reference import attend_one
 from ernie.layers import Linear
 from ernie.rope import Rotary
+
+_MOST_WEIGHTS = 2**22  # that are made at once where some of them are dropped
+
+
+class Drop(Protocol):
+    """Dropout of attention weights `(H, q, n)`: those of some queries, the `number`-th part."""
+
+    def __call__(self, weights_Hqn: Tensor, number: int) -> Tensor: ...
 
 
 class Attend(Protocol):
@@ -35,18 +47,41 @@ class Attend(Protocol):
 
 
 def packed_causal(cu_seqlens_S1: Tensor, lengths: Sequence[int] | None = None) -> Attend:
-    """Causal attention inside each segment of a packed row; no cache.
+    """Causal attention inside each segment of a packed row; no cache. What training calls may
+    also be given a `drop`.
 
     `cu_seqlens` is int32 `(S + 1,)`: segment s is tokens `cu_seqlens[s]:cu_seqlens[s + 1]`;
     `lengths` are those of the segments, where the host knows them.
     """
 
-    def attend(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, *, layer: int) -> Tensor:
+    def attend(
+        q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, *, layer: int, drop: Drop | None = None
+    ) -> Tensor:
         del layer  # nothing is remembered between layers
         scale = q_THd.shape[-1] ** -0.5
+        if drop is not None:
+            return _attend_dropping(q_THd, k_TGd, v_TGd, cu_seqlens_S1.tolist(), scale, drop)
         return kernels.attend_packed(q_THd, k_TGd, v_TGd, cu_seqlens_S1, scale, lengths)
 
     return attend
+
+
+def _attend_dropping(
+    q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, bounds: list[int], scale: float, drop: Drop
+) -> Tensor:
+    """As `kernels.attend_packed`, with dropout between softmax and values; in plain torch, of as
+    many queries at a time as `_MOST_WEIGHTS` allows. Weights are made again for the gradient, so
+    `drop` must drop the same then.
+    """
+    out: list[Tensor] = []
+    for start, end in pairwise(bounds):
+        rows = max(_MOST_WEIGHTS // (q_THd.shape[1] * max(end - start, 1)), 1)
+        for a in range(start, end, rows):
+            b = min(a + rows, end)
+            again = partial(attend_one, scale=scale, drop=partial(drop, number=len(out)))
+            parts = (q_THd[a:b], k_TGd[start:b], v_TGd[start:b])
+            out.append(checkpoint(again, *parts, use_reentrant=False, preserve_rng_state=False))
+    return torch.cat(out) if out else torch.zeros_like(q_THd)
 
 
 def shared_prompt(pairs_P4: Tensor) -> Attend:
@@ -82,10 +117,13 @@ def shared_prompts(groups: Sequence[Sequence[int]], device: torch.device) -> Att
     order_U = torch.tensor(order, device=device)
     place_T = torch.tensor(place, device=device)
     bounds = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
-    attend_whole = packed_causal(bounds, lengths)
+    attend_whole: Callable[..., Tensor] = packed_causal(bounds, lengths)
 
-    def attend(q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, *, layer: int) -> Tensor:
-        out_UHd = attend_whole(q_THd[order_U], k_TGd[order_U], v_TGd[order_U], layer=layer)
+    def attend(
+        q_THd: Tensor, k_TGd: Tensor, v_TGd: Tensor, *, layer: int, drop: Drop | None = None
+    ) -> Tensor:
+        q_UHd, k_UGd, v_UGd = (x[order_U] for x in (q_THd, k_TGd, v_TGd))
+        out_UHd = attend_whole(q_UHd, k_UGd, v_UGd, layer=layer, drop=drop)
         return out_UHd[place_T]
 
     return attend

@@ -21,6 +21,7 @@ from erniekit import foreign
 
 # Names of the published files; `erniekit.launch` refuses those that cannot be trained yet.
 STAGES = ("SFT", "DPO", "KTO", "RM", "UPO", "PT", "VL-SFT", "OCR-VL-SFT")
+PICTURED = ("VL-SFT", "DPO", "KTO", "RM")  # those that read pictures, where the model does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,7 @@ class Model:
         False, "Keep the scales of nf4 in 8 bits (double quantisation)."
     )
     lora_plus_scale: float = option(1.0, "LoRA+: learning rate of the B matrices over that of A.")
+    lora_dropout: float = option(0.0, "Share of what an adapter reads that is dropped.")
     rslora_plus: bool = option(False, "Short for rslora, lora_plus_scale 4 and lora_alpha 4.")
     compute_type: str = option(
         "bf16",
@@ -260,8 +262,8 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """How pictures and clips of the records are read (stage: VL-SFT); limits that are not given are
-    those of the model folder.
+    """How pictures and clips of the records are read (stage: VL-SFT, and DPO, KTO and RM of a VL
+    model); limits that are not given are those of the model folder.
     """
 
     min_pixels: int | None = option(None, "Fewest pixels of an image after resizing.")
@@ -517,6 +519,15 @@ class Optimisation:
     adam_beta1: float = option(0.9, "Decay of the mean of gradients.")
     adam_beta2: float = option(0.999, "Decay of the mean of squared gradients.")
     adam_epsilon: float = option(1e-8, "Added to the root of the squared mean.")
+    hidden_dropout_prob: float = option(
+        0.0,
+        "Share of the outputs of attention and feed-forward that is dropped while training: of the "
+        "top layer; less below in proportion, and none at the bottom.",
+    )
+    attention_probs_dropout_prob: float = option(
+        0.0, "The same of attention weights, which then take the slow way through plain torch."
+    )
+    dropout_warmup_steps: int = option(0, "Steps over which these two rise from 0.")
     weight_decay: float = option(0.0, "Decoupled decay of matrices; never of norms and biases.")
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm; 0: never.")
     ema_decay: float = option(
@@ -761,17 +772,24 @@ def run_from(values: Mapping[str, Any], origin: str = "the settings") -> Run:
     only = {"simpo_gamma": "simpo", "dpop_lambda": "dpop"}
     unused |= {key for key, name in only.items() if run.preferences.loss_type != name}
     without_effect += [key for key in given if key in unused and given[key] != defaults[key]]
-    if run.model.stage != "VL-SFT":
-        pictures, defaults = dataclasses.asdict(run.pictures), dataclasses.asdict(Pictures())
-        without_effect += [key for key in pictures if pictures[key] != defaults[key]]
+    if run.model.stage not in PICTURED:
+        without_effect += given_of(run.pictures)
+    o = run.optimisation
+    if o.dropout_warmup_steps and not (o.hidden_dropout_prob or o.attention_probs_dropout_prob):
+        without_effect.append("dropout_warmup_steps")
     if run.model.stage not in _ONE_LOSS_A_TOKEN and run.model.token_balance_loss != "none":
         without_effect.append("token_balance_loss")
     if run.model.stage != "UPO":
-        policy, defaults = dataclasses.asdict(run.policy), dataclasses.asdict(Policy())
-        without_effect += [key for key in policy if policy[key] != defaults[key]]
+        without_effect += given_of(run.policy)
     run = dataclasses.replace(run, without_effect=tuple(without_effect))
     validate(run)
     return run
+
+
+def given_of(group: Pictures | Policy) -> list[str]:
+    """The keys of a group whose values are not the defaults."""
+    values, defaults = dataclasses.asdict(group), dataclasses.asdict(type(group)())
+    return [key for key in values if values[key] != defaults[key]]
 
 
 def _respelt(key: str, value: Any) -> Any:
@@ -886,6 +904,7 @@ def validate(run: Run) -> None:
     if model.lora_path and not run.is_lora:
         raise ConfigError("lora_path is an adapter to start from; it needs fine_tuning: LoRA")
     _check_adapters(run)
+    _check_dropout(run)
     if model.stage in PREFERENCE_KEYS:
         _check_preferences(run)
     if model.stage == "DPO":
@@ -938,10 +957,35 @@ def _check_multimodal(run: Run) -> None:
                 "train_dataset_path"
             )
         return
+    check_every_weight_is_used(run)
+
+
+def check_every_weight_is_used(run: Run) -> None:
+    """Raises ConfigError for a division that a batch without pictures of a VL model cannot meet."""
     if run.parallel.sharding in ("stage2", "stage3"):
         raise ConfigError(
             f"sharding={run.parallel.sharding} needs all ranks to use the same weights, and a "
             "batch without pictures uses no vision tower; use stage1, or none"
+        )
+
+
+def _check_dropout(run: Run) -> None:
+    o, model = run.optimisation, run.model
+    for key, rate in (
+        ("hidden_dropout_prob", o.hidden_dropout_prob),
+        ("attention_probs_dropout_prob", o.attention_probs_dropout_prob),
+        ("lora_dropout", model.lora_dropout),
+    ):
+        if not 0 <= rate < 1:
+            raise ConfigError(f"{key}={rate:g} is no share of what is kept; give 0 to below 1")
+    if o.dropout_warmup_steps < 0:
+        raise ConfigError(
+            f"dropout_warmup_steps={o.dropout_warmup_steps} is below 0; give 0 or more"
+        )
+    if model.lora_dropout and model.use_dora:
+        raise ConfigError(
+            f"lora_dropout={model.lora_dropout:g} cannot go with use_dora, which scales base and "
+            "adapter together; give one of them"
         )
 
 
@@ -953,6 +997,7 @@ def _check_adapters(run: Run) -> None:
         ("use_dora=true", model.use_dora),
         ("pissa=true", model.pissa),
         ("lora_target_modules", bool(model.lora_target_modules)),
+        (f"lora_dropout={model.lora_dropout:g}", bool(model.lora_dropout)),
     ):
         if is_given and not run.is_lora:
             raise ConfigError(f"{key} is for frozen weights beside adapters; use fine_tuning: LoRA")

@@ -33,6 +33,7 @@ from erniekit.average import Average
 from erniekit.config import Optimisation, Training
 from erniekit.data.loader import Batch, Pictures
 from erniekit.data.pack import Cursor
+from erniekit.dropout import Dropout
 from erniekit.gradients import Gradients, length, squares_of
 from erniekit.losses import Flat, Loss, Seen, routers_of
 from erniekit.optim import AdamW, clip_scale, learning_rate_at
@@ -119,6 +120,7 @@ class Parts:
     after_update: Callable[[], None] = lambda: None
     average: Average | None = None
     measure: Callable[[list[Batch]], dict[str, Any]] = lambda window: {}
+    dropout: Dropout = field(default_factory=Dropout)
 
 
 def to_device(batch: Batch, device: torch.device) -> Flat | Pairs | Judged:
@@ -137,12 +139,12 @@ def to_device(batch: Batch, device: torch.device) -> Flat | Pairs | Judged:
     if device.type == "cuda":  # a copy from other memory waits for all work before it
         tensors = [tensor.pin_memory() for tensor in tensors]
     ids_T, labels_T, positions_T, ends = (t.to(device, non_blocking=True) for t in tensors)
+    seen = None if batch.pictures is None else _seen(batch.pictures, device)
     if pairs_P4 is None:
         lengths = tuple(np.diff(batch.cu_seqlens_S1).tolist())
         numbers = {name: torch.from_numpy(n).to(device) for name, n in batch.numbers.items()}
-        seen = None if batch.pictures is None else _seen(batch.pictures, device)
         return Flat(ids_T, labels_T, positions_T, ends, lengths, numbers, seen)
-    return Pairs(ids_T, labels_T, positions_T, ends, batch.keys)
+    return Pairs(ids_T, labels_T, positions_T, ends, batch.keys, seen)
 
 
 def _seen(pictures: Pictures, device: torch.device) -> Seen:
@@ -190,9 +192,10 @@ def _step(
     squares: dict[str, Tensor] = {}
     num_judged = sum(len(batch.keys) for batch in window)
     if parts.optimisation.optimizer_in_backward:
-        numbers, routed, squares = _backward_and_update(parts, window, learning_rate)
+        numbers, routed, squares = _backward_and_update(parts, window, progress.step, learning_rate)
     else:
-        numbers, routed = _backward(parts, window, 1 / sum(batch.weight for batch in window))
+        scale = 1 / sum(batch.weight for batch in window)
+        numbers, routed = _backward(parts, window, progress.step, scale)
         numbers["grad_norm"] = parts.gradients.norm()
     extra = _on_host(numbers)
     loss, norm = extra.pop("loss"), extra.pop("grad_norm")
@@ -280,22 +283,26 @@ class Routed:
     entropies: list[Tensor] = field(default_factory=list)
 
 
-def _backward(parts: Parts, window: list[Batch], scale: float) -> tuple[dict[str, Tensor], Routed]:
+def _backward(
+    parts: Parts, window: list[Batch], step: int, scale: float
+) -> tuple[dict[str, Tensor], Routed]:
     """Gradients of a window; numbers to be recorded, and what its routers did: of the whole
     window, of which this rank computes its share. One process waits for nothing: the numbers are
     still on their device."""
     sums: dict[str, Tensor] = {}
     loads: list[Tensor] = []
     entropies: list[Tensor] = []
-    own = dealt(window, [batch.num_patches for batch in window], parts.ranks)
+    costs = [batch.num_patches for batch in window]
+    own = dealt(list(enumerate(window)), costs, parts.ranks)
     measured = parts.measure(window)
-    for number, batch in enumerate(own, 1):
+    for place, batch in own:
         flat = to_device(batch, parts.model.device)
-        loss = parts.loss(parts.model, flat, scale=scale, share=1 / len(window), **measured)
-        if number == len(own):
-            parts.gradients.expect_last()
-        if loss.total.requires_grad:  # not of text alone where only vision's parts are trained
-            loss.total.backward()
+        with parts.dropout.during(step, place):
+            loss = parts.loss(parts.model, flat, scale=scale, share=1 / len(window), **measured)
+            if place == own[-1][0]:
+                parts.gradients.expect_last()
+            if loss.total.requires_grad:  # not of text alone where only vision's parts are trained
+                loss.total.backward()
         found = {"loss": loss.value, **loss.parts}
         if loss.num_right is not None:
             found["accuracy"] = loss.num_right
@@ -324,7 +331,7 @@ def _on_host(numbers: dict[str, Tensor]) -> dict[str, float]:
 
 
 def _backward_and_update(
-    parts: Parts, window: list[Batch], learning_rate: float
+    parts: Parts, window: list[Batch], step: int, learning_rate: float
 ) -> tuple[dict[str, Tensor], Routed, dict[str, Tensor]]:
     """As `_backward`, but weights move within; the length of the gradient is one of the numbers,
     and the squared length of each parameter's comes beside them.
@@ -341,7 +348,7 @@ def _backward_and_update(
 
     assert len(window) == 1 and not parts.optimisation.max_grad_norm
     with parts.gradients.given_away(update):
-        numbers, routed = _backward(parts, window, 1 / window[0].weight)
+        numbers, routed = _backward(parts, window, step, 1 / window[0].weight)
     return numbers | {"grad_norm": length(list(squares.values()))}, routed, squares
 
 

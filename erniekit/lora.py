@@ -64,6 +64,10 @@ class LoRA:
 # --- the trained parts ---
 
 
+def _as_it_is(x: Tensor) -> Tensor:
+    return x
+
+
 class Pair(nn.Module):
     """The trained parts beside a weight `(O, I)`, or beside a stack `(E, O, I)`."""
 
@@ -77,6 +81,7 @@ class Pair(nn.Module):
         self.lora_A = nn.Parameter(torch.zeros(*experts, lora.rank, in_size, device=device))
         self.lora_B = nn.Parameter(torch.zeros(*experts, out_size, lora.rank, device=device))
         self.lora_magnitude_vector: nn.Parameter | None = None
+        self.dropout: Callable[[Tensor], Tensor] = _as_it_is  # of what A reads
         if lora.has_magnitude:
             self.register_buffer("row_squares", row_squares(weight), persistent=False)
             self.lora_magnitude_vector = nn.Parameter(self.row_squares.sqrt())
@@ -127,7 +132,7 @@ class LoRALinear(Pair):
         self.base = base
 
     def forward(self, x_TI: Tensor) -> Tensor:
-        low_Tr = kernels.linear(x_TI, self.lora_A) * self.scale
+        low_Tr = kernels.linear(self.dropout(x_TI), self.lora_A) * self.scale
         if self.lora_magnitude_vector is None:
             return self.base(x_TI) + kernels.linear(low_Tr, self.lora_B)
         out_TO = kernels.linear(x_TI, self.base.weight) + kernels.linear(low_Tr, self.lora_B)
@@ -141,7 +146,7 @@ class LoRAExpertsProjection(Pair):
     def forward(self, x_NI: Tensor, weight_EOI: Weight, counts_E: Tensor) -> Tensor:
         """The projection with its pairs; `(N, O)`."""
         out_NO = kernels.grouped_linear(x_NI, weight_EOI, counts_E)
-        low_Nr = kernels.grouped_linear(x_NI, self.lora_A, counts_E) * self.scale
+        low_Nr = kernels.grouped_linear(self.dropout(x_NI), self.lora_A, counts_E) * self.scale
         out_NO = out_NO + kernels.grouped_linear(low_Nr, self.lora_B, counts_E)
         if self.lora_magnitude_vector is None:
             return out_NO

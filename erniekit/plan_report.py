@@ -42,7 +42,7 @@ DEGREES = {
     "expert": ("expert_parallel_degree", "expert_model_parallel_size"),
 }
 # Values of other keys that are planned as the default when this build refuses them.
-PLANNED_AS = {"stage": "SFT", "compute_type": "bf16", "attention_probs_dropout_prob": "0"}
+PLANNED_AS = {"stage": "SFT", "compute_type": "bf16"}
 
 # Dense bfloat16 products, TFLOP/s, of the makers' data sheets; and the share a run is taken to get.
 GPU_TFLOPS = {"H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0}

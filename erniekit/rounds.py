@@ -3,10 +3,11 @@
     prompts of the stream -> answers of the policy as it stands -> rewards -> advantages, pairs
     -> (old and reference log-probabilities) -> batches of the round's steps
 
-A round is made when the loop asks for its first batch, so by the newest weights. Nothing random is
-kept: prompts follow from the place in the stream, seeds of answers from the run's seed, the round
-and the prompt. A checkpoint within a round holds the batches that are left of it; one between
-rounds needs nothing.
+Every rank answers its share of the prompts, scores it and tells the others, and all make the same
+batches, which the loop deals out. A round is made when the loop asks for its first batch, so by the
+newest weights. Nothing random is kept: prompts follow from the place in the stream, seeds of
+answers from the run's seed, the round and the prompt. A checkpoint within a round holds the batches
+that are left of it; one between rounds needs nothing.
 
     output_dir/rollouts.jsonl      {"step", "where", "question", "reference", "answers", "rewards",
                                     "is_kept"}, one line a prompt
@@ -15,7 +16,7 @@ rounds needs nothing.
 from __future__ import annotations
 
 import contextlib
-import hashlib
+import dataclasses
 import logging
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
@@ -31,6 +32,7 @@ from torch import Tensor
 from ernie.chat import ChatError, stop_ids
 from ernie.model import ErnieModel
 from ernie.rollout import Answer, Sampling
+from ernie.settings import ConfigError
 from erniekit import groups, policy
 from erniekit.build import build_model, read_model
 from erniekit.config import Run
@@ -43,13 +45,16 @@ from erniekit.loop import Progress, to_device
 from erniekit.lora import pairs as lora_pairs
 from erniekit.losses import Flat
 from erniekit.metrics import Metrics
+from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.rewards import Rewards, Scored
 from erniekit.samplers import Sampler, has_adapters, is_plain_lora
+from erniekit.seeds import seed_of
 from erniekit.session import load_adapter
 
 log = logging.getLogger("erniekit")
 
 ROLLOUTS_FILE = "rollouts.jsonl"
+_CUT = "batches_per_step"  # beside the batches of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,17 @@ class Answered:
     @property
     def rewards(self) -> list[float]:
         return [s.reward for s in self.scored]
+
+
+def _as_values(answered: Answered) -> list[Any]:
+    """What other ranks must know of an answered task, as JSON."""
+    parts = (answered.answers, answered.scored)
+    return [answered.texts, *([dataclasses.asdict(one) for one in part] for part in parts)]
+
+
+def _from_values(task: Task, values: list[Any]) -> Answered:
+    texts, answers, scored = values
+    return Answered(task, [Answer(**a) for a in answers], texts, [Scored(**s) for s in scored])
 
 
 def task_of(stream: Stream, source: int, index: int, max_prompt_tokens: int) -> Task:
@@ -101,12 +117,13 @@ class Rounds:
 
     def __init__(
         self, run: Run, device: str, sampler: Sampler, rewards: Rewards, stream: Stream,
-        pair_stream: Stream | None,
+        pair_stream: Stream | None, ranks: Ranks = ALONE,
     ) -> None:  # fmt: skip
         p = run.policy
         self.run, self.device, self.stream, self.pair_stream = run, device, stream, pair_stream
         self.sampler, self.rewards = sampler, rewards
-        accumulated = run.training.gradient_accumulation_steps
+        self.ranks = ranks
+        accumulated = run.training.gradient_accumulation_steps * ranks.size
         by_answer = p.loss_aggregation == "sequence"
         self.cut = Cut(p.num_iterations, p.num_mini_batches, accumulated, by_answer)
         self.left: list[Batch] = []  # of the round under way
@@ -116,10 +133,21 @@ class Rounds:
     # --- what a checkpoint holds ---
 
     def tensors(self) -> dict[str, Tensor]:
-        return groups.to_tensors(self.left)
+        if not self.left:
+            return {}
+        return groups.to_tensors(self.left) | {_CUT: torch.tensor(self.cut.batches_per_step)}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        self.left = groups.from_tensors(tensors)
+        """Raises ConfigError where the rest of a round was cut for other steps than this run's."""
+        left = dict(tensors)
+        before, now = int(left.pop(_CUT)), self.cut.batches_per_step
+        if before != now:
+            raise ConfigError(
+                f"the checkpoint is within a round whose steps have {before} batches; this run's "
+                f"have {now} (gradient_accumulation_steps x processes): give the same, or go on "
+                "from a checkpoint at the end of a round"
+            )
+        self.left = groups.from_tensors(left)
 
     # --- batches ---
 
@@ -127,8 +155,9 @@ class Rounds:
         self, model: ErnieModel, progress: Progress, num_steps: int
     ) -> Generator[Batch, None, None]:
         """All batches from `progress` on, without end; each round by `model` as it is then."""
-        records = Metrics(self.run.output, ROLLOUTS_FILE)
-        records.rewind(progress.step)
+        records = Metrics(self.run.output, ROLLOUTS_FILE) if self.ranks.is_first else None
+        if records is not None:
+            records.rewind(progress.step)
         while True:
             if not self.left:
                 self.left = self._round(model, progress, num_steps, records)
@@ -136,14 +165,15 @@ class Rounds:
                 yield self.left.pop(0)
 
     def _round(
-        self, model: ErnieModel, progress: Progress, num_steps: int, records: Metrics
+        self, model: ErnieModel, progress: Progress, num_steps: int, records: Metrics | None
     ) -> list[Batch]:
         start, step = time.monotonic(), progress.step
         number = step // self.cut.num_steps
         place = _Place(self, progress, num_steps)
         kept, dropped = self._answered(model, place, number)
         for answered, is_kept in [*((a, True) for a in kept), *((a, False) for a in dropped)]:
-            records.write(_told(answered, step + 1, is_kept))
+            if records is not None:
+                records.write(_told(answered, step + 1, is_kept))
         told = self._numbers(kept, dropped)
         # Every batch needs a group: one without a difference has advantages of 0.
         missing = max(self.cut.steps_per_pass * self.cut.batches_per_step - len(kept), 0)
@@ -196,9 +226,27 @@ class Rounds:
         seeds: Sequence[Sequence[int]],
         sampling: Sampling,
     ) -> list[Answered]:
-        """Tasks with answers of the policy, scored."""
+        """Tasks with answers of the policy, scored; all ranks must call it with the same."""
+        own = self._answer_own(model, self.ranks.own(tasks), self.ranks.own(seeds), sampling)
+        told = self.ranks.gathered([_as_values(answered) for answered in own])
+        found = []
+        for number, task in enumerate(tasks):
+            rank, place = number % self.ranks.size, number // self.ranks.size
+            is_here = rank == self.ranks.rank
+            found.append(own[place] if is_here else _from_values(task, told[rank][place]))
+        return found
+
+    def _answer_own(
+        self,
+        model: ErnieModel,
+        tasks: Sequence[Task],
+        seeds: Sequence[Sequence[int]],
+        sampling: Sampling,
+    ) -> list[Answered]:
         prompts = [task.prompt_ids for task in tasks]
         given = self.sampler(model, prompts, seeds, sampling)
+        if not tasks:  # of a rank that got none of the last few
+            return []
         tokenizer = self.stream.encoder.tokenizer
         stops = stop_ids(tokenizer)
         found, records, texts, dialogues = [], [], [], []
@@ -255,7 +303,13 @@ class Rounds:
             return []
         size = self.run.policy.prompts_per_round
         found = self.pair_stream.samples(groups.Cursor(number * size), (number + 1) * size)
-        return [drawn.sample for drawn in found if isinstance(drawn.sample, PairSample)]
+        pairs = [drawn.sample for drawn in found if isinstance(drawn.sample, PairSample)]
+        if any(pair.media and pair.media.pictures for pair in pairs):
+            raise DataError(
+                "pair_dataset_path holds pairs about pictures, which stage: UPO does not read; "
+                "give pairs of text, or use stage: DPO"
+            )
+        return pairs
 
     # --- log-probabilities by the arithmetic of training ---
 
@@ -298,7 +352,21 @@ class Rounds:
 
     @torch.no_grad()
     def _values(self, model: ErnieModel, wanted: Sequence[Group]) -> list[np.ndarray]:
-        """Log-probabilities of the labelled tokens of each group, float32."""
+        """Log-probabilities of the labelled tokens of each group, float32; each rank asks about its
+        share and all ranks learn of all.
+        """
+        if not wanted:
+            return []
+        own = iter(self._own_values(model, self.ranks.own(wanted)))
+        found = [
+            torch.from_numpy(next(own))
+            if number % self.ranks.size == self.ranks.rank
+            else torch.zeros(group.num_labels)
+            for number, group in enumerate(wanted)
+        ]
+        return [values_N.numpy() for values_N in self.ranks.totals(found)]
+
+    def _own_values(self, model: ErnieModel, wanted: Sequence[Group]) -> list[np.ndarray]:
         found: list[np.ndarray] = []
         limit = self.run.data.max_seq_len * self.run.training.batch_size
         rest = list(wanted)
@@ -375,12 +443,6 @@ def sampling_of(run: Run) -> Sampling:
     return Sampling(
         p.max_completion_length, p.rollout_temperature, p.rollout_top_p, p.rollout_top_k
     )
-
-
-def seed_of(*numbers: int) -> int:
-    """63 bits that depend on all the numbers."""
-    digest = hashlib.blake2b(np.array(numbers, np.int64).tobytes(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def _told(answered: Answered, step: int, is_kept: bool) -> dict[str, Any]:

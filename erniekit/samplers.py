@@ -1,7 +1,8 @@
 """Where the answers of a round come from: our own batched generator, or a running server.
 
-A sampler is called with the policy as it stands and gives token ids with log-probabilities; an
-answer depends on its prompt, its seed and the weights, not on its neighbours.
+A sampler is called with the policy as it stands, on all ranks at once, and gives token ids with
+log-probabilities to its rank's prompts; an answer depends on its prompt, its seed and the weights,
+not on its neighbours.
 
     Own       `ernie.rollout`. Of LoRA the base is brought into the inference form once and the
               adapters are laid beside it in every round; a Full model, and adapters of other
@@ -37,6 +38,7 @@ from ernie.settings import ConfigError
 from erniekit import lora, lora_files
 from erniekit.build import lora_of, read_model
 from erniekit.config import Run
+from erniekit.parallel.ranks import ALONE, Ranks
 
 WEIGHTS_FOLDER = "rollout_weights"
 TIMEOUT_S = 600.0
@@ -109,9 +111,9 @@ def is_plain_lora(run: Run) -> bool:
 class Served:
     """A server that answers with the weights it was given last."""
 
-    def __init__(self, run: Run, device: str) -> None:
+    def __init__(self, run: Run, device: str, ranks: Ranks = ALONE) -> None:
         assert run.policy.rollout_server is not None
-        self.run, self.device = run, device
+        self.run, self.device, self.ranks = run, device, ranks
         self.address = run.policy.rollout_server.rstrip("/").removesuffix("/v1")
         self.folder = (run.output / WEIGHTS_FOLDER).resolve()
 
@@ -123,7 +125,9 @@ class Served:
         sampling: Sampling,
     ) -> list[list[Answer]]:
         assert model.tokenizer is not None
-        self.update(model)
+        if self.ranks.is_first:
+            self.update(model)
+        self.ranks.wait()
         stops = sorted(stop_ids(model.tokenizer))
         jobs = [
             {

@@ -29,6 +29,7 @@ from erniekit.average import Average
 from erniekit.build import build_model, lora_of, num_groups, trained_parameters
 from erniekit.config import Parallel, Run
 from erniekit.data.loader import Batch, Stream, prefetched
+from erniekit.dropout import add_dropout
 from erniekit.loop import Orthogonal, Parts, Progress, TooManySkipped, TrainingError, train
 from erniekit.optim import AVERAGE, OPTIMIZERS, treatments
 from erniekit.parallel.forms import form_of
@@ -111,6 +112,7 @@ class Session:
         self.model.tokenizer = self.train_stream.encoder.tokenizer  # the same; one is enough
         if run.is_lora and (adapter := self.resumed or run.model.lora_path):
             load_adapter(self.model, run, Path(adapter))
+        self.dropout = add_dropout(self.model, run)
         self.form.divide(self.model)
         self.parameters = dict(self.model.named_parameters())
         self.trained = trained_parameters(self.model)
@@ -276,6 +278,7 @@ class Session:
             partial(self.form.after_update, self.trained),
             self.average,
             self._measured,
+            self.dropout,
         )
 
     def _measured(self, window: list[Batch]) -> dict[str, Any]:

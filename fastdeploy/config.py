@@ -120,6 +120,12 @@ class EngineConfig:
                 "batch_invariant with enable_lora is not available: a text beside one with an "
                 "adapter is computed in another order; leave out one of the two"
             )
+        if self.batch_invariant and self.tensor_parallel_size > 2:
+            raise ConfigError(
+                f"batch_invariant with tensor_parallel_size={self.tensor_parallel_size} is not "
+                "available: sums of more than two ranks are made in an order that depends on the "
+                "size of a step; use 1 or 2"
+            )
         check_positive(
             self,
             "max_num_seqs",
@@ -133,12 +139,6 @@ class EngineConfig:
             "guided_decoding_max_bytes",
             "guided_decoding_max_stall_ms",
         )
-        if self.tensor_parallel_size > 1 and (self.enable_lora or self.has_mtp):
-            what = "enable_lora" if self.enable_lora else "speculation by mtp"
-            raise ConfigError(
-                f"{what} with tensor_parallel_size={self.tensor_parallel_size} is not available; "
-                "use tensor_parallel_size=1"
-            )
         if self.max_model_len < 2:
             raise ConfigError(
                 f"max_model_len={self.max_model_len} is too small; it takes 2 or more"

@@ -43,6 +43,7 @@ END_TOKENS = ("<|end_of_sentence|>", "<|im_end|>")
 # Stands for pictures and clips alike, in as many copies as they have tokens.
 PLACEHOLDER = "<|IMAGE_PLACEHOLDER|>"
 _TAG = re.compile(r"</?[a-z_]+>")
+_CONTROL = re.compile(r"<\|[^\s<|>]+\|>")
 
 
 @dataclass(frozen=True)
@@ -103,11 +104,16 @@ class ChatTemplate:
     def from_sources(
         cls, sources: Mapping[str, str], where: str, tokenizer: Tokenizer
     ) -> ChatTemplate:
-        """Jinja texts by name, of which one is "default"; `where` names them in errors."""
+        """Jinja texts by name, of which one is "default"; `where` names them in errors.
+
+        Raises ChatError for a text that does not compile or that belongs to another model.
+        """
         tags = frozenset(_TAG.findall("\n".join(sources.values())))
         segments = JinjaSegments(sources, where, tokenizer, stop_ids(tokenizer))
         reads = read_by("\n".join(sources.values()))
-        return cls(where, segments, (), tags, json.dumps(sources, sort_keys=True), reads)
+        found = cls(where, segments, (), tags, json.dumps(sources, sort_keys=True), reads)
+        _check_tokens(found, tokenizer)
+        return found
 
     def render(
         self,
@@ -184,6 +190,21 @@ def one_answer_each(messages: Sequence[Mapping[str, Any]]) -> list[list[dict[str
         if message.get("role") == "assistant" and message.get("label", 1):
             samples.append([{**m, "label": 0} for m in messages[:i]] + [{**message, "label": 1}])
     return samples
+
+
+def _check_tokens(template: ChatTemplate, tokenizer: Tokenizer) -> None:
+    """Raises ChatError where control tokens that a template writes would be text to the model."""
+    try:
+        segments = template.render([{"role": "user", "content": "?"}])
+    except ChatError:  # it wants more than that, and says so when it gets too little
+        return
+    written = {token for segment in segments for token in _CONTROL.findall(segment.text)}
+    if missing := sorted(token for token in written if tokenizer.id_of(token) is None):
+        own = sorted(token for token in tokenizer.control_tokens if _CONTROL.fullmatch(token))
+        raise ChatError(
+            f"{template.name} writes {', '.join(missing)}, and the tokenizer's control tokens are "
+            f"{', '.join(own[:8]) or 'none of this kind'}; one of the two is of another model"
+        )
 
 
 def _check_pictures(written: Sequence[str], pictures: Sequence[tuple[str, int]]) -> None:

@@ -11,7 +11,7 @@ Legend of the shape letters:
     I, O  input and output width of a product            E  experts
     N  rows of a grouped product         V  vocabulary    S  segments (sequences) of a packed row
     B  blocks of the paged cache         P  positions of one block
-    r  elements of a row of the cache: one head of one token
+    r  elements of a row of the cache: one head of one token       R  rows of logits
 
 Training calls the operations on plain tensors. Serving packs each weight once (`pack`, after
 `quantize` if it is to be small) and calls the fused operations `project`, `mlp` and `moe`, which
@@ -58,6 +58,7 @@ __all__ = [
     "combine",
     "combine_backward",
     "cross_entropy_",
+    "draw",
     "expert",
     "grouped_linear",
     "has_bfloat16_products",
@@ -78,6 +79,7 @@ __all__ = [
     "spread",
     "swiglu",
     "swiglu_halves",
+    "token_logprobs",
     "write_cache",
 ]
 
@@ -175,6 +177,35 @@ def cross_entropy_(logits_NV: Tensor, targets_N: Tensor, scale: float) -> tuple[
     all arithmetic is float32. Targets are int64. Contiguous logits; not differentiable.
     """
     return pick("cross_entropy_", logits_NV.device)(logits_NV, targets_N, scale)
+
+
+def draw(
+    logits_RV: Tensor,
+    temperature_R: Tensor,
+    min_p_R: Tensor,
+    top_k_R: Tensor,
+    top_p_R: Tensor,
+    uniform_R: Tensor,
+) -> Tensor:
+    """One token a row, int64 `(R,)` on the logits' device: the inverse of the cumulative
+    distribution, in the order of ids, at `uniform`.
+
+    Of the softmax of `logits / temperature`, `min_p` keeps tokens with at least that share of the
+    likeliest one's probability; then `top_k` (0 = all) keeps the k likeliest, the smaller id among
+    equals; then `top_p` keeps the fewest likeliest ones that together reach that share of what is
+    left, and at least one. Settings are float64 (`top_k` int64) and in the host's memory, so that
+    what is to be done is known without asking a GPU. Probabilities are float32 in units of 2**-44
+    of the likeliest: their sums are exact, whatever the order, and a row's token does not depend on
+    the rows beside it. A row without a number gives 0. Not more than 2**18 columns.
+    """
+    return pick("draw", logits_RV.device)(
+        logits_RV, temperature_R, min_p_R, top_k_R, top_p_R, uniform_R
+    )
+
+
+def token_logprobs(logits_RV: Tensor, tokens_R: Tensor) -> Tensor:
+    """`log softmax(logits[r])[tokens[r]]`, float32 `(R,)`. Tokens are int64. Not differentiable."""
+    return pick("token_logprobs", logits_RV.device)(logits_RV, tokens_R)
 
 
 def attend_packed(

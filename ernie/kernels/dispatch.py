@@ -34,6 +34,8 @@ OPERATIONS = (
     "swiglu",
     "swiglu_halves",
     "cross_entropy_",
+    "draw",
+    "token_logprobs",
     "attend_packed",
     "attend_paged",
     "write_cache",
@@ -88,8 +90,8 @@ def batch_invariant(on: bool, device: str = "cpu") -> None:
     else is computed with it.
 
     On, products and paged attention keep one order of sums whatever the batch is, which costs
-    some speed where many rows come together. Raises ValueError when the back end of `device`
-    cannot do that.
+    some speed: on a CPU where many rows come together, on a GPU in every step. Raises ValueError
+    when the back end of `device` cannot do that.
     """
     global _batch_invariant
     modules, refused = _modules(device)

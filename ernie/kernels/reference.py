@@ -6,7 +6,7 @@ Written to be read, and to run on any device; see `ernie.kernels` for shapes and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -135,7 +135,7 @@ def attend_packed(
     del lengths
     bounds = cu_seqlens_S1.tolist()
     out = [
-        _attend_one(q_THd[a:b], k_TGd[a:b], v_TGd[a:b], scale, causal)
+        attend_one(q_THd[a:b], k_TGd[a:b], v_TGd[a:b], scale, causal)
         for a, b in pairwise(bounds)
         if b > a
     ]
@@ -164,7 +164,7 @@ def attend_paged(
                 _cached_values(cache[blocks].flatten(0, 1)[:length])
                 for cache in (k_cache_BPGr, v_cache_BPGr)
             )
-            out[a:b] = _attend_one(q_THd[a:b], keys, values, scale)
+            out[a:b] = attend_one(q_THd[a:b], keys, values, scale)
     return out
 
 
@@ -541,11 +541,16 @@ def _rounded_at_random(x: Tensor, bits: Tensor) -> Tensor:
     return (raised & -0x10000).view(torch.float32).to(torch.bfloat16)
 
 
-def _attend_one(
-    q_qHd: Tensor, k_nGd: Tensor, v_nGd: Tensor, scale: float, causal: bool = True
+def attend_one(
+    q_qHd: Tensor,
+    k_nGd: Tensor,
+    v_nGd: Tensor,
+    scale: float,
+    causal: bool = True,
+    drop: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """One sequence: q holds the last `len(q)` of its n tokens; query i sees keys up to its own
-    position, or, not `causal`, all of them."""
+    position, or, not `causal`, all of them. `drop` is dropout of the weights, `(H, q, n)`."""
     num_queries, num_heads, _ = q_qHd.shape
     num_keys, num_kv_heads, _ = k_nGd.shape
     group = num_heads // num_kv_heads
@@ -557,4 +562,93 @@ def _attend_one(
     if causal:
         scores_Hqn = scores_Hqn.masked_fill(hidden, float("-inf"))
     weights_Hqn = scores_Hqn.softmax(-1)
+    if drop is not None:
+        weights_Hqn = drop(weights_Hqn)
     return torch.einsum("hqn,nhd->qhd", weights_Hqn, v_nHd.float()).to(q_qHd.dtype)
+
+
+# Of `draw`: a token's probability is an integer, so that sums of probabilities have no order.
+SUREST = 2.0**44  # the likeliest token; 2**18 of them add up within 63 bits
+WIDEST = 31.5  # nats below the likeliest, where less than one is left of it
+NOWHERE = 32.0  # nats, in place of more and of what is not a number
+RANKS_PER_NAT = 2.0**23  # tokens that are nearer than that are equally likely, in float32 too
+MOST_TOKENS = 2**18  # of a vocabulary
+
+
+def draw(
+    logits_RV: Tensor,
+    temperature_R: Tensor,
+    min_p_R: Tensor,
+    top_k_R: Tensor,
+    top_p_R: Tensor,
+    uniform_R: Tensor,
+) -> Tensor:
+    distance_RV, is_row_R = draw_distances(logits_RV, temperature_R, min_p_R)
+    masses_RV, ranks_RV = draw_masses(distance_RV), draw_ranks(distance_RV)
+    sorted_RV, order_RV = ranks_RV.sort(dim=-1, stable=True)
+    sorted_RV = kept_masses(masses_RV.gather(-1, order_RV), masses_RV.sum(-1), top_k_R, top_p_R)
+    kept_RV = torch.zeros_like(masses_RV).scatter(-1, order_RV, sorted_RV)
+    return invert(kept_RV, uniform_R).where(is_row_R, 0)
+
+
+def draw_distances(
+    logits_RV: Tensor, temperature_R: Tensor, min_p_R: Tensor
+) -> tuple[Tensor, Tensor]:
+    """How many nats each token is below the likeliest one of its row, float32 `(R, V)`, NOWHERE for
+    those that are too far or that `min_p` drops; and which rows are numbers, bool `(R,)`."""
+    scale_R1, limit_R1 = (
+        x[:, None].to(logits_RV.device) for x in draw_scales(temperature_R, min_p_R)
+    )
+    logits_RV = logits_RV.float()
+    top_R1 = logits_RV.amax(-1, keepdim=True)
+    distance_RV = (top_R1 - logits_RV).mul_(scale_R1).clamp_max_(NOWHERE)
+    if bool(min_p_R.any()):
+        distance_RV.masked_fill_(distance_RV > limit_R1, NOWHERE)
+    return distance_RV, top_R1[:, 0].isfinite()
+
+
+def draw_masses(distance_RV: Tensor) -> Tensor:
+    """Probabilities times some number of their row, int64."""
+    return distance_RV.neg().exp_().mul_(SUREST).long()
+
+
+def draw_ranks(distance_RV: Tensor) -> Tensor:
+    """What tokens are sorted by, int64."""
+    return (distance_RV * RANKS_PER_NAT).long()
+
+
+def draw_scales(temperature_R: Tensor, min_p_R: Tensor) -> tuple[Tensor, Tensor]:
+    """What logits are multiplied by, and how many nats below the likeliest a token may be; float32
+    `(R,)`."""
+    return (1 / temperature_R).float(), (-min_p_R.log()).clamp_max(WIDEST).float()
+
+
+def kept_masses(sorted_RK: Tensor, total_R: Tensor, top_k_R: Tensor, top_p_R: Tensor) -> Tensor:
+    """Masses of the likeliest tokens, in descending order, without those that `top_k` and `top_p`
+    drop; `total` is that of all tokens of a row."""
+    device = sorted_RK.device
+    top_k_R1, top_p_R = top_k_R[:, None].to(device), top_p_R.to(device)
+    rank_K = torch.arange(sorted_RK.shape[-1], device=device)
+    sorted_RK = sorted_RK.masked_fill((top_k_R1 > 0) & (rank_K >= top_k_R1), 0)
+    whole_R = torch.where(top_k_R1[:, 0] > 0, sorted_RK.sum(-1), total_R)
+    before_RK = sorted_RK.cumsum(-1) - sorted_RK
+    return sorted_RK.masked_fill(before_RK >= enough_mass(whole_R, top_p_R)[:, None], 0)
+
+
+def enough_mass(whole_R: Tensor, top_p_R: Tensor) -> Tensor:
+    """The share `top_p` of some masses: no token is kept after so much. At least one token is."""
+    return (top_p_R * whole_R.double()).ceil().long().clamp_min(1).minimum(whole_R)
+
+
+def invert(masses_RV: Tensor, uniform_R: Tensor) -> Tensor:
+    """Where the cumulated masses pass `uniform` times their sum, `(R,)`; 0 in a row without any."""
+    cumulated_RV = masses_RV.cumsum(-1)
+    whole_R = cumulated_RV[:, -1]
+    target_R = (uniform_R.to(whole_R.device) * whole_R.double()).long().minimum(whole_R - 1)
+    places_R1 = torch.searchsorted(cumulated_RV, target_R[:, None], right=True)
+    return places_R1[:, 0].clamp_max(masses_RV.shape[-1] - 1)
+
+
+def token_logprobs(logits_RV: Tensor, tokens_R: Tensor) -> Tensor:
+    own_R = logits_RV.gather(-1, tokens_R[:, None])[:, 0]
+    return own_R.float() - logits_RV.float().logsumexp(-1)

@@ -102,6 +102,17 @@ class Ranks:
         dist.broadcast(content, 0)
         return json.loads(content.numpy().tobytes())
 
+    def gathered(self, value: Any) -> list[Any]:
+        """What each rank has as `value`, which must fit into JSON, in the order of the ranks."""
+        if self.size == 1:
+            return [value]
+        text = json.dumps(value).encode()
+        text = text.ljust(self.largest(len(text)))  # blanks after it mean nothing
+        own = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+        found = [torch.empty_like(own) for _ in range(self.size)]
+        dist.all_gather(found, own)
+        return [json.loads(content.numpy().tobytes()) for content in found]
+
     def come_to(self, step: int) -> None:
         """Let the others know how far this rank is, should it be missed."""
         if self.watch is not None:

@@ -44,16 +44,28 @@ log = logging.getLogger("erniekit")
 
 def run(run: Run, device: str, ranks: Ranks = ALONE) -> int:
     """Train as `run` says; returns the exit code of the process."""
-    if ranks.size > 1:
-        raise ConfigError(
-            f"stage=UPO runs in one process yet, not in {ranks.size}; leave nproc_per_node out, "
-            "and give rollout_server for answers made elsewhere"
-        )
+    check_ranks(run, ranks)
     run = _with_steps(resolved(run, device))
-    return sft.train(run, device, method(run, device), ranks)
+    return sft.train(run, device, method(run, device, ranks=ranks), ranks)
 
 
-def method(run: Run, device: str, *, is_kept: bool = True) -> Method:
+def check_ranks(run: Run, ranks: Ranks) -> None:
+    """Raises ConfigError for settings that cannot go with so many processes."""
+    if ranks.shards > 1 and run.parallel.sharding in ("stage2", "stage3"):
+        raise ConfigError(
+            f"sharding={run.parallel.sharding} cuts the weights by which every rank answers its "
+            "own prompts; use stage1, or none"
+        )
+    steps = run.policy.num_mini_batches * run.training.gradient_accumulation_steps * ranks.size
+    if run.policy.prompts_per_round < steps:
+        raise ConfigError(
+            f"prompts_per_round={run.policy.prompts_per_round} cannot be cut into {steps} batches "
+            f"(num_mini_batches x gradient_accumulation_steps x {ranks.size} processes); give more "
+            "prompts"
+        )
+
+
+def method(run: Run, device: str, *, is_kept: bool = True, ranks: Ranks = ALONE) -> Method:
     """The policy loss on rounds, and the reward of the likeliest answers to held-out prompts."""
     del is_kept  # nothing is computed before training
     p = run.policy
@@ -69,11 +81,11 @@ def method(run: Run, device: str, *, is_kept: bool = True) -> Method:
     )
     own, source = Own(run, device), None
     evaluate = partial(
-        evaluate_rewards, run=run, held_out=cache(lambda: _held_out(run, own, rewards))
+        evaluate_rewards, run=run, held_out=cache(lambda: _held_out(run, own, rewards, ranks))
     )
     if run.data.train_dataset_path:
-        sampler = Served(run, device) if p.rollout_server else own
-        source = Rounds(run, device, sampler, rewards, stream(run, "train"), _pairs(run))
+        sampler = Served(run, device, ranks) if p.rollout_server else own
+        source = Rounds(run, device, sampler, rewards, stream(run, "train"), _pairs(run), ranks)
     return Method(loss, evaluate, source=source, metric="eval_reward")
 
 
@@ -133,7 +145,7 @@ def evaluate_rewards(
     `batches` are not read: they have no records. `max_evaluate_steps` counts so many times
     `prompts_per_round` prompts.
     """
-    del batches, ranks
+    del batches, ranks  # the rounds know theirs
     start, p = time.monotonic(), run.policy
     rounds, tasks = held_out()
     limit = run.training.max_evaluate_steps * p.prompts_per_round
@@ -151,7 +163,7 @@ def evaluate_rewards(
     }
 
 
-def _held_out(run: Run, own: Own, rewards: Rewards) -> tuple[Rounds, list[Task]]:
+def _held_out(run: Run, own: Own, rewards: Rewards, ranks: Ranks) -> tuple[Rounds, list[Task]]:
     """The tasks of the evaluation data, and what answers them: always our own generator."""
     asked, found = stream(run, "eval"), []
     room = run.data.max_seq_len - run.policy.max_completion_length
@@ -164,4 +176,4 @@ def _held_out(run: Run, own: Own, rewards: Rewards) -> tuple[Rounds, list[Task]]
     asked.faults.judge(at_end=True)
     if not found:
         raise DataError("no record of the evaluation data can be asked; see the warnings above")
-    return Rounds(run, own.device, own, rewards, asked, None), found
+    return Rounds(run, own.device, own, rewards, asked, None, ranks), found

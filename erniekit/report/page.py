@@ -167,7 +167,9 @@ def _numbers(story: Story) -> str:
         f"<div><span>{text(name)}</span><b>{text(value)}</b><small>{text(note)}</small></div>"
         for name, value, note in cards
     )
-    return f'<section class="cards">{shown}</section>' if cards else ""
+    # One row, or two that are equally full; on a phone as many as there is room for.
+    rows = f"--all:{len(cards)};--half:{(len(cards) + 1) // 2}"
+    return f'<section class="cards" style="{rows}">{shown}</section>' if cards else ""
 
 
 def _plots(story: Story) -> str:

@@ -30,7 +30,11 @@ p { margin:.25rem 0 } small, header p { color:var(--soft) }
 section { margin:1.5rem 0; background:var(--card); border:1px solid var(--line);
   border-radius:10px; padding:1.1rem 1.25rem }
 .cards, .plots { background:none; border:0; padding:0; display:grid; gap:.75rem }
-.cards { grid-template-columns:repeat(auto-fit, minmax(8.7rem, 1fr)) }
+.cards { --one:calc((100% + .75rem)/var(--all) - .76rem);
+  --two:calc((100% + .75rem)/var(--half) - .76rem);
+  --wanted:calc((var(--all)*9.4rem - .75rem - 100%)*999);
+  grid-template-columns:repeat(auto-fit,
+    minmax(max(7.5rem, clamp(var(--one), var(--wanted), var(--two))), 1fr)) }
 .cards div, figure { background:var(--card); border:1px solid var(--line); border-radius:10px }
 .cards div { padding:.6rem .9rem; display:flex; flex-direction:column }
 .cards span, .cards small { font-size:.8rem; color:var(--soft) }

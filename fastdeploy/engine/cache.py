@@ -68,7 +68,8 @@ class PagedAttend:
         batch = self.batch
         keys_BPGr, values_BPGr = self.cache.keys_LBPGr[layer], self.cache.values_LBPGr[layer]
         scale, new = q_THd.shape[-1] ** -0.5, (k_TGd, v_TGd, batch.slots_T)
-        if batch.begins and keys_BPGr.is_cuda and keys_BPGr.dtype == k_TGd.dtype:
+        in_one_piece = batch.begins and keys_BPGr.is_cuda and keys_BPGr.dtype == k_TGd.dtype
+        if in_one_piece and not kernels.is_batch_invariant():
             # All there is to look at is in the batch, in one piece, which a GPU reads faster.
             kernels.write_cache(k_TGd, v_TGd, keys_BPGr, values_BPGr, batch.slots_T)
             return kernels.attend_packed(q_THd, k_TGd, v_TGd, batch.cu_seqlens_S1, scale)

@@ -34,6 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ernie.kernels.transfer import moved, places
 from fastdeploy.engine.grammar import TOO_SLOW, Grammars, why_stuck
 from fastdeploy.engine.thinking import ThinkTags
 from fastdeploy.engine.timed import Job, Result, TimedThread
@@ -183,9 +184,9 @@ class Filled:
             if result is not None:  # else a thread may go on writing to them
                 kept += range(one.rows.start, one.rows.stop)
         device, vocab_size = logits_RV.device, logits_RV.shape[-1]
-        bytes_r = torch.from_numpy(self.masks_rW[kept].view(np.uint8)).to(device).int()
-        added_rV = torch.nn.functional.embedding(bytes_r, ADDED.to(device)).flatten(1)
-        rows = torch.tensor([self.rows[i] for i in kept], dtype=torch.long, device=device)
+        bytes_r = moved(torch.from_numpy(self.masks_rW[kept].view(np.uint8)), device).int()
+        added_rV = torch.nn.functional.embedding(bytes_r, moved(ADDED, device)).flatten(1)
+        rows = places([self.rows[i] for i in kept], device)
         logits_RV.index_add_(0, rows, added_rV[:, :vocab_size])
 
     def take(self, tokens_by_request: Mapping[Request, Sequence[int]]) -> None:

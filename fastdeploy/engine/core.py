@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -34,7 +35,7 @@ from fastdeploy.engine.scheduler import Scheduler
 from fastdeploy.engine.speculative import make_drafter, num_ahead
 from fastdeploy.engine.thinking import ThinkTags
 from fastdeploy.engine.vision import Layout, PictureRows, Prompt, token_ids_of
-from fastdeploy.engine.weights import HostCopy, Source, read_weights
+from fastdeploy.engine.weights import HostCopy, Source, read_weights, without_weights
 from fastdeploy.errors import RequestError
 from fastdeploy.outputs import Stats
 from fastdeploy.sampling import SamplingParams
@@ -58,11 +59,13 @@ class Engine:
         think_tags: ThinkTags | None = None,
         *,
         rebuild: Callable[[ErnieModel], ErnieModel] = lambda model: model,
+        reread: Callable[[str | Path], ErnieModel] | None = None,
         ranks: Ranks | None = None,
         grammars: Grammars | None = None,
     ) -> None:
-        """`rebuild` makes the form of `model` from a plain one; needed to update weights. Without
-        `grammars` no request can be held to a form.
+        """To update weights: `rebuild` makes the form of `model` from a plain one, or with `ranks`
+        `reread` makes this rank's slice from a folder. Without `grammars` no request can be held to
+        a form.
         """
         assert config.max_num_batched_tokens is not None, "the config is not resolved"
         self.config = config
@@ -70,7 +73,7 @@ class Engine:
         self.eos_ids = frozenset(eos_ids)
         self.think_tags = think_tags
         self.early_stop = config.early_stop()
-        self.rebuild, self.ranks = rebuild, ranks
+        self.rebuild, self.reread, self.ranks = rebuild, reread, ranks
         self.device, self.dtype = model.device, model.model.embed_tokens.weight.dtype
         num_blocks = num_cache_blocks(model, config, ranks)
         self.allocate = partial(
@@ -82,13 +85,7 @@ class Engine:
             drafting_layers=int(config.has_mtp),
             num_ranks=ranks.size if ranks else 1,
         )
-        if ranks:
-            ranks.call(
-                "allocate",
-                num_blocks=num_blocks,
-                block_size=config.block_size,
-                dtype=config.kv_cache_dtype,
-            )
+        self._allocate_in_ranks(num_blocks)
         builder = BatchBuilder(
             max_num_seqs=config.max_num_seqs,
             max_num_batched_tokens=config.max_num_batched_tokens,
@@ -101,6 +98,9 @@ class Engine:
         self.runner = Runner(model.eval(), cache, builder, ranks, self.pictures)
         self.adapters = Adapters(model, config)
         self.sampler = Sampler(self.vocab_size)
+        if self.device.type == "cuda":
+            with on(self.device):
+                self.sampler.warm_up(self.device)
         self.pooler = Pooler(self.runner)
         self.grammars, self.masks = grammars, Masks(self.vocab_size)
         most_s = config.guided_decoding_max_stall_ms / 1000
@@ -184,10 +184,7 @@ class Engine:
             self.grammars.check_size(params.guided_decoding)
         prompt_ids = token_ids_of(prompt)
         check_prompt(prompt_ids, self.vocab_size, self.config.max_model_len, params.min_tokens)
-        layout = Layout.of(prompt, self.network)
-        if layout is not None:
-            check_pictures(self.config)
-        return layout
+        return Layout.of(prompt, self.network)
 
     def load_adapter(self, name: str, adapter: Adapter) -> None:
         """Offer an adapter (see `Adapters.read`) under a name, from the next step on.
@@ -239,7 +236,8 @@ class Engine:
         schedule = self.scheduler.schedule()
         masks = self.masks.begin(schedule.parts)
         logits_RV = self.runner.run(schedule)
-        choices = self.sampler(logits_RV, schedule.parts, masks)
+        with on(self.device):
+            choices = self.sampler(logits_RV, schedule.parts, masks)
         tokens = [[choice.token for choice in some] for some in choices]
         pooled = self.pooler(schedule.parts)
         grown = self.scheduler.update(schedule, tokens)
@@ -297,9 +295,10 @@ class Engine:
         self._start_over()
         self.runner.graphs = None
         self.runner.cache = self.allocate(num_blocks=0)
+        if self.ranks:
+            self.ranks.call("sleep", level=level)
         if level == 2:
-            model, self.host_copy = self.runner.model, None
-            self.runner.model = ErnieModel(model.config, dtype=self.dtype, device="meta")
+            self.runner.model, self.host_copy = without_weights(self.runner.model), None
         elif self.device.type != "cpu" and self.has_weights and self.host_copy is None:
             self.host_copy = HostCopy(self.runner.model)
         self.asleep = True
@@ -319,6 +318,9 @@ class Engine:
         if self.host_copy is not None:
             self.host_copy.restore()
             self.host_copy = None
+        if self.ranks:
+            self.ranks.call("wake_up")
+        self._allocate_in_ranks(len(self.blocks.blocks))
         self.runner.cache = self.allocate(num_blocks=len(self.blocks.blocks))
         self.asleep = False
         self._record_decoding()
@@ -335,12 +337,32 @@ class Engine:
         Raises RequestError or CheckpointError, with everything as it was.
         """
         self._refuse_while_running("update_weights")
-        plain = read_weights(source, self.runner.model.config, self.dtype, self.device)
-        self.runner.model = self.rebuild(plain).eval()
+        self.runner.model = self._new_model(source).eval()
         self.host_copy = None
         self._start_over()
         if not self.asleep:
             self._record_decoding()
+
+    def _new_model(self, source: Source) -> ErnieModel:
+        """The form in which it runs here; the other ranks have theirs then."""
+        if self.ranks is None:
+            plain = read_weights(source, self.runner.model.config, self.dtype, self.device)
+            return self.rebuild(plain)
+        if isinstance(source, Mapping):
+            raise RequestError(
+                f"update_weights with tensors and tensor_parallel_size={self.ranks.size} is not "
+                "available, as every process reads its slice; give a folder",
+                status=409,
+            )
+        assert self.reread is not None, "ranks read folders"
+        model = self.reread(source)
+        self.ranks.call("update_weights", is_long=True, folder=str(source))
+        return model
+
+    def _allocate_in_ranks(self, num_blocks: int) -> None:
+        if self.ranks:
+            block_size, dtype = self.config.block_size, self.config.kv_cache_dtype
+            self.ranks.call("allocate", num_blocks=num_blocks, block_size=block_size, dtype=dtype)
 
     def _record_decoding(self) -> None:
         """Recordings hold the addresses of weights and cache: where these move, there are new
@@ -360,12 +382,6 @@ class Engine:
             self.pictures.forget()
 
     def _refuse_while_running(self, what: str) -> None:
-        if self.ranks:
-            raise RequestError(
-                f"{what} is not available with tensor_parallel_size={self.ranks.size}; "
-                "restart the engine instead",
-                status=409,
-            )
         if self.requests and not self.paused and not self.asleep:
             raise RequestError(
                 f"{what} with {len(self.requests)} requests in work; pause first", status=409
@@ -378,7 +394,7 @@ class Engine:
             raise RequestError("the engine is paused; resume it first", status=503)
 
     def stats(self) -> Stats:
-        blocks, scheduler = self.blocks, self.scheduler
+        blocks, scheduler, pictures = self.blocks, self.scheduler, self.pictures
         return Stats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
@@ -394,6 +410,9 @@ class Engine:
             num_draft_tokens=scheduler.num_draft_tokens,
             num_accepted_tokens=scheduler.num_accepted_tokens,
             num_unfinished_forms=self.num_unfinished_forms,
+            num_pictures_computed=pictures.num_computed if pictures else 0,
+            num_picture_hits=pictures.num_hits if pictures else 0,
+            num_picture_bytes=pictures.num_bytes if pictures else 0,
         )
 
     def _report(
@@ -446,19 +465,6 @@ class Engine:
                 )
             )
         return outputs
-
-
-def check_pictures(config: EngineConfig) -> None:
-    """Raise RequestError where the engine runs with something that pictures do not go with."""
-    for name, is_on in (
-        ("enable_lora", config.enable_lora),
-        ("speculation by mtp", config.has_mtp),
-        (f"tensor_parallel_size={config.tensor_parallel_size}", config.tensor_parallel_size > 1),
-    ):
-        if is_on:
-            raise RequestError(
-                f"pictures with {name} are not available; leave out one of the two", param="prompt"
-            )
 
 
 def num_cache_blocks(model: ErnieModel, config: EngineConfig, ranks: Ranks | None = None) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -24,6 +25,7 @@ from fastdeploy.engine.grammar import make_grammars
 from fastdeploy.engine.language import Language, template_for
 from fastdeploy.engine.ranks import Ranks
 from fastdeploy.engine.thinking import ThinkTags
+from fastdeploy.engine.weights import check_same_network
 from fastdeploy.sampling import recommended
 
 
@@ -87,6 +89,19 @@ def read_model(config: EngineConfig, device: torch.device, shard: Shard = WHOLE)
     return fuse_head(model, scheme, shard)
 
 
+def reread_model(
+    folder: str | Path,
+    config: EngineConfig,
+    network: ErnieConfig,
+    device: torch.device,
+    shard: Shard,
+) -> ErnieModel:
+    """`read_model` of another folder that has the same network; see `weights.read_weights`."""
+    config = dataclasses.replace(config, model=str(resolve(str(folder))))
+    check_same_network(folder, ErnieConfig.from_folder(config.model), network)
+    return read_model(config, device, shard)
+
+
 def start_ranks(config: EngineConfig, device: torch.device) -> tuple[ErnieModel, Ranks]:
     """Rank 0's slice and the other ranks, each with its own; all read at the same time.
 
@@ -106,10 +121,7 @@ def start_ranks(config: EngineConfig, device: torch.device) -> tuple[ErnieModel,
 
 def _around(model: ErnieModel, config: EngineConfig, ranks: Ranks | None) -> Loaded:
     """The engine of a fused model, and the text around it."""
-    try:
-        kernels.batch_invariant(config.batch_invariant, model.device.type)
-    except ValueError as error:
-        raise ConfigError(f"batch_invariant: {error}") from None
+    choose_kernels(config, model.device)
     tokenizer = Tokenizer.from_folder(config.tokenizer) if config.tokenizer else model.tokenizer
     if tokenizer is not None and tokenizer.vocab_size > model.config.vocab_size:
         raise ConfigError(
@@ -123,11 +135,27 @@ def _around(model: ErnieModel, config: EngineConfig, ranks: Ranks | None) -> Loa
     ends = stop_ids(tokenizer) if tokenizer else model.config.eos_token_ids
     tags = ThinkTags.of(tokenizer, config.think_stop_sentence)
     rebuild = partial(served, config=config)
+    reread = None
+    if ranks:
+        device, shard = ranks.group.device, ranks.group.shard
+        reread = partial(
+            reread_model, config=config, network=model.config, device=device, shard=shard
+        )
     grammars = make_grammars(config, tokenizer, model.config.vocab_size, ends)
-    engine = Engine(model, config, ends, tags, rebuild=rebuild, ranks=ranks, grammars=grammars)
+    engine = Engine(
+        model, config, ends, tags, rebuild=rebuild, reread=reread, ranks=ranks, grammars=grammars
+    )
     defaults = recommended(getattr(model, "generation_config", None) or {})
     template = template_for(config, tokenizer)
     return Loaded(engine, config, tokenizer, template, defaults)
+
+
+def choose_kernels(config: EngineConfig, device: torch.device) -> None:
+    """What is computed with here. Raises ConfigError for a mode that `device` does not have."""
+    try:
+        kernels.batch_invariant(config.batch_invariant, device.type)
+    except ValueError as error:
+        raise ConfigError(f"batch_invariant: {error}") from None
 
 
 def served(model: ErnieModel, config: EngineConfig) -> ErnieModel:

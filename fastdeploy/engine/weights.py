@@ -38,14 +38,19 @@ def read_weights(
     if isinstance(source, Mapping):
         return _from_tensors(source, config, dtype, device)
     model = ernie.load(source, dtype=dtype, device=device, keep_integers=True)
+    check_same_network(source, model.config, config)
+    return model
+
+
+def check_same_network(source: str | Path, found: ErnieConfig, config: ErnieConfig) -> None:
+    """Raise CheckpointError where a folder's config is not that of the running model."""
     for field in dataclasses.fields(config):
-        new, old = getattr(model.config, field.name), getattr(config, field.name)
+        new, old = getattr(found, field.name), getattr(config, field.name)
         if field.compare and new != old:
             raise CheckpointError(
                 f"{source} has {field.name}={new} and the running model {old}; weights can be "
                 "updated with those of the same network only"
             )
-    return model
 
 
 @dataclass(frozen=True)
@@ -81,6 +86,12 @@ def _given(name: str, tensor: Tensor) -> _Given:
     tensor = tensor.detach()
     file = Path("the given mapping")  # stands in error messages
     return _Given(name, file, tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes, tensor)
+
+
+def without_weights(model: ErnieModel) -> ErnieModel:
+    """What stands in for a model whose weights are dropped: its config and dtype, no memory."""
+    dtype = model.model.embed_tokens.weight.dtype
+    return ErnieModel(model.config, dtype=dtype, device="meta")
 
 
 class HostCopy:

@@ -23,6 +23,7 @@ from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
+from ernie import kernels
 from ernie.kernels.gpu import experts as experts_of_gpu
 from ernie.kernels.gpu import language, ops, products, rows
 from ernie.kernels.weights import QuantTensor
@@ -30,6 +31,7 @@ from ernie.kernels.weights import QuantTensor
 BF16, I8 = torch.bfloat16, torch.int8
 POINTERS = {
     BF16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
+    torch.float64: "*fp64",
     I8: "*i8", torch.uint8: "*u8", torch.bool: "*i1", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "launch_pdl", "enable_fp_fusion")
@@ -49,7 +51,8 @@ def compiled(kernel: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs:
         is_tensor = isinstance(value, torch.Tensor)
         scalar = "fp32" if isinstance(value, float) else "i32"
         signature[name] = POINTERS[value.dtype] if is_tensor else scalar
-        if is_tensor or (isinstance(value, int) and value % 16 == 0):
+        is_special = isinstance(value, int) and value % 16 == 0 and not parameter.do_not_specialize
+        if is_tensor or is_special:
             attributes[(i,)] = [["tt.divisibility", 16]]
     key = str((kernel.fn.__name__, signature, constants, attributes, options))
     if key in seen:
@@ -126,8 +129,29 @@ def main() -> None:
     ops.grouped_linear(x, rand(8, 512, hidden), torch.full((8,), 100)).sum().backward()
     experts_and_back(x.detach(), experts)
     update()
+    draws()
+    with_fixed_tiles(heads, groups, width, hidden)
     for dtype in (BF16, torch.float32):
         ops.cross_entropy_(torch.ones(2, 103424, dtype=dtype), torch.zeros(2).long(), 0.5)
+
+
+def draws() -> None:
+    """Tokens of a batch that has every setting, and of one that has none."""
+    logits, one = torch.ones(3, 103424), torch.ones(3, dtype=torch.float64)
+    ops.draw(logits, one, one * 0, one.long(), one / 2, one / 2)
+    ops.draw(logits, one, one * 0, one.long() * 0, one, one / 2)
+    ops.token_logprobs(logits, torch.zeros(3, dtype=torch.int64))
+
+
+def with_fixed_tiles(heads: int, groups: int, width: int, hidden: int) -> None:
+    """What `batch_invariant` alone uses: a router's product, and attention of few and many."""
+    kernels.batch_invariant(True, "cuda")
+    ops.project(torch.ones(3, hidden), products.pack(torch.ones(64, hidden)))
+    for bits in (0, 8, 4):
+        ops.mlp(rand(3, hidden), weight(bits, 3072, hidden), weight(bits, hidden, 1536))
+    cache, ints = rand(4, 64, groups, width), torch.ones(2, dtype=torch.int32)
+    ops.attend_paged(rand(3, heads, width), cache, cache, ints.view(1, 2), ints, ints[:1], 0.1)
+    kernels.batch_invariant(False)
 
 
 def experts_and_back(x: torch.Tensor, experts: int) -> None:

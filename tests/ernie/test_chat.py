@@ -328,6 +328,22 @@ def test_template_that_leaves_its_own_prompt_cannot_be_trained(folders, tmp_path
         template.encode(tokenizer, DIALOGUE[:3], add_generation_prompt=False)
 
 
+def test_template_of_another_model_is_refused_with_the_tokens_of_both(tmp_path) -> None:
+    """ChatML beside the tokenizer of ERNIE 4.5: its marks would be text, letter by letter."""
+    folder = helpers.sentencepiece_folder(tmp_path / "ernie")
+    (folder / "chat_template.jinja").write_text(helpers.CHATML)
+    tokenizer = Tokenizer.from_folder(folder)
+    with pytest.raises(ChatError) as caught:
+        ChatTemplate.for_folder(folder, tokenizer)
+    told = str(caught.value)
+    assert "chat_template.jinja writes <|im_end|>, <|im_start|>" in told
+    assert "<|begin_of_sentence|>, <|end_of_sentence|>" in told and "\n" not in told
+    # A mark in a branch that is not taken is no reason.
+    source = "{% if tools is defined and tools %}<|tools|>{% endif %}<|begin_of_sentence|>"
+    (folder / "chat_template.jinja").write_text(source + "{{ messages[0]['content'] }}")
+    ChatTemplate.for_folder(folder, tokenizer)
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

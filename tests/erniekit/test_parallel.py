@@ -93,6 +93,15 @@ KINDS = {
         {"fine_tuning": "Full", "stage": "KTO", "beta": 0.5, "ref_model_update_steps": 2},
     ),
     "moe-rm": ("tiny-moe", {"fine_tuning": "Full", "stage": "RM", "max_seq_len": 256}),
+    "dense-drop": (
+        "tiny-dense",
+        {
+            "fine_tuning": "Full",
+            "hidden_dropout_prob": 0.3,
+            "attention_probs_dropout_prob": 0.2,
+            "dropout_warmup_steps": 3,
+        },
+    ),
     "dense-muon": ("tiny-dense", {"fine_tuning": "Full", "optim": "muon"}),
     "dense-mean": ("tiny-dense", {"fine_tuning": "Full", **MEAN}),
     "moe-mean": ("tiny-moe", {"fine_tuning": "LoRA", **MEAN}),
@@ -108,6 +117,7 @@ ALIKE = [
     *(("dense-lora", form) for form in ("none", "stage3")),
     *(("moe-nan", form) for form in ("stage1", "stage3")),
     ("dense-muon", "stage1"),
+    ("dense-drop", "stage3"),
     *(("dense-dpo", form) for form in ("none", "stage3")),
     ("moe-dpo", "stage3"),
     *(("dense-mean", form) for form in ("none", "stage1", "stage3")),

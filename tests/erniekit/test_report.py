@@ -161,6 +161,15 @@ def test_half_written_records_make_a_page_that_says_so(tmp_path: Path) -> None:
     assert "0 of 0 steps" in page_of(folder)
 
 
+def test_the_style_knows_how_many_numbers_stand_at_the_top(tmp_path: Path) -> None:
+    """Rows of them are equally full: no card is left over on a line of its own."""
+    for more, count in (({}, 5), ({"eval_loss": 2.0, "eval_ppl": 7.4}, 7)):
+        page = page_of(write_run(tmp_path / str(count), [step(1, **more)]))
+        _, style, cards = re.split(r'<section class="cards" style="([^"]*)">', page)
+        assert cards.split("</section>")[0].count("<div>") == count
+        assert style == f"--all:{count};--half:{-(-count // 2)}"
+
+
 def test_skipped_steps_are_marked_and_listed(tmp_path: Path) -> None:
     bad = step(3, loss=None, grad_norm=None, skipped=True)
     text = page_of(write_run(tmp_path, [step(1), step(2), bad, step(4)]))

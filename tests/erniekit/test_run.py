@@ -169,3 +169,40 @@ def test_random_weights_need_only_config_and_tokenizer(words, tiny, tmp_path: Pa
     )
     assert main(["train", *arguments]) == 0
     assert ernie.load(tmp_path / "out").config == ernie.load(tiny("tiny-dense")).config
+
+
+def test_training_starts_from_an_adapter_that_is_given(words, tmp_path: Path) -> None:
+    more = {"lora_rank": 4, "evaluation_strategy": "steps", "eval_steps": 6, "max_steps": 6}
+    assert main(["train", *words(**more, output_dir=tmp_path / "first")]) == 0
+    again = {**more, "lora_path": tmp_path / "first", "output_dir": tmp_path / "second"}
+    assert main(["train", *words(**again)]) == 0
+    ends, begins = records(tmp_path / "first")[-1], records(tmp_path / "second")[0]
+    assert begins["step"] == 0 and begins["eval_loss"] == pytest.approx(ends["eval_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({"lora_rank": 3}, "has lora_rank 4 (this run: 3), lora_alpha 8.0 (this run: 6.0)"),
+        ({"lora_rank": 4, "use_dora": True}, "has use_dora False (this run: True)"),
+        ({"lora_rank": 4, "model": "tiny-moe"}, "belong to no projection of this model"),
+        ({"lora_rank": 4, "lora_path": "nowhere"}, "nowhere holds no adapter_config.json"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_no_start(
+    more, told, words, tiny, tmp_path: Path, capsys
+) -> None:
+    assert main(["train", *words(lora_rank=4, max_steps=1, output_dir=tmp_path / "first")]) == 0
+    model = {"model_name_or_path": tiny(more.pop("model"))} if "model" in more else {}
+    given = {"lora_path": tmp_path / "first", **more, **model}
+    assert main(["train", *words(**given)]) == 2
+    assert told in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("place", ["a file", "a file/below"])
+def test_an_output_folder_that_cannot_be_made_is_one_sentence(
+    place: str, words, tmp_path: Path, capsys
+) -> None:
+    (tmp_path / "a file").write_text("")
+    assert main(["train", *words(output_dir=tmp_path / place)]) == 2
+    assert f"output_dir {tmp_path / place} cannot be made: " in capsys.readouterr().err

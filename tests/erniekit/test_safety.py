@@ -132,13 +132,13 @@ import erniekit.recipes.sft
 from erniekit import loop
 from erniekit.cli import main
 real = loop._backward
-def limited(parts, window, scale):
+def limited(parts, window, step, scale):
     if window[0].cursor.num_records > {records}:
         used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), resource.RLIM_INFINITY))
         import torch
         torch.zeros(1 << 28)
-    return real(parts, window, scale)
+    return real(parts, window, step, scale)
 loop._backward = limited
 sys.exit(main(sys.argv[1:]))
 """

@@ -16,6 +16,7 @@ import torch
 from helpers_server import start_server, stop_server
 
 import ernie
+from ernie import kernels
 from ernie.checkpoint.quantized import write_quantized
 from ernie.model import ErnieModel
 from ernie.models import TINY
@@ -87,11 +88,70 @@ def test_a_batch_survives_its_bytes() -> None:
         assert theirs.dtype == ours.dtype and torch.equal(theirs, ours), name
 
 
-def test_sleep_is_refused(two: LLM) -> None:
-    with pytest.raises(RequestError, match="sleep is not available with tensor_parallel_size=2"):
-        two.sleep()
-    with pytest.raises(RequestError, match="update_weights is not available"):
-        two.engine.update_weights("any folder")
+def tokens(llm: LLM) -> list[list[int]]:
+    prompts = [PROMPT, PROMPT[5:20]]
+    return [list(out.outputs[0].token_ids) for out in llm.generate(prompts, GREEDY)]
+
+
+def test_ranks_sleep_and_go_on_with_the_same_weights(two: LLM) -> None:
+    expected = tokens(two)
+    for level in (1, 2, 1):
+        two.sleep(level)
+        with pytest.raises(RequestError, match="the engine sleeps"):
+            tokens(two)
+        two.wake_up()
+        assert tokens(two) == expected, f"after level {level}"
+
+
+def test_ranks_take_new_weights_or_keep_the_old_ones(
+    two: LLM, even_folder: Path, tmp_path: Path
+) -> None:
+    for name, config in (("other", CONFIG), ("turned", dataclasses.replace(CONFIG, rope_theta=7))):
+        model = ErnieModel(config, dtype=torch.float32)
+        model.init_weights(seed=2, std=0.3)
+        ernie.save(model, tmp_path / name)
+    old = tokens(two)
+    alone = LLM(str(tmp_path / "other"), dtype="float32", max_model_len=64)
+    wanted = tokens(alone)
+    assert wanted != old
+    with pytest.raises(ValueError, match="has rope_theta=7 and the running model"):
+        two.update_weights(tmp_path / "turned")
+    with pytest.raises(RequestError, match="update_weights with tensors and tensor_parallel_size"):
+        two.update_weights({"model.norm.weight": torch.ones(1)})
+    assert tokens(two) == old
+    two.update_weights(tmp_path / "other")
+    assert tokens(two) == wanted
+    two.sleep(2)
+    two.update_weights(even_folder)
+    two.wake_up()
+    assert tokens(two) == old
+
+
+def test_ranks_heed_batch_invariance(even_folder: Path) -> None:
+    """Logits of a prompt that is read at once, and in pieces, with others beside it."""
+    found = []
+    for others, most_tokens in (([], 64), ([PROMPT[::-1], PROMPT[3:9]], 7)):
+        settings = {"max_model_len": 64, "max_num_batched_tokens": most_tokens, "max_num_seqs": 4}
+        ranked = {"tensor_parallel_size": 2, "batch_invariant": True}
+        llm = LLM(str(even_folder), dtype="float32", **settings, **ranked)
+        seen, sample = [], llm.engine.sampler.__call__
+
+        def spy(logits_RV, parts, masks, seen=seen, sample=sample):
+            rows = (i for part in parts for i in [part.request.id] * part.num_logits)
+            seen += [logits_RV[row].clone() for row, i in enumerate(rows) if i.endswith("-0-0")]
+            return sample(logits_RV, parts, masks)
+
+        llm.engine.sampler = spy
+        llm.generate([PROMPT, *others], GREEDY, use_tqdm=False)
+        llm.engine.ranks.stop()
+        found.append(torch.stack(seen))
+    kernels.batch_invariant(False)
+    assert torch.equal(*found), float((found[1] - found[0]).abs().max())
+
+
+def test_batch_invariance_of_more_than_two_ranks_is_refused() -> None:
+    with pytest.raises(ConfigError, match="batch_invariant with tensor_parallel_size=3 is not"):
+        EngineConfig(model="x", tensor_parallel_size=3, batch_invariant=True)
 
 
 def test_a_killed_rank_is_named_and_leaves_no_process(two: LLM) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from ernie.kernels import reference
+from ernie.kernels.cpu import sampling
 from fastdeploy.config import EarlyStop
 from fastdeploy.engine.request import Request
-from fastdeploy.engine.sampler import Sampler, draw, uniform
+from fastdeploy.engine.sampler import Sampler, uniform
 from fastdeploy.engine.scheduler import Part
 from fastdeploy.sampling import SamplingParams
 
@@ -62,6 +65,7 @@ def kept_by_definition(
     return probs
 
 
+@pytest.mark.parametrize("draw", [reference.draw, sampling.draw], ids=["reference", "cpu"])
 @pytest.mark.parametrize(
     ("temperature", "min_p", "top_k", "top_p"),
     [
@@ -76,9 +80,14 @@ def kept_by_definition(
     ],
 )
 def test_draws_follow_the_distribution(
-    temperature: float, min_p: float, top_k: int, top_p: float, monkeypatch: pytest.MonkeyPatch
+    temperature: float,
+    min_p: float,
+    top_k: int,
+    top_p: float,
+    draw: Callable,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("fastdeploy.engine.sampler.NUM_CANDIDATES", 12)
+    monkeypatch.setattr(sampling, "NUM_CANDIDATES", 12)
     logits_V = some_logits()[0]
     expected_V = kept_by_definition(logits_V, temperature, min_p, top_k, top_p)
 

@@ -21,6 +21,7 @@ from ernie.kernels.cpu.pointwise import (
     swiglu_halves,
 )
 from ernie.kernels.cpu.products import grouped_linear, linear
+from ernie.kernels.cpu.sampling import draw
 
 HEEDS_BATCH_INVARIANT = True
 
@@ -32,6 +33,7 @@ __all__ = [
     "attend_paged",
     "available",
     "detail",
+    "draw",
     "expert",
     "grouped_linear",
     "linear",

@@ -24,11 +24,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ernie.kernels.dispatch import is_batch_invariant
 from ernie.kernels.gpu.language import converted, dot, overlapped, rows_of, wait
 from ernie.kernels.gpu.pointwise import scales_of, write_cache
 
 FEW_ROWS = 16  # of a tile (tokens x heads of a group) in which new tokens count as few
 MANY_ROWS = 128  # of a tile of a sequence with many
+FIXED_ROWS = 64  # of every tile with `batch_invariant`
 MIN_PIECE = tl.constexpr(128)  # keys of a piece at least
 MAX_PIECES = tl.constexpr(32)  # pieces of a sequence at most
 KEYS = tl.constexpr(64)  # keys of one step
@@ -56,11 +58,13 @@ def attend_paged(
     group = q.shape[1] // k_cache_BPGr.shape[2]
     few_tokens = max(1, FEW_ROWS // group)
     args = (q, caches, tables_SM.contiguous(), cu_seqlens_S1, lens_S, scale)
-    if len(q) <= few_tokens * num_sequences:
+    if is_batch_invariant():
+        _attend_many(*args, out, 1, FIXED_ROWS)
+    elif len(q) <= few_tokens * num_sequences:
         _attend_few(*args, out, None)
     else:
         _attend_few(*args, out, few_tokens)
-        _attend_many(*args, out, few_tokens + 1)
+        _attend_many(*args, out, few_tokens + 1, MANY_ROWS)
     return out
 
 
@@ -178,19 +182,20 @@ def _attend_few(
 
 def _attend_many(
     q: Tensor, caches: tuple, tables: Tensor, cu_seqlens: Tensor, lens: Tensor,
-    scale: float, out: Tensor, least_tokens: int,
+    scale: float, out: Tensor, least_tokens: int, tile_rows: int,
 ) -> None:  # fmt: skip
     num_tokens, num_heads, width = q.shape
     positions, num_groups = caches[0].shape[1:3]
     group, num_sequences = num_heads // num_groups, len(lens)
-    rows = max(MANY_ROWS, _power_of_2(group))
+    rows = max(tile_rows, _power_of_2(group))
     # Each sequence begins a tile of its own: no more tiles than this, and the rest stop at once.
     most_tiles = num_tokens // (rows // group) + num_sequences
     _tiles[(most_tiles, num_groups)](
         q, *caches, tables, cu_seqlens, lens, out,
         num_sequences, least_tokens, scale, q.stride(0), tables.shape[1], positions, num_heads,
         num_groups, width,
-        GROUP=group, ROWS=rows, WIDTH=max(16, _power_of_2(width)), num_warps=8, num_stages=3,
+        GROUP=group, ROWS=rows, WIDTH=max(16, _power_of_2(width)), num_warps=rows // 16,
+        num_stages=3,
     )  # fmt: skip
 
 
@@ -358,7 +363,7 @@ def _combine(
         tl.store(out + row * width + at, mean, at < width)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_sequences", "table_stride"])
 def _tiles(
     q, k_cache, v_cache, k_scales, v_scales, tables, cu_seqlens, lens, out,
     num_sequences, least_tokens, scale, q_stride, table_stride, positions: tl.constexpr,

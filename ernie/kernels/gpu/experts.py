@@ -9,7 +9,8 @@
 
 A step with few pairs skips the sort: each pair is a row by itself, and an expert that two of them
 share is read from cache the second time. In one with many the rows are gathered in the order of
-their experts, for torch's grouped product. Nothing is added with atomics, so results repeat.
+their experts, for torch's grouped product. Nothing is added with atomics, so results repeat; with
+`batch_invariant` every step goes the way in the middle.
 
 Legend: T tokens, D hidden size, E experts, K choices of a token, N pairs, I and O input and output
 width, M expert size.
@@ -27,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ernie.kernels.dispatch import is_batch_invariant
 from ernie.kernels.gpu.language import overlapped, rows_of, wait
 from ernie.kernels.gpu.pointwise import rms_norm, swiglu
 from ernie.kernels.gpu.products import MANY_ROWS, Norm, mlp, product
@@ -58,7 +60,7 @@ def moe(
     logits_TE = router_logits(y_TD, router_ED)
     experts_TK, weights_TK = _choose(logits_TE, bias_E, top_k, norm_min)
     pairs, place = experts_TK.flatten(), None
-    if len(pairs) <= gate_up.shape[0]:
+    if len(pairs) <= gate_up.shape[0] and not is_batch_invariant():
         h_NM = row_products(y_TD, gate_up, gated=True, experts=pairs, copies=top_k)
         out_ND = row_products(h_NM, down, experts=pairs)
     else:
@@ -78,14 +80,18 @@ def moe(
 
 def router_logits(y_TD: Tensor, router_ED: Tensor) -> Tensor:
     """`y @ router.T` in float32, whatever y is: a rounded logit picks another expert."""
+    weight = PackedWeight(tuple(router_ED.shape), "float32", 0, {"weight": router_ED})
+    if is_batch_invariant():
+        return product(y_TD.float(), weight)
     if len(y_TD) > 1:
         return y_TD.float() @ router_ED.T
-    weight = PackedWeight(tuple(router_ED.shape), "float32", 0, {"weight": router_ED})
     return row_products(y_TD, weight, out_dtype=torch.float32)
 
 
 def _is_grouped(y_TD: Tensor, weight: PackedWeight, num_pairs: int) -> bool:
     """Whether torch's grouped product takes these rows, and gains by it."""
+    if is_batch_invariant():
+        return False
     enough = GROUPED_ROWS if "weight" in weight.tensors else MANY_ROWS
     return num_pairs >= enough * weight.shape[0] and _takes_grouped(y_TD, weight.shape[1:])
 

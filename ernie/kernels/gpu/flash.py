@@ -2,7 +2,8 @@
 
 It takes over what it was made for: bfloat16 and float16, packed rows, and prompts over a paged
 cache of the same dtype. Decoding, caches of other dtypes, and blocks that version 2 does not take
-(their size must be a multiple of 256) go to our kernels. FlashInfer is not used: it plans on the
+(their size must be a multiple of 256) go to our kernels, and so does everything with
+`batch_invariant`. FlashInfer is not used: it plans on the
 host from lengths that lie on the device here, which would make every layer wait.
 
 Written by the packages' signatures and tested with a stand-in; it has not been run with them.
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ernie.kernels.dispatch import is_batch_invariant
 from ernie.kernels.gpu import ops
 
 # Module, its function for a paged cache, and the argument by which a version gives itself away.
@@ -97,7 +99,8 @@ def attend_paged(
     positions = k_cache_BPGr.shape[1]
     decodes = len(q_THd) <= DECODED * len(lens_S)
     fits = q_THd.dtype in (torch.bfloat16, torch.float16) and k_cache_BPGr.dtype == q_THd.dtype
-    if decodes or not fits or (version == 2 and positions % BLOCK_MULTIPLE):
+    is_refused = not fits or (version == 2 and positions % BLOCK_MULTIPLE)
+    if decodes or is_refused or is_batch_invariant():
         return ops.attend_paged(
             q_THd, k_cache_BPGr, v_cache_BPGr, tables_SM, cu_seqlens_S1, lens_S, scale, new
         )

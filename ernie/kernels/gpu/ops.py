@@ -17,6 +17,8 @@ import importlib.util
 from collections.abc import Callable
 from importlib.metadata import version
 
+HEEDS_BATCH_INVARIANT = True
+
 MODULE_BY_OPERATION = {
     "rms_norm": "pointwise",
     "rotate": "pointwise",
@@ -36,6 +38,8 @@ MODULE_BY_OPERATION = {
     "attend_packed": "attention",
     "attend_paged": "attention",
     "cross_entropy_": "loss",
+    "draw": "sampling",
+    "token_logprobs": "sampling",
     "adamw_step": "optimizer",
     "adamw_8bit_step": "optimizer",
 }

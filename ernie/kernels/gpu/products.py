@@ -15,7 +15,9 @@ the columns are shared out among several programs, and added up in a fixed order
 Dense bfloat16 and float32 weights go to cuBLAS from two rows on.
 
 A row's result is the same whatever the other rows are, as long as their number stays in the same
-class (see above and `tile_rows`): tiles of other shapes add in another order.
+class (see above and `tile_rows`): tiles of other shapes add in another order. So with
+`batch_invariant` there is one shape for all: tiles of FIXED_ROWS rows, columns never shared out,
+the kernel below for every product, and no trials of which settings are fastest.
 
 Legend: T rows, O outputs, I columns of a weight, E experts, M width of an MLP, D hidden size.
 
@@ -34,6 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ernie.kernels.dispatch import is_batch_invariant
 from ernie.kernels.gpu.language import INTERPRETED, converted, dot, overlapped, rows_of, wait
 from ernie.kernels.gpu.pointwise import rms_norm, swiglu
 from ernie.kernels.gpu.rows import row_products
@@ -43,6 +46,7 @@ from ernie.kernels.weights import GROUP_SIZE, PackedWeight, QuantTensor
 PACKED_COLUMNS = 2 * GROUP_SIZE
 ENOUGH_PROGRAMS = 264  # two for each multiprocessor of an H100
 MANY_ROWS = 512  # that meet one weight: from here on integers are unpacked first
+FIXED_ROWS = 64  # of every tile with `batch_invariant`
 REDUCE_BLOCK = 1024
 
 Norm = tuple[Tensor, float]
@@ -84,6 +88,8 @@ def project(
     residual_TO: Tensor | None = None,
 ) -> Tensor:
     y_TI = x_TI if norm is None else rms_norm(x_TI, *norm)
+    if is_batch_invariant():
+        return product(y_TI, weight, bias=bias_O, residual=residual_TO)
     if len(y_TI) == 1:
         return row_products(y_TI, weight, bias=bias_O, residual=residual_TO)
     if "weight" not in weight.tensors and len(y_TI) < MANY_ROWS:
@@ -104,9 +110,9 @@ def mlp(
     residual_TD: Tensor | None = None,
 ) -> Tensor:
     y_TD = x_TD if norm is None else rms_norm(x_TD, *norm)
-    if len(y_TD) == 1:
+    if len(y_TD) == 1 and not is_batch_invariant():
         h_TM = row_products(y_TD, gate_up, gated=True)
-    elif "weight" not in gate_up.tensors and len(y_TD) < MANY_ROWS:
+    elif is_batch_invariant() or ("weight" not in gate_up.tensors and len(y_TD) < MANY_ROWS):
         h_TM = product(y_TD, gate_up, gated=True)
     else:
         h_TM = swiglu(*project(y_TD, gate_up).chunk(2, dim=-1))
@@ -136,7 +142,7 @@ def product(
     if not num_rows:
         return out
     num_experts = weight.shape[0] if len(weight.shape) == 3 else 1
-    block_t = tile_rows(num_rows / num_experts)
+    block_t = FIXED_ROWS if is_batch_invariant() else tile_rows(num_rows / num_experts)
     # Each expert begins a tile of its own: no more than this, and the rest stop at once.
     row_tiles = triton.cdiv(num_rows, block_t) + (num_experts if ends_E is not None else 0)
     num_splits = 1 if gated else _splits(num_outputs, row_tiles, weight.shape[-1], block_t)
@@ -158,7 +164,7 @@ def tile_rows(rows: float) -> int:
 
 def _splits(num_outputs: int, row_tiles: int, width: int, block_t: int) -> int:
     """Among how many programs the columns of a weight are shared out."""
-    if block_t > 64:
+    if block_t > 64 or is_batch_invariant():
         return 1
     wanted = ENOUGH_PROGRAMS // (triton.cdiv(num_outputs, 64) * row_tiles)
     return max(1, min(8, wanted, width // 512))
@@ -182,14 +188,16 @@ def _launch(
         outputs = config["BLOCK_O"] // (2 if gated else 1)
         return triton.cdiv(num_outputs, outputs), row_tiles, num_splits
 
-    _product[grid](
+    # With settings that were found by trials, another run could add in another order.
+    kernel, settings = (_product.fn, FIXED.all_kwargs()) if is_batch_invariant() else (_product, {})
+    kernel[grid](
         x, data, tensors.get("group_scale"), tensors.get("channel_scale"), bias, residual, out,
         ends_E, order,
         len(x) * copies, num_outputs, width, x.stride(0), data.stride(0) if num_experts > 1 else 0,
         per_output, per_column, 0 if residual is None else residual.stride(0), per_split,
         num_experts, EXPERTS=triton.next_power_of_2(num_experts), COPIES=copies, BITS=bits,
         GATED=gated, SPLIT=num_splits > 1, WHOLE=width % block_k == 0, FULL=num_outputs % 256 == 0,
-        BLOCK_T=block_t, BLOCK_K=block_k,
+        BLOCK_T=block_t, BLOCK_K=block_k, **settings,
     )  # fmt: skip
 
 
@@ -216,6 +224,7 @@ def _config(outputs: int, num_warps: int, num_stages: int) -> triton.Config:
 
 
 FEW = [_config(64, 4, 5), _config(128, 4, 4)]  # up to 64 rows a tile
+FIXED = FEW[0]
 MANY = [_config(128, 8, 3), _config(128, 8, 4), _config(256, 8, 3)]
 
 
@@ -245,7 +254,7 @@ def _tile_of(ends, tile, num_rows, num_experts, EXPERTS: tl.constexpr, BLOCK_T: 
     key=["num_outputs", "width", "BITS", "GATED", "BLOCK_T"],
     prune_configs_by=None if INTERPRETED.value else {"early_config_prune": _fitting},
 )
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _product(
     x, weight, group_scale, channel_scale, bias, residual, out,
     ends, order,
