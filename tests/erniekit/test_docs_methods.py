@@ -39,7 +39,11 @@ def test_settings_are_a_run_and_every_key_that_is_named_exists(page: str) -> Non
     keys = {f.name for kind in config.GROUPS for f in dataclasses.fields(kind)}
     known = keys | RECORDED | foreign.WITHOUT_EFFECT.keys() | PREFERENCE_LOSSES.keys()
     named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", text))
-    known |= PARTS.keys() | {"kto_en_demo", "kto_tag", "reward_head", "no_mask", "topk_gate"}
+    known |= (
+        PARTS.keys()
+        | {*config.FREEZE_WORDS}
+        | {"kto_en_demo", "kto_tag", "reward_head", "no_mask", "topk_gate"}
+    )
     assert named <= known, named - known
 
 
