@@ -16,7 +16,7 @@ import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from vl_pictures import SETS, SIZE, Example, example
 
 MODEL = Path(__file__).parent / "models/vl-small"
@@ -29,7 +29,7 @@ Asked = tuple[Image.Image, str]
 def main() -> None:
     words = sys.argv[1:]
     if len(words) > 2 or words[:1] in (["-h"], ["--help"]):
-        sys.exit(f"usage: {' or '.join(__doc__.split('    ')[i].strip() for i in (1, 2))}")
+        sys.exit('usage: python examples/demo_vl.py [PICTURE ["QUESTION"]]')
     if words:
         print(answers([(fitted(Path(words[0])), words[1] if words[1:] else "What is this?")])[0])
     else:
@@ -57,7 +57,7 @@ def show() -> None:
     print(f"The pictures are in {FOLDER}. Ask about one of your own:")
     print(f'  python {shown(__file__)} {FOLDER / names[0]} "{examples[0].question}"')
     print("or attach it in the chat page, at http://127.0.0.1:8000 after")
-    print(f"  fastdeploy serve --model {shown(MODEL)} --port 8000")
+    print(f"  fastdeploy serve --model {shown(MODEL)} --max-model-len 1024")
 
 
 def answers(asked: Sequence[Asked], model: Path = MODEL) -> list[str]:
@@ -85,7 +85,10 @@ def fitted(path: Path) -> Image.Image:
     """A picture of the user's in the size of the training, on the colour of its corner."""
     if not path.is_file():
         sys.exit(f"there is no file {str(path)!r}; give the path of a picture")
-    image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+    try:
+        image = ImageOps.exif_transpose(Image.open(path)).convert("RGBA")
+    except UnidentifiedImageError:
+        sys.exit(f"{str(path)!r} is no picture that can be read; give a PNG or a JPEG")
     ground = Image.new("RGBA", image.size, "white")
     image = Image.alpha_composite(ground, image).convert("RGB")
     return ImageOps.pad(image, (SIZE, SIZE), color=image.getpixel((0, 0)))  # type: ignore
