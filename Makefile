@@ -1,4 +1,5 @@
 # make demo    a real model: imported, fine-tuned, merged, served and asked (about five minutes)
+# make demo-vl a small multimodal model, trained here, is asked about pictures (a minute)
 # make test    the default tests            make check   format, lint, types (under 30 s)
 # make bench   the benchmarks; each writes its record under benchmarks/results
 PYTHON ?= python3
@@ -6,10 +7,13 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-all check bench clean
+.PHONY: demo demo-vl test test-all check bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(ARGS)
+
+demo-vl: $(VENV)/.demo
+	$(BIN)/python examples/demo_vl.py $(ARGS)
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" -n auto $(ARGS)
@@ -26,6 +30,8 @@ bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/vision.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/vl_training.py
+	$(BIN)/python benchmarks/dealing.py
 	$(BIN)/python benchmarks/llama_cpp_parity.py
 	$(BIN)/python benchmarks/engine.py
 	$(BIN)/python benchmarks/quality.py

@@ -1,4 +1,4 @@
-"""Fill the generated parts of README.md and docs/methods: tables of the newest records, the tree.
+"""Fill the generated parts of README.md and docs: tables of the newest records, the tree.
 
     python docs/readme.py            write them
     python docs/readme.py --check    exit with 1 when the README says something else
@@ -89,7 +89,7 @@ def sentence(path: Path) -> str:
 
 
 def main() -> None:
-    for path in (ROOT / "README.md", *sorted((ROOT / "docs/methods").glob("*.md"))):
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))):
         text = path.read_text(encoding="utf-8")
         new = filled(text)
         if "--check" in sys.argv[1:] and new != text:

@@ -67,8 +67,9 @@ def refused() -> str:
 
 
 def metrics() -> str:
-    """Every metric of a server with speculation, after one request."""
-    made = Metrics(EngineConfig(model="m", speculative_config={"method": "ngram"}))
+    """Every metric of a server with speculation and pictures, after one request."""
+    config = EngineConfig(model="m", speculative_config={"method": "ngram"})
+    made = Metrics(config, has_vision=True)
     made.watch(lambda: Stats(**{field.name: 0 for field in fields(Stats)}))
     made.http("POST", "/v1/chat/completions", 200, 1)
     made.end(Ended(RequestMetrics(0, 1, 2, 3), 1, 2, "stop", 3, num_cached=0, origin=None))

@@ -58,6 +58,8 @@ PRODUCTS = {
     "down": ("{mlp}.down_proj",),
     "experts.gate_up": ("mlp.experts.gate_up_proj",),
     "experts.down": ("mlp.experts.down_proj",),
+    "vision_experts.gate_up": ("mlp.vision_experts.gate_up_proj",),
+    "vision_experts.down": ("mlp.vision_experts.down_proj",),
 }
 
 # Keys of adapter_config.json that are read, and those that cannot change what an adapter computes.
@@ -132,10 +134,10 @@ def read_adapter(
     path, stored = _stored(Path(folder), settings, shapes, max_rank)
     if not any(_values(p["B"], settings.rank_of(m)).any() for m, p in stored.items()):
         log.warning("every lora_B in %s is zero: the adapter changes nothing", path)
-    layers = tuple(
-        _layer_pairs(config, layer, shapes, stored, settings, dtype, device)
-        for layer in range(config.num_hidden_layers)
-    )
+    products = [products_of(config, layer) for layer in range(config.num_hidden_layers)]
+    left = stored.keys() - {m for layer in products for parts in layer.values() for m in parts}
+    assert not left, f"{_some(left)}: no product has these as parts"
+    layers = tuple(_layer_pairs(of, shapes, stored, settings, dtype, device) for of in products)
     tensors = [t for pairs in layers for pair in pairs.values() for t in (pair.a_RI, pair.b_OR)]
     num_bytes = sum(t.numel() * t.element_size() for t in tensors)
     return Adapter(layers, max(map(settings.rank_of, stored)), num_bytes)
@@ -400,19 +402,25 @@ def _check_shapes(
             )
 
 
+def products_of(config: ErnieConfig, layer: int) -> dict[str, list[str]]:
+    """The modules that are the parts of each fused product of a layer, those it has not too."""
+    mlp = "mlp.shared_experts" if config.is_moe_layer(layer) else "mlp"
+    return {
+        product: [f"model.layers.{layer}.{part.format(mlp=mlp)}" for part in parts]
+        for product, parts in PRODUCTS.items()
+    }
+
+
 def _layer_pairs(
-    config: ErnieConfig,
-    layer: int,
+    products: Mapping[str, Sequence[str]],
     shapes: Mapping[str, tuple[int, ...]],
     stored: Mapping[str, Mapping[str, Stored]],
     settings: Settings,
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> LayerPairs:
-    mlp = "mlp.shared_experts" if config.is_moe_layer(layer) else "mlp"
     pairs = {}
-    for product, parts in PRODUCTS.items():
-        modules = [f"model.layers.{layer}.{part.format(mlp=mlp)}" for part in parts]
+    for product, modules in products.items():
         if any(module in stored for module in modules):
             a_RI, b_OR = _fused(modules, shapes, stored, settings)
             pairs[product] = Pair(a_RI.to(device, dtype), b_OR.to(device, dtype))

@@ -49,7 +49,7 @@ class Pair:
 
 
 # The pairs of one layer by product: qkv, out, gate_up, down (of a dense feed-forward block or of
-# the shared experts), experts.gate_up, experts.down.
+# the shared experts), experts.gate_up, experts.down, and as vision_experts those of the other bank.
 LayerPairs = dict[str, Pair]
 
 
@@ -71,6 +71,17 @@ class Changes:
 
     def touch(self, *products: str) -> bool:
         return any(name in pairs for _, pairs in self.parts for name in products)
+
+    def apart(self, place_T: Tensor, num_first: int) -> tuple[Changes, Changes]:
+        """Those of the first rows and those of the others, once row t has gone to `place_T[t]`."""
+        first, others = [], []
+        for rows_N, pairs in self.parts:
+            places_N = place_T[rows_N]
+            is_first_N = places_N < num_first
+            first.append((places_N[is_first_N], pairs))
+            others.append((places_N[~is_first_N] - num_first, pairs))
+        halves = [Changes([part for part in parts if len(part[0])]) for parts in (first, others)]
+        return halves[0], halves[1]
 
     def add(self, product: str, out_TO: Tensor, x_TI: Tensor, norm: Norm | None = None) -> None:
         """Add what the adapters make of `x` (normed, if `norm` is given) to `out`, in place."""

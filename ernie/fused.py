@@ -25,6 +25,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -45,8 +46,12 @@ from ernie.rope import Rotary
 from ernie.settings import ConfigError
 
 Weight = Tensor | QuantTensor
-EXPERT_PRODUCTS = ("experts.gate_up", "experts.down")
-PLAIN = Scheme("none", dense=None, experts=None, head=None)
+# What adapters change in the experts of each bank: text, vision.
+EXPERT_PRODUCTS = (
+    ("experts.gate_up", "experts.down"),
+    ("vision_experts.gate_up", "vision_experts.down"),
+)
+PLAIN = Scheme("none", dense=None, experts=None, vision_experts=None, head=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,8 +189,8 @@ class FusedBlock(nn.Module):
         split: Split | None = None,
     ) -> tuple[Tensor, None]:
         x_TD = self.self_attention(x_TD, rotary, attend, changes)
-        if split is not None and isinstance(self.mlp, FusedMoE):
-            return self.mlp.by_modality(x_TD, self.post_norm, changes, split), None
+        if isinstance(self.mlp, FusedMoE):
+            return self.mlp(x_TD, self.post_norm, changes, split), None
         return self.mlp(x_TD, self.post_norm, changes), None
 
     def self_attention(
@@ -228,8 +233,13 @@ class FusedMLP(nn.Module):
         return self.shard.sum_ranks(out_TD)
 
 
-# Router `(E, D)` and correction bias `(E,)` of a bank of experts, its packed gate_up and down.
-Bank = tuple[Tensor, Tensor, PackedWeight, PackedWeight]
+class Bank(NamedTuple):
+    """The experts of a modality: router `(E, D)`, correction bias `(E,)`, packed weights."""
+
+    router: Tensor
+    bias: Tensor
+    gate_up: PackedWeight
+    down: PackedWeight
 
 
 class FusedMoE(nn.Module):
@@ -240,40 +250,37 @@ class FusedMoE(nn.Module):
         self.shard = shard
         self.top_k, self.norm_min = moe.gate.top_k, moe.gate.norm_min
         bias = moe.moe_statics.e_score_correction_bias.detach()
-        text = _pack_bank(moe.gate, bias[0], moe.experts, scheme, shard)
-        self.router, self.bias, self.gate_up, self.down = text
-        self.vision: Bank | None = None
+        self.banks = [_pack_bank(moe.gate, bias[0], moe.experts, scheme.experts, shard)]
         if moe.vision_gate is not None and moe.vision_experts is not None:
-            self.vision = _pack_bank(moe.vision_gate, bias[1], moe.vision_experts, scheme, shard)
+            bits = scheme.vision_experts
+            self.banks.append(_pack_bank(moe.vision_gate, bias[1], moe.vision_experts, bits, shard))
         shared = moe.shared_experts
         if shared is not None and shared.gate_proj.bias is not None:
             raise ConfigError("shared experts with biases have no inference form; use_bias=false")
         self.shared = None if shared is None else _pack_mlp(shared, scheme.dense, shard)
 
-    def forward(self, x_TD: Tensor, norm: Norm, changes: Changes = UNCHANGED) -> Tensor:
-        own_TD = self.shard.own(x_TD)
-        if changes.touch("gate_up", "down", *EXPERT_PRODUCTS):
-            out_TD = self._apart(x_TD, norm, changes)
-            # The order of the fused sum: experts, shared experts, residual.
-            out_TD = out_TD if own_TD is None else own_TD + out_TD
-        else:
-            out_TD = self._fused(x_TD, norm, self.shared, own_TD)
-        return self.shard.sum_ranks(out_TD)
-
-    def by_modality(self, x_TD: Tensor, norm: Norm, changes: Changes, split: Split) -> Tensor:
-        """`forward` where some tokens are of vision: each bank is one call with its tokens."""
-        if changes.touch("gate_up", "down", *EXPERT_PRODUCTS):
-            raise ValueError(
-                "a LoRA adapter changes experts in a batch with pictures, which has no inference "
-                "form; merge it into the weights"
+    def forward(
+        self, x_TD: Tensor, norm: Norm, changes: Changes = UNCHANGED, split: Split | None = None
+    ) -> Tensor:
+        """`split` where some tokens are of vision: each bank is one call with its tokens."""
+        if split is None:
+            return self.shard.sum_ranks(self._rows(x_TD, norm, changes, 0))
+        parts = [
+            self._rows(rows_XD, norm, own, bank) if len(rows_XD) else rows_XD
+            for bank, (rows_XD, own) in enumerate(
+                zip(split.apart(x_TD), changes.apart(split.place_T, split.num_text), strict=True)
             )
-        text_XD, vision_ZD = (
-            self._fused(rows_XD, norm, self.shared, self.shard.own(rows_XD), bank)
-            if len(rows_XD)
-            else rows_XD
-            for rows_XD, bank in zip(split.apart(x_TD), (None, self.vision), strict=True)
-        )
-        return self.shard.sum_ranks(split.together(text_XD, vision_ZD))
+        ]
+        return self.shard.sum_ranks(split.together(*parts))
+
+    def _rows(self, x_TD: Tensor, norm: Norm, changes: Changes, bank: int) -> Tensor:
+        """Rows of one modality."""
+        own_TD = self.shard.own(x_TD)
+        if not changes.touch("gate_up", "down", *EXPERT_PRODUCTS[bank]):
+            return self._fused(x_TD, norm, self.shared, own_TD, bank)
+        out_TD = self._apart(x_TD, norm, changes, bank)
+        # The order of the fused sum: experts, shared experts, residual.
+        return out_TD if own_TD is None else own_TD + out_TD
 
     def _fused(
         self,
@@ -281,11 +288,11 @@ class FusedMoE(nn.Module):
         norm: Norm,
         shared: tuple[PackedWeight, PackedWeight] | None,
         residual_TD: Tensor | None,
-        bank: Bank | None = None,
+        bank: int,
     ) -> Tensor:
         return kernels.moe(
             x_TD,
-            *(bank or (self.router, self.bias, self.gate_up, self.down)),
+            *self.banks[bank],
             shared,
             top_k=self.top_k,
             norm_min=self.norm_min,
@@ -293,32 +300,35 @@ class FusedMoE(nn.Module):
             residual_TD=residual_TD,
         )
 
-    def _apart(self, x_TD: Tensor, norm: Norm, changes: Changes) -> Tensor:
+    def _apart(self, x_TD: Tensor, norm: Norm, changes: Changes, bank: int) -> Tensor:
         """Without the residual. Rows whose experts are changed go through them by themselves."""
-        changed = [part for part in changes.parts if not part[1].keys().isdisjoint(EXPERT_PRODUCTS)]
+        products = EXPERT_PRODUCTS[bank]
+        changed = [part for part in changes.parts if not part[1].keys().isdisjoint(products)]
         if changed:
             out_TD, is_other_T = torch.empty_like(x_TD), x_TD.new_ones(len(x_TD), dtype=torch.bool)
             for rows_N, pairs in changed:
-                out_TD[rows_N] = self._experts(kernels.rms_norm(x_TD[rows_N], *norm), pairs)
+                out_TD[rows_N] = self._experts(kernels.rms_norm(x_TD[rows_N], *norm), pairs, bank)
                 is_other_T[rows_N] = False
             if sum(len(rows_N) for rows_N, _ in changed) < len(x_TD):
-                out_TD[is_other_T] = self._fused(x_TD[is_other_T], norm, None, None)
+                out_TD[is_other_T] = self._fused(x_TD[is_other_T], norm, None, None, bank)
         else:
-            out_TD = self._fused(x_TD, norm, None, None)
+            out_TD = self._fused(x_TD, norm, None, None, bank)
         if self.shared is None:
             return out_TD
         return _mlp_apart(x_TD, self.shared, (None, None), norm, out_TD, changes)
 
-    def _experts(self, y_ND: Tensor, pairs: LayerPairs) -> Tensor:
+    def _experts(self, y_ND: Tensor, pairs: LayerPairs, bank: int) -> Tensor:
         """The routed experts of rows that one adapter changes, `(N, D)`."""
-        experts_NK, weights_NK = route(y_ND, self.router, self.bias, self.top_k, self.norm_min)
+        router, bias, gate_up, down = self.banks[bank]
+        gate_up_pair, down_pair = (pairs.get(product) for product in EXPERT_PRODUCTS[bank])
+        experts_NK, weights_NK = route(y_ND, router, bias, self.top_k, self.norm_min)
         order = experts_NK.flatten().argsort(stable=True)
-        counts_E = torch.bincount(experts_NK.flatten(), minlength=len(self.router))
+        counts_E = torch.bincount(experts_NK.flatten(), minlength=len(router))
         sorted_PD = y_ND[order // self.top_k]
-        both_PM = _grouped(sorted_PD, self.gate_up, counts_E, pairs.get("experts.gate_up"))
+        both_PM = _grouped(sorted_PD, gate_up, counts_E, gate_up_pair)
         hidden_PM = kernels.swiglu(*both_PM.chunk(2, dim=-1))
         out_PD = torch.empty_like(sorted_PD)
-        out_PD[order] = _grouped(hidden_PM, self.down, counts_E, pairs.get("experts.down"))
+        out_PD[order] = _grouped(hidden_PM, down, counts_E, down_pair)
         return (out_PD.unflatten(0, experts_NK.shape) * weights_NK[..., None]).sum(1)
 
 
@@ -368,12 +378,11 @@ def _stacked_bias(layers: tuple[Linear, ...], shard: Shard) -> Tensor | None:
 
 
 def _pack_bank(
-    gate: Router, bias_E: Tensor, experts: Experts, scheme: Scheme, shard: Shard
+    gate: Router, bias_E: Tensor, experts: Experts, bits: int | None, shard: Shard
 ) -> Bank:
-    bits = scheme.experts
     gate_up = pack(shard.rows(experts.gate_up_proj, parts=2), bits, parts=2)
     down = pack(shard.columns(experts.down_proj), bits)
-    return gate.weight.detach().float(), bias_E, gate_up, down
+    return Bank(gate.weight.detach().float(), bias_E, gate_up, down)
 
 
 def _pack_mlp(mlp: MLP, bits: int | None, shard: Shard) -> tuple[PackedWeight, PackedWeight]:

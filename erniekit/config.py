@@ -21,6 +21,7 @@ from erniekit import foreign
 
 # Names of the published files; `erniekit.launch` refuses those that cannot be trained yet.
 STAGES = ("SFT", "DPO", "KTO", "RM", "UPO", "PT", "VL-SFT", "OCR-VL-SFT")
+PICTURED = ("VL-SFT", "DPO", "KTO", "RM")  # those that read pictures, where the model does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,8 +262,8 @@ class Data:
 
 @dataclass(frozen=True, kw_only=True)
 class Pictures:
-    """How pictures and clips of the records are read (stage: VL-SFT); limits that are not given are
-    those of the model folder.
+    """How pictures and clips of the records are read (stage: VL-SFT, and DPO, KTO and RM of a VL
+    model); limits that are not given are those of the model folder.
     """
 
     min_pixels: int | None = option(None, "Fewest pixels of an image after resizing.")
@@ -771,20 +772,24 @@ def run_from(values: Mapping[str, Any], origin: str = "the settings") -> Run:
     only = {"simpo_gamma": "simpo", "dpop_lambda": "dpop"}
     unused |= {key for key, name in only.items() if run.preferences.loss_type != name}
     without_effect += [key for key in given if key in unused and given[key] != defaults[key]]
-    if run.model.stage != "VL-SFT":
-        pictures, defaults = dataclasses.asdict(run.pictures), dataclasses.asdict(Pictures())
-        without_effect += [key for key in pictures if pictures[key] != defaults[key]]
+    if run.model.stage not in PICTURED:
+        without_effect += given_of(run.pictures)
     o = run.optimisation
     if o.dropout_warmup_steps and not (o.hidden_dropout_prob or o.attention_probs_dropout_prob):
         without_effect.append("dropout_warmup_steps")
     if run.model.stage not in _ONE_LOSS_A_TOKEN and run.model.token_balance_loss != "none":
         without_effect.append("token_balance_loss")
     if run.model.stage != "UPO":
-        policy, defaults = dataclasses.asdict(run.policy), dataclasses.asdict(Policy())
-        without_effect += [key for key in policy if policy[key] != defaults[key]]
+        without_effect += given_of(run.policy)
     run = dataclasses.replace(run, without_effect=tuple(without_effect))
     validate(run)
     return run
+
+
+def given_of(group: Pictures | Policy) -> list[str]:
+    """The keys of a group whose values are not the defaults."""
+    values, defaults = dataclasses.asdict(group), dataclasses.asdict(type(group)())
+    return [key for key in values if values[key] != defaults[key]]
 
 
 def _respelt(key: str, value: Any) -> Any:
@@ -952,6 +957,11 @@ def _check_multimodal(run: Run) -> None:
                 "train_dataset_path"
             )
         return
+    check_every_weight_is_used(run)
+
+
+def check_every_weight_is_used(run: Run) -> None:
+    """Raises ConfigError for a division that a batch without pictures of a VL model cannot meet."""
     if run.parallel.sharding in ("stage2", "stage3"):
         raise ConfigError(
             f"sharding={run.parallel.sharding} needs all ranks to use the same weights, and a "

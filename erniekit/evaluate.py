@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ernie import kernels
+from ernie.attention import packed_causal
 from ernie.chat import UNTRAINED
 from ernie.model import ErnieModel
 from erniekit.data.loader import Batch
@@ -64,7 +65,7 @@ def evaluate(
     for batch, counts in shared(batches, ranks):
         flat = to_device(batch, model.device)
         assert isinstance(flat, Flat), "pairs have an evaluation of their own"
-        hidden_TD = hidden_of(model, flat)
+        hidden_TD = hidden_of(model, flat, packed_causal(flat.cu_seqlens_S1, flat.lengths))
         trained = flat.labels_T != UNTRAINED
         hidden_ND, targets_N = model.model.norm(hidden_TD[trained]), flat.labels_T[trained]
         for rows_CD, targets_C in zip(hidden_ND.split(chunk_size), targets_N.split(chunk_size)):

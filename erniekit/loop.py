@@ -139,12 +139,12 @@ def to_device(batch: Batch, device: torch.device) -> Flat | Pairs | Judged:
     if device.type == "cuda":  # a copy from other memory waits for all work before it
         tensors = [tensor.pin_memory() for tensor in tensors]
     ids_T, labels_T, positions_T, ends = (t.to(device, non_blocking=True) for t in tensors)
+    seen = None if batch.pictures is None else _seen(batch.pictures, device)
     if pairs_P4 is None:
         lengths = tuple(np.diff(batch.cu_seqlens_S1).tolist())
         numbers = {name: torch.from_numpy(n).to(device) for name, n in batch.numbers.items()}
-        seen = None if batch.pictures is None else _seen(batch.pictures, device)
         return Flat(ids_T, labels_T, positions_T, ends, lengths, numbers, seen)
-    return Pairs(ids_T, labels_T, positions_T, ends, batch.keys)
+    return Pairs(ids_T, labels_T, positions_T, ends, batch.keys, seen)
 
 
 def _seen(pictures: Pictures, device: torch.device) -> Seen:

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 
 from ernie import kernels
-from ernie.attention import packed_causal
+from ernie.attention import Attend, packed_causal
 from ernie.chat import UNTRAINED
 from ernie.model import Embeds, ErnieModel
 from ernie.moe import balance
@@ -102,7 +102,8 @@ def next_token(
     `balance_factor` is what `balanced` measures of a step.
     """
     routings: list[Routing | None] = []
-    hidden_TD = hidden_of(model, batch, routings)
+    attend = packed_causal(batch.cu_seqlens_S1, batch.lengths)
+    hidden_TD = hidden_of(model, batch, attend, routings)
     num_right = torch.zeros((), dtype=torch.int64, device=hidden_TD.device)
     weights_T = (
         None if balance_factor is None else token_weights(batch, terms.balance, balance_factor)
@@ -123,12 +124,22 @@ def next_token(
     return Loss(total, value.detach(), detached, loads_LE, num_right, entropies_L)
 
 
+class Row(Protocol):
+    """What the model reads of a batch, however its tokens look at one another."""
+
+    @property
+    def token_ids_T(self) -> Tensor: ...
+    @property
+    def positions_T(self) -> Tensor: ...
+    @property
+    def pictures(self) -> Seen | None: ...
+
+
 def hidden_of(
-    model: ErnieModel, batch: Flat, routings: list[Routing | None] | None = None
+    model: ErnieModel, batch: Row, attend: Attend, routings: list[Routing | None] | None = None
 ) -> Tensor:
     """`ErnieModel.hidden` of a batch and its pictures, `(T, D)`."""
-    attend, seen = packed_causal(batch.cu_seqlens_S1, batch.lengths), batch.pictures
-    modality, embeds = None, None
+    seen, modality, embeds = batch.pictures, None, None
     if seen is not None:
         modality = seen.modality_T
         if seen.grids:

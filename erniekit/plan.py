@@ -12,8 +12,8 @@ largest of the moments of a step:
     loading    where a rank gives up weights that it has read
 
 Rows are taken as full: the plan is for the longest batch, of pairs for one that is nearly all
-prompt, of pictures (stage: VL-SFT) for one that is nothing but images. Refused: degrees that are no
-positive numbers.
+prompt, of a stage that reads pictures for the larger of one that is all text and one that is all
+images; what lies between takes less. Refused: degrees that are no positive numbers.
 
 Legend: T tokens of a batch, D hidden size, I width of the feed-forward, M of an expert, E experts,
 K chosen ones, H query heads, G key heads, d head width, r rank of the adapters.
@@ -33,7 +33,7 @@ from ernie.kernels.weights import quantized_bytes
 from ernie.model import ErnieModel
 from ernie.settings import ConfigError
 from erniekit.build import config_of, frozen_form, still, weights_dtype
-from erniekit.config import Optimisation, Run
+from erniekit.config import PICTURED, Optimisation, Run
 from erniekit.lora import projections
 from erniekit.lora_targets import chosen
 from erniekit.parallel.replicated import owners_of
@@ -119,7 +119,14 @@ def plan(run: Run, device: str, degrees: Degrees = Degrees()) -> Plan:
     saved = kept + whole.state.total() + whole.average.total()
     # On a GPU the copy that is written lies in host memory, which is not planned.
     has_copy = device == "cpu" and run.training.use_async_save
-    parts, moment = _peak(config, run, device, degrees, sizes, batch, saved * has_copy)
+    copy = saved * has_copy
+    parts, moment = max(
+        (
+            _peak(config, run, device, degrees, sizes, batch, copy, bank)
+            for bank in banks(config, run)
+        ),
+        key=lambda found: sum(found[0].values()),
+    )
     tokens = batch * run.training.gradient_accumulation_steps
     final = trained if run.is_lora else 2 * sizes.num_params
     return Plan(
@@ -249,8 +256,14 @@ def _moment_bytes(o: Optimisation, count: int, is_matrix: bool) -> int:
 # --- activations ---
 
 
-def layer_words(config: ErnieConfig, run: Run, layer: int) -> dict[str, float]:
-    """Words per token that autograd keeps of a block when nothing of it is computed again.
+def banks(config: ErnieConfig, run: Run) -> range:
+    """Of what a row may be full: text (0), and images (1) where they are read."""
+    return range(1 + (config.vision_config is not None and run.model.stage in PICTURED))
+
+
+def layer_words(config: ErnieConfig, run: Run, layer: int, bank: int = 0) -> dict[str, float]:
+    """Words per token of a `bank` that autograd keeps of a block when nothing of it is computed
+    again.
 
     A word is an element of the activations' dtype; int64 indices count two, as on a CPU. Every
     projection is taken to have an adapter.
@@ -272,26 +285,27 @@ def layer_words(config: ErnieConfig, run: Run, layer: int) -> dict[str, float]:
     if not c.is_moe_layer(layer):
         rescaled = dora * (2 * c.intermediate_size + d) + drop * (d + c.intermediate_size)
         return words | {"mlp": 2.0 * c.intermediate_size + 3 * rank + rescaled}
-    top_k, size, experts = c.moe_k or 0, c.expert_sizes[0], c.experts_per_bank[0]
+    top_k, size, experts = c.moe_k or 0, c.expert_sizes[bank], c.experts_per_bank[bank]
     routing = 2 * experts + 2 * top_k + 2 * top_k + 2
     indices = 2 * 2 * top_k
     rows = top_k * (d + 3 * size + d + 2 * rank + dora * (2 * size + d))
     shared = 0
     if c.shared_size:
         shared = (2 + 2 * dora + drop) * c.shared_size + 3 * rank + (dora + drop) * d
-    return words | {"mlp": float(routing + indices + rows + shared)}
+    parted = d if bank else 0  # tokens of vision, set apart
+    return words | {"mlp": float(routing + indices + rows + shared + parted)}
 
 
-def kept_words(config: ErnieConfig, run: Run, layer: int) -> float:
-    """Words per token kept of a block from the forward to the backward pass."""
-    words = layer_words(config, run, layer)
+def kept_words(config: ErnieConfig, run: Run, layer: int, bank: int = 0) -> float:
+    """Words per token of a bank kept of a block from the forward to the backward pass."""
+    words = layer_words(config, run, layer, bank)
     if layer == 0 and run.is_lora:  # nothing below is trained: its first norm keeps nothing
         words["stream"] -= config.hidden_size + 1
     granularity = run.model.recompute_granularity if run.model.recompute else None
     if layer in run.model.no_recompute_layers:
         granularity = None
     if granularity == "full":
-        routing = 2 * config.experts_per_bank[0] if config.is_moe_layer(layer) else 0
+        routing = 2 * config.experts_per_bank[bank] if config.is_moe_layer(layer) else 0
         return config.hidden_size + routing
     dropped = {"full_attn": "attention", "mlp": "mlp"}.get(granularity or "")
     return sum(count for part, count in words.items() if part != dropped)
@@ -302,25 +316,36 @@ def picture_words(config: ErnieConfig, run: Run) -> float:
     of merge x merge patches. Nothing of parts that are frozen and have none before them.
     """
     vision = config.vision_config
-    if vision is None or run.model.stage != "VL-SFT" or run.is_lora:
+    if vision is None or run.is_lora:
         return 0.0
     wide, patches = vision.embed_dim, vision.spatial_merge_size**2
     resampler = 10 * patches * wide + 2 * config.hidden_size + 4
     if "freeze_vision" in run.model.freeze_config:
         return float(resampler)
-    block = 8 * wide + 3 * vision.intermediate_size + vision.num_heads + 4
+    block = 10 * wide + vision.intermediate_size + vision.num_heads + 4
     if run.model.recompute and run.model.recompute_granularity == "full":
         block = wide
-    return float(resampler + patches * (vision.depth * block + wide))
+    around = vision.patch_elements + wide + wide // vision.num_heads  # pixels, result, angles
+    return float(resampler + patches * (vision.depth * block + around))
 
 
-def _temporary_words(config: ErnieConfig, run: Run, layer: int) -> float:
+def _passing_words(config: ErnieConfig) -> float:
+    """Words per token that tower and resampler hold at once while they read images: pixels, and
+    what a block makes.
+    """
+    vision = config.vision_config
+    assert vision is not None
+    block = 4 * vision.embed_dim + 2 * vision.intermediate_size
+    return vision.spatial_merge_size**2 * (2 * vision.patch_elements + block)
+
+
+def _temporary_words(config: ErnieConfig, run: Run, layer: int, bank: int) -> float:
     """Words per token that the backward pass of a block holds at once besides what was kept."""
-    words = layer_words(config, run, layer)
-    recomputed = sum(words.values()) - kept_words(config, run, layer)
+    words = layer_words(config, run, layer, bank)
+    recomputed = sum(words.values()) - kept_words(config, run, layer, bank)
     d = config.hidden_size
     if config.is_moe_layer(layer):
-        top_k, size = config.moe_k or 0, config.expert_sizes[0]
+        top_k, size = config.moe_k or 0, config.expert_sizes[bank]
         return recomputed + top_k * (2 * d + 5 * size) + 3 * d
     return recomputed + 4 * config.intermediate_size + 3 * d
 
@@ -333,13 +358,13 @@ def _peak(
     sizes: Sizes,
     batch: int,
     copy: int,
+    bank: int,
 ) -> tuple[dict[str, int], str]:
-    """Bytes by part at the fullest moment of a step, and its name."""
+    """Bytes by part at the fullest moment of a step on rows full of a bank, and its name."""
     word = 4 if device == "cpu" else 2
     unit = word * batch / degrees.tensor
     layers = range(config.num_hidden_layers)
-    kept = [unit * kept_words(config, run, n) for n in layers]
-    kept[0] += unit * picture_words(config, run)
+    kept = [unit * kept_words(config, run, n, bank) for n in layers]
     chunk = min(run.model.loss_subbatch_seqlen, batch) if run.model.stage != "RM" else 0
     vocabulary = config.vocab_size / degrees.tensor
     head = {
@@ -357,8 +382,17 @@ def _peak(
         done += sizes.sums[n]
         moments[f"layer {n} backward"] = {
             "activations": sum(kept[: n + 1]) + unit * 2 * config.hidden_size,
-            "temporaries": unit * _temporary_words(config, run, n) + word * sizes.largest[n],
+            "temporaries": unit * _temporary_words(config, run, n, bank) + word * sizes.largest[n],
             "gradients": sizes.sums.total() if all_at_once else done,
+        }
+    if bank:
+        seen = unit * picture_words(config, run)
+        for name in set(moments) - {"the update"}:
+            moments[name]["activations"] += seen
+        moments["the pictures"] = {
+            "activations": seen,
+            "temporaries": unit * _passing_words(config),
+            "gradients": sizes.sums.total() if all_at_once else 0,
         }
     for parts in moments.values():
         parts["gathered"] = sizes.gathered / degrees.pipeline
@@ -404,12 +438,12 @@ def _flops(config: ErnieConfig, run: Run, tokens: int) -> float:
     again = {"full": 1.0, "full_attn": 0.25, "mlp": 0.65}.get(run.model.recompute_granularity, 0)
     share = 1 - len(run.model.no_recompute_layers) / config.num_hidden_layers
     times = (2 if run.is_lora else 3) + again * share * run.model.recompute
-    stage = run.model.stage
-    if stage == "RM":
-        return (forward - head) * times
-    if stage == "VL-SFT" and (vision := config.vision_config):
+    stage, tower = run.model.stage, 0.0
+    if stage in PICTURED and (vision := config.vision_config):
         is_frozen = run.is_lora or "freeze_vision" in run.model.freeze_config
         tower = 2 * tokens * vision.spatial_merge_size**2 * vision.num_params
-        return forward * times + tower * (1 if is_frozen else times)
+        tower *= 1 if is_frozen else times
+    if stage == "RM":
+        return (forward - head) * times + tower
     times += stage == "KTO" or (stage == "DPO" and run.preferences.loss_type == "kto_pair")
-    return forward * times + head * (stage in ("DPO", "KTO") and not run.is_lora)
+    return forward * times + head * (stage in ("DPO", "KTO") and not run.is_lora) + tower

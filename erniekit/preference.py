@@ -24,11 +24,13 @@ from erniekit.gradients import Gradients
 from erniekit.losses import (
     Flat,
     Loss,
+    Seen,
     Selected,
     Terms,
     add_product,
     figures_of,
     head_of_chunks,
+    hidden_of,
     logit_gradients,
     routing_terms,
 )
@@ -66,6 +68,7 @@ class Pairs:
     positions_T: Tensor
     pairs_P4: Tensor
     keys: tuple[bytes, ...] = ()
+    pictures: Seen | None = None
 
 
 def preference(
@@ -177,7 +180,7 @@ def _log_probs(
     routings: list[Routing | None] | None,
 ) -> Tensor:
     """Sums over the labelled tokens before each of `ends`, from the end before it on."""
-    hidden_TD = model.hidden(batch.token_ids_T, batch.positions_T, attend, routings=routings)
+    hidden_TD = hidden_of(model, batch, attend, routings)
     values_N = label_log_probs(
         model, hidden_TD, batch.labels_T, chunk_size=chunk_size, gradients=gradients
     )

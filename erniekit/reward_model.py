@@ -35,7 +35,7 @@ from ernie.moe.router import Routing
 from ernie.settings import ConfigError
 from erniekit import lora, lora_files
 from erniekit.gradients import Gradients
-from erniekit.losses import Loss, Terms
+from erniekit.losses import Loss, Terms, hidden_of
 from erniekit.preference import NO_TERMS, Pairs, told_of_pairs, with_terms
 
 HEAD = "score.weight"
@@ -104,8 +104,7 @@ def bradley_terry(
     """
     del gradients  # all of them come through autograd
     routings: list[Routing | None] = []
-    attend = shared_prompt(batch.pairs_P4)
-    hidden_TD = model.hidden(batch.token_ids_T, batch.positions_T, attend, routings=routings)
+    hidden_TD = hidden_of(model, batch, shared_prompt(batch.pairs_P4), routings)
     rewards_P2 = rewards(model, hidden_TD, batch.pairs_P4[:, 2:] - 1).double()
     value = -logsigmoid(rewards_P2[:, 0] - rewards_P2[:, 1]).sum() * scale
     told = told_of_pairs(rewards_P2.detach())

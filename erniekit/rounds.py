@@ -303,7 +303,13 @@ class Rounds:
             return []
         size = self.run.policy.prompts_per_round
         found = self.pair_stream.samples(groups.Cursor(number * size), (number + 1) * size)
-        return [drawn.sample for drawn in found if isinstance(drawn.sample, PairSample)]
+        pairs = [drawn.sample for drawn in found if isinstance(drawn.sample, PairSample)]
+        if any(pair.media and pair.media.pictures for pair in pairs):
+            raise DataError(
+                "pair_dataset_path holds pairs about pictures, which stage: UPO does not read; "
+                "give pairs of text, or use stage: DPO"
+            )
+        return pairs
 
     # --- log-probabilities by the arithmetic of training ---
 

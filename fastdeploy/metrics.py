@@ -41,8 +41,10 @@ _HISTOGRAMS = {
 
 
 class EngineFigures(Collector):
-    def __init__(self, stats: Callable[[], Stats], config: EngineConfig) -> None:
-        self.stats, self.config = stats, config
+    def __init__(
+        self, stats: Callable[[], Stats], config: EngineConfig, *, has_vision: bool
+    ) -> None:
+        self.stats, self.config, self.has_vision = stats, config, has_vision
 
     def collect(self) -> Iterator[Metric]:
         s, most = self.stats(), self.config.max_num_seqs
@@ -70,6 +72,8 @@ class EngineFigures(Collector):
             yield GaugeMetricFamily(f"fastdeploy:{name}", text, value)
         if self.config.speculative_config is not None:
             yield from _speculation(s)
+        if self.has_vision:
+            yield from _pictures(s)
         for name, text, value in (
             ("request_preempted", "Preemptions.", s.num_preemptions),
             ("prompt_tokens", "Tokens of admitted prompts.", s.num_prompt_tokens),
@@ -97,10 +101,26 @@ def _speculation(s: Stats) -> Iterator[Metric]:
         yield CounterMetricFamily(f"fastdeploy:spec_decode_{name}", text, value)
 
 
-class Metrics:
-    """The registry of one server: its own, so that two servers in a process do not meet."""
+def _pictures(s: Stats) -> Iterator[Metric]:
+    """Of the cache of what vision tower and resampler made, under vLLM's names."""
+    queries = s.num_picture_hits + s.num_pictures_computed
+    yield GaugeMetricFamily(
+        "fastdeploy:mm_cache_bytes", "Bytes of the pictures kept in memory.", s.num_picture_bytes
+    )
+    for name, text, value in (
+        ("queries", "Pictures of prompts that had to be known to the model.", queries),
+        ("hits", "Of these, found in the memory for pictures.", s.num_picture_hits),
+    ):
+        yield CounterMetricFamily(f"fastdeploy:mm_cache_{name}", text, value)
 
-    def __init__(self, config: EngineConfig) -> None:
+
+class Metrics:
+    """The registry of one server: its own, so that two servers in a process do not meet.
+
+    `has_vision`: its model reads pictures.
+    """
+
+    def __init__(self, config: EngineConfig, *, has_vision: bool = False) -> None:
         self.registry = CollectorRegistry()
         self.requests = Counter(
             "fastdeploy:requests_number", "Requests received.", registry=self.registry
@@ -144,11 +164,12 @@ class Metrics:
         Gauge(
             "fastdeploy:cache_config_info", "Settings.", list(facts), registry=self.registry
         ).labels(**facts).set(1)
-        self.config = config
+        self.config, self.has_vision = config, has_vision
 
     def watch(self, stats: Callable[[], Stats]) -> None:
         """Read the engine's figures through `stats` from now on."""
-        self.registry.register(EngineFigures(stats, self.config))
+        figures = EngineFigures(stats, self.config, has_vision=self.has_vision)
+        self.registry.register(figures)
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

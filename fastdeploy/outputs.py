@@ -166,6 +166,9 @@ class Stats:
     num_draft_tokens: int  # tokens of these drafts
     num_accepted_tokens: int  # of these, became known
     num_unfinished_forms: int  # texts held to a form that ended, by length, before it did
+    num_pictures_computed: int  # of prompts, that went through the vision tower
+    num_picture_hits: int  # whose rows were found in the cache of pictures
+    num_picture_bytes: int  # of the rows in it
 
     @property
     def mean_acceptance_length(self) -> float:

@@ -5,6 +5,7 @@ Made from the server's own OpenAPI document, so a new field is attacked without 
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import subprocess
@@ -30,6 +31,28 @@ HOSTILE = (
     "[" + ",".join(['"a"'] * 3000) + "]",
 )
 
+# Where pictures are taken from: no name that resolves, and one picture that can be read.
+DOT = "iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAIAAACQd1PeAAAADElEQVR4nGP4z8AAAAMBAQDJ/pLvAAAAAElFTkSuQmCC"
+PNG = base64.b64decode(DOT)
+WIDE = PNG[:16] + b"\x00\x01\x00\x00" * 2 + PNG[24:]  # says that it has 2**32 pixels
+
+
+def png_url(content: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(content).decode()}"
+
+
+URLS = (
+    *("data:", "data:,", "data:image/png", "data:image/png;base64,", "data:image/png;base64,%00"),
+    *("data:;base64,!!!!", "data:image/png;base64," + "A" * 300_000, "data:text/html,<script>"),
+    *(png_url(WIDE), png_url(PNG[:40]), png_url(PNG + PNG), png_url(b"GIF89a" + b"\xff" * 99)),
+    *("data:image/svg+xml,<svg/>", png_url(b"%!PS-Adobe-3.0 EPSF-3.0\n"), png_url(b"\x00" * 9000)),
+    *("file:///etc/passwd", "file:///dev/zero", "/dev/zero", "../../etc/passwd", "file://x/y"),
+    *("http://127.0.0.1:1/", "http://[::1]:1/", "http://0:1/", "http://2130706433:1/", "http://["),
+    *("http://169.254.169.254/latest/meta-data/", "http://[::ffff:10.0.0.1]/", "https://10.0.0.1/"),
+    *("http://127.0.0.1:99999/", "http://user:pw@127.0.0.1/", "http://\u202ex/", "http://a b/"),
+    *("http:", "http://", "ftp://x/y", "javascript:alert(1)", "x" * 100_000, DOT, png_url(PNG)),
+)
+
 USER = {"role": "user", "content": "x"}
 # A request of each kind that is served, quickly; a hostile value replaces or joins one field.
 GOOD: dict[str, dict[str, Any]] = {
@@ -37,6 +60,8 @@ GOOD: dict[str, dict[str, Any]] = {
     "/v1/completions": {"prompt": "x", "max_tokens": 2},
     "/v1/chat/completions/render": {"messages": [USER]},
     "/v1/responses": {"input": "x", "max_output_tokens": 2},
+    "/v1/messages": {"messages": [USER], "max_tokens": 2},
+    "/v1/messages/count_tokens": {"messages": [USER]},
     "/v1/embeddings": {"input": "x"},
     "/v1/rerank": {"query": "x", "documents": ["y"]},
     "/v1/score": {"text_1": "x", "text_2": "y"},
@@ -70,6 +95,57 @@ INSIDE = {
         '"input": "x", "text": {"format": %s}',
         '"input": "x", "tools": [%s]',
     ),
+    "/v1/messages": (
+        '"max_tokens": 2, "messages": [%s]',
+        '"max_tokens": 2, "messages": [{"role": "user", "content": %s}]',
+        '"max_tokens": 2, "messages": [{"role": "user", "content": [{"type": %s}]}]',
+        '"max_tokens": 2, "messages": [{"role": "assistant", "content": [%s]}]',
+        '"max_tokens": 2, "messages": [], "system": [%s]',
+        '"max_tokens": 2, "messages": [], "tools": [{"name": "f", "input_schema": %s}]',
+    ),
+}
+# A picture for each way in which one can be sent: bodies around parts, and parts around a value.
+_BLOCK = '{"type": "image", "source": {"type": "base64", "media_type": %s, "data": %s}}'
+_CHAT = ('"max_tokens": 2, "messages": [{"role": "user", "content": [%s]}]',)
+_RESPONSES = (
+    '"max_output_tokens": 2, "input": [{"role": "user", "content": [%s]}]',
+    '"max_output_tokens": 2, "input": [{"role": "user", "content": [%s]}, {"role": "user", '
+    '"content": "x"}], "truncation": "auto"',
+    '"input": [{"type": "function_call", "call_id": "a", "name": "f", "arguments": "{}"}, '
+    '{"type": "function_call_output", "call_id": "a", "output": [%s]}], "max_output_tokens": 2',
+)
+_MESSAGES = (
+    *_CHAT,
+    '"max_tokens": 2, "messages": [{"role": "user", "content": "x"}, {"role": "assistant", '
+    '"content": [{"type": "tool_use", "id": "a", "name": "f", "input": {}}]}, {"role": "user", '
+    '"content": [{"type": "tool_result", "tool_use_id": "a", "content": [%s]}]}]',
+)
+_BLOCKS = (
+    _BLOCK % ('"image/png"', "%s"),
+    _BLOCK % ("%s", json.dumps(DOT)),
+    '{"type": "image", "source": %s}',
+    '{"type": "image", "source": {"type": "url", "url": %s}}',
+    '{"type": "image", "source": {"type": %s, "url": "data:,"}}',
+)
+PICTURES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "/v1/chat/completions": (
+        _CHAT,
+        (
+            '{"type": "image_url", "image_url": {"url": %s}}',
+            '{"type": "image_url", "image_url": %s}',
+            '{"type": "video_url", "video_url": {"url": %s}}',
+        ),
+    ),
+    "/v1/responses": (
+        _RESPONSES,
+        (
+            '{"type": "input_image", "image_url": %s}',
+            '{"type": "input_image", "image_url": "data:,", "detail": %s}',
+            '{"type": "input_image", "file_id": %s}',
+        ),
+    ),
+    "/v1/messages": (_MESSAGES, _BLOCKS),
+    "/v1/messages/count_tokens": (('"messages": [{"role": "user", "content": [%s]}]',), _BLOCKS),
 }
 # Whole bodies.
 BODIES = (
@@ -95,6 +171,19 @@ def cases(document: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
         for form in INSIDE.get(path, ()):
             for value in HOSTILE:
                 yield path, _body([form % value, '"temperature": 0'])
+    yield from picture_cases()
+
+
+def picture_cases() -> Iterator[tuple[str, bytes]]:
+    """Those about pictures alone, of which there are more to a server whose model reads them."""
+    for path, (bodies, parts) in PICTURES.items():
+        for body in bodies:
+            for part in parts:
+                for value in (*HOSTILE, *map(json.dumps, URLS)):
+                    yield path, _body([body % (part % value)])
+            for part in (parts[0] % json.dumps(png_url(PNG)), '{"type": "x"}'):
+                for many in (17, 3000):
+                    yield path, _body([body % ", ".join([part] * many)])
 
 
 def fields_of(document: dict[str, Any], path: str) -> list[str]:

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import base64
+import dataclasses
 import io
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
+import torch
 from PIL import Image
 
+import ernie
+from ernie.models import TINY
 from ernie.tokenizer import Tokenizer
 from tests import helpers_tokenizer
 
@@ -41,6 +50,43 @@ def vl_marks(tokenizer: Tokenizer) -> dict[str, int | None]:
         "im_patch_id": tokenizer.id_of("<|IMAGE_PLACEHOLDER|>"),
         "video_token_id": None,
     }
+
+
+def vl_model_folder(folder: Path, **changes: Any) -> Path:
+    """A random multimodal model in float32, whose config has `changes`, with a tokenizer."""
+    tokenizer = Tokenizer.from_folder(vl_folder(folder))
+    changes |= {"vocab_size": tokenizer.vocab_size, **vl_marks(tokenizer)}
+    model = ernie.ErnieModel(dataclasses.replace(TINY["tiny-vl"], **changes), dtype=torch.float32)
+    model.init_weights(seed=1, std=0.3)
+    ernie.save(model, folder)
+    return folder
+
+
+def data_url(content: bytes, kind: str = "image/png") -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+@contextmanager
+def serving(content: bytes) -> Iterator[tuple[str, list[str]]]:
+    """A web server on loopback, its address, and the paths it was asked for."""
+    paths: list[str] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            paths.append(self.path)
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"127.0.0.1:{server.server_port}", paths
+    finally:
+        server.shutdown()
 
 
 def grey_clip(

@@ -119,6 +119,7 @@ def dequantize(model: ErnieModel, dtype: torch.dtype) -> ErnieModel:
 def scheme_of(config: ErnieConfig, folder: Path) -> Scheme:
     """The scheme of a folder's `quantization_config`. Raises CheckpointError for a foreign one."""
     given: dict[str, Any] = dict(config.extra["quantization_config"])
+    given.setdefault("vision_experts", given.get("experts"))  # as folders once said it
     names = {field.name for field in dataclasses.fields(Scheme)}
     if given.pop("quant_method", None) != METHOD or set(given) != names:
         raise CheckpointError(
@@ -174,8 +175,10 @@ def _bits(name: str, scheme: Scheme) -> int | None:
     """Bits of the parameter `name`, None where it keeps its values."""
     if name == "lm_head.weight":
         return scheme.head
-    if ".mlp.experts." in name or ".mlp.vision_experts." in name:
+    if ".mlp.experts." in name:
         return scheme.experts
+    if ".mlp.vision_experts." in name:
+        return scheme.vision_experts
     is_product = name.endswith("_proj.weight") and not name.endswith("linear_proj.weight")
     return scheme.dense if is_product else None
 

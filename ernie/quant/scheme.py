@@ -8,8 +8,10 @@
 Training has names of its own for the frozen weights beside adapters (`FROZEN`).
 
 A scheme may also be written as the published JSON object, for example
-`{"quantization": "mix_quant", "dense_quant_type": "wint8", "moe_quant_type": "wint4"}`.
-Norms, routers, biases and the embedding table keep their values. Imports no torch.
+`{"quantization": "mix_quant", "dense_quant_type": "wint8", "moe_quant_type": "wint4"}`; vision
+experts are like the others where `image_moe_quant_type` says nothing else.
+Norms, routers, biases, the embedding table, and the vision tower and resampler of multimodal models
+keep their values. Imports no torch.
 """
 
 from __future__ import annotations
@@ -31,14 +33,15 @@ class Scheme:
     name: str
     dense: int | None  # attention, dense MLPs, shared experts
     experts: int | None  # routed experts
+    vision_experts: int | None  # those of the multimodal models' second bank
     head: int | None  # the projection to the vocabulary
     kv_cache: str | None = None  # a dtype name; None leaves the choice to the engine
 
 
 SCHEMES = {
-    "wint8": Scheme("wint8", dense=8, experts=8, head=8),
-    "wint4": Scheme("wint4", dense=8, experts=4, head=8),
-    "wint4_all": Scheme("wint4_all", dense=4, experts=4, head=8),
+    "wint8": Scheme("wint8", dense=8, experts=8, vision_experts=8, head=8),
+    "wint4": Scheme("wint4", dense=8, experts=4, vision_experts=4, head=8),
+    "wint4_all": Scheme("wint4_all", dense=4, experts=4, vision_experts=4, head=8),
 }
 
 
@@ -104,7 +107,8 @@ def _from_object(given: Mapping[str, Any]) -> Scheme:
         raise ConfigError(
             f"kv_cache_quant_type={cache!r} is not available; use int8 or leave it out"
         )
-    return Scheme("mix_quant", dense, experts, 8 if dense else None, cache)
+    vision = _bits(given, "image_moe_quant_type") if "image_moe_quant_type" in given else experts
+    return Scheme("mix_quant", dense, experts, vision, 8 if dense else None, cache)
 
 
 def _named(name: Any) -> Scheme:

@@ -17,9 +17,10 @@ Numpy only: a process that reads pictures for a model elsewhere does without tor
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -90,11 +91,18 @@ class Processor:
     font: Path | None = None
     max_images: int | None = None
     max_videos: int | None = None
+    memory: dict[int, Picture] | None = None  # of a `remembering` one, by id of the source
 
     @classmethod
     def from_folder(cls, path: str | Path, **arguments: Any) -> Processor:
         """With the settings and the font of a model folder."""
         return cls(settings=VisionSettings.from_folder(path), font=font_of(path), **arguments)
+
+    def remembering(self) -> Processor:
+        """One that reads each source once: for dialogues that share parts, the same objects, which
+        have to outlive it.
+        """
+        return replace(self, memory={})
 
     def inputs(
         self,
@@ -188,12 +196,35 @@ class Processor:
         seed: int | None,
     ) -> list[Picture]:
         """Pictures of (kind, source, where)."""
-        for kind, limit in (("image", self.max_images), ("video", self.max_videos)):
-            number = sum(entry[0] == kind for entry in found)
-            if limit is not None and number > limit:
-                raise ChatError(f"the messages hold {number} parts of {kind}; the limit is {limit}")
-        settings = self.settings.changed(options or {})
+        for kind, number, limit in self._excess(found):
+            raise ChatError(f"the messages hold {number} parts of {kind}; the limit is {limit}")
+        if self.memory is None:
+            return self._read_new(found, options, seed)
+        new = {id(entry[1]): entry for entry in found if id(entry[1]) not in self.memory}
+        self.memory.update(zip(new, self._read_new([*new.values()], options, seed), strict=True))
+        return [self.memory[id(source)] for _, source, _ in found]
 
+    def are_too_many(self, messages: Sequence[Mapping[str, Any]]) -> bool:
+        """Whether the messages hold more pictures than a dialogue may."""
+        return bool(self._excess(pictures_of(messages)))
+
+    def _excess(self, found: Sequence[tuple[str, Any, str]]) -> list[tuple[str, int, int]]:
+        """(kind, number, limit) where the limit is exceeded."""
+        counts = Counter(kind for kind, *_ in found)
+        limits = {"image": self.max_images, "video": self.max_videos}
+        return [
+            (kind, counts[kind], limit)
+            for kind, limit in limits.items()
+            if limit is not None and counts[kind] > limit
+        ]
+
+    def _read_new(
+        self,
+        found: Sequence[tuple[str, Any, str]],
+        options: Mapping[str, Any] | None,
+        seed: int | None,
+    ) -> list[Picture]:
+        settings = self.settings.changed(options or {})
         contents = in_threads(self._content, found, num_threads=_FETCHES)
 
         def read(work: tuple[tuple[str, Any, str], Any]) -> Picture:

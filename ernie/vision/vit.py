@@ -100,8 +100,27 @@ class Attention(nn.Module):
         return self.proj(seen_PHd.flatten(1))
 
 
+def quick_gelu(v: Tensor) -> Tensor:
+    """`v * sigmoid(1.702 v)`, of which nothing but v is kept for the backward pass."""
+    return _QuickGelu.apply(v)
+
+
+class _QuickGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, v: Tensor) -> Tensor:
+        ctx.save_for_backward(v)
+        return (v * 1.702).sigmoid_().mul_(v)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (v,) = ctx.saved_tensors
+        gate = (v * 1.702).sigmoid_()
+        slope = (1 - gate).mul_(v).mul_(1.702).add_(1).mul_(gate)
+        return slope.mul_(grad)
+
+
 class MLP(nn.Module):
-    """`fc2(quick_gelu(fc1(x)))` with `quick_gelu(v) = v * sigmoid(1.702 v)`."""
+    """`fc2(quick_gelu(fc1(x)))`."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -109,8 +128,7 @@ class MLP(nn.Module):
         self.fc2 = Linear(config.intermediate_size, config.embed_dim, bias=True)
 
     def forward(self, x_PW: Tensor) -> Tensor:
-        h = self.fc1(x_PW)
-        return self.fc2(h * torch.sigmoid(1.702 * h))
+        return self.fc2(quick_gelu(self.fc1(x_PW)))
 
 
 class VisionBlock(nn.Module):

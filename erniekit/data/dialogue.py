@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from erniekit.data import sharegpt
 from erniekit.data.calls import Calls, read_tools
 from erniekit.data.sources import DataError
 
+if TYPE_CHECKING:
+    from erniekit.data.multimodal import Media, PictureReader
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -36,11 +39,13 @@ class Sample:
 
     The shift is made here, once, inside a sample; the last token of a dialogue is only a label.
     `num_cut` tokens of the dialogue were in turns that were left out because it was too long.
+    `media` is what a sample of a multimodal model has beside.
     """
 
     token_ids: Sequence[int]
     labels: Sequence[int]
     num_cut: int = field(default=0, compare=False)
+    media: Media | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
         return len(self.token_ids)
@@ -51,17 +56,18 @@ class Sample:
 
     @property
     def positions(self) -> np.ndarray:
-        return np.arange(len(self))
+        """`(T,)`, or `(3, T)` of a multimodal model."""
+        return np.arange(len(self)) if self.media is None else self.media.positions_3T
 
     @property
     def mark(self) -> bytes:
         """What tells it from a sample of the same tokens."""
-        return b""
+        return b"" if self.media is None else self.media.mark
 
     @property
     def num_bytes(self) -> int:
         """Bytes that it holds besides its tokens."""
-        return 0
+        return 0 if self.media is None else self.media.num_bytes
 
 
 class CutAway(DataError):
@@ -234,6 +240,7 @@ class Encoder:
     """Turns dialogues into samples of at most `max_tokens` and counts what it had to leave out.
 
     `counts` has: dialogues cut, turns dropped, tokens of the samples and the trained ones of them.
+    With a `reader` samples are those of a multimodal model, with the pictures that records name.
     """
 
     def __init__(
@@ -243,13 +250,15 @@ class Encoder:
         max_tokens: int,
         *,
         one_answer_per_sample: bool = False,
+        reader: PictureReader | None = None,
     ) -> None:
         self.tokenizer, self.template, self.max_tokens = tokenizer, template, max_tokens
-        self.one_answer_per_sample = one_answer_per_sample
+        self.one_answer_per_sample, self.reader = one_answer_per_sample, reader
         self.counts: Counter[str] = Counter()
 
     def dialogue(self, record: Any, kind: str) -> Dialogue:
-        return read_dialogue(record, kind)
+        """With its pictures read, where there is a reader; raises DataError."""
+        return self.reader.dialogue(record, kind) if self.reader else read_dialogue(record, kind)
 
     def dialogues(self, record: Any, kind: str) -> list[Dialogue]:
         """Everything that is trained of a record."""
@@ -294,7 +303,9 @@ class Encoder:
         self, encoded: Encoded, messages: Sequence[Mapping[str, Any]], num_cut: int
     ) -> Sample:
         """The sample of an encoded dialogue, `num_cut` tokens of whose messages were cut off."""
-        return Sample(encoded.token_ids[:-1], encoded.labels[1:], num_cut)
+        ids = encoded.token_ids[:-1]
+        media = self.reader.media_of(ids, encoded, messages) if self.reader else None
+        return Sample(ids, encoded.labels[1:], num_cut, media)
 
     def _shortened(self, messages: list[dict[str, Any]], tools: Any) -> tuple[Encoded, int]:
         """A dialogue that is too long without as few of its oldest turns as possible, and their
@@ -321,9 +332,10 @@ class Encoder:
     def encode(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> Encoded:
         """A whole dialogue as the template writes it, labels not shifted; raises DataError."""
         extra = {"tools": tools} if tools else {}
+        sizes = self.reader.sizes(messages) if self.reader else ()
         try:
             return self.template.encode(
-                self.tokenizer, messages, add_generation_prompt=False, **extra
+                self.tokenizer, messages, sizes, add_generation_prompt=False, **extra
             )
         except (ChatError, TokenizerError) as error:
             raise DataError(str(error)) from None

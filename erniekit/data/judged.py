@@ -18,9 +18,9 @@ part of a row, and is cut where it is too long.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from ernie.tokenizer import Tokenizer
 from erniekit.data.dialogue import Dialogue, Encoder, Sample, read_dialogue
 from erniekit.data.preference import continuation, first_trained, prompt_of, without_ends
 from erniekit.data.sources import DataError
+
+if TYPE_CHECKING:
+    from erniekit.data.multimodal import PictureReader
 
 NEIGHBOURS = 100  # records after one that are looked through for an answer to another prompt
 
@@ -53,19 +56,32 @@ class JudgedSample(Sample):
     other: Sample | None = None
 
     @property
+    def prompt(self) -> tuple[list[int], bytes]:
+        """Equal for equal prompts."""
+        media = self.media and self.media.cut(0, self.num_prompt)
+        return list(self.token_ids[: self.num_prompt]), media.mark if media else b""
+
+    @property
     def key(self) -> bytes:
         """Equal for equal answers that are compared with equal ones: 16 bytes."""
-        numbers = [len(self), *self.token_ids, *self.labels]
+        numbers, mark = [len(self), *self.token_ids, *self.labels], self.mark
         if self.other is not None:
             numbers += [*self.other.token_ids, *self.other.labels]
-        return hashlib.blake2b(np.asarray(numbers, np.int32).tobytes(), digest_size=16).digest()
+            mark += self.other.mark
+        content = np.asarray(numbers, np.int32).tobytes() + mark
+        return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def read_judgement(record: Any, kind: str) -> Judgement:
-    """The judged answer in a record of a format; raises DataError for one that cannot be used."""
+def read_judgement(
+    record: Any, kind: str, read: Callable[[Any, str], Dialogue] = read_dialogue
+) -> Judgement:
+    """The judged answer in a record of a format; `read` checks its dialogue, given as a record of
+    messages. Raises DataError for one that cannot be used.
+    """
     if not isinstance(record, dict):
         raise DataError(f"a {type(record).__name__}; expected an object")
-    dialogue, num_prompt = _READERS[kind](record)
+    messages, num_prompt = _READERS[kind](record)
+    dialogue = read({**record, "messages": messages}, "messages")
     messages = [
         {**m, "label": int(i >= num_prompt)} if m.get("role") == "assistant" else m
         for i, m in enumerate(dialogue.messages)
@@ -84,23 +100,25 @@ def _label(record: Mapping[str, Any]) -> bool:
     return value
 
 
-def _from_erniekit(record: Mapping[str, Any]) -> tuple[Dialogue, int]:
+Turns = tuple[list[dict[str, Any]], int]  # messages, and how many of them are the prompt
+
+
+def _from_erniekit(record: Mapping[str, Any]) -> Turns:
     prompt = prompt_of(record)
-    return _checked(prompt, continuation(record.get("response"))), len(prompt)
+    return prompt + continuation(record.get("response")), len(prompt)
 
 
-def _from_alpaca(record: Mapping[str, Any]) -> tuple[Dialogue, int]:
-    dialogue = read_dialogue(record, "alpaca")
-    return dialogue, len(dialogue.messages) - 1
+def _from_alpaca(record: Mapping[str, Any]) -> Turns:
+    messages = read_dialogue(record, "alpaca").messages
+    return messages, len(messages) - 1
 
 
-def _from_messages(record: Mapping[str, Any]) -> tuple[Dialogue, int]:
+def _from_messages(record: Mapping[str, Any]) -> Turns:
     if "messages" in record:
-        dialogue = read_dialogue(record, "messages")
-        return dialogue, len(dialogue.messages) - 1
+        messages = record["messages"]
+        return messages, len(messages) - 1 if isinstance(messages, list) else 0
     prompt = _messages(record, "prompt", "user")
-    dialogue = _checked(prompt, _messages(record, "completion", "assistant"), record.get("tools"))
-    return dialogue, len(prompt)
+    return prompt + _messages(record, "completion", "assistant"), len(prompt)
 
 
 def _messages(record: Mapping[str, Any], key: str, role: str) -> list[dict[str, Any]]:
@@ -110,10 +128,6 @@ def _messages(record: Mapping[str, Any], key: str, role: str) -> list[dict[str, 
     if not isinstance(value, list) or not value or not all(isinstance(m, dict) for m in value):
         raise DataError(f"{key} is neither text nor a list of messages", at=key)
     return value
-
-
-def _checked(prompt: list[dict[str, Any]], answer: list[dict[str, Any]], tools=None) -> Dialogue:
-    return read_dialogue({"messages": prompt + answer, "tools": tools}, "messages")
 
 
 _READERS = {
@@ -131,16 +145,26 @@ class JudgedEncoder(Encoder):
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, template: ChatTemplate, max_tokens: int, *, masks_end: bool
+        self,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        max_tokens: int,
+        *,
+        masks_end: bool,
+        reader: PictureReader | None = None,
     ) -> None:
-        super().__init__(tokenizer, template, max_tokens)
+        super().__init__(tokenizer, template, max_tokens, reader=reader)
         self.masks_end = masks_end
 
     def dialogue(self, record: Any, kind: str) -> Dialogue:
-        return read_judgement(record, kind).dialogue
+        return self.judgement(record, kind).dialogue
+
+    def judgement(self, record: Any, kind: str) -> Judgement:
+        """With its pictures read, where there is a reader; raises DataError."""
+        return read_judgement(record, kind, self.reader.dialogue if self.reader else read_dialogue)
 
     def read(self, record: Any, kind: str) -> list[Sample]:
-        judgement = read_judgement(record, kind)
+        judgement = self.judgement(record, kind)
         (sample,) = self.samples(judgement.dialogue)
         labels = without_ends(sample.labels) if self.masks_end else list(sample.labels)
         if all(label == UNTRAINED for label in labels):
@@ -151,6 +175,7 @@ class JudgedEncoder(Encoder):
                 sample.token_ids,
                 labels,
                 sample.num_cut,
+                sample.media,
                 num_prompt=num_prompt,
                 is_desirable=judgement.is_desirable,
             )
@@ -162,23 +187,27 @@ class JudgedEncoder(Encoder):
         """The samples of a record with their `other`, from the records (and formats) after it."""
         (sample,) = samples
         assert isinstance(sample, JudgedSample)
-        prompt = list(sample.token_ids[: sample.num_prompt])
+        prompt = sample.prompt
         for record, kind in following:
             try:
                 (other,) = self.read(record, kind)
             except DataError:  # told where it is read for itself
                 continue
             assert isinstance(other, JudgedSample)
-            if list(other.token_ids[: other.num_prompt]) != prompt:
-                return [replace(sample, other=self._after(prompt, other))]
+            if other.prompt != prompt:
+                return [replace(sample, other=self._after(sample, other))]
         raise DataError(
             f"no other prompt in the {NEIGHBOURS} records after it; expected one, whose answer its "
             "own is compared with"
         )
 
-    def _after(self, prompt: list[int], other: JudgedSample) -> Sample:
-        """The answer of a sample after another prompt, cut to fit."""
-        start = other.num_prompt
-        ids = [*prompt, *other.token_ids[start:]]
-        labels = [UNTRAINED] * (len(prompt) - 1) + list(other.labels[start - 1 :])
-        return Sample(ids[: self.max_tokens], labels[: self.max_tokens])
+    def _after(self, sample: JudgedSample, other: JudgedSample) -> Sample:
+        """The answer of a sample after the prompt of another one, cut to fit."""
+        middle, start = sample.num_prompt, other.num_prompt
+        ids = [*sample.token_ids[:middle], *other.token_ids[start:]][: self.max_tokens]
+        labels = [UNTRAINED] * (middle - 1) + list(other.labels[start - 1 :])
+        media = None
+        if self.reader and sample.media and other.media:
+            own, answer = sample.media.cut(0, middle), other.media.cut(start, len(other))
+            media = self.reader.media(ids, [*own.pictures, *answer.pictures])
+        return Sample(ids, labels[: self.max_tokens], media=media)

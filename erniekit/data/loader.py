@@ -35,13 +35,13 @@ from ernie.tokenizer import Tokenizer
 from ernie.vision.prompt import Processor
 from ernie.vision.settings import VisionSettings, font_of
 from ernie.vision.sources import MediaError, Sources
-from erniekit.config import Data, Run
+from erniekit.config import PICTURED, Data, Run, check_every_weight_is_used, given_of
 from erniekit.data import tasks
 from erniekit.data.dialogue import Encoder, Sample
 from erniekit.data.indexed import Indexed, share
 from erniekit.data.judged import NEIGHBOURS, JudgedEncoder, JudgedSample
 from erniekit.data.mix import Mix
-from erniekit.data.multimodal import PicturedSample, PictureEncoder
+from erniekit.data.multimodal import PictureReader
 from erniekit.data.pack import START, Cursor, Drawn, Row, pack
 from erniekit.data.pictures import Beside
 from erniekit.data.preference import PairEncoder, PairSample
@@ -66,17 +66,16 @@ class Pictures:
     @classmethod
     def of(cls, samples: list[Sample], missing: int) -> Pictures | None:
         """Those of samples with `missing` tokens of padding behind; None for a text model's."""
-        pictured = [sample for sample in samples if isinstance(sample, PicturedSample)]
-        if not pictured:
+        parts = [sample.media for sample in samples if sample.media is not None]
+        if not parts:
             return None
-        pictures = [picture for sample in pictured for picture in sample.pictures]
-        rows = [picture.rows for picture in pictures]
-        modality = np.concatenate([sample.modality_T for sample in pictured])
+        media = PictureReader.joined(parts)
+        rows = [picture.rows for picture in media.pictures]
         return cls(
             np.concatenate(rows) if rows else np.empty((0, 0), np.uint8),
-            [picture.grid for picture in pictures],
-            np.concatenate([sample.is_place_T for sample in pictured]).nonzero()[0],
-            np.pad(modality, (0, missing)),
+            [picture.grid for picture in media.pictures],
+            media.is_place_T.nonzero()[0],
+            np.pad(media.modality_T, (0, missing)),
         )
 
 
@@ -210,7 +209,7 @@ class Stream:
         self.data, self.encoder = data, encoder
         self.kinds = kinds
         self.sources = [_opened(data, split, kind, path) for kind, path in zip(kinds, paths)]
-        if isinstance(encoder, PictureEncoder):
+        if encoder.reader is not None:
             self.sources = [Beside(source) for source in self.sources]
         training = split == "train"
         self.way = "separate" if not data.packing else "sequential"
@@ -376,6 +375,7 @@ def processor_of(run: Run, folder: Path) -> Processor:
 def encoder_of(run: Run, tokenizer: Tokenizer, template: ChatTemplate) -> Encoder:
     """What reads the records of a stage with a template: pairs, judged answers, or dialogues."""
     data, p = run.data, run.preferences
+    reader = _reader_of(run)
     if run.model.stage in ("DPO", "RM"):
         is_scored = run.model.stage == "RM"
         return PairEncoder(
@@ -385,32 +385,43 @@ def encoder_of(run: Run, tokenizer: Tokenizer, template: ChatTemplate) -> Encode
             max_prompt_tokens=min(p.max_prompt_len, data.max_seq_len - 10),
             masks_end=p.mask_out_eos_token and not is_scored,
             reads_end=is_scored,
+            reader=reader,
         )
     if run.model.stage == "KTO":
         masks_end = p.mask_out_eos_token
-        return JudgedEncoder(tokenizer, template, data.max_seq_len, masks_end=masks_end)
-    if run.model.stage == "VL-SFT":
-        folder = resolve(run.model.model_name_or_path)
-        return PictureEncoder(
-            tokenizer,
-            template,
-            data.max_seq_len,
-            config=_multimodal(folder),
-            processor=processor_of(run, folder),
+        return JudgedEncoder(
+            tokenizer, template, data.max_seq_len, masks_end=masks_end, reader=reader
         )
     return Encoder(
-        tokenizer, template, data.max_seq_len, one_answer_per_sample=data.split_multi_turn
+        tokenizer,
+        template,
+        data.max_seq_len,
+        # The templates of multimodal models write an answer differently once a dialogue goes on.
+        one_answer_per_sample=data.split_multi_turn or reader is not None,
+        reader=reader,
     )
 
 
-def _multimodal(folder: Path) -> ErnieConfig:
+def _reader_of(run: Run) -> PictureReader | None:
+    """What reads the pictures of a run's records; None where the stage or the model has none."""
+    if run.model.stage not in PICTURED:
+        return None
+    folder = resolve(run.model.model_name_or_path)
     config = ErnieConfig.from_folder(folder)
-    if config.vision_config is None:
+    if config.vision_config is not None:
+        check_every_weight_is_used(run)
+        return PictureReader(config, processor_of(run, folder))
+    if run.model.stage == "VL-SFT":
         raise ConfigError(
             f"stage=VL-SFT trains a model that reads pictures, which {folder} does not; use a VL "
             "model, or stage: SFT"
         )
-    return config
+    if given := given_of(run.pictures):
+        raise ConfigError(
+            f"{', '.join(given)} are about pictures, which {folder} does not "
+            "read; leave them out, or use a VL model"
+        )
+    return None
 
 
 @dataclass(frozen=True)

@@ -1,46 +1,44 @@
-"""Dialogues with pictures to samples of a multimodal model: tokens, labels, pictures, positions.
+"""What a sample of a multimodal model has beside its tokens: pictures, positions, kinds of tokens.
 
 Pictures are read here, by the thread that makes batches, so that a file that is missing, broken or
 too large is told with its record. They stay bytes (`ernie.vision.processor.Picture`) until the
-model normalises them.
+model normalises them. Every encoder takes a `PictureReader`; what it makes of dialogues, pairs and
+judged answers is otherwise the same.
+
+Legend: T tokens of a sample.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from ernie.chat import ChatError, ChatTemplate, Encoded
+from ernie.chat import ChatError, Encoded
 from ernie.chat.messages import MEDIA, pictures_of
 from ernie.config import ErnieConfig
-from ernie.tokenizer import Tokenizer, TokenizerError
 from ernie.vision.positions import is_placeholder, modality_of, positions_of
 from ernie.vision.processor import Picture
 from ernie.vision.prompt import Processor
 from ernie.vision.sources import MediaError
-from erniekit.data.dialogue import Dialogue, Encoder, Sample
+from erniekit.data.dialogue import Dialogue
 from erniekit.data.pictures import read_pictured
 from erniekit.data.sources import DataError
 
 
 @dataclass(frozen=True)
-class PicturedSample(Sample):
-    """A sample of a multimodal model, with the pictures that its placeholders stand for, in order
-    of appearance; also one of text alone, without any.
+class Media:
+    """The pictures that the placeholders of a sample stand for, in order of appearance, and what
+    the model must know of its tokens; also of a sample of text alone, without any.
     """
 
-    pictures: tuple[Picture, ...] = field(default=(), compare=False)
-    positions_3T: np.ndarray = field(default_factory=lambda: np.empty((3, 0)), compare=False)
-    modality_T: np.ndarray = field(default_factory=lambda: np.empty(0), compare=False)
-    is_place_T: np.ndarray = field(default_factory=lambda: np.empty(0), compare=False)
-
-    @property
-    def positions(self) -> np.ndarray:
-        return self.positions_3T
+    pictures: tuple[Picture, ...]
+    positions_3T: np.ndarray  # int64
+    modality_T: np.ndarray  # int64, as in `ernie.vision.positions`
+    is_place_T: np.ndarray  # bool
 
     @property
     def mark(self) -> bytes:
@@ -50,42 +48,40 @@ class PicturedSample(Sample):
     def num_bytes(self) -> int:
         return sum(picture.rows.nbytes for picture in self.pictures)
 
+    def cut(self, start: int, stop: int) -> Media:
+        """Of the tokens from `start` to `stop`, between which no picture is cut."""
+        done = np.cumsum([0, *(picture.num_tokens for picture in self.pictures)])
+        first, last = (
+            int(np.searchsorted(done, self.is_place_T[:token].sum())) for token in (start, stop)
+        )
+        tokens = slice(start, stop)
+        return Media(
+            self.pictures[first:last],
+            self.positions_3T[:, tokens],
+            self.modality_T[tokens],
+            self.is_place_T[tokens],
+        )
 
-class PictureEncoder(Encoder):
-    """Turns dialogues with pictures into samples; each trained answer is one of its own, because
-    the templates write an answer differently once the dialogue goes on.
-    """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        template: ChatTemplate,
-        max_tokens: int,
-        *,
-        config: ErnieConfig,
-        processor: Processor,
-    ) -> None:
-        super().__init__(tokenizer, template, max_tokens, one_answer_per_sample=True)
+class PictureReader:
+    """Reads the pictures of messages, and says where the tokens of a sequence with them stand."""
+
+    def __init__(self, config: ErnieConfig, processor: Processor) -> None:
         self.config, self.processor = config, processor
-        self._last: tuple[Any, Dialogue] | None = None  # so that no record is decoded twice
+        self._last: tuple[str, list[Picture]] = "", []  # so that no record is decoded twice
 
-    def dialogue(self, record: Any, kind: str) -> Dialogue:
-        """With every picture read; raises DataError."""
-        if self._last is None or self._last[0] is not record:
-            found = read_pictured(record, kind)
-            messages = self._with_pictures(found.messages)
-            self._last = record, replace(found, messages=messages)
-        return self._last[1]
-
-    def _with_pictures(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        found = pictures_of(messages)
-        if not found:
+    def read(self, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The messages with pictures in place of their sources; raises DataError."""
+        sources = repr([source for _, source, _ in pictures_of(messages)])
+        if sources == "[]":
             return messages
-        seed = zlib.crc32(repr([source for _, source, _ in found]).encode())
-        try:
-            pictures = iter(self.processor.pictures(messages, seed=seed))
-        except (MediaError, ChatError) as error:
-            raise DataError(str(error)) from None
+        if self._last[0] != sources:
+            seed = zlib.crc32(sources.encode())
+            try:
+                self._last = sources, self.processor.pictures(messages, seed=seed)
+            except (MediaError, ChatError) as error:
+                raise DataError(str(error)) from None
+        pictures = iter(self._last[1])
         return [
             {**m, "content": [_read_part(part, pictures) for part in m["content"]]}
             if isinstance(m.get("content"), list)
@@ -93,39 +89,47 @@ class PictureEncoder(Encoder):
             for m in messages
         ]
 
-    def encode(self, messages: Sequence[Mapping[str, Any]], tools: Any = None) -> Encoded:
-        sizes = [(picture.kind, picture.num_tokens) for picture in _read(messages)]
-        extra = {"tools": tools} if tools else {}
-        try:
-            return self.template.encode(
-                self.tokenizer, messages, sizes, add_generation_prompt=False, **extra
-            )
-        except (ChatError, TokenizerError) as error:
-            raise DataError(str(error)) from None
+    def dialogue(self, record: Any, kind: str) -> Dialogue:
+        """The dialogue in a record, with every picture read; raises DataError."""
+        found = read_pictured(record, kind)
+        return replace(found, messages=self.read(found.messages))
 
-    def sample_of(
-        self, encoded: Encoded, messages: Sequence[Mapping[str, Any]], num_cut: int
-    ) -> Sample:
-        pictures = _read(messages)
-        pictures = pictures[len(pictures) - len(encoded.pictures) :]  # the oldest turns are cut
-        ordered = tuple(pictures[number] for number, *_ in encoded.pictures)
-        ids = np.asarray(encoded.token_ids[:-1], np.int64)
-        try:
-            positions = positions_of(ids, [picture.grid for picture in ordered], self.config)
-        except ValueError as error:
-            raise DataError(str(error)) from None
-        return PicturedSample(
-            encoded.token_ids[:-1],
-            encoded.labels[1:],
-            num_cut,
-            ordered,
-            positions,
-            modality_of(ids, self.config),
-            is_placeholder(ids, self.config),
+    @staticmethod
+    def joined(parts: Sequence[Media]) -> Media:
+        """Of parts that stand one after the other, with the positions that each has."""
+        return Media(
+            tuple(picture for part in parts for picture in part.pictures),
+            np.concatenate([part.positions_3T for part in parts], axis=1),
+            np.concatenate([part.modality_T for part in parts]),
+            np.concatenate([part.is_place_T for part in parts]),
         )
 
+    def sizes(self, messages: Sequence[Mapping[str, Any]]) -> list[tuple[str, int]]:
+        """Kind and number of tokens of the pictures of messages that were read."""
+        return [(picture.kind, picture.num_tokens) for picture in _pictures(messages)]
 
-def _read(messages: Sequence[Mapping[str, Any]]) -> list[Picture]:
+    def media_of(
+        self, token_ids: Sequence[int], encoded: Encoded, messages: Sequence[Mapping[str, Any]]
+    ) -> Media:
+        """What stands beside the first tokens of an encoded dialogue, which hold all its pictures;
+        `messages` may begin with turns that were cut off. Raises DataError.
+        """
+        pictures = _pictures(messages)
+        kept = pictures[len(pictures) - len(encoded.pictures) :]
+        return self.media(token_ids, [kept[number] for number, *_ in encoded.pictures])
+
+    def media(self, token_ids: Sequence[int], pictures: Sequence[Picture]) -> Media:
+        """Of a sequence with these pictures in this order; raises DataError."""
+        ids_T = np.asarray(token_ids, np.int64)
+        try:
+            positions_3T = positions_of(ids_T, [p.grid for p in pictures], self.config)
+        except ValueError as error:
+            raise DataError(str(error)) from None
+        modality_T = modality_of(ids_T, self.config)
+        return Media(tuple(pictures), positions_3T, modality_T, is_placeholder(ids_T, self.config))
+
+
+def _pictures(messages: Sequence[Mapping[str, Any]]) -> list[Picture]:
     return [picture for _, picture, _ in pictures_of(messages)]
 
 

@@ -1,4 +1,4 @@
-"""Records with pictures, of stage VL-SFT, to dialogues.
+"""Records with pictures to dialogues: those of stage VL-SFT, and the messages of judged answers.
 
     published  {"text_info": [{"text", "tag": "mask" or "no_mask"}, ...], "order"?, "is_system"?,
                 "image_info"?: [{"image_url", "matched_text_index"}, ...], "video_info"?: [same],

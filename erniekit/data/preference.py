@@ -15,6 +15,10 @@ so that both first tokens of an answer follow from the prompt. A prompt that is 
 *oldest whole turns*; a pair that still does not fit is left out, and no answer is ever cut.
 `chatml` is another name of `messages`. Whatever cannot be used raises `DataError`.
 
+A multimodal model reads pairs about pictures too (`PairEncoder` with a `reader`): `images` and
+`videos` of a record stand in the places of their tags, as in `erniekit.data.pictures`, and messages
+may have parts. Pictures of the prompt are in the row once.
+
 A reward model reads the same rows with the end of each answer among the inputs too, where otherwise
 it is a label only: its scores stand at the tokens before `pairs_P4[:, 2]` and `pairs_P4[:, 3]`.
 """
@@ -22,13 +26,14 @@ it is a label only: its scores stand at the tokens before `pairs_P4[:, 2]` and `
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import zip_longest
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ernie.chat import UNTRAINED, ChatTemplate
+from ernie.chat import UNTRAINED, ChatTemplate, Encoded
 from ernie.tokenizer import Tokenizer
 from erniekit.data.dialogue import (
     Dialogue,
@@ -41,6 +46,9 @@ from erniekit.data.dialogue import (
     read_dialogue,
 )
 from erniekit.data.sources import DataError
+
+if TYPE_CHECKING:
+    from erniekit.data.multimodal import Media, PictureReader
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,8 @@ class PairSample(Sample):
 
     @property
     def positions(self) -> np.ndarray:
+        if self.media is not None:
+            return self.media.positions_3T
         first, second = self.rejected - self.chosen, len(self) - self.rejected
         return np.concatenate(
             [
@@ -78,21 +88,22 @@ class PairSample(Sample):
     def key(self) -> bytes:
         """Equal for equal pairs: 16 bytes."""
         numbers = [self.chosen, self.rejected, *self.token_ids, *self.labels]
-        return hashlib.blake2b(np.asarray(numbers, np.int32).tobytes(), digest_size=16).digest()
+        content = np.asarray(numbers, np.int32).tobytes() + self.mark
+        return hashlib.blake2b(content, digest_size=16).digest()
 
 
-def read_pair(record: Any, kind: str) -> Pair:
-    """The pair in a record of a format; raises DataError for one that cannot be used."""
+def read_pair(record: Any, kind: str, read: Callable[[Any, str], Dialogue] = read_dialogue) -> Pair:
+    """The pair in a record of a format; `read` checks the dialogue of either answer, given as a
+    record of messages. Raises DataError for one that cannot be used.
+    """
     if not isinstance(record, dict):
         raise DataError(f"a {type(record).__name__}; expected an object")
     prompt, chosen, rejected = _READERS[kind](record)
     if chosen == rejected:
         raise DataError("both answers are the same; expected one that is preferred")
     prompt = [{**m, "label": 0} if m.get("role") == "assistant" else m for m in prompt]
-    tools = record.get("tools")
     first, second = (
-        read_dialogue({"messages": prompt + answer, "tools": tools}, "messages")
-        for answer in (chosen, rejected)
+        read({**record, "messages": prompt + answer}, "messages") for answer in (chosen, rejected)
     )
     return Pair(first.messages, second.messages, len(prompt), first.tools)
 
@@ -196,22 +207,27 @@ class PairEncoder(Encoder):
         max_prompt_tokens: int,
         masks_end: bool,
         reads_end: bool = False,
+        reader: PictureReader | None = None,
     ) -> None:
-        super().__init__(tokenizer, template, max_tokens)
+        super().__init__(tokenizer, template, max_tokens, reader=reader)
         self.max_prompt_tokens, self.masks_end = max_prompt_tokens, masks_end
         self.reads_end = reads_end
 
     def dialogue(self, record: Any, kind: str) -> Dialogue:
         """That of the chosen answer."""
-        pair = read_pair(record, kind)
+        pair = self.pair(record, kind)
         return Dialogue(pair.chosen, pair.tools)
 
     def dialogues(self, record: Any, kind: str) -> list[Dialogue]:
-        pair = read_pair(record, kind)
+        pair = self.pair(record, kind)
         return [Dialogue(messages, pair.tools) for messages in (pair.chosen, pair.rejected)]
 
+    def pair(self, record: Any, kind: str) -> Pair:
+        """With its pictures read, where there is a reader; raises DataError."""
+        return read_pair(record, kind, self.reader.dialogue if self.reader else read_dialogue)
+
     def read(self, record: Any, kind: str) -> list[Sample]:
-        sample = self.sample(read_pair(record, kind))
+        sample = self.sample(self.pair(record, kind))
         self.counts["tokens"] += len(sample)
         self.counts["trained tokens"] += sample.num_trained
         return [sample]
@@ -242,22 +258,36 @@ class PairEncoder(Encoder):
 
     def _sample_after(self, prompt: list[dict[str, Any]], pair: Pair) -> PairSample:
         """The pair after another prompt, however long that is."""
-        chosen, rejected = (
-            self.encode(prompt + messages[pair.num_prompt :], pair.tools)
-            for messages in (pair.chosen, pair.rejected)
-        )
-        starts = [first_trained(encoded.labels) for encoded in (chosen, rejected)]
-        common = min(*starts, _num_equal(chosen.token_ids, rejected.token_ids))
+        sides = [prompt + messages[pair.num_prompt :] for messages in (pair.chosen, pair.rejected)]
+        both = [self.encode(messages, pair.tools) for messages in sides]
+        wholes = self._media(both, sides)
+        common = _num_common(both, wholes)
         assert common, "a dialogue begins with something"
-        ids = chosen.token_ids[: common - 1]
+        ids = both[0].token_ids[: common - 1]
         labels = [UNTRAINED] * len(ids)
-        bounds = []
-        for encoded in (chosen, rejected):
-            bounds.append(len(ids))
+        bounds: list[int] = []
+        media: list[Media] = []
+        for encoded, whole in zip_longest(both, wholes):
             targets = self._targets(encoded.labels[common:])
-            ids += encoded.token_ids[common - 1 :][: len(targets) + self.reads_end]
+            end = common - 1 + len(targets) + self.reads_end
+            if whole is not None:
+                media.append(whole.cut(common - 1 if bounds else 0, end))
+            bounds.append(len(ids))
+            ids += encoded.token_ids[common - 1 : end]
             labels += targets + [UNTRAINED] * self.reads_end
-        return PairSample(ids, labels, chosen=bounds[0], rejected=bounds[1])
+        return PairSample(
+            ids,
+            labels,
+            media=self.reader.joined(media) if self.reader else None,
+            chosen=bounds[0],
+            rejected=bounds[1],
+        )
+
+    def _media(self, both: Sequence[Encoded], sides: Sequence[list[dict[str, Any]]]) -> list[Media]:
+        """Of each whole dialogue, none without a reader."""
+        if self.reader is None:
+            return []
+        return [self.reader.media_of(e.token_ids, e, messages) for e, messages in zip(both, sides)]
 
     def _targets(self, labels: list[int]) -> list[int]:
         """Labels of an answer without ends where those are masked, up to the last one with loss."""
@@ -268,6 +298,17 @@ class PairEncoder(Encoder):
         if not labels:
             raise DataError("an answer has no token to learn from")
         return labels
+
+
+def _num_common(both: Sequence[Encoded], wholes: Sequence[Media]) -> int:
+    """Tokens that both dialogues begin with and that are not trained, up to a picture in which they
+    differ.
+    """
+    bounds = [first_trained(encoded.labels) for encoded in both]
+    if wholes:
+        alike = _num_equal(*([picture.digest for picture in media.pictures] for media in wholes))
+        bounds += [e.pictures[alike][1] for e in both if len(e.pictures) > alike]
+    return min(*bounds, _num_equal(*(encoded.token_ids for encoded in both)))
 
 
 def without_ends(labels: Sequence[int]) -> list[int]:

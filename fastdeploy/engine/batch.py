@@ -36,7 +36,7 @@ class Batch:
     adapters: ActiveAdapters | None  # and which tokens each one changes; None: nobody has one
     begins: bool = False  # whether the step is the beginning of one text, and nothing else
     modality_T: Tensor | None = None  # int64, 0 text, 1 vision; None: all is text
-    embeds: Embeds | None = None  # rows of pictures, on the device
+    embeds: Embeds | None = None  # rows of pictures
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
@@ -45,7 +45,8 @@ class Batch:
         moved = {name: getattr(self, name).to(device) for name in TENSORS}
         adapters = None if self.adapters is None else self.adapters.to(device)
         modality_T = None if self.modality_T is None else self.modality_T.to(device)
-        return replace(self, **moved, adapters=adapters, modality_T=modality_T)
+        embeds = None if self.embeds is None else Embeds(*(t.to(device) for t in self.embeds))
+        return replace(self, **moved, adapters=adapters, modality_T=modality_T, embeds=embeds)
 
 
 TENSORS = tuple(field.name for field in fields(Batch) if field.type == "Tensor")

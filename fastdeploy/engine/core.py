@@ -184,10 +184,7 @@ class Engine:
             self.grammars.check_size(params.guided_decoding)
         prompt_ids = token_ids_of(prompt)
         check_prompt(prompt_ids, self.vocab_size, self.config.max_model_len, params.min_tokens)
-        layout = Layout.of(prompt, self.network)
-        if layout is not None:
-            check_pictures(self.config)
-        return layout
+        return Layout.of(prompt, self.network)
 
     def load_adapter(self, name: str, adapter: Adapter) -> None:
         """Offer an adapter (see `Adapters.read`) under a name, from the next step on.
@@ -397,7 +394,7 @@ class Engine:
             raise RequestError("the engine is paused; resume it first", status=503)
 
     def stats(self) -> Stats:
-        blocks, scheduler = self.blocks, self.scheduler
+        blocks, scheduler, pictures = self.blocks, self.scheduler, self.pictures
         return Stats(
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
@@ -413,6 +410,9 @@ class Engine:
             num_draft_tokens=scheduler.num_draft_tokens,
             num_accepted_tokens=scheduler.num_accepted_tokens,
             num_unfinished_forms=self.num_unfinished_forms,
+            num_pictures_computed=pictures.num_computed if pictures else 0,
+            num_picture_hits=pictures.num_hits if pictures else 0,
+            num_picture_bytes=pictures.num_bytes if pictures else 0,
         )
 
     def _report(
@@ -465,19 +465,6 @@ class Engine:
                 )
             )
         return outputs
-
-
-def check_pictures(config: EngineConfig) -> None:
-    """Raise RequestError where the engine runs with something that pictures do not go with."""
-    for name, is_on in (
-        ("enable_lora", config.enable_lora),
-        ("speculation by mtp", config.has_mtp),
-        (f"tensor_parallel_size={config.tensor_parallel_size}", config.tensor_parallel_size > 1),
-    ):
-        if is_on:
-            raise RequestError(
-                f"pictures with {name} are not available; leave out one of the two", param="prompt"
-            )
 
 
 def num_cache_blocks(model: ErnieModel, config: EngineConfig, ranks: Ranks | None = None) -> int:

@@ -39,7 +39,10 @@ def chat_prompt(
     """
     template, tokenizer = _checked(template, tokenizer, options)
     if template.reads and pictures_of(messages):
-        raise RequestError("pictures are read by chat completions only", param="messages")
+        raise RequestError(
+            "the messages hold pictures, of which no vectors are made; send text alone",
+            param="messages",
+        )
     return template.encode(
         tokenizer, messages, tools=tools, add_generation_prompt=add_generation_prompt, **options
     ).token_ids
@@ -54,6 +57,7 @@ def chat_inputs(
     options: Mapping[str, Any],
     *,
     changes: Mapping[str, Any] | None = None,
+    add_generation_prompt: bool = True,
 ) -> Inputs:
     """`chat_prompt` with the pictures of the messages, which are fetched and read here; `changes`
     are `mm_processor_kwargs`. Raises MediaError as well, naming the part at fault.
@@ -65,7 +69,7 @@ def chat_inputs(
         messages,
         options=changes,
         tools=tools,
-        add_generation_prompt=True,
+        add_generation_prompt=add_generation_prompt,
         **options,
     )
 

@@ -9,10 +9,11 @@ child whose rank 0 is gone ends. A rank 0 whose child is gone raises RankError, 
 later step, and ends the rest. All of it stays on this machine and on its loopback address.
 
 A frame on a socket is one byte of kind, then its content:
-    b   a batch, see `packed`; nothing comes back
+    b   a batch, see `packed`; nothing comes back. Rows of pictures, which rank 0 alone computes,
+        follow through the group
     c   a call, JSON {"name", "arguments"}; the answer is JSON {"value"} or {"error"}
 
-Legend: R rows, C columns of a rank, V = size * C vocabulary.
+Legend: R rows, C columns of a rank, V = size * C vocabulary, L rows of pictures, D hidden size.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ernie.fused import Shard
+from ernie.model import Embeds
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.batch import TENSORS, Batch
 from fastdeploy.errors import RankError
@@ -82,6 +84,11 @@ class Group:
     def sum_ranks(self, x: Tensor) -> Tensor:
         """The sum over the ranks, in place; the same bits on each of them."""
         self.backend.allreduce([x]).wait()
+        return x
+
+    def receive(self, x: Tensor) -> Tensor:
+        """What rank 0 has in its `x`, in place."""
+        self.backend.broadcast(x, 0).wait()
         return x
 
     def join_columns(self, x_RC: Tensor) -> Tensor:
@@ -148,11 +155,13 @@ class Ranks:
     def send(self, batch: Batch) -> None:
         """Have the children compute a batch; call it inside `watched`, which then computes it too.
 
-        The tensors must be in the host's memory.
+        The tensors must be in the host's memory, but for rows of pictures.
         """
         frame = b"b" + packed(batch)
         for link in self.links:
             link.send_bytes(frame)
+        if batch.embeds is not None:
+            self.group.receive(batch.embeds.rows_LD)
 
     def call(self, name: str, *, is_long: bool = False, **arguments: Any) -> list[Any]:
         """Run a method of `Worker` in every child and return their results, by rank.
@@ -293,32 +302,40 @@ def _stop(
 # --- batches as bytes ---
 
 INT32 = ("cu_seqlens_S1", "lens_S", "tables_SM")
+PACKED = (*TENSORS, "modality_T", "places_L")
 
 
 def packed(batch: Batch) -> bytes:
-    """One run of int64: for each tensor of a batch its number of dimensions and its sizes, then the
-    values of all. Without adapters.
+    """One run of int64: for each tensor of a batch its number of dimensions (-1: there is none) and
+    its sizes, then the values of all. Without adapters, and without the rows of pictures.
     """
     assert batch.adapters is None, "adapters are not sent to ranks"
-    arrays = [getattr(batch, name).numpy() for name in TENSORS]
-    header = [number for array in arrays for number in (array.ndim, *array.shape)]
-    flat = [np.array(header, np.int64), *(array.ravel() for array in arrays)]
+    places_L = None if batch.embeds is None else batch.embeds.places_L.cpu()
+    tensors = [*(getattr(batch, name) for name in TENSORS), batch.modality_T, places_L]
+    arrays = [None if tensor is None else tensor.numpy() for tensor in tensors]
+    headers = [(-1,) if array is None else (array.ndim, *array.shape) for array in arrays]
+    flat = [np.concatenate([np.array(header, np.int64) for header in headers])]
+    flat += [array.ravel() for array in arrays if array is not None]
     return np.concatenate(flat, dtype=np.int64, casting="safe").tobytes()
 
 
 def unpacked(data: bytes) -> Batch:
-    """The batch that `packed` was given, in the host's memory."""
+    """The batch that `packed` was given, in the host's memory; rows of pictures are `(L, 0)`."""
     values = np.frombuffer(data, np.int64)
     shapes, at = [], 0
-    for _ in TENSORS:
+    for _ in PACKED:
         num_dims = int(values[at])
-        shapes.append(tuple(values[at + 1 : at + 1 + num_dims].tolist()))
-        at += 1 + num_dims
+        is_there = num_dims >= 0
+        at += 1 + max(num_dims, 0)
+        shapes.append(tuple(values[at - num_dims : at].tolist()) if is_there else None)
     tensors: dict[str, Any] = {}
-    for name, shape in zip(TENSORS, shapes):
-        size = int(np.prod(shape))
-        array = values[at : at + size].reshape(shape)
-        tensors[name] = torch.from_numpy(array.astype(np.int32 if name in INT32 else np.int64))
-        at += size
+    for name, shape in zip(PACKED, shapes):
+        size = 0 if shape is None else int(np.prod(shape))
+        array, at = values[at : at + size], at + size
+        dtype = np.int32 if name in INT32 else np.int64
+        found = None if shape is None else torch.from_numpy(array.reshape(shape).astype(dtype))
+        tensors[name] = found
     assert at == len(values), f"a batch of {at} numbers came in {len(values)}"
-    return Batch(**tensors, adapters=None)
+    places_L = tensors.pop("places_L")
+    embeds = None if places_L is None else Embeds(torch.empty(len(places_L), 0), places_L)
+    return Batch(**tensors, adapters=None, embeds=embeds)

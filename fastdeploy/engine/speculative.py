@@ -184,11 +184,13 @@ class MTPDrafter:
         return self.runner.model.hidden_after_next(next_ids_T, hidden_TD, batch.positions_T, attend)
 
     def _next_batch(self, batch: Batch, texts: Sequence[Drafted], depth: int) -> Batch:
-        """One token a text: what stands so many positions past the last computed one."""
+        """One token a text: what stands so many places past the last computed one."""
         block_size = self.runner.cache.block_size
-        positions = [text.request.num_computed + depth - 1 for text in texts]
-        blocks = [t.request.table.blocks[p // block_size] for t, p in zip(texts, positions)]
-        slots = [b * block_size + p % block_size for b, p in zip(blocks, positions)]
+        places = [text.request.num_computed + depth - 1 for text in texts]
+        blocks = [t.request.table.blocks[p // block_size] for t, p in zip(texts, places)]
+        slots = [b * block_size + p % block_size for b, p in zip(blocks, places)]
+        layouts = [text.request.layout for text in texts]
+        positions = [p + (layout.shift if layout else 0) for layout, p in zip(layouts, places)]
 
         def column(values: Sequence[int], like: Tensor) -> Tensor:
             return torch.tensor(values, dtype=like.dtype, device=like.device)
@@ -198,7 +200,7 @@ class MTPDrafter:
             positions_T=column(positions, batch.positions_T),
             slots_T=column(slots, batch.slots_T),
             cu_seqlens_S1=column(range(len(texts) + 1), batch.cu_seqlens_S1),
-            lens_S=column([p + 1 for p in positions], batch.lens_S),
+            lens_S=column([p + 1 for p in places], batch.lens_S),
             tables_SM=batch.tables_SM[[text.sequence for text in texts]],
             begins=False,
         )

@@ -135,6 +135,7 @@ class PictureRows:
         self.rows_by_digest: OrderedDict[str, Tensor] = OrderedDict()
         self.num_bytes = 0
         self.num_computed = 0  # pictures that went through the tower
+        self.num_hits = 0  # pictures of requests that did not have to
 
     def embeds(self, parts: Sequence[Part], model: ErnieModel) -> Embeds | None:
         """What takes the places of placeholder tokens in the batch of `parts`, None for nothing."""
@@ -148,6 +149,8 @@ class PictureRows:
                 begin, stop = max(span.start, part.start), min(span.stop, end)
                 if begin >= stop:
                     continue
+                is_first = begin == span.start or part.start == part.request.num_cached
+                self.num_hits += is_first and span.digest in self.rows_by_digest
                 rows_LD = self._rows(span, layout, model)
                 rows.append(rows_LD[begin - span.start : stop - span.start])
                 places.append(np.arange(begin, stop) - part.start + at)
@@ -156,8 +159,8 @@ class PictureRows:
         self._shrink(half_read)
         if not rows:
             return None
-        places_L = torch.from_numpy(np.concatenate(places)).to(model.device)
-        return Embeds(torch.cat(rows), places_L)
+        rows_LD = torch.cat(rows).to(model.activation_dtype)
+        return Embeds(rows_LD, torch.from_numpy(np.concatenate(places)).to(model.device))
 
     def forget(self) -> None:
         """Drop all rows: those of other weights are others."""

@@ -12,13 +12,15 @@ import os
 import sys
 import threading
 import time
+from dataclasses import replace
 from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
 
-from ernie.model import ErnieModel
+from ernie.model import Embeds, ErnieModel
 from fastdeploy.config import EngineConfig
+from fastdeploy.engine.batch import Batch
 from fastdeploy.engine.cache import KVCache, cache_dtype, free_bytes
 from fastdeploy.engine.loading import choose_kernels, read_model, reread_model
 from fastdeploy.engine.ranks import Group, unpacked
@@ -30,7 +32,7 @@ class Worker:
     """The public methods are what rank 0 may call, with arguments and results that fit in JSON."""
 
     def __init__(self, model: ErnieModel, config: EngineConfig, group: Group) -> None:
-        self._model, self._config, self._group = model, config, group
+        self._model, self._config, self._group = _reader(model), config, group
         self._runner: Runner | None = None
         self._host_copy: HostCopy | None = None
 
@@ -69,8 +71,9 @@ class Worker:
 
     def update_weights(self, folder: str) -> None:
         """Go on with this rank's slice of other weights, which rank 0 has found to be right."""
-        self._model = reread_model(
-            folder, self._config, self._model.config, self._group.device, self._group.shard
+        network, group = self._model.config, self._group
+        self._model = _reader(
+            reread_model(folder, self._config, network, group.device, group.shard)
         )
         self._host_copy = None
         if self._runner is not None:
@@ -81,11 +84,30 @@ class Worker:
         kind, content = frame[:1], frame[1:]
         if kind == b"b":
             assert self._runner is not None, "a batch before there is a cache"
-            self._runner.compute(unpacked(content).to(self._model.device))
+            self._runner.compute(self._with_rows(unpacked(content).to(self._model.device)))
             return None
         call = json.loads(content)
         assert not call["name"].startswith("_"), f"{call['name']} is not to be called"
         return {"value": getattr(self, call["name"])(**call["arguments"])}
+
+    def _with_rows(self, batch: Batch) -> Batch:
+        """The batch with its rows of pictures, which rank 0 sends through the group."""
+        if batch.embeds is None:
+            return batch
+        model, places_L = self._model, batch.embeds.places_L
+        rows_LD = torch.empty(
+            len(places_L),
+            model.config.hidden_size,
+            dtype=model.activation_dtype,
+            device=model.device,
+        )
+        return replace(batch, embeds=Embeds(self._group.receive(rows_LD), places_L))
+
+
+def _reader(model: ErnieModel) -> ErnieModel:
+    """Without tower and resampler: rank 0 sees pictures for all."""
+    model.vision_model = model.model.resampler_model = None
+    return model
 
 
 def main(link: Connection) -> None:
@@ -97,8 +119,8 @@ def main(link: Connection) -> None:
     logging.disable(logging.WARNING)  # rank 0 reads the same files and says the same
     torch.set_num_threads(settings["num_threads"])
     config = EngineConfig(**settings["config"])
-    device, size = torch.device(settings["device"]), config.tensor_parallel_size
-    group = Group(settings["rank"], size, device, settings["folder"])
+    device = torch.device(settings["device"])
+    group = Group(settings["rank"], config.tensor_parallel_size, device, settings["folder"])
     try:
         choose_kernels(config, device)
         model = read_model(config, device, group.shard)

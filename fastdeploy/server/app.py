@@ -26,6 +26,7 @@ from starlette.routing import Match
 from ernie.chat import ChatError
 from ernie.chat.messages import pictures_of
 from ernie.tokenizer import TokenizerError
+from ernie.vision.prompt import Processor
 from ernie.vision.sources import MediaError
 from fastdeploy.config import EngineConfig, ServerConfig
 from fastdeploy.engine.grammar import Grammars, make_grammars, why_none
@@ -84,7 +85,7 @@ class Service:
         folder = Path(engine_config.model).resolve().name
         self.names = config.served_model_name or [folder]  # the first one in answers
         self.name = self.names[0]
-        self.metrics = Metrics(engine_config)
+        self.metrics = Metrics(engine_config, has_vision=bool(self.reads))
         self.observer = Observer(config, self.metrics)
         enabled = engine_config.enable_lora
         folders = adapters.folder_by_name(config, self.name, enabled=enabled)
@@ -138,14 +139,22 @@ class Service:
         finally:
             answer.close()
 
-    async def begin(self, request: Request, body: Common, reply_kind: type[Reply]) -> Reply:
-        """Put a request to work; whoever gets the reply must close its answer."""
+    async def begin(
+        self,
+        request: Request,
+        body: Common,
+        reply_kind: type[Reply],
+        processor: Processor | None = None,
+    ) -> Reply:
+        """Put a request to work; whoever gets the reply must close its answer. `processor` reads
+        the pictures of a chat, the server's if none is given.
+        """
         self.limits.admit()
         params = filled(body.sampling_params(), self.engine.defaults)
         field, params.guided_decoding = body.form() or ("tools", None)
         pictures = None
         if isinstance(body, ChatRequest):
-            order = await self._order(body, params)
+            order = await self._order(body, params, processor)
             prompts, params, reading = [order.prompt], order.params, order.reading
             pictures = order.pictures
         else:
@@ -170,8 +179,12 @@ class Service:
         context = Context(name, self.tokenizer, num_top, params.n, on_divergence, reading)
         return reply_kind(body, answer, context)
 
-    async def _order(self, body: ChatRequest, params: SamplingParams) -> ChatOrder:
-        """A chat as the engine takes it; its pictures are read in a thread."""
+    async def _order(
+        self, body: ChatRequest, params: SamplingParams, processor: Processor | None = None
+    ) -> ChatOrder:
+        """A chat as the engine takes it; its pictures are read in a thread, by the server's
+        processor if no other is given.
+        """
         make = partial(
             chat_order,
             body,
@@ -180,14 +193,19 @@ class Service:
             self.syntax,
             trusts=self.config.trust_request_chat_template,
         )
-        if self.pictures.processor is None or not pictures_of(body.messages or ()):
+        processor = processor or self.pictures.processor
+        if processor is None or not pictures_of(body.messages or ()):
             return make()
-        return await self.pictures.in_thread(partial(make, processor=self.pictures.processor))
+        return await self.pictures.in_thread(partial(make, processor=processor))
 
-    def prompt_of(self, body: ChatRequest) -> list[int]:
-        """The token ids of a chat without pictures."""
-        params, trusts = body.sampling_params(), self.config.trust_request_chat_template
-        return chat_order(body, params, self.loaded, self.syntax, trusts=trusts).prompt
+    async def prompt_of(self, body: ChatRequest, processor: Processor | None = None) -> list[int]:
+        """The token ids of a chat."""
+        return (await self._order(body, body.sampling_params(), processor)).prompt
+
+    @property
+    def reads(self) -> Collection[str]:
+        """The kinds of pictures that the model reads."""
+        return self.loaded.template.reads if self.loaded.template else ()
 
     def submit(
         self,
@@ -298,9 +316,7 @@ class Service:
             "root": self.name,
             "parent": parent,
             "max_model_len": self.loaded.config.max_model_len,
-            "input_modalities": ["text", *sorted(self.loaded.template.reads)]
-            if self.loaded.template
-            else ["text"],
+            "input_modalities": ["text", *sorted(self.reads)],
             "permission": [],
         }
 

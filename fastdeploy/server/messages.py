@@ -15,6 +15,7 @@ from fastdeploy.errors import RequestError
 from fastdeploy.server.chat import ChatReply
 from fastdeploy.server.messages_events import PATH, MessageWriter, empty_message
 from fastdeploy.server.messages_request import CountRequest, MessagesRequest, chat_of
+from fastdeploy.server.parts import told_as_sent
 from fastdeploy.server.protocol import read_json, with_extras
 from fastdeploy.server.stream import Disconnected, EventStream, drained, while_connected
 
@@ -27,7 +28,9 @@ def add_messages(app: FastAPI, service: Service) -> None:
     async def create(request: Request) -> Response:
         service.metrics.requests.inc()
         body = with_extras(MessagesRequest, read_json(await service.read(request)))
-        reply = await service.begin(request, chat_of(body, service), ChatReply)
+        chat = chat_of(body, service)
+        with told_as_sent(chat, "messages"):
+            reply = await service.begin(request, chat, ChatReply)
         num_prompt = sum(map(len, reply.answer.prompts))
         message = empty_message(service.name_of(body), num_prompt)
         reply.answer.id = message["id"]
@@ -49,5 +52,7 @@ def add_messages(app: FastAPI, service: Service) -> None:
     async def count_tokens(request: Request) -> Response:
         body = with_extras(CountRequest, read_json(await service.read(request)))
         chat = chat_of(body, service)
-        num_tokens = len(service.prompt_of(chat)) + len(chat.completion_token_ids or ())
+        with told_as_sent(chat, "messages"):
+            prompt = await service.prompt_of(chat)
+        num_tokens = len(prompt) + len(chat.completion_token_ids or ())
         return JSONResponse({"input_tokens": num_tokens})

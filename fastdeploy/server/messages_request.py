@@ -4,6 +4,7 @@
     text                            content               ┐
     thinking                        reasoning_content     ├ of one message
     tool_use                        tool_calls            ┘
+    image                           image_url, of users and of results of tools
     tool_result                     message of the role tool
     a last message by the assistant the beginning of the answer, which goes on from there
 
@@ -14,11 +15,13 @@ Blocks of other types are refused by name, as are tools that would run on the se
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from fastdeploy.errors import RequestError
+from fastdeploy.server.parts import Part, joined, of_image_block
 from fastdeploy.server.protocol import Addressed, ChatRequest, parse
 
 if TYPE_CHECKING:
@@ -39,7 +42,10 @@ class Thinking(BaseModel):
 
 
 class CountRequest(Addressed):
-    messages: list[dict[str, Any]]
+    messages: list[dict[str, Any]] = Field(
+        description="Turns; in those of users and in results of tools, pictures are blocks of the "
+        "type image with a source of the type base64 or url."
+    )
     system: str | list[dict[str, Any]] | None = None
     tools: list[dict[str, Any]] | None = None
     tool_choice: dict[str, Any] | None = None
@@ -62,7 +68,7 @@ def chat_of(body: CountRequest, service: Service) -> ChatRequest:
     for name in NEVER:
         if (body.model_extra or {}).get(name):
             raise _error(name, f"{name} is not available on this server; leave it out")
-    messages = _messages(body)
+    messages = _messages(body, service.reads)
     values: dict[str, Any] = {
         "model": body.model,
         "messages": messages,
@@ -81,10 +87,11 @@ def chat_of(body: CountRequest, service: Service) -> ChatRequest:
     return parse(ChatRequest, values)
 
 
-def _messages(body: CountRequest) -> list[Message]:
+def _messages(body: CountRequest, reads: Collection[str]) -> list[Message]:
+    """`reads` are the kinds of pictures that the model reads."""
     messages: list[Message] = []
     if body.system:
-        messages.append({"role": "system", "content": _text(body.system, "system")})
+        messages.append({"role": "system", "content": _content(body.system, "system", ())})
     for i, message in enumerate(body.messages):
         where, content = f"messages[{i}]", message.get("content")
         if isinstance(content, str):
@@ -92,7 +99,7 @@ def _messages(body: CountRequest) -> list[Message]:
         if not isinstance(content, list):
             _refuse(f"{where}.content", "is missing or of a wrong type; send a text or blocks")
         if message.get("role") == "user":
-            messages += _asked(content, f"{where}.content")
+            messages += _asked(content, f"{where}.content", reads)
         elif message.get("role") == "assistant":
             messages.append(_answered(content, f"{where}.content"))
         else:
@@ -101,26 +108,41 @@ def _messages(body: CountRequest) -> list[Message]:
     return messages
 
 
-def _asked(blocks: list[Any], where: str) -> list[Message]:
+def _asked(blocks: list[Any], where: str, reads: Collection[str]) -> list[Message]:
     """What a user says: results of tools are messages of their own."""
     messages: list[Message] = []
+    said: list[Part] = []
+
+    def end() -> None:
+        if said:
+            messages.append({"role": "user", "content": joined(said)})
+            said.clear()
+
     for i, block in enumerate(blocks):
-        kind, place = _kind(block), f"{where}[{i}]"
-        if kind == "tool_result":
-            name = _string(block, "tool_use_id", place)
-            text = _text(block.get("content") or "", f"{place}.content")
-            if block.get("is_error"):
-                text = f"Error: {text}"
-            messages.append({"role": "tool", "tool_call_id": name, "content": text})
-        elif kind == "text":
-            text = _string(block, "text", place)
-            if messages and messages[-1]["role"] == "user":
-                messages[-1]["content"] += "\n" + text
-            else:
-                messages.append({"role": "user", "content": text})
+        if _kind(block) == "tool_result":
+            end()
+            messages.append(_result(block, f"{where}[{i}]", reads))
         else:
-            _refuse(place, f"is of type {kind!r}; a user's message has text and tool_result here")
+            said.append(_part(block, f"{where}[{i}]", reads, "tool_result"))
+    end()
     return messages or [{"role": "user", "content": ""}]
+
+
+def _result(block: dict[str, Any], where: str, reads: Collection[str]) -> Message:
+    name = _string(block, "tool_use_id", where)
+    content = _content(block.get("content") or "", f"{where}.content", reads)
+    if block.get("is_error"):
+        content = _failed(content)
+    return {"role": "tool", "tool_call_id": name, "content": content}
+
+
+def _failed(content: str | list[Part]) -> str | list[Part]:
+    """A word in front of the result."""
+    if isinstance(content, str):
+        return f"Error: {content}"
+    begins_with_text = content[0]["type"] == "text"
+    text = content[0]["text"] if begins_with_text else ""
+    return [{"type": "text", "text": f"Error: {text}"}, *content[begins_with_text:]]
 
 
 def _answered(blocks: list[Any], where: str) -> Message:
@@ -215,15 +237,28 @@ def _thinking(body: CountRequest, service: Service) -> dict[str, Any]:
     return {"enable_thinking": True, "reasoning_max_tokens": budget}
 
 
-def _text(value: Any, where: str) -> str:
+def _content(value: Any, where: str, reads: Collection[str]) -> str | list[Part]:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        _refuse(where, "is of a wrong type; send a text or a list of text blocks")
-    for i, block in enumerate(value):
-        if _kind(block) != "text":
-            _refuse(f"{where}[{i}]", f"is of type {_kind(block)!r}; this model reads text")
-    return "\n".join(_string(block, "text", f"{where}[{i}]") for i, block in enumerate(value))
+        _refuse(where, "is of a wrong type; send a text or a list of blocks")
+    return joined([_part(block, f"{where}[{i}]", reads) for i, block in enumerate(value)])
+
+
+def _part(block: Any, where: str, reads: Collection[str], *known: str) -> Part:
+    """A block of text, or of a picture where the model reads them; `known` are other types that may
+    stand at its place.
+    """
+    kind = _kind(block)
+    own = ("text", "image") if "image" in reads else ("text",)
+    if kind not in own:
+        _refuse(where, f"is of type {kind!r}; read here: {', '.join((*own, *known))}")
+    if kind == "text":
+        return {"type": "text", "text": _string(block, "text", where)}
+    try:
+        return of_image_block(block, where)
+    except ValueError as error:
+        raise _error("messages", f"{where} {error}") from None
 
 
 def _kind(block: Any) -> str:

@@ -175,7 +175,11 @@ class Common(Addressed):
 
 
 class ChatRequest(Common):
-    messages: list[dict[str, Any]] | None = None
+    messages: list[dict[str, Any]] | None = Field(
+        default=None,
+        description="Turns; in those of users and tools, pictures are parts of the types image_url "
+        "and video_url.",
+    )
     max_completion_tokens: int | None = None
     logprobs: bool | None = False
     top_logprobs: int | None = None

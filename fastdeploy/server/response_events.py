@@ -185,6 +185,7 @@ def usage_of(usage: dict[str, Any]) -> dict[str, Any]:
         "input_tokens_details": {
             "cached_tokens": read.get("cached_tokens", 0),
             "cache_write_tokens": 0,
+            **{name: read[name] for name in ("image_tokens", "video_tokens") if name in read},
         },
         "output_tokens": usage["completion_tokens"],
         "output_tokens_details": {"reasoning_tokens": written.get("reasoning_tokens", 0)},

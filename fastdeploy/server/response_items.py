@@ -6,15 +6,18 @@
     function_call           tool_calls        ┘
     function_call_output    tool
 
-Items of other types are refused by name.
+Users and tools also send pictures (`input_image`), to models that read them. Items of other types
+are refused by name.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 from fastdeploy.errors import RequestError
+from fastdeploy.server.parts import Part, joined, of_input_image
 from fastdeploy.server.response_events import new_id
 from fastdeploy.server.response_store import Item
 
@@ -34,43 +37,60 @@ def as_items(value: str | list[Item]) -> list[Item]:
         given = item.get("id")
         name = given if isinstance(given, str) and given else new_id(prefix.get(str(kind), "msg"))
         items.append({**item, "type": kind, "id": name})
+        for field in ("content", "output"):
+            if isinstance(item.get(field), list):
+                items[-1][field] = [_with_detail(part) for part in item[field]]
     return items
 
 
-def as_messages(items: list[Item], instructions: str | None) -> list[Message]:
-    """Raises RequestError naming the item at fault."""
+def _with_detail(part: Any) -> Any:
+    is_image = isinstance(part, dict) and part.get("type") == "input_image"
+    return {"detail": "auto", **part} if is_image else part
+
+
+def as_messages(
+    items: list[Item],
+    instructions: str | None,
+    *,
+    num_old: int = 0,
+    reads: Collection[str] = (),
+) -> list[Message]:
+    """`reads` are the kinds of pictures that the model reads; the first `num_old` items are those
+    of the responses before. Raises RequestError naming the item at fault.
+    """
     messages: list[Message] = []
     if instructions:
         messages.append({"role": "system", "content": instructions})
     for i, item in enumerate(items):
-        _add(messages, item, f"input[{i}]")
+        where = f"input[{i - num_old}]" if i >= num_old else f"item {i} of the responses before"
+        _add(messages, item, where, reads)
     return messages
 
 
-def _add(messages: list[Message], item: Item, where: str) -> None:
+def _add(messages: list[Message], item: Item, where: str, reads: Collection[str]) -> None:
     kind = item["type"]
     if kind == "message":
         role = {"developer": "system"}.get(item.get("role", ""), item.get("role"))
         if role not in ("system", "user", "assistant"):
             raise _error(f"{where} has the role {role!r}; use user, assistant, system or developer")
-        text = _text(item.get("content"), f"{where}.content")
+        given = item.get("content")
+        content = _content(given, f"{where}.content", reads if role == "user" else ())
         if role == "assistant":
-            _answer(messages, "content")["content"] = text
+            _answer(messages, "content")["content"] = content
         elif role == "system" and messages and messages[-1]["role"] == "system":
-            messages[-1]["content"] += "\n\n" + text  # most templates have a place for one
+            messages[-1]["content"] += f"\n\n{content}"  # most templates have a place for one
         else:
-            messages.append({"role": role, "content": text})
+            messages.append({"role": role, "content": content})
     elif kind == "reasoning":
-        text = _text(item.get("content") or [], f"{where}.content")
-        if text:
-            _answer(messages, "reasoning_content")["reasoning_content"] = text
+        thought = _content(item.get("content") or [], f"{where}.content")
+        if thought:
+            _answer(messages, "reasoning_content")["reasoning_content"] = thought
     elif kind == "function_call":
         _add_call(messages, item, where)
     elif kind == "function_call_output":
         name = _string(item, "call_id", where)
-        output = item.get("output")
-        text = output if isinstance(output, str) else _text(output, f"{where}.output")
-        messages.append({"role": "tool", "tool_call_id": name, "content": text})
+        content = _content(item.get("output"), f"{where}.output", reads)
+        messages.append({"role": "tool", "tool_call_id": name, "content": content})
     else:
         raise _error(
             f"{where} is of type {str(kind)[:64]!r}; this server reads message, reasoning, "
@@ -99,19 +119,28 @@ def _answer(messages: list[Message], part: str) -> Message:
     return messages[-1]
 
 
-def _text(content: Any, where: str) -> str:
+def _content(content: Any, where: str, reads: Collection[str] = ()) -> str | list[Part]:
+    """A text, but for those who may send pictures."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise _error(f"{where} is missing or of a wrong type; send a text or a list of parts")
-    texts = []
+    parts: list[Part] = []
     for i, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+        place = f"{where}[{i}]"
+        kind = str(part.get("type") if isinstance(part, dict) else type(part).__name__)[:64]
         text = part.get("refusal" if kind == "refusal" else "text") if isinstance(part, dict) else 0
-        if kind not in TEXT_PARTS or not isinstance(text, str):
-            raise _error(f"{where}[{i}] is of type {str(kind)[:64]!r}; this model reads texts")
-        texts.append(text)
-    return "\n".join(texts)
+        if kind == "input_image" and "image" in reads:
+            try:
+                parts.append(of_input_image(part, place))
+            except ValueError as error:
+                raise _error(f"{place} {error}") from None
+        elif kind in TEXT_PARTS and isinstance(text, str):
+            parts.append({"type": "text", "text": text})
+        else:
+            known = "text and input_image" if "image" in reads else "text"
+            raise _error(f"{place} is of type {kind!r}; {known} is read here")
+    return joined(parts)
 
 
 def _string(item: Item, name: str, where: str) -> str:

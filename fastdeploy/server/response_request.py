@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -14,6 +15,7 @@ from fastdeploy.server.response_items import as_messages
 from fastdeploy.server.response_store import Item
 
 if TYPE_CHECKING:
+    from ernie.vision.prompt import Processor
     from fastdeploy.server.app import Service
 
 LOGPROBS = "message.output_text.logprobs"
@@ -51,7 +53,10 @@ class Reasoning(BaseModel):
 class ResponseRequest(Addressed):
     """Fields that are not here are those of a chat, where a response can have them."""
 
-    input: str | list[dict[str, Any]]
+    input: str | list[dict[str, Any]] = Field(
+        description="A text, or items; in those of users and tools, pictures are parts of the type "
+        "input_image with an image_url."
+    )
     instructions: str | None = None
     previous_response_id: str | None = None
     store: bool | None = True
@@ -103,26 +108,33 @@ def refuse_mistakes(body: ResponseRequest, items: list[Item]) -> None:
         )
 
 
-def fitting_chat(body: ResponseRequest, items: list[Item], service: Service) -> ChatRequest:
-    """The chat underneath; with truncation="auto" the oldest turns are left out until it fits."""
-    chat = _chat(body, as_messages(items, body.instructions))
-    if body.truncation != "auto":
-        return chat
+def chat_of(
+    body: ResponseRequest, items: list[Item], num_old: int, reads: Collection[str]
+) -> ChatRequest:
+    """The chat underneath; see `as_messages`."""
+    return _chat(body, as_messages(items, body.instructions, num_old=num_old, reads=reads))
+
+
+async def truncate(
+    chat: ChatRequest, body: ResponseRequest, service: Service, processor: Processor | None
+) -> None:
+    """Leave out the oldest turns until the rest fits, in place."""
     assert chat.messages is not None
     room = service.loaded.config.max_model_len - (body.max_output_tokens or 1)
     system = [m for m in chat.messages[:1] if m["role"] == "system"]
     turns = chat.messages[len(system) :]
     starts = [i for i, message in enumerate(turns) if message["role"] == "user"] or [0]
     low, high = 0, len(starts) - 1  # how many turns to leave out: the fewest that will do
+    while low < high and processor is not None and processor.are_too_many(turns[starts[low] :]):
+        low += 1
     while low < high:
         middle = (low + high) // 2
         chat.messages = [*system, *turns[starts[middle] if middle else 0 :]]
-        if len(service.prompt_of(chat)) <= room:
+        if len(await service.prompt_of(chat, processor)) <= room:
             high = middle
         else:
             low = middle + 1
     chat.messages = [*system, *turns[starts[low] if low else 0 :]]
-    return chat
 
 
 def _chat(body: ResponseRequest, messages: list[dict[str, Any]]) -> ChatRequest:

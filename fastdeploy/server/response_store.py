@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,7 +71,6 @@ class Stored:
     response: dict[str, Any]  # as it stands now
     input: list[Item]  # all that the model was given, the conversation before included
     job: Job | None = None
-    size: int = 0  # bytes of JSON
     is_deleted: bool = False  # while it was still being written
     at: float = field(default_factory=time.monotonic)
 
@@ -85,23 +84,59 @@ class Stored:
         return [*self.input, *self.response["output"]]
 
 
+class Shelf:
+    """The responses of one key, and how many bytes of JSON they take.
+
+    Responses that follow each other share items, the same objects: these count once, and for as
+    long as one of them is here.
+    """
+
+    def __init__(self) -> None:
+        self.responses: OrderedDict[str, Stored] = OrderedDict()
+        self.held: dict[str, list[Any]] = {}  # by response, what it was counted with
+        self.num_holders: Counter[int] = Counter()  # by id of such a thing
+        self.size_by_thing: dict[int, int] = {}
+        self.num_bytes = 0
+
+    def put(self, stored: Stored) -> None:
+        name = stored.response["id"]
+        things = [stored.response | {"output": []}, *stored.conversation]
+        for thing in things:
+            self.num_holders[id(thing)] += 1
+            if id(thing) not in self.size_by_thing:
+                self.size_by_thing[id(thing)] = size = len(json.dumps(thing))
+                self.num_bytes += size
+        self._release(name)
+        self.held[name], self.responses[name] = things, stored
+
+    def remove(self, name: str) -> None:
+        self._release(name)
+        del self.responses[name]
+
+    def _release(self, name: str) -> None:
+        for thing in self.held.pop(name, ()):
+            self.num_holders[id(thing)] -= 1
+            if not self.num_holders[id(thing)]:
+                del self.num_holders[id(thing)]
+                self.num_bytes -= self.size_by_thing.pop(id(thing))
+
+
 class ResponseStore:
     def __init__(self) -> None:
-        self.shelves: dict[str, OrderedDict[str, Stored]] = {}  # by key
+        self.shelves: dict[str, Shelf] = {}  # by key
 
-    def put(self, owner: str, stored: Stored, num_old: int) -> None:
-        """Keep a response; the first `num_old` items of its input are kept with another one."""
+    def put(self, owner: str, stored: Stored) -> None:
+        """Keep a response as it now stands."""
         if stored.is_deleted:
             return
-        shelf = self.shelves.setdefault(owner, OrderedDict())
-        shelf[stored.response["id"]] = stored
-        stored.size = len(json.dumps([stored.response, stored.input[num_old:]]))
+        shelf = self.shelves.setdefault(owner, Shelf())
+        shelf.put(stored)
         self._make_room(shelf)
 
     def get(self, owner: str, response_id: str, param: str | None = None) -> Stored:
         """Raises RequestError, 404, also for a response of another key."""
-        shelf = self.shelves.get(owner, OrderedDict())
-        stored = shelf.get(response_id)
+        shelf = self.shelves.get(owner, Shelf())
+        stored = shelf.responses.get(response_id)
         if stored is None or stored.at < time.monotonic() - MAX_AGE_S:
             raise RequestError(
                 f"there is no response {response_id[:64]!r}; it was not stored, or not kept so "
@@ -116,16 +151,14 @@ class ResponseStore:
         stored.is_deleted = True
         if stored.job is not None:
             stored.job.answer.abort()
-        del self.shelves[owner][response_id]
+        self.shelves[owner].remove(response_id)
 
-    def _make_room(self, shelf: OrderedDict[str, Stored]) -> None:
+    def _make_room(self, shelf: Shelf) -> None:
         """Forget old responses, and the oldest ones that have ended while there is too much."""
         expired = time.monotonic() - MAX_AGE_S
-        num, size = len(shelf), sum(stored.size for stored in shelf.values())
-        for name, stored in list(shelf.items()):
-            fits = num <= MAX_RESPONSES and size <= MAX_BYTES and stored.at >= expired
-            if fits:
+        for name, stored in list(shelf.responses.items()):
+            fits = len(shelf.responses) <= MAX_RESPONSES and shelf.num_bytes <= MAX_BYTES
+            if fits and stored.at >= expired:
                 return
             if stored.has_ended:
-                del shelf[name]
-                num, size = num - 1, size - stored.size
+                shelf.remove(name)

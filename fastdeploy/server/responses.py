@@ -15,14 +15,17 @@ from fastapi.responses import JSONResponse, Response
 
 from fastdeploy.errors import RequestError
 from fastdeploy.server.chat import ChatReply
-from fastdeploy.server.protocol import read_json, validated
+from fastdeploy.server.parts import told_as_sent
+from fastdeploy.server.protocol import ChatRequest, read_json, validated
+from fastdeploy.server.reply import Reply
 from fastdeploy.server.response_events import ResponseWriter
 from fastdeploy.server.response_items import as_items
 from fastdeploy.server.response_request import (
     ResponseRequest,
+    chat_of,
     empty_response,
-    fitting_chat,
     refuse_mistakes,
+    truncate,
 )
 from fastdeploy.server.response_store import Item, Job, ResponseStore, Stored
 from fastdeploy.server.stream import Disconnected, EventStream, drained, while_connected
@@ -44,21 +47,21 @@ def add_responses(app: FastAPI, service: Service) -> None:
         history = _history(store, owner, body.previous_response_id)
         items = [*history, *as_items(body.input)]
         refuse_mistakes(body, items)
-        chat = fitting_chat(body, items, service)
+        chat = chat_of(body, items, len(history), service.reads)
         response = empty_response(body, service)
-        reply = await service.begin(request, chat, ChatReply)
+        reply = await _begun(request, chat, body, service)
         reply.answer.id = response["id"]
         events = ResponseWriter(response).events(reply.events())
         stored = Stored(response, items)
         if body.background:
             stored.job = Job(reply.answer)
-            store.put(owner, stored, len(history))
-            stored.job.start(_and_then(events, store, owner, stored, len(history)))
+            store.put(owner, stored)
+            stored.job.start(_and_then(events, store, owner, stored))
             if body.stream:
                 return EventStream(stored.job.follow(), Follower())
             return JSONResponse(response)
         if body.store is not False:
-            events = _and_then(events, store, owner, stored, len(history))
+            events = _and_then(events, store, owner, stored)
         if body.stream:
             return EventStream(events, reply.answer)
         try:
@@ -115,6 +118,18 @@ class Follower:
         pass
 
 
+async def _begun(
+    request: Request, chat: ChatRequest, body: ResponseRequest, service: Service
+) -> Reply:
+    """The chat, put to work. Pictures that were read to see what fits are not read again."""
+    processor = service.pictures.processor
+    with told_as_sent(chat, "input"):
+        if body.truncation == "auto":
+            processor = processor and processor.remembering()
+            await truncate(chat, body, service, processor)
+        return await service.begin(request, chat, ChatReply, processor)
+
+
 def _history(store: ResponseStore, owner: str, response_id: str | None) -> list[Item]:
     if response_id is None:
         return []
@@ -133,12 +148,11 @@ async def _and_then(
     store: ResponseStore,
     owner: str,
     stored: Stored,
-    num_old: int,
 ) -> AsyncIterator[dict[str, Any]]:
     """The events, and before the last one goes out the response is stored as it then is."""
     async for event in events:
         if stored.has_ended:
-            store.put(owner, stored, num_old)
+            store.put(owner, stored)
         yield event
 
 

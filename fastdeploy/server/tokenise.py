@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, ConfigDict
 
-from fastdeploy.engine.prompt import chat_prompt
+from ernie.chat.messages import pictures_of
+from fastdeploy.engine.prompt import chat_inputs, chat_prompt
 from fastdeploy.errors import RequestError
 from fastdeploy.server.protocol import ChatRequest, parse, read_json, with_extras
 
@@ -44,7 +46,8 @@ def add_tokenise(app: FastAPI, service: Service) -> None:
     @app.post("/v1/tokenize")
     async def tokenize(request: Request) -> Response:
         body = with_extras(TokenizeRequest, read_json(await service.read(request)))
-        return JSONResponse(described(service, token_ids(body, service), body.return_token_strs))
+        ids = await token_ids(body, service)
+        return JSONResponse(described(service, ids, body.return_token_strs))
 
     @app.post("/detokenize")
     @app.post("/v1/detokenize")
@@ -60,22 +63,22 @@ def add_tokenise(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions/render")
     async def render(request: Request) -> Response:
         body = parse(ChatRequest, read_json(await service.read(request)))
-        ids = service.prompt_of(body)
+        ids = await service.prompt_of(body)
         return JSONResponse({"prompt": tokenizer.decode(ids), **described(service, ids)})
 
 
-def token_ids(body: TokenizeRequest, service: Service) -> list[int]:
+async def token_ids(body: TokenizeRequest, service: Service) -> list[int]:
     if (body.prompt is None) == (body.messages is None):
         raise RequestError("send either prompt or messages", param="prompt")
     if body.messages is not None:
-        return chat_prompt(
-            service.loaded.template,
-            service.tokenizer,
-            body.messages,
-            None,
-            body.chat_template_kwargs or {},
-            add_generation_prompt=body.add_generation_prompt,
-        )
+        options = body.chat_template_kwargs or {}
+        arguments = service.loaded.template, service.tokenizer, body.messages, None, options
+        ends: dict[str, Any] = {"add_generation_prompt": body.add_generation_prompt}
+        processor = service.pictures.processor
+        if processor is None or not pictures_of(body.messages):
+            return chat_prompt(*arguments, **ends)
+        read = partial(chat_inputs, processor, *arguments, **ends)
+        return (await service.pictures.in_thread(read)).token_ids
     ids = service.tokenizer.encode(body.prompt or "")
     if not body.add_special_tokens:
         return ids

@@ -11,13 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from ernie.attention import packed_causal
 from ernie.chat import UNTRAINED
+from ernie.config import ErnieConfig
 from ernie.model import ErnieModel
+from ernie.vision.grids import num_rows
 from ernie.vision.positions import is_placeholder, modality_of, positions_of
 from ernie.vision.processor import Picture
 from erniekit import losses
+from erniekit.data.dialogue import Sample
 from erniekit.data.loader import Batch, batch_of
-from erniekit.data.multimodal import PicturedSample
+from erniekit.data.multimodal import Media
 from erniekit.data.pack import Cursor
 from erniekit.loop import to_device
 from erniekit.recompute import recompute
@@ -27,7 +31,7 @@ CPU = torch.device("cpu")
 PROMPTS = [case(7, (1, 4, 6), 9, seed=1), case(31, seed=2), case(4, (4, 4, 6), 6, seed=3)]
 
 
-def sample_of(c: Case, model: ErnieModel) -> PicturedSample:
+def sample_of(c: Case, model: ErnieModel) -> Sample:
     """The sequence of a case as training has it; the pictures' tokens and the first ones are not
     trained.
     """
@@ -35,18 +39,25 @@ def sample_of(c: Case, model: ErnieModel) -> PicturedSample:
     labels[c.kinds[1:] != 0] = UNTRAINED
     labels[:3] = UNTRAINED
     labels[labels >= 200] = UNTRAINED
+    return Sample(ids, labels.tolist(), media=media_of(c, ids, model.config))
+
+
+def media_of(c: Case, ids: list[int], config: ErnieConfig) -> Media:
     pictures = tuple(
-        Picture("image" if grid[0] == 1 else "video", rows.numpy(), grid, 0, "")
+        Picture("image" if grid[0] == 1 else "video", rows.numpy(), grid, num_rows(grid), "")
         for grid, rows in zip(c.grids, c.patches)
     )
-    return PicturedSample(
-        ids, labels.tolist(), 0, pictures, positions_of(ids, c.grids, model.config),
-        modality_of(ids, model.config), is_placeholder(ids, model.config),
-    )  # fmt: skip
+    positions = positions_of(ids, c.grids, config)
+    return Media(pictures, positions, modality_of(ids, config), is_placeholder(ids, config))
 
 
 def batch(cases: list[Case], model: ErnieModel) -> Batch:
     return batch_of([[sample_of(c, model) for c in cases]], Cursor())
+
+
+def hidden_of(model: ErnieModel, one: Batch) -> Tensor:
+    flat = to_device(one, CPU)
+    return losses.hidden_of(model, flat, packed_causal(flat.cu_seqlens_S1))
 
 
 def gradients_of(model: ErnieModel, batches: list[Batch], **options: object) -> dict[str, Tensor]:
@@ -101,7 +112,7 @@ def test_packed_rows_equal_separate_ones(model: ErnieModel) -> None:
 def test_a_picture_in_a_packed_row_is_not_seen_by_its_neighbours(model: ErnieModel) -> None:
     other = dataclasses.replace(PROMPTS[0], patches=[rows + 1 for rows in PROMPTS[0].patches])
     hidden = [
-        losses.hidden_of(model, to_device(batch([first, *PROMPTS[1:]], model), CPU)).detach()
+        hidden_of(model, batch([first, *PROMPTS[1:]], model)).detach()
         for first in (PROMPTS[0], other)
     ]
     length = len(PROMPTS[0].ids) - 1
@@ -118,10 +129,11 @@ def test_padding_changes_nothing(model: ErnieModel) -> None:
     assert_equal(gradients_of(model, [padded]), gradients_of(model, [plain]), 1e-5)
 
 
-def test_recomputed_gradients_are_the_same_bits(model: ErnieModel) -> None:
+@pytest.mark.parametrize("granularity", [None, "full"])
+def test_recomputed_gradients_are_the_same_bits(model: ErnieModel, granularity: str | None) -> None:
     batches = [batch(PROMPTS, model)]
     kept = gradients_of(model, batches)
-    recompute(model, "full")
+    recompute(model, granularity)
     again = gradients_of(model, batches)
     assert all(torch.equal(kept[name], again[name]) for name in kept)
 
@@ -138,7 +150,7 @@ def test_balance_of_tokens_is_its_formula(form: str, model: ErnieModel) -> None:
     total, num_trained = 0.0, 0
     for c in PROMPTS:
         flat = to_device(batch([c], model), CPU)
-        logits = model.head(losses.hidden_of(model, flat))
+        logits = model.head(hidden_of(model, batch([c], model)))
         losses_T = torch.nn.functional.cross_entropy(
             logits, flat.labels_T, ignore_index=UNTRAINED, reduction="none"
         )

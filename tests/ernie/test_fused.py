@@ -15,7 +15,7 @@ from ernie.fused import Shard, fuse, shallow_copy
 from ernie.kernels import reference
 from ernie.model import ErnieModel
 from ernie.models import TINY
-from ernie.quant.scheme import SCHEMES, Scheme
+from ernie.quant.scheme import SCHEMES, Scheme, read_scheme
 from ernie.settings import ConfigError
 
 IDS = torch.arange(37) * 5 % 191
@@ -61,15 +61,13 @@ def test_draft_heads_equal_the_plain_ones() -> None:
     assert largest_difference(drafts[1], drafts[0]) < 2e-5
 
 
-def is_expert(name: str) -> bool:
-    return ".experts." in name or ".vision_experts." in name
-
-
 def quantised_by_hand(model: ErnieModel, scheme: Scheme) -> ErnieModel:
     """The plain model with every weight replaced by what its integers stand for."""
     for name, parameter in model.named_parameters():
         is_head = parameter is model.head_weight
-        bits = scheme.head if is_head else scheme.experts if is_expert(name) else scheme.dense
+        bits = scheme.head if is_head else scheme.dense
+        bits = scheme.experts if ".experts." in name else bits
+        bits = scheme.vision_experts if ".vision_experts." in name else bits
         if bits and parameter.dim() > 1 and ("_proj" in name or is_head) and "mtp" not in name:
             parameter.data = kernels.quantize(parameter.data, bits).dequantized()
     return model
@@ -90,6 +88,43 @@ def test_quantised_model_equals_its_dequantised_twin(
     # One activation that falls on the other side of a half changes its row, and those after it.
     assert float((logits - rounded).abs().amax(-1).median()) < 1e-4
     assert float((exact - rounded).abs().amax(-1).median()) > 1e-2, "rounding is not felt"
+
+
+MIXED = {
+    "quantization": "mix_quant", "dense_quant_type": "wint8", "moe_quant_type": "wint4",
+    "image_moe_quant_type": "wint8",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*SCHEMES, "image_moe_quant_type"])
+def test_quantised_model_reads_pictures_as_its_dequantised_twin(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both banks are quantised, the tower is not; both are felt."""
+    scheme = SCHEMES[name] if name in SCHEMES else read_scheme(MIXED, has_experts=True)
+    assert scheme is not None
+    plain = random_model(dataclasses.replace(TINY["tiny-vl"], tie_word_embeddings=False))
+    ids = torch.tensor([5, 9, *[201, *[200] * 20, 202], 7, 30, 31])
+    pixels = torch.randint(0, 256, (80, 588), dtype=torch.uint8)
+    quantised = fuse(shallow_copy(plain), scheme)
+    prompt = plain.prompt(ids, pixels, [(1, 4, 20)])
+    read = quantised.prompt(ids, pixels, [(1, 4, 20)])
+    assert prompt.embeds is not None and read.embeds is not None
+    assert torch.equal(prompt.embeds.rows_LD, read.embeds.rows_LD), "the tower is another"
+
+    def logits(model: ErnieModel) -> torch.Tensor:
+        bounds = torch.tensor([0, len(ids)], dtype=torch.int32)
+        with torch.no_grad():
+            return model.head(model.read(prompt, packed_causal(bounds)))
+
+    exact, got = logits(plain), logits(quantised)
+    twin = quantised_by_hand(plain, scheme)
+    for product in ("linear", "grouped_linear"):
+        monkeypatch.setattr(kernels, product, rounding(getattr(kernels, product)))
+    rounded_TV = logits(twin)
+    difference_T = (got - rounded_TV).abs().amax(-1)
+    assert float(difference_T.median()) < 1e-4, f"{difference_T}"
+    assert float((exact - got).abs().amax(-1).min()) > 1e-2, "quantisation is not felt"
 
 
 def rounding(product: Callable) -> Callable:

@@ -24,6 +24,7 @@ from fastdeploy import LLM, SamplingParams
 
 IDS = torch.arange(23) * 5 % 191
 MIXED = '{"quantization": "mix_quant", "dense_quant_type": "none", "moe_quant_type": "wint4"}'
+BANKS = MIXED.replace("}", ', "image_moe_quant_type": "wint8"}')
 
 
 @pytest.fixture(params=TINY)
@@ -34,15 +35,22 @@ def plain_folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path / "plain"
 
 
-@pytest.mark.parametrize("quantization", [*SCHEMES, MIXED])
+@pytest.mark.parametrize("quantization", [*SCHEMES, MIXED, BANKS])
 def test_folder_serves_like_quantising_at_load(plain_folder: Path, quantization: str) -> None:
     folder = plain_folder.parent / "quantised"
     write_quantized(plain_folder, folder, quantization)
     plain = ernie.load(plain_folder)
     scheme = read_scheme(quantization, has_experts=plain.config.is_moe)
+    assert scheme is not None
     expected = fuse(plain, scheme).logits(IDS)
     read = fuse(ernie.load(folder, keep_integers=True))
     assert torch.equal(read.logits(IDS), expected)
+    config = json.loads((folder / "config.json").read_text())
+    bits = 8 if quantization == BANKS else scheme.experts
+    assert config["quantization_config"].pop("vision_experts") == bits
+    if bits == scheme.experts:  # folders that do not say it have one number for both banks
+        (folder / "config.json").write_text(json.dumps(config))
+        assert torch.equal(fuse(ernie.load(folder, keep_integers=True)).logits(IDS), expected)
 
 
 def test_load_without_integers_gives_their_values(plain_folder: Path) -> None:

@@ -46,7 +46,9 @@ def test_the_line_in_the_text_is_that_of_a_step() -> None:
     assert f"`{told}`" in (ROOT / "docs/methods/moe.md").read_text("utf-8")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "examples/configs").glob("ERNIE*/pt/*.yaml")))
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "examples/configs").glob("ERNIE*/pt/run_pt_*.yaml"))
+)
 def test_published_files_can_be_planned(path: Path) -> None:
     found = plan(config.resolved(read_run([str(path)]), "cuda"), "cuda")
     assert 3e8 < found.num_trained <= found.num_params < 1.01 * found.num_trained

@@ -57,6 +57,6 @@ def test_settings_in_the_text_exist(page: str) -> None:
     metrics = {"moe_max_over_mean", "full_attn", "dare_ties", "rewards_accuracy", "rewards_margin"}
     metrics |= {"q_proj", "self_attn", "shared_experts", "target_parameters"}
     metrics |= {"rewards_chosen", "rewards_rejected", "eval_loss"} | {*SCORES, *CALL_SCORES}
-    metrics |= {"reasoning_content", "tool_call_id"}  # parts of messages
+    metrics |= {"reasoning_content", "tool_call_id", "matched_text_index"}  # parts of records
     unknown = words - keys - metrics - foreign.RENAMED.keys() - foreign.WITHOUT_EFFECT.keys()
     assert not unknown, f"docs/{page}.md names {sorted(unknown)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,8 @@ from ernie.tokenizer import Tokenizer
 from ernie.vision.positions import positions_of
 from erniekit.cli import main
 from erniekit.config import run_from
+from erniekit.data.dialogue import Sample
 from erniekit.data.loader import Stream, stream
-from erniekit.data.multimodal import PicturedSample
 from erniekit.data.pack import START
 from erniekit.data.pictures import read_pictured
 from erniekit.data.sources import DataError
@@ -60,7 +61,7 @@ def image(name: str, index: int = 0) -> dict:
     return {"image_url": name, "matched_text_index": index}
 
 
-def same(a: PicturedSample, b: PicturedSample) -> bool:
+def same(a: Sample, b: Sample) -> bool:
     return a == b and a.mark == b.mark and np.array_equal(a.positions, b.positions)
 
 
@@ -127,9 +128,20 @@ def test_every_form_of_a_dialogue_is_the_same_sample(opened, media: Path) -> Non
     for name, (kind, record) in forms(media).items():
         (samples[name],) = opened([record], train_dataset_type=kind).read(0, 0)
     first = samples["index"]
-    assert len(first.pictures) == 2 and first.pictures[0].digest != first.pictures[1].digest
+    assert len(first.media.pictures) == 2 and len({p.digest for p in first.media.pictures}) == 2
     for name, sample in samples.items():
         assert same(sample, first), name
+
+
+def test_the_records_of_the_documentation_are_one_sample(opened, media: Path) -> None:
+    (media / "chart.png").write_bytes(png())
+    page = (Path(__file__).parents[2] / "docs/methods/vl.md").read_text("utf-8")
+    blocks = re.findall(r"^```json\n(.*?)^```$", page, re.M | re.S)
+    samples = []
+    for record in map(json.loads, blocks[:3]):
+        kind = "messages" if "messages" in record else "erniekit"
+        samples += opened([record], train_dataset_type=kind).read(0, 0)
+    assert len(samples) == 3 and all(same(sample, samples[0]) for sample in samples)
 
 
 def test_labels_positions_and_places_of_a_sample(opened, tiny) -> None:
@@ -139,10 +151,10 @@ def test_labels_positions_and_places_of_a_sample(opened, tiny) -> None:
     tokenizer: Tokenizer = records.encoder.tokenizer
     trained = [i for i in sample.labels if i != UNTRAINED]
     assert tokenizer.decode(trained[:-1]).endswith("Red.") and trained[-1] == tokenizer.eos_id
-    (picture,) = sample.pictures
-    assert sample.is_place_T.sum() == picture.num_tokens == 6
-    assert sample.modality_T.sum() == picture.num_tokens + 2, "the markers too"
-    config = records.encoder.config
+    (picture,) = sample.media.pictures
+    assert sample.media.is_place_T.sum() == picture.num_tokens == 6
+    assert sample.media.modality_T.sum() == picture.num_tokens + 2, "the markers too"
+    config = records.encoder.reader.config
     expected = positions_of(sample.token_ids, [picture.grid], config)
     assert np.array_equal(sample.positions, expected)
     assert sample.positions[2, -1] < len(sample) - 1, "a picture takes fewer positions than tokens"
@@ -153,8 +165,8 @@ def test_each_trained_answer_is_a_sample_with_the_pictures_before_it(opened) -> 
         "One?", "Yes.", "And?", "No.", image_info=[image("red.png"), image("blue.png", 2)]
     )
     first, second = opened([record]).read(0, 0)
-    assert [len(first.pictures), len(second.pictures)] == [1, 2]
-    assert first.pictures[0].digest == second.pictures[0].digest
+    assert [len(first.media.pictures), len(second.media.pictures)] == [1, 2]
+    assert first.media.pictures[0].digest == second.media.pictures[0].digest
 
 
 def test_a_long_dialogue_loses_its_oldest_turns_with_their_pictures(opened) -> None:
@@ -163,14 +175,14 @@ def test_a_long_dialogue_loses_its_oldest_turns_with_their_pictures(opened) -> N
     first, whole = opened([record]).read(0, 0)
     (short,) = opened([published("Two?", "No.", image_info=[image("blue.png")])]).read(0, 0)
     cut = opened([record], max_seq_len=len(first) + 1).read(0, 0)[-1]
-    assert len(whole.pictures) == 2 and same(cut, short)
+    assert len(whole.media.pictures) == 2 and same(cut, short)
     assert cut.num_cut == len(whole) - len(short)
 
 
 def test_clips_are_read_by_their_settings(opened) -> None:
     record = published("Moves?", "Yes.", video_info=[image("clip.mp4")])
     (sample,) = opened([record], video_target_frames=8).read(0, 0)
-    assert sample.pictures[0].grid[0] == 8
+    assert sample.media.pictures[0].grid[0] == 8
     marks = {}
     for way in ("leading", "middle", "rand"):
         more = {"video_target_frames": 4, "video_frames_sample": way, "render_timestamp": False}
@@ -189,7 +201,7 @@ def test_text_is_mixed_in_by_modality_ratio(opened, media: Path) -> None:
         pictured, text_dataset_path=str(path), modality_ratio="[1,3]", num_samples_each_epoch=10**6
     )
     samples = [drawn.sample for drawn in records.samples(START, 400)]
-    share = sum(not sample.pictures for sample in samples) / len(samples)
+    share = sum(not sample.media.pictures for sample in samples) / len(samples)
     assert 0.15 < share < 0.35, share
     assert all(sample.positions.shape == (3, len(sample)) for sample in samples)
 

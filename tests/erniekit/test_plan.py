@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import weakref
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -11,15 +13,16 @@ import torch
 import ernie
 from ernie.attention import shared_prompt
 from ernie.models import TINY
+from ernie.vision.config import VisionConfig
 from erniekit import losses, plan_report
-from erniekit.build import lora_of, trained_parameters, weights_dtype
+from erniekit.build import lora_of, still, trained_parameters, weights_dtype
 from erniekit.cli import main
 from erniekit.config import Run, resolved, run_from
 from erniekit.dropout import add_dropout
 from erniekit.gradients import Gradients
 from erniekit.lora import add_lora
 from erniekit.optim import OPTIMIZERS, treatments
-from erniekit.plan import GIB, Degrees, Sizes, kept_words, plan, sizes_of
+from erniekit.plan import GIB, Degrees, Sizes, kept_words, picture_words, plan, sizes_of
 from erniekit.recompute import recompute
 from erniekit.reward_model import add_reward_head
 
@@ -98,27 +101,14 @@ def test_kept_activations_equal_what_autograd_saves(
     recompute(model, granularity)
     tokens = 64
     ids_T, positions_T = torch.arange(tokens) % 199, torch.arange(tokens)
-    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    sizes: dict[int, int] = {}
-
-    def note(saved: torch.Tensor) -> torch.Tensor:
-        storage = saved.untyped_storage()
-        if storage.data_ptr() not in known:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return saved
-
     batch = losses.Flat(ids_T, ids_T, positions_T, torch.tensor([0, tokens], dtype=torch.int32))
     attend = losses.packed_causal(batch.cu_seqlens_S1)
     if stage != "SFT":
         attend = shared_prompt(torch.tensor([[0, tokens - 2, tokens - 1, tokens]]))
-    kept = torch.autograd.graph.saved_tensors_hooks(note, lambda saved: saved)
-    with dropout.during(0, 0), kept:
-        routings: list = []
-        hidden_TD = model.hidden(ids_T, positions_T, attend, routings=routings)
-    for routing in filter(None, routings):  # held for the balance losses
-        note(routing.probs_TE)
-        note(routing.logits_TE)
-    counted = sum(sizes.values()) / tokens / 4
+    with dropout.during(0, 0):
+        counted = words_kept(
+            model, lambda routings: model.hidden(ids_T, positions_T, attend, routings=routings)
+        ) / tokens  # fmt: skip
     if run.model.lora_dropout and granularity not in ("full", "mlp"):
         # What the last adapter of a dense MLP reads: kept within hooks of its own, out of sight.
         counted += sum(
@@ -128,10 +118,67 @@ def test_kept_activations_equal_what_autograd_saves(
     # cos and sin, shared by the layers; a recomputed attention holds them without saving them
     tables = 0 if granularity in ("full", "full_attn") else config.head_dim
     formula = tables + sum(kept_words(config, run, n) for n in range(config.num_hidden_layers))
-    assert hidden_TD.requires_grad
     assert formula == pytest.approx(counted, rel=0.1 if run.model.use_dora else 0.05), (
         f"{formula:.0f} planned, {counted:.0f} kept"
     )
+
+
+VL = dataclasses.replace(
+    TINY["tiny-vl"], head_dim=16, freq_allocation=4, num_attention_heads=4, num_key_value_heads=2,
+    vision_config=VisionConfig(depth=2, embed_dim=64, mlp_ratio=4, num_heads=4),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("granularity", [None, "full"])
+@pytest.mark.parametrize("words", ["Full", "LoRA", "freeze_vision"])
+def test_kept_activations_of_images_equal_what_autograd_saves(granularity, words) -> None:
+    """A row of nothing but images, whose tokens all go to vision experts."""
+    again = {"recompute": True, "recompute_granularity": granularity} if granularity else {}
+    frozen = {"freeze_config": words} if words == "freeze_vision" else {}
+    fine_tuning = "LoRA" if words == "LoRA" else "Full"
+    run = planned(fine_tuning=fine_tuning, lora_rank=3, stage="VL-SFT", **again, **frozen)
+    model = built(VL, run)
+    for name in still(dict(model.named_parameters()), run):
+        model.get_parameter(name).requires_grad_(False)
+    recompute(model, granularity)
+    tokens, grid = 64, (1, 16, 16)
+    ids_T, positions_T = torch.full((tokens,), VL.im_patch_id or 0), torch.arange(tokens)
+    pixels_PC = torch.zeros((256, 588), dtype=torch.uint8)
+    seen = losses.Seen(pixels_PC, [grid], positions_T, torch.ones_like(positions_T))
+    bounds = torch.tensor([0, tokens], dtype=torch.int32)
+    batch = losses.Flat(ids_T, ids_T, positions_T.expand(3, -1), bounds, pictures=seen)
+    counted = words_kept(model, lambda routings: losses.hidden_of(
+        model, batch, losses.packed_causal(bounds), routings
+    )) / tokens  # fmt: skip
+    tables = 0 if granularity == "full" else VL.head_dim
+    formula = tables + picture_words(VL, run)
+    formula += sum(kept_words(VL, run, n, 1) for n in range(VL.num_hidden_layers))
+    assert formula == pytest.approx(counted, rel=0.07), f"{formula:.0f} planned, {counted:.0f} kept"
+
+
+def words_kept(model: ernie.ErnieModel, forward: Callable[[list], torch.Tensor]) -> float:
+    """Words that autograd keeps of a forward pass, parameters left out."""
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    live: weakref.WeakSet[Kept] = weakref.WeakSet()  # a checkpoint lets go of what it does not need
+
+    def note(saved: torch.Tensor) -> Kept:
+        live.add(kept := Kept(saved))
+        return kept
+
+    routings: list = []
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept.tensor):
+        hidden_TD = forward(routings)
+    assert hidden_TD.requires_grad
+    tensors = [kept.tensor for kept in live]
+    for routing in filter(None, routings):  # held for the balance losses
+        tensors += [t for bank in routing.banks for t in (bank.probs_TE, bank.logits_TE)]
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(size for address, size in storages.items() if address not in known) / 4
+
+
+@dataclasses.dataclass(eq=False)
+class Kept:
+    tensor: torch.Tensor
 
 
 def test_each_suggested_change_fits_when_it_is_planned_itself() -> None:

@@ -231,10 +231,10 @@ def test_published_files_are_read_and_planned(name: str) -> None:
         assert any(key in note for key in (*DIVIDES, *PLANNED_AS, "reads every pair")), note
 
 
-VL = Path(__file__).parents[2] / "examples/configs/ERNIE-4.5-VL-28B-A3B/sft"
+VL = Path(__file__).parents[2] / "examples/configs/ERNIE-4.5-VL-28B-A3B"
 
 
-@pytest.mark.parametrize("path", sorted(VL.glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", sorted(VL.glob("*/*.yaml")), ids=lambda path: path.name)
 def test_published_files_about_pictures_are_read_and_planned(path: Path) -> None:
     """As above, with the published degrees; what is not a setting is told to have no effect."""
     values = read_yaml(path) | {"tensor_parallel_degree": 4, "pipeline_parallel_degree": 2}
@@ -251,9 +251,9 @@ def test_published_files_about_pictures_are_read_and_planned(path: Path) -> None
     thawed = dataclasses.replace(run.model, freeze_config=())
     full = plan(dataclasses.replace(run, model=thawed), "cuda", degrees)
     assert 0 < found.parts["weights"] < found.peak
-    if not run.is_lora:
-        assert full.num_trained - found.num_trained > 6e8, "the tower"
-        assert full.parts["activations"] > found.parts["activations"]
+    if run.model.freeze_config:
+        assert full.num_trained - found.num_trained > 6e8, "the tower, or the language model"
+        assert full.parts["activations"] >= found.parts["activations"]
     assert all(any(key in note for key in DIVIDES) for note in notes), notes
 
 

@@ -5,6 +5,7 @@ learning rates by part; batches dealt to ranks by their patches.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,9 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import ernie
+from ernie.adapter_files import PRODUCTS, read_adapter
 from ernie.model import ErnieModel
 from ernie.models import TINY
-from ernie.settings import ConfigError
+from ernie.settings import ConfigError, read_yaml
 from erniekit.build import still
 from erniekit.cli import main
 from erniekit.config import run_from
@@ -61,6 +63,8 @@ def trained(tiny: Callable[[str], Path], shapes: Path, tmp_path: Path):
 
 
 LAST = "checkpoint-4"
+CONFIGS = Path(__file__).parents[2] / "examples/configs/ERNIE-4.5-VL-28B-A3B/pt"
+VISION = re.compile(r"^vision_model\.|resampler|vision_(experts|gate)|e_score_correction_bias")
 
 
 def weights_of(folder: Path) -> dict[str, Tensor]:
@@ -123,6 +127,24 @@ def test_what_is_frozen_stays_and_all_else_moves(trained, tiny, settings, still_
             assert len(moved) == len(names), f"{part}: {set(names) - set(moved)}"
 
 
+def test_pre_training_moves_the_vision_parts_alone_and_then_everything(trained, tiny) -> None:
+    """By the words of the two example files. Vision experts of the last block never move."""
+    files = [CONFIGS / "run_vision_8k.yaml", CONFIGS / "run_sft_8k.yaml"]
+    words = [read_yaml(path).get("freeze_config", "") for path in files]
+    folder = tiny("tiny-vl")
+    for number, (frozen, seen) in enumerate(zip(words, (VISION, re.compile("")))):
+        before = weights_of(folder)
+        folder = trained(str(number), freeze_config=frozen, model_name_or_path=folder) / LAST
+        after = weights_of(folder)
+        moved = {name for name in before if not torch.equal(before[name], after[name])}
+        last = re.compile(r"layers\.2\.mlp\.vision_experts")
+        assert moved == {n for n in before if seen.search(n) and not last.search(n)}, files[number]
+        for layer in (1, 2):
+            name = f"model.layers.{layer}.mlp.moe_statics.e_score_correction_bias"
+            steps = [bool((after[name][b] - before[name][b]).any()) for b in (0, 1)]
+            assert steps == ([False, True] if number == 0 else [True, True]), name
+
+
 def test_an_adapter_has_pairs_beside_both_banks_and_goes_on(trained) -> None:
     options = {"fine_tuning": "LoRA", "lora_rank": 2, "lr_scheduler_type": "constant"}
     whole = trained("whole", **options)
@@ -133,6 +155,8 @@ def test_an_adapter_has_pairs_beside_both_banks_and_goes_on(trained) -> None:
     for bank in ("experts", "vision_experts"):
         changed = [n for n, t in a.items() if f".mlp.{bank}." in n and "lora_B" in n and t.any()]
         assert changed, f"no pair of {bank} moved"
+    served = read_adapter(whole, TINY["tiny-vl"], max_rank=2)
+    assert {product for pairs in served.layers for product in pairs} == set(PRODUCTS)
     code = main(["export", f"{whole}/run.yaml"])
     assert code == 0
     merged = weights_of(whole / "export")

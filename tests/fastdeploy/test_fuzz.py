@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
 from fastapi.routing import APIRoute
-from helpers_hostile import cases, complaint, run_schemathesis
-from helpers_server import Server, start_server, stop_server
+from helpers_hostile import cases, complaint, picture_cases, run_schemathesis
+from helpers_server import Server, app_client, start_server, stop_server
 from starlette.testclient import TestClient
 
 from fastdeploy.config import EngineConfig, ServerConfig
 from fastdeploy.server.app import OPEN_PATHS, create_app
 from fastdeploy.server.openapi import ROWS, document
+from tests.helpers_vision import vl_model_folder
 
 NUM_CASES = 300
 MOST_SECONDS = 10.0
@@ -63,6 +65,25 @@ def test_hostile_requests_are_answered_and_the_server_goes_on(small: Server) -> 
         assert good.status_code == 200, good.text
         load_now = client.get("/load").json()
         assert (load_now["server_load"], load_now["cache_usage"]) == (0, 0), load_now
+
+
+def test_hostile_pictures_are_answered_and_the_server_goes_on(tmp_path: Path) -> None:
+    engine = EngineConfig(
+        model=str(vl_model_folder(tmp_path / "vl")), max_model_len=96, dtype="float32", block_size=8
+    )
+    with app_client(engine, raise_server_exceptions=False) as client:
+        every = list(picture_cases())
+        statuses: Counter[int] = Counter()
+        for path, body in every[:: len(every) // NUM_CASES]:
+            began = time.monotonic()
+            answer = client.post(path, content=body)
+            seconds = time.monotonic() - began
+            statuses[answer.status_code] += 1
+            wrong = complaint(answer.status_code, answer.text, seconds, MOST_SECONDS)
+            assert wrong is None, f"{path} {body[:200]!r}: {wrong}"
+        assert statuses.keys() == {200, 400}, statuses
+        good = client.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 3})
+        assert good.status_code == 200, good.text
 
 
 @pytest.mark.skipif(not importlib.util.find_spec("schemathesis"), reason="needs schemathesis")

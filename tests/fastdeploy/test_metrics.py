@@ -61,6 +61,14 @@ def test_the_engines_figures_are_read_when_asked_for() -> None:
         "request_preempted_total": 7,
     }.items():
         assert values["fastdeploy:" + name,] == pytest.approx(expected), name
+    assert "fastdeploy:mm_cache_hits_total" not in {name for name, *_ in values}
+    reading = Metrics(ORIGINAL, has_vision=True)
+    figures = {"num_picture_hits": 5, "num_pictures_computed": 2, "num_picture_bytes": 4096}
+    reading.watch(lambda: make_stats(**figures))
+    values = samples(reading)
+    assert values["fastdeploy:mm_cache_queries_total",] == 7
+    assert values["fastdeploy:mm_cache_hits_total",] == 5
+    assert values["fastdeploy:mm_cache_bytes",] == 4096
     nothing = Metrics(ORIGINAL)
     nothing.watch(make_stats)  # before the engine has said anything
     assert samples(nothing)["fastdeploy:gpu_cache_usage_perc",] == 0

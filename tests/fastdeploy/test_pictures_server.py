@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
-import dataclasses
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,35 +17,17 @@ from starlette.testclient import TestClient
 import ernie
 from ernie.chat import ChatTemplate
 from ernie.generate import generate
-from ernie.models import TINY
 from ernie.vision.prompt import Processor
 from fastdeploy.config import EngineConfig, ServerConfig
-from tests.helpers_vision import grey_clip, png, vl_folder
+from tests.helpers_vision import data_url, grey_clip, png, serving, vl_model_folder
 
 RED, BLUE = png("red"), png("blue", (90, 60))
 CHAT = "/v1/chat/completions"
-TOKENS = {
-    "im_patch_id": "<|IMAGE_PLACEHOLDER|>",
-    "image_start_token_id": "<|IMAGE_START|>",
-    "image_end_token_id": "<|IMAGE_END|>",
-    "video_start_token_id": "<|VIDEO_START|>",
-    "video_end_token_id": "<|VIDEO_END|>",
-}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random multimodal model in float32 with a tokenizer of its kind."""
-    path = vl_folder(tmp_path_factory.mktemp("models") / "tiny-vl")
-    tokenizer = ernie.Tokenizer.from_folder(path)
-    ids: dict[str, Any] = {name: tokenizer.id_of(token) for name, token in TOKENS.items()}
-    config = dataclasses.replace(
-        TINY["tiny-vl"], vocab_size=tokenizer.vocab_size, video_token_id=None, **ids
-    )
-    model = ernie.ErnieModel(config, dtype=torch.float32)
-    model.init_weights(seed=1, std=0.3)
-    ernie.save(model, path)
-    return path
+    return vl_model_folder(tmp_path_factory.mktemp("models") / "tiny-vl")
 
 
 def engine_config(folder: Path) -> EngineConfig:
@@ -59,10 +38,6 @@ def engine_config(folder: Path) -> EngineConfig:
 def client(folder: Path) -> Iterator[TestClient]:
     with app_client(engine_config(folder), ServerConfig()) as client:
         yield client
-
-
-def data_url(content: bytes, kind: str = "image/png") -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def image(url: str, **options: Any) -> dict[str, Any]:
@@ -114,7 +89,7 @@ def test_answers_are_the_plain_generators(client: TestClient, folder: Path, name
 
 
 def prompt_placeholder(folder: Path) -> int | None:
-    return ernie.Tokenizer.from_folder(folder).id_of(TOKENS["im_patch_id"])
+    return ernie.Tokenizer.from_folder(folder).id_of("<|IMAGE_PLACEHOLDER|>")
 
 
 def test_other_pixels_give_another_answer_although_the_tokens_are_the_same(
@@ -174,35 +149,12 @@ def test_what_cannot_be_read_is_refused_in_a_sentence(client: TestClient, name: 
     assert "\n" not in error["message"]
 
 
-@contextmanager
-def trap() -> Iterator[tuple[str, list[str]]]:
-    """A server on loopback that nobody may reach; the paths it was asked for."""
-    paths: list[str] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            paths.append(self.path)
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(RED)
-
-        def log_message(self, *_: Any) -> None:
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield f"127.0.0.1:{server.server_port}", paths
-    finally:
-        server.shutdown()
-
-
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "2130706433", "[::ffff:127.0.0.1]"])
 @pytest.mark.parametrize("kind", ["image", "video"])
 def test_no_url_reaches_the_network_behind_the_server(
     client: TestClient, host: str, kind: str
 ) -> None:
-    with trap() as (address, paths):
+    with serving(RED) as (address, paths):
         url = f"http://{host}:{address.split(':')[1]}/secret"
         part = {"type": f"{kind}_url", f"{kind}_url": {"url": url}}
         answer = client.post(CHAT, json=body(part))
@@ -221,7 +173,7 @@ def test_what_the_flags_open_is_read_and_nothing_else(folder: Path, tmp_path: Pa
         limit_mm_per_prompt={"image": 1, "video": 0},
         mm_processor_kwargs={"image_max_pixels": 28 * 28 * 6},
     )
-    with app_client(engine_config(folder), config) as client, trap() as (address, paths):
+    with app_client(engine_config(folder), config) as client, serving(RED) as (address, paths):
         wanted = client.post(CHAT, json=body(image(data_url(RED)))).json()["choices"]
         for url in (f"file://{tmp_path}/in/red.png", f"http://{address}/red.png"):
             answer = client.post(CHAT, json=body(image(url)))
@@ -278,18 +230,17 @@ def test_a_model_of_text_refuses_pictures(tmp_path: Path) -> None:
         assert "this model reads parts of type 'text'" in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize(
-    ("path", "sent"),
-    [
-        ("/v1/chat/completions/render", body(image(data_url(RED)))),
-        ("/tokenize", {"messages": asked(image(data_url(RED)))}),
-        ("/v1/embeddings", {"messages": asked(image(data_url(RED)))}),
-    ],
-)
-def test_other_routes_refuse_pictures(client: TestClient, path: str, sent: Any) -> None:
-    answer = client.post(path, json=sent)
+@pytest.mark.parametrize("path", ["/v1/chat/completions/render", "/tokenize"])
+def test_the_prompt_of_a_chat_has_its_pictures(client: TestClient, folder: Path, path: str) -> None:
+    messages = asked("What is this?", image(data_url(RED)))
+    answer = client.post(path, json={"messages": messages}).json()
+    assert answer["tokens"] == expected(folder, messages)[0]
+
+
+def test_no_vectors_are_made_of_pictures(client: TestClient) -> None:
+    answer = client.post("/v1/embeddings", json={"messages": asked(image(data_url(RED)))})
     assert answer.status_code == 400
-    assert "pictures are read by chat completions only" in answer.json()["error"]["message"]
+    assert "of which no vectors are made" in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -278,10 +278,11 @@ def test_the_store_forgets_the_oldest_that_have_ended(monkeypatch) -> None:
     store = ResponseStore()
 
     def put(name: str, status: str = "completed", text: str = "") -> None:
-        store.put("me", Stored({"id": name, "status": status, "text": text}, []), 0)
+        response = {"id": name, "status": status, "text": text, "output": []}
+        store.put("me", Stored(response, []))
 
     def kept() -> list[str]:
-        return list(store.shelves["me"])
+        return list(store.shelves["me"].responses)
 
     put("writing", "in_progress")
     for name in "abc":
@@ -289,6 +290,35 @@ def test_the_store_forgets_the_oldest_that_have_ended(monkeypatch) -> None:
     assert kept() == ["writing", "b", "c"]
     put("large", text="x" * 850)
     assert kept() == ["writing", "large"]
-    store.shelves["me"]["writing"].at -= response_store.MAX_AGE_S + 1
+    store.shelves["me"].responses["writing"].at -= response_store.MAX_AGE_S + 1
     with pytest.raises(RequestError, match="no response 'writing'"):
         store.get("me", "writing")
+
+
+def test_what_responses_share_counts_once_and_as_long_as_one_is_kept(monkeypatch) -> None:
+    monkeypatch.setattr(response_store, "MAX_BYTES", 3000)
+    store = ResponseStore()
+
+    def put(name: str, *items: Any, follows: str | None = None) -> None:
+        before = store.get("me", follows).conversation if follows else []
+        response: dict[str, Any] = {"id": name, "status": "in_progress", "output": []}
+        stored = Stored(response, [*before, *items])
+        store.put("me", stored)  # once when it begins, and once when it has ended
+        response |= {"status": "completed", "output": [{"text": "y" * 100}]}
+        store.put("me", stored)
+
+    def shelf() -> tuple[list[str], int]:
+        return list(store.shelves["me"].responses), store.shelves["me"].num_bytes
+
+    put("a", {"image": "x" * 1000})
+    size = shelf()[1]
+    assert 1100 < size < 1300
+    put("b", {"text": "more"}, follows="a")
+    put("c", {"text": "more"}, follows="b")
+    assert shelf()[0] == ["a", "b", "c"] and shelf()[1] < size + 700, shelf()
+    store.remove("me", "a")
+    assert shelf()[1] > 1000, "the picture is held by those that follow, and counts"
+    put("d", {"image": "z" * 1800})
+    assert shelf()[0] == ["d"], "as long as one of them holds the picture, there is too much"
+    store.remove("me", "d")
+    assert shelf() == ([], 0)

@@ -124,6 +124,11 @@ class _Operations(TorchDispatchMode):
         super().__init__()
         self.recorder = recorder
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Or torch imports its compiler, which nothing uses: seconds of the first request."""
+        return False
+
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None):
         kwargs = kwargs or {}
         result = operation(*args, **kwargs)
