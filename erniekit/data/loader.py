@@ -35,7 +35,8 @@ from ernie.tokenizer import Tokenizer
 from ernie.vision.prompt import Processor
 from ernie.vision.settings import VisionSettings, font_of
 from ernie.vision.sources import MediaError, Sources
-from erniekit.config import PICTURED, Data, Run, check_every_weight_is_used, given_of
+from erniekit.config import PICTURED, Data, Run, given_of
+from erniekit.config.checks import check_every_weight_is_used
 from erniekit.data import tasks
 from erniekit.data.dialogue import Encoder, Sample
 from erniekit.data.indexed import Indexed, share

@@ -17,6 +17,7 @@ from erniekit import config, foreign
 from erniekit.build import config_of
 from erniekit.cli import VERBS, main
 from erniekit.config import Optimisation, read_run, resolved, run_from, to_yaml
+from erniekit.config.model import STAGES
 from erniekit.launch import RECIPES
 from erniekit.optim import learning_rate_at, treatments
 
@@ -39,7 +40,7 @@ def test_examples_parse_and_their_model_builds(path: Path) -> None:
 def test_stages_that_cannot_be_trained_say_so(capsys) -> None:
     path = ROOT / "examples/configs/ERNIE-4.5-0.3B/pt/run_pt_8k.yaml"
     assert read_run([str(path)]).model.stage == "PT"
-    untrained = sorted(set(config.STAGES) - set(RECIPES))
+    untrained = sorted(set(STAGES) - set(RECIPES))
     assert untrained
     for stage in untrained:
         assert main(["train", str(path), f"stage={stage}"]) == 2

@@ -12,6 +12,7 @@ import yaml
 from erniekit import config, foreign
 from erniekit.build import _PARTS as PARTS
 from erniekit.config import run_from
+from erniekit.config.checks import FREEZE_WORDS
 from erniekit.preference_losses import PREFERENCE_LOSSES
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +42,7 @@ def test_settings_are_a_run_and_every_key_that_is_named_exists(page: str) -> Non
     named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", text))
     known |= (
         PARTS.keys()
-        | {*config.FREEZE_WORDS}
+        | {*FREEZE_WORDS}
         | {"kto_en_demo", "kto_tag", "reward_head", "no_mask", "topk_gate"}
     )
     assert named <= known, named - known

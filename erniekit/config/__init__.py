@@ -1,0 +1,211 @@
+"""The settings of a run: ERNIEKit's flat YAML keys as frozen dataclasses, one per subject.
+
+A file and `key=value` words become one flat dict; keys that ERNIEKit has but that mean nothing here
+are taken out and reported (`erniekit.foreign`); the rest is distributed over the groups by field
+name, checked (`validate`), and every "auto" is resolved into a *new* `Run` (`resolved`). The same
+fields make `--help`, the documentation tables and `run.yaml`.
+
+Imports no torch: `erniekit --help` must answer at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ernie.settings import ConfigError, fill, read_overrides, read_yaml
+from erniekit import foreign
+from erniekit.config.checks import ONE_LOSS_A_TOKEN, validate
+from erniekit.config.data import Audit, Data, Pictures
+from erniekit.config.methods import PREFERENCE_KEYS, Policy, Preferences
+from erniekit.config.model import PICTURED, Model
+from erniekit.config.services import Export, Generation, Reporting, Server
+from erniekit.config.training import Optimisation, Parallel, Training
+
+GROUPS = (
+    Model, Data, Pictures, Preferences, Policy, Training, Optimisation, Generation, Server, Export,
+    Reporting, Parallel, Audit,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """Every setting of a run, as in `run.data.max_seq_len`; see each group's fields."""
+
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    pictures: Pictures = field(default_factory=Pictures)
+    preferences: Preferences = field(default_factory=Preferences)
+    policy: Policy = field(default_factory=Policy)
+    training: Training = field(default_factory=Training)
+    optimisation: Optimisation = field(default_factory=Optimisation)
+    generation: Generation = field(default_factory=Generation)
+    server: Server = field(default_factory=Server)
+    export: Export = field(default_factory=Export)
+    reporting: Reporting = field(default_factory=Reporting)
+    parallel: Parallel = field(default_factory=Parallel)
+    audit: Audit = field(default_factory=Audit)
+    words: tuple[str, ...] = field(default=(), compare=False)  # of the command line
+    without_effect: tuple[str, ...] = ()
+
+    def flat(self) -> dict[str, Any]:
+        """All keys and values, in the order of the groups: the content of `run.yaml`."""
+        groups = [getattr(self, f.name) for f in dataclasses.fields(self)][: len(GROUPS)]
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for group in groups
+            for key, value in dataclasses.asdict(group).items()
+        }
+
+    @property
+    def is_lora(self) -> bool:
+        return self.model.fine_tuning == "LoRA"
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether its records are questions that the model is asked while it trains: not so of
+        plain text and of pictures, and a reward model does not answer.
+        """
+        return self.model.stage not in ("PT", "RM", "VL-SFT")
+
+    @property
+    def output(self) -> Path:
+        if self.training.output_dir is None:
+            raise ConfigError("output_dir is none; give a folder")
+        return Path(self.training.output_dir)
+
+
+def read_run(words: Sequence[str]) -> Run:
+    """The run described by `[file.yaml] key=value ...`; `--key value` is understood too.
+
+    Raises ConfigError in one sentence for anything that does not fit.
+    """
+    return dataclasses.replace(run_from(*read_values(words)), words=tuple(words))
+
+
+def read_values(words: Sequence[str]) -> tuple[dict[str, Any], str]:
+    """The flat, unchecked values of such words, and where they come from."""
+    words = list(words)
+    values: dict[str, Any] = {}
+    origin = "the command line"
+    if words and "=" not in words[0] and not words[0].startswith("-"):
+        origin = words.pop(0)
+        if Path(origin).suffix not in (".yaml", ".yml", ".json"):
+            raise ConfigError(f"{origin!r} is not a .yaml, .yml or .json file of settings")
+        values = read_yaml(origin)
+    return values | read_overrides(_undashed(words)), origin
+
+
+def run_from(values: Mapping[str, Any], origin: str = "the settings") -> Run:
+    """A checked `Run` from a flat mapping of ERNIEKit's keys."""
+    own = {f.name for kind in GROUPS for f in dataclasses.fields(kind)}
+    values = {key: _respelt(key, value) for key, value in values.items()}
+    values = foreign.renamed(values, origin)
+    kept, without_effect = foreign.separate(values, own, origin)
+    lora = kept.get("lora")
+    groups = fill(GROUPS, kept, origin)
+    if groups[0].lora is not None:
+        groups[0] = _from_lora_key(groups[0], given="fine_tuning" in kept, lora=lora)
+    names = [f.name for f in dataclasses.fields(Run)][: len(GROUPS)]
+    run = Run(**dict(zip(names, groups)))
+    given, defaults = dataclasses.asdict(run.preferences), dataclasses.asdict(Preferences())
+    unused = given.keys() - PREFERENCE_KEYS.get(run.model.stage, set())
+    only = {"simpo_gamma": "simpo", "dpop_lambda": "dpop"}
+    unused |= {key for key, name in only.items() if run.preferences.loss_type != name}
+    without_effect += [key for key in given if key in unused and given[key] != defaults[key]]
+    if run.model.stage not in PICTURED:
+        without_effect += given_of(run.pictures)
+    o = run.optimisation
+    if o.dropout_warmup_steps and not (o.hidden_dropout_prob or o.attention_probs_dropout_prob):
+        without_effect.append("dropout_warmup_steps")
+    if run.model.stage not in ONE_LOSS_A_TOKEN and run.model.token_balance_loss != "none":
+        without_effect.append("token_balance_loss")
+    if run.model.stage != "UPO":
+        without_effect += given_of(run.policy)
+    run = dataclasses.replace(run, without_effect=tuple(without_effect))
+    validate(run)
+    return run
+
+
+def given_of(group: Pictures | Policy) -> list[str]:
+    """The keys of a group whose values are not the defaults."""
+    values, defaults = dataclasses.asdict(group), dataclasses.asdict(type(group)())
+    return [key for key in values if values[key] != defaults[key]]
+
+
+def _respelt(key: str, value: Any) -> Any:
+    """ERNIEKit's empty strings mean "not given"; YAML reads the strategy `no` as false."""
+    if key.endswith("_strategy") and value is False:
+        return "no"
+    if key == "token_balance_loss" and str(value).lower() in ("true", "false"):
+        return "budget" if str(value).lower() == "true" else "none"
+    if key == "modality_ratio" and isinstance(value, str):
+        return value.strip().strip("[]")
+    if key == "freeze_config" and isinstance(value, str):
+        return value.replace(",", " ").split()
+    return None if isinstance(value, str) and not value.strip() else value
+
+
+def _from_lora_key(model: Model, *, given: bool, lora: Any) -> Model:
+    wanted = "LoRA" if model.lora else "Full"
+    if given and model.fine_tuning != wanted:
+        raise ConfigError(
+            f"lora={lora} contradicts fine_tuning={model.fine_tuning}; give only fine_tuning"
+        )
+    return dataclasses.replace(model, fine_tuning=wanted, lora=None)
+
+
+def _undashed(words: list[str]) -> list[str]:
+    """`--key value` and `--key=value` as `key=value`."""
+    result, rest = [], iter(words)
+    for word in rest:
+        if not word.startswith("--") or "=" in word:
+            result.append(word.removeprefix("--"))
+            continue
+        value = next(rest, None)
+        if value is None:
+            raise ConfigError(f"{word} has no value; write {word.removeprefix('--')}=value")
+        result.append(f"{word.removeprefix('--')}={value}")
+    return result
+
+
+def resolved(run: Run, device: str) -> Run:
+    """A new `Run` in which nothing is left to be decided, for a run on `device` (cpu or cuda)."""
+    model, training, optimisation = run.model, run.training, run.optimisation
+    if model.rslora_plus:
+        model = dataclasses.replace(
+            model, rslora_plus=False, rslora=True, lora_plus_scale=4.0, lora_alpha=4.0
+        )
+    if model.lora_alpha == -1:
+        alpha = 4.0 if model.rslora else 2.0 * model.lora_rank
+        model = dataclasses.replace(model, lora_alpha=alpha)
+    if model.loss_subbatch_seqlen == -1:
+        # A GPU wants products as large as it can get; a CPU keeps the logits in its cache.
+        chunk = 4096 if device == "cuda" else 128
+        model = dataclasses.replace(model, loss_subbatch_seqlen=chunk)
+    lean = not run.is_lora and device == "cpu"
+    if optimisation.amp_master_grad is None:
+        optimisation = dataclasses.replace(optimisation, amp_master_grad=not lean)
+    if optimisation.use_lowprecision_moment is None:
+        optimisation = dataclasses.replace(optimisation, use_lowprecision_moment=lean)
+    training = dataclasses.replace(
+        training,
+        device="gpu" if device == "cuda" else "cpu",
+        eval_steps=training.eval_steps or 500,
+    )
+    return dataclasses.replace(run, model=model, training=training, optimisation=optimisation)
+
+
+def changed(run: Run) -> dict[str, Any]:
+    """The keys whose value is not the default."""
+    defaults = Run().flat()
+    return {key: value for key, value in run.flat().items() if value != defaults[key]}
+
+
+def to_yaml(run: Run) -> str:
+    import yaml
+
+    return yaml.safe_dump(run.flat(), sort_keys=False, allow_unicode=True)

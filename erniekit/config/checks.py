@@ -1,0 +1,406 @@
+"""What settings must fulfil together: every refusal is one sentence."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ernie.settings import ConfigError
+from erniekit.config.data import Data
+from erniekit.config.methods import PREFERENCE_KEYS, Preferences
+from erniekit.config.services import SINKS
+from erniekit.config.training import SCHEDULES
+
+if TYPE_CHECKING:
+    from erniekit.config import Run
+
+FREEZE_WORDS = ("freeze_vision", "freeze_lm")
+_JUDGED = ("erniekit", "alpaca", "messages", "chatml")
+_DIALOGUES = ("erniekit", "alpaca", "messages", "sharegpt", "reasoning_gym", "chatml")
+_KINDS = {"PT": ("erniekit", "pretrain"), **dict.fromkeys(("DPO", "KTO", "RM"), _JUDGED)}
+ONE_LOSS_A_TOKEN = ("SFT", "PT", "VL-SFT", "OCR-VL-SFT")
+
+
+def validate(run: Run) -> None:
+    """Checks that concern more than one key, and ranges; raises ConfigError."""
+    model, data, training, optimisation = run.model, run.data, run.training, run.optimisation
+    for group, key, low in (
+        (model, "lora_rank", 1),
+        (data, "max_seq_len", 8),
+        (data, "buffer_size", 1),
+        (data, "num_samples_each_epoch", 1),
+        (data, "max_estimate_samples", 1),
+        (training, "batch_size", 1),
+        (training, "gradient_accumulation_steps", 1),
+        (training, "logging_steps", 1),
+        (training, "save_steps", 1),
+        (training, "max_grad_spike", 0),
+        (training, "grad_spike_window", 1),
+        (training, "seed", 0),
+        (run.reporting, "num_answers", -1),
+        (run.audit, "show", 0),
+        (run.reporting, "max_answer_tokens", 1),
+        (optimisation, "learning_rate", 0),
+        (optimisation, "warmup_steps", 0),
+        (run.parallel, "ddp_timeout", 1),
+    ):
+        if getattr(group, key) < low:
+            raise ConfigError(f"{key}={getattr(group, key)} is too small; give {low} or more")
+    if model.loss_subbatch_seqlen < 1 and model.loss_subbatch_seqlen != -1:
+        raise ConfigError(
+            f"loss_subbatch_seqlen={model.loss_subbatch_seqlen} is no number of tokens; give 1 or "
+            "more, or -1"
+        )
+    for name in run.reporting.report_to:
+        if name not in SINKS:
+            raise ConfigError(f"report_to={name!r} is not known; use {', '.join(SINKS)}")
+    for split in ("train", "eval", "text"):
+        _check_sources(data, split, model.stage)
+    _check_multimodal(run)
+    schedule, _, steady = optimisation.lr_scheduler_type.partition(":")
+    if schedule not in SCHEDULES or (steady and not (schedule == "wsd" and steady.isdigit())):
+        raise ConfigError(
+            f"lr_scheduler_type={optimisation.lr_scheduler_type!r} is not known; use one of "
+            f"{', '.join(SCHEDULES)}, or wsd:<steady steps>"
+        )
+    if optimisation.min_lr > optimisation.learning_rate:
+        raise ConfigError(
+            f"min_lr={optimisation.min_lr} is above learning_rate={optimisation.learning_rate}; "
+            "it is the floor of the schedule"
+        )
+    if training.max_steps == 0 or training.max_steps < -1:
+        raise ConfigError(
+            f"max_steps={training.max_steps} is no number of steps; give -1 or 1, 2.."
+        )
+    if optimisation.optimizer_in_backward and (
+        optimisation.max_grad_norm or training.gradient_accumulation_steps > 1
+    ):
+        raise ConfigError(
+            "optimizer_in_backward cannot go with "
+            f"max_grad_norm={optimisation.max_grad_norm:g} and "
+            f"gradient_accumulation_steps={training.gradient_accumulation_steps}, which need all "
+            "gradients first; give max_grad_norm: 0 and gradient_accumulation_steps: 1"
+        )
+    _check_safety(run)
+    if run.is_lora and model.num_nextn_predict_layers:
+        raise ConfigError(
+            "num_nextn_predict_layers trains a block of the model itself; use fine_tuning: Full"
+        )
+    if run.export.max_shard_size <= 0:
+        raise ConfigError(
+            f"max_shard_size={run.export.max_shard_size:g} GB is no size; give a number above 0"
+        )
+    for key in ("nproc_per_node", "sharding_parallel_degree", "data_parallel_degree"):
+        value = getattr(run.parallel, key)
+        if value is not None and (value < -1 or value == 0 or (value < 0 and key[0] == "n")):
+            raise ConfigError(f"{key}={value} is no number of processes; give 1 or more")
+    if model.lora_path and not run.is_lora:
+        raise ConfigError("lora_path is an adapter to start from; it needs fine_tuning: LoRA")
+    _check_adapters(run)
+    _check_dropout(run)
+    if model.stage in PREFERENCE_KEYS:
+        _check_preferences(run)
+    if model.stage == "DPO":
+        _check_loss_type(run.preferences)
+    if model.stage == "UPO":
+        _check_policy(run)
+    if model.moe_capacity is not None and model.moe_capacity <= 0:
+        raise ConfigError(
+            f"moe_capacity={model.moe_capacity:g} would drop every token; give a number above 0, "
+            "or leave it out"
+        )
+    if model.moe_capacity is not None and model.stage not in ONE_LOSS_A_TOKEN:
+        raise ConfigError(
+            f"moe_capacity={model.moe_capacity:g} drops tokens of the answers that stage="
+            f"{model.stage} compares; leave it out"
+        )
+    if run.is_lora and model.freeze_parameters:
+        raise ConfigError(
+            "freeze_parameters chooses what full training leaves out; LoRA trains its adapters "
+            "alone: use fine_tuning: Full"
+        )
+    if data.input_dir is not None:
+        _check_indexed(run)
+    if run.is_lora and not model.continue_training:
+        raise ConfigError(
+            "continue_training=false starts from random weights, which adapters would leave as "
+            "they are; use fine_tuning: Full"
+        )
+
+
+def _check_multimodal(run: Run) -> None:
+    model, data, o = run.model, run.data, run.optimisation
+    for word in model.freeze_config:
+        if word not in FREEZE_WORDS:
+            raise ConfigError(
+                f"freeze_config={word!r} is not known; use {' or '.join(FREEZE_WORDS)}"
+            )
+    if len(data.modality_ratio) != 2 or min(data.modality_ratio) < 0 or not data.modality_ratio[1]:
+        raise ConfigError(
+            f"modality_ratio={list(data.modality_ratio)} must be two shares, of text and of "
+            "pictures, the second above 0, as in 1,1"
+        )
+    for key, value in (("vit_lr_ratio", o.vit_lr_ratio), ("visual_ld", o.visual_ld)):
+        if value is not None and value < 0:
+            raise ConfigError(f"{key}={value:g} is below 0; give a factor such as 0.9")
+    if model.stage != "VL-SFT":
+        if data.text_dataset_path:
+            raise ConfigError(
+                "text_dataset_path is mixed into data with pictures (stage: VL-SFT); use "
+                "train_dataset_path"
+            )
+        return
+    check_every_weight_is_used(run)
+
+
+def check_every_weight_is_used(run: Run) -> None:
+    """Raises ConfigError for a division that a batch without pictures of a VL model cannot meet."""
+    if run.parallel.sharding in ("stage2", "stage3"):
+        raise ConfigError(
+            f"sharding={run.parallel.sharding} needs all ranks to use the same weights, and a "
+            "batch without pictures uses no vision tower; use stage1, or none"
+        )
+
+
+def _check_dropout(run: Run) -> None:
+    o, model = run.optimisation, run.model
+    for key, rate in (
+        ("hidden_dropout_prob", o.hidden_dropout_prob),
+        ("attention_probs_dropout_prob", o.attention_probs_dropout_prob),
+        ("lora_dropout", model.lora_dropout),
+    ):
+        if not 0 <= rate < 1:
+            raise ConfigError(f"{key}={rate:g} is no share of what is kept; give 0 to below 1")
+    if o.dropout_warmup_steps < 0:
+        raise ConfigError(
+            f"dropout_warmup_steps={o.dropout_warmup_steps} is below 0; give 0 or more"
+        )
+    if model.lora_dropout and model.use_dora:
+        raise ConfigError(
+            f"lora_dropout={model.lora_dropout:g} cannot go with use_dora, which scales base and "
+            "adapter together; give one of them"
+        )
+
+
+def _check_adapters(run: Run) -> None:
+    model = run.model
+    is_small = model.compute_type != "bf16"
+    for key, is_given in (
+        (f"compute_type={model.compute_type}", is_small),
+        ("use_dora=true", model.use_dora),
+        ("pissa=true", model.pissa),
+        ("lora_target_modules", bool(model.lora_target_modules)),
+        (f"lora_dropout={model.lora_dropout:g}", bool(model.lora_dropout)),
+    ):
+        if is_given and not run.is_lora:
+            raise ConfigError(f"{key} is for frozen weights beside adapters; use fine_tuning: LoRA")
+    if model.use_dora and model.pissa:
+        raise ConfigError(
+            "use_dora and pissa both say how an adapter stands beside its base; give one of them"
+        )
+    if model.qlora_weight_double_quant and model.compute_type != "nf4":
+        raise ConfigError(
+            f"qlora_weight_double_quant is of compute_type: nf4; this run has {model.compute_type}"
+        )
+    if is_small and run.parallel.sharding in ("stage2", "stage3"):
+        raise ConfigError(
+            f"sharding={run.parallel.sharding} cuts weights that can be gathered; with "
+            f"compute_type={model.compute_type} use stage1, or none"
+        )
+
+
+def _check_preferences(run: Run) -> None:
+    p, data = run.preferences, run.data
+    if p.beta <= 0:
+        raise ConfigError(f"beta={p.beta:g} rewards nothing; give a number above 0, such as 0.1")
+    for key in (
+        "pref_loss_ratio", "sft_loss_ratio", "dpop_lambda", "desirable_weight",
+        "undesirable_weight",
+    ):  # fmt: skip
+        if getattr(p, key) < 0:
+            raise ConfigError(f"{key}={getattr(p, key):g} is below 0; give 0 or more")
+    if p.ref_model_update_steps == 0 or p.ref_model_update_steps < -1:
+        raise ConfigError(
+            f"ref_model_update_steps={p.ref_model_update_steps} is no number of steps; give -1 or "
+            "1, 2.."
+        )
+    if p.reference_free and p.ref_model_update_steps > 0:
+        raise ConfigError(
+            f"ref_model_update_steps={p.ref_model_update_steps} updates a reference that "
+            "reference_free=True does without; leave one of them out"
+        )
+    if p.max_prompt_len < 1:
+        raise ConfigError(f"max_prompt_len={p.max_prompt_len} is too small; give 1 or more")
+    if data.max_seq_len < 16:
+        raise ConfigError(f"max_seq_len={data.max_seq_len} is too small for pairs; give 16 or more")
+    for key, value in (
+        ("split_multi_turn", data.split_multi_turn),
+        ("padding", data.padding),
+        ("num_nextn_predict_layers", run.model.num_nextn_predict_layers),
+    ):
+        if value:
+            raise ConfigError(
+                f"{key}={value} is not for judged answers (stage: {run.model.stage}); leave it out"
+            )
+
+
+def _check_policy(run: Run) -> None:
+    p, data = run.policy, run.data
+    for key, low in (
+        ("prompts_per_round", 1),
+        ("num_generations", 2),
+        ("max_completion_length", 1),
+        ("rollout_temperature", 0.01),
+        ("rollout_top_k", 0),
+        ("rollout_max_seqs", 1),
+        ("num_iterations", 1),
+        ("num_mini_batches", 1),
+        ("clip_low", 0),
+        ("clip_high", 0),
+        ("kl_coef", 0),
+        ("upo_mu", 0),
+        ("pair_min_gap", 0),
+        ("min_reward_std", 0),
+        ("max_refills", 0),
+    ):
+        if getattr(p, key) < low:
+            raise ConfigError(f"{key}={getattr(p, key)} is too small; give {low} or more")
+    if not 0 < p.rollout_top_p <= 1:
+        raise ConfigError(f"rollout_top_p={p.rollout_top_p:g} is no share; give 0 to 1, not 0")
+    if not 0 < p.correction_low <= 1 <= p.correction_high:
+        raise ConfigError(
+            f"correction_low={p.correction_low:g} and correction_high={p.correction_high:g} are no "
+            "bounds around 1; give some such as 0.5 and 2"
+        )
+    if len(p.reward) != len(p.reward_weights):
+        raise ConfigError(
+            f"reward and reward_weights have {len(p.reward)} and {len(p.reward_weights)} entries; "
+            "give one weight for each reward"
+        )
+    if p.policy_loss == "none" and not p.upo_mu:
+        raise ConfigError("policy_loss=none and upo_mu=0 leave nothing to train; give one of them")
+    if p.pair_dataset_path and not p.upo_mu:
+        raise ConfigError("pair_dataset_path has no effect with upo_mu=0; leave it out")
+    if p.pair_dataset_path and len(p.pair_dataset_path) != len(p.pair_dataset_type):
+        raise ConfigError(
+            f"pair_dataset_type and _path have {len(p.pair_dataset_type)} and "
+            f"{len(p.pair_dataset_path)} entries; give one of each per file"
+        )
+    steps = p.num_mini_batches * run.training.gradient_accumulation_steps
+    if p.prompts_per_round < steps:
+        raise ConfigError(
+            f"prompts_per_round={p.prompts_per_round} cannot be cut into {steps} batches "
+            "(num_mini_batches x gradient_accumulation_steps); give more prompts"
+        )
+    shares, files = p.curriculum_shares, len(data.train_dataset_path)
+    if shares and (len(shares) != files or min(shares) <= 0):
+        raise ConfigError(
+            f"curriculum_shares={list(shares)} must be a share above 0 for each of the {files} "
+            "training files"
+        )
+    if data.max_seq_len <= p.max_completion_length:
+        raise ConfigError(
+            f"max_completion_length={p.max_completion_length} leaves no room for a prompt in "
+            f"max_seq_len={data.max_seq_len}; give a larger max_seq_len"
+        )
+
+
+def _check_loss_type(p: Preferences) -> None:
+    """What a form of the loss on pairs cannot go with."""
+    if not 0 <= p.label_smoothing < 0.5:
+        raise ConfigError(
+            f"label_smoothing={p.label_smoothing:g} is no share of wrong labels; give 0, or less "
+            "than 0.5"
+        )
+    if p.label_smoothing and p.loss_type not in ("sigmoid", "simpo", "robust"):
+        raise ConfigError(
+            f"label_smoothing={p.label_smoothing:g} is not part of loss_type={p.loss_type}; leave "
+            "it out, or use sigmoid, simpo or robust"
+        )
+    if p.loss_type == "orpo" and p.sft_loss_ratio not in (0, 1):
+        raise ConfigError(
+            f"sft_loss_ratio={p.sft_loss_ratio:g} contradicts loss_type=orpo, where it is 1; use "
+            "loss_type: or"
+        )
+    if p.loss_type in ("simpo", "or", "orpo") and p.ref_model_update_steps > 0:
+        raise ConfigError(
+            f"ref_model_update_steps={p.ref_model_update_steps} updates a reference that "
+            f"loss_type={p.loss_type} does without; leave it out"
+        )
+
+
+def _check_safety(run: Run) -> None:
+    """What keeps a run safe: the best checkpoint, the average, spikes, the last step."""
+    training, decay = run.training, run.optimisation.ema_decay
+    if training.load_best_model_at_end:
+        every = training.eval_steps or 500
+        strategy = training.evaluation_strategy
+        if strategy == "no" or not run.data.files("eval") or not training.do_eval:
+            raise ConfigError(
+                "load_best_model_at_end needs evaluations to choose by; give evaluation_strategy: "
+                "steps and eval_dataset_path"
+            )
+        is_between = strategy == "steps" and training.save_steps % every
+        if strategy != training.save_strategy or is_between:
+            raise ConfigError(
+                f"load_best_model_at_end chooses among checkpoints that were evaluated; with "
+                f"evaluation_strategy={strategy} (eval_steps={every}) and "
+                f"save_strategy={training.save_strategy} (save_steps={training.save_steps}) some "
+                "are not: give one strategy, and save_steps a multiple of eval_steps"
+            )
+    if not 0 <= decay < 1:
+        raise ConfigError(
+            f"ema_decay={decay:g} is no decay; give 0 for none, or a number like 0.999 below 1"
+        )
+    if 0 < training.max_grad_spike <= 1:
+        raise ConfigError(
+            f"max_grad_spike={training.max_grad_spike:g} would skip every other step; give a "
+            "factor above 1, like 10, or 0"
+        )
+    if training.max_grad_spike and run.optimisation.optimizer_in_backward:
+        raise ConfigError(
+            "max_grad_spike needs the gradient's norm before the first update, which "
+            "optimizer_in_backward does not have; give only one of them"
+        )
+    if training.stop_after_step is not None and training.stop_after_step < 1:
+        raise ConfigError(f"stop_after_step={training.stop_after_step} is no step; give 1, 2..")
+
+
+def _check_indexed(run: Run) -> None:
+    data = run.data
+    if run.model.stage != "PT":
+        raise ConfigError(
+            f"input_dir holds documents, which stage={run.model.stage} cannot read; use stage: PT"
+        )
+    if data.train_dataset_path or data.eval_dataset_path:
+        raise ConfigError(
+            "input_dir has its own documents for training and evaluation (split); leave "
+            "train_dataset_path and eval_dataset_path out"
+        )
+    if not 1 <= len(data.split) <= 3 or min(data.split) < 0 or not data.split[0]:
+        raise ConfigError(
+            f"split={list(data.split)} must be one to three shares, the first above 0, as in 950,50"
+        )
+    weights = [weight for _, _, weight in data.files("train")]
+    if min(weights, default=0) < 0 or sum(weights) <= 0:
+        raise ConfigError(f"input_dir={data.input_dir!r} must have weights of 0 or more")
+
+
+def _check_sources(data: Data, split: str, stage: str) -> None:
+    kinds, paths, probs = (getattr(data, f"{split}_dataset_{x}") for x in ("type", "path", "prob"))
+    if paths and not len(kinds) == len(paths) == len(probs):
+        raise ConfigError(
+            f"{split}_dataset_type, _path and _prob have {len(kinds)}, {len(paths)} and "
+            f"{len(probs)} entries; give one of each per file"
+        )
+    known = _KINDS.get(stage, _DIALOGUES)
+    for kind in kinds:
+        if kind not in known and (paths or kind != "pretrain"):
+            *first, last = (kind for kind in known if kind != "chatml")
+            raise ConfigError(
+                f"{split}_dataset_type={kind!r} is not known for stage {stage}; use "
+                f"{', '.join(first)} or {last}"
+            )
+    if stage != "PT" and (texts := [p for p in paths if p.removesuffix(".gz").endswith(".txt")]):
+        raise ConfigError(f"{texts[0]} is plain text, which only stage PT reads; give .jsonl files")
+    if paths and (min(probs) < 0 or sum(probs) <= 0):
+        raise ConfigError(f"{split}_dataset_prob={list(probs)} must be weights of 0 or more")

@@ -1,0 +1,142 @@
+"""Settings of methods that judge answers: preferences, and reinforcement learning."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from ernie.settings import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preferences:
+    """Training on judged answers: pairs (stage: DPO, RM) or single ones (KTO)."""
+
+    loss_type: str = option(
+        "sigmoid",
+        "Form of the loss on pairs (docs/methods/dpo.md).",
+        choices=(
+            "sigmoid", "hinge", "ipo", "simpo", "dpop", "sppo_hard", "nca_pair", "or", "orpo",
+            "kto_pair", "robust",
+        ),
+    )  # fmt: skip
+    beta: float = option(0.1, "Reward of a nat that the policy gains on the reference.")
+    label_smoothing: float = option(
+        0.0, "Share of the pairs taken to be labelled the wrong way (sigmoid, simpo and robust)."
+    )
+    pref_loss_ratio: float = option(1.0, "Weight of the loss on pairs.")
+    sft_loss_ratio: float = option(
+        0.0, "Weight of the next-token loss on chosen answers that is added (orpo: always 1)."
+    )
+    simpo_gamma: float = option(0.5, "Margin of rewards that simpo asks for.")
+    dpop_lambda: float = option(50.0, "Weight of what a chosen answer has lost, for dpop.")
+    normalize_logps: bool = option(
+        True, "Scale each answer's log-probability by the mean length of the pair over its own."
+    )
+    reference_free: bool = option(
+        False, "Compare the answers without a reference model (simpo, or and orpo: always)."
+    )
+    ref_model_update_steps: int = option(
+        -1, "Every so many steps the model becomes its own reference; -1: never."
+    )
+    max_prompt_len: int = option(
+        2048, "Tokens of a prompt; a longer one loses its oldest turns. At most max_seq_len - 10."
+    )
+    mask_out_eos_token: bool = option(True, "The token that ends an answer has no loss.")
+    desirable_weight: float = option(1.0, "Weight of the loss of desirable answers (KTO).")
+    undesirable_weight: float = option(1.0, "Weight of the loss of undesirable answers (KTO).")
+
+
+# Keys of `Preferences` that a stage uses; the others are told to be without effect there.
+PREFERENCE_KEYS: dict[str, set[str]] = {
+    "DPO": {f.name for f in dataclasses.fields(Preferences)}
+    - {"desirable_weight", "undesirable_weight"},
+    "KTO": {
+        "beta", "reference_free", "ref_model_update_steps", "mask_out_eos_token",
+        "desirable_weight", "undesirable_weight",
+    },
+    "RM": {"max_prompt_len"},
+    "UPO": {"beta", "max_prompt_len", "mask_out_eos_token"},
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """Reinforcement learning with verifiable rewards, and UPO (stage: UPO)."""
+
+    reward: tuple[str, ...] = option(
+        ("record",),
+        "What scores an answer: exact, number, regex, format, reasoning_gym, record (the rule that "
+        "each record names), model (reward_model), or path/to/file.py:function; comma list.",
+    )
+    reward_weights: tuple[float, ...] = option((1.0,), "Weight of each reward in the sum.")
+    reward_model: str | None = option(
+        None, "Folder of a trained reward model, for the reward named model."
+    )
+    answer_pattern: str | None = option(
+        None,
+        "Regular expression whose first group is what rules look at; an answer without it is "
+        "wrong. none: the whole answer.",
+    )
+    normalize_rewards: bool = option(
+        False, "Scale the rewards of a round to mean 0 and deviation 1 within each training file."
+    )
+    prompts_per_round: int = option(8, "Prompts that are answered before the policy is updated.")
+    num_generations: int = option(8, "Answers to each prompt: its group.")
+    max_completion_length: int = option(256, "Most tokens of an answer.")
+    rollout_temperature: float = option(1.0, "Randomness of the answers that are learnt from.")
+    rollout_top_p: float = option(1.0, "Draw from the likeliest tokens of this probability.")
+    rollout_top_k: int = option(0, "Draw from so many of the likeliest tokens; 0: from all.")
+    rollout_max_seqs: int = option(64, "Answers under way at once.")
+    rollout_server: str | None = option(
+        None,
+        "Address of a fastdeploy server (--enable-control-api --enable-logprob) that answers, as "
+        "http://127.0.0.1:8188; it is given the new weights before each round, in a folder.",
+    )
+    rollout_correction: str = option(
+        "none",
+        "Weight of a token by old / rollout, the probabilities by training's arithmetic and the "
+        "rollout's: none, truncated (at correction_high) or icepop (0 outside the bounds).",
+        choices=("none", "truncated", "icepop"),
+    )
+    correction_low: float = option(0.5, "Lower bound of icepop.")
+    correction_high: float = option(2.0, "Upper bound of truncated and icepop.")
+    num_iterations: int = option(1, "Passes over the answers of a round.")
+    num_mini_batches: int = option(1, "Optimizer steps of a pass.")
+    policy_loss: str = option(
+        "ppo",
+        "Clipped ratio of tokens (ppo; GRPO's advantages), of whole answers (gspo), or none: only "
+        "the loss of pairs.",
+        choices=("ppo", "gspo", "none"),
+    )
+    loss_aggregation: str = option(
+        "token",
+        "Tokens of a step count alike (token), or answers do (sequence).",
+        choices=("token", "sequence"),
+    )
+    clip_low: float = option(0.2, "The ratio counts down to 1 minus this.")
+    clip_high: float = option(0.2, "The ratio counts up to 1 plus this.")
+    advantage_std: bool = option(True, "Divide advantages by the deviation of their group.")
+    kl_coef: float = option(0.001, "Weight of the divergence from the model before training.")
+    upo_mu: float = option(
+        0.5, "Weight of the loss of pairs (its beta as for DPO); 0: the policy loss only."
+    )
+    pair_min_gap: float = option(
+        0.0, "A group gives a pair, best against worst, if their rewards differ by more than this."
+    )
+    pair_dataset_type: tuple[str, ...] = option(
+        ("erniekit",), "Format of each file of pairs; comma list."
+    )
+    pair_dataset_path: tuple[str, ...] = option(
+        (), "Files of pairs, as for DPO, that take the place of the groups' own (offline UPO)."
+    )
+    dynamic_sampling: bool = option(
+        True, "Leave out prompts whose answers all have the same reward; they are counted."
+    )
+    min_reward_std: float = option(0.0, "The same if the deviation of a group is not above this.")
+    max_refills: int = option(
+        0, "Draws of further prompts in place of those left out, in a round, at most."
+    )
+    curriculum_shares: tuple[float, ...] = option(
+        (), "Share of the steps for each training file, one file after another; none: all mixed."
+    )
