@@ -405,14 +405,17 @@ def encoder_of(run: Run, tokenizer: Tokenizer, template: ChatTemplate) -> Encode
 
 def _reader_of(run: Run) -> PictureReader | None:
     """What reads the pictures of a run's records; None where the stage or the model has none."""
-    if run.model.stage not in PICTURED:
-        return None
-    folder = resolve(run.model.model_name_or_path)
+    stage, folder = run.model.stage, resolve(run.model.model_name_or_path)
     config = ErnieConfig.from_folder(folder)
     if config.vision_config is not None:
+        if stage not in PICTURED:
+            raise ConfigError(
+                f"stage={stage} trains models of text, and {folder} reads pictures too; use "
+                "stage: VL-SFT, which takes records of text as well"
+            )
         check_every_weight_is_used(run)
         return PictureReader(config, processor_of(run, folder))
-    if run.model.stage == "VL-SFT":
+    if stage == "VL-SFT":
         raise ConfigError(
             f"stage=VL-SFT trains a model that reads pictures, which {folder} does not; use a VL "
             "model, or stage: SFT"

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 import ernie
-from ernie.adapters import UNCHANGED
 from ernie.attention import packed_causal
 from ernie.fused import FusedMoE, Shard, fuse, fused_block, shallow_copy
 from ernie.generate import GrowingCache, generate
@@ -320,7 +319,7 @@ def test_experts_of_vision_are_sliced_for_ranks_like_those_of_text() -> None:
     for rank in range(2):
         block = fused_block(layer, shard=Shard(rank, 2))
         assert isinstance(block.mlp, FusedMoE)
-        total += block.mlp.by_modality(x, block.post_norm, UNCHANGED, split)
+        total += block.mlp(x, block.post_norm, split=split)
     torch.testing.assert_close(total, expected.detach(), atol=1e-5, rtol=1e-5)
 
 

@@ -64,10 +64,10 @@ def test_training_lowers_the_held_out_loss(fine_tuning, name, words, tiny, tmp_p
     assert results["eval_ppl"] == pytest.approx(math.exp(results["eval_loss"]))
 
 
-def test_multimodal_models_are_not_trained(words, tiny, capsys) -> None:
+def test_multimodal_models_have_a_stage_of_their_own(words, tiny, capsys) -> None:
     assert main(["train", *words(model_name_or_path=tiny("tiny-vl"))]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "reads images, which cannot be trained here" in error
+    assert "reads pictures too; use stage: VL-SFT, which takes records of text" in error
 
 
 def test_export_equals_base_plus_adapter(words, tiny, tmp_path: Path) -> None:
