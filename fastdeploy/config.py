@@ -42,10 +42,7 @@ class EngineConfig:
     device: str = option("auto", "cpu, cuda, or auto: a GPU if there is one.")
     seed: int = option(0, "Origin of the seeds of requests that give none.")
     max_model_len: int = option(
-        0,
-        "Tokens of a text at most, prompt and answer together; 0: 2048, or as many as the model "
-        "was made for if those are fewer.",
-        group="Batch and memory",
+        2048, "Tokens of a text at most, prompt and answer together.", group="Batch and memory"
     )
     max_num_seqs: int = option(8, "Texts that are worked on at the same time.")
     max_num_batched_tokens: int | None = option(
@@ -142,7 +139,7 @@ class EngineConfig:
             "guided_decoding_max_bytes",
             "guided_decoding_max_stall_ms",
         )
-        if self.max_model_len < 2 and self.max_model_len:
+        if self.max_model_len < 2:
             raise ConfigError(
                 f"max_model_len={self.max_model_len} is too small; it takes 2 or more"
             )
@@ -207,8 +204,7 @@ class EngineConfig:
         """With the values that depend on model and device filled in; raises ConfigError if they
         contradict each other.
         """
-        longest = self.max_model_len or min(2048, max_positions)
-        if longest > max_positions:
+        if self.max_model_len > max_positions:
             raise ConfigError(
                 f"max_model_len={self.max_model_len} is more than the {max_positions} positions "
                 f"the model was made for; use {max_positions} or less"
@@ -216,16 +212,16 @@ class EngineConfig:
         tokens = self.max_num_batched_tokens
         if tokens is None:
             tokens = max(512 if device_type == "cpu" else 8192, self.max_num_seqs)
-            tokens = tokens if self.enable_chunked_prefill else max(tokens, longest)
+            tokens = tokens if self.enable_chunked_prefill else max(tokens, self.max_model_len)
         if tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens={tokens} is less than max_num_seqs={self.max_num_seqs}: "
                 "each text needs one token of a step; raise the first or lower the second"
             )
-        if not self.enable_chunked_prefill and tokens < longest:
+        if not self.enable_chunked_prefill and tokens < self.max_model_len:
             raise ConfigError(
                 f"without chunked prefill max_num_batched_tokens={tokens} must hold a "
-                f"whole prompt; use max_model_len={longest} or more"
+                f"whole prompt; use max_model_len={self.max_model_len} or more"
             )
         can_record = device_type == "cuda" and self.tensor_parallel_size == 1
         if self.use_cudagraph and not can_record:
@@ -234,9 +230,7 @@ class EngineConfig:
                 f"{self.tensor_parallel_size}; leave it out"
             )
         graphs = can_record if self.use_cudagraph is None else self.use_cudagraph
-        return dataclasses.replace(
-            self, max_model_len=longest, max_num_batched_tokens=tokens, use_cudagraph=graphs
-        )
+        return dataclasses.replace(self, max_num_batched_tokens=tokens, use_cudagraph=graphs)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
