@@ -159,7 +159,7 @@ class Sources:
             raise MediaError(f"{shown} is a file, and files are not read here; send a data: URL")
         name = url
         if url[:5].lower() == "file:":
-            parts = urlsplit(url)
+            parts, _ = _split(url, "file:///path")
             if parts.netloc not in ("", "localhost"):
                 raise MediaError(f"{shown} names a file of another machine; use file:///path")
             name = unquote(parts.path)
@@ -204,13 +204,18 @@ def _data_bytes(url: str, limit: int) -> bytes:
     return data
 
 
-def _parsed(url: str) -> SplitResult:
-    """The parts of an http(s) URL; refuses what another parser could read in another way."""
+def _split(url: str, example: str) -> tuple[SplitResult, int | None]:
+    """The parts of a URL, and its port; raises MediaError, which names a right one."""
     try:
         parts = urlsplit(url)
-        port = parts.port
+        return parts, parts.port
     except ValueError:
-        raise MediaError(f"{_shown(url)} is not a URL; use https://host/path") from None
+        raise MediaError(f"{_shown(url)} is not a URL; use {example}") from None
+
+
+def _parsed(url: str) -> SplitResult:
+    """The parts of an http(s) URL; refuses what another parser could read in another way."""
+    parts, port = _split(url, "https://host/path")
     if parts.scheme not in ("http", "https"):
         raise MediaError(f"{_shown(url)} leads to something other than http and https")
     host = parts.netloc.rpartition(":")[0] if port is not None else parts.netloc.rstrip(":")

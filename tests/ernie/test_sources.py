@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ernie.vision import sources
@@ -455,6 +455,7 @@ ODD = st.sampled_from([*"/\\:@?#[]%.0x \t\n\0é①", "//", "127.0.0.1", "localho
 @given(
     st.sampled_from(["http:", "https://", "file:", "data:", "", "x:"]), st.lists(ODD | st.text())
 )
+@example("file:", ["//", "["])
 @settings(deadline=None, max_examples=120)
 def test_whatever_stands_for_a_url_is_refused_in_a_sentence(scheme, pieces) -> None:
     def unknown(*_: object, **__: object) -> None:
