@@ -65,6 +65,11 @@ class Sample:
         return b"" if self.media is None else self.media.mark
 
     @property
+    def content(self) -> bytes:
+        """Equal for samples of equal tokens and pictures, whatever is trained of them."""
+        return np.asarray(self.token_ids, np.int32).tobytes() + self.mark
+
+    @property
     def num_bytes(self) -> int:
         """Bytes that it holds besides its tokens."""
         return 0 if self.media is None else self.media.num_bytes
@@ -243,6 +248,9 @@ class Encoder:
     With a `reader` samples are those of a multimodal model, with the pictures that records name.
     """
 
+    one_answer_per_sample = False
+    reader: PictureReader | None = None
+
     def __init__(
         self,
         tokenizer: Tokenizer,
@@ -257,7 +265,13 @@ class Encoder:
         self.counts: Counter[str] = Counter()
 
     def dialogue(self, record: Any, kind: str) -> Dialogue:
-        """With its pictures read, where there is a reader; raises DataError."""
+        """What is shown and asked of a record; raises DataError."""
+        return self.checked(record, kind)
+
+    def checked(self, record: Any, kind: str) -> Dialogue:
+        """The dialogue of a record, with its pictures read where there is a reader; raises
+        DataError.
+        """
         return self.reader.dialogue(record, kind) if self.reader else read_dialogue(record, kind)
 
     def dialogues(self, record: Any, kind: str) -> list[Dialogue]:

@@ -161,7 +161,7 @@ class JudgedEncoder(Encoder):
 
     def judgement(self, record: Any, kind: str) -> Judgement:
         """With its pictures read, where there is a reader; raises DataError."""
-        return read_judgement(record, kind, self.reader.dialogue if self.reader else read_dialogue)
+        return read_judgement(record, kind, self.checked)
 
     def read(self, record: Any, kind: str) -> list[Sample]:
         judgement = self.judgement(record, kind)

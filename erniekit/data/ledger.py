@@ -78,8 +78,7 @@ class Samples:
         values = (source, record, len(sample) + 1, sample.num_trained)
         for column, value in zip(self._columns.values(), values):
             column.append(value)
-        content = np.asarray(sample.token_ids, np.int32).tobytes() + sample.mark
-        digest = hashlib.blake2b(content, digest_size=8)
+        digest = hashlib.blake2b(sample.content, digest_size=8)
         self._digests["text"].append(int.from_bytes(digest.digest(), "little"))
         digest.update(np.asarray(sample.labels, np.int32).tobytes())
         self._digests["exact"].append(int.from_bytes(digest.digest(), "little"))

@@ -478,8 +478,7 @@ def survey(stream: Stream, max_records: int) -> Survey:
 
 
 def digest(sample: Sample) -> bytes:
-    content = np.asarray(sample.token_ids, np.int32).tobytes() + sample.mark
-    return hashlib.blake2b(content, digest_size=8).digest()
+    return hashlib.blake2b(sample.content, digest_size=8).digest()
 
 
 def prefetched(batches: Iterable[Batch], depth: int) -> Generator[Batch, None, None]:

@@ -224,7 +224,7 @@ class PairEncoder(Encoder):
 
     def pair(self, record: Any, kind: str) -> Pair:
         """With its pictures read, where there is a reader; raises DataError."""
-        return read_pair(record, kind, self.reader.dialogue if self.reader else read_dialogue)
+        return read_pair(record, kind, self.checked)
 
     def read(self, record: Any, kind: str) -> list[Sample]:
         sample = self.sample(self.pair(record, kind))

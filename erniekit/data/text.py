@@ -38,7 +38,6 @@ class TextEncoder(Encoder):
                 "tokenizer_config.json"
             )
         self.tokenizer, self.max_tokens, self.end_id = tokenizer, max_tokens, tokenizer.eos_id
-        self.one_answer_per_sample, self.reader = False, None
         self.counts: Counter[str] = Counter()
 
     def dialogues(self, record: Any, kind: str) -> list[Dialogue]:
