@@ -23,7 +23,7 @@ from ernie.models import TINY
 from ernie.settings import ConfigError
 from fastdeploy import LLM, SamplingParams
 from fastdeploy.config import EngineConfig
-from fastdeploy.engine import loading, ranks
+from fastdeploy.engine import frames, loading, ranks
 from fastdeploy.engine.batch import TENSORS, Batch
 from fastdeploy.errors import RankError, RequestError
 
@@ -82,7 +82,7 @@ def test_a_batch_survives_its_bytes() -> None:
     tables = torch.randint(0, 99, (2, 4), dtype=torch.int32)
     ids, positions, slots, bounds, lens, rows = integers
     batch = Batch(ids, positions, slots, bounds.int(), lens.int(), tables, rows, None)
-    copy = ranks.unpacked(ranks.packed(batch))
+    copy = frames.unpacked(frames.packed(batch), {})
     for name in TENSORS:
         ours, theirs = getattr(batch, name), getattr(copy, name)
         assert theirs.dtype == ours.dtype and torch.equal(theirs, ours), name
@@ -216,18 +216,6 @@ def test_a_rank_that_cannot_read_its_slice_says_why(
     config = EngineConfig(model=str(tmp_path), tensor_parallel_size=2)
     with pytest.raises(RankError, match=r"rank 1 of .*model\.safetensors .* truncated"):
         loading.start_ranks(config, CPU)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"enable_lora": True}, "enable_lora with tensor_parallel_size=2"),
-        ({"speculative_config": {"method": "mtp"}}, "the method mtp .* tensor_parallel_size=2"),
-    ],
-)
-def test_what_ranks_cannot_do_is_refused(options: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        LLM("any folder", tensor_parallel_size=2, **options)
 
 
 def test_what_cannot_be_shared_out_is_refused(
