@@ -299,5 +299,5 @@ def _stop(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # the children do so too, if they outlive us
     torch.set_num_threads(num_threads)

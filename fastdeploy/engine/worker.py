@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 import threading
 import time
@@ -145,9 +146,18 @@ def main(link: Connection) -> None:
         settings = json.loads(link.recv_bytes())
     except EOFError:
         return
-    threading.Thread(target=_end_with, args=(settings["parent"],), daemon=True).start()
+    folder = settings["folder"]
+    arguments = (settings["parent"], folder)
+    threading.Thread(target=_end_with, args=arguments, daemon=True).start()
     logging.disable(logging.WARNING)  # rank 0 reads the same files and says the same
     torch.set_num_threads(settings["num_threads"])
+    try:
+        _serve(link, settings)
+    finally:
+        _forget(folder)
+
+
+def _serve(link: Connection, settings: dict[str, Any]) -> None:
     config = EngineConfig(**settings["config"])
     device = torch.device(settings["device"])
     group = Group(settings["rank"], config.tensor_parallel_size, device, settings["folder"])
@@ -173,11 +183,17 @@ def _answer(link: Connection, answer: dict[str, Any]) -> None:
     link.send_bytes(json.dumps(answer).encode())
 
 
-def _end_with(parent: int) -> None:
+def _end_with(parent: int, folder: str) -> None:
     """A thread: ends this process soon after rank 0, in whatever wait it is."""
     while os.getppid() == parent:
         time.sleep(0.5)
+    _forget(folder)
     os._exit(1)
+
+
+def _forget(folder: str) -> None:
+    """Remove where the ranks meet, which nobody does without this one: a killed rank 0 cannot."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":
