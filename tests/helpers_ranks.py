@@ -17,12 +17,16 @@ from fastdeploy.engine.loading import start_ranks
 from fastdeploy.engine.ranks import Ranks
 
 EVEN = {
-    "even-dense": replace(TINY["tiny-dense"], vocab_size=200),
+    "even-dense": replace(TINY["tiny-dense"], vocab_size=200, num_nextn_predict_layers=1),
     "even-moe": replace(
         TINY["tiny-moe"], num_attention_heads=6, num_key_value_heads=2, vocab_size=212
     ),
     "even-vl": replace(
-        TINY["tiny-vl"], num_attention_heads=4, num_key_value_heads=2, vocab_size=212
+        TINY["tiny-vl"],
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=212,
+        num_nextn_predict_layers=1,
     ),
 }
 
