@@ -131,7 +131,6 @@ NAMES_OF_TWO_RANKS = (
     "hits in chunks",
     "preempted in small chunks",
     "as it comes, MTP",
-    "chunks of 8, MTP",
     "second round hits, MTP",
     "preempted in small chunks, MTP",
 )
