@@ -49,7 +49,8 @@ def keep_large_tensors(device: torch.device) -> None:
     """
     if device.type == "cpu":
         try:
-            return keeper.keep()
+            keeper.keep()
+            return
         except BuildError as error:
             log.warning("steps will be slower: %s", error)
     if (mallopt := _from_glibc("mallopt")) is not None:

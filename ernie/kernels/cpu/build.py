@@ -45,7 +45,9 @@ CACHE_DTYPES = {**DTYPES, torch.int8: 3}
 
 # Arguments of each function of the C interface: p pointer, l long, i int, f float.
 SIGNATURES = {
-    "linear": "plpipppllll" + "i",
+    "linear": "plpippl" + "pllll" + "i",
+    "rows_gradient": "plpipp" + "lllli" + "i",
+    "weight_gradient": "plplpp" + "llll" + "i",
     "rms_norm": "plpifppll" + "i",
     "rms_norm_backward": "pplpipppll" + "li",
     "rotate": "plppfpllll" + "i",
