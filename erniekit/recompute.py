@@ -19,11 +19,11 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ernie import kernels
 from ernie.layers import MLP
 from ernie.model import Block, ErnieModel
+from ernie.recomputed import recomputed
 from ernie.vision.vit import MLP as TowerMLP
 from ernie.vision.vit import VisionBlock
 
@@ -40,13 +40,11 @@ def recompute(
     `granularity` None recomputes only what costs next to nothing, in every layer. The blocks of a
     vision tower are recomputed whole, where blocks are.
     """
-    # Nothing random happens in a block, so the generator need not be restored.
-    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     for part in model.vision_model.modules() if model.vision_model is not None else ():
         if not isinstance(part, VisionBlock):
             continue
         if granularity == "full":
-            part.forward = partial(again, part.forward)  # type: ignore[method-assign]
+            part.forward = partial(_again, part.forward)  # type: ignore[method-assign]
         else:
             part.mlp.forward = partial(_without_activation, part.mlp)  # type: ignore[method-assign]
             _forget_between(part.norm1, part.attn)
@@ -56,7 +54,7 @@ def recompute(
         chosen = None if number in except_layers else granularity
         if chosen in _PARTS:
             part = block.get_submodule(_PARTS[chosen])
-            part.forward = partial(again, part.forward)
+            part.forward = partial(_again, part.forward)
         if chosen not in ("full", "mlp"):
             for part in block.modules():
                 if isinstance(part, MLP):
@@ -64,6 +62,10 @@ def recompute(
             _forget_between(block.post_attention_layernorm, block.mlp)
         if chosen not in ("full", "full_attn"):
             _forget_between(block.input_layernorm, block.self_attn)
+
+
+def _again(forward: Callable[..., T], *args: Any, **settings: Any) -> T:
+    return recomputed(partial(forward, **settings), *args)
 
 
 def _without_product(mlp: MLP, x_TD: Tensor) -> Tensor:

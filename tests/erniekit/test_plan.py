@@ -153,9 +153,9 @@ def test_kept_activations_of_images_equal_what_autograd_saves(granularity, words
 def words_kept(model: ernie.ErnieModel, forward: Callable[[list], torch.Tensor]) -> float:
     """Words that autograd keeps of a forward pass, parameters left out."""
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    live: weakref.WeakSet[Kept] = weakref.WeakSet()  # a checkpoint lets go of what it does not need
+    live: weakref.WeakSet[Kept] = weakref.WeakSet()
 
-    def note(saved: torch.Tensor | tuple[torch.Tensor, ...]) -> Kept:
+    def note(saved: torch.Tensor | tuple[object, ...]) -> Kept:
         live.add(kept := Kept(saved))
         return kept
 
@@ -175,6 +175,7 @@ def words_kept(model: ernie.ErnieModel, forward: Callable[[list], torch.Tensor])
     assert hidden_TD.requires_grad
     saved = [kept.saved for kept in live]
     tensors = [t for one in saved for t in (one if isinstance(one, tuple) else (one,))]
+    tensors = [t for t in tensors if isinstance(t, torch.Tensor)]
     for routing in filter(None, routings):  # held for the balance losses
         tensors += [t for bank in routing.banks for t in (bank.probs_TE, bank.logits_TE)]
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
@@ -183,7 +184,7 @@ def words_kept(model: ernie.ErnieModel, forward: Callable[[list], torch.Tensor])
 
 @dataclasses.dataclass(eq=False)
 class Kept:
-    saved: torch.Tensor | tuple[torch.Tensor, ...]  # or what it is made of
+    saved: torch.Tensor | tuple[object, ...]  # or what it is made of
 
 
 def test_each_suggested_change_fits_when_it_is_planned_itself() -> None:
