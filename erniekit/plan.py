@@ -8,6 +8,7 @@ largest of the moments of a step:
 
     head       everything kept, and a chunk of logits
     layer l    sums of the layers above l, activations of l and those below, temporaries of l
+    tower      all sums, activations of the vision tower, temporaries of a block of it
     update     all sums, no activations
     loading    where a rank gives up weights that it has read
 
@@ -32,11 +33,13 @@ from ernie.kernels.reference import MOMENT_BLOCK
 from ernie.kernels.weights import quantized_bytes
 from ernie.model import ErnieModel
 from ernie.settings import ConfigError
+from ernie.vision.config import VisionConfig
 from erniekit.build import config_of, frozen_form, still, weights_dtype
 from erniekit.config import PICTURED, Optimisation, Run
 from erniekit.lora import projections
 from erniekit.lora_targets import chosen
 from erniekit.parallel.replicated import owners_of
+from erniekit.recompute import RECOMPUTED
 from erniekit.reward_model import HEAD, add_reward_head
 
 GIB = 2**30
@@ -44,6 +47,7 @@ _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
 
 # Resident memory of a process with torch and this package imported and its thread pool running.
 CPU_BASE = 265 * 2**20
+COMPILER = 142 * 2**20  # the modules of torch.compile, which torch.utils.checkpoint imports
 TOKENIZER_BYTES = 700  # resident, by token of the vocabulary
 VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")  # summed apart, in float32
 GPU_BASE = 0  # peaks on a GPU count tensors only
@@ -318,15 +322,39 @@ def picture_words(config: ErnieConfig, run: Run) -> float:
     vision = config.vision_config
     if vision is None or run.is_lora:
         return 0.0
-    wide, patches = vision.embed_dim, vision.spatial_merge_size**2
-    resampler = 10 * patches * wide + 2 * config.hidden_size + 4
-    if "freeze_vision" in run.model.freeze_config:
-        return float(resampler)
-    block = 10 * wide + vision.intermediate_size + vision.num_heads + 4
-    if run.model.recompute and run.model.recompute_granularity == "full":
-        block = wide
+    resampler = 10 * vision.spatial_merge_size**2 * vision.embed_dim + 2 * config.hidden_size + 4
+    return resampler + _tower_words(config, run)
+
+
+def _tower_words(config: ErnieConfig, run: Run) -> float:
+    """Of these, the tower's own."""
+    vision = config.vision_config
+    if vision is None or run.is_lora or "freeze_vision" in run.model.freeze_config:
+        return 0.0
+    wide = vision.embed_dim
+    block = wide if _recomputes_tower(run) else _tower_block_words(vision)
     around = vision.patch_elements + wide + wide // vision.num_heads  # pixels, result, angles
-    return float(resampler + patches * (vision.depth * block + around))
+    return float(vision.spatial_merge_size**2 * (vision.depth * block + around))
+
+
+def _tower_block_words(vision: VisionConfig) -> int:
+    """Words per patch kept of a block of the tower of which nothing is computed again."""
+    return 10 * vision.embed_dim + vision.intermediate_size + vision.num_heads + 4
+
+
+def _recomputes_tower(run: Run) -> bool:
+    return run.model.recompute and run.model.recompute_granularity == "full"
+
+
+def _tower_temporary_words(config: ErnieConfig, run: Run) -> float:
+    """Words per token that the backward pass of a block of the tower holds at once besides what was
+    kept: what is computed again, and a gradient, gate and slope of its activation.
+    """
+    vision = config.vision_config
+    assert vision is not None
+    again = _tower_block_words(vision) - vision.embed_dim if _recomputes_tower(run) else 0
+    block = again + vision.embed_dim + 3 * vision.intermediate_size
+    return float(vision.spatial_merge_size**2 * block)
 
 
 def _passing_words(config: ErnieConfig) -> float:
@@ -394,6 +422,12 @@ def _peak(
             "temporaries": unit * _passing_words(config),
             "gradients": sizes.sums.total() if all_at_once else 0,
         }
+        if tower := unit * _tower_words(config, run):
+            moments["the tower backward"] = {
+                "activations": tower,
+                "temporaries": unit * _tower_temporary_words(config, run),
+                "gradients": sizes.sums.total(),
+            }
     for parts in moments.values():
         parts["gathered"] = sizes.gathered / degrees.pipeline
         parts["gradients"] /= degrees.pipeline
@@ -420,7 +454,9 @@ def _process_bytes(config: ErnieConfig, run: Run, device: str) -> int:
     if device != "cpu":
         return GPU_BASE
     buffer = BLOCK_BUFFER if run.is_lora else 0
-    return CPU_BASE + TOKENIZER_BYTES * config.vocab_size + buffer
+    again = run.model.recompute and run.model.recompute_granularity in RECOMPUTED
+    has_compiler = again or run.optimisation.attention_probs_dropout_prob > 0
+    return CPU_BASE + COMPILER * has_compiler + TOKENIZER_BYTES * config.vocab_size + buffer
 
 
 # --- arithmetic ---

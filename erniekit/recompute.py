@@ -26,7 +26,7 @@ from ernie.model import ErnieModel
 from ernie.vision.vit import MLP as TowerMLP
 from ernie.vision.vit import VisionBlock, quick_gelu
 
-_PARTS = {"full": "", "full_attn": "self_attn", "mlp": "mlp"}  # of a block; "" is all of it
+RECOMPUTED = {"full": "", "full_attn": "self_attn", "mlp": "mlp"}  # of a block; "" is all of it
 
 
 def recompute(
@@ -46,8 +46,8 @@ def recompute(
             part.forward = partial(_without_activation, part)  # type: ignore[method-assign]
     for number, block in enumerate(model.model.layers):
         chosen = None if number in except_layers else granularity
-        if chosen in _PARTS:
-            part = block.get_submodule(_PARTS[chosen])
+        if chosen in RECOMPUTED:
+            part = block.get_submodule(RECOMPUTED[chosen])
             part.forward = partial(again, part.forward)
         if chosen not in ("full", "mlp"):
             for part in block.modules():
