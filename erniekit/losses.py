@@ -344,13 +344,7 @@ def add_product(total_VD: Tensor, left_CV: Tensor, right_CD: Tensor, *, is_short
     `left`, or bfloat16 where products are to be (`is_short`).
     """
     dtype = torch.bfloat16 if is_short else left_CV.dtype
-    left_CV, right_CD = left_CV.to(dtype), right_CD.detach().to(dtype)
-    if left_CV.dtype == total_VD.dtype:
-        total_VD.addmm_(left_CV.T, right_CD)
-    elif left_CV.is_cuda and total_VD.dtype == torch.float32:
-        torch.addmm(total_VD, left_CV.T, right_CD, out_dtype=torch.float32, out=total_VD)
-    else:
-        total_VD += left_CV.T @ right_CD
+    kernels.add_product_(total_VD, left_CV.to(dtype), right_CD.detach().to(dtype))
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

@@ -50,6 +50,7 @@ __all__ = [
     "QuantTensor",
     "adamw_8bit_step",
     "adamw_step",
+    "add_product_",
     "attend_packed",
     "attend_paged",
     "batch_invariant",
@@ -102,6 +103,13 @@ def grouped_linear(x_NI: Tensor, weight_EOI: Tensor | QuantTensor, counts_E: Ten
     weight.
     """
     return pick("grouped_linear", x_NI.device)(x_NI, weight_EOI, counts_E)
+
+
+def add_product_(total_OI: Tensor, left_NO: Tensor, right_NI: Tensor) -> None:
+    """`total += left.T @ right`, in place, summed in float32; the factors have one dtype. What a
+    product's backward pass adds to the gradient of its weight. Not differentiable.
+    """
+    pick("add_product_", total_OI.device)(total_OI, left_NO, right_NI)
 
 
 def sort_pairs(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:

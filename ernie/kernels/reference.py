@@ -52,6 +52,15 @@ def grouped_linear(x_NI: Tensor, weight_EOI: Tensor | QuantTensor, counts_E: Ten
     return torch.cat(parts or [linear(x_NI, weight_EOI[0])])
 
 
+def add_product_(total_OI: Tensor, left_NO: Tensor, right_NI: Tensor) -> None:
+    if left_NO.dtype == total_OI.dtype:
+        total_OI.addmm_(left_NO.T, right_NI)
+    elif left_NO.is_cuda and total_OI.dtype == torch.float32:
+        torch.addmm(total_OI, left_NO.T, right_NI, out_dtype=torch.float32, out=total_OI)
+    else:
+        total_OI += left_NO.T @ right_NI
+
+
 def sort_pairs(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     pairs_N = experts_TK.flatten()
     order_N = pairs_N.argsort(stable=True)

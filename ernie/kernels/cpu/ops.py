@@ -20,7 +20,7 @@ from ernie.kernels.cpu.pointwise import (
     swiglu,
     swiglu_halves,
 )
-from ernie.kernels.cpu.products import grouped_linear, linear
+from ernie.kernels.cpu.products import add_product_, grouped_linear, linear
 from ernie.kernels.cpu.sampling import draw
 
 HEEDS_BATCH_INVARIANT = True
@@ -29,6 +29,7 @@ __all__ = [
     "HEEDS_BATCH_INVARIANT",
     "adamw_8bit_step",
     "adamw_step",
+    "add_product_",
     "attend_packed",
     "attend_paged",
     "available",
