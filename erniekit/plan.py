@@ -322,39 +322,35 @@ def picture_words(config: ErnieConfig, run: Run) -> float:
     vision = config.vision_config
     if vision is None or run.is_lora:
         return 0.0
-    resampler = 10 * vision.spatial_merge_size**2 * vision.embed_dim + 2 * config.hidden_size + 4
-    return resampler + _tower_words(config, run)
-
-
-def _tower_words(config: ErnieConfig, run: Run) -> float:
-    """Of these, the tower's own."""
-    vision = config.vision_config
-    if vision is None or run.is_lora or "freeze_vision" in run.model.freeze_config:
-        return 0.0
-    wide = vision.embed_dim
-    block = wide if _recomputes_tower(run) else _tower_block_words(vision)
+    wide, patches = vision.embed_dim, vision.spatial_merge_size**2
+    resampler = _resampler_words(config, vision)
+    if "freeze_vision" in run.model.freeze_config:
+        return float(resampler)
+    block = 10 * wide + vision.intermediate_size + vision.num_heads + 4
+    if run.model.recompute and run.model.recompute_granularity == "full":
+        block = wide
     around = vision.patch_elements + wide + wide // vision.num_heads  # pixels, result, angles
-    return float(vision.spatial_merge_size**2 * (vision.depth * block + around))
+    return float(resampler + patches * (vision.depth * block + around))
 
 
-def _tower_block_words(vision: VisionConfig) -> int:
-    """Words per patch kept of a block of the tower of which nothing is computed again."""
-    return 10 * vision.embed_dim + vision.intermediate_size + vision.num_heads + 4
+def _resampler_words(config: ErnieConfig, vision: VisionConfig) -> int:
+    return 10 * vision.spatial_merge_size**2 * vision.embed_dim + 2 * config.hidden_size + 4
 
 
-def _recomputes_tower(run: Run) -> bool:
-    return run.model.recompute and run.model.recompute_granularity == "full"
-
-
-def _tower_temporary_words(config: ErnieConfig, run: Run) -> float:
-    """Words per token that the backward pass of a block of the tower holds at once besides what was
-    kept: what is computed again, and a gradient, gate and slope of its activation.
+def _tower_backward(config: ErnieConfig, run: Run) -> tuple[float, float]:
+    """Words per token of the tower's activations, and what the backward pass of its last block
+    holds besides: what is computed again of it, and gradient, gate and slope of its activation.
     """
     vision = config.vision_config
     assert vision is not None
-    again = _tower_block_words(vision) - vision.embed_dim if _recomputes_tower(run) else 0
-    block = again + vision.embed_dim + 3 * vision.intermediate_size
-    return float(vision.spatial_merge_size**2 * block)
+    kept = picture_words(config, run) - _resampler_words(config, vision)
+    if kept <= 0:  # LoRA, or frozen
+        return 0.0, 0.0
+    wide, inner = vision.embed_dim, vision.intermediate_size
+    block = wide + 3 * inner
+    if run.model.recompute and run.model.recompute_granularity == "full":
+        block += 9 * wide + inner + vision.num_heads + 4
+    return kept, float(vision.spatial_merge_size**2 * block)
 
 
 def _passing_words(config: ErnieConfig) -> float:
@@ -422,12 +418,12 @@ def _peak(
             "temporaries": unit * _passing_words(config),
             "gradients": sizes.sums.total() if all_at_once else 0,
         }
-        if tower := unit * _tower_words(config, run):
-            moments["the tower backward"] = {
-                "activations": tower,
-                "temporaries": unit * _tower_temporary_words(config, run),
-                "gradients": sizes.sums.total(),
-            }
+        tower, passing = _tower_backward(config, run)
+        moments["the tower backward"] = {
+            "activations": unit * tower,
+            "temporaries": unit * passing,
+            "gradients": sizes.sums.total(),
+        }
     for parts in moments.values():
         parts["gathered"] = sizes.gathered / degrees.pipeline
         parts["gradients"] /= degrees.pipeline
