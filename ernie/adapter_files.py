@@ -147,9 +147,7 @@ def read_adapter(
     left = stored.keys() - {m for layer in products for parts in layer.values() for m in parts}
     assert not left, f"{_some(left)}: no product has these as parts"
     layers = tuple(_layer_pairs(of, shapes, stored, settings, dtype, device) for of in products)
-    tensors = [t for pairs in layers for pair in pairs.values() for t in (pair.a_RI, pair.b_OR)]
-    num_bytes = sum(t.numel() * t.element_size() for t in tensors)
-    return Adapter(layers, max(map(settings.rank_of, stored)), num_bytes)
+    return Adapter(layers, max(map(settings.rank_of, stored)))
 
 
 def read_tensors(folder: str | Path, config: ErnieConfig) -> tuple[Settings, dict[str, Tensor]]:

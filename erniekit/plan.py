@@ -283,11 +283,11 @@ def layer_words(config: ErnieConfig, run: Run, layer: int, bank: int = 0) -> dic
     words = {
         "stream": 2.0 * (d + 1),  # the two inputs of norms, and their scales
         "attention_input": float(d),
-        "attention": attended + 4 * rank + dora * (c.q_size + 2 * c.kv_size + d) + drop * 2 * d,
+        "attention": attended + 4 * rank + dora * (c.q_size + 2 * c.kv_size + d) + drop * 3 * d,
         "mlp_input": float(d),
     }
     if not c.is_moe_layer(layer):
-        rescaled = dora * (2 * c.intermediate_size + d) + drop * (d + c.intermediate_size)
+        rescaled = dora * (2 * c.intermediate_size + d) + drop * (2 * d + c.intermediate_size)
         return words | {"mlp": 2.0 * c.intermediate_size + 3 * rank + rescaled}
     top_k, size, experts = c.moe_k or 0, c.expert_sizes[bank], c.experts_per_bank[bank]
     routing = 2 * experts + 2 * top_k + 2 * top_k + 2
@@ -295,7 +295,7 @@ def layer_words(config: ErnieConfig, run: Run, layer: int, bank: int = 0) -> dic
     rows = top_k * (d + 3 * size + d + 2 * rank + dora * (2 * size + d))
     shared = 0
     if c.shared_size:
-        shared = (2 + 2 * dora + drop) * c.shared_size + 3 * rank + (dora + drop) * d
+        shared = (2 + 2 * dora + drop) * c.shared_size + 3 * rank + (dora + 2 * drop) * d
     parted = d if bank else 0  # tokens of vision, set apart
     return words | {"mlp": float(routing + indices + rows + shared + parted)}
 
@@ -303,16 +303,21 @@ def layer_words(config: ErnieConfig, run: Run, layer: int, bank: int = 0) -> dic
 def kept_words(config: ErnieConfig, run: Run, layer: int, bank: int = 0) -> float:
     """Words per token of a bank kept of a block from the forward to the backward pass."""
     words = layer_words(config, run, layer, bank)
-    if layer == 0 and run.is_lora:  # nothing below is trained: its first norm keeps nothing
-        words["stream"] -= config.hidden_size + 1
     granularity = run.model.recompute_granularity if run.model.recompute else None
     if layer in run.model.no_recompute_layers:
         granularity = None
+    if layer == 0 and run.is_lora:  # nothing below is trained: its first norm keeps nothing
+        remade = granularity != "full_attn" and not run.model.lora_dropout
+        words["stream"] -= 1 + config.hidden_size * (not remade)
     if granularity == "full":
         routing = 2 * config.experts_per_bank[bank] if config.is_moe_layer(layer) else 0
         return config.hidden_size + routing
-    dropped = {"full_attn": "attention", "mlp": "mlp"}.get(granularity or "")
-    return sum(count for part, count in words.items() if part != dropped)
+    # What norms make is made again for its readers, but is the input of a part that is recomputed.
+    dropped = {
+        "full_attn": {"attention", "mlp_input"},
+        "mlp": {"mlp", "attention_input"},
+    }.get(granularity or "", {"attention_input", "mlp_input"})
+    return sum(count for part, count in words.items() if part not in dropped)
 
 
 def picture_words(config: ErnieConfig, run: Run) -> float:
@@ -326,7 +331,7 @@ def picture_words(config: ErnieConfig, run: Run) -> float:
     resampler = _resampler_words(config, vision)
     if "freeze_vision" in run.model.freeze_config:
         return float(resampler)
-    block = 10 * wide + vision.intermediate_size + vision.num_heads + 4
+    block = 6 * wide + vision.intermediate_size + vision.num_heads + 4
     if run.model.recompute and run.model.recompute_granularity == "full":
         block = wide
     around = vision.patch_elements + wide + wide // vision.num_heads  # pixels, result, angles

@@ -72,12 +72,14 @@ __all__ = [
     "project",
     "quantize",
     "quantize_nf4",
+    "quick_gelu",
     "report",
     "rms_norm",
     "rotate",
     "rotate_",
     "sort_pairs",
     "spread",
+    "squares",
     "swiglu",
     "swiglu_halves",
     "token_logprobs",
@@ -149,13 +151,13 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return pick("rms_norm", x_TD.device)(x_TD, weight_D, eps)
 
 
-def rotate(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor) -> Tensor:
+def rotate(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor, *, halves: bool = False) -> Tensor:
     """Interleaved rotary embedding: pair `(x[2i], x[2i+1])` turned by the angle of `cos[:, i],
-    sin[:, i]`.
+    sin[:, i]`; with `halves` the pairs are `(x[i], x[i + d/2])`.
 
     `cos` and `sin` are float32 `(T, d/2)`; the rotation is done in float32. Differentiable in x.
     """
-    return pick("rotate", x_THd.device)(x_THd, cos_Tp, sin_Tp)
+    return pick("rotate", x_THd.device)(x_THd, cos_Tp, sin_Tp, halves=halves)
 
 
 def rotate_(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor) -> None:
@@ -175,6 +177,16 @@ def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
 def swiglu_halves(gate_up_Tw: Tensor) -> Tensor:
     """`swiglu` of the two halves of each row, gate first; `(T, w / 2)`. Differentiable."""
     return pick("swiglu_halves", gate_up_Tw.device)(gate_up_Tw)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """`x * sigmoid(1.702 x)`. Differentiable, and then nothing but x is kept."""
+    return pick("quick_gelu", x.device)(x)
+
+
+def squares(tensors: Sequence[Tensor]) -> Tensor:
+    """The squared length of each tensor, float64 `(n,)`; all on one device. Not differentiable."""
+    return pick("squares", tensors[0].device)(tensors)
 
 
 def cross_entropy_(logits_NV: Tensor, targets_N: Tensor, scale: float) -> tuple[Tensor, Tensor]:

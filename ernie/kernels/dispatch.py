@@ -34,6 +34,8 @@ OPERATIONS = (
     "rotate_",
     "swiglu",
     "swiglu_halves",
+    "quick_gelu",
+    "squares",
     "cross_entropy_",
     "draw",
     "token_logprobs",

@@ -14,9 +14,11 @@ from ernie.kernels.cpu.fused import expert, mlp, moe, pack, project, quantize
 from ernie.kernels.cpu.pointwise import (
     adamw_8bit_step,
     adamw_step,
+    quick_gelu,
     rms_norm,
     rotate,
     rotate_,
+    squares,
     swiglu,
     swiglu_halves,
 )
@@ -43,9 +45,11 @@ __all__ = [
     "pack",
     "project",
     "quantize",
+    "quick_gelu",
     "rms_norm",
     "rotate",
     "rotate_",
+    "squares",
     "swiglu",
     "swiglu_halves",
     "write_cache",
