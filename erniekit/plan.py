@@ -344,7 +344,7 @@ def _resampler_words(config: ErnieConfig, vision: VisionConfig) -> int:
 
 def _tower_backward(config: ErnieConfig, run: Run) -> tuple[float, float]:
     """Words per token of the tower's activations, and what the backward pass of its last block
-    holds besides: what is computed again of it, and gradient, gate and slope of its activation.
+    holds besides: what is computed again of it, and gradients before and after its activation.
     """
     vision = config.vision_config
     assert vision is not None
@@ -352,9 +352,9 @@ def _tower_backward(config: ErnieConfig, run: Run) -> tuple[float, float]:
     if kept <= 0:  # LoRA, or frozen
         return 0.0, 0.0
     wide, inner = vision.embed_dim, vision.intermediate_size
-    block = wide + 3 * inner
+    block = 2 * wide + 2 * inner
     if run.model.recompute and run.model.recompute_granularity == "full":
-        block += 9 * wide + inner + vision.num_heads + 4
+        block += 7 * wide + inner + vision.num_heads + 4
     return kept, float(vision.spatial_merge_size**2 * block)
 
 
