@@ -77,6 +77,7 @@ __all__ = [
     "rms_norm",
     "rotate",
     "rotate_",
+    "rows_gradient",
     "sort_pairs",
     "spread",
     "squares",
@@ -105,6 +106,13 @@ def grouped_linear(x_NI: Tensor, weight_EOI: Tensor | QuantTensor, counts_E: Ten
     weight.
     """
     return pick("grouped_linear", x_NI.device)(x_NI, weight_EOI, counts_E)
+
+
+def rows_gradient(grad_TO: Tensor, weight_OI: Tensor) -> Tensor:
+    """`grad @ weight`, `(T, I)` in the dtype of grad: what the backward pass of `linear` gives its
+    rows. Not differentiable.
+    """
+    return pick("rows_gradient", grad_TO.device)(grad_TO, weight_OI)
 
 
 def add_product_(total_OI: Tensor, left_NO: Tensor, right_NI: Tensor) -> None:

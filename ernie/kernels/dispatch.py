@@ -24,6 +24,7 @@ log = logging.getLogger("ernie.kernels")
 OPERATIONS = (
     "linear",
     "grouped_linear",
+    "rows_gradient",
     "add_product_",
     "sort_pairs",
     "spread",

@@ -52,6 +52,10 @@ def grouped_linear(x_NI: Tensor, weight_EOI: Tensor | QuantTensor, counts_E: Ten
     return torch.cat(parts or [linear(x_NI, weight_EOI[0])])
 
 
+def rows_gradient(grad_TO: Tensor, weight_OI: Tensor) -> Tensor:
+    return grad_TO @ weight_OI.to(grad_TO.dtype)
+
+
 def add_product_(total_OI: Tensor, left_NO: Tensor, right_NI: Tensor) -> None:
     if left_NO.dtype == total_OI.dtype:
         total_OI.addmm_(left_NO.T, right_NI)

@@ -117,6 +117,8 @@ CASES = {
     "rms_norm slice": lambda: ("rms_norm", sliced(5, 33), rand(33, grad=True), 1e-6),
     "rms_norm bf16": lambda: ("rms_norm", rand(5, 33, dtype=BF16), rand(33), 1e-6),
     "rms_norm no rows": lambda: ("rms_norm", rand(0, 33, grad=True), rand(33, grad=True), 1e-6),
+    "rows gradient": lambda: ("rows_gradient", sliced(70, 301).detach(), rand(301, 130)),
+    "rows gradient bf16": lambda: ("rows_gradient", rand(9, 33, dtype=BF16), rand(33, 40)),
     "rotate": lambda: ("rotate", rand(37, 3, 20, grad=True), *angles(37, 20)),
     "rotate slice": lambda: ("rotate", qkv(9, 4, 2, 16, one_tensor=True)[1], *angles(9, 16)),
     "rotate bf16": lambda: ("rotate", rand(9, 2, 16, dtype=BF16), *angles(9, 16)),

@@ -22,7 +22,7 @@ from ernie.kernels.cpu.pointwise import (
     swiglu,
     swiglu_halves,
 )
-from ernie.kernels.cpu.products import add_product_, grouped_linear, linear
+from ernie.kernels.cpu.products import add_product_, grouped_linear, linear, rows_gradient
 from ernie.kernels.cpu.sampling import draw
 
 HEEDS_BATCH_INVARIANT = True
@@ -49,6 +49,7 @@ __all__ = [
     "rms_norm",
     "rotate",
     "rotate_",
+    "rows_gradient",
     "squares",
     "swiglu",
     "swiglu_halves",

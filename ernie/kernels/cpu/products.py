@@ -100,7 +100,7 @@ class _LinearInBfloat16(torch.autograd.Function):
         need_x, need_weight, need_bias = ctx.needs_input_grad
         short_TO = grad_TO.to(torch.bfloat16)
         return (
-            (short_TO @ weight_OI.to(torch.bfloat16)).float() if need_x else None,
+            _short_grad_rows(short_TO, weight_OI) if need_x else None,
             (short_TO.T @ rows_TI).to(weight_OI.dtype) if need_weight else None,
             grad_TO.sum(0).to(ctx.bias_dtype) if need_bias else None,
         )
@@ -215,6 +215,19 @@ def _multiply(
         weight.shape[-2],
         torch.get_num_threads(),
     )
+
+
+def rows_gradient(grad_TO: Tensor, weight_OI: Tensor) -> Tensor:
+    if grad_TO.dtype != torch.float32:
+        return reference.rows_gradient(grad_TO, weight_OI)
+    if has_bfloat16_products():
+        return _short_grad_rows(grad_TO.to(torch.bfloat16), weight_OI)
+    return _grad_rows(grad_TO, weight_OI)
+
+
+def _short_grad_rows(short_TO: Tensor, weight_OI: Tensor) -> Tensor:
+    """`grad @ weight` by torch's bfloat16 product."""
+    return (short_TO @ weight_OI.to(torch.bfloat16)).float()
 
 
 def _grad_rows(grad_NO: Tensor, weight: Weight, counts_E: Tensor | None = None) -> Tensor:

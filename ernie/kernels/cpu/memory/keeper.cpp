@@ -125,8 +125,8 @@ class Keeper final : public c10::Allocator {
 
   static void* mapped(size_t size) {
     void* start = mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    TORCH_CHECK_WITH(OutOfMemoryError, start != MAP_FAILED, "no memory for a tensor of ", size,
-                     " bytes");
+    TORCH_CHECK_WITH(OutOfMemoryError, start != MAP_FAILED, "not enough memory for a tensor of ",
+                     size, " bytes");
 #ifdef MADV_HUGEPAGE
     if (size >= HUGE) madvise(start, size, MADV_HUGEPAGE);
 #endif
