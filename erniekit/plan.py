@@ -8,6 +8,7 @@ largest of the moments of a step:
 
     head       everything kept, and a chunk of logits
     layer l    sums of the layers above l, activations of l and those below, temporaries of l
+    tower      all sums, activations of the vision tower, temporaries of a block of it
     update     all sums, no activations
     loading    where a rank gives up weights that it has read
 
@@ -32,6 +33,7 @@ from ernie.kernels.reference import MOMENT_BLOCK
 from ernie.kernels.weights import quantized_bytes
 from ernie.model import ErnieModel
 from ernie.settings import ConfigError
+from ernie.vision.config import VisionConfig
 from erniekit.build import config_of, frozen_form, still, weights_dtype
 from erniekit.config import PICTURED, Optimisation, Run
 from erniekit.lora import projections
@@ -324,7 +326,7 @@ def picture_words(config: ErnieConfig, run: Run) -> float:
     if vision is None or run.is_lora:
         return 0.0
     wide, patches = vision.embed_dim, vision.spatial_merge_size**2
-    resampler = 10 * patches * wide + 2 * config.hidden_size + 4
+    resampler = _resampler_words(config, vision)
     if "freeze_vision" in run.model.freeze_config:
         return float(resampler)
     block = 6 * wide + vision.intermediate_size + vision.num_heads + 4
@@ -332,6 +334,26 @@ def picture_words(config: ErnieConfig, run: Run) -> float:
         block = wide
     around = vision.patch_elements + wide + wide // vision.num_heads  # pixels, result, angles
     return float(resampler + patches * (vision.depth * block + around))
+
+
+def _resampler_words(config: ErnieConfig, vision: VisionConfig) -> int:
+    return 10 * vision.spatial_merge_size**2 * vision.embed_dim + 2 * config.hidden_size + 4
+
+
+def _tower_backward(config: ErnieConfig, run: Run) -> tuple[float, float]:
+    """Words per token of the tower's activations, and what the backward pass of its last block
+    holds besides: what is computed again of it, and gradients before and after its activation.
+    """
+    vision = config.vision_config
+    assert vision is not None
+    kept = picture_words(config, run) - _resampler_words(config, vision)
+    if kept <= 0:  # LoRA, or frozen
+        return 0.0, 0.0
+    wide, inner = vision.embed_dim, vision.intermediate_size
+    block = 2 * wide + 2 * inner
+    if run.model.recompute and run.model.recompute_granularity == "full":
+        block += 7 * wide + inner + vision.num_heads + 4
+    return kept, float(vision.spatial_merge_size**2 * block)
 
 
 def _passing_words(config: ErnieConfig) -> float:
@@ -398,6 +420,12 @@ def _peak(
             "activations": seen,
             "temporaries": unit * _passing_words(config),
             "gradients": sizes.sums.total() if all_at_once else 0,
+        }
+        tower, passing = _tower_backward(config, run)
+        moments["the tower backward"] = {
+            "activations": unit * tower,
+            "temporaries": unit * passing,
+            "gradients": sizes.sums.total(),
         }
     for parts in moments.values():
         parts["gathered"] = sizes.gathered / degrees.pipeline
