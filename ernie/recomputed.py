@@ -54,10 +54,10 @@ def _run_again(
     made.clear()
 
     def pack(saved: Tensor) -> Tensor:
-        made[len(made)] = saved.detach()
+        made[len(made)] = kept = saved.detach()  # itself would keep alive what it comes from
         if len(made) == num_kept:
             raise _Enough
-        return saved
+        return kept
 
     own = [a.detach().requires_grad_(a.requires_grad) if isinstance(a, Tensor) else a for a in args]
     try:

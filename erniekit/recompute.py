@@ -116,7 +116,7 @@ def _forgetting(
     def pack(saved: Tensor) -> Tensor | tuple[Tensor, ...]:
         nonlocal num_needed
         if saved.data_ptr() != address or saved.shape != shape:
-            return saved
+            return saved.detach()  # a result itself would keep alive what it comes from
         num_needed += 1
         return kept
 
