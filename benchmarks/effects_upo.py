@@ -33,7 +33,7 @@ HELD_OUT = TASKS + "&size=400&seed=5"  # of no run by which settings were chosen
 METHODS: dict[str, dict[str, Any]] = {
     "UPO": {},
     "PPO only": {"upo_mu": 0},
-    "DPO only": {"policy_loss": "none", "upo_mu": 1.0},
+    "DPO only": {"policy_loss": "none", "upo_mu": 1.0, "num_generations": 2},  # not learnt from
 }
 START = "SFT"
 
@@ -77,9 +77,8 @@ def warm_start(folder: Path, steps: int) -> Path:
 
 def pairs_of(model: Path, file: Path) -> Path:
     if not file.is_file():
-        _call(
-            "examples/data/make_task_pairs.py", str(model), TASKS + "&size=4000&seed=1", str(file)
-        )
+        tasks = TASKS + "&size=4000&seed=1"
+        _call("examples/data/make_task_pairs.py", str(model), tasks, str(file), "--tasks", "400")
     return file
 
 
