@@ -12,6 +12,9 @@ Routed experts have pairs for each of their two projections, in one of two forms
              <experts>.lora_A.weight (E r, in), lora_B (out, r E), and where both are there the
              first is <experts>.base_layer.lora_A.weight
 
+A module of a multimodal model has our name or that of transformers, model.language_model.layers...,
+where the two banks of experts are mlp.text_moe.experts and mlp.vision_moe.experts.
+
 An adapter that would silently do less than it says is refused: every tensor must land on a module
 of the model, have its counterpart and the shape of its rank, and every module that is named must be
 there. So is every setting that changes the arithmetic and is not known here (biases, trained
@@ -48,6 +51,8 @@ log = logging.getLogger(__name__)
 WEIGHTS, SETTINGS = "adapter_model.safetensors", "adapter_config.json"
 _TENSOR = re.compile(r"base_model\.model\.(.+)\.(?:lora_([AB])\.weight|lora_(magnitude_vector))")
 MAGNITUDE = "magnitude_vector"
+_STACKED = ("gate_up_proj", "down_proj")  # in the order in which PEFT wraps them
+_BANKS = {"experts": "text_moe.experts", "vision_experts": "vision_moe.experts"}
 
 # Fused products and the modules that are their parts; `mlp` is the dense block or the shared
 # experts.
@@ -93,11 +98,15 @@ class Settings:
     def wants(self, module: str) -> bool:
         """Whether a module is named as one that has a pair."""
         if isinstance(self.targets, str):
-            return re.fullmatch(self.targets, module) is not None
+            return any(re.fullmatch(self.targets, name) for name in spellings(module))
         layer = int(module.split(".")[2])
         return (self.layers is None or layer in self.layers) and any(
             _ends_with(module, target) for target in self.targets
         )
+
+    def stacked(self, module: str) -> bool:
+        """Whether a stack of experts is named as one that has a pair."""
+        return any(_ends_with(module, parameter) for parameter in self.parameters)
 
     def rank_of(self, module: str) -> int:
         return _by_pattern(self.rank_by_pattern, module, self.rank)
@@ -138,9 +147,7 @@ def read_adapter(
     left = stored.keys() - {m for layer in products for parts in layer.values() for m in parts}
     assert not left, f"{_some(left)}: no product has these as parts"
     layers = tuple(_layer_pairs(of, shapes, stored, settings, dtype, device) for of in products)
-    tensors = [t for pairs in layers for pair in pairs.values() for t in (pair.a_RI, pair.b_OR)]
-    num_bytes = sum(t.numel() * t.element_size() for t in tensors)
-    return Adapter(layers, max(map(settings.rank_of, stored)), num_bytes)
+    return Adapter(layers, max(map(settings.rank_of, stored)))
 
 
 def read_tensors(folder: str | Path, config: ErnieConfig) -> tuple[Settings, dict[str, Tensor]]:
@@ -291,14 +298,30 @@ def _check_pattern(path: Path, key: str, pattern: str) -> None:
         raise _refused(path, key, pattern, f"it is no regular expression ({error})") from None
 
 
+def spellings(module: str) -> tuple[str, str]:
+    """Our name of a module, and that of a multimodal model in transformers."""
+    theirs = module.replace("model.layers.", "model.language_model.layers.", 1)
+    for ours, bank in _BANKS.items():
+        theirs = theirs.replace(f".mlp.{ours}.", f".mlp.{bank}.")
+    return module, theirs
+
+
+def _own_name(module: str) -> str:
+    """The way back from the second of `spellings`; our own names stay."""
+    module = module.replace("model.language_model.layers.", "model.layers.", 1)
+    for ours, bank in _BANKS.items():
+        module = re.sub(rf"\.mlp\.{re.escape(bank)}(?=\.|$)", f".mlp.{ours}", module)
+    return module
+
+
 def _ends_with(module: str, target: str) -> bool:
-    return module == target or module.endswith(f".{target}")
+    return any(name == target or name.endswith(f".{target}") for name in spellings(module))
 
 
 def _by_pattern(table: Mapping[str, Any], module: str, default: Any) -> Any:
     """The entry of the first pattern that matches whole parts at the end of a name."""
     for pattern, value in table.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", module):
+        if any(re.fullmatch(rf"(.*\.)?({pattern})", name) for name in spellings(module)):
             return value
     return default
 
@@ -336,13 +359,14 @@ def _matched(
 
 def _module(name: str, settings: Settings) -> str:
     """The weight that a name in the file is of; PEFT's wrappers of a stack are told apart."""
-    if not settings.parameters or not re.search(r"\.experts(\.base_layer)?$", name):
+    name = _own_name(name)
+    if not settings.parameters or not re.search(r"\.(vision_)?experts(\.base_layer)?$", name):
         return name
-    both = len({parameter.rpartition(".")[2] for parameter in settings.parameters}) > 1
-    if name.endswith(".base_layer"):
-        return f"{name.removesuffix('base_layer')}gate_up_proj"
-    leaf = "down_proj" if both else settings.parameters[0].rpartition(".")[2]
-    return f"{name}.{leaf}"
+    stack = name.removesuffix(".base_layer")
+    wrapped = [leaf for leaf in _STACKED if settings.stacked(f"{stack}.{leaf}")]
+    if not wrapped or (name != stack and len(wrapped) == 1):
+        return name
+    return f"{stack}.{wrapped[0] if name != stack else wrapped[-1]}"
 
 
 def _check_targets(
@@ -353,7 +377,7 @@ def _check_targets(
     there = {m for m in found if len(shapes[m]) == 2}
     if settings.parameters:
         stacked = [m for m, shape in shapes.items() if len(shape) == 3]
-        named |= {m for m in stacked if any(_ends_with(m, t) for t in settings.parameters)}
+        named |= {m for m in stacked if settings.stacked(m)}
         there |= {m for m in found if len(shapes[m]) == 3}
     if isinstance(settings.targets, str):
         idle = [] if named or not there else [settings.targets]

@@ -21,12 +21,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from ernie import kernels
+from ernie.config import ErnieConfig
 from ernie.kernels import Norm
 
 _serials = itertools.count(1)
@@ -38,6 +39,9 @@ class Pair:
 
     a_RI: Tensor
     b_OR: Tensor  # times the scale
+
+    def to(self, device: torch.device) -> Pair:
+        return Pair(self.a_RI.to(device), self.b_OR.to(device))
 
     def __call__(self, x_NI: Tensor) -> Tensor:
         return kernels.linear(kernels.linear(x_NI, self.a_RI), self.b_OR)
@@ -59,8 +63,38 @@ class Adapter:
 
     layers: tuple[LayerPairs, ...]
     rank: int  # the largest of its modules
-    num_bytes: int
     serial: int = field(default_factory=lambda: next(_serials))  # given once in a process
+
+    @property
+    def num_bytes(self) -> int:
+        pairs = [pair for layer in self.layers for pair in layer.values()]
+        return sum(pair.a_RI.nbytes + pair.b_OR.nbytes for pair in pairs)
+
+    def to(self, device: torch.device) -> Adapter:
+        """The same on another device, under the same serial."""
+        layers = [{name: pair.to(device) for name, pair in layer.items()} for layer in self.layers]
+        return replace(self, layers=tuple(layers))
+
+    def sliced(self, rank: int, size: int, config: ErnieConfig) -> Adapter:
+        """What one of `size` ranks holds beside its slice of a model of `config`, under the same
+        serial.
+        """
+        layers = [
+            {product: _sliced(product, pair, rank, size, config) for product, pair in pairs.items()}
+            for pairs in self.layers
+        ]
+        return replace(self, layers=tuple(layers))
+
+
+def _sliced(product: str, pair: Pair, rank: int, size: int, config: ErnieConfig) -> Pair:
+    if product.endswith(("out", "down")):  # products that the ranks sum
+        return Pair(pair.a_RI.chunk(size, -1)[rank].contiguous(), pair.b_OR)
+    sizes = [pair.b_OR.shape[-2] // 2] * 2
+    if product == "qkv":
+        keys = config.num_key_value_heads * config.head_dim
+        sizes = [config.num_attention_heads * config.head_dim, keys, keys]
+    parts = [part.chunk(size, -2)[rank] for part in pair.b_OR.split(sizes, -2)]
+    return Pair(pair.a_RI, torch.cat(parts, -2))
 
 
 class Changes:

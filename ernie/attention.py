@@ -21,12 +21,12 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ernie import kernels
 from ernie.config import ErnieConfig
 from ernie.kernels.reference import attend_one
 from ernie.layers import Linear
+from ernie.recomputed import recomputed
 from ernie.rope import Rotary
 
 _MOST_WEIGHTS = 2**22  # that are made at once where some of them are dropped
@@ -80,7 +80,7 @@ def _attend_dropping(
             b = min(a + rows, end)
             again = partial(attend_one, scale=scale, drop=partial(drop, number=len(out)))
             parts = (q_THd[a:b], k_TGd[start:b], v_TGd[start:b])
-            out.append(checkpoint(again, *parts, use_reentrant=False, preserve_rng_state=False))
+            out.append(recomputed(again, *parts))
     return torch.cat(out) if out else torch.zeros_like(q_THd)
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from ernie import kernels
 from ernie.layers import Embedding
 
 
@@ -116,11 +117,7 @@ class Gradients:
 
 def squares_of(gradients: list[Tensor]) -> list[Tensor]:
     """Squared length of each, float64."""
-    norms: list[Tensor] = []
-    for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):
-        alike = [gradient for gradient in gradients if gradient.dtype == dtype]
-        norms += torch._foreach_norm(alike, 2, dtype=torch.float32)
-    return list(torch.stack(norms).double().square()) if norms else []
+    return list(kernels.squares(gradients)) if gradients else []
 
 
 def length(squares: list[Tensor]) -> Tensor:

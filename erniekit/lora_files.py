@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ernie.adapter_files import SETTINGS, WEIGHTS, Settings, read_tensors
+from ernie.adapter_files import SETTINGS, WEIGHTS, Settings, read_tensors, spellings
 from ernie.config import ErnieConfig
 from ernie.model import ErnieModel
 from ernie.settings import ConfigError
-from erniekit.lora import TRAINED, LoRA, add_lora, pairs, principal, projections, weight_names
+from erniekit.lora import TRAINED, LoRA, add_lora, pairs, principal, projections
 from erniekit.lora_targets import shortest
 
 ADAPTER_CONFIG, ADAPTER_FILE = SETTINGS, WEIGHTS
@@ -171,50 +171,58 @@ def put_in(base: ErnieModel, folder: Path) -> None:
 def peft_form(
     base: ErnieModel, lora: LoRA, tensors: Mapping[str, Tensor], name: str, origin: str
 ) -> tuple[str, dict[str, Tensor]]:
-    """Config text and tensors of an adapter as PEFT loads it beside the same model in transformers.
+    """Config text and tensors of an adapter as PEFT loads it beside the same model in transformers,
+    whose names they have.
 
     `base` is the plain model, `name` what the config calls it. Raises ConfigError for what PEFT
     has no form for.
     """
     lora, tensors = beside_the_base(base, lora, tensors)
-    weights = sorted({n.rpartition(".")[0] for n in tensors})
-    stacked = [w for w in weights if ".mlp.experts." in w]
-    parameters = sorted({f"mlp.experts.{w.rpartition('.')[2]}" for w in stacked}, reverse=True)
-    linear = [w for w in weights if w not in stacked]
-    if base.config.is_moe:
-        _check_mixture(base, lora, linear, stacked, origin)
+    there = {n.rpartition(".")[0] for n in tensors}
+    is_stack = {name: weight.dim() == 3 for name, weight in projections(base)}
+    stacks = [name for name in is_stack if is_stack[name]]
+    linear = [name for name in is_stack if not is_stack[name]]
+    _check_stacks(lora, stacks, there, origin)
+    has_vision = base.config.vision_config is not None
+    if stacks and not has_vision:
+        _check_mixture(sorted(there - {*stacks}), origin)
+    theirs = {name: spellings(name)[has_vision] for name in is_stack}
+    ends = {f"mlp.{theirs[name].partition('.mlp.')[2]}" for name in stacks if name in there}
     files = {}
     for parameter, tensor in tensors.items():
         weight, _, part = parameter.rpartition(".")
-        if weight not in stacked:
-            files[file_name(parameter)] = tensor
+        if not is_stack[weight]:
+            files[file_name(f"{theirs[weight]}.{part}")] = tensor
             continue
-        experts, _, leaf = weight.rpartition(".")
-        inner = ".base_layer" if len(parameters) == 2 and leaf == "gate_up_proj" else ""
+        experts, _, leaf = theirs[weight].rpartition(".")
+        is_inner = leaf == "gate_up_proj" and weight.replace(leaf, "down_proj") in there
+        inner = ".base_layer" if is_inner else ""
         flat = tensor.flatten(0, 1) if part == "lora_A" else tensor.permute(1, 2, 0).flatten(1)
         files[file_name(f"{experts}{inner}.{part}")] = flat.contiguous()
-    names = [n for n, w in projections(base) if w.dim() == 2]
-    more = {"target_parameters": parameters} if parameters else {}
-    return config_text(lora, linear, names, name, **more), files
+    wrapped, names = ([theirs[n] for n in which] for which in (there - {*stacks}, linear))
+    more = {"target_parameters": sorted(ends, reverse=True)} if ends else {}
+    return config_text(lora, wrapped, names, name, **more), files
 
 
-def _check_mixture(
-    base: ErnieModel, lora: LoRA, linear: list[str], stacked: list[str], origin: str
-) -> None:
-    """PEFT takes `gate_proj`, `up_proj`, `down_proj` of a mixture of experts for its experts'."""
+def _check_stacks(lora: LoRA, stacks: list[str], there: set[str], origin: str) -> None:
+    """Of each weight of a bank of experts, PEFT has pairs in all layers or in none, and no DoRA."""
+    kinds = {name.partition(".mlp.")[2] for name in stacks if name in there}
+    missing = [n for n in stacks if n.partition(".mlp.")[2] in kinds and n not in there]
+    if kinds and (lora.has_magnitude or missing):
+        what = "DoRA on routed experts" if lora.has_magnitude else "experts of some layers only"
+        raise ConfigError(
+            f"the adapter in {origin} has {what}, for which PEFT has no form; leave export_format "
+            "out for the merged model"
+        )
+
+
+def _check_mixture(linear: list[str], origin: str) -> None:
+    """PEFT takes `gate_proj`, `up_proj`, `down_proj` of a mixture of experts for its experts'; not
+    so of a multimodal one.
+    """
     if refused := [w for w in linear if ".mlp." in w]:
         raise ConfigError(
             f"the adapter in {origin} has a pair for {refused[0]} and {len(refused) - 1} more of "
             "its kind, which PEFT takes for pairs of the routed experts; leave export_format out "
             "for the merged model, or train lora_target_modules=q_proj,k_proj,v_proj,o_proj,experts"
-        )
-    leaves = {w.rpartition(".")[2] for w in stacked}
-    missing = {
-        w for w in weight_names(base) if ".mlp.experts." in w and w.rpartition(".")[2] in leaves
-    } - set(stacked)
-    if stacked and (lora.has_magnitude or missing):
-        what = "DoRA on routed experts" if lora.has_magnitude else "experts of some layers only"
-        raise ConfigError(
-            f"the adapter in {origin} has {what}, for which PEFT has no form; leave export_format "
-            "out for the merged model"
         )

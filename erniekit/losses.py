@@ -326,16 +326,13 @@ def logit_gradients(
     for each row; logits are made once.
     """
     chunk_CD = hidden_CD.detach()
-    with torch.set_grad_enabled(wants_hidden):  # for the rows' gradient by the product's backward
-        chunk_CD.requires_grad_(wants_hidden)
-        product_CV = kernels.linear(chunk_CD, weight_VD)
+    with torch.set_grad_enabled(wants_hidden):  # where products of training differ from others
+        product_CV = kernels.linear(chunk_CD.requires_grad_(wants_hidden), weight_VD)
     logits_CV = product_CV.detach()  # overwritten by their gradient
     loss_C, right_C = kernels.cross_entropy_(logits_CV, targets_C, scale)
     if weights_C is not None:
         logits_CV *= weights_C[:, None]
-    grad_CD = None
-    if wants_hidden:
-        (grad_CD,) = torch.autograd.grad(product_CV, chunk_CD, logits_CV)
+    grad_CD = kernels.rows_gradient(logits_CV, weight_VD) if wants_hidden else None
     return Chunk(loss_C, right_C, logits_CV, grad_CD)
 
 
@@ -344,13 +341,7 @@ def add_product(total_VD: Tensor, left_CV: Tensor, right_CD: Tensor, *, is_short
     `left`, or bfloat16 where products are to be (`is_short`).
     """
     dtype = torch.bfloat16 if is_short else left_CV.dtype
-    left_CV, right_CD = left_CV.to(dtype), right_CD.detach().to(dtype)
-    if left_CV.dtype == total_VD.dtype:
-        total_VD.addmm_(left_CV.T, right_CD)
-    elif left_CV.is_cuda and total_VD.dtype == torch.float32:
-        torch.addmm(total_VD, left_CV.T, right_CD, out_dtype=torch.float32, out=total_VD)
-    else:
-        total_VD += left_CV.T @ right_CD
+    kernels.add_product_(total_VD, left_CV.to(dtype), right_CD.detach().to(dtype))
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):

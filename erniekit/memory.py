@@ -5,11 +5,17 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import logging
 import resource
 import sys
 from collections.abc import Callable
 
 import torch
+
+from ernie.kernels.cpu import memory as keeper
+from ernie.kernels.cpu.build import BuildError
+
+log = logging.getLogger("erniekit")
 
 _M_MMAP_THRESHOLD = -3  # of <malloc.h>
 _MAPPED_BYTES = 256 << 10
@@ -32,14 +38,21 @@ def _resident_peak_kib() -> float:
     return peak / (2**10 if sys.platform == "darwin" else 1)
 
 
-def map_large_tensors() -> None:
-    """Have glibc give every tensor of 256 KiB and more pages of its own; elsewhere do nothing.
+def keep_large_tensors(device: torch.device) -> None:
+    """Have large tensors of a CPU not lie in the way of one another, and their pages used again;
+    see `ernie.kernels.cpu.memory`.
 
-    By itself glibc moves that border up to 32 MiB. Activations below it are cut out of one heap,
-    where those that are freed leave holes between those that are kept, and the next step's, a few
-    tokens longer, do not fit into them: with a border of 4 MiB, which rows of 1010 tokens stay
-    below, LoRA on 8 layers of the 0.3B shape took 1.64 GiB and not 1.38.
+    Elsewhere, or without a compiler, glibc gives every tensor of 256 KiB and more pages of its own.
+    By itself it moves that border up to 32 MiB: activations below it are cut out of one heap, where
+    those that are freed leave holes between those that are kept, and the next step's, a few tokens
+    longer, do not fit into them.
     """
+    if device.type == "cpu":
+        try:
+            keeper.keep()
+            return
+        except BuildError as error:
+            log.warning("steps will be slower: %s", error)
     if (mallopt := _from_glibc("mallopt")) is not None:
         mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)
 

@@ -8,6 +8,7 @@ largest of the moments of a step:
 
     head       everything kept, and a chunk of logits
     layer l    sums of the layers above l, activations of l and those below, temporaries of l
+    tower      all sums, activations of the vision tower, temporaries of a block of it
     update     all sums, no activations
     loading    where a rank gives up weights that it has read
 
@@ -32,6 +33,7 @@ from ernie.kernels.reference import MOMENT_BLOCK
 from ernie.kernels.weights import quantized_bytes
 from ernie.model import ErnieModel
 from ernie.settings import ConfigError
+from ernie.vision.config import VisionConfig
 from erniekit.build import config_of, frozen_form, still, weights_dtype
 from erniekit.config import PICTURED, Optimisation, Run
 from erniekit.lora import projections
@@ -279,11 +281,11 @@ def layer_words(config: ErnieConfig, run: Run, layer: int, bank: int = 0) -> dic
     words = {
         "stream": 2.0 * (d + 1),  # the two inputs of norms, and their scales
         "attention_input": float(d),
-        "attention": attended + 4 * rank + dora * (c.q_size + 2 * c.kv_size + d) + drop * 2 * d,
+        "attention": attended + 4 * rank + dora * (c.q_size + 2 * c.kv_size + d) + drop * 3 * d,
         "mlp_input": float(d),
     }
     if not c.is_moe_layer(layer):
-        rescaled = dora * (2 * c.intermediate_size + d) + drop * (d + c.intermediate_size)
+        rescaled = dora * (2 * c.intermediate_size + d) + drop * (2 * d + c.intermediate_size)
         return words | {"mlp": 2.0 * c.intermediate_size + 3 * rank + rescaled}
     top_k, size, experts = c.moe_k or 0, c.expert_sizes[bank], c.experts_per_bank[bank]
     routing = 2 * experts + 2 * top_k + 2 * top_k + 2
@@ -291,7 +293,7 @@ def layer_words(config: ErnieConfig, run: Run, layer: int, bank: int = 0) -> dic
     rows = top_k * (d + 3 * size + d + 2 * rank + dora * (2 * size + d))
     shared = 0
     if c.shared_size:
-        shared = (2 + 2 * dora + drop) * c.shared_size + 3 * rank + (dora + drop) * d
+        shared = (2 + 2 * dora + drop) * c.shared_size + 3 * rank + (dora + 2 * drop) * d
     parted = d if bank else 0  # tokens of vision, set apart
     return words | {"mlp": float(routing + indices + rows + shared + parted)}
 
@@ -299,16 +301,21 @@ def layer_words(config: ErnieConfig, run: Run, layer: int, bank: int = 0) -> dic
 def kept_words(config: ErnieConfig, run: Run, layer: int, bank: int = 0) -> float:
     """Words per token of a bank kept of a block from the forward to the backward pass."""
     words = layer_words(config, run, layer, bank)
-    if layer == 0 and run.is_lora:  # nothing below is trained: its first norm keeps nothing
-        words["stream"] -= config.hidden_size + 1
     granularity = run.model.recompute_granularity if run.model.recompute else None
     if layer in run.model.no_recompute_layers:
         granularity = None
+    if layer == 0 and run.is_lora:  # nothing below is trained: its first norm keeps nothing
+        remade = granularity != "full_attn" and not run.model.lora_dropout
+        words["stream"] -= 1 + config.hidden_size * (not remade)
     if granularity == "full":
         routing = 2 * config.experts_per_bank[bank] if config.is_moe_layer(layer) else 0
         return config.hidden_size + routing
-    dropped = {"full_attn": "attention", "mlp": "mlp"}.get(granularity or "")
-    return sum(count for part, count in words.items() if part != dropped)
+    # What norms make is made again for its readers, but is the input of a part that is recomputed.
+    dropped = {
+        "full_attn": {"attention", "mlp_input"},
+        "mlp": {"mlp", "attention_input"},
+    }.get(granularity or "", {"attention_input", "mlp_input"})
+    return sum(count for part, count in words.items() if part not in dropped)
 
 
 def picture_words(config: ErnieConfig, run: Run) -> float:
@@ -319,14 +326,34 @@ def picture_words(config: ErnieConfig, run: Run) -> float:
     if vision is None or run.is_lora:
         return 0.0
     wide, patches = vision.embed_dim, vision.spatial_merge_size**2
-    resampler = 10 * patches * wide + 2 * config.hidden_size + 4
+    resampler = _resampler_words(config, vision)
     if "freeze_vision" in run.model.freeze_config:
         return float(resampler)
-    block = 10 * wide + vision.intermediate_size + vision.num_heads + 4
+    block = 6 * wide + vision.intermediate_size + vision.num_heads + 4
     if run.model.recompute and run.model.recompute_granularity == "full":
         block = wide
     around = vision.patch_elements + wide + wide // vision.num_heads  # pixels, result, angles
     return float(resampler + patches * (vision.depth * block + around))
+
+
+def _resampler_words(config: ErnieConfig, vision: VisionConfig) -> int:
+    return 10 * vision.spatial_merge_size**2 * vision.embed_dim + 2 * config.hidden_size + 4
+
+
+def _tower_backward(config: ErnieConfig, run: Run) -> tuple[float, float]:
+    """Words per token of the tower's activations, and what the backward pass of its last block
+    holds besides: what is computed again of it, and gradients before and after its activation.
+    """
+    vision = config.vision_config
+    assert vision is not None
+    kept = picture_words(config, run) - _resampler_words(config, vision)
+    if kept <= 0:  # LoRA, or frozen
+        return 0.0, 0.0
+    wide, inner = vision.embed_dim, vision.intermediate_size
+    block = 2 * wide + 2 * inner
+    if run.model.recompute and run.model.recompute_granularity == "full":
+        block += 7 * wide + inner + vision.num_heads + 4
+    return kept, float(vision.spatial_merge_size**2 * block)
 
 
 def _passing_words(config: ErnieConfig) -> float:
@@ -393,6 +420,12 @@ def _peak(
             "activations": seen,
             "temporaries": unit * _passing_words(config),
             "gradients": sizes.sums.total() if all_at_once else 0,
+        }
+        tower, passing = _tower_backward(config, run)
+        moments["the tower backward"] = {
+            "activations": unit * tower,
+            "temporaries": unit * passing,
+            "gradients": sizes.sums.total(),
         }
     for parts in moments.values():
         parts["gathered"] = sizes.gathered / degrees.pipeline

@@ -1,30 +1,33 @@
 """Forgetting activations: a walk that makes parts of a model compute again in the backward pass.
 
     granularity   kept per token and layer, of the 0.3B shape, float32     computed twice
-    (off)         about 58 KiB                                            swiglu
-    mlp           about 30 KiB                                            gate, up, swiglu
-    full_attn     about 45 KiB                                            projections, attention
+    (off)         about 50 KiB                                            norms, swiglu
+    mlp           about 26 KiB                                            gate, up, swiglu, a norm
+    full_attn     about 41 KiB                                            projections, attention
     full          4 KiB: the block's input                                the whole block
 
 `core_attn` is accepted and does nothing more: the attention kernels never keep the weights. The
-product of gate and up, and the activation of a vision tower, are never kept either: it costs one
-pass over memory to make them again.
+results of norms, the product of gate and up, and the activation of a vision tower are never kept
+either: it costs one pass over memory to make them again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from functools import partial
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor, nn
 
 from ernie import kernels
 from ernie.layers import MLP
-from ernie.model import ErnieModel
+from ernie.model import Block, ErnieModel
+from ernie.recomputed import recomputed
 from ernie.vision.vit import MLP as TowerMLP
-from ernie.vision.vit import VisionBlock, quick_gelu
+from ernie.vision.vit import VisionBlock
+
+T = TypeVar("T")
 
 _PARTS = {"full": "", "full_attn": "self_attn", "mlp": "mlp"}  # of a block; "" is all of it
 
@@ -37,22 +40,32 @@ def recompute(
     `granularity` None recomputes only what costs next to nothing, in every layer. The blocks of a
     vision tower are recomputed whole, where blocks are.
     """
-    # Nothing random happens in a block, so the generator need not be restored.
-    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     for part in model.vision_model.modules() if model.vision_model is not None else ():
-        if granularity == "full" and isinstance(part, VisionBlock):
-            part.forward = partial(again, part.forward)  # type: ignore[method-assign]
-        elif granularity != "full" and isinstance(part, TowerMLP):
-            part.forward = partial(_without_activation, part)  # type: ignore[method-assign]
+        if not isinstance(part, VisionBlock):
+            continue
+        if granularity == "full":
+            part.forward = partial(_again, part.forward)  # type: ignore[method-assign]
+        else:
+            part.mlp.forward = partial(_without_activation, part.mlp)  # type: ignore[method-assign]
+            _forget_between(part.norm1, part.attn)
+            _forget_between(part.norm2, part.mlp)
     for number, block in enumerate(model.model.layers):
+        assert isinstance(block, Block)
         chosen = None if number in except_layers else granularity
         if chosen in _PARTS:
             part = block.get_submodule(_PARTS[chosen])
-            part.forward = partial(again, part.forward)
+            part.forward = partial(_again, part.forward)
         if chosen not in ("full", "mlp"):
             for part in block.modules():
                 if isinstance(part, MLP):
                     part.forward = partial(_without_product, part)  # type: ignore[method-assign]
+            _forget_between(block.post_attention_layernorm, block.mlp)
+        if chosen not in ("full", "full_attn"):
+            _forget_between(block.input_layernorm, block.self_attn)
+
+
+def _again(forward: Callable[..., T], *args: Any, **settings: Any) -> T:
+    return recomputed(partial(forward, **settings), *args)
 
 
 def _without_product(mlp: MLP, x_TD: Tensor) -> Tensor:
@@ -60,28 +73,61 @@ def _without_product(mlp: MLP, x_TD: Tensor) -> Tensor:
     in place of their product.
     """
     gate_TI, up_TI = mlp.gate_proj(x_TD), mlp.up_proj(x_TD)
-    kept = gate_TI.detach(), up_TI.detach()
-    return _forgetting(kernels.swiglu(gate_TI, up_TI), lambda: kernels.swiglu(*kept), mlp.down_proj)
+    return _forgetting(
+        kernels.swiglu(gate_TI, up_TI), kernels.swiglu, (gate_TI, up_TI), mlp.down_proj
+    )
 
 
 def _without_activation(mlp: TowerMLP, x_PW: Tensor) -> Tensor:
     """The same of a vision tower, whose last projection makes its input of that of `quick_gelu`."""
     h = mlp.fc1(x_PW)
-    kept = h.detach()
-    return _forgetting(quick_gelu(h), lambda: quick_gelu(kept), mlp.fc2)
+    return _forgetting(kernels.quick_gelu(h), kernels.quick_gelu, (h,), mlp.fc2)
+
+
+def _forget_between(norm: nn.Module, reader: nn.Module) -> None:
+    """Have `reader`, which is called with the result of `norm`, keep the input of the norm, which
+    is kept anyway, in place of the result.
+    """
+    normalise, read = norm.forward, reader.forward
+    given: list[Tensor] = []
+
+    def remembering(x_TD: Tensor) -> Tensor:
+        given[:] = [x_TD]
+        return normalise(x_TD)
+
+    def forgetting(normed_TD: Tensor, *args: Any, **settings: Any) -> Any:
+        kept = (given.pop(),)
+        return _forgetting(normed_TD, normalise, kept, lambda x: read(x, *args, **settings))
+
+    norm.forward = remembering  # type: ignore[method-assign]
+    reader.forward = forgetting  # type: ignore[method-assign]
 
 
 def _forgetting(
-    x: Tensor, again: Callable[[], Tensor], project: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """`project(x)`, for whose backward pass x is made again and not kept."""
-    address = x.data_ptr()
+    x: Tensor, make: Callable[..., Tensor], kept: tuple[Tensor, ...], use: Callable[[Tensor], T]
+) -> T:
+    """`use(x)`, for whose backward pass `kept` is kept and not x, which is `make(*kept)` again.
 
-    def pack(saved: Tensor) -> Tensor | None:
-        return None if saved.data_ptr() == address else saved
+    It is made once, however often it is needed.
+    """
+    address, shape, kept = x.data_ptr(), x.shape, tuple(source.detach() for source in kept)
+    num_needed, made = 0, None
 
-    def unpack(packed: Tensor | None) -> Tensor:
-        return again() if packed is None else packed
+    def pack(saved: Tensor) -> Tensor | tuple[Tensor, ...]:
+        nonlocal num_needed
+        if saved.data_ptr() != address or saved.shape != shape:
+            return saved.detach()  # a result itself would keep alive what it comes from
+        num_needed += 1
+        return kept
+
+    def unpack(packed: Tensor | tuple[Tensor, ...]) -> Tensor:
+        nonlocal num_needed, made
+        if isinstance(packed, Tensor):
+            return packed
+        found = make(*packed) if made is None else made
+        num_needed -= 1
+        made = found if num_needed else None
+        return found
 
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        return project(x)
+        return use(x)

@@ -19,7 +19,9 @@ import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -30,14 +32,16 @@ import ernie
 from ernie.attention import packed_causal, shared_prompt
 from ernie.checkpoint.writer import write_file
 from ernie.layers import Linear
-from ernie.model import ErnieModel
+from ernie.model import Embeds, ErnieModel, Prompt
 from ernie.moe.router import Routing
 from ernie.settings import ConfigError
+from ernie.vision.prompt import Inputs
 from erniekit import lora, lora_files
 from erniekit.gradients import Gradients
 from erniekit.losses import Loss, Terms, hidden_of
 from erniekit.preference import NO_TERMS, Pairs, told_of_pairs, with_terms
 
+Dialogue = Sequence[int] | Inputs
 HEAD = "score.weight"
 HEAD_FILE = "reward_head/model.safetensors"
 CONFIG_KEY = "reward_head"
@@ -156,38 +160,62 @@ def fill_head(model: ErnieModel, folder: Path) -> None:
 
 @dataclass(frozen=True)
 class RewardModel:
-    """A loaded model, called with sequences of token ids."""
+    """A loaded model, called with dialogues: token ids, or where they have pictures what
+    `Processor.inputs` makes of them (`ernie.vision.prompt`).
+    """
 
     model: ErnieModel
     max_tokens: int = 8192  # of one forward pass, or one sequence where that is longer
 
     @torch.no_grad()
-    def __call__(self, sequences: Sequence[Sequence[int]]) -> list[float]:
+    def __call__(self, dialogues: Sequence[Dialogue]) -> list[float]:
         """The reward of each whole dialogue, whose last token is the end of its answer.
 
-        Sequences are packed, and a reward does not depend on what it is packed with. Raises
-        ValueError for one without tokens.
+        Dialogues are packed, and a reward does not depend on what it is packed with. Raises
+        ValueError for one without tokens, and for pictures that a model does not read.
         """
-        if any(not len(ids) for ids in sequences):
+        lengths = [len(_ids_and_pictures(dialogue)[0]) for dialogue in dialogues]
+        if not all(lengths):
             raise ValueError("a sequence has no tokens; give prompt and answer")
         found: list[float] = []
-        while len(found) < len(sequences):
-            row = [list(sequences[len(found)])]
-            for ids in sequences[len(found) + 1 :]:
-                if sum(map(len, row)) + len(ids) > self.max_tokens:
+        while len(found) < len(dialogues):
+            start = stop = len(found)
+            while stop == start or sum(lengths[start : stop + 1]) <= self.max_tokens:
+                stop += 1
+                if stop == len(dialogues):
                     break
-                row.append(list(ids))
-            found += self._of_row(row)
+            found += self._of_row(dialogues[start:stop])
         return found
 
-    def _of_row(self, row: list[list[int]]) -> list[float]:
-        device, lengths = self.model.device, [len(ids) for ids in row]
-        ids_T = torch.tensor([i for ids in row for i in ids], device=device)
-        positions_T = torch.cat([torch.arange(n, device=device) for n in lengths])
-        ends_S = torch.tensor(lengths, device=device).cumsum(0)
+    def _of_row(self, row: Sequence[Dialogue]) -> list[float]:
+        """Of dialogues that are packed into one forward pass."""
+        prompts = [self.model.prompt(*_ids_and_pictures(dialogue)) for dialogue in row]
+        lengths = [len(prompt.token_ids_T) for prompt in prompts]
+        ends_S = torch.tensor(lengths, device=self.model.device).cumsum(0)
         bounds_S1 = torch.nn.functional.pad(ends_S, (1, 0)).to(torch.int32)
-        hidden_TD = self.model.hidden(ids_T, positions_T, packed_causal(bounds_S1, lengths))
+        packed = joined(prompts)
+        hidden_TD = self.model.read(packed, packed_causal(bounds_S1, lengths))
         return rewards(self.model, hidden_TD, ends_S - 1).tolist()
+
+
+def joined(prompts: Sequence[Prompt]) -> Prompt:
+    """Prompts of one model one after the other, each with the positions it has by itself."""
+    ids, positions, modality, embeds = zip(*prompts)
+    starts = [0, *accumulate(len(ids_T) for ids_T in ids)]
+    seen = [(e.rows_LD, e.places_L + start) for e, start in zip(embeds, starts) if e is not None]
+    return Prompt(
+        torch.cat(ids),
+        torch.cat(positions, -1),
+        None if modality[0] is None else torch.cat(modality),
+        Embeds(*map(torch.cat, zip(*seen))) if seen else None,
+    )
+
+
+def _ids_and_pictures(dialogue: Dialogue) -> tuple[Any, ...]:
+    """What `ErnieModel.prompt` takes."""
+    if isinstance(dialogue, Inputs):
+        return dialogue.token_ids, dialogue.pixel_values, dialogue.grid_thw
+    return (dialogue,)
 
 
 def load(

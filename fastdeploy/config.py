@@ -114,7 +114,6 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _ = self.speculation  # whose own checks speak
-        self._check_ranks()
         if self.batch_invariant and self.enable_lora:
             raise ConfigError(
                 "batch_invariant with enable_lora is not available: a text beside one with an "
@@ -153,18 +152,6 @@ class EngineConfig:
                 f"max_logprobs={self.max_logprobs}; it takes -1 (no limit), 0 or more"
             )
         self.early_stop()  # refuses what is wrong with it
-
-    def _check_ranks(self) -> None:
-        if self.tensor_parallel_size > 1 and self.enable_lora:
-            raise ConfigError(
-                f"enable_lora with tensor_parallel_size={self.tensor_parallel_size} is not "
-                "available; use tensor_parallel_size=1, or merge the adapter into the model"
-            )
-        if self.tensor_parallel_size > 1 and self.has_mtp:
-            raise ConfigError(
-                "the method mtp of speculative_config is not available with "
-                f"tensor_parallel_size={self.tensor_parallel_size}; use ngram, or one process"
-            )
 
     def early_stop(self) -> EarlyStop | None:
         """When texts end that repeat themselves, None for never. Raises ConfigError."""

@@ -50,6 +50,7 @@ __all__ = [
     "QuantTensor",
     "adamw_8bit_step",
     "adamw_step",
+    "add_product_",
     "attend_packed",
     "attend_paged",
     "batch_invariant",
@@ -71,12 +72,15 @@ __all__ = [
     "project",
     "quantize",
     "quantize_nf4",
+    "quick_gelu",
     "report",
     "rms_norm",
     "rotate",
     "rotate_",
+    "rows_gradient",
     "sort_pairs",
     "spread",
+    "squares",
     "swiglu",
     "swiglu_halves",
     "token_logprobs",
@@ -102,6 +106,20 @@ def grouped_linear(x_NI: Tensor, weight_EOI: Tensor | QuantTensor, counts_E: Ten
     weight.
     """
     return pick("grouped_linear", x_NI.device)(x_NI, weight_EOI, counts_E)
+
+
+def rows_gradient(grad_TO: Tensor, weight_OI: Tensor) -> Tensor:
+    """`grad @ weight`, `(T, I)` in the dtype of grad: what the backward pass of `linear` gives its
+    rows. Not differentiable.
+    """
+    return pick("rows_gradient", grad_TO.device)(grad_TO, weight_OI)
+
+
+def add_product_(total_OI: Tensor, left_NO: Tensor, right_NI: Tensor) -> None:
+    """`total += left.T @ right`, in place, summed in float32; the factors have one dtype. What a
+    product's backward pass adds to the gradient of its weight. Not differentiable.
+    """
+    pick("add_product_", total_OI.device)(total_OI, left_NO, right_NI)
 
 
 def sort_pairs(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -141,13 +159,13 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return pick("rms_norm", x_TD.device)(x_TD, weight_D, eps)
 
 
-def rotate(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor) -> Tensor:
+def rotate(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor, *, halves: bool = False) -> Tensor:
     """Interleaved rotary embedding: pair `(x[2i], x[2i+1])` turned by the angle of `cos[:, i],
-    sin[:, i]`.
+    sin[:, i]`; with `halves` the pairs are `(x[i], x[i + d/2])`.
 
     `cos` and `sin` are float32 `(T, d/2)`; the rotation is done in float32. Differentiable in x.
     """
-    return pick("rotate", x_THd.device)(x_THd, cos_Tp, sin_Tp)
+    return pick("rotate", x_THd.device)(x_THd, cos_Tp, sin_Tp, halves=halves)
 
 
 def rotate_(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor) -> None:
@@ -167,6 +185,16 @@ def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
 def swiglu_halves(gate_up_Tw: Tensor) -> Tensor:
     """`swiglu` of the two halves of each row, gate first; `(T, w / 2)`. Differentiable."""
     return pick("swiglu_halves", gate_up_Tw.device)(gate_up_Tw)
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """`x * sigmoid(1.702 x)`. Differentiable, and then nothing but x is kept."""
+    return pick("quick_gelu", x.device)(x)
+
+
+def squares(tensors: Sequence[Tensor]) -> Tensor:
+    """The squared length of each tensor, float64 `(n,)`; all on one device. Not differentiable."""
+    return pick("squares", tensors[0].device)(tensors)
 
 
 def cross_entropy_(logits_NV: Tensor, targets_N: Tensor, scale: float) -> tuple[Tensor, Tensor]:

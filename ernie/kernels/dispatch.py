@@ -24,6 +24,8 @@ log = logging.getLogger("ernie.kernels")
 OPERATIONS = (
     "linear",
     "grouped_linear",
+    "rows_gradient",
+    "add_product_",
     "sort_pairs",
     "spread",
     "combine",
@@ -33,6 +35,8 @@ OPERATIONS = (
     "rotate_",
     "swiglu",
     "swiglu_halves",
+    "quick_gelu",
+    "squares",
     "cross_entropy_",
     "draw",
     "token_logprobs",

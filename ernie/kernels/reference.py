@@ -52,6 +52,19 @@ def grouped_linear(x_NI: Tensor, weight_EOI: Tensor | QuantTensor, counts_E: Ten
     return torch.cat(parts or [linear(x_NI, weight_EOI[0])])
 
 
+def rows_gradient(grad_TO: Tensor, weight_OI: Tensor) -> Tensor:
+    return grad_TO @ weight_OI.to(grad_TO.dtype)
+
+
+def add_product_(total_OI: Tensor, left_NO: Tensor, right_NI: Tensor) -> None:
+    if left_NO.dtype == total_OI.dtype:
+        total_OI.addmm_(left_NO.T, right_NI)
+    elif left_NO.is_cuda and total_OI.dtype == torch.float32:
+        torch.addmm(total_OI, left_NO.T, right_NI, out_dtype=torch.float32, out=total_OI)
+    else:
+        total_OI += left_NO.T @ right_NI
+
+
 def sort_pairs(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     pairs_N = experts_TK.flatten()
     order_N = pairs_N.argsort(stable=True)
@@ -88,14 +101,12 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return normed.to(x_TD.dtype) * weight_D.to(x_TD.dtype)
 
 
-def rotate(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor) -> Tensor:
-    even, odd = x_THd.float().unflatten(-1, (-1, 2)).unbind(-1)
+def rotate(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor, *, halves: bool = False) -> Tensor:
+    pair, shape = (-2, (2, -1)) if halves else (-1, (-1, 2))
+    first, second = x_THd.float().unflatten(-1, shape).unbind(pair)
     cos, sin = cos_Tp[:, None], sin_Tp[:, None]
-    return (
-        torch.stack((even * cos - odd * sin, odd * cos + even * sin), -1)
-        .flatten(-2)
-        .to(x_THd.dtype)
-    )
+    turned = torch.stack((first * cos - second * sin, second * cos + first * sin), pair)
+    return turned.flatten(-2).to(x_THd.dtype)
 
 
 def rotate_(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor) -> None:
@@ -108,6 +119,36 @@ def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
 
 def swiglu_halves(gate_up_Tw: Tensor) -> Tensor:
     return swiglu(*gate_up_Tw.chunk(2, dim=-1))
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    return _QuickGelu.apply(x)
+
+
+class _QuickGelu(torch.autograd.Function):
+    """Nothing but x is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return (x * 1.702).sigmoid_().mul_(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        gate = (x * 1.702).sigmoid_()
+        slope = (1 - gate).mul_(x).mul_(1.702).add_(1).mul_(gate)
+        return slope.mul_(grad)
+
+
+def squares(tensors: Sequence[Tensor]) -> Tensor:
+    norms: list[Tensor] = [tensors[0]] * len(tensors)
+    for dtype in dict.fromkeys(t.dtype for t in tensors):
+        places = [n for n, t in enumerate(tensors) if t.dtype == dtype]
+        found = torch._foreach_norm([tensors[n] for n in places], 2, dtype=torch.float32)
+        for n, norm in zip(places, found):
+            norms[n] = norm
+    return torch.stack(norms).double().square()
 
 
 def cross_entropy_(logits_NV: Tensor, targets_N: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -87,36 +87,19 @@ class Attention(nn.Module):
     def forward(
         self, x_PW: Tensor, rotary: Rotary, bounds_F1: Tensor, lengths: Sequence[int]
     ) -> Tensor:
-        qkv_P3Hd = self.qkv(x_PW).unflatten(-1, (3, self.num_heads, -1))
-        # `kernels.rotate` turns neighbours: each pair's two halves are brought side by side. Scores
-        # do not depend on the order within a head, so that queries and keys stay like this.
-        turned_P2Hd = qkv_P3Hd[:, :2].unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
-        turned_PHd = kernels.rotate(turned_P2Hd.flatten(1, 2), *rotary)
-        q_PHd, k_PHd = turned_PHd.split(self.num_heads, 1)
+        heads = self.num_heads
+        turned_PHd, v_PHd = (
+            self.qkv(x_PW).unflatten(-1, (3 * heads, -1)).split((2 * heads, heads), 1)
+        )
+        turned_PHd = kernels.rotate(turned_PHd, *rotary, halves=True)
+        if v_PHd.requires_grad:  # a view would keep queries and keys as they were before
+            v_PHd = v_PHd.contiguous()
+        q_PHd, k_PHd = turned_PHd.split(heads, 1)
         scale = q_PHd.shape[-1] ** -0.5
         seen_PHd = kernels.attend_packed(
-            q_PHd, k_PHd, qkv_P3Hd[:, 2], bounds_F1, scale, lengths, causal=False
+            q_PHd, k_PHd, v_PHd, bounds_F1, scale, lengths, causal=False
         )
         return self.proj(seen_PHd.flatten(1))
-
-
-def quick_gelu(v: Tensor) -> Tensor:
-    """`v * sigmoid(1.702 v)`, of which nothing but v is kept for the backward pass."""
-    return _QuickGelu.apply(v)
-
-
-class _QuickGelu(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, v: Tensor) -> Tensor:
-        ctx.save_for_backward(v)
-        return (v * 1.702).sigmoid_().mul_(v)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor):
-        (v,) = ctx.saved_tensors
-        gate = (v * 1.702).sigmoid_()
-        slope = (1 - gate).mul_(v).mul_(1.702).add_(1).mul_(gate)
-        return slope.mul_(grad)
 
 
 class MLP(nn.Module):
@@ -128,7 +111,7 @@ class MLP(nn.Module):
         self.fc2 = Linear(config.intermediate_size, config.embed_dim, bias=True)
 
     def forward(self, x_PW: Tensor) -> Tensor:
-        return self.fc2(quick_gelu(self.fc1(x_PW)))
+        return self.fc2(kernels.quick_gelu(self.fc1(x_PW)))
 
 
 class VisionBlock(nn.Module):

@@ -67,9 +67,9 @@ class Run:
     @property
     def has_answers(self) -> bool:
         """Whether its records are questions that the model is asked while it trains: not so of
-        plain text and of pictures, and a reward model does not answer.
+        plain text, and a reward model does not answer.
         """
-        return self.model.stage not in ("PT", "RM", "VL-SFT")
+        return self.model.stage not in ("PT", "RM")
 
     @property
     def output(self) -> Path:

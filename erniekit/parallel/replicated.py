@@ -153,11 +153,7 @@ def placed_squares(parameters: Mapping[str, Tensor], sums: Mapping[str, Tensor])
     device = next((total.device for total in sums.values()), None)
     squares = torch.zeros(len(place), dtype=torch.float64, device=device)
     if sums:
-        # By dtype, as `squares_of` answers.
-        names = sorted(sums, key=lambda name: str(sums[name].dtype))
-        squares[[place[name] for name in names]] = torch.stack(
-            squares_of([sums[name] for name in names])
-        )
+        squares[[place[name] for name in sums]] = torch.stack(squares_of(list(sums.values())))
     return squares
 
 

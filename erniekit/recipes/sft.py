@@ -18,6 +18,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ernie.model import ErnieModel
 from ernie.settings import ConfigError
 from erniekit import checkpoint, losses, memory
@@ -68,7 +70,7 @@ def terms(run: Run) -> losses.Terms:
 
 def train(run: Run, device: str, method: Method, ranks: Ranks) -> int:
     """Train a `resolved` run by a method; what every recipe shares. Rank 0 decides and writes."""
-    memory.map_large_tensors()
+    memory.keep_large_tensors(torch.device(device))
     with checkpoint.locked(run.output) if ranks.is_first else contextlib.nullcontext():
         folder, state = _where_to_go_on(run, ranks)
         train_stream, eval_stream = _streams(run)

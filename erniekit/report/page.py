@@ -1,4 +1,4 @@
-"""The page of `report.html`: one file without scripts, pictures or addresses.
+"""The page of `report.html`: one file without scripts or addresses; pictures lie in it, small.
 
 Whatever a run brings in (answers, paths, settings) is escaped where it enters, and the page forbids
 itself to load or run anything. `PLOTS` is the table of what is drawn; numbers of a record that no
@@ -15,6 +15,7 @@ from erniekit.report.bar import duration
 from erniekit.report.markup import table, text
 from erniekit.report.plots import Line, exact, plot, smoothed
 from erniekit.report.style import STYLE
+from erniekit.report.thumbnails import is_thumbnail
 
 if TYPE_CHECKING:
     from erniekit.report.story import Story
@@ -86,7 +87,7 @@ def page(story: Story) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta name="color-scheme" content="light dark">'
         '<meta http-equiv="Content-Security-Policy" '
-        "content=\"default-src 'none'; style-src 'unsafe-inline'\">"
+        "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\">"
         f"<title>{text(_title(story))}</title><style>{STYLE}</style></head><body>\n"
         f"{_header(story)}\n<main>{''.join(sections)}</main>\n</body></html>\n"
     )
@@ -274,10 +275,26 @@ def _answers(story: Story) -> str:
         )
         folded = f"<details><summary>{len(given) - 2} between</summary>{between}</details>"
         cards.append(
-            f'<article><p class="question">{text(question)}</p><small class="where">{text(where)}'
+            f'<article>{_pictures(first)}<p class="question">{text(question)}</p>'
+            f'<small class="where">{text(where)}'
             f'</small><div class="answers">{cells}</div>{folded if between else ""}</article>'
         )
     return f"<section><h2>Answers</h2>{''.join(cards)}</section>" if cards else ""
+
+
+def _pictures(record: Mapping[str, Any]) -> str:
+    """Those of a prompt, small; what does not lie in the record itself is not shown."""
+    found = record.get("pictures")
+    found = [p for p in found if isinstance(p, dict)] if isinstance(found, list) else []
+    shown = [
+        f'<img alt="{text(p.get("type"))}" title="{text(p.get("type"))}" src="{p["thumbnail"]}">'
+        for p in found
+        if is_thumbnail(p.get("thumbnail"))
+    ]
+    count = record.get("num_pictures")
+    left = count - len(shown) if isinstance(count, int) else 0
+    more = f"<small>and {left:,} more</small>" if shown and left > 0 else ""
+    return f'<p class="pictures">{"".join(shown)}{more}</p>' if shown else ""
 
 
 def _column(record: Mapping[str, Any]) -> tuple[str, Any, str]:

@@ -49,8 +49,7 @@ class Reporter:
         self.is_silent = is_silent
         is_wanted = run.reporting.answer_steps or run.training.evaluation_strategy != "no"
         has_prompts = eval_stream is not None and run.has_answers and is_wanted
-        count = run.reporting.num_answers if has_prompts else 0
-        self.prompts = prompts(eval_stream, count) if eval_stream is not None and count else []
+        self.num_asked = run.reporting.num_answers if has_prompts else 0
         if not is_silent:
             self._open(step)
 
@@ -106,11 +105,13 @@ class Reporter:
         self.write_page()
 
     def answer(self, step: int) -> None:
-        """Answer the prompts with the model as it is after `step` steps."""
-        if not self.prompts:
+        """Answer prompts, always the same ones, with the model as it is after `step` steps."""
+        eval_stream = self.streams["eval"]
+        if eval_stream is None or not self.num_asked:
             return
-        records = answers(self.model, self.prompts, self.run.reporting.max_answer_tokens, step)
-        if self.is_silent:
+        asked = prompts(eval_stream, self.num_asked)
+        records = answers(self.model, asked, self.run.reporting.max_answer_tokens, step)
+        if self.is_silent or not records:
             return
         for record in records:
             self.answers.write(record)

@@ -74,6 +74,8 @@ path.l6 { fill:var(--l6) } path.l7 { fill:var(--l7) }
 article { padding:.9rem 0; border-top:1px solid var(--line) }
 article:first-of-type { border-top:0; padding-top:0 }
 .question { font-weight:600; white-space:pre-wrap; overflow-wrap:anywhere }
+.pictures { display:flex; flex-wrap:wrap; gap:.5rem; align-items:end }
+.pictures img { border-radius:6px; border:1px solid var(--line) }
 .where { overflow-wrap:anywhere }
 .answers { display:grid; gap:.75rem; margin-top:.6rem;
   grid-template-columns:repeat(auto-fit, minmax(min(100%, 17rem), 1fr)) }

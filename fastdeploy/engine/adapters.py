@@ -6,12 +6,17 @@
 
 A request holds its adapter itself, so an adapter leaves memory with its name or with the last
 request that has it, whichever is later. Until then it counts for `max_loras`.
+
+Where ranks share the model, each holds the pairs' slices beside its own of the weights. Rank 0
+reads for all, so that they are of the same files, and sends the others theirs: all have an adapter
+or none. It says so too when no request can have an adapter any more.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Set
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
 
 from ernie.adapter_files import read_adapter
@@ -19,6 +24,9 @@ from ernie.adapters import Adapter
 from ernie.fused import FusedBlock
 from ernie.model import ErnieModel
 from fastdeploy.config import EngineConfig
+from fastdeploy.engine.frames import packed_adapter
+from fastdeploy.engine.ranks import Ranks
+from fastdeploy.engine.request import Request
 from fastdeploy.errors import RequestError
 
 log = logging.getLogger("fastdeploy")
@@ -26,12 +34,29 @@ log = logging.getLogger("fastdeploy")
 MAX_NAME = 128  # characters
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Slices:
+    """An adapter that was read: this rank's slice, and those of the others as they are sent."""
+
+    own: Adapter
+    others: list[bytes]
+
+
 class Adapters:
-    def __init__(self, model: ErnieModel, config: EngineConfig) -> None:
+    def __init__(
+        self,
+        model: ErnieModel,
+        config: EngineConfig,
+        requests: Mapping[str, Request],
+        ranks: Ranks | None = None,
+    ) -> None:
+        """`requests` are those in work at any time."""
         self.config, self.network = config, model.config
+        self.requests, self.ranks = requests, ranks
         self.dtype = model.model.norm.weight.dtype  # that of the weights: half the reads
         self.device = model.device
         self.by_name: dict[str, Adapter] = {}
+        self.leaving: set[Adapter] = set()  # unloaded, but not yet by the other ranks
         if config.enable_lora:
             blocks = [block for block in model.model.layers if isinstance(block, FusedBlock)]
             assert len(blocks) == len(model.model.layers), "adapters need the inference form"
@@ -48,16 +73,14 @@ class Adapters:
             )
         return self.by_name[name]
 
-    def read(self, folder: str | Path) -> Adapter:
+    def read(self, folder: str | Path) -> Slices:
         """The adapter in a folder, ready for `add`. Raises ConfigError, CheckpointError."""
         self._check_enabled()
-        return read_adapter(
-            folder,
-            self.network,
-            max_rank=self.config.max_lora_rank,
-            dtype=self.dtype,
-            device=self.device,
-        )
+        max_rank = self.config.max_lora_rank
+        whole = read_adapter(folder, self.network, max_rank=max_rank, dtype=self.dtype)
+        size = self.ranks.size if self.ranks else 1
+        own, *others = (whole.sliced(rank, size, self.network) for rank in range(size))
+        return Slices(own.to(self.device), [packed_adapter(other) for other in others])
 
     def check_name(self, name: str) -> None:
         """Raise RequestError unless an adapter may be loaded under this name."""
@@ -75,26 +98,52 @@ class Adapters:
                 status=409,
             )
 
-    def add(self, name: str, adapter: Adapter, in_use: Set[Adapter]) -> None:
-        """`in_use` are those that requests have."""
+    def add(self, name: str, adapter: Slices) -> None:
         self.check_name(name)
-        num_held = len(in_use | set(self.by_name.values()))
+        self.let_go()
+        num_held = len(self._in_use() | set(self.by_name.values()))
         if num_held >= self.config.max_loras:
             raise RequestError(
                 f"{num_held} adapters are in memory, as many as max_loras allows; unload one and "
                 "wait until no request has it",
                 status=409,
             )
+        self._send(name, adapter)
         # A new dict: other threads may be reading the old one.
-        self.by_name = {**self.by_name, name: adapter}
-        log.info(
-            "adapter %r is loaded: rank %d, %.1f MiB", name, adapter.rank, adapter.num_bytes / 2**20
-        )
+        own = adapter.own
+        self.by_name = {**self.by_name, name: own}
+        log.info("adapter %r is loaded: rank %d, %.1f MiB", name, own.rank, own.num_bytes / 2**20)
 
     def remove(self, name: str) -> None:
-        self.get(name)
+        self.leaving.add(self.get(name))
         self.by_name = {other: one for other, one in self.by_name.items() if other != name}
+        self.let_go()
         log.info("adapter %r is unloaded", name)
+
+    def let_go(self) -> None:
+        """Have the other ranks forget what was unloaded and no request has any more."""
+        gone = self.leaving - self._in_use()
+        self.leaving -= gone
+        if gone and self.ranks:
+            self.ranks.call("unload_adapters", serials=[adapter.serial for adapter in gone])
+
+    def _send(self, name: str, adapter: Slices) -> None:
+        """Give the other ranks their slices. Raises RequestError, and then nobody has one."""
+        if self.ranks is None:
+            return
+        own, others = adapter.own, adapter.others
+        answers = self.ranks.call("load_adapter", data=others, serial=own.serial, rank=own.rank)
+        problems = [f"rank {rank}: {said}" for rank, said in enumerate(answers, 1) if said]
+        if problems:
+            self.ranks.call("unload_adapters", serials=[own.serial])
+            raise RequestError(
+                f"the adapter {name!r} is not loaded, as not all ranks could take it "
+                f"({'; '.join(problems)}); unload others, or use a smaller one",
+                status=503,
+            )
+
+    def _in_use(self) -> Set[Adapter]:
+        return {r.adapter for r in self.requests.values() if r.adapter is not None}
 
     def _check_enabled(self) -> None:
         if not self.config.enable_lora:

@@ -1,4 +1,4 @@
-"""The flat batch of one step as tensors, built from a `Schedule`.
+"""The flat batch of one step as tensors, built from a `Schedule`; drafts go on from it in passes.
 
 Legend: T tokens of the batch, S requests (parts) in it, M blocks of the longest table, R rows of
 hidden states that need logits.
@@ -10,6 +10,7 @@ the blocks that are new in it, so building a batch costs the same however long t
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,8 +23,9 @@ from fastdeploy.engine.scheduler import Schedule
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Inputs of the model in one step. As built, the tensors share the builder's buffers in the
-    host's memory: use them, or take them to the device, before the next batch is built.
+    """Inputs of the model in one step, or with `after_T` of its MTP block in a pass that drafts. As
+    built, the tensors share the builder's buffers in the host's memory: use them, or take them to
+    the device, before the next batch is built.
     """
 
     token_ids_T: Tensor  # int64
@@ -37,19 +39,24 @@ class Batch:
     begins: bool = False  # whether the step is the beginning of one text, and nothing else
     modality_T: Tensor | None = None  # int64, 0 text, 1 vision; None: all is text
     embeds: Embeds | None = None  # rows of pictures
+    # int64; token t comes after row after_T[t] of the last result, whose hidden state it has.
+    after_T: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
         if self.token_ids_T.device == device:
             return self
-        moved = {name: getattr(self, name).to(device) for name in TENSORS}
+        moved: dict[str, Any] = {name: getattr(self, name).to(device) for name in TENSORS}
         adapters = None if self.adapters is None else self.adapters.to(device)
-        modality_T = None if self.modality_T is None else self.modality_T.to(device)
+        for name in OPTIONAL:
+            tensor = getattr(self, name)
+            moved[name] = None if tensor is None else tensor.to(device)
         embeds = None if self.embeds is None else Embeds(*(t.to(device) for t in self.embeds))
-        return replace(self, **moved, adapters=adapters, modality_T=modality_T, embeds=embeds)
+        return replace(self, **moved, adapters=adapters, embeds=embeds)
 
 
 TENSORS = tuple(field.name for field in fields(Batch) if field.type == "Tensor")
+OPTIONAL = tuple(field.name for field in fields(Batch) if field.type == "Tensor | None")
 
 
 class BatchBuilder:

@@ -1,4 +1,4 @@
-"""The paged key/value cache as tensors, and the `attend` that writes and reads it.
+"""The paged key/value cache as tensors, its size, and the `attend` that writes and reads it.
 
 Legend: L layers, B blocks of the pool, P positions of a block, G key/value heads, d head width,
 T tokens of the flat batch, H query heads.
@@ -15,7 +15,10 @@ from torch import Tensor
 from ernie import kernels
 from ernie.config import ErnieConfig
 from ernie.model import ErnieModel
+from ernie.settings import ConfigError
+from fastdeploy.config import EngineConfig
 from fastdeploy.engine.batch import Batch
+from fastdeploy.engine.ranks import Ranks
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +109,36 @@ def block_bytes(
     layers = config.num_hidden_layers + drafting_layers
     width = config.num_key_value_heads * kernels.cache_width(config.head_dim, dtype)
     return 2 * layers * block_size * width * dtype.itemsize
+
+
+def num_cache_blocks(model: ErnieModel, config: EngineConfig, ranks: Ranks | None = None) -> int:
+    """Blocks of the pool: as many as memory allows, but not more than all seats can ever fill.
+
+    Raises ConfigError when they do not hold a single text of max_model_len.
+    """
+    per_text = -(-config.max_model_len // config.block_size)
+    size = block_bytes(
+        model.config,
+        config.block_size,
+        cache_dtype(config.kv_cache_dtype, model),
+        drafting_layers=int(config.has_mtp),
+    )
+    if config.num_gpu_blocks_override is not None:
+        num_blocks = config.num_gpu_blocks_override
+        advice = f"use num_gpu_blocks_override={per_text} or more, or a smaller max_model_len"
+    else:
+        free = free_bytes(model.device)
+        if ranks and model.device.type == "cuda":  # else all ranks take from the same memory
+            free = min(free, *ranks.call("free_bytes")) * ranks.size
+        memory = int(free * config.gpu_memory_utilization)
+        num_blocks = min(memory // size, config.max_num_seqs * per_text)
+        advice = f"free memory ({per_text * size / 2**30:.2f} GiB needed) or lower max_model_len"
+    if num_blocks < per_text:
+        raise ConfigError(
+            f"the cache has {num_blocks} blocks of {config.block_size} tokens, too few for one "
+            f"text of max_model_len={config.max_model_len}; {advice}"
+        )
+    return num_blocks
 
 
 def free_bytes(device: torch.device) -> int:

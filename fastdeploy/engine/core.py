@@ -17,12 +17,11 @@ import torch
 from ernie import kernels
 from ernie.adapters import Adapter
 from ernie.model import ErnieModel
-from ernie.settings import ConfigError
 from fastdeploy.config import EngineConfig
-from fastdeploy.engine.adapters import Adapters
+from fastdeploy.engine.adapters import Adapters, Slices
 from fastdeploy.engine.batch import BatchBuilder
 from fastdeploy.engine.blocks import BlockManager
-from fastdeploy.engine.cache import KVCache, block_bytes, cache_dtype, free_bytes
+from fastdeploy.engine.cache import KVCache, cache_dtype, num_cache_blocks
 from fastdeploy.engine.constraint import Compiling, Masks
 from fastdeploy.engine.grammar import Grammars, why_none
 from fastdeploy.engine.graphs import cuda_recorder, graph_sizes, program_sizes, record_program
@@ -96,7 +95,8 @@ class Engine:
         self.pictures = PictureRows(config.vision_cache_mib << 20) if has_vision else None
         cache = self.allocate(num_blocks=num_blocks)
         self.runner = Runner(model.eval(), cache, builder, ranks, self.pictures)
-        self.adapters = Adapters(model, config)
+        self.requests: dict[str, Request] = {}
+        self.adapters = Adapters(model, config, self.requests, ranks)
         self.sampler = Sampler(self.vocab_size)
         if self.device.type == "cuda":
             with on(self.device):
@@ -119,7 +119,6 @@ class Engine:
             chunked_prefill=config.enable_chunked_prefill,
             num_ahead=num_ahead(config.speculation),
         )
-        self.requests: dict[str, Request] = {}
         self.news: list[TokenOutput] = []  # aborts that the next step reports
         self.paused = self.asleep = False
         self.host_copy: HostCopy | None = None
@@ -186,14 +185,13 @@ class Engine:
         check_prompt(prompt_ids, self.vocab_size, self.config.max_model_len, params.min_tokens)
         return Layout.of(prompt, self.network)
 
-    def load_adapter(self, name: str, adapter: Adapter) -> None:
+    def load_adapter(self, name: str, adapter: Slices) -> None:
         """Offer an adapter (see `Adapters.read`) under a name, from the next step on.
 
         Raises RequestError if the name is taken, or if there are max_loras in memory already:
         loaded, or unloaded and still in use.
         """
-        in_use = {r.adapter for r in self.requests.values() if r.adapter is not None}
-        self.adapters.add(name, adapter, in_use)
+        self.adapters.add(name, adapter)
 
     def unload_adapter(self, name: str) -> None:
         """Offer an adapter no longer. Requests that have it finish with it, and then it is gone.
@@ -244,7 +242,10 @@ class Engine:
         if self.drafter is not None:
             with on(self.device):
                 self.drafter(schedule)
-        return self._report(grown, choices) + self._report_pooled(pooled)
+        reports = self._report(grown, choices) + self._report_pooled(pooled)
+        if self.adapters.leaving:
+            self.adapters.let_go()
+        return reports
 
     def _queue_compiled(self) -> None:
         if not self.compiling.futures:
@@ -361,8 +362,13 @@ class Engine:
 
     def _allocate_in_ranks(self, num_blocks: int) -> None:
         if self.ranks:
-            block_size, dtype = self.config.block_size, self.config.kv_cache_dtype
-            self.ranks.call("allocate", num_blocks=num_blocks, block_size=block_size, dtype=dtype)
+            self.ranks.call(
+                "allocate",
+                num_blocks=num_blocks,
+                block_size=self.config.block_size,
+                dtype=self.config.kv_cache_dtype,
+                drafting_layers=int(self.config.has_mtp),
+            )
 
     def _record_decoding(self) -> None:
         """Recordings hold the addresses of weights and cache: where these move, there are new
@@ -465,33 +471,3 @@ class Engine:
                 )
             )
         return outputs
-
-
-def num_cache_blocks(model: ErnieModel, config: EngineConfig, ranks: Ranks | None = None) -> int:
-    """Blocks of the pool: as many as memory allows, but not more than all seats can ever fill.
-
-    Raises ConfigError when they do not hold a single text of max_model_len.
-    """
-    per_text = -(-config.max_model_len // config.block_size)
-    size = block_bytes(
-        model.config,
-        config.block_size,
-        cache_dtype(config.kv_cache_dtype, model),
-        drafting_layers=int(config.has_mtp),
-    )
-    if config.num_gpu_blocks_override is not None:
-        num_blocks = config.num_gpu_blocks_override
-        advice = f"use num_gpu_blocks_override={per_text} or more, or a smaller max_model_len"
-    else:
-        free = free_bytes(model.device)
-        if ranks and model.device.type == "cuda":  # else all ranks take from the same memory
-            free = min(free, *ranks.call("free_bytes")) * ranks.size
-        memory = int(free * config.gpu_memory_utilization)
-        num_blocks = min(memory // size, config.max_num_seqs * per_text)
-        advice = f"free memory ({per_text * size / 2**30:.2f} GiB needed) or lower max_model_len"
-    if num_blocks < per_text:
-        raise ConfigError(
-            f"the cache has {num_blocks} blocks of {config.block_size} tokens, too few for one "
-            f"text of max_model_len={config.max_model_len}; {advice}"
-        )
-    return num_blocks

@@ -128,11 +128,12 @@ class DecodeGraphs:
             self.replays[size] = self.record(self.forward, self.inputs.view(size))
 
     def takes(self, batch: Batch) -> bool:
-        """Whether every request of the step computes one token and wants its logits, none has an
-        adapter or is of vision, and there are not more than the largest size."""
+        """Whether this is a step, every request of it computes one token and wants its logits, none
+        has an adapter or is of vision, and there are not more than the largest size."""
         num = len(batch.lens_S)
         decodes = len(batch.token_ids_T) == num == len(batch.rows_R)
         is_plain = batch.adapters is None and batch.modality_T is None
+        is_plain &= batch.after_T is None
         return decodes and is_plain and num <= self.sizes[-1]
 
     def run(self, batch: Batch) -> tuple[Batch, Result]:

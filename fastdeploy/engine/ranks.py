@@ -8,12 +8,13 @@ On its socket a child may wait for ever; inside the group nobody waits longer th
 child whose rank 0 is gone ends. A rank 0 whose child is gone raises RankError, once and in every
 later step, and ends the rest. All of it stays on this machine and on its loopback address.
 
-A frame on a socket is one byte of kind, then its content:
-    b   a batch, see `packed`; nothing comes back. Rows of pictures, which rank 0 alone computes,
-        follow through the group
+A frame on a socket is one byte of kind, then its content (see `fastdeploy.engine.frames`):
+    b   a batch; nothing comes back. Rows of pictures, which rank 0 alone computes, follow through
+        the group
+    d   data for the call that comes next
     c   a call, JSON {"name", "arguments"}; the answer is JSON {"value"} or {"error"}
 
-Legend: R rows, C columns of a rank, V = size * C vocabulary, L rows of pictures, D hidden size.
+Legend: R rows, C columns of a rank, V = size * C vocabulary.
 """
 
 from __future__ import annotations
@@ -32,20 +33,19 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ernie.fused import Shard
-from ernie.model import Embeds
 from fastdeploy.config import EngineConfig
-from fastdeploy.engine.batch import TENSORS, Batch
+from fastdeploy.engine.batch import Batch
+from fastdeploy.engine.frames import packed
 from fastdeploy.errors import RankError
 
 PATIENCE_S = 120  # a rank that is silent for so long inside a step or a call is taken for dead
@@ -163,14 +163,18 @@ class Ranks:
         if batch.embeds is not None:
             self.group.receive(batch.embeds.rows_LD)
 
-    def call(self, name: str, *, is_long: bool = False, **arguments: Any) -> list[Any]:
+    def call(
+        self, name: str, *, is_long: bool = False, data: Sequence[bytes] = (), **arguments: Any
+    ) -> list[Any]:
         """Run a method of `Worker` in every child and return their results, by rank.
 
-        The group must not be used in it, as rank 0 only waits, for ever if it is long. Raises
-        RankError.
+        `data` has what each child needs beside `arguments`. The group must not be used in it, as
+        rank 0 only waits, for ever if it is long. Raises RankError.
         """
         frame = b"c" + json.dumps({"name": name, "arguments": arguments}).encode()
         with self.watched():
+            for link, content in zip(self.links, data):
+                link.send_bytes(b"d" + content)
             for link in self.links:
                 link.send_bytes(frame)
         patience_s = None if is_long else PATIENCE_S
@@ -295,47 +299,5 @@ def _stop(
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # the children do so too, if they outlive us
     torch.set_num_threads(num_threads)
-
-
-# --- batches as bytes ---
-
-INT32 = ("cu_seqlens_S1", "lens_S", "tables_SM")
-PACKED = (*TENSORS, "modality_T", "places_L")
-
-
-def packed(batch: Batch) -> bytes:
-    """One run of int64: for each tensor of a batch its number of dimensions (-1: there is none) and
-    its sizes, then the values of all. Without adapters, and without the rows of pictures.
-    """
-    assert batch.adapters is None, "adapters are not sent to ranks"
-    places_L = None if batch.embeds is None else batch.embeds.places_L.cpu()
-    tensors = [*(getattr(batch, name) for name in TENSORS), batch.modality_T, places_L]
-    arrays = [None if tensor is None else tensor.numpy() for tensor in tensors]
-    headers = [(-1,) if array is None else (array.ndim, *array.shape) for array in arrays]
-    flat = [np.concatenate([np.array(header, np.int64) for header in headers])]
-    flat += [array.ravel() for array in arrays if array is not None]
-    return np.concatenate(flat, dtype=np.int64, casting="safe").tobytes()
-
-
-def unpacked(data: bytes) -> Batch:
-    """The batch that `packed` was given, in the host's memory; rows of pictures are `(L, 0)`."""
-    values = np.frombuffer(data, np.int64)
-    shapes, at = [], 0
-    for _ in PACKED:
-        num_dims = int(values[at])
-        is_there = num_dims >= 0
-        at += 1 + max(num_dims, 0)
-        shapes.append(tuple(values[at - num_dims : at].tolist()) if is_there else None)
-    tensors: dict[str, Any] = {}
-    for name, shape in zip(PACKED, shapes):
-        size = 0 if shape is None else int(np.prod(shape))
-        array, at = values[at : at + size], at + size
-        dtype = np.int32 if name in INT32 else np.int64
-        found = None if shape is None else torch.from_numpy(array.reshape(shape).astype(dtype))
-        tensors[name] = found
-    assert at == len(values), f"a batch of {at} numbers came in {len(values)}"
-    places_L = tensors.pop("places_L")
-    embeds = None if places_L is None else Embeds(torch.empty(len(places_L), 0), places_L)
-    return Batch(**tensors, adapters=None, embeds=embeds)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ernie.attention import Attend
 from ernie.model import ErnieModel
 from fastdeploy.engine.batch import Batch, BatchBuilder
 from fastdeploy.engine.cache import KVCache, PagedAttend
@@ -57,6 +58,10 @@ class Runner:
             with on(self.model.device), torch.inference_mode():
                 embeds = self.pictures.embeds(schedule.parts, self.model)
             batch = replace(batch, embeds=embeds)
+        return self.run_batch(batch)
+
+    def run_batch(self, batch: Batch) -> Tensor:
+        """Compute a batch on every rank; returns the wanted logits, float32 `(R, V)`."""
         if self.ranks is None:
             return self.compute(batch)
         with self.ranks.watched():
@@ -71,22 +76,13 @@ class Runner:
             if graphs is not None and graphs.takes(batch):
                 batch, (hidden_TD, logits_RV) = graphs.run(batch)
             else:
-                batch = batch.to(device)
-                hidden_TD, logits_RV = self._forward(batch)
+                hidden_TD, logits_RV = self._forward(batch.to(device))
         self.batch, self.hidden_TD = batch, hidden_TD  # for a drafter, until the next step
         return logits_RV
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Hidden states `(T, D)` and the wanted logits `(R, V)`."""
-        attend = PagedAttend(self.cache, batch)
-        hidden_TD = self.model.hidden(
-            batch.token_ids_T,
-            batch.positions_T,
-            attend,
-            modality=batch.modality_T,
-            embeds=batch.embeds,
-            adapters=batch.adapters,
-        )
+        hidden_TD = self._hidden(batch, PagedAttend(self.cache, batch))
         if not len(batch.rows_R):
             none_RV = hidden_TD.new_empty(0, self.model.config.vocab_size, dtype=torch.float32)
             return hidden_TD, none_RV
@@ -94,3 +90,19 @@ class Runner:
         if len(batch.rows_R) < len(hidden_TD):
             wanted_RD = hidden_TD[batch.rows_R]
         return hidden_TD, self.model.head(wanted_RD)
+
+    def _hidden(self, batch: Batch, attend: Attend) -> Tensor:
+        if batch.after_T is not None:
+            assert self.hidden_TD is not None, "drafts come after a step"
+            before_TD = self.hidden_TD[batch.after_T]
+            return self.model.hidden_after_next(
+                batch.token_ids_T, before_TD, batch.positions_T, attend
+            )
+        return self.model.hidden(
+            batch.token_ids_T,
+            batch.positions_T,
+            attend,
+            modality=batch.modality_T,
+            embeds=batch.embeds,
+            adapters=batch.adapters,
+        )

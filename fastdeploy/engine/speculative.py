@@ -22,7 +22,6 @@ from torch import Tensor
 from ernie.settings import ConfigError
 from fastdeploy.config import Speculation
 from fastdeploy.engine.batch import Batch
-from fastdeploy.engine.cache import PagedAttend
 from fastdeploy.engine.request import Request, Status
 from fastdeploy.engine.runner import Runner
 from fastdeploy.engine.scheduler import Schedule
@@ -123,7 +122,7 @@ class Drafted:
     request: Request
     sequence: int  # which of the step's parts is its
     row: int  # of its last known token but one, whose hidden state the step has computed
-    num_tokens: int  # to draft at most
+    num_tokens: int  # to draft at most, one or more
 
 
 class MTPDrafter:
@@ -139,31 +138,30 @@ class MTPDrafter:
     Each further draft takes the block's own output as the hidden state of the next position and
     the draft before as its successor. Those entries, and those of drafts that are not accepted, lie
     past the computed tokens and are overwritten by the pass after the next step.
+
+    A pass is a batch that every rank computes like a step; rank 0 has the logits and picks.
     """
 
     def __init__(self, runner: Runner, num_tokens: int) -> None:
         self.runner = runner
         self.num_tokens = num_tokens
 
-    @torch.inference_mode()
     def __call__(self, schedule: Schedule) -> None:
-        batch, hidden_TD = self.runner.batch, self.runner.hidden_TD
-        assert batch is not None and hidden_TD is not None, "a step goes before"
+        step, texts = self.runner.batch, self._texts(schedule)
+        assert step is not None, "a step goes before"
+        rows = [text.row for text in texts]  # of the last result
         # Also where nobody is drafted for: the layer is filled for texts that may hit its blocks.
-        hidden_TD = self._block(next_ids(schedule), hidden_TD, batch)
-        texts = self._texts(schedule)
-        hidden_SD = hidden_TD[[text.row for text in texts]]
-        for depth in range(self.num_tokens):
+        batch = self._first_batch(step, next_ids(schedule), rows)
+        for depth in range(1, self.num_tokens + 1):
+            tokens = self.runner.run_batch(batch).argmax(-1).tolist()
+            for text, token in zip(texts, tokens, strict=True):
+                text.request.draft_ids.append(token)
             kept = [i for i, text in enumerate(texts) if text.num_tokens > depth]
             if not kept:
                 return
-            texts, hidden_SD = [texts[i] for i in kept], hidden_SD[kept]
-            if depth > 0:
-                tokens = [text.request.draft_ids[-1] for text in texts]
-                hidden_SD = self._block(tokens, hidden_SD, self._next_batch(batch, texts, depth))
-            tokens = self.runner.model.head(hidden_SD).argmax(-1).tolist()
-            for text, token in zip(texts, tokens):
-                text.request.draft_ids.append(token)
+            texts, rows = [texts[i] for i in kept], [rows[i] for i in kept]
+            batch = self._next_batch(step, texts, rows, depth)
+            rows = [*range(len(texts))]
 
     def _texts(self, schedule: Schedule) -> list[Drafted]:
         texts, first, block_size = [], 0, self.runner.cache.block_size
@@ -174,36 +172,50 @@ class MTPDrafter:
                 places = len(request.table.blocks) * block_size - request.num_computed
                 count = min(num_allowed(request, self.num_tokens), 1 + places)
                 row = first + request.num_computed - 1 - part.start
-                texts.append(Drafted(request, s, row, count))
+                if count > 0:
+                    texts.append(Drafted(request, s, row, count))
             first += part.num_tokens
         return texts
 
-    def _block(self, next_ids: list[int], hidden_TD: Tensor, batch: Batch) -> Tensor:
-        next_ids_T = torch.tensor(next_ids, device=hidden_TD.device)
-        attend = PagedAttend(self.runner.cache, batch)
-        return self.runner.model.hidden_after_next(next_ids_T, hidden_TD, batch.positions_T, attend)
+    def _first_batch(self, step: Batch, next_ids: list[int], rows: list[int]) -> Batch:
+        """Every token of the step once more, with its successor."""
+        return dataclasses.replace(
+            step,
+            token_ids_T=column(next_ids, step.token_ids_T),
+            rows_R=column(rows, step.rows_R),
+            after_T=column(range(len(next_ids)), step.rows_R),
+            adapters=None,
+            modality_T=None,
+            embeds=None,
+        )
 
-    def _next_batch(self, batch: Batch, texts: Sequence[Drafted], depth: int) -> Batch:
-        """One token a text: what stands so many places past the last computed one."""
+    def _next_batch(
+        self, step: Batch, texts: Sequence[Drafted], rows: list[int], depth: int
+    ) -> Batch:
+        """One token a text: what stands so many places past the last computed one. `rows` of the
+        last result are those before.
+        """
         block_size = self.runner.cache.block_size
         places = [text.request.num_computed + depth - 1 for text in texts]
         blocks = [t.request.table.blocks[p // block_size] for t, p in zip(texts, places)]
         slots = [b * block_size + p % block_size for b, p in zip(blocks, places)]
         layouts = [text.request.layout for text in texts]
         positions = [p + (layout.shift if layout else 0) for layout, p in zip(layouts, places)]
-
-        def column(values: Sequence[int], like: Tensor) -> Tensor:
-            return torch.tensor(values, dtype=like.dtype, device=like.device)
-
-        return dataclasses.replace(
-            batch,
-            positions_T=column(positions, batch.positions_T),
-            slots_T=column(slots, batch.slots_T),
-            cu_seqlens_S1=column(range(len(texts) + 1), batch.cu_seqlens_S1),
-            lens_S=column([p + 1 for p in places], batch.lens_S),
-            tables_SM=batch.tables_SM[[text.sequence for text in texts]],
-            begins=False,
+        return Batch(
+            token_ids_T=column([t.request.draft_ids[-1] for t in texts], step.token_ids_T),
+            positions_T=column(positions, step.positions_T),
+            slots_T=column(slots, step.slots_T),
+            cu_seqlens_S1=column(range(len(texts) + 1), step.cu_seqlens_S1),
+            lens_S=column([p + 1 for p in places], step.lens_S),
+            tables_SM=step.tables_SM[[text.sequence for text in texts]],
+            rows_R=column(range(len(texts)), step.rows_R),
+            adapters=None,
+            after_T=column(rows, step.rows_R),
         )
+
+
+def column(values: Sequence[int], like: Tensor) -> Tensor:
+    return torch.tensor(values, dtype=like.dtype, device=like.device)
 
 
 def next_ids(schedule: Schedule) -> list[int]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 import threading
 import time
@@ -17,13 +18,16 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
+from ernie.adapters import Adapter
 from ernie.model import Embeds, ErnieModel
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.batch import Batch
 from fastdeploy.engine.cache import KVCache, cache_dtype, free_bytes
+from fastdeploy.engine.frames import unpacked, unpacked_adapter
 from fastdeploy.engine.loading import choose_kernels, read_model, reread_model
-from fastdeploy.engine.ranks import Group, unpacked
+from fastdeploy.engine.ranks import Group
 from fastdeploy.engine.runner import Runner
 from fastdeploy.engine.weights import HostCopy, without_weights
 
@@ -35,11 +39,13 @@ class Worker:
         self._model, self._config, self._group = _reader(model), config, group
         self._runner: Runner | None = None
         self._host_copy: HostCopy | None = None
+        self._adapter_by_serial: dict[int, Adapter] = {}
+        self._data = b""  # for the next call
 
     def free_bytes(self) -> int:
         return free_bytes(self._model.device)
 
-    def allocate(self, num_blocks: int, block_size: int, dtype: str) -> None:
+    def allocate(self, num_blocks: int, block_size: int, dtype: str, drafting_layers: int) -> None:
         """Make room for this rank's share of the cache; what was cached before is dropped."""
         model = self._model
         self._runner = None
@@ -49,6 +55,7 @@ class Worker:
             block_size,
             cache_dtype(dtype, model),
             model.device,
+            drafting_layers=drafting_layers,
             num_ranks=self._group.size,
         )
         self._runner = Runner(model, cache, None)
@@ -79,12 +86,36 @@ class Worker:
         if self._runner is not None:
             self._runner.model = self._model
 
+    def load_adapter(self, serial: int, rank: int) -> str | None:
+        """Hold this rank's slice of an adapter, the data that came before; or say why not."""
+        num_layers = self._model.config.num_hidden_layers
+        try:
+            adapter = unpacked_adapter(self._data, num_layers, rank, serial)
+            self._adapter_by_serial[serial] = adapter.to(self._group.device)
+        except (
+            SafetensorError,
+            MemoryError,
+            RuntimeError,
+        ) as error:  # the last: torch's, of memory
+            return str(error)
+        finally:
+            self._data = b""
+        return None
+
+    def unload_adapters(self, serials: list[int]) -> None:
+        for serial in serials:
+            self._adapter_by_serial.pop(serial, None)
+
     def _obey(self, frame: bytes) -> Any:
         """Do what one frame says; returns the answer to a call."""
         kind, content = frame[:1], frame[1:]
         if kind == b"b":
             assert self._runner is not None, "a batch before there is a cache"
-            self._runner.compute(self._with_rows(unpacked(content).to(self._model.device)))
+            batch = unpacked(content, self._adapter_by_serial).to(self._model.device)
+            self._runner.compute(self._with_rows(batch))
+            return None
+        if kind == b"d":
+            self._data = content
             return None
         call = json.loads(content)
         assert not call["name"].startswith("_"), f"{call['name']} is not to be called"
@@ -115,9 +146,18 @@ def main(link: Connection) -> None:
         settings = json.loads(link.recv_bytes())
     except EOFError:
         return
-    threading.Thread(target=_end_with, args=(settings["parent"],), daemon=True).start()
+    folder = settings["folder"]
+    arguments = (settings["parent"], folder)
+    threading.Thread(target=_end_with, args=arguments, daemon=True).start()
     logging.disable(logging.WARNING)  # rank 0 reads the same files and says the same
     torch.set_num_threads(settings["num_threads"])
+    try:
+        _serve(link, settings)
+    finally:
+        _forget(folder)
+
+
+def _serve(link: Connection, settings: dict[str, Any]) -> None:
     config = EngineConfig(**settings["config"])
     device = torch.device(settings["device"])
     group = Group(settings["rank"], config.tensor_parallel_size, device, settings["folder"])
@@ -143,11 +183,17 @@ def _answer(link: Connection, answer: dict[str, Any]) -> None:
     link.send_bytes(json.dumps(answer).encode())
 
 
-def _end_with(parent: int) -> None:
+def _end_with(parent: int, folder: str) -> None:
     """A thread: ends this process soon after rank 0, in whatever wait it is."""
     while os.getppid() == parent:
         time.sleep(0.5)
+    _forget(folder)
     os._exit(1)
+
+
+def _forget(folder: str) -> None:
+    """Remove where the ranks meet, which nobody does without this one: a killed rank 0 cannot."""
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ from fastdeploy.server.link import (
 from fastdeploy.server.log import set_up
 
 if TYPE_CHECKING:
-    from ernie.adapters import Adapter
+    from fastdeploy.engine.adapters import Slices
     from fastdeploy.engine.core import Engine
     from fastdeploy.engine.loading import Loaded
 
@@ -257,7 +257,7 @@ class Commands:
         engine.unload_adapter(name)
 
 
-def _offer(engine: Engine, adapter: Adapter, *, name: str, folder: str) -> None:
+def _offer(engine: Engine, adapter: Slices, *, name: str, folder: str) -> None:
     engine.load_adapter(name, adapter)
 
 

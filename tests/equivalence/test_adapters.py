@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import helpers_lora
+from helpers_ranks import EVEN, two_ranks
 
 from ernie.adapters import ActiveAdapters
 from ernie.attention import packed_causal
@@ -35,6 +37,7 @@ from erniekit import lora_files
 from erniekit.lora import LoRA
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
+from fastdeploy.engine.ranks import Ranks
 from fastdeploy.sampling import SamplingParams
 
 NUM_NEW, MAX_LEN = 16, 96
@@ -42,12 +45,13 @@ SHARED = [(7 * i + 3) % 97 for i in range(33)]
 PROMPTS = ([5], [*SHARED, 11, 12], SHARED[:16], [(5 * i) % 89 for i in range(40)])
 PAIRS = {"wide": LoRA(5, 12.0), "stable": LoRA(2, 6.0, is_rank_stabilised=True)}
 MODELS = ("base", *PAIRS)
+Shared = tuple[Ranks, ErnieModel]  # ranks, and the slice of rank 0
 
 
 @cache
 def answers(name: str) -> tuple[ErnieModel, dict[str, ErnieModel], dict[str, list[list[int]]]]:
     """The base, the wrapped models by adapter, and the expected tokens of everyone."""
-    base = ErnieModel(TINY[name], dtype=torch.float32)
+    base = ErnieModel((TINY | EVEN)[name], dtype=torch.float32)
     base.init_weights(seed=1, std=0.3)
     wrapped = {a: helpers_lora.trained(base, p, i) for i, (a, p) in enumerate(PAIRS.items(), 7)}
     plain = {"base": base, **{a: helpers_lora.merged(w) for a, w in wrapped.items()}}
@@ -58,11 +62,13 @@ def answers(name: str) -> tuple[ErnieModel, dict[str, ErnieModel], dict[str, lis
     return base, wrapped, tokens
 
 
-def engine_for(name: str, path: Path, **settings: Any) -> Engine:
+def engine_for(name: str, path: Path, shared: Shared | None = None, **settings: Any) -> Engine:
+    """With `shared`, over rank 0's part of the model and the parts of the others."""
     base, wrapped, _ = answers(name)
+    ranks, part = shared or (None, fuse(shallow_copy(base)))
     config = EngineConfig(model=name, max_model_len=MAX_LEN, enable_lora=True, **settings)
     config = config.resolved(max_positions=MAX_LEN, device_type="cpu")
-    engine = Engine(fuse(shallow_copy(base)), config)
+    engine = Engine(part, config, ranks=ranks)
     for adapter, model in wrapped.items():
         folder = path / adapter
         if not folder.exists():
@@ -106,12 +112,34 @@ ROWS = [
     Row("second round hits", ENOUGH, rounds=2),
     Row("preempted", {**ENOUGH, "num_gpu_blocks_override": 14}, preempts=True),
 ]
+OF_RANKS = ("all at once", "chunks of 13", "arriving in turn")
 
 
 @pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
 def test_tokens_equal_the_merged_models(row: Row, name: str, tmp_path: Path) -> None:
-    engine, expected = engine_for(name, tmp_path, **row.settings), answers(name)[2]
+    check(row, name, tmp_path)
+
+
+@pytest.fixture(scope="module", params=["even-dense", "even-moe"])
+def shared(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[str, Shared]]:
+    """The name of a model, with two processes that share it."""
+    with two_ranks(answers(request.param)[0], tmp_path_factory.mktemp("even")) as found:
+        yield request.param, found
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("row", [r for r in ROWS if r.name in OF_RANKS], ids=lambda row: row.name)
+def test_two_ranks_give_the_merged_models_tokens(
+    row: Row, shared: tuple[str, Shared], tmp_path: Path
+) -> None:
+    check(row, shared[0], tmp_path, shared[1])
+
+
+def check(row: Row, name: str, tmp_path: Path, shared: Shared | None = None) -> None:
+    engine, expected = engine_for(name, tmp_path, shared, **row.settings), answers(name)[2]
     for _ in range(row.rounds):
         assert run(engine, staggered=row.staggered) == expected
     stats = engine.stats()
@@ -119,7 +147,7 @@ def test_tokens_equal_the_merged_models(row: Row, name: str, tmp_path: Path) -> 
     assert (stats.num_preemptions > 0) == row.preempts, f"{stats}"
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize("name", [*TINY, "even-dense", "even-moe"])
 def test_the_adapters_of_the_table_change_every_answer(name: str) -> None:
     tokens = answers(name)[2]
     for i in range(len(PROMPTS)):

@@ -6,22 +6,26 @@ engine learns to do (a cache, a schedule, a draft, a kernel), it gets a row here
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-import ernie
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from helpers_ranks import EVEN, two_ranks
+
 from ernie.fused import fuse, shallow_copy
 from ernie.generate import generate
 from ernie.model import ErnieModel
 from ernie.models import TINY
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
-from fastdeploy.engine.loading import start_ranks
 from fastdeploy.engine.ranks import Ranks
 from fastdeploy.sampling import SamplingParams
 
@@ -126,14 +130,11 @@ NAMES_OF_TWO_RANKS = (
     "arriving in turn",
     "hits in chunks",
     "preempted in small chunks",
+    "as it comes, MTP",
+    "second round hits, MTP",
+    "preempted in small chunks, MTP",
 )
-# Networks whose sizes two ranks can share.
-EVEN = {
-    "even-dense": replace(TINY["tiny-dense"], vocab_size=200),
-    "even-moe": replace(
-        TINY["tiny-moe"], num_attention_heads=6, num_key_value_heads=2, vocab_size=212
-    ),
-}
+EVEN_TEXT = ("even-dense", "even-moe")
 
 
 @cache
@@ -198,17 +199,13 @@ def test_greedy_tokens_equal_the_plain_generator(row: Row, name: str) -> None:
     check(row, name)
 
 
-@pytest.fixture(scope="module", params=EVEN)
-def two_ranks(
+@pytest.fixture(scope="module", params=EVEN_TEXT)
+def shared(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[str, Ranks, ErnieModel]]:
     """The name of a model, two processes that share it, and the slice of this one."""
-    folder = tmp_path_factory.mktemp("even")
-    ernie.save(random_model(request.param), folder)
-    config = EngineConfig(model=str(folder), dtype="float32", tensor_parallel_size=2)
-    part, ranks = start_ranks(config, torch.device("cpu"))
-    yield request.param, ranks, part
-    ranks.stop()
+    with two_ranks(random_model(request.param), tmp_path_factory.mktemp("even")) as found:
+        yield request.param, *found
 
 
 @pytest.mark.ranks
@@ -216,12 +213,12 @@ def two_ranks(
     "row", [r for r in ROWS if r.name in NAMES_OF_TWO_RANKS], ids=lambda r: r.name
 )
 def test_two_ranks_give_the_plain_generators_tokens(
-    row: Row, two_ranks: tuple[str, Ranks, ErnieModel]
+    row: Row, shared: tuple[str, Ranks, ErnieModel]
 ) -> None:
-    check(row, *two_ranks)
+    check(row, *shared)
 
 
-@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe", *EVEN])
+@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe", *EVEN_TEXT])
 def test_answers_differ_enough_for_the_table_to_mean_something(name: str) -> None:
     expected = expected_answers(name)
     assert len({tuple(answer) for answer in expected}) == len(PROMPTS)

@@ -5,10 +5,11 @@ however they are cut, found in the cache or computed again.
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import helpers_lora
+from helpers_ranks import EVEN
 
 import ernie
 from ernie.adapter_files import module_shapes, products_of
@@ -45,6 +47,7 @@ from tests.helpers_vision import png, vl_folder
 NUM_NEW, MAX_LEN, BLOCK = 24, 96, 8
 SMALL, WIDE, CLIP = (1, 4, 6), (1, 4, 20), (4, 4, 8)  # 6, 20 and 16 rows
 TEXTS = ([5, 9, 11, 30, 31], [(7 * i + 3) % 97 for i in range(33)])
+MTP = {"method": "mtp", "num_speculative_tokens": 3}
 Picture = tuple[tuple[int, int, int], int]  # its grid, and the seed of its pixels
 
 
@@ -272,6 +275,12 @@ def test_prompts_of_several_adapters_equal_the_merged_models(chunk: int, tmp_pat
     for name, made in wrapped.items():
         folder = helpers_lora.save(made, PAIRS[name], tmp_path / name)
         engine.load_adapter(name, engine.adapters.read(folder))
+    check_adapters(engine, answers)
+    assert engine.stats().num_pictures_computed == NUM_PICTURES  # whatever the adapter
+
+
+def check_adapters(engine: Engine, answers: dict[str, list[list[int]]]) -> None:
+    """Ask for all answers at the same time."""
     params = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True)
     got: dict[str, list[list[int]]] = {name: [[] for _ in ALL] for name in answers}
     for i, prompt in enumerate(ALL):
@@ -285,7 +294,6 @@ def test_prompts_of_several_adapters_equal_the_merged_models(chunk: int, tmp_pat
         engine.scheduler.check()
     for name, wanted in answers.items():
         assert got[name] == wanted, name
-    assert engine.stats().num_pictures_computed == NUM_PICTURES  # whatever the adapter
 
 
 def test_the_adapters_of_the_table_change_answers_about_pictures() -> None:
@@ -312,14 +320,13 @@ def test_every_module_that_an_adapter_may_change_is_part_of_one_product(name: st
 def test_mtp_drafts_behind_pictures_are_the_blocks_own(chunk: int) -> None:
     made = ErnieModel(replace(TINY["tiny-vl"], num_nextn_predict_layers=1), dtype=torch.float32)
     made.init_weights(seed=1, std=0.3)
-    drafts = {"method": "mtp", "num_speculative_tokens": 3}
     config = EngineConfig(
         model="tiny-vl",
         max_model_len=MAX_LEN,
         block_size=BLOCK,
         num_gpu_blocks_override=200,
         max_num_batched_tokens=chunk,
-        speculative_config=drafts,
+        speculative_config=MTP,
     )
     engine = Engine(made, config.resolved(max_positions=MAX_LEN, device_type="cpu"))
     mtp, inputs = engine.drafter, {str(i): prompt for i, prompt in enumerate(ALL)}
@@ -387,23 +394,9 @@ def plain_drafts(
 @pytest.mark.ranks
 @pytest.mark.parametrize("chunk", [13, 512])
 def test_two_ranks_give_the_same_tokens(chunk: int, tmp_path: Path) -> None:
-    config = replace(TINY["tiny-vl"], num_attention_heads=4, num_key_value_heads=2, vocab_size=212)
-    made = ErnieModel(config, dtype=torch.float32)
+    made = ErnieModel(EVEN["even-vl"], dtype=torch.float32)
     made.init_weights(seed=1, std=0.3)
-    ernie.save(made, tmp_path)
-    settings: dict[str, Any] = {"max_num_batched_tokens": chunk, "num_gpu_blocks_override": 200}
-    engine = load(
-        EngineConfig(
-            model=str(tmp_path),
-            dtype="float32",
-            max_model_len=MAX_LEN,
-            block_size=BLOCK,
-            tensor_parallel_size=2,
-            **settings,
-        )
-    ).engine
-    assert engine.ranks is not None
-    try:
+    with shared(made, tmp_path, max_num_batched_tokens=chunk) as engine:
         for _ in range(2):
             assert run(engine, ALL) == [answer_of(made, prompt) for prompt in ALL]
         assert engine.stats().num_pictures_computed == NUM_PICTURES
@@ -411,6 +404,49 @@ def test_two_ranks_give_the_same_tokens(chunk: int, tmp_path: Path) -> None:
         ernie.save(made, tmp_path / "other")
         engine.update_weights(tmp_path / "other")
         assert run(engine, ALL) == [answer_of(made, prompt) for prompt in ALL]
+
+
+@pytest.mark.ranks
+def test_two_ranks_with_adapters_and_drafts_give_the_merged_models_tokens(tmp_path: Path) -> None:
+    """Both banks of experts changed, in steps with and without pictures; new weights under them."""
+    settings = {"enable_lora": True, "speculative_config": MTP, "max_num_batched_tokens": 13}
+    made, names = ErnieModel(EVEN["even-vl"], dtype=torch.float32), ("text experts", "all")
+    made.init_weights(seed=1, std=0.3)
+    with shared(made, tmp_path, **settings) as engine:
+        for name, wrapped in wrapped_by(names, made).items():
+            folder = helpers_lora.save(wrapped, PAIRS[name], tmp_path / name)
+            engine.load_adapter(name, engine.adapters.read(folder))
+        check_adapters(engine, answers_by(names, made))
+        made.init_weights(seed=2, std=0.3)
+        ernie.save(made, tmp_path / "other")
+        engine.sleep(2)
+        engine.wake_up(tmp_path / "other")
+        check_adapters(engine, answers_by(names, made))
+        assert engine.stats().num_draft_tokens > 0
+
+
+def wrapped_by(names: Sequence[str], model: ErnieModel) -> dict[str, ErnieModel]:
+    """The pairs are the same whatever the model."""
+    return {name: helpers_lora.trained(model, PAIRS[name], 7) for name in names}
+
+
+def answers_by(names: Sequence[str], model: ErnieModel) -> dict[str, list[list[int]]]:
+    """Those of the model, and with each of the adapters merged."""
+    models = {"base": model}
+    models |= {n: helpers_lora.merged(w) for n, w in wrapped_by(names, model).items()}
+    return {name: [answer_of(one, prompt) for prompt in ALL] for name, one in models.items()}
+
+
+@contextlib.contextmanager
+def shared(model: ErnieModel, folder: Path, **settings: Any) -> Iterator[Engine]:
+    """An engine of two ranks, which read the model from `folder`."""
+    ernie.save(model, folder)
+    options = {"dtype": "float32", "max_model_len": MAX_LEN, "block_size": BLOCK}
+    options |= {"num_gpu_blocks_override": 200, "tensor_parallel_size": 2} | settings
+    engine = load(EngineConfig(model=str(folder), **options)).engine
+    assert engine.ranks is not None
+    try:
+        yield engine
     finally:
         engine.ranks.stop()
 

@@ -10,6 +10,7 @@ import peft
 import pytest
 import torch
 from peft.optimizers import create_loraplus_optimizer
+from safetensors.torch import load_file
 from torch import Tensor
 
 import ernie
@@ -19,10 +20,11 @@ from ernie.models import TINY
 from ernie.settings import ConfigError
 from erniekit import lora, lora_files
 from erniekit.config import Optimisation
-from erniekit.lora import LoRA, LoRAExperts, add_lora, pairs, principal, weight_names
+from erniekit.lora import STACKED, LoRA, LoRAExperts, add_lora, pairs, principal, weight_names
 from erniekit.lora_targets import chosen
 from erniekit.optim import AdamW, treatments
-from tests.helpers import hf_dense, hf_moe, saved
+from tests.equivalence.test_vl_model import PROMPTS
+from tests.helpers import hf_dense, hf_moe, hf_vl, saved
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 FORMS = {
@@ -279,3 +281,56 @@ def test_experts_of_peft_are_read_and_written(which: list[str], tmp_path: Path) 
     with torch.no_grad():
         gap = float((back(torch.tensor([ids])).logits[0] - wanted).abs().max())
     assert gap < 2e-4, f"what PEFT reads back is off by {gap:.1e}"
+
+
+@pytest.mark.parametrize(
+    ("targets", "parameters"),
+    [
+        (ALL, [f"{b}_moe.experts.{x}" for b in ("text", "vision") for x in STACKED]),
+        (["q_proj"], ["vision_moe.experts.down_proj"]),
+        (["shared_experts.up_proj"], [f"mlp.vision_moe.experts.{x}" for x in STACKED]),
+        (r"model\.language_model\..*\.[02]\.self_attn\.v_proj", ["experts.gate_up_proj"]),
+    ],
+    ids=["everything", "vision down", "vision and shared", "both banks by one name"],
+)
+def test_pairs_of_multimodal_models_are_read_and_written(
+    targets: list[str] | str, parameters: list[str], tmp_path: Path
+) -> None:
+    theirs, case = hf_vl(), PROMPTS["several images"]
+    base = ernie.load(saved(theirs, tmp_path / "base"), dtype=torch.float32)
+    plain = copy.deepcopy(base)
+    config = peft.LoraConfig(
+        r=2, lora_alpha=5, target_modules=targets, target_parameters=parameters,
+        init_lora_weights=False,
+    )  # fmt: skip
+    wrapped = peft.get_peft_model(theirs, config)
+    wrapped.save_pretrained(tmp_path / "theirs")
+    with torch.no_grad():
+        wanted = wrapped(**case.inputs).logits[0]
+    form, tensors = lora_files.read_adapter(tmp_path / "theirs", base.config)
+    add_lora(base, form, seed=0)
+    lora_files.load_adapter(base, tensors, "the file")
+    found = (m.logits(case.ids, **case.pictures) for m in (base, plain))
+    gap, moved = (float((logits - wanted).abs().max()) for logits in found)
+    assert gap < 2e-4 < 1e-2 < moved, f"off by {gap:.1e}; the adapter moves logits by {moved:.1e}"
+
+    text, files = lora_files.peft_form(plain, form, tensors, "a base", "here")
+    stored = load_file(tmp_path / "theirs/adapter_model.safetensors")
+    assert files.keys() == stored.keys()
+    assert all(torch.equal(files[name], stored[name]) for name in files)
+    folder = tmp_path / "ours"
+    folder.mkdir()
+    write_file(folder / lora_files.ADAPTER_FILE, files)
+    (folder / lora_files.ADAPTER_CONFIG).write_text(text)
+    back = peft.PeftModel.from_pretrained(hf_vl(), folder)
+    with torch.no_grad():
+        gap = float((back(**case.inputs).logits[0] - wanted).abs().max())
+    assert gap < 2e-4, f"what PEFT reads back is off by {gap:.1e}"
+
+
+def test_pairs_of_some_layers_of_a_bank_are_refused_for_peft(tmp_path: Path) -> None:
+    base = ErnieModel(TINY["tiny-vl"])
+    names = [n for n in weight_names(base) if ".vision_experts." in n]
+    tensors = {f"{name}.lora_{part}": torch.zeros(1) for name in names[2:] for part in "AB"}
+    with pytest.raises(ConfigError, match="experts of some layers only"):
+        lora_files.peft_form(base, LoRA(2, 2.0), tensors, "a base", "here")

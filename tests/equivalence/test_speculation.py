@@ -7,14 +7,20 @@ somewhere; those of the MTP block are compared with the same block computed over
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from helpers_ranks import EVEN, two_ranks
 
 from ernie.attention import packed_causal
 from ernie.model import ErnieModel
@@ -22,6 +28,7 @@ from ernie.models import TINY
 from ernie.settings import ConfigError
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
+from fastdeploy.engine.ranks import Ranks
 from fastdeploy.engine.request import TokenOutput
 from fastdeploy.engine.speculative import NgramIndex, continuation, num_allowed
 from fastdeploy.sampling import SamplingParams
@@ -35,7 +42,7 @@ PROMPTS = ([5], SHARED, [*SHARED[:16], 90, 91], [8] * 8, [*SHARED, 11, 12], SHAR
 
 @cache
 def tiny(name: str, vocab_size: int | None = None) -> ErnieModel:
-    config = replace(TINY[name], num_nextn_predict_layers=1)
+    config = replace((TINY | EVEN)[name], num_nextn_predict_layers=1)
     if vocab_size is not None:
         config = replace(config, vocab_size=vocab_size)
     model = ErnieModel(config, dtype=torch.float32)
@@ -43,10 +50,10 @@ def tiny(name: str, vocab_size: int | None = None) -> ErnieModel:
     return model
 
 
-def make_engine(model: ErnieModel, **settings: Any) -> Engine:
+def make_engine(model: ErnieModel, ranks: Ranks | None = None, **settings: Any) -> Engine:
     options = {"model": "tiny", "max_model_len": MAX_LEN, "block_size": 8, "enable_logprob": True}
     config = EngineConfig(**options | {"num_gpu_blocks_override": 80} | settings)
-    return Engine(model, config.resolved(max_positions=MAX_LEN, device_type="cpu"))
+    return Engine(model, config.resolved(max_positions=MAX_LEN, device_type="cpu"), ranks=ranks)
 
 
 class Truth:
@@ -200,13 +207,35 @@ def test_the_sampled_distribution_is_unchanged() -> None:
 @pytest.mark.parametrize("setting", SETTINGS)
 @pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
 def test_mtp_drafts_are_those_of_the_whole_text(name: str, setting: str) -> None:
+    check_mtp_drafts(tiny(name), tiny(name), setting)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Ranks, ErnieModel]]:
+    with two_ranks(tiny("even-moe"), tmp_path_factory.mktemp("even")) as found:
+        yield found
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_mtp_drafts_of_two_ranks_are_those_of_the_whole_text(
+    setting: str, shared: tuple[Ranks, ErnieModel]
+) -> None:
+    ranks, part = shared
+    check_mtp_drafts(tiny("even-moe"), part, setting, ranks)
+
+
+def check_mtp_drafts(
+    model: ErnieModel, part: ErnieModel, setting: str, ranks: Ranks | None = None
+) -> None:
     """Compared after every step, then replaced by the truth with errors: so the block's layer of
     the cache is checked after accepted and refused drafts, chunks, preemptions and hits.
+
+    The engine runs `part`: `model` itself, or its slice of rank 0.
     """
-    model = tiny(name)
     params = [SamplingParams(max_tokens=24, temperature=0, ignore_eos=True) for _ in PROMPTS]
     answers = said(run(make_engine(model), params))
-    engine = make_engine(model, speculative_config=MTP, **SETTINGS[setting])
+    engine = make_engine(part, ranks, speculative_config=MTP, **SETTINGS[setting])
     mtp, lengths = engine.drafter, Counter()
     truth = Truth(engine, {f"{i}{n}": a for i, a in answers.items() for n in "ab"}, every=4)
 

@@ -60,6 +60,16 @@ POINTWISE = {
         sliced(4, 64, t).detach().unflatten(1, (4, 16)).requires_grad_(),
         *angles(4, 16),
     ),
+    "rotate halves": lambda t: (
+        "rotate_halves",
+        rand(7, 3, 20, dtype=t, grad=True),
+        *angles(7, 20),
+    ),
+    "rotate halves slice": lambda t: (
+        "rotate_halves",
+        sliced(4, 320, t).detach().unflatten(1, (4, 80)).requires_grad_(),
+        *angles(4, 80),
+    ),
     "swiglu": lambda t: ("swiglu", sliced(3, 37, t), sliced(3, 37, t)),
     "swiglu halves": lambda t: ("swiglu_halves", sliced(3, 74, t)),
     "swiglu wide": lambda t: (
@@ -95,7 +105,10 @@ def gradients(out: torch.Tensor, args: tuple) -> list[torch.Tensor]:
 @pytest.mark.parametrize("case", POINTWISE)
 def test_pointwise_kernel_equals_its_definition(case, dtype):
     operation, *args = POINTWISE[case](dtype)
-    ours, theirs = (getattr(module, operation)(*args) for module in (ops, reference))
+    options = {}
+    if operation == "rotate_halves":
+        operation, options = "rotate", {"halves": True}
+    ours, theirs = (getattr(module, operation)(*args, **options) for module in (ops, reference))
     close(ours, theirs, dtype)
     for own, other in zip(gradients(ours, args), gradients(theirs, args), strict=True):
         close(own, other, dtype)

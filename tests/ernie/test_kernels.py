@@ -93,6 +93,14 @@ CASES = {
         rand(3, 22, 64, dtype=BF16),
         counts(60, 29, 1),
     ),
+    "linear wide": lambda: ("linear", rand(203, 530, grad=True), rand(301, 530, grad=True)),
+    "linear tall": lambda: ("linear", rand(1100, 70, grad=True), rand(260, 70, grad=True)),
+    "grouped uneven": lambda: (
+        "grouped_linear",
+        rand(421, 77, grad=True),
+        rand(5, 131, 77, grad=True),
+        counts(300, 0, 1, 97, 23),
+    ),
     "grouped empty": lambda: (
         "grouped_linear",
         rand(0, 16, grad=True),
@@ -109,9 +117,24 @@ CASES = {
     "rms_norm slice": lambda: ("rms_norm", sliced(5, 33), rand(33, grad=True), 1e-6),
     "rms_norm bf16": lambda: ("rms_norm", rand(5, 33, dtype=BF16), rand(33), 1e-6),
     "rms_norm no rows": lambda: ("rms_norm", rand(0, 33, grad=True), rand(33, grad=True), 1e-6),
+    "rows gradient": lambda: ("rows_gradient", sliced(70, 301).detach(), rand(301, 130)),
+    "rows gradient bf16": lambda: ("rows_gradient", rand(9, 33, dtype=BF16), rand(33, 40)),
     "rotate": lambda: ("rotate", rand(37, 3, 20, grad=True), *angles(37, 20)),
     "rotate slice": lambda: ("rotate", qkv(9, 4, 2, 16, one_tensor=True)[1], *angles(9, 16)),
     "rotate bf16": lambda: ("rotate", rand(9, 2, 16, dtype=BF16), *angles(9, 16)),
+    "rotate halves": lambda: ("rotate_halves", rand(37, 3, 20, grad=True), *angles(37, 20)),
+    "rotate halves slice": lambda: (
+        "rotate_halves",
+        qkv(9, 4, 2, 80, one_tensor=True)[1],
+        *angles(9, 80),
+    ),
+    "quick gelu": lambda: ("quick_gelu", (rand(37, 333) * 3).requires_grad_()),
+    "quick gelu many": lambda: ("quick_gelu", rand(90, 1000, grad=True)),
+    "quick gelu slice": lambda: ("quick_gelu", sliced(9, 37)),
+    "squares": lambda: (
+        "squares",
+        [rand(3, 5), rand(7, dtype=BF16), rand(0), rand(50, 4001, dtype=BF16), rand(50, 4001)],
+    ),
     "swiglu": lambda: ("swiglu", rand(9, 1000, grad=True), rand(9, 1000, grad=True)),
     "swiglu slices": lambda: ("swiglu", sliced(9, 37), sliced(9, 37, at=5)),
     "swiglu large values": lambda: ("swiglu", rand(4, 64) * 100, rand(4, 64)),
@@ -147,9 +170,13 @@ def gradients(out: torch.Tensor, args: tuple) -> list[torch.Tensor]:
 
 
 def function(module, operation: str) -> Callable:
-    """`attend_whole` is `attend_packed` where every token sees its whole segment."""
+    """`attend_whole` is `attend_packed` where every token sees its whole segment; `rotate_halves`
+    is `rotate` of pairs from two halves.
+    """
     if operation == "attend_whole":
         return partial(module.attend_packed, causal=False)
+    if operation == "rotate_halves":
+        return partial(module.rotate, halves=True)
     return getattr(module, operation)
 
 
@@ -164,6 +191,17 @@ def test_kernel_equals_its_definition(case, isa):
         assert own.dtype == other.dtype
         scale = max(1.0, float(other.abs().max())) if other.numel() else 1.0
         torch.testing.assert_close(own / scale, other / scale, **tolerance(own.dtype))
+
+
+@pytest.mark.parametrize("shape", [(1, 5, 3), (300, 97, 33), (7, 200, 530), (513, 16, 300)])
+def test_products_are_added_to_a_sum(shape, isa):
+    torch.manual_seed(0)
+    num_rows, outputs, width = shape
+    left, right, total = sliced(num_rows, outputs), rand(num_rows, width), rand(outputs, width)
+    expected = total.clone()
+    reference.add_product_(expected, left.detach(), right)
+    ops.add_product_(total, left.detach(), right)
+    torch.testing.assert_close(total, expected, rtol=2e-5, atol=2e-4)
 
 
 @pytest.mark.parametrize("case", CASES)

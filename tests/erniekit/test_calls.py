@@ -237,7 +237,7 @@ def test_evaluation_asks_for_every_call_of_the_example(tokenizer_of) -> None:
     encoder = Encoder(tokenizer_of(EXAMPLE), template, 4096)
     data = Data(eval_dataset_path=(str(path),), eval_dataset_type=("chatml",))
     stream = Stream(data, "eval", encoder, seed=0)
-    found = prompts(stream, -1)
+    found = list(prompts(stream, -1))
     records = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     calling = [[m for m in r["messages"] if m.get("tool_calls")] for r in records]
     ends = [r["messages"][-1] for r in records if not r["messages"][-1].get("tool_calls")]

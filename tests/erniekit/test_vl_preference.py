@@ -4,8 +4,10 @@ of transformers on each dialogue by itself, packed or apart; and runs of every s
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +17,14 @@ from torch import Tensor
 from transformers import Ernie4_5_VLMoeForConditionalGeneration, PreTrainedModel
 
 import ernie
-from ernie.chat import UNTRAINED
+from ernie.chat import UNTRAINED, ChatTemplate
 from ernie.model import ErnieModel
+from ernie.tokenizer import Tokenizer
+from ernie.vision.prompt import Inputs, Processor
+from ernie.vision.settings import VisionSettings
+from ernie.vision.sources import Sources
 from ernie.vision.vit import normalised
+from erniekit import reward_model
 from erniekit.cli import main
 from erniekit.config import run_from
 from erniekit.data.dialogue import Sample
@@ -28,7 +35,7 @@ from erniekit.data.preference import PairSample
 from erniekit.kto import Usual, judged_log_probs, kto
 from erniekit.loop import to_device
 from erniekit.preference import preference
-from erniekit.reward_model import add_reward_head, bradley_terry
+from erniekit.reward_model import RewardModel, add_reward_head, bradley_terry
 from tests.equivalence.test_vl_model import gradients_by_our_names
 from tests.erniekit.conftest import write_lines
 from tests.helpers_vision import png
@@ -258,6 +265,68 @@ def test_rewards_do_not_depend_on_what_a_pair_is_packed_with(both, media: Path) 
     for name, want in grads.items():
         worst = float((others[name] - want).abs().max() / want.abs().max().clamp(min=1e-12))
         assert worst < 1e-4, f"{name} is off by {worst:.2e}"
+
+
+@pytest.mark.parametrize("fine_tuning", ["Full", "LoRA"])
+def test_a_loaded_reward_model_scores_answers_about_pictures(
+    tiny, media: Path, tmp_path: Path, fine_tuning: str
+) -> None:
+    """As the evaluation of its training did, within bfloat16; however they are packed."""
+    values = settings(tiny("tiny-vl"), media, "RM", pair_records()) | {
+        "eval_dataset_path": media / "RM.jsonl", "evaluation_strategy": "steps", "eval_steps": 6,
+        "output_dir": tmp_path, "max_steps": 6, "learning_rate": 1e-2, "device": "cpu",
+        "lr_scheduler_type": "constant", "fine_tuning": fine_tuning, "disable_tqdm": True,
+    }  # fmt: skip
+    values["eval_dataset_type"] = "erniekit"
+    assert main(["train", *(f"{k}={v}" for k, v in values.items())]) == 0
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    last = [r for r in map(json.loads, lines) if "eval_rewards_margin" in r][-1]
+    score = reward_model.load(tmp_path)
+    whole = inputs_of(score.model.tokenizer, tiny("tiny-vl"), media)
+    found = score(whole)
+    chosen, rejected = torch.tensor(found).view(-1, 2).unbind(1)
+    margin = float((chosen - rejected).mean())
+    assert margin == pytest.approx(last["eval_rewards_margin"], rel=0.05)
+    for max_tokens in (1, 90):
+        apart = dataclasses.replace(score, max_tokens=max_tokens)(whole)
+        assert apart == pytest.approx(found, rel=1e-2, abs=1e-2 * max(map(abs, found)))
+    red, green = found[:2], found[4:6]  # the same words about another picture
+    assert max(abs(a - b) for a, b in zip(red, green)) > 1e-3
+    ids = whole[-1].token_ids
+    assert score([ids]) == pytest.approx(found[-1:], rel=1e-2), "a dialogue of text alone"
+
+
+def inputs_of(tokenizer: Tokenizer, model: Path, media: Path) -> list[Inputs]:
+    """Chosen and rejected dialogue of each pair, made of its messages and files."""
+    changed = VisionSettings.from_folder(model).changed(
+        {"image_min_pixels": 784, "image_max_pixels": 4704}
+    )
+    processor = Processor(settings=changed, sources=Sources(folder=media))
+    template = ChatTemplate.for_folder(model, tokenizer)
+    found = []
+    for names, question, *answers in PAIRS:
+        pictures = iter(names)
+        parts = [
+            {"type": "image", "image": f"{next(pictures)}.png"} if piece == "<image>"
+            else {"type": "text", "text": piece}
+            for piece in re.split("(<image>)", question) if piece
+        ]  # fmt: skip
+        for text in answers:
+            messages = [
+                {"role": "user", "content": parts}, {"role": "assistant", "content": text}
+            ]  # fmt: skip
+            found.append(
+                processor.inputs(template, tokenizer, messages, add_generation_prompt=False)
+            )
+    return found
+
+
+def test_pictures_for_a_reward_model_of_text_are_refused(tiny, media: Path) -> None:
+    model = ernie.load(tiny("tiny-moe"))
+    add_reward_head(model, seed=0)
+    seen = ernie.load(tiny("tiny-vl"))
+    with pytest.raises(ValueError, match="text"):
+        RewardModel(model)(inputs_of(seen.tokenizer, tiny("tiny-vl"), media))
 
 
 @pytest.mark.parametrize(

@@ -10,20 +10,24 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import helpers_lora
 import pytest
 import torch
+from helpers_ranks import EVEN
 from helpers_server import start_server, stop_server
 
 import ernie
 from ernie import kernels
+from ernie.adapters import ActiveAdapters, Adapter
 from ernie.checkpoint.quantized import write_quantized
 from ernie.model import ErnieModel
-from ernie.models import TINY
 from ernie.settings import ConfigError
+from erniekit.lora import LoRA
 from fastdeploy import LLM, SamplingParams
 from fastdeploy.config import EngineConfig
-from fastdeploy.engine import loading, ranks
+from fastdeploy.engine import adapters, frames, loading, ranks
 from fastdeploy.engine.batch import TENSORS, Batch
 from fastdeploy.errors import RankError, RequestError
 
@@ -31,9 +35,9 @@ pytestmark = pytest.mark.ranks
 CPU = torch.device("cpu")
 PROMPT = [(7 * i + 3) % 97 for i in range(33)]
 GREEDY = SamplingParams(temperature=0, max_tokens=4)
-CONFIG = dataclasses.replace(
-    TINY["tiny-moe"], num_attention_heads=6, num_key_value_heads=2, vocab_size=212
-)
+CONFIG = EVEN["even-moe"]
+PAIR = LoRA(3, 9.0)
+MTP = {"method": "mtp", "num_speculative_tokens": 3}
 
 
 @pytest.fixture(scope="module")
@@ -78,19 +82,25 @@ def test_logits_of_two_ranks_equal_those_of_one(even_folder: Path, quantization:
 
 
 def test_a_batch_survives_its_bytes() -> None:
-    integers = [torch.randint(-9, 99, (n,)) for n in (5, 5, 5, 3, 2, 0)]
+    integers = [torch.randint(-9, 99, (n,)) for n in (5, 5, 5, 3, 2, 0, 5)]
     tables = torch.randint(0, 99, (2, 4), dtype=torch.int32)
-    ids, positions, slots, bounds, lens, rows = integers
-    batch = Batch(ids, positions, slots, bounds.int(), lens.int(), tables, rows, None)
-    copy = ranks.unpacked(ranks.packed(batch))
-    for name in TENSORS:
+    ids, positions, slots, bounds, lens, rows, after = integers
+    one, two = Adapter((), 1), Adapter((), 1)
+    active = ActiveAdapters(((two, torch.tensor([1, 4])), (one, torch.tensor([0, 2]))))
+    batch = Batch(ids, positions, slots, bounds.int(), lens.int(), tables, rows, active)
+    batch = dataclasses.replace(batch, after_T=after)
+    there = {adapter.serial: adapter for adapter in (one, two)}
+    copy = frames.unpacked(frames.packed(batch), there)
+    for name in (*TENSORS, "after_T"):
         ours, theirs = getattr(batch, name), getattr(copy, name)
         assert theirs.dtype == ours.dtype and torch.equal(theirs, ours), name
+    rows_by_adapter = {adapter: rows_N.tolist() for adapter, rows_N in copy.adapters.groups}
+    assert rows_by_adapter == {one: [0, 2], two: [1, 4]} and copy.modality_T is None
 
 
-def tokens(llm: LLM) -> list[list[int]]:
+def tokens(llm: LLM, lora: str | None = None) -> list[list[int]]:
     prompts = [PROMPT, PROMPT[5:20]]
-    return [list(out.outputs[0].token_ids) for out in llm.generate(prompts, GREEDY)]
+    return [list(out.outputs[0].token_ids) for out in llm.generate(prompts, GREEDY, lora=lora)]
 
 
 def test_ranks_sleep_and_go_on_with_the_same_weights(two: LLM) -> None:
@@ -125,6 +135,118 @@ def test_ranks_take_new_weights_or_keep_the_old_ones(
     two.update_weights(even_folder)
     two.wake_up()
     assert tokens(two) == old
+
+
+# --- adapters and drafts ---
+
+
+@pytest.fixture(scope="module")
+def pairs(even_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders with adapters, by name."""
+    model, root = ernie.load(even_folder, torch.float32), tmp_path_factory.mktemp("pairs")
+    return {
+        name: helpers_lora.save(helpers_lora.trained(model, PAIR, seed), PAIR, root / name)
+        for seed, name in enumerate(("one", "two"))
+    }
+
+
+@pytest.fixture(scope="module")
+def wanted(even_folder: Path, pairs: dict[str, Path]) -> dict[str | None, list[list[int]]]:
+    """The answers of one process that drafts nothing, by adapter."""
+    llm = LLM(str(even_folder), dtype="float32", max_model_len=64, enable_lora=True)
+    for name, folder in pairs.items():
+        llm.load_lora(name, str(folder))
+    found = {name: tokens(llm, name) for name in (None, *pairs)}
+    assert len({str(answers) for answers in found.values()}) == 3
+    return found
+
+
+@pytest.fixture
+def full(even_folder: Path) -> Iterator[LLM]:
+    """Two ranks with everything."""
+    settings = {"enable_lora": True, "max_loras": 2, "speculative_config": MTP}
+    ranked = {"tensor_parallel_size": 2, "max_model_len": 64}
+    llm = LLM(str(even_folder), dtype="float32", **ranked, **settings)
+    yield llm
+    llm.engine.ranks.stop()
+
+
+def calls_of(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The calls to the other ranks from now on."""
+    names, call = [], llm.engine.ranks.call
+
+    def spy(name: str, **arguments: Any) -> list[Any]:
+        names.append(f"{name} {arguments['serials']}" if "serials" in arguments else name)
+        return call(name, **arguments)
+
+    monkeypatch.setattr(llm.engine.ranks, "call", spy)
+    return names
+
+
+def test_adapters_of_ranks_come_and_go_while_texts_are_written(
+    full: LLM,
+    even_folder: Path,
+    pairs: dict[str, Path],
+    wanted: dict[str | None, list[list[int]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    names = calls_of(full, monkeypatch)
+    full.load_lora("one", str(pairs["one"]))
+    serial = full.engine.adapters.get("one").serial
+    stream = full.generate([PROMPT, PROMPT[5:20]], GREEDY, stream=True, lora="one", use_tqdm=False)
+    got: list[list[int]] = [[], []]
+    for number, outputs in enumerate(stream):
+        if number == 0:
+            full.load_lora("two", str(pairs["two"]))
+            full.unload_lora("one")
+            assert names == ["load_adapter", "load_adapter"], "the other rank still needs it"
+        for answer, output in zip(got, outputs):
+            answer += output.outputs[0].token_ids if output else []
+    assert got == wanted["one"]
+    assert names[2:] == [f"unload_adapters [{serial}]"]
+    assert tokens(full, "two") == wanted["two"]
+    full.load_lora("one", str(pairs["one"]))
+    mixed = full.generate([PROMPT] * 3, GREEDY, lora=["two", None, "one"], use_tqdm=False)
+    found = [list(out.outputs[0].token_ids) for out in mixed]
+    assert found == [wanted[name][0] for name in ("two", None, "one")]
+    full.sleep(1)
+    full.wake_up()
+    full.update_weights(even_folder)
+    assert tokens(full, "one") == wanted["one"] and tokens(full) == wanted[None]
+    assert full.engine.stats().num_draft_tokens > 0
+
+
+def test_an_adapter_that_a_rank_cannot_take_is_on_none(
+    full: LLM,
+    pairs: dict[str, Path],
+    wanted: dict[str | None, list[list[int]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole, names = adapters.packed_adapter, calls_of(full, monkeypatch)
+    monkeypatch.setattr(adapters, "packed_adapter", lambda adapter: whole(adapter)[:-1])
+    with pytest.raises(RequestError, match=r"'one' is not loaded, as not all ranks .*\(rank 1: "):
+        full.load_lora("one", str(pairs["one"]))
+    assert names[0] == "load_adapter" and names[1].startswith("unload_adapters [")
+    with pytest.raises(RequestError, match="there is no adapter 'one' here; loaded: none"):
+        tokens(full, "one")
+    monkeypatch.undo()
+    full.load_lora("one", str(pairs["one"]))
+    assert tokens(full, "one") == wanted["one"]
+
+
+def test_a_rank_killed_while_drafts_are_made_is_named(full: LLM) -> None:
+    (child,) = full.engine.ranks.processes
+    send = full.engine.ranks.send
+
+    def send_or_kill(batch: Batch) -> None:
+        if batch.after_T is not None:
+            os.kill(child.pid, signal.SIGSTOP)
+            child.kill()
+        send(batch)
+
+    full.engine.ranks.send = send_or_kill
+    with pytest.raises(RankError, match="rank 1 was ended by SIGKILL"):
+        full.generate([PROMPT], GREEDY)
 
 
 def test_ranks_heed_batch_invariance(even_folder: Path) -> None:
@@ -218,18 +340,6 @@ def test_a_rank_that_cannot_read_its_slice_says_why(
         loading.start_ranks(config, CPU)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"enable_lora": True}, "enable_lora with tensor_parallel_size=2"),
-        ({"speculative_config": {"method": "mtp"}}, "the method mtp .* tensor_parallel_size=2"),
-    ],
-)
-def test_what_ranks_cannot_do_is_refused(options: dict, message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        LLM("any folder", tensor_parallel_size=2, **options)
-
-
 def test_what_cannot_be_shared_out_is_refused(
     even_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -289,12 +399,17 @@ needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="re
 
 
 @needs_proc
-def test_a_killed_server_leaves_no_rank(folder: Path) -> None:
+def test_a_killed_server_leaves_no_rank_and_no_folder(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     server = start_server(folder, "-tp", "2")
     (child,) = children_of(server.process.pid)
+    assert list(tmp_path.glob("fastdeploy-*"))
     server.process.kill()
     server.process.communicate(timeout=20)
     wait_until(lambda: not is_running(child), "the rank ends after its server")
+    wait_until(lambda: not list(tmp_path.glob("fastdeploy-*")), "the ranks' folder goes with them")
 
 
 @needs_proc

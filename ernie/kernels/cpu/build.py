@@ -45,12 +45,17 @@ CACHE_DTYPES = {**DTYPES, torch.int8: 3}
 
 # Arguments of each function of the C interface: p pointer, l long, i int, f float.
 SIGNATURES = {
-    "linear": "plpipppllll" + "i",
+    "linear": "plpippl" + "pllll" + "i",
+    "rows_gradient": "plpipp" + "lllli" + "i",
+    "weight_gradient": "plplpp" + "llll" + "i",
     "rms_norm": "plpifppll" + "i",
     "rms_norm_backward": "pplpipppll" + "li",
-    "rotate": "plppfpllll" + "i",
+    "rotate": "plppfi" + "pllll" + "i",
     "swiglu": "plplpll" + "i",
     "swiglu_backward": "pplplppll" + "i",
+    "quick_gelu": "ppl" + "i",
+    "quick_gelu_backward": "pppl" + "i",
+    "sum_of_squares": "pilp" + "i",
     "write_cache": "p",
     "attend_packed": "plplplpllllfipp" + "i",
     "attend_packed_backward": "plplplppppllllfilpppp" + "i",
@@ -114,7 +119,7 @@ def loaded_library() -> ctypes.CDLL:
     for name in OPENMP:
         if not hasattr(runtime, name):
             raise BuildError(f"torch's OpenMP runtime does not export {name} on this platform")
-    loaded = ctypes.CDLL(str(_built()))
+    loaded = ctypes.CDLL(str(built(SOURCES, isa(), ISA_FLAGS[isa()])))
     for name, codes in SIGNATURES.items():
         function = getattr(loaded, f"ernie_{name}")
         function.argtypes = [C_TYPES[code] for code in codes]
@@ -126,17 +131,19 @@ def loaded_library() -> ctypes.CDLL:
     return loaded
 
 
-def _built() -> Path:
-    compiler, flags = _compiler(), (*FLAGS, *ISA_FLAGS[isa()])
-    files = sorted([*SOURCES.glob("*.cpp"), *SOURCES.glob("*.h")])
+def built(folder: Path, name: str, flags: tuple[str, ...], libraries: tuple[str, ...] = ()) -> Path:
+    """The library of a folder's sources, made if need be. Raises `BuildError`."""
+    compiler, flags = _compiler(), (*FLAGS, *flags)
+    files = sorted([*folder.glob("*.cpp"), *folder.glob("*.h")])
     status = compiler.stat()
-    identity = [str(compiler), str(status.st_size), str(status.st_mtime_ns), *flags]
+    identity = [str(compiler), str(status.st_size), str(status.st_mtime_ns), *flags, *libraries]
     digest = hashlib.sha256("\0".join(identity).encode())
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
-    target = _cache_folder() / f"{isa()}-{digest.hexdigest()[:20]}.so"
+    target = _cache_folder() / f"{name}-{digest.hexdigest()[:20]}.so"
     if not target.exists():
-        _compile(compiler, flags, [file for file in files if file.suffix == ".cpp"], target)
+        sources = [file for file in files if file.suffix == ".cpp"]
+        _compile(compiler, flags, libraries, sources, target)
     return target
 
 
@@ -169,7 +176,13 @@ def _cache_folder() -> Path:
     raise BuildError(f"neither {home} nor {tempfile.gettempdir()} can keep the compiled library")
 
 
-def _compile(compiler: Path, flags: tuple[str, ...], sources: list[Path], target: Path) -> None:
+def _compile(
+    compiler: Path,
+    flags: tuple[str, ...],
+    libraries: tuple[str, ...],
+    sources: list[Path],
+    target: Path,
+) -> None:
     """Build in a folder of our own and rename: several processes may do this at once."""
     with tempfile.TemporaryDirectory(dir=target.parent) as work:
         objects = [f"{work}/{source.stem}.o" for source in sources]
@@ -180,7 +193,8 @@ def _compile(compiler: Path, flags: tuple[str, ...], sources: list[Path], target
         ]
         for process in compilers:
             _finish(process, compiler)
-        _finish(_start([str(compiler), "-shared", *objects, "-o", f"{work}/library.so"]), compiler)
+        linked = [str(compiler), "-shared", *objects, *libraries, "-o", f"{work}/library.so"]
+        _finish(_start(linked), compiler)
         os.replace(f"{work}/library.so", target)
 
 

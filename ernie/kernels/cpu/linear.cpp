@@ -21,7 +21,7 @@ constexpr long SERIAL_PRODUCTS = 64 * 1024;  // below this a second thread costs
 
 template <class W>
 void run_task(const Task &task, const float *x, long ldx, const W *weight, long width, long outputs,
-              const float *bias, float *out) {
+              const float *bias, float *out, long ldo) {
     const W *base = weight + task.group * outputs * width;
     for (long o = task.output; o < task.output + task.outputs; o += 4) {
         const long kept = outputs - o < 4 ? outputs - o : 4;
@@ -32,15 +32,15 @@ void run_task(const Task &task, const float *x, long ldx, const W *weight, long 
             dot_tile(tile, rows, 4 * width, x + (task.row + m) * ldx, ldx, width, sums);
             for (long i = 0; i < tile; i++)
                 for (long r = 0; r < kept; r++)
-                    out[(task.row + m + i) * outputs + o + r] =
+                    out[(task.row + m + i) * ldo + o + r] =
                         sums[i][r] + (bias ? bias[o + r] : 0.0f);
         });
     }
 }
 
 template <class W>
-void product(const float *x, long ldx, const W *weight, const float *bias, float *out, const int64_t *counts,
-             long groups, long total, long width, long outputs, int threads) {
+void product(const float *x, long ldx, const W *weight, const float *bias, float *out, long ldo,
+             const int64_t *counts, long groups, long total, long width, long outputs, int threads) {
     struct Packed;
     const long padded = padded_width<W>(width);
     if (total * outputs * width < SERIAL_PRODUCTS) threads = 1;
@@ -63,22 +63,22 @@ void product(const float *x, long ldx, const W *weight, const float *bias, float
                 tasks.push_back({row + m, counts[g] - m < block ? counts[g] - m : block, o,
                                  outputs - o < chunk ? outputs - o : chunk, g});
     parallel_for(threads, tasks.size(),
-                 [&](long i) { run_task(tasks[i], x, ldx, weight, width, outputs, bias, out); });
+                 [&](long i) { run_task(tasks[i], x, ldx, weight, width, outputs, bias, out, ldo); });
 }
 
 }  // namespace
 
 // x (rows, width) with row stride ldx, sorted by group, counts[g] rows each; weight (groups, outputs, width)
-// contiguous; bias (outputs) or null; out (rows, outputs) contiguous. One group needs no counts.
+// contiguous; bias (outputs) or null; out (rows, outputs) with row stride ldo. One group needs no counts.
 extern "C" void ernie_linear(const float *x, long ldx, const void *weight, int dtype, const float *bias,
-                             float *out, const int64_t *counts, long groups, long rows, long width,
-                             long outputs, int threads) {
+                             float *out, long ldo, const int64_t *counts, long groups, long rows,
+                             long width, long outputs, int threads) {
     const int64_t all = rows;
     if (!counts) counts = &all;
     if (dtype == BFLOAT16)
-        product(x, ldx, static_cast<const bf16 *>(weight), bias, out, counts, groups, rows, width,
-                outputs, threads);
+        product(x, ldx, static_cast<const bf16 *>(weight), bias, out, ldo, counts, groups, rows,
+                width, outputs, threads);
     else
-        product(x, ldx, static_cast<const float *>(weight), bias, out, counts, groups, rows, width,
-                outputs, threads);
+        product(x, ldx, static_cast<const float *>(weight), bias, out, ldo, counts, groups, rows,
+                width, outputs, threads);
 }

@@ -14,13 +14,15 @@ from ernie.kernels.cpu.fused import expert, mlp, moe, pack, project, quantize
 from ernie.kernels.cpu.pointwise import (
     adamw_8bit_step,
     adamw_step,
+    quick_gelu,
     rms_norm,
     rotate,
     rotate_,
+    squares,
     swiglu,
     swiglu_halves,
 )
-from ernie.kernels.cpu.products import grouped_linear, linear
+from ernie.kernels.cpu.products import add_product_, grouped_linear, linear, rows_gradient
 from ernie.kernels.cpu.sampling import draw
 
 HEEDS_BATCH_INVARIANT = True
@@ -29,6 +31,7 @@ __all__ = [
     "HEEDS_BATCH_INVARIANT",
     "adamw_8bit_step",
     "adamw_step",
+    "add_product_",
     "attend_packed",
     "attend_paged",
     "available",
@@ -42,9 +45,12 @@ __all__ = [
     "pack",
     "project",
     "quantize",
+    "quick_gelu",
     "rms_norm",
     "rotate",
     "rotate_",
+    "rows_gradient",
+    "squares",
     "swiglu",
     "swiglu_halves",
     "write_cache",

@@ -1,5 +1,7 @@
 // Normalisation, rotation, gating and the optimizer's step: one pass over memory each.
+#include <algorithm>
 #include <cmath>
+#include <vector>
 
 #include "program.h"
 #include "threads.h"
@@ -8,6 +10,8 @@
 namespace {
 
 constexpr long TASK_FLOATS = 16 * 1024;
+constexpr long GELU_ROW = 4 * 1024;
+constexpr float QUICK = 1.702f;
 constexpr long SERIAL_FLOATS = 64 * 1024;  // up to here waking a second thread costs more than it brings
 
 // body(first_row, rows) over blocks of whole rows.
@@ -231,26 +235,82 @@ extern "C" void ernie_rms_norm_backward(const float *grad, const float *x, long 
 }
 
 // x (T, H, d) -> out, of the same shape and maybe the same place, with row strides; cos and sin (T, d / 2);
-// `sign` -1 turns back.
-extern "C" void ernie_rotate(const float *x, long ldx, const float *cos, const float *sin, float sign, float *out,
-                             long ldo, long tokens, long heads, long width, int threads) {
+// `sign` -1 turns back. Pairs are neighbours, or with `halves` an element of the first half and one of the second.
+extern "C" void ernie_rotate(const float *x, long ldx, const float *cos, const float *sin, float sign, int halves,
+                             float *out, long ldo, long tokens, long heads, long width, int threads) {
+    const long pairs = width / 2;
     for_rows(threads, tokens, heads * width, [&](long first, long count) {
         float *c = scratch<RotateSlot>(2 * width), *s = c + width;  // of a token, as its heads need them
         for (long t = first; t < first + count; t++) {
-            for (long i = 0; i < width; i++) {
-                c[i] = cos[(t * width + i) / 2];
-                s[i] = (i % 2 ? sign : -sign) * sin[(t * width + i) / 2];
+            for (long i = 0; i < (halves ? pairs : width); i++) {
+                const long at = t * pairs + (halves ? i : i / 2);
+                c[i] = cos[at];
+                s[i] = (halves || i % 2 ? sign : -sign) * sin[at];
             }
-            for (long h = 0; h < heads; h++)
-                for_vectors(width, [&](long i, auto part) {
-                    const vf v = part.get(x + t * ldx + h * width + i);
-                    const vf turned = v * part.get(c + i) + swap_pairs(v) * part.get(s + i);
-                    part.put(out + t * ldo + h * width + i, turned);
-                });
+            for (long h = 0; h < heads; h++) {
+                const float *from = x + t * ldx + h * width;
+                float *to = out + t * ldo + h * width;
+                if (halves)
+                    for_vectors(pairs, [&](long i, auto part) {
+                        const vf low = part.get(from + i), high = part.get(from + pairs + i);
+                        const vf ci = part.get(c + i), si = part.get(s + i);
+                        part.put(to + i, low * ci - high * si);
+                        part.put(to + pairs + i, high * ci + low * si);
+                    });
+                else
+                    for_vectors(width, [&](long i, auto part) {
+                        const vf v = part.get(from + i);
+                        part.put(to + i, v * part.get(c + i) + swap_pairs(v) * part.get(s + i));
+                    });
+            }
         }
     });
 }
 ERNIE_RECORDABLE(rotate)
+
+// out = x * sigmoid(1.702 x), n elements.
+extern "C" void ernie_quick_gelu(const float *x, float *out, long n, int threads) {
+    for_rows(threads, (n + GELU_ROW - 1) / GELU_ROW, GELU_ROW, [&](long first, long count) {
+        const long begin = first * GELU_ROW, end = std::min(n, begin + count * GELU_ROW);
+        for_vectors(end - begin, [&](long i, auto part) {
+            const vf v = part.get(x + begin + i);
+            part.put(out + begin + i, v * sigmoid(v * splat(QUICK)));
+        });
+    });
+}
+
+extern "C" void ernie_quick_gelu_backward(const float *grad, const float *x, float *dx, long n, int threads) {
+    for_rows(threads, (n + GELU_ROW - 1) / GELU_ROW, GELU_ROW, [&](long first, long count) {
+        const long begin = first * GELU_ROW, end = std::min(n, begin + count * GELU_ROW);
+        for_vectors(end - begin, [&](long i, auto part) {
+            const vf v = part.get(x + begin + i), s = sigmoid(v * splat(QUICK));
+            const vf slope = s + v * splat(QUICK) * s * (splat(1.0f) - s);
+            part.put(dx + begin + i, part.get(grad + begin + i) * slope);
+        });
+    });
+}
+
+// The sum of squares of n elements, added up in double.
+extern "C" void ernie_sum_of_squares(const void *x, int dtype, long n, double *sum, int threads) {
+    const long blocks = (n + TASK_FLOATS - 1) / TASK_FLOATS;
+    std::vector<double> parts(blocks);
+    const auto add = [&](const auto *from) {
+        parallel_for(n <= SERIAL_FLOATS ? 1 : threads, blocks, [&](long b) {
+            const long begin = b * TASK_FLOATS, count = std::min(TASK_FLOATS, n - begin);
+            vf squares = {};
+            for_vectors(count, [&](long i, auto part) {
+                const vf v = part.get(from + begin + i);
+                squares = fma(v, v, squares);
+            });
+            float lanes[VL];
+            store(lanes, squares);
+            for (float lane : lanes) parts[b] += lane;
+        });
+    };
+    dtype == BFLOAT16 ? add(static_cast<const bf16 *>(x)) : add(static_cast<const float *>(x));
+    *sum = 0;
+    for (double part : parts) *sum += part;
+}
 
 // gate and up (T, I) with row strides; out (T, I).
 extern "C" void ernie_swiglu(const float *gate, long ldg, const float *up, long ldu, float *out, long rows,

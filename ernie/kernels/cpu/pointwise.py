@@ -1,9 +1,9 @@
-"""Norm, rotation, gate and AdamW on the CPU: one pass over memory each, little
-saved."""
+"""Norm, rotation, gates and AdamW on the CPU: one pass over memory each, little saved."""
 
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -22,17 +22,17 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return _rms_norm(_rows(x_TD), weight_D, eps, None)
 
 
-def rotate(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor) -> Tensor:
+def rotate(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor, *, halves: bool = False) -> Tensor:
     if x_THd.dtype != torch.float32:
-        return rotate(x_THd.float(), cos_Tp, sin_Tp).to(x_THd.dtype)
+        return rotate(x_THd.float(), cos_Tp, sin_Tp, halves=halves).to(x_THd.dtype)
     if torch.is_grad_enabled() and x_THd.requires_grad:
-        return _Rotate.apply(x_THd, cos_Tp, sin_Tp)
-    return _rotate(x_THd, cos_Tp, sin_Tp, 1.0)
+        return _Rotate.apply(x_THd, cos_Tp, sin_Tp, halves)
+    return _rotate(x_THd, cos_Tp, sin_Tp, 1.0, halves)
 
 
 def rotate_(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor) -> None:
     if x_THd.dtype == torch.float32 and _heads_lie_together(x_THd):
-        _turn(x_THd, cos_Tp, sin_Tp, 1.0, x_THd)
+        _turn(x_THd, cos_Tp, sin_Tp, 1.0, False, x_THd)
     else:
         x_THd.copy_(rotate(x_THd, cos_Tp, sin_Tp))
 
@@ -47,6 +47,29 @@ def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
 
 def swiglu_halves(gate_up_Tw: Tensor) -> Tensor:
     return swiglu(*gate_up_Tw.chunk(2, dim=-1))
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    if x.dtype != torch.float32:
+        return reference.quick_gelu(x)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _QuickGelu.apply(x)
+    return _quick_gelu(x.contiguous())
+
+
+def squares(tensors: Sequence[Tensor]) -> Tensor:
+    if not all(t.dtype in (torch.float32, torch.bfloat16) and t.is_contiguous() for t in tensors):
+        return reference.squares(tensors)
+    sums = torch.empty(len(tensors), dtype=torch.float64)
+    for number, t in enumerate(tensors):
+        library().ernie_sum_of_squares(
+            t.data_ptr(),
+            DTYPES[t.dtype],
+            t.numel(),
+            sums[number].data_ptr(),
+            torch.get_num_threads(),
+        )
+    return sums
 
 
 class Update(ctypes.Structure):
@@ -171,14 +194,15 @@ class _RmsNorm(torch.autograd.Function):
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor) -> Tensor:
+    def forward(ctx, x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor, halves: bool) -> Tensor:
         ctx.save_for_backward(cos_Tp, sin_Tp)
-        return _rotate(x_THd, cos_Tp, sin_Tp, 1.0)
+        ctx.halves = halves
+        return _rotate(x_THd, cos_Tp, sin_Tp, 1.0, halves)
 
     @staticmethod
     def backward(ctx, grad_THd: Tensor) -> tuple[Tensor | None, ...]:
         cos_Tp, sin_Tp = ctx.saved_tensors
-        return _rotate(grad_THd, cos_Tp, sin_Tp, -1.0), None, None
+        return _rotate(grad_THd, cos_Tp, sin_Tp, -1.0, ctx.halves), None, None, None
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -208,6 +232,29 @@ class _SwiGLU(torch.autograd.Function):
         return dgate, dup
 
 
+class _QuickGelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        return _quick_gelu(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        grad, dx = grad.contiguous(), torch.empty_like(x)
+        library().ernie_quick_gelu_backward(
+            grad.data_ptr(), x.data_ptr(), dx.data_ptr(), x.numel(), torch.get_num_threads()
+        )
+        return dx
+
+
+def _quick_gelu(x: Tensor) -> Tensor:
+    out = torch.empty_like(x)
+    library().ernie_quick_gelu(x.data_ptr(), out.data_ptr(), x.numel(), torch.get_num_threads())
+    return out
+
+
 def _rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, rstd_T: Tensor | None) -> Tensor:
     weight_D = weight_D.contiguous()
     num_rows, width = x_TD.shape
@@ -227,10 +274,10 @@ def _rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float, rstd_T: Tensor | None)
     return out_TD
 
 
-def _rotate(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor, sign: float) -> Tensor:
+def _rotate(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor, sign: float, halves: bool) -> Tensor:
     out_THd = x_THd.new_empty(x_THd.shape)
     x_THd = x_THd if _heads_lie_together(x_THd) else x_THd.contiguous()
-    _turn(x_THd, cos_Tp, sin_Tp, sign, out_THd)
+    _turn(x_THd, cos_Tp, sin_Tp, sign, halves, out_THd)
     return out_THd
 
 
@@ -240,7 +287,14 @@ def _heads_lie_together(x_THd: Tensor) -> bool:
     return element == 1 and head == x_THd.shape[2]
 
 
-def _turn(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor, sign: float, out_THd: Tensor) -> None:
+def _turn(
+    x_THd: Tensor,
+    cos_Tp: Tensor,
+    sin_Tp: Tensor,
+    sign: float,
+    halves: bool,
+    out_THd: Tensor,
+) -> None:
     tokens, heads, width = x_THd.shape
     cos_Tp, sin_Tp = cos_Tp.contiguous(), sin_Tp.contiguous()
     assert cos_Tp.dtype == sin_Tp.dtype == torch.float32
@@ -250,6 +304,7 @@ def _turn(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor, sign: float, out_THd: T
         cos_Tp.data_ptr(),
         sin_Tp.data_ptr(),
         sign,
+        halves,
         out_THd.data_ptr(),
         out_THd.stride(0),
         tokens,

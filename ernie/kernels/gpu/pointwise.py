@@ -26,13 +26,13 @@ def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return _RmsNorm.apply(x_TD, weight_D, eps)
 
 
-def rotate(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor) -> Tensor:
-    return _Rotate.apply(x_THd, cos_Tp, sin_Tp)
+def rotate(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor, *, halves: bool = False) -> Tensor:
+    return _Rotate.apply(x_THd, cos_Tp, sin_Tp, halves)
 
 
 def rotate_(x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor) -> None:
     assert x_THd[:1].is_contiguous(), "the heads of a token must stand side by side"
-    _turn(x_THd, cos_Tp, sin_Tp, x_THd, 1.0)
+    _turn(x_THd, cos_Tp, sin_Tp, x_THd, 1.0, halves=False)
 
 
 def swiglu(gate_TI: Tensor, up_TI: Tensor) -> Tensor:
@@ -93,23 +93,28 @@ class _RmsNorm(torch.autograd.Function):
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor) -> Tensor:
+    def forward(ctx: Any, x_THd: Tensor, cos_Tp: Tensor, sin_Tp: Tensor, halves: bool) -> Tensor:
         ctx.save_for_backward(cos_Tp, sin_Tp)
-        return _turn(rows_of(x_THd), cos_Tp, sin_Tp, x_THd.new_empty(x_THd.shape), 1.0)
+        ctx.halves, out = halves, x_THd.new_empty(x_THd.shape)
+        return _turn(rows_of(x_THd), cos_Tp, sin_Tp, out, 1.0, halves=halves)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (cos_Tp, sin_Tp), grad = ctx.saved_tensors, rows_of(grads[0])
-        return _turn(grad, cos_Tp, sin_Tp, grad.new_empty(grad.shape), -1.0), None, None
+        dx = _turn(grad, cos_Tp, sin_Tp, grad.new_empty(grad.shape), -1.0, halves=ctx.halves)
+        return dx, None, None, None
 
 
-def _turn(x: Tensor, cos_Tp: Tensor, sin_Tp: Tensor, out: Tensor, direction: float) -> Tensor:
+def _turn(
+    x: Tensor, cos_Tp: Tensor, sin_Tp: Tensor, out: Tensor, direction: float, *, halves: bool
+) -> Tensor:
     """Write x turned to `out`, which may be x itself."""
     num_tokens, num_heads, width = x.shape
     if num_tokens:
         _rotate[(num_tokens,)](
             x, cos_Tp.contiguous(), sin_Tp.contiguous(), out, x.stride(0), out.stride(0), direction,
-            num_heads, width, triton.next_power_of_2(num_heads), triton.next_power_of_2(width),
+            num_heads, width, triton.next_power_of_2(num_heads), triton.next_power_of_2(width // 2),
+            halves,
         )  # fmt: skip
     return out
 
@@ -215,21 +220,30 @@ def _norm_backward(x, weight, scales, grad, dx, dw, x_stride, num_rows, width, B
 @triton.jit
 def _rotate(
     x, cos, sin, out, x_stride, out_stride, direction,
-    num_heads, width, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+    num_heads, width, HEADS: tl.constexpr, PAIRS: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
-    """All heads of one token. Heads are read whole, and pairs are taken apart in registers."""
+    """All heads of one token. Heads are read whole: pairs of neighbours are taken apart in
+    registers, halves are two reads."""
     wait()
     token = tl.program_id(0).to(tl.int64)
-    head, at = tl.arange(0, HEADS)[:, None], tl.arange(0, WIDTH)[None, :]
-    place, inside = head * width + at, (head < num_heads) & (at < width)
-    values = tl.load(x + token * x_stride + place, inside, 0.0).to(tl.float32)
-    even, odd = tl.split(tl.reshape(values, [HEADS, WIDTH // 2, 2]))
-    pair = tl.arange(0, WIDTH // 2)
-    pairs = width // 2
+    x += token * x_stride
+    out += token * out_stride
+    head, pair, pairs = tl.arange(0, HEADS)[:, None], tl.arange(0, PAIRS), width // 2
     c = tl.load(cos + token * pairs + pair, pair < pairs, 0.0)[None, :]
     s = tl.load(sin + token * pairs + pair, pair < pairs, 0.0)[None, :] * direction
-    turned = tl.join(even * c - odd * s, odd * c + even * s)
-    tl.store(out + token * out_stride + place, tl.reshape(turned, [HEADS, WIDTH]), inside)
+    if HALVES:
+        place, inside = head * width + pair[None, :], (head < num_heads) & (pair[None, :] < pairs)
+        low = tl.load(x + place, inside, 0.0).to(tl.float32)
+        high = tl.load(x + pairs + place, inside, 0.0).to(tl.float32)
+        tl.store(out + place, low * c - high * s, inside)
+        tl.store(out + pairs + place, high * c + low * s, inside)
+    else:
+        at = tl.arange(0, 2 * PAIRS)[None, :]
+        place, inside = head * width + at, (head < num_heads) & (at < width)
+        values = tl.load(x + place, inside, 0.0).to(tl.float32)
+        even, odd = tl.split(tl.reshape(values, [HEADS, PAIRS, 2]))
+        turned = tl.join(even * c - odd * s, odd * c + even * s)
+        tl.store(out + place, tl.reshape(turned, [HEADS, 2 * PAIRS]), inside)
 
 
 @overlapped
