@@ -32,7 +32,7 @@ TASKS = "chain_sum?min_terms=2&max_terms=3&max_digits=1"
 HELD_OUT = TASKS + "&size=400&seed=5"  # of no run by which settings were chosen
 METHODS: dict[str, dict[str, Any]] = {
     "UPO": {},
-    "PPO only": {"upo_mu": 0},
+    "PPO only": {"upo_mu": 0, "pair_dataset_path": ""},  # without effect
     "DPO only": {"policy_loss": "none", "upo_mu": 1.0, "num_generations": 2},  # not learnt from
 }
 START = "SFT"
