@@ -26,10 +26,14 @@ from typing import Any
 
 from harness import ROOT, smollm2_gguf, write_record
 
+from erniekit.data.tasks import Tasks
+
 QUESTION = __doc__.splitlines()[0]
 CONFIG = ROOT / "examples/configs/SmolLM2-135M/upo/run_upo_offline.yaml"
 TASKS = "chain_sum?min_terms=2&max_terms=3&max_digits=1"
-HELD_OUT = TASKS + "&size=400&seed=5"  # of no run by which settings were chosen
+TRAINING = TASKS + "&size=4000&seed=1"
+# Task i of seed s is task 0 of seed s + i: seeds that are near each other give the same tasks.
+HELD_OUT = TASKS + "&size=800&seed=100001"
 METHODS: dict[str, dict[str, Any]] = {
     "UPO": {},
     "PPO only": {"upo_mu": 0, "pair_dataset_path": ""},  # without effect
@@ -77,8 +81,7 @@ def warm_start(folder: Path, steps: int) -> Path:
 
 def pairs_of(model: Path, file: Path) -> Path:
     if not file.is_file():
-        tasks = TASKS + "&size=4000&seed=1"
-        _call("examples/data/make_task_pairs.py", str(model), tasks, str(file), "--tasks", "400")
+        _call("examples/data/make_task_pairs.py", str(model), TRAINING, str(file), "--tasks", "400")
     return file
 
 
@@ -88,7 +91,7 @@ def asked(output: Path, settings: dict[str, Any]) -> Right:
     if not answers.is_file():
         more = {"eval_dataset_path": HELD_OUT, "output_dir": output, "num_answers": 0}
         erniekit("eval", str(CONFIG), *words_of(settings | more))
-    return {f"{r['where']}: {r['question']}": r["rewards"][0] == 1 for r in _records(answers)}
+    return {f"{i}: {r['question']}": r["rewards"][0] == 1 for i, r in enumerate(_records(answers))}
 
 
 def trained(output: Path, settings: dict[str, Any]) -> Numbers:
@@ -110,22 +113,23 @@ def _records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def seen(pairs: Path, outputs: Sequence[Path]) -> set[str]:
-    """Questions that any run was trained on, in a prompt or a pair."""
-    rollouts = [record for output in outputs for record in _records(output / "rollouts.jsonl")]
-    return {r["src"][0] for r in _records(pairs)} | {r["question"] for r in rollouts}
+def new_among(asked: Right) -> list[str]:
+    """Those of the held-out tasks that stand nowhere in the file that everything is trained on."""
+    tasks = Tasks(TRAINING)
+    known = {tasks[i]["messages"][0]["content"] for i in range(len(tasks))}
+    return [task for task in asked if task.split(": ", 1)[1] not in known]
 
 
 # --- differences ---
 
 
 def difference(ours: Sequence[Right], theirs: Sequence[Right]) -> tuple[float, float]:
-    """Mean over seeds and tasks of what `ours` has more right, and its standard error.
+    """Points that `ours` has more right, mean over seeds and tasks, and their standard error.
 
     The variance is the sum of that of the mean of seeds (over tasks) and of that of the mean of
     tasks (over seeds).
     """
-    by_seed = [[a[task] - b[task] for task in a] for a, b in zip(ours, theirs, strict=True)]
+    by_seed = [[100 * (a[task] - b[task]) for task in a] for a, b in zip(ours, theirs, strict=True)]
     of_tasks, of_seeds = [mean(column) for column in zip(*by_seed)], [mean(row) for row in by_seed]
     variance = sum(stdev(part) ** 2 / len(part) for part in (of_tasks, of_seeds) if len(part) > 1)
     return mean(of_seeds), sqrt(variance)
@@ -153,19 +157,15 @@ def measure(args: argparse.Namespace, folder: Path) -> None:
     seeds = [int(seed) for seed in args.seeds.split(",")]
     numbers: dict[str, list[Numbers]] = {name: [] for name in METHODS}
     right: dict[str, list[Right]] = {START: [start] * len(seeds)} | {name: [] for name in METHODS}
-    outputs = []
     for seed in seeds:  # methods take turns
         for name, own in METHODS.items():
             output = folder / f"{name.lower().replace(' ', '-')}-{seed}"
             settings = common | own | {"seed": seed}
             numbers[name].append(trained(output, settings))
             right[name].append(asked(output, settings))
-            outputs.append(output)
             share = 100 * mean(right[name][-1].values())
             print(f"{name} {seed}: {share:.1f} %", numbers[name][-1], file=sys.stderr, flush=True)
-    known = seen(pairs, outputs)
-    new = [task for task in start if task.split(": ", 1)[1] not in known]
-    report(args, seeds, right, new, numbers)
+    report(args, seeds, right, new_among(start), numbers)
 
 
 def report(
@@ -175,27 +175,33 @@ def report(
     new: Sequence[str],
     numbers: Mapping[str, Sequence[Numbers]],
 ) -> None:
-    header = ["method", "right", "by seed", "of new tasks", "reward in training", "UPO has more"]
+    header = ["method", "right", "by seed", "UPO has more", "of new tasks", "UPO has more of them",
+              "reward in training"]  # fmt: skip
     rows, told = [header], []
     for name, runs in right.items():
-        shares = [mean(run.values()) for run in runs]
-        new_share = mean(run[task] for run in runs for task in new) if new else float("nan")
+        shares = [_share(run) for run in runs]
+        of_new, upo_of_new = (
+            [{task: run[task] for task in new} for run in side] for side in (runs, right["UPO"])
+        )
         by_seed = ", ".join(f"{100 * share:.1f}" for share in shares) if name != START else ""
-        gain, error = difference(right["UPO"], runs)
-        more = "" if name == "UPO" else f"{100 * gain:.1f} ± {100 * error:.1f} points"
+        more, more_new = (
+            "" if name == "UPO" else "{:.1f} ± {:.1f} points".format(*difference(*sides))
+            for sides in ((right["UPO"], runs), (upo_of_new, of_new))
+        )
         first, last = (
             mean(run[f"train_reward_{end}"] for run in numbers[name]) if name in numbers else 0.0
             for end in ("first", "last")
         )
         reward = f"{first:.3f} to {last:.3f}" if name in numbers else ""
-        share = f"{100 * mean(shares):.1f} %"
-        rows.append([name, share, by_seed, f"{100 * new_share:.1f} %", reward, more])
+        share, new_share = (f"{100 * mean(map(_share, part)):.1f} %" for part in (runs, of_new))
+        rows.append([name, share, by_seed, more, new_share, more_new, reward])
         if more:
-            told.append(f"{100 * gain:.1f} ± {100 * error:.1f} points more than {name}")
+            told.append(f"{more} more than {name}")
     reading = (
         f"After {args.rounds} rounds UPO has {100 * mean(map(_share, right['UPO'])):.1f} % of "
         f"{len(right['UPO'][0])} held-out tasks right: {', '.join(told)} (standard errors over "
-        f"{len(seeds)} seeds and the tasks). New are the {len(new)} tasks that no run saw."
+        f"{len(seeds)} seeds and the tasks). New are the {len(new)} that stand nowhere in the "
+        "training file."
     )
     write_record(
         "effects_upo",
