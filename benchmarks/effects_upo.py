@@ -196,7 +196,7 @@ def report(
         share, new_share = (f"{100 * mean(map(_share, part)):.1f} %" for part in (runs, of_new))
         rows.append([name, share, by_seed, more, new_share, more_new, reward])
         if more:
-            told.append(f"{more} more than {name}")
+            told.append(f"{more} more than {name} ({more_new} of the new tasks)")
     reading = (
         f"After {args.rounds} rounds UPO has {100 * mean(map(_share, right['UPO'])):.1f} % of "
         f"{len(right['UPO'][0])} held-out tasks right: {', '.join(told)} (standard errors over "
@@ -206,7 +206,8 @@ def report(
     write_record(
         "effects_upo",
         QUESTION,
-        "python benchmarks/effects_upo.py " + " ".join(sys.argv[1:]),
+        f"python benchmarks/effects_upo.py --rounds {args.rounds} --seeds {args.seeds} "
+        f"--warm {args.warm}",
         {"rounds": args.rounds, "seeds": seeds, "warm_steps": args.warm, "held_out": HELD_OUT,
          "config": str(CONFIG.relative_to(ROOT)), "methods": METHODS},
         {"right": {name: [_marks(run) for run in runs] for name, runs in right.items()},
