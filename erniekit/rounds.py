@@ -11,6 +11,7 @@ that are left of it; one between rounds needs nothing.
 
     output_dir/rollouts.jsonl      {"step", "where", "question", "reference", "answers", "rewards",
                                     "is_kept"}, one line a prompt
+    output_dir/held_out.jsonl      the same without "step" and "is_kept", of the newest evaluation
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ from erniekit.session import load_adapter
 log = logging.getLogger("erniekit")
 
 ROLLOUTS_FILE = "rollouts.jsonl"
+HELD_OUT_FILE = "held_out.jsonl"
 _CUT = "batches_per_step"  # beside the batches of a checkpoint
 
 
@@ -173,7 +175,7 @@ class Rounds:
         kept, dropped = self._answered(model, place, number)
         for answered, is_kept in [*((a, True) for a in kept), *((a, False) for a in dropped)]:
             if records is not None:
-                records.write(_told(answered, step + 1, is_kept))
+                records.write({"step": step + 1, **told_of(answered), "is_kept": is_kept})
         told = self._numbers(kept, dropped)
         # Every batch needs a group: one without a difference has advantages of 0.
         missing = max(self.cut.steps_per_pass * self.cut.batches_per_step - len(kept), 0)
@@ -445,15 +447,13 @@ def sampling_of(run: Run) -> Sampling:
     )
 
 
-def _told(answered: Answered, step: int, is_kept: bool) -> dict[str, Any]:
-    """A line of rollouts.jsonl."""
+def told_of(answered: Answered) -> dict[str, Any]:
+    """What the files of rounds and evaluations say of a prompt."""
     record = answered.task.record
     return {
-        "step": step,
         "where": answered.task.where,
         "question": str(record["messages"][-1].get("content") or ""),
         "reference": record["answer"],
         "answers": answered.texts,
         "rewards": answered.rewards,
-        "is_kept": is_kept,
     }

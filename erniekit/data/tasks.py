@@ -4,7 +4,9 @@
 
 is a task of the package and the settings of its dataset. A record is a question with the answer
 that the package holds right, so supervised fine-tuning reads it too; `entry` is what the package
-scores by. The same settings make the same records on every machine.
+scores by. The same settings make the same records on every machine. Task i of seed s is as a rule
+task 0 of seed s + i: the seeds of training and held-out tasks must be further apart than a file is
+long.
 """
 
 from __future__ import annotations

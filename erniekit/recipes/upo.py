@@ -13,6 +13,7 @@ Source: ERNIE 4.5 report (unified preference optimisation; its coefficients are 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import math
 import time
@@ -28,6 +29,7 @@ from ernie.rollout import Sampling
 from ernie.settings import ConfigError
 from erniekit import reward_model
 from erniekit.build import config_of
+from erniekit.checkpoint import replace_text
 from erniekit.config import Run, resolved
 from erniekit.data.loader import Batch, Stream, stream
 from erniekit.data.sources import DataError
@@ -35,7 +37,7 @@ from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.policy import Objective, policy
 from erniekit.recipes import sft
 from erniekit.rewards import Rewards, Scorer
-from erniekit.rounds import Rounds, Task, task_of
+from erniekit.rounds import HELD_OUT_FILE, Rounds, Task, task_of, told_of
 from erniekit.samplers import Own, Served
 from erniekit.session import Method
 
@@ -143,7 +145,7 @@ def evaluate_rewards(
     """eval_reward, eval_right, eval_length (tokens), eval_prompts and eval_seconds.
 
     `batches` are not read: they have no records. `max_evaluate_steps` counts so many times
-    `prompts_per_round` prompts.
+    `prompts_per_round` prompts. The answers are left in `held_out.jsonl`.
     """
     del batches, ranks  # the rounds know theirs
     start, p = time.monotonic(), run.policy
@@ -154,6 +156,10 @@ def evaluate_rewards(
     answered = rounds.answer(model, tasks, [[0]] * len(tasks), sampling)
     scored = [a.scored[0] for a in answered]
     lengths = [len(a.answers[0].token_ids) for a in answered]
+    if rounds.ranks.is_first:
+        lines = [json.dumps(told_of(a), ensure_ascii=False) + "\n" for a in answered]
+        run.output.mkdir(parents=True, exist_ok=True)
+        replace_text(run.output / HELD_OUT_FILE, "".join(lines))
     return {
         "eval_reward": float(np.mean([s.reward for s in scored])),
         "eval_right": float(np.mean([s.is_right for s in scored])),

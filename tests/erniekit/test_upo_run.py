@@ -78,9 +78,18 @@ def test_training_raises_the_reward(name, more, words, tiny, tmp_path: Path, cap
         assert shown in page
     rollouts = [json.loads(line) for line in (tmp_path / "out/rollouts.jsonl").open()]
     assert len(rollouts) == 24 * 4 and all(len(r["answers"]) == 6 for r in rollouts)
+    assert abs(_held_out_reward(tmp_path / "out") - rest[-1]["eval_reward"]) < 1e-12
     assert main(["eval", *words(**more)]) == 0
     results = json.loads((tmp_path / "out/eval_results.json").read_text())
+    assert abs(_held_out_reward(tmp_path / "out") - results["eval_reward"]) < 1e-12
     assert abs(results["eval_reward"] - rest[-1]["eval_reward"]) < 0.2  # rounded to bfloat16
+
+
+def _held_out_reward(output: Path) -> float:
+    """By the answers that the newest evaluation left; 6 prompts are asked."""
+    found = [json.loads(line) for line in (output / "held_out.jsonl").open()]
+    assert len({r["where"] for r in found}) == len(found) == 6
+    return sum(r["rewards"][0] for r in found) / 6
 
 
 @pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
