@@ -12,12 +12,13 @@ Source: ERNIE 4.5 report (unified preference optimisation; its coefficients are 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import math
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from itertools import islice
 
@@ -48,6 +49,8 @@ def run(run: Run, device: str, ranks: Ranks = ALONE) -> int:
     """Train as `run` says; returns the exit code of the process."""
     check_ranks(run, ranks)
     run = _with_steps(resolved(run, device))
+    if ranks.is_first and run.data.files("train") and run.data.files("eval"):
+        _compare(run)
     return sft.train(run, device, method(run, device, ranks=ranks), ranks)
 
 
@@ -131,6 +134,29 @@ def _with_steps(run: Run) -> Run:
     num_steps = num_rounds * p.num_iterations * p.num_mini_batches
     log.info("%d rounds of %d prompts: %d steps", num_rounds, p.prompts_per_round, num_steps)
     return dataclasses.replace(run, training=dataclasses.replace(run.training, max_steps=num_steps))
+
+
+def _compare(run: Run) -> None:
+    """Warn of held-out prompts that are trained on."""
+    trained, held_out = (_prompts(stream(run, split)) for split in ("train", "eval"))
+    known = set(islice(trained, run.data.max_estimate_samples))
+    asked = list(islice(held_out, run.data.max_estimate_samples))
+    if common := sum(prompt in known for prompt in asked):
+        log.warning(
+            "%d of %d evaluation prompts are also in the training data: eval_reward will look too "
+            "good",
+            common,
+            len(asked),
+        )
+
+
+def _prompts(source: Stream) -> Iterator[str]:
+    """All prompts of a split, as text; records that cannot be read are told of elsewhere."""
+    for records, kind in zip(source.sources, source.kinds):
+        for index in range(len(records)):
+            with contextlib.suppress(DataError):
+                messages = source.encoder.dialogue(records[index], kind).messages
+                yield json.dumps(messages[:-1])
 
 
 @torch.no_grad()

@@ -206,3 +206,14 @@ def test_the_data_of_tasks_is_gone_through_like_a_file(words, capsys) -> None:
     assert main(["data", *words(**more)]) == 0
     assert "chain_sum?size=4" in capsys.readouterr().out
     assert main(["train", *words(stage="SFT", max_steps=1, max_seq_len=256, **more)]) == 0
+
+
+def test_held_out_prompts_that_are_trained_on_are_told_of(words, tmp_path: Path, capsys) -> None:
+    mixed = [*dialogues(4), *dialogues(3, salt="about ")]
+    write_lines(tmp_path / "mixed.jsonl", mixed)
+    assert main(["train", *words(max_steps=1, eval_dataset_path=tmp_path / "mixed.jsonl")]) == 0
+    told = capsys.readouterr()
+    assert "4 of 7 evaluation prompts are also in the training data" in told.out + told.err
+    assert main(["train", *words(max_steps=1, output_dir=tmp_path / "other")]) == 0
+    told = capsys.readouterr()
+    assert "also in the training data" not in told.out + told.err
