@@ -53,13 +53,13 @@ class Ours:
         runner = self.llm.engine.runner
         model, config = runner.model, runner.model.config
         total = model.fused_head.weight.num_bytes
-        for module in model.modules():
-            for value in vars(module).values():
-                for weight in value if isinstance(value, tuple) else (value,):
-                    if isinstance(weight, PackedWeight):
-                        stacked = len(weight.shape) == 3
-                        share = config.moe_k / weight.shape[0] if stacked else 1
-                        total += weight.num_bytes * share
+        held: list[object] = [value for m in model.modules() for value in vars(m).values()]
+        for value in held:  # grows: a bank of experts is a tuple in a list
+            if isinstance(value, (list, tuple)):
+                held += value
+            elif isinstance(value, PackedWeight):
+                is_stack = len(value.shape) == 3
+                total += value.num_bytes * (config.moe_k / value.shape[0] if is_stack else 1)
         element = runner.cache.keys_LBPGr.element_size()
         return total + context * config.kv_bytes_per_token(element)
 
