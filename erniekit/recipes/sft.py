@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -188,10 +188,16 @@ def _tell(source: Stream, found: Survey) -> None:
 
 
 def _compare(train: Survey, held_out: Survey) -> None:
-    if common := len(train.digests & held_out.digests):
+    tell_overlap(train.digests & held_out.digests, held_out.digests, "samples", "eval_loss")
+
+
+def tell_overlap(common: Sized, asked: Sized, kind: str, number: str) -> None:
+    """Warn of held-out samples or prompts that are trained on."""
+    if common:
         log.warning(
-            "%d of %d evaluation samples are also in the training data: eval_loss will look too "
-            "good",
-            common,
-            len(held_out.digests),
+            "%d of %d evaluation %s are also in the training data: %s will look too good",
+            len(common),
+            len(asked),
+            kind,
+            number,
         )

@@ -141,13 +141,8 @@ def _compare(run: Run) -> None:
     trained, held_out = (_prompts(stream(run, split)) for split in ("train", "eval"))
     known = set(islice(trained, run.data.max_estimate_samples))
     asked = list(islice(held_out, run.data.max_estimate_samples))
-    if common := sum(prompt in known for prompt in asked):
-        log.warning(
-            "%d of %d evaluation prompts are also in the training data: eval_reward will look too "
-            "good",
-            common,
-            len(asked),
-        )
+    common = [prompt for prompt in asked if prompt in known]
+    sft.tell_overlap(common, asked, "prompts", "eval_reward")
 
 
 def _prompts(source: Stream) -> Iterator[str]:

@@ -18,7 +18,6 @@ constexpr long DEPTH = 256;                       // of a part of A and B
 constexpr long PANEL = OUTER_VECTORS * VL;        // columns of B side by side in the registers
 constexpr long COLUMNS = 4 * PANEL;               // of one task
 constexpr long ROWS = 16 * OUTER_ROWS;            // of one task
-constexpr long SERIAL_PRODUCTS = 64 * 1024;       // below this a second thread costs more than it brings
 
 // C (rows, columns) = A @ B, or += with `add`; C and B are contiguous along columns.
 template <class B>

@@ -17,7 +17,6 @@ struct Task {
 
 constexpr long CACHE_FLOATS = 96 * 1024;    // of x in one task: 384 KiB, a part of the second-level cache
 constexpr long WEIGHT_BYTES = 64 * 1024;    // of one task: small enough to share out evenly
-constexpr long SERIAL_PRODUCTS = 64 * 1024;  // below this a second thread costs more than it brings
 
 template <class W>
 void run_task(const Task &task, const float *x, long ldx, const W *weight, long width, long outputs,

@@ -9,6 +9,8 @@
 
 #include "vec.h"
 
+constexpr long SERIAL_PRODUCTS = 64 * 1024;  // below this a second thread costs more than it brings
+
 // --- x @ w.T ------------------------------------------------------------------------------------------
 
 #if defined(__AVX512F__)

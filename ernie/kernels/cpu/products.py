@@ -53,6 +53,7 @@ def _is_trained(weight: Weight) -> bool:
 def grouped_linear(x_NI: Tensor, weight_EOI: Weight, counts_E: Tensor) -> Tensor:
     if x_NI.dtype != torch.float32:
         return grouped_linear(x_NI.float(), weight_EOI, counts_E).to(x_NI.dtype)
+    counts_E = counts_E.contiguous()
     if torch.is_grad_enabled() and (x_NI.requires_grad or _is_trained(weight_EOI)):
         if isinstance(weight_EOI, QuantTensor):
             return _QuantisedGroups.apply(x_NI, weight_EOI, counts_E)
@@ -209,7 +210,7 @@ def _multiply(
         None if bias_O is None else bias_O.data_ptr(),
         out_NO.data_ptr(),
         out_NO.stride(0),
-        *_groups(counts_E),
+        *_groups(counts_E, weight),
         len(x_NI),
         weight.shape[-1],
         weight.shape[-2],
@@ -245,6 +246,7 @@ def _grad_rows(grad_NO: Tensor, weight: Weight, counts_E: Tensor | None = None) 
 def _add_grad_rows(
     grad_NO: Tensor, weight: Tensor, counts_E: Tensor | None, out_NI: Tensor, *, add: bool
 ) -> None:
+    assert grad_NO.dtype == torch.float32 and grad_NO.shape[1] == weight.shape[-2]
     grad_NO = _rows(grad_NO)
     library().ernie_rows_gradient(
         grad_NO.data_ptr(),
@@ -252,7 +254,7 @@ def _add_grad_rows(
         weight.data_ptr(),
         DTYPES[weight.dtype],
         out_NI.data_ptr(),
-        *_groups(counts_E),
+        *_groups(counts_E, weight),
         *grad_NO.shape,
         weight.shape[-1],
         add,
@@ -274,7 +276,8 @@ def add_product_(total_OI: Tensor, left_NO: Tensor, right_NI: Tensor) -> None:
 
 
 def _add_grad_weight(total: Tensor, grad_NO: Tensor, x_NI: Tensor, counts_E: Tensor | None) -> None:
-    assert total.is_contiguous()
+    assert total.is_contiguous() and grad_NO.dtype == x_NI.dtype == torch.float32
+    assert len(grad_NO) == len(x_NI) and total.shape[-2:] == (grad_NO.shape[1], x_NI.shape[1])
     grad_NO, x_NI = _rows(grad_NO), _rows(x_NI)
     library().ernie_weight_gradient(
         grad_NO.data_ptr(),
@@ -282,18 +285,20 @@ def _add_grad_weight(total: Tensor, grad_NO: Tensor, x_NI: Tensor, counts_E: Ten
         x_NI.data_ptr(),
         x_NI.stride(0),
         total.data_ptr(),
-        *_groups(counts_E),
+        *_groups(counts_E, total),
         *grad_NO.shape,
         x_NI.shape[1],
         torch.get_num_threads(),
     )
 
 
-def _groups(counts_E: Tensor | None) -> tuple[int | None, int]:
+def _groups(counts_E: Tensor | None, weight: Tensor) -> tuple[int | None, int]:
     """Rows of each group, as the library takes them; one group needs no counts."""
     if counts_E is None:
+        assert weight.dim() == 2
         return None, 1
     assert counts_E.dtype == torch.int64 and counts_E.is_contiguous()
+    assert len(counts_E) == len(weight)
     return counts_E.data_ptr(), len(counts_E)
 
 
