@@ -7,6 +7,8 @@ The family rotates *interleaved* pairs `(x[0], x[1]), (x[2], x[3]), ...` over th
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -23,10 +25,7 @@ def rotary_tables(
     by width. Equal rows give the one-dimensional tables. Source: PaddleFormers, `ernie4_5_moe_vl`.
     """
     num_pairs = head_dim // 2
-    exponents = (
-        torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device) / head_dim
-    )
-    frequencies_p = 1.0 / theta**exponents
+    frequencies_p = _frequencies(head_dim, theta, positions.device)
     if positions.dim() == 1:
         angles_Tp = positions.float()[:, None] * frequencies_p
     else:
@@ -34,3 +33,11 @@ def rotary_tables(
         source_p = torch.where(pair >= num_pairs - temporal_pairs, 0, 1 + pair % 2)
         angles_Tp = positions.float()[source_p].T * frequencies_p
     return angles_Tp.cos(), angles_Tp.sin()
+
+
+@cache
+def _frequencies(head_dim: int, theta: float, device: torch.device) -> Tensor:
+    """The turn of each pair from one position to the next, float32 `(d/2,)`."""
+    with torch.inference_mode(False):  # whoever asks first may train or not
+        exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=device) / head_dim
+        return 1.0 / theta**exponents

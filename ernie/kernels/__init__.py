@@ -51,6 +51,7 @@ __all__ = [
     "adamw_8bit_step",
     "adamw_step",
     "add_product_",
+    "argmax",
     "attend_packed",
     "attend_paged",
     "batch_invariant",
@@ -205,6 +206,12 @@ def cross_entropy_(logits_NV: Tensor, targets_N: Tensor, scale: float) -> tuple[
     all arithmetic is float32. Targets are int64. Contiguous logits; not differentiable.
     """
     return pick("cross_entropy_", logits_NV.device)(logits_NV, targets_N, scale)
+
+
+def argmax(logits_RV: Tensor) -> Tensor:
+    """The likeliest token of each row, int64 `(R,)`: the first of several, and a NaN before all
+    numbers."""
+    return pick("argmax", logits_RV.device)(logits_RV)
 
 
 def draw(

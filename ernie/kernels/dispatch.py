@@ -38,6 +38,7 @@ OPERATIONS = (
     "quick_gelu",
     "squares",
     "cross_entropy_",
+    "argmax",
     "draw",
     "token_logprobs",
     "attend_packed",

@@ -690,6 +690,10 @@ def invert(masses_RV: Tensor, uniform_R: Tensor) -> Tensor:
     return places_R1[:, 0].clamp_max(masses_RV.shape[-1] - 1)
 
 
+def argmax(logits_RV: Tensor) -> Tensor:
+    return logits_RV.argmax(-1)
+
+
 def token_logprobs(logits_RV: Tensor, tokens_R: Tensor) -> Tensor:
     own_R = logits_RV.gather(-1, tokens_R[:, None])[:, 0]
     return own_R.float() - logits_RV.float().logsumexp(-1)

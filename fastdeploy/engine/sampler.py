@@ -83,19 +83,23 @@ class Sampler:
         requests = [part.request for part in choosing for _ in range(len(part.draft_ids) + 1)]
         offsets = [i for part in choosing for i in range(len(part.draft_ids) + 1)]
         wanted = [i for i, request in enumerate(requests) if request.wants_logprob]
-        wanted_r = places(wanted, device)
-        raw_rV = logits_RV.index_select(0, wanted_r)  # copied before it is adjusted
+        # Copied before they are adjusted.
+        raw_rV = logits_RV.index_select(0, places(wanted, device)) if wanted else None
         self._adjust(logits_RV, choosing)
         if masks is not None:
             masks.apply(logits_RV)
         tokens_R = _choose(logits_RV, requests, offsets, _forced(requests))
-        logprobs_r = kernels.token_logprobs(raw_rV, tokens_R.index_select(0, wanted_r))
+        logprobs_r = None
+        if raw_rV is not None:
+            own_r = tokens_R.index_select(0, places(wanted, device))
+            logprobs_r = kernels.token_logprobs(raw_rV, own_r)
         # Here a step waits for the device, and nowhere before.
         choices = [Choice(token) for token in tokens_R.tolist()]
-        for i, logprob in zip(wanted, logprobs_r.tolist()):
-            choices[i].logprob = logprob
-            requests[i].watch(logprob)
-        _describe(raw_rV, [requests[i] for i in wanted], [choices[i] for i in wanted])
+        if raw_rV is not None and logprobs_r is not None:
+            for i, logprob in zip(wanted, logprobs_r.tolist()):
+                choices[i].logprob = logprob
+                requests[i].watch(logprob)
+            _describe(raw_rV, [requests[i] for i in wanted], [choices[i] for i in wanted])
         accepted = self._accepted(choices, choosing)
         if masks is not None:
             tokens_by_request = {
@@ -181,7 +185,7 @@ def _choose(
     if len(drawn) == len(requests):
         tokens_R = _draw_rows(logits_RV, requests, offsets)
     else:
-        tokens_R = logits_RV.argmax(-1)
+        tokens_R = kernels.argmax(logits_RV)
     if 0 < len(drawn) < len(requests):
         rows_r = places(drawn, device)
         some = [requests[i] for i in drawn], [offsets[i] for i in drawn]

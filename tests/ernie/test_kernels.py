@@ -37,6 +37,17 @@ def sliced(rows: int, width: int, at: int = 3) -> torch.Tensor:
     return rand(rows, 2 * width + at)[:, at : at + width].requires_grad_()
 
 
+def with_values(x: torch.Tensor, values: dict[int, float]) -> torch.Tensor:
+    """Some columns of all rows but the first."""
+    for column, value in values.items():
+        x[1:, column] = value
+    return x
+
+
+INFINITIES = {7: float("-inf"), 20_000: float("inf"), 32_999: float("inf")}
+NO_NUMBERS = {5: float("inf"), 16_390: float("nan"), 32_998: float("nan")}
+
+
 def bounds(*lengths: int) -> torch.Tensor:
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
@@ -135,6 +146,12 @@ CASES = {
         "squares",
         [rand(3, 5), rand(7, dtype=BF16), rand(0), rand(50, 4001, dtype=BF16), rand(50, 4001)],
     ),
+    "argmax": lambda: ("argmax", rand(3, 50_001)),
+    "argmax of equals": lambda: ("argmax", rand(9, 40_000).mul_(2).round_()),
+    "argmax infinities": lambda: ("argmax", with_values(rand(4, 33_000), INFINITIES)),
+    "argmax without numbers": lambda: ("argmax", with_values(rand(4, 33_000), NO_NUMBERS)),
+    "argmax slice": lambda: ("argmax", sliced(9, 37).detach()),
+    "argmax bf16": lambda: ("argmax", rand(3, 301, dtype=BF16)),
     "swiglu": lambda: ("swiglu", rand(9, 1000, grad=True), rand(9, 1000, grad=True)),
     "swiglu slices": lambda: ("swiglu", sliced(9, 37), sliced(9, 37, at=5)),
     "swiglu large values": lambda: ("swiglu", rand(4, 64) * 100, rand(4, 64)),

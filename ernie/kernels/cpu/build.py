@@ -56,6 +56,7 @@ SIGNATURES = {
     "quick_gelu": "ppl" + "i",
     "quick_gelu_backward": "pppl" + "i",
     "sum_of_squares": "pilp" + "i",
+    "argmax": "pllp" + "i",
     "write_cache": "p",
     "attend_packed": "plplplpllllfipp" + "i",
     "attend_packed_backward": "plplplppppllllfilpppp" + "i",

@@ -23,7 +23,7 @@ from ernie.kernels.cpu.pointwise import (
     swiglu_halves,
 )
 from ernie.kernels.cpu.products import add_product_, grouped_linear, linear, rows_gradient
-from ernie.kernels.cpu.sampling import draw
+from ernie.kernels.cpu.sampling import argmax, draw
 
 HEEDS_BATCH_INVARIANT = True
 
@@ -32,6 +32,7 @@ __all__ = [
     "adamw_8bit_step",
     "adamw_step",
     "add_product_",
+    "argmax",
     "attend_packed",
     "attend_paged",
     "available",

@@ -1,4 +1,5 @@
-"""Draws on a CPU: of a vocabulary, only the likeliest tokens are sorted, in plain torch.
+"""Draws on a CPU: of a vocabulary, only the likeliest tokens are sorted, in plain torch. The likeliest
+one by itself is found by our library.
 
 Legend: R rows of logits, r those of them that are restricted, V vocabulary, K candidates.
 """
@@ -8,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ernie.kernels import reference
+from ernie.kernels.cpu.build import library
 from ernie.kernels.reference import (
     MOST_TOKENS,
     draw_distances,
@@ -20,6 +23,16 @@ from ernie.kernels.reference import (
 # What is kept is looked for among so many of the likeliest tokens, and among 16 times as many where
 # it does not end with these: sorting a whole vocabulary takes milliseconds.
 NUM_CANDIDATES = 256
+
+
+def argmax(logits_RV: Tensor) -> Tensor:
+    if logits_RV.dtype != torch.float32 or not logits_RV.is_contiguous() or not logits_RV.numel():
+        return reference.argmax(logits_RV)
+    tokens_R = torch.empty(len(logits_RV), dtype=torch.int64)
+    library().ernie_argmax(
+        logits_RV.data_ptr(), *logits_RV.shape, tokens_R.data_ptr(), torch.get_num_threads()
+    )
+    return tokens_R
 
 
 def draw(
