@@ -2,7 +2,8 @@
 
     python benchmarks/effects_upo.py [--rounds 40] [--seeds 1,2,3] [--warm 20] [--folder DIR]
 
-One supervised warm start of SmolLM2-135M (LoRA, merged) on sums of small numbers that reasoning-gym
+One supervised warm start of SmolLM2-135M (LoRA, merged) on sums of two numbers of two digits that
+reasoning-gym
 makes (SFT); pairs of a right answer and a wrong one of that model; and from it, for every seed, as
 many rounds of PPO on drawn answers plus mu times DPO on the pairs (offline UPO), of PPO only and of
 DPO only. The number that counts is the share of right greedy answers to held-out tasks. Methods are
@@ -30,7 +31,7 @@ from erniekit.data.tasks import Tasks
 
 QUESTION = __doc__.splitlines()[0]
 CONFIG = ROOT / "examples/configs/SmolLM2-135M/upo/run_upo_offline.yaml"
-TASKS = "chain_sum?min_terms=2&max_terms=3&max_digits=1"
+TASKS = "chain_sum?min_terms=2&max_terms=2&min_digits=2&max_digits=2"
 TRAINING = TASKS + "&size=4000&seed=1"
 # Task i of seed s is task 0 of seed s + i: seeds that are near each other give the same tasks.
 HELD_OUT = TASKS + "&size=800&seed=100001"

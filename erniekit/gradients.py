@@ -112,6 +112,8 @@ class Gradients:
         kept as it is: a bfloat16 gradient becomes float32 when there is something to add to it."""
         if total is None:
             return gradient if gradient.itemsize <= dtype.itemsize else gradient.to(dtype)
+        if dtype == torch.float32:
+            return kernels.float32_sum(total, gradient)
         return total.to(dtype).add_(gradient)
 
 

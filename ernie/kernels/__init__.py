@@ -62,6 +62,7 @@ __all__ = [
     "cross_entropy_",
     "draw",
     "expert",
+    "float32_sum",
     "grouped_linear",
     "has_bfloat16_products",
     "is_batch_invariant",
@@ -403,6 +404,12 @@ def moe(
         norm=norm,
         residual_TD=residual_TD,
     )
+
+
+def float32_sum(total: Tensor, gradient: Tensor) -> Tensor:
+    """`total + gradient` in float32, of tensors of one shape: in `total` itself if that is float32,
+    else in memory of its own."""
+    return pick("float32_sum", total.device)(total, gradient)
 
 
 def adamw_step(

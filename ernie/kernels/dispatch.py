@@ -51,6 +51,7 @@ OPERATIONS = (
     "project",
     "mlp",
     "moe",
+    "float32_sum",
     "adamw_step",
     "adamw_8bit_step",
 )

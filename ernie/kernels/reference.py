@@ -473,6 +473,10 @@ def adamw_constants(
     )
 
 
+def float32_sum(total: Tensor, gradient: Tensor) -> Tensor:
+    return total.float().add_(gradient)
+
+
 def adamw_step(
     parameter_N: Tensor,
     gradient_N: Tensor,

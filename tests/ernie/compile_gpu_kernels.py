@@ -175,6 +175,7 @@ def update() -> None:
     for moments in (torch.ones(4096), rand(4096)):
         ops.adamw_step(weights, rand(4096), moments, moments, **rates)
     codes = torch.zeros(4096, dtype=I8), torch.zeros(4096, dtype=torch.uint8)
+    ops.float32_sum(rand(4096), rand(4096).bfloat16())
     ops.adamw_8bit_step(weights, rand(4096), *codes, scales, **rates)
 
 

@@ -438,6 +438,19 @@ def test_optimizer_step_equals_its_definition_bit_for_bit(moments, gradient):
         torch.testing.assert_close(own.float(), other.float(), rtol=2**-7, atol=0)
 
 
+@pytest.mark.parametrize("total", [F32, BF16])
+def test_sums_of_gradients_equal_their_definition_bit_for_bit(total):
+    for sums, gradient in (
+        (rand(5003, dtype=total), rand(5003, dtype=BF16)),
+        (rand(7, 300, dtype=total).mT, rand(7, 300, dtype=BF16).mT),
+    ):
+        expected = sums.float() + gradient.float()
+        ours = ops.float32_sum(sums, gradient)
+        assert ours.dtype == F32
+        assert torch.equal(ours, expected)
+        assert (ours is sums) == (total == F32)
+
+
 def fake_varlen(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa=False):
     assert window_size in ((-1, 0), (-1, -1))
     assert enable_gqa

@@ -40,6 +40,7 @@ MODULE_BY_OPERATION = {
     "cross_entropy_": "loss",
     "draw": "sampling",
     "token_logprobs": "sampling",
+    "float32_sum": "optimizer",
     "adamw_step": "optimizer",
     "adamw_8bit_step": "optimizer",
 }

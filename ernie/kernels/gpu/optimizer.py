@@ -1,4 +1,5 @@
-"""AdamW on a GPU, in one pass over a parameter and its state, with the bits of the reference.
+"""AdamW and sums of gradients on a GPU, in one pass over what they read, with the bits of the
+reference.
 
 Every operation rounds by itself, as in the reference: kernels are compiled without fusing products
 into sums (`enable_fp_fusion=False`), roots and quotients are correctly rounded, and the random bits
@@ -14,12 +15,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ernie.kernels import reference
 from ernie.kernels.reference import MOMENT_BLOCK, adamw_constants, rounding_key
 
 ELEMENTS = 1024  # of one program
 BLOCK = tl.constexpr(MOMENT_BLOCK)
 BLOCKS = 4  # of one program, each with scales of its own
 UNIT = tl.constexpr(2.0**-16)
+
+
+def float32_sum(total: Tensor, gradient: Tensor) -> Tensor:
+    if not (total.is_contiguous() and gradient.is_contiguous()):
+        return reference.float32_sum(total, gradient)
+    is_kept = total.dtype == torch.float32
+    out = total if is_kept else torch.empty_like(total, dtype=torch.float32)
+    size = total.numel()
+    _float32_sum[(triton.cdiv(size, ELEMENTS),)](
+        total, gradient, out, size, SIZE=ELEMENTS, num_warps=4
+    )
+    return out
 
 
 def adamw_step(
@@ -76,6 +90,14 @@ def adamw_8bit_step(
 def _signed(key: int) -> int:
     """The same 32 bits as a signed integer: one type of argument, whatever they are."""
     return key - 2**32 if key >= 2**31 else key
+
+
+@triton.jit
+def _float32_sum(total, gradient, out, size, SIZE: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * SIZE + tl.arange(0, SIZE)
+    here = at < size
+    added = tl.load(total + at, here).to(tl.float32) + tl.load(gradient + at, here).to(tl.float32)
+    tl.store(out + at, added, here)
 
 
 @triton.jit
