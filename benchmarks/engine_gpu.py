@@ -93,12 +93,13 @@ def step_bytes(model: ErnieModel, texts: int) -> float:
     for block in model.model.layers:
         mlp = block.mlp
         total += block.qkv.num_bytes + block.out.num_bytes
-        share = 1.0
         if isinstance(mlp, FusedMoE):
-            num_experts = mlp.gate_up.shape[0]
-            share = 1 - (1 - mlp.top_k / num_experts) ** texts
-            total += mlp.router.nbytes + sum(w.num_bytes for w in mlp.shared or ())
-        total += share * (mlp.gate_up.num_bytes + mlp.down.num_bytes)
+            (bank,) = mlp.banks  # of text
+            share = 1 - (1 - mlp.top_k / len(bank.router)) ** texts
+            total += share * (bank.gate_up.num_bytes + bank.down.num_bytes) + bank.router.nbytes
+            total += sum(weight.num_bytes for weight in mlp.shared or ())
+        else:
+            total += mlp.gate_up.num_bytes + mlp.down.num_bytes
     return total
 
 

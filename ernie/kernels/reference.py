@@ -552,15 +552,18 @@ def adamw_8bit_step(
     bits = _rounding_bits(num_blocks * MOMENT_BLOCK, rounding_key(seed, step)).view(moment.shape)
     bits = bits.to(moment.device)
     tops = moment.abs().amax(1, keepdim=True), root.amax(1, keepdim=True)
+    # Tensors, because by a number torch divides on a GPU, and divides a number everywhere, by way
+    # of a reciprocal, which rounds twice.
+    mosts = torch.full_like(tops[0], 127.0), torch.full_like(tops[1], 255.0)
     to_moment, to_root = (
-        torch.where(top > 1e-30, most / top, 0.0) for most, top in zip((127.0, 255.0), tops)
+        torch.where(top > 1e-30, most / top, 0.0) for most, top in zip(mosts, tops)
     )
     codes = (moment * to_moment + 128 + (bits & 0xFFFF).float() * 2**-16).int().clamp(max=255) - 128
     roots = (root * to_root + (bits >> 16).float() * 2**-16).int().clamp(max=255)
     roots = torch.maximum(roots, (root > 0).int())
     moment_N.copy_(codes.flatten()[:size].view(moment_N.shape))
     square_N.copy_(roots.flatten()[:size].view(square_N.shape))
-    scales_2B.copy_(torch.stack((tops[0][:, 0] / 127, tops[1][:, 0] / 255)))
+    scales_2B.copy_(torch.cat([top / most for top, most in zip(tops, mosts)], 1).T)
 
 
 def rounding_key(seed: int, step: int) -> int:

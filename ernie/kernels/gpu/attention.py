@@ -195,7 +195,8 @@ def _attend_many(
         num_sequences, least_tokens, scale, q.stride(0), tables.shape[1], positions, num_heads,
         num_groups, width,
         GROUP=group, ROWS=rows, WIDTH=max(16, _power_of_2(width)), num_warps=rows // 16,
-        num_stages=3,
+        # Fused, a product would be rounded in steps with a mask and not in those without.
+        num_stages=3, enable_fp_fusion=not is_batch_invariant(),
     )  # fmt: skip
 
 
