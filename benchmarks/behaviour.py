@@ -1,4 +1,4 @@
-"""What does each method change in a model's behaviour on held-out data, beside its loss?
+"""What does a method change in a model's behaviour on held-out data, beside its loss?
 
     python benchmarks/behaviour.py [--methods SFT,DPO,KTO,RM,calls] [--seeds 1,2]
 
@@ -60,20 +60,19 @@ def main() -> None:
         return
     methods, seeds = args.methods.split(","), [int(seed) for seed in args.seeds.split(",")]
     with tempfile.TemporaryDirectory() as folder:
-        results = measure(Path(folder), methods, seeds)
-    report(results, methods, seeds)
+        measure(Path(folder), methods, seeds)
 
 
-def measure(folder: Path, methods: list[str], seeds: list[int]) -> dict[str, list[Numbers]]:
-    """The start, and each method's runs, as numbers of their behaviour."""
+def measure(folder: Path, methods: list[str], seeds: list[int]) -> None:
+    """A record of each method: the start and its runs, as numbers of their behaviour."""
     base = folder / "base"
     erniekit("import-gguf", smollm2_gguf(), base)
     shutil.copytree(base, folder / "with-tools")
     shutil.copy(CALLS_TEMPLATE, folder / "with-tools")
-    results = {"start": [asked(base)]} if set(methods) & set(ANSWERING) else {}
+    start = [asked(base)] if set(methods) & set(ANSWERING) else []
     for method in methods:
         model = folder / "with-tools" if method == "calls" else base
-        results[method] = []
+        results = {"start": start, method: []} if method in ANSWERING else {method: []}
         for seed in seeds:
             output = folder / f"{method}-{seed}"
             words = [f"model_name_or_path={model}", f"output_dir={output}", f"seed={seed}"]
@@ -84,7 +83,7 @@ def measure(folder: Path, methods: list[str], seeds: list[int]) -> dict[str, lis
                 numbers |= asked(output / "export")
             results[method].append(numbers)
             print(method, seed, numbers, file=sys.stderr, flush=True)
-    return results
+        report(method, results, seeds)
 
 
 def erniekit(*words: Any) -> None:
@@ -180,18 +179,19 @@ def _records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
-def report(results: dict[str, list[Numbers]], methods: list[str], seeds: list[int]) -> None:
+def report(method: str, results: dict[str, list[Numbers]], seeds: list[int]) -> None:
     names = ("loss before", "loss", "similarity", "words", "preferred")
     names += ("reward before", "reward", "calls before", "calls")
-    table = [["model", *names]]
+    shown = [n for n in names if any(n in run for runs in results.values() for run in runs)]
+    table = [["model", *shown]]
     for side, runs in results.items():
-        cells = [_cell([run[name] for run in runs if name in run]) for name in names]
+        cells = [_cell([run[name] for run in runs if name in run]) for name in shown]
         table.append([side, *cells])
-    chosen = f"--methods {','.join(methods)} --seeds {','.join(map(str, seeds))}"
+    chosen = f"--methods {method} --seeds {','.join(map(str, seeds))}"
     write_record(
-        "behaviour", QUESTION, f"python benchmarks/behaviour.py {chosen}",
-        {"model": "SmolLM2-135M-Instruct", "configs": {m: CONFIGS[m] for m in methods},
-         "seeds": seeds, "answers": MAX_TOKENS},
+        f"behaviour_{method.lower()}", QUESTION, f"python benchmarks/behaviour.py {chosen}",
+        {"model": "SmolLM2-135M-Instruct", "config": CONFIGS[method], "seeds": seeds,
+         "answers": MAX_TOKENS},
         results, table, " ".join(sentences(results)),
     )  # fmt: skip
 
