@@ -57,7 +57,7 @@ def show() -> None:
     print(f"The pictures are in {FOLDER}. Ask about one of your own:")
     print(f'  python {shown(__file__)} {FOLDER / names[0]} "{examples[0].question}"')
     print("or attach it in the chat page, at http://127.0.0.1:8000 after")
-    print(f"  fastdeploy serve --model {shown(MODEL)} --max-model-len 1024")
+    print(f"  fastdeploy serve --model {shown(MODEL)}")
 
 
 def answers(asked: Sequence[Asked], model: Path = MODEL) -> list[str]:

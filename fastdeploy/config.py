@@ -17,6 +17,8 @@ from ernie.settings import ConfigError, check_positive, fill, option, required
 from fastdeploy.decoding import EarlyStop, Speculation, read_speculation
 from fastdeploy.server.parsers import find_syntax
 
+USUAL_MODEL_LEN = 2048
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
@@ -42,7 +44,10 @@ class EngineConfig:
     device: str = option("auto", "cpu, cuda, or auto: a GPU if there is one.")
     seed: int = option(0, "Origin of the seeds of requests that give none.")
     max_model_len: int = option(
-        2048, "Tokens of a text at most, prompt and answer together.", group="Batch and memory"
+        0,
+        f"Tokens of a text at most, prompt and answer together; 0: {USUAL_MODEL_LEN}, or the "
+        "model's positions where those are fewer.",
+        group="Batch and memory",
     )
     max_num_seqs: int = option(8, "Texts that are worked on at the same time.")
     max_num_batched_tokens: int | None = option(
@@ -138,9 +143,9 @@ class EngineConfig:
             "guided_decoding_max_bytes",
             "guided_decoding_max_stall_ms",
         )
-        if self.max_model_len < 2:
+        if self.max_model_len < 2 and self.max_model_len != 0:
             raise ConfigError(
-                f"max_model_len={self.max_model_len} is too small; it takes 2 or more"
+                f"max_model_len={self.max_model_len} is too small; it takes 2 or more, or 0"
             )
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
@@ -187,28 +192,34 @@ class EngineConfig:
         """Whether the model's MTP block runs."""
         return self.speculation is not None and self.speculation.method == "mtp"
 
+    def length_for(self, max_positions: int) -> int:
+        """`max_model_len` for a model of so many positions. Raises ConfigError."""
+        longest = self.max_model_len or min(USUAL_MODEL_LEN, max_positions)
+        if longest > max_positions:
+            raise ConfigError(
+                f"max_model_len={longest} is more than the {max_positions} positions "
+                f"the model was made for; use {max_positions} or less"
+            )
+        return longest
+
     def resolved(self, *, max_positions: int, device_type: str) -> EngineConfig:
         """With the values that depend on model and device filled in; raises ConfigError if they
         contradict each other.
         """
-        if self.max_model_len > max_positions:
-            raise ConfigError(
-                f"max_model_len={self.max_model_len} is more than the {max_positions} positions "
-                f"the model was made for; use {max_positions} or less"
-            )
+        longest = self.length_for(max_positions)
         tokens = self.max_num_batched_tokens
         if tokens is None:
             tokens = max(512 if device_type == "cpu" else 8192, self.max_num_seqs)
-            tokens = tokens if self.enable_chunked_prefill else max(tokens, self.max_model_len)
+            tokens = tokens if self.enable_chunked_prefill else max(tokens, longest)
         if tokens < self.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens={tokens} is less than max_num_seqs={self.max_num_seqs}: "
                 "each text needs one token of a step; raise the first or lower the second"
             )
-        if not self.enable_chunked_prefill and tokens < self.max_model_len:
+        if not self.enable_chunked_prefill and tokens < longest:
             raise ConfigError(
                 f"without chunked prefill max_num_batched_tokens={tokens} must hold a "
-                f"whole prompt; use max_model_len={self.max_model_len} or more"
+                f"whole prompt; use {longest} or more"
             )
         can_record = device_type == "cuda" and self.tensor_parallel_size == 1
         if self.use_cudagraph and not can_record:
@@ -217,7 +228,9 @@ class EngineConfig:
                 f"{self.tensor_parallel_size}; leave it out"
             )
         graphs = can_record if self.use_cudagraph is None else self.use_cudagraph
-        return dataclasses.replace(self, max_num_batched_tokens=tokens, use_cudagraph=graphs)
+        return dataclasses.replace(
+            self, max_model_len=longest, max_num_batched_tokens=tokens, use_cudagraph=graphs
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -6,11 +6,12 @@ Imports no torch: a server reads this while the engine, in another process, read
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ernie.chat import ChatTemplate, NoTemplate, changes
 from ernie.checkpoint.hub import resolve
+from ernie.config import ErnieConfig
 from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer
 from fastdeploy.config import EngineConfig
@@ -20,7 +21,7 @@ log = logging.getLogger("fastdeploy")
 
 @dataclass(frozen=True, slots=True)
 class Language:
-    """The words of one model. `config` is as it was given, not resolved."""
+    """The words of one model. Of `config`, `max_model_len` is resolved and the rest as given."""
 
     config: EngineConfig
     tokenizer: Tokenizer
@@ -33,6 +34,9 @@ class Language:
         if not Tokenizer.exists(folder):
             raise ConfigError(f"{config.model} has no tokenizer; give one with --tokenizer")
         tokenizer = Tokenizer.from_folder(folder)
+        network = ErnieConfig.from_folder(resolve(config.model))
+        longest = config.length_for(network.max_position_embeddings)
+        config = replace(config, max_model_len=longest)
         language = cls(config, tokenizer, template_for(config, tokenizer))
         language.check_training(resolve(config.model), f"the model {config.model}")
         return language

@@ -74,7 +74,12 @@ def test_times_of_a_server_with_known_ones_are_found() -> None:
     with running(upstream.app()) as url:
         timing = asyncio.run(run())
     assert timing.error is None
-    assert timing.ttft >= 0.2 and len(timing.itl) == 2 and min(timing.itl) >= 0.09
+    assert (
+        timing.ttft >= 0.2
+        and len(timing.itl) == 2
+        and timing.e2el >= 0.4
+        and min(timing.itl) > 0.05
+    )
     assert math.isclose(timing.e2el, timing.ttft + sum(timing.itl))
     body = upstream.bodies[0]
     assert (body["max_tokens"], body["ignore_eos"], body["stream"]) == (9, True, True)

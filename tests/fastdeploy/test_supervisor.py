@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -20,6 +21,7 @@ from helpers_server import spawn_thread, wait_until
 from starlette.testclient import TestClient
 
 import ernie
+from ernie.settings import ConfigError
 from erniekit.lora import LoRA
 from fastdeploy.config import EngineConfig, ServerConfig
 from fastdeploy.engine.core import Engine
@@ -146,11 +148,21 @@ def test_a_step_that_hangs_is_noticed_though_the_heart_beats(
 
 
 def test_a_model_that_cannot_be_loaded_is_said_once(folder: Path) -> None:
-    settings = config(folder, max_model_len=10**6)
+    settings = config(folder, max_num_batched_tokens=1)
     with TestClient(create_app(settings, ServerConfig(), spawn_thread)) as client:
-        wait_until(lambda: "positions the model was made for" in client.get("/ready").text)
+        wait_until(lambda: "raise the first or lower the second" in client.get("/ready").text)
         service = client.app.state.service  # type: ignore[attr-defined]
-        assert service.engine.supervisor.refusal.startswith("max_model_len=1000000 is more than")
+        assert service.engine.supervisor.refusal.startswith("max_num_batched_tokens=1 is less")
+
+
+def test_texts_are_as_long_as_the_model_allows(folder: Path) -> None:
+    positions = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+    with pytest.raises(ConfigError, match=f"than the {positions} positions"):
+        create_app(config(folder, max_model_len=positions + 1), ServerConfig(), spawn_thread)
+    with TestClient(
+        create_app(EngineConfig(model=str(folder)), ServerConfig(), spawn_thread)
+    ) as client:
+        assert client.get("/v1/models").json()["data"][0]["max_model_len"] == min(positions, 2048)
 
 
 # --- connections ---
