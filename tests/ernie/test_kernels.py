@@ -147,6 +147,7 @@ CASES = {
         [rand(3, 5), rand(7, dtype=BF16), rand(0), rand(50, 4001, dtype=BF16), rand(50, 4001)],
     ),
     "argmax": lambda: ("argmax", rand(3, 50_001)),
+    "argmax of many": lambda: ("argmax", rand(30, 50_001)),
     "argmax of equals": lambda: ("argmax", rand(9, 40_000).mul_(2).round_()),
     "argmax infinities": lambda: ("argmax", with_values(rand(4, 33_000), INFINITIES)),
     "argmax without numbers": lambda: ("argmax", with_values(rand(4, 33_000), NO_NUMBERS)),

@@ -7,7 +7,8 @@
 
 namespace {
 
-constexpr long PIECE = 16 * 1024;  // columns: stays in the first-level cache from one look to the next
+constexpr long PIECE = 8 * 1024;  // columns: stays in the first-level cache from one look to the next
+constexpr long SERIAL_COLUMNS = 1024 * 1024;  // fewer take less time than waiting for a thread that must wake
 
 struct Found {
     float value;
@@ -39,7 +40,7 @@ Found largest_of(const float *x, long begin, long end) {
 extern "C" void ernie_argmax(const float *x, long rows, long width, int64_t *out, int threads) {
     const long pieces = (width + PIECE - 1) / PIECE;
     std::vector<Found> found(rows * pieces);
-    parallel_for(rows * pieces > 1 ? threads : 1, rows * pieces, [&](long i) {
+    parallel_for(rows * width < SERIAL_COLUMNS ? 1 : threads, rows * pieces, [&](long i) {
         const long row = i / pieces, begin = i % pieces * PIECE;
         found[i] = largest_of(x + row * width, begin, begin + PIECE < width ? begin + PIECE : width);
     });
