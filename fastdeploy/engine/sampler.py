@@ -83,23 +83,22 @@ class Sampler:
         requests = [part.request for part in choosing for _ in range(len(part.draft_ids) + 1)]
         offsets = [i for part in choosing for i in range(len(part.draft_ids) + 1)]
         wanted = [i for i, request in enumerate(requests) if request.wants_logprob]
+        wanted_r = places(wanted, device) if wanted else None
         # Copied before they are adjusted.
-        raw_rV = logits_RV.index_select(0, places(wanted, device)) if wanted else None
+        raw_rV = logits_RV[:0] if wanted_r is None else logits_RV.index_select(0, wanted_r)
         self._adjust(logits_RV, choosing)
         if masks is not None:
             masks.apply(logits_RV)
         tokens_R = _choose(logits_RV, requests, offsets, _forced(requests))
-        logprobs_r = None
-        if raw_rV is not None:
-            own_r = tokens_R.index_select(0, places(wanted, device))
-            logprobs_r = kernels.token_logprobs(raw_rV, own_r)
+        logprobs_r = raw_rV[:, 0]  # none
+        if wanted_r is not None:
+            logprobs_r = kernels.token_logprobs(raw_rV, tokens_R.index_select(0, wanted_r))
         # Here a step waits for the device, and nowhere before.
         choices = [Choice(token) for token in tokens_R.tolist()]
-        if raw_rV is not None and logprobs_r is not None:
-            for i, logprob in zip(wanted, logprobs_r.tolist()):
-                choices[i].logprob = logprob
-                requests[i].watch(logprob)
-            _describe(raw_rV, [requests[i] for i in wanted], [choices[i] for i in wanted])
+        for i, logprob in zip(wanted, logprobs_r.tolist()):
+            choices[i].logprob = logprob
+            requests[i].watch(logprob)
+        _describe(raw_rV, [requests[i] for i in wanted], [choices[i] for i in wanted])
         accepted = self._accepted(choices, choosing)
         if masks is not None:
             tokens_by_request = {
