@@ -2,10 +2,11 @@
 
     python benchmarks/effects_upo.py [--rounds 40] [--seeds 1,2,3] [--warm 20] [--folder DIR]
 
-One supervised warm start of SmolLM2-135M (LoRA, merged) on sums of two numbers of two digits, tasks
-of reasoning-gym (SFT); pairs of a right answer and a wrong one of that model; and from it, for every
-seed, as many rounds of PPO on drawn answers plus mu times DPO on the pairs (offline UPO), of PPO
-only and of DPO only. The number that counts is the share of right greedy answers to held-out tasks.
+One supervised warm start of SmolLM2-135M (LoRA, merged) on sums of two numbers of two digits,
+tasks of reasoning-gym (SFT); pairs of a right answer and a wrong one of that model; and from it,
+for every seed, as many rounds of PPO on drawn answers plus mu times DPO on the pairs (offline UPO),
+of PPO only and of DPO only. The number that counts is the share of right greedy answers to held-out
+tasks.
 Methods are compared task by task and seed by seed; the error of a difference is that of both
 together, as if tasks and seeds varied apart. A run that is there already is not made again, so the
 script goes on where it was stopped.

@@ -9,8 +9,8 @@ steps, but takes every dialogue by itself, where ours packs them into rows. Both
 weights and adapters.
 
 With float32 sums of gradients and float32 moments nothing but the order of additions differs; the
-defaults of a CPU round both to bfloat16, and "lean" the moments to 8 bits. A gap is a share of the
-first loss.
+defaults of a CPU round both to bfloat16, and "lean" the moments to 8 bits. "FP8" rounds what the
+products of the blocks multiply, on both ways. A gap is a share of the first loss.
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ LEAN = {
     "max_grad_norm": 0,
     "recompute": "true",
 }
+FP8 = {"compute_type": "fp8", "quant_input_grad": "true"}
 DPO = {"stage": "DPO", "packing": "false", "normalize_logps": "false"}
 # name: settings of ours, and the peer that it is held against.
 CASES: dict[str, tuple[dict[str, object], str]] = {
     "full, float32 sums and moments": (FULL | EXACT, "peer, full"),
     "full": (FULL, "peer, full"),
     "full, lean": (FULL | LEAN, "peer, full, no clipping"),
+    "full, FP8": (FULL | FP8, "peer, full"),
     "LoRA": (LORA, "peer, LoRA"),
     "DPO, full, float32 sums and moments": (FULL | DPO | EXACT, "peer, DPO, full"),
     "DPO, LoRA": (LORA | DPO, "peer, DPO, LoRA"),
@@ -218,7 +220,8 @@ def report(results: dict[str, dict[str, float]]) -> None:
     reading = (
         f"Over {STEPS} steps the losses of float32 and of adapters are those of the peer within "
         f"{exact:.1e} of the first loss; full training with bfloat16 sums and moments is off by "
-        f"{worst['full']:.1e} at most, with 8-bit moments by {worst['full, lean']:.1e}."
+        f"{worst['full']:.1e} at most, with 8-bit moments by {worst['full, lean']:.1e}, with "
+        f"products in FP8 by {worst['full, FP8']:.1e}."
     )
     write_record(
         "loss_curves", QUESTION, "python benchmarks/loss_curves.py",

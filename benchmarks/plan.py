@@ -24,6 +24,7 @@ STEPS, ROW = 2, 1024
 FULL = {"fine_tuning": "Full"}
 LORA = {"fine_tuning": "LoRA", "lora_rank": 16}
 AGAIN = {"recompute": "true"}
+FP8 = {"compute_type": "fp8", "quant_input_grad": "true"}
 
 # name: layers of which network, and what differs from a row of 1024 tokens a step.
 CASES: dict[str, tuple[str, dict[str, object]]] = {
@@ -39,6 +40,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "full, recompute mlp": ("dense8", FULL | AGAIN | {"recompute_granularity": "mlp"}),
     "full, recompute full_attn": ("dense8", FULL | AGAIN | {"recompute_granularity": "full_attn"}),
     "full, loss by 512": ("dense4", FULL | {"loss_subbatch_seqlen": 512}),
+    "full, FP8": ("dense4", FULL | FP8),
     "LoRA, 8 layers": ("dense8", LORA),
     "LoRA, 2 rows": ("dense8", LORA | {"batch_size": 2}),
     "LoRA, 2 rows, recompute": ("dense8", LORA | AGAIN | {"batch_size": 2}),
@@ -46,6 +48,7 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "LoRA, loss by 1024": ("dense8", LORA | {"loss_subbatch_seqlen": 1024}),
     "MoE, full": ("moe3", FULL),
     "MoE, full, recompute": ("moe3", FULL | AGAIN),
+    "MoE, full, FP8": ("moe3", FULL | FP8),
     "MoE, LoRA, 2 rows": ("moe3", LORA | {"batch_size": 2}),
 }
 

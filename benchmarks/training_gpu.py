@@ -10,6 +10,7 @@ originals of the bfloat16 weights), on random weights and tokens made on the spo
     packed   the same, eight segments of different lengths in a row
     moe      a slice of ERNIE-4.5-21B-A3B: all widths, the dense layer and four MoE layers, two
              forward passes a step
+    ..._fp8  the same with the products of the blocks in FP8, but for the gradients of weights
 
 The peer is transformers on the rows of `dense` and `moe`: sdpa, bfloat16 weights, gradients and
 moments without originals, torch's fused AdamW, no clipping; two rows at a time, which is what fits.
@@ -41,7 +42,7 @@ from ernie.config import ErnieConfig
 from ernie.model import ErnieModel
 from ernie.models import MODELS
 from erniekit import launch, losses
-from erniekit.build import trained_parameters
+from erniekit.build import multiply_in_fp8, trained_parameters
 from erniekit.config import Optimisation, resolved, run_from
 from erniekit.data.loader import Batch
 from erniekit.data.pack import Cursor
@@ -65,6 +66,8 @@ class Case:
     rows: int  # of one step
     optim: str = "adamw"
     parts: int = 1  # forward passes of one step
+    compute_type: str = "bf16"
+    has_peer: bool = True
 
     @property
     def tokens(self) -> int:
@@ -83,11 +86,13 @@ def cases(moe_layers: int, optim: str) -> dict[str, Case]:
     slice_ = dataclasses.replace(
         whole, num_hidden_layers=whole.moe_layer_start_index + moe_layers, moe_layer_end_index=-1
     )
-    return {
+    found = {
         "dense": Case(dense, (ROW,), 4),
-        "packed": Case(dense, SEGMENTS, 4),
+        "packed": Case(dense, SEGMENTS, 4, has_peer=False),
         "moe": Case(slice_, (ROW,), 4, optim, parts=2),
     }
+    short = {"compute_type": "fp8", "has_peer": False}
+    return found | {f"{n}_fp8": dataclasses.replace(found[n], **short) for n in ("dense", "moe")}
 
 
 def batches(case: Case) -> Iterator[Batch]:
@@ -136,6 +141,8 @@ def our_parts(case: Case, clock: Clock) -> Parts:
     run = resolved(run_from({"fine_tuning": "Full", "optim": case.optim}), "cuda")
     model = ErnieModel(case.config, device="meta").to_empty(device="cuda")
     model.init_weights(seed=0)
+    if case.compute_type == "fp8":
+        multiply_in_fp8(model, quant_input_grad=True)
     recompute(model, None)
     trained = trained_parameters(model)
     embedding = model.model.embed_tokens
@@ -308,7 +315,7 @@ def attention(case: Case) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=QUESTION)
-    parser.add_argument("--cases", default="dense,packed,moe")
+    parser.add_argument("--cases", default="dense,packed,moe,dense_fp8,moe_fp8")
     parser.add_argument("--moe-layers", type=int, default=MOE_LAYERS)
     parser.add_argument("--optim", default="adamw", choices=("adamw", "adamw_8bit"), help="of moe")
     parser.add_argument("--order", default="fixed", choices=("fixed", "free"), help="of sums")
@@ -331,7 +338,7 @@ def main() -> None:
     results: dict[str, dict[str, Any]] = {}
     for name, case in chosen.items():
         results[name] = measured(case, lambda case: run_ours(case, None))
-        if name != "packed" and not arguments.no_peer:
+        if case.has_peer and not arguments.no_peer:
             results[f"{name}, transformers"] = measured(case, run_transformers)
     header = ["what", "tok/s", "TFLOP/s", "MFU of 989", "of product", "GiB", "ms", "ms by part"]
     table = [header, *(row_of(name, found, rate) for name, found in results.items())]

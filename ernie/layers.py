@@ -8,6 +8,8 @@ fills them.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -15,15 +17,16 @@ from ernie import kernels
 
 
 class Linear(nn.Module):
-    """`x @ weight.T (+ bias)`; weight is `(out, in)`."""
+    """`x @ weight.T (+ bias)`; weight is `(out, in)`. `product` is the operation that does it."""
 
     def __init__(self, in_size: int, out_size: int, *, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_size, in_size))
         self.bias = nn.Parameter(torch.empty(out_size)) if bias else None
+        self.product: Callable[..., Tensor] = kernels.linear
 
     def forward(self, x_TI: Tensor) -> Tensor:
-        return kernels.linear(x_TI, self.weight, self.bias)
+        return self.product(x_TI, self.weight, self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[1]} -> {self.weight.shape[0]}, {self.weight.dtype}"

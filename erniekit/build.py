@@ -11,6 +11,7 @@ import logging
 import re
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase as fnmatch
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,7 +22,10 @@ from ernie import kernels
 from ernie.checkpoint.hub import resolve
 from ernie.config import ErnieConfig
 from ernie.kernels.weights import QuantTensor
+from ernie.layers import Linear
+from ernie.model import Block
 from ernie.models import MODELS, TINY
+from ernie.moe.experts import Experts
 from ernie.moe.router import Router
 from ernie.quant.scheme import FROZEN
 from ernie.settings import ConfigError, did_you_mean
@@ -82,11 +86,24 @@ def build_model(
 
 
 def choose_products(run: Run, device: str) -> None:
-    """Have this process multiply as `cpu_products` says; raises ConfigError where it cannot."""
+    """Have this process multiply as `cpu_products` says; raises ConfigError where it cannot, or
+    where a GPU has no products for `compute_type`."""
     try:
         kernels.bfloat16_products(device == "cpu" and run.model.cpu_products == "bfloat16")
     except ValueError as error:
         raise ConfigError(f"cpu_products=bfloat16: {error}") from None
+    if run.model.compute_type != "fp8":
+        return
+    if device == "cpu":
+        log.info(
+            "compute_type=fp8 on a CPU: values are rounded to 8 bits and multiplied in float32, "
+            "which shows what FP8 does to a model and is slower than bf16"
+        )
+    elif torch.cuda.get_device_capability() < (8, 9):
+        raise ConfigError(
+            "compute_type=fp8 needs a GPU from Ada or Hopper on, not "
+            f"{torch.cuda.get_device_name()}; use bf16"
+        )
 
 
 def read_model(
@@ -96,6 +113,30 @@ def read_model(
 
     With frozen weights in few bits it has its adapters, which change nothing yet.
     """
+    model = _base_model(run, device, weights_from, in_host_memory)
+    if run.model.compute_type == "fp8":
+        multiply_in_fp8(model, quant_input_grad=run.model.quant_input_grad)
+    return model
+
+
+def multiply_in_fp8(model: ernie.ErnieModel, *, quant_input_grad: bool) -> None:
+    """Have attention, dense blocks and experts multiply in FP8; what stands around the blocks
+    (embedding, head, tower, resampler) and the routers do not.
+    """
+    for block in model.modules():
+        if not isinstance(block, Block):
+            continue
+        for module in block.modules():
+            if isinstance(module, Linear):
+                module.product = partial(kernels.fp8_linear, quant_input_grad=quant_input_grad)
+            elif isinstance(module, Experts):
+                product = partial(kernels.fp8_grouped_linear, quant_input_grad=quant_input_grad)
+                module.product = product
+
+
+def _base_model(
+    run: Run, device: str, weights_from: Path | None, in_host_memory: bool
+) -> ernie.ErnieModel:
     if run.is_lora and run.model.compute_type != "bf16":
         return _read_frozen(run, "cpu" if in_host_memory else device)
     source = weights_from or run.model.model_name_or_path

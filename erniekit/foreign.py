@@ -138,8 +138,12 @@ WITHOUT_EFFECT: dict[str, str] = {
     "kv_cache_ratio": "the server decides",
     "load_choices": "the layout is recognised",
     "stream_options": "usage is always asked for",
-    "apply_hadamard": "only fp8 uses it",
-    "hadamard_block_size": "only fp8 uses it",
+    # FP8 with one scale for a whole tensor
+    "apply_hadamard": "every row has a scale of its own, which outliers elsewhere do not touch",
+    "hadamard_block_size": "nothing is rotated",
+    "apply_online_actscale_step": "scales are those of the values at hand",
+    "actscale_moving_rate": "scales are those of the values at hand",
+    "fp8_format_type": "gradients have scales of their own, and the finer format",
 }
 
 # Key -> values that mean "off". Empty strings, none and lists thereof are always off.
@@ -176,7 +180,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "ignore_save_lr_and_optim": (False,),
     "ignore_load_lr_and_optim": (False,),
     "dpo_benchmark": (False,),
-    "quant_input_grad": (False,),
     "quant_weight_grad": (False,),
     "use_fp8": (False,),
     "vision_model_name_or_path": (),
@@ -198,7 +201,6 @@ RENAMED = {
 }
 
 _LATER = {
-    "compute_type": ("bf16", "wint8", "wint4/8", "nf4"),
     "optim": ("adamw", "adamw_custom", "adamw_8bit", "muon"),
 }
 

@@ -377,6 +377,21 @@ def _temporary_words(config: ErnieConfig, run: Run, layer: int, bank: int) -> fl
     return recomputed + 4 * config.intermediate_size + 3 * d
 
 
+def _widest(config: ErnieConfig, layer: int, bank: int) -> int:
+    """Elements per token of the widest rows that a product of a block reads, or their gradient."""
+    widest = max(config.q_size, config.hidden_size, config.intermediate_size)
+    if not config.is_moe_layer(layer):
+        return widest
+    of_experts = max(2 * config.expert_sizes[bank], config.hidden_size)
+    return max(widest, (config.moe_k or 0) * of_experts)
+
+
+def _rounded_bytes(rows: float, weight: int, device: str) -> float:
+    """What a product in FP8 holds besides, by elements of its factors: 8 bits of both, on a CPU the
+    float32 values that these stand for too."""
+    return 4.0 * rows + 9.0 * weight if device == "cpu" else rows + weight
+
+
 def _peak(
     config: ErnieConfig,
     run: Run,
@@ -391,6 +406,7 @@ def _peak(
     word = 4 if device == "cpu" else 2
     unit = word * batch / degrees.tensor
     layers = range(config.num_hidden_layers)
+    is_fp8 = run.model.compute_type == "fp8"
     kept = [unit * kept_words(config, run, n, bank) for n in layers]
     chunk = min(run.model.loss_subbatch_seqlen, batch) if run.model.stage != "RM" else 0
     vocabulary = config.vocab_size / degrees.tensor
@@ -407,9 +423,12 @@ def _peak(
     done = sizes.sums[-1]
     for n in reversed(layers):
         done += sizes.sums[n]
+        rows = _widest(config, n, bank) * batch / degrees.tensor
         moments[f"layer {n} backward"] = {
             "activations": sum(kept[: n + 1]) + unit * 2 * config.hidden_size,
-            "temporaries": unit * _temporary_words(config, run, n, bank) + word * sizes.largest[n],
+            "temporaries": unit * _temporary_words(config, run, n, bank)
+            + word * sizes.largest[n]
+            + is_fp8 * _rounded_bytes(rows, sizes.largest[n], device),
             "gradients": sizes.sums.total() if all_at_once else done,
         }
     if bank:

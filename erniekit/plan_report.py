@@ -25,6 +25,7 @@ import torch
 from ernie.settings import ConfigError
 from erniekit import checkpoint, config, memory
 from erniekit.config import Run, resolved, run_from
+from erniekit.config.model import COMPUTE_TYPES
 from erniekit.launch import RECIPES
 from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.plan import GIB, Degrees, Plan, plan
@@ -41,8 +42,9 @@ DEGREES = {
     "sharding": ("sharding_parallel_degree", "sharding_parallel_size"),
     "expert": ("expert_parallel_degree", "expert_model_parallel_size"),
 }
-# Values of other keys that are planned as the default when this build refuses them.
-PLANNED_AS = {"stage": "SFT", "compute_type": "bf16"}
+# Values of other keys that are planned as the default when this build refuses them, and those that
+# it knows.
+PLANNED_AS = {"stage": ("SFT", tuple(RECIPES)), "compute_type": ("bf16", COMPUTE_TYPES)}
 
 # Dense bfloat16 products, TFLOP/s, of the makers' data sheets; and the share a run is taken to get.
 GPU_TFLOPS = {"H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0}
@@ -113,9 +115,8 @@ def read_plannable(values: dict[str, Any], origin: str) -> tuple[Run, Degrees, l
     for name, keys in DEGREES.items():
         given = [_degree(key, rest.pop(key)) for key in keys if key in rest]
         degrees[name] = max(given, default=1)
-    for key, planned in PLANNED_AS.items():
-        is_here = key == "stage" and rest.get(key) in RECIPES
-        if notes and not is_here and str(rest.get(key, planned)) != planned:
+    for key, (planned, known) in PLANNED_AS.items():
+        if notes and rest.get(key, planned) not in known:
             notes.append(f"planned as {key}={planned}; {key}={rest[key]} is not counted")
             rest[key] = planned
     run = run_from(rest, origin)

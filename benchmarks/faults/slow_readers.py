@@ -2,10 +2,10 @@
 
     python benchmarks/faults/slow_readers.py [--slow 200] [--normal 20]
 
-Slow ones ask for log-probabilities, many bytes a token, and read 10 of them a second. They live in a
-process of their own and out of step, so that they do not hold up the clients that are timed. Those
-are timed before, beside and after them: with more busy threads than processors, which is so here,
-what the 99th percentile is depends on the system's scheduler, and drifts in the first seconds.
+Slow ones ask for log-probabilities, many bytes a token, and read 10 of them a second. They live in
+a process of their own and out of step, so that they do not hold up the clients that are timed.
+Those are timed before, beside and after them: with more busy threads than processors, as here, what
+the 99th percentile is depends on the system's scheduler, and drifts in the first seconds.
 """
 
 from __future__ import annotations

@@ -40,11 +40,12 @@ from ernie.kernels.dispatch import (
     report,
 )
 from ernie.kernels.reference import cache_width
-from ernie.kernels.weights import PackedWeight, QuantTensor
+from ernie.kernels.weights import FP8Tensor, PackedWeight, QuantTensor
 
 Norm = tuple[Tensor, float]  # weight and eps of an RMS norm
 
 __all__ = [
+    "FP8Tensor",
     "Norm",
     "PackedWeight",
     "QuantTensor",
@@ -63,6 +64,8 @@ __all__ = [
     "draw",
     "expert",
     "float32_sum",
+    "fp8_grouped_linear",
+    "fp8_linear",
     "grouped_linear",
     "has_bfloat16_products",
     "is_batch_invariant",
@@ -73,6 +76,7 @@ __all__ = [
     "pack",
     "project",
     "quantize",
+    "quantize_fp8",
     "quantize_nf4",
     "quick_gelu",
     "report",
@@ -108,6 +112,37 @@ def grouped_linear(x_NI: Tensor, weight_EOI: Tensor | QuantTensor, counts_E: Ten
     weight.
     """
     return pick("grouped_linear", x_NI.device)(x_NI, weight_EOI, counts_E)
+
+
+def fp8_linear(
+    x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, *, quant_input_grad: bool
+) -> Tensor:
+    """`linear` of rows and weight rounded by `quantize_fp8`, so with a scale for each token and one
+    for each output.
+
+    The gradient of the rows is `grad @ weight`, with `quant_input_grad` of both rounded too (a
+    scale for each token and one for each input); that of the weight is of unrounded factors. Sums
+    are float32. On a GPU from Ada on the products are its FP8 ones, elsewhere float32 ones of the
+    rounded values: those are for trying what the rounding does, and slower. Source: the forward
+    and rows' products of ERNIE's FP8 recipe, with scales of whole rows in place of 128 columns.
+    """
+    product = pick("fp8_linear", x_TI.device)
+    return product(x_TI, weight_OI, bias_O, quant_input_grad=quant_input_grad)
+
+
+def fp8_grouped_linear(
+    x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor, *, quant_input_grad: bool
+) -> Tensor:
+    """`grouped_linear`, with factors rounded as in `fp8_linear`."""
+    product = pick("fp8_grouped_linear", x_NI.device)
+    return product(x_NI, weight_EOI, counts_E, quant_input_grad=quant_input_grad)
+
+
+def quantize_fp8(x_RC: Tensor) -> FP8Tensor:
+    """Rows of x, `(..., R, C)` and maybe a transposed view, in 8-bit floats (e4m3): the scale of a
+    row is its largest magnitude / 448. Rounded to nearest, ties to even. Not differentiable.
+    """
+    return pick("quantize_fp8", x_RC.device)(x_RC)
 
 
 def rows_gradient(grad_TO: Tensor, weight_OI: Tensor) -> Tensor:

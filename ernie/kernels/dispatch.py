@@ -24,6 +24,9 @@ log = logging.getLogger("ernie.kernels")
 OPERATIONS = (
     "linear",
     "grouped_linear",
+    "fp8_linear",
+    "fp8_grouped_linear",
+    "quantize_fp8",
     "rows_gradient",
     "add_product_",
     "sort_pairs",

@@ -15,10 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ernie.kernels.weights import (
+    FP8_LEAST,
+    FP8_MAX,
     GROUP_SIZE,
     NF4_GROUP,
     NF4_LEVELS,
     ROUNDED_GROUP,
+    FP8Tensor,
     PackedWeight,
     QuantTensor,
 )
@@ -50,6 +53,60 @@ def grouped_linear(x_NI: Tensor, weight_EOI: Tensor | QuantTensor, counts_E: Ten
     # Experts without rows are left out: they would only cost a conversion of their weight.
     parts = [linear(rows, weight_EOI[e]) for e, rows in enumerate(groups) if len(rows)]
     return torch.cat(parts or [linear(x_NI, weight_EOI[0])])
+
+
+def fp8_linear(
+    x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, *, quant_input_grad: bool
+) -> Tensor:
+    out_TO = _FP8Product.apply(x_TI, weight_OI, None, quant_input_grad)
+    return out_TO if bias_O is None else out_TO + bias_O.to(x_TI.dtype)
+
+
+def fp8_grouped_linear(
+    x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor, *, quant_input_grad: bool
+) -> Tensor:
+    return _FP8Product.apply(x_NI, weight_EOI, counts_E, quant_input_grad)
+
+
+def quantize_fp8(x_RC: Tensor) -> FP8Tensor:
+    wide_RC = x_RC.float()
+    most_R = wide_RC.abs().amax(-1).clamp(min=FP8_LEAST)
+    # Quotients of tensors, which all devices round alike: with a number torch takes reciprocals.
+    top_R = torch.full_like(most_R, FP8_MAX)
+    scaled_RC = wide_RC * (top_R / most_R)[..., None]
+    data_RC = scaled_RC.clamp_(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+    return FP8Tensor(data_RC.contiguous(), most_R / top_R)
+
+
+class _FP8Product(torch.autograd.Function):
+    """Rows times a weight, or times the weights of experts, both rounded anew in each pass."""
+
+    @staticmethod
+    def forward(
+        ctx, x_NI: Tensor, weight: Tensor, counts_E: Tensor | None, quant_input_grad: bool
+    ) -> Tensor:
+        ctx.save_for_backward(x_NI, weight, counts_E)
+        ctx.quant_input_grad = quant_input_grad
+        x, w = quantize_fp8(x_NI).dequantized(), quantize_fp8(weight).dequantized()
+        out_NO = linear(x, w) if counts_E is None else grouped_linear(x, w, counts_E)
+        return out_NO.to(x_NI.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_NO: Tensor):
+        x_NI, weight, counts_E = ctx.saved_tensors
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            g, w = grad_NO, weight.mT
+            if ctx.quant_input_grad:
+                g, w = quantize_fp8(g).dequantized(), quantize_fp8(w).dequantized()
+            dx = linear(g, w) if counts_E is None else grouped_linear(g, w, counts_E)
+            dx = dx.to(x_NI.dtype)
+        if ctx.needs_input_grad[1]:
+            counts = [len(x_NI)] if counts_E is None else counts_E.tolist()
+            groups = zip(grad_NO.split(counts), x_NI.split(counts))
+            parts = [grad.float().T @ rows.float() for grad, rows in groups]
+            dw = torch.stack(parts).view(weight.shape).to(weight.dtype)
+        return dx, dw, None, None
 
 
 def rows_gradient(grad_TO: Tensor, weight_OI: Tensor) -> Tensor:

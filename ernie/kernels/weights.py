@@ -12,6 +12,8 @@ integer of 8 bits (it may be negative), which costs a quarter of a bit for each 
 kernel stay in integers for a whole group. That of nf4 is float32 beside channel scales of one, or,
 with double quantisation, 8 bits times the channel's scale. nf4 is for frozen weights in training;
 no fused operation packs it.
+
+Products in FP8 round both factors anew each time, with a scale for each row: `FP8Tensor`.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +36,8 @@ NF4_LEVELS = (
     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
     0.7229568362236023, 1.0,
 )  # fmt: skip
+FP8_MAX = 448.0  # of float8_e4m3fn
+FP8_LEAST = 1e-30  # what the largest magnitude of a row counts as at least
 ROUNDED_GROUP = 32  # columns of an activation row that share a scale where it is rounded to 8 bits
 
 
@@ -129,6 +133,17 @@ class QuantTensor:
             scales = self.group_scale.float().repeat_interleave(self.group_size, -1)
             values = values * scales[..., : self.in_size]
         return (values * self.channel_scale[..., None]).to(dtype)
+
+
+class FP8Tensor(NamedTuple):
+    """Values in 8-bit floats (e4m3: 4 bits of exponent, 3 of mantissa), each row with a scale."""
+
+    data: Tensor  # float8_e4m3fn (..., R, C), contiguous
+    scale: Tensor  # float32 (..., R)
+
+    def dequantized(self) -> Tensor:
+        """What they stand for, float32."""
+        return self.data.float() * self.scale[..., None]
 
 
 @dataclass(frozen=True, slots=True)

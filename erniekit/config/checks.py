@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ernie.quant.scheme import FROZEN
 from ernie.settings import ConfigError
 from erniekit.config.data import Data
 from erniekit.config.methods import PREFERENCE_KEYS, Preferences
@@ -183,7 +184,15 @@ def _check_dropout(run: Run) -> None:
 
 def _check_adapters(run: Run) -> None:
     model = run.model
-    is_small = model.compute_type != "bf16"
+    is_small = model.compute_type in FROZEN
+    if model.compute_type == "fp8" and run.is_lora:
+        raise ConfigError(
+            "compute_type=fp8 is for weights that are all trained; use fine_tuning: Full, or wint8"
+        )
+    if model.quant_input_grad and model.compute_type != "fp8":
+        raise ConfigError(
+            f"quant_input_grad is of compute_type: fp8; this run has {model.compute_type}"
+        )
     for key, is_given in (
         (f"compute_type={model.compute_type}", is_small),
         ("use_dora=true", model.use_dora),

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ernie.quant.scheme import FROZEN
 from ernie.settings import option
 
 # Names of the published files; `erniekit.launch` refuses those that cannot be trained yet.
 STAGES = ("SFT", "DPO", "KTO", "RM", "UPO", "PT", "VL-SFT", "OCR-VL-SFT")
+COMPUTE_TYPES = ("bf16", "fp8", *FROZEN)
 PICTURED = ("VL-SFT", "DPO", "KTO", "RM")  # those that read pictures, where the model does
 
 
@@ -47,8 +49,12 @@ class Model:
         "Arithmetic of the run. On a CPU products are float32: LoRA keeps the frozen weights in "
         "bfloat16, Full trains float32 weights and saves bfloat16 ones. For LoRA the frozen "
         "weights can be kept in 8 bits (wint8), experts in 4 and the rest in 8 (wint4/8), or in 4 "
-        "bits of a normal distribution (nf4); products are those of the values they stand for.",
-        choices=("bf16", "wint8", "wint4/8", "nf4"),
+        "bits of a normal distribution (nf4); products are those of the values they stand for. "
+        "fp8: Full training whose blocks multiply in 8-bit floats, weights staying as they are.",
+        choices=COMPUTE_TYPES,
+    )
+    quant_input_grad: bool = option(
+        False, "With fp8, multiply in it on the way back too, but for the gradients of weights."
     )
     cpu_products: str = option(
         "float32",

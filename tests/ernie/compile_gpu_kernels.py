@@ -175,6 +175,8 @@ def update() -> None:
     for moments in (torch.ones(4096), rand(4096)):
         ops.adamw_step(weights, rand(4096), moments, moments, **rates)
     codes = torch.zeros(4096, dtype=I8), torch.zeros(4096, dtype=torch.uint8)
+    for weight in (rand(64, 2048), rand(2, 64, 2048).mT):
+        ops.quantize_fp8(weight)
     ops.float32_sum(rand(4096), rand(4096).bfloat16())
     ops.adamw_8bit_step(weights, rand(4096), *codes, scales, **rates)
 

@@ -14,7 +14,7 @@ KERNELS = {
     "_norm_forward", "_norm_backward", "_swiglu_forward", "_swiglu_backward", "_rotate",
     "_write_cache", "_pieces", "_combine", "_tiles", "_product", "_reduce", "_row", "_unpack",
     "_choose_kernel", "_count", "_place", "_combine_kernel", "_adamw", "_adamw_8bit",
-    "_float32_sum",
+    "_float32_sum", "_quantize",
     "_spread", "_gathered_sum", "_gathered_sum_backward", "_cross_entropy",
     "_tops", "_bins", "_cut", "_weigh", "_draw", "_token_logprobs",
 }  # fmt: skip

@@ -18,6 +18,7 @@ pytest.importorskip("triton", reason="there are no wheels of it for this platfor
 from ernie import kernels
 from ernie.kernels import dispatch, reference
 from ernie.kernels.gpu import attention, flash, ops
+from tests.helpers_triton import make_fp8_rounded
 
 ON_GPU = torch.cuda.is_available()
 BF16, F16, F32, I8 = torch.bfloat16, torch.float16, torch.float32, torch.int8
@@ -357,6 +358,57 @@ def test_grouped_product_by_torch_equals_its_definition(by_torch):
     close(ours, theirs, BF16)
     for own, other in zip(gradients(ours, args), gradients(theirs, args), strict=True):
         close(own, other, BF16)
+
+
+@pytest.fixture
+def fp8(monkeypatch):
+    if not ON_GPU:
+        make_fp8_rounded(monkeypatch)
+
+
+@pytest.mark.usefixtures("fp8")
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("shape", [(3, 1030), (70, 40), (2, 5, 64), (0, 8)])
+@pytest.mark.parametrize("across", [False, True])
+def test_rounding_to_fp8_equals_its_definition_bit_for_bit(across, shape, dtype):
+    x = rand(*shape, dtype=dtype) * 10.0 ** torch.randint(-12, 12, (*shape[:-1], 1), device=DEVICE)
+    x = x.to(dtype)
+    if x.numel():
+        x[..., 0, :] = 0
+        x[..., -1, -1] *= 3
+    x = x.mT if across and shape[0] else x
+    ours, theirs = ops.quantize_fp8(x), reference.quantize_fp8(x)
+    assert torch.equal(ours.data.view(torch.uint8), theirs.data.view(torch.uint8))
+    assert torch.equal(ours.scale, theirs.scale)
+    lost = ours.dequantized() - x.float()
+    # Half of the last of three bits, or half of the smallest step where a value is small.
+    assert bool((lost.abs() <= x.abs() / 16 + ours.scale[..., None] * 2**-10).all())
+
+
+@pytest.mark.usefixtures("fp8")
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_what_is_no_number_stays_none_in_fp8():
+    x = torch.ones(3, 40, device=DEVICE)
+    x[0, 3], x[1, 5] = float("nan"), float("inf")
+    for module in (ops, reference):
+        is_number = module.quantize_fp8(x).dequantized().isfinite().all(-1)
+        assert is_number.tolist() == [False, False, True]
+
+
+@pytest.mark.usefixtures("fp8")
+@pytest.mark.parametrize("quant", [False, True])
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_products_in_fp8_equal_their_definition(dtype, quant):
+    dense = (rand(9, 48, dtype=dtype, grad=True), rand(64, 48, dtype=dtype, grad=True))
+    bias = rand(64, dtype=dtype, grad=True)
+    counts = torch.tensor([3, 0, 5, 1], device=DEVICE)
+    experts = (dense[0], rand(4, 64, 48, dtype=dtype, grad=True), counts)
+    for name, args in (("fp8_linear", (*dense, bias)), ("fp8_grouped_linear", experts)):
+        outs = [getattr(m, name)(*args, quant_input_grad=quant) for m in (ops, reference)]
+        close(*outs, dtype)
+        both = (gradients(out, args) for out in outs)
+        for own, other in zip(*both, strict=True):
+            close(own, other, dtype)
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

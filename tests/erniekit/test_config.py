@@ -156,7 +156,7 @@ def test_tables_of_keys_do_not_overlap() -> None:
     [
         (["learning_rat=1"], "did you mean 'learning_rate'"),
         (["tensor_parallel_degree=2"], "tensor_parallel_degree=2 is not available yet"),
-        (["compute_type=fp8"], "compute_type=fp8 is not available yet; use bf16"),
+        (["compute_type=fp16"], "compute_type='fp16' is not known; use one of bf16, fp8"),
         (["stage=OCR-VL-SFT"], "stage=OCR-VL-SFT is not available yet; use SFT"),
         (["freeze_config=freeze_vit"], "'freeze_vit' is not known; use freeze_vision or freeze_lm"),
         (["modality_ratio=[1]"], "must be two shares, of text and of pictures"),

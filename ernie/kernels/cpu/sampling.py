@@ -1,5 +1,5 @@
-"""Draws on a CPU: of a vocabulary, only the likeliest tokens are sorted, in plain torch. The likeliest
-one by itself is found by our library.
+"""Draws on a CPU: of a vocabulary, only the likeliest tokens are sorted, in plain torch. The
+likeliest one by itself is found by our library.
 
 Legend: R rows of logits, r those of them that are restricted, V vocabulary, K candidates.
 """

@@ -116,13 +116,13 @@ class _FrozenGroups(torch.autograd.Function):
     def forward(ctx: Any, x_NI: Tensor, weight_EOI: QuantTensor, counts_E: Tensor) -> Tensor:
         ctx.weight_EOI, ctx.ends_E = weight_EOI, counts_E.cumsum(0).int()
         x_NI = rows_of(x_NI)
-        return _grouped(x_NI, weight_EOI.dequantized(x_NI.dtype).mT, ctx.ends_E)
+        return grouped(x_NI, weight_EOI.dequantized(x_NI.dtype).mT, ctx.ends_E)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_NO = grads[0].contiguous()
         weight_EOI = ctx.weight_EOI.dequantized(grad_NO.dtype)
-        return _grouped(grad_NO, weight_EOI, ctx.ends_E), None, None
+        return grouped(grad_NO, weight_EOI, ctx.ends_E), None, None
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -131,7 +131,7 @@ class _GroupedLinear(torch.autograd.Function):
         ends_E = counts_E.cumsum(0).int()
         x_NI = rows_of(x_NI)
         ctx.save_for_backward(x_NI, weight_EOI, ends_E)
-        return _grouped(x_NI, weight_EOI.mT, ends_E)
+        return grouped(x_NI, weight_EOI.mT, ends_E)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -139,13 +139,13 @@ class _GroupedLinear(torch.autograd.Function):
         grad_NO = grads[0].contiguous()
         dx = dw = None
         if ctx.needs_input_grad[0]:
-            dx = _grouped(grad_NO, weight_EOI, ends_E)
+            dx = grouped(grad_NO, weight_EOI, ends_E)
         if ctx.needs_input_grad[1]:
-            dw = _grouped_outer(grad_NO, x_NI, weight_EOI, ends_E)
+            dw = grouped_outer(grad_NO, x_NI, weight_EOI, ends_E)
         return dx, dw, None
 
 
-def _grouped(x_NI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
+def grouped(x_NI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
     """`x @ weight[e]` for the rows of each expert; the weight may be transposed."""
     if x_NI.dtype == weight_EIO.dtype and _takes_grouped(x_NI, weight_EIO.shape[1:]):
         assert grouped_mm is not None
@@ -156,7 +156,7 @@ def _grouped(x_NI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
     return product(x_NI, weight, ends_E=ends_E)
 
 
-def _grouped_outer(grad_NO: Tensor, x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
+def grouped_outer(grad_NO: Tensor, x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor) -> Tensor:
     """`grad.T @ x` over the rows of each expert, in the weight's shape and dtype."""
     if x_NI.dtype == weight_EOI.dtype and _takes_grouped(x_NI, weight_EOI.shape[1:]):
         assert grouped_mm is not None
