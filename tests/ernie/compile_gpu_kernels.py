@@ -31,7 +31,7 @@ from ernie.kernels.weights import QuantTensor
 BF16, I8 = torch.bfloat16, torch.int8
 POINTERS = {
     BF16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32",
-    torch.float64: "*fp64",
+    torch.float64: "*fp64", torch.float8_e4m3fn: "*fp8e4nv",
     I8: "*i8", torch.uint8: "*u8", torch.bool: "*i1", torch.int32: "*i32", torch.int64: "*i64",
 }  # fmt: skip
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "launch_pdl", "enable_fp_fusion")
