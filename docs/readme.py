@@ -48,8 +48,9 @@ def machine(where: dict) -> str:
             f"{where['gpu']}, {where['copied_gb_per_s']} GB/s copied, "
             f"{where['bfloat16_tflop_per_s']} TFLOP/s bfloat16"
         )
+    threads = "1 thread" if where["threads"] == 1 else f"{where['threads']} threads"
     return (
-        f"{where['cpu']}, {where['threads']} threads, {where['read_gb_per_s']} GB/s read, "
+        f"{where['cpu']}, {threads}, {where['read_gb_per_s']} GB/s read, "
         f"{where['float32_gflop_per_s']} GFLOP/s float32"
     )
 
