@@ -1,7 +1,7 @@
 """Memory of CPU tensors for training: large blocks are kept when freed, and given out again.
 
-    keep()     from now on, for the whole process
-    release()  what nobody uses goes back to the system
+    keep()  from now on, for the whole process
+    told()  how it stands
 
 Every tensor of 128 KiB and more has a mapping of its own, so that none lies in the way of another,
 and its pages are zeroed by the system once and not in every step. What is kept and what is in use
@@ -34,11 +34,6 @@ class Kept(NamedTuple):
 def keep() -> None:
     """Have torch take the memory of its CPU tensors here. Raises `BuildError`."""
     _library().ernie_keep_memory()
-
-
-def release() -> None:
-    """Unmap what nobody uses."""
-    _library().ernie_release_memory()
 
 
 def told() -> Kept:

@@ -55,11 +55,6 @@ class Keeper final : public c10::Allocator {
     default_copy_data(to, from, n);
   }
 
-  void release() {
-    std::lock_guard<std::mutex> lock(mutex_);
-    while (!waiting_.empty()) unmap_oldest();
-  }
-
   void told(long out[3]) {
     std::lock_guard<std::mutex> lock(mutex_);
     out[0] = used_;
@@ -154,6 +149,5 @@ class Keeper final : public c10::Allocator {
 
 extern "C" {
 void ernie_keep_memory() { c10::SetCPUAllocator(&Keeper::own()); }
-void ernie_release_memory() { Keeper::own().release(); }
 void ernie_memory(long out[3]) { Keeper::own().told(out); }
 }
