@@ -5,7 +5,8 @@
         print(out.outputs.text)
 
 All prompts of a call are worked on together. The engine runs in the calling thread; child processes
-exist only with tensor_parallel_size above 1. An `LLM` is not to be used from two threads at once.
+exist only with tensor_parallel_size above 1. Other calls may be made while a stream is open, but an
+`LLM` is not to be used from two threads at once.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from ernie.checkpoint.hub import resolve
 from ernie.model import ErnieModel
 from ernie.vision.prompt import Processor
 from fastdeploy.config import EngineConfig
+from fastdeploy.engine.core import Engine
 from fastdeploy.engine.language import Language, template_of
 from fastdeploy.engine.loading import load
 from fastdeploy.engine.prompt import banned_sequences, chat_inputs, chat_prompt, picture_prompt
@@ -74,7 +76,7 @@ class LLM:
         self.tokenizer, self.template = loaded.tokenizer, loaded.template
         self.defaults = loaded.defaults
         self.processor = self._processor()
-        self.ids = itertools.count()
+        self.mail = _Mail(self.engine)
 
     def generate(
         self,
@@ -163,7 +165,7 @@ class LLM:
         for order, name in zip(orders, _loras_of(lora, len(orders))):
             order.adapter = None if name is None else self.engine.adapters.get(name)
             self.engine.check(order.prompt, params)
-        number = next(self.ids)
+        number = self.mail.open()
         open_ids = {f"{number}-{position}" for position in range(len(orders))}
         vector_by_id: dict[str, list[float]] = {}
         try:
@@ -176,11 +178,12 @@ class LLM:
                     adapter=order.adapter,
                 )
             while open_ids:
-                for output in self.engine.step():
-                    if output.vector is not None and output.request_id in open_ids:
+                for output in self.mail.of(number):
+                    if output.vector is not None:
                         open_ids.remove(output.request_id)
                         vector_by_id[output.request_id] = output.vector
         finally:
+            self.mail.close(number)
             for request_id in open_ids:
                 self.engine.abort(request_id)
         vectors = [vector_by_id[f"{number}-{position}"] for position in range(len(orders))]
@@ -288,6 +291,36 @@ class LLM:
         return whole
 
 
+class _Mail:
+    """What comes out of the engine, by the call that it is for: other calls may be made while a
+    stream is open. A request's id begins with its call's number.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.numbers = itertools.count()
+        self.waiting: dict[str, list[TokenOutput]] = {}  # by call
+
+    def open(self) -> str:
+        """The number of a new call."""
+        number = str(next(self.numbers))
+        self.waiting[number] = []
+        return number
+
+    def of(self, number: str) -> list[TokenOutput]:
+        """What has come for an open call while others were read, else what the next step gives."""
+        if not self.waiting[number]:
+            for output in self.engine.step():
+                call = output.request_id.partition("-")[0]
+                if call in self.waiting:
+                    self.waiting[call].append(output)
+        found, self.waiting[number] = self.waiting[number], []
+        return found
+
+    def close(self, number: str) -> None:
+        del self.waiting[number]
+
+
 class _Call:
     """One call of `generate`: its samples in the engine, and the pieces that come out."""
 
@@ -297,20 +330,21 @@ class _Call:
         self.num_open = [one.num_samples for one in params]
 
     def pieces(self, show_progress: bool = False) -> Iterator[list[RequestOutput | None]]:
-        engine = self.llm.engine
-        number = next(self.llm.ids)
+        engine, mail = self.llm.engine, self.llm.mail
+        number = mail.open()
         try:
             for position in range(len(self.orders)):
                 self._add(f"{number}-{position}", position)
             while self.samples:
                 pieces: list[RequestOutput | None] = [None] * len(self.orders)
-                for output in engine.step():
+                for output in mail.of(number):
                     self._take(output, pieces)
                 if show_progress:
                     self._show_progress()
                 if any(piece is not None for piece in pieces):
                     yield pieces
         finally:  # also when the caller stops listening, or an error comes out of the engine
+            mail.close(number)
             for request_id in self.samples:
                 engine.abort(request_id)
             if show_progress:

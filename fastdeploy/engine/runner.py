@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ernie import kernels
 from ernie.attention import Attend
 from ernie.model import ErnieModel
 from fastdeploy.engine.batch import Batch, BatchBuilder
@@ -42,6 +43,8 @@ class Runner:
         self.ranks = ranks
         self.pictures = pictures  # None for a model of text
         self.graphs: DecodeGraphs | None = None
+        # As chosen when this engine was made, whatever another of the process has chosen since.
+        self.is_batch_invariant = kernels.is_batch_invariant()
 
     def record_decoding(self, record: Record, sizes: list[int]) -> DecodeGraphs:
         """Have decode steps run as recordings; see `fastdeploy.engine.graphs`."""
@@ -55,6 +58,7 @@ class Runner:
         assert self.batches is not None, "rank 0 decides what is run"
         batch = self.batches.build(schedule)
         if batch.modality_T is not None and self.pictures is not None:
+            self._choose_kernels()
             with on(self.model.device), torch.inference_mode():
                 embeds = self.pictures.embeds(schedule.parts, self.model)
             batch = replace(batch, embeds=embeds)
@@ -72,6 +76,7 @@ class Runner:
     def compute(self, batch: Batch) -> Tensor:
         """What every rank does with a batch; only rank 0 gets whole rows of logits."""
         graphs, device = self.graphs, self.model.device
+        self._choose_kernels()
         with on(device):
             if graphs is not None and graphs.takes(batch):
                 batch, (hidden_TD, logits_RV) = graphs.run(batch)
@@ -79,6 +84,9 @@ class Runner:
                 hidden_TD, logits_RV = self._forward(batch.to(device))
         self.batch, self.hidden_TD = batch, hidden_TD  # for a drafter, until the next step
         return logits_RV
+
+    def _choose_kernels(self) -> None:
+        kernels.batch_invariant(self.is_batch_invariant, self.model.device.type)
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Hidden states `(T, D)` and the wanted logits `(R, V)`."""

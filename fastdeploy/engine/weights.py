@@ -43,7 +43,9 @@ def read_weights(
 
 
 def check_same_network(source: str | Path, found: ErnieConfig, config: ErnieConfig) -> None:
-    """Raise CheckpointError where a folder's config is not that of the running model."""
+    """Raise CheckpointError where a folder's config is not that of the running model, or where one
+    of the two was quantised when it was saved and the other was not."""
+    check_same_format(str(source), found, config)
     for field in dataclasses.fields(config):
         new, old = getattr(found, field.name), getattr(config, field.name)
         if field.compare and new != old:
@@ -51,6 +53,20 @@ def check_same_network(source: str | Path, found: ErnieConfig, config: ErnieConf
                 f"{source} has {field.name}={new} and the running model {old}; weights can be "
                 "updated with those of the same network only"
             )
+
+
+def check_same_format(source: str, found: ErnieConfig, config: ErnieConfig) -> None:
+    """Raise CheckpointError unless both were saved in the same form."""
+    new, old = (c.extra.get("quantization_config") for c in (found, config))
+    if new != old:
+        forms = [
+            "plain" if given is None else given.get("name", "quantised") for given in (new, old)
+        ]
+        raise CheckpointError(
+            f"{source} has {forms[0]} weights and the running model was read from {forms[1]} ones; "
+            "give such, or start from a plain folder with quantization=..., which brings new "
+            "weights into that form"
+        )
 
 
 @dataclass(frozen=True)
@@ -66,6 +82,8 @@ class _Given(Stored):
 def _from_tensors(
     tensors: Mapping[str, Tensor], config: ErnieConfig, dtype: torch.dtype, device: torch.device
 ) -> ErnieModel:
+    plain = dataclasses.replace(config, extra={})
+    check_same_format("the given mapping", plain, config)
     model = ErnieModel(config, dtype=dtype, device="meta")
     template = dict(model.named_parameters())
     given = {name: _given(name, tensor) for name, tensor in tensors.items()}

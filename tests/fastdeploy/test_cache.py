@@ -111,6 +111,20 @@ def test_batch_invariant_logits_are_the_same_bits_whatever_stands_beside(
         assert torch.equal(found, alone), f"{what}: {float((found - alone).abs().max())}"
 
 
+def test_each_engine_of_a_process_keeps_its_own_mode(invariant_mode: None) -> None:
+    model = random_model("tiny-dense")
+    modes = (True, False)
+    engines = [LLM(model, **SMALL, batch_invariant=mode) for mode in modes]
+    seen: list[bool] = []
+    for llm in engines:
+        embedding = llm.engine.runner.model.model.embed_tokens
+        embedding.register_forward_hook(lambda *_: seen.append(kernels.is_batch_invariant()))
+    for mode, llm in [*zip(modes, engines)] * 2:
+        seen.clear()
+        llm.generate([PROMPT, *OTHERS], GREEDY, use_tqdm=False)
+        assert set(seen) == {mode}
+
+
 def test_batch_invariance_excludes_adapters() -> None:
     with pytest.raises(ConfigError, match="batch_invariant with enable_lora"):
         LLM(random_model("tiny-dense"), **SMALL, batch_invariant=True, enable_lora=True)

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 import ernie
+from ernie.checkpoint.folder import CheckpointError
+from ernie.checkpoint.quantized import write_quantized
 from ernie.fused import fuse, shallow_copy
 from ernie.model import ErnieModel
 from ernie.models import TINY
@@ -206,6 +208,23 @@ def test_weights_that_do_not_fit_change_nothing(folder: Path, other: Path, tmp_p
             llm.update_weights(source)
         assert llm.engine.runner.model is model
     assert llm.generate(PROMPTS[0], GREEDY)[0].num_cached_tokens == 16
+    assert tokens(llm) == expected
+
+
+@pytest.mark.parametrize("starts_short", [False, True])
+def test_new_weights_in_another_form_are_refused(
+    folder: Path, tmp_path: Path, starts_short: bool
+) -> None:
+    write_quantized(folder, tmp_path / "short", "wint8")
+    folders = (tmp_path / "short", folder) if starts_short else (folder, tmp_path / "short")
+    llm = new(folders[0])
+    expected = tokens(llm)
+    for source in (folders[1], published(folder)) if starts_short else folders[1:]:
+        with pytest.raises(
+            CheckpointError, match=r"has (plain|wint8) weights and the running model"
+        ):
+            llm.update_weights(source)
+    llm.update_weights(folders[0])
     assert tokens(llm) == expected
 
 

@@ -75,6 +75,36 @@ def test_a_stream_that_is_left_gives_everything_back(llm: LLM) -> None:
     stream.close()  # the fixture looks at what is left
 
 
+def test_calls_beside_an_open_stream_take_nothing_from_it(llm: LLM) -> None:
+    """Nor it from them; each reads what the engine gave for it while another one was read."""
+    prompts = [PROMPT, "Prices rose"]
+    whole, other = llm.generate(prompts, GREEDY), llm.generate("User: Hi", GREEDY)
+    short = dataclasses.replace(GREEDY, stop=[whole[0].outputs.text[2:6]])
+    vector = llm.embed(PROMPT)
+    streams = [llm.generate(prompts, one, stream=True) for one in (GREEDY, short)]
+    pieces: list[list] = [[], []]
+    for _ in range(3):
+        for stream, own in zip(streams, pieces):
+            own.append(next(stream))
+    assert llm.generate("User: Hi", GREEDY)[0].outputs == other[0].outputs
+    assert llm.embed(PROMPT) == vector
+    for stream, own in zip(reversed(streams), reversed(pieces)):
+        own += stream
+    for prompt, output in zip(whole, merged(pieces[0])):
+        assert output.outputs == prompt.outputs
+    assert merged(pieces[1])[0].outputs == llm.generate(PROMPT, short)[0].outputs
+
+
+def test_a_stream_hears_of_a_pause_after_another_call(llm: LLM) -> None:
+    stream = llm.generate(PROMPT, GREEDY, stream=True)
+    first = next(stream)
+    llm.pause()
+    llm.resume()
+    llm.generate("User: Hi", GREEDY)
+    (output,) = merged([first, *stream])
+    assert (output.finished, output.outputs.finish_reason) == (True, "abort")
+
+
 @pytest.mark.parametrize("include", [False, True])
 def test_a_stop_string_cuts_exactly_wherever_it_lies(llm: LLM, include: bool) -> None:
     text = llm.generate(PROMPT, GREEDY)[0].outputs.text
