@@ -24,7 +24,13 @@ from fastdeploy.engine.blocks import BlockManager
 from fastdeploy.engine.cache import KVCache, cache_dtype, num_cache_blocks
 from fastdeploy.engine.constraint import Compiling, Masks
 from fastdeploy.engine.grammar import Grammars, why_none
-from fastdeploy.engine.graphs import cuda_recorder, graph_sizes, program_sizes, record_program
+from fastdeploy.engine.graphs import (
+    GPU_PADDING,
+    cuda_recorder,
+    graph_shapes,
+    program_shapes,
+    record_program,
+)
 from fastdeploy.engine.pooler import Pooler
 from fastdeploy.engine.ranks import Ranks
 from fastdeploy.engine.request import Request, Status, TokenOutput, check_params, check_prompt
@@ -373,13 +379,15 @@ class Engine:
     def _record_decoding(self) -> None:
         """Recordings hold the addresses of weights and cache: where these move, there are new
         ones."""
+        speculation = self.config.speculation
+        most_tokens = 1 + (speculation.num_speculative_tokens if speculation else 0)
+        most = self.config.max_num_seqs, most_tokens
         if self.config.use_cudagraph:
-            sizes = graph_sizes(self.config.max_num_seqs)
             with torch.inference_mode(), on(self.device):
-                self.runner.record_decoding(cuda_recorder(), sizes).record_all()
+                shapes, record = graph_shapes(*most), cuda_recorder()
+                self.runner.record_decoding(record, shapes, GPU_PADDING).record_all()
         elif self.device.type == "cpu" and self.runner.ranks is None and kernels.is_compiled("cpu"):
-            sizes = program_sizes(self.config.max_num_seqs)
-            self.runner.record_decoding(record_program, sizes)
+            self.runner.record_decoding(record_program, program_shapes(*most), padding=1)
 
     def _start_over(self) -> None:
         self.scheduler.preempt_all()

@@ -1,25 +1,29 @@
-"""Decode steps recorded, one for each of a few batch sizes: CUDA graphs, and programs on a CPU.
+"""Decode steps recorded, one for each of a few shapes: CUDA graphs, and programs on a CPU.
 
-A step in which every request computes one token is the same few hundred kernels every time, each
-shorter than it takes to start it from Python. A recording starts them all at once; it reads its
-inputs from, and writes its results to, the memory it was recorded with. So a step is copied into
-fixed buffers and padded to the next size. On a GPU all sizes are recorded at the start; on a CPU,
-where padding costs time, small batches are recorded as they occur and larger ones run as they are.
+A step in which every text computes a few tokens, its newest one and maybe drafts, is the same few
+hundred kernels every time, each shorter than it takes to start it from Python. A recording starts
+them all at once; it reads its inputs from, and writes its results to, the memory it was recorded
+with. So a step is copied into fixed buffers and padded to a recorded shape: so many texts of so
+many tokens each. On a GPU all shapes are recorded at the start; on a CPU, where padding costs time,
+small steps are recorded as they occur and others run as they are.
 
-    rows      0 .. n - 1          n .. size - 1
-    slot      of the new token    -1, nothing is stored
-    length    of the text         1, whatever key stands there: nobody reads the result
+    rows      of a text           after its last one    of texts too many
+    slot      of the token        -1, nothing is stored -1
+    length    of the text with all these rows           as many as it has rows
 
-Legend: T tokens, S requests, M blocks of a table, R rows of logits, D hidden size, V vocabulary.
+Nobody reads the results of padding, which attends to whatever keys stand where it looks.
+
+Legend: T tokens, S texts, M blocks of a table, R rows of logits, D hidden size.
 """
 
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,122 +35,181 @@ log = logging.getLogger("fastdeploy")
 Result = tuple[Tensor, Tensor]  # hidden states (T, D) and logits (R, V)
 Forward = Callable[[Batch], Result]
 Record = Callable[[Forward, Batch], Callable[[], Result]]
+Shape = tuple[int, int]  # texts, and tokens of each
 
 WARM_UPS = 2  # runs before a graph is recorded: kernels are compiled and their settings tried out
 MOST_ROWS_OF_PROGRAMS = 16  # a larger step takes so long that Python between its calls is nothing
+GPU_PADDING = 2  # rows of a recording for each one of a step, at most; on a CPU 1
 
 
-def graph_sizes(max_num_seqs: int) -> list[int]:
-    """1, 2, 4, 8, then every multiple of 16, and the largest batch itself."""
+def graph_shapes(max_num_seqs: int, most_tokens: int) -> list[Shape]:
+    """1, 2, 4, 8, then every multiple of 16, and the largest batch itself: of one token a text, and
+    of as many as one can have."""
     sizes = {1, 2, 4, 8, *range(16, max_num_seqs, 16), max_num_seqs}
-    return sorted(size for size in sizes if size <= max_num_seqs)
+    return [
+        (size, count)
+        for count in sorted({1, most_tokens})
+        for size in sorted(sizes)
+        if size <= max_num_seqs
+    ]
 
 
-def program_sizes(max_num_seqs: int) -> list[int]:
-    """Every size of a small batch."""
-    return list(range(1, min(max_num_seqs, MOST_ROWS_OF_PROGRAMS) + 1))
+def program_shapes(max_num_seqs: int, most_tokens: int) -> list[Shape]:
+    """Every shape of a small batch."""
+    return [
+        (size, count)
+        for count in range(1, most_tokens + 1)
+        for size in range(1, min(max_num_seqs, MOST_ROWS_OF_PROGRAMS // count) + 1)
+    ]
 
 
 class FixedBatch:
-    """The buffers that recorded steps read: columns of one run of int64, for `max_num_seqs` rows.
+    """The buffers that recorded steps read, for shapes up to `most`: columns of one run of int64.
 
     A step is written to the run in the host's memory, and what is in use goes to the device in one
     copy. On a CPU they are the same. A copy is done before the next step is written, because the
     tokens of a step are waited for.
     """
 
-    def __init__(self, max_num_seqs: int, max_blocks: int, device: torch.device) -> None:
-        self.most, self.max_blocks = max_num_seqs, max_blocks
-        columns = 4 * max_num_seqs + (max_num_seqs * max_blocks + 1) // 2
+    def __init__(self, most: Shape, max_blocks: int, device: torch.device) -> None:
+        self.most_texts, self.max_blocks = most[0], max_blocks
+        self.most_rows = most[0] * most[1]
+        columns = 3 * self.most_rows + self.most_texts + (self.most_texts * max_blocks + 1) // 2
         pinned = device.type == "cuda"
         self.host = torch.zeros(columns, dtype=torch.int64, pin_memory=pinned)
         # As arrays of numpy, which need a fraction of torch's time for a few numbers.
         self.columns = {name: column.numpy() for name, column in self._columns(self.host).items()}
         self.columns["slots_T"].fill(-1)
-        self.columns["lens_S"].fill(1)
+        self.columns["lens_S"].fill(most[1])
         self.on_device = self.host if device.type == "cpu" else self.host.to(device)
-        self.views: dict[int, Batch] = {}
-        # The same for all decode steps: request s is row s.
-        self.rows = torch.arange(max_num_seqs, device=device)
-        self.cu_seqlens = torch.arange(max_num_seqs + 1, dtype=torch.int32, device=device)
+        self.views: dict[Shape, Batch] = {}
+        # The same for all steps of a shape.
+        self.rows = torch.arange(self.most_rows + 1, dtype=torch.int64, device=device)
 
     def _columns(self, run: Tensor) -> dict[str, Tensor]:
         """The columns of a run, by the names of a `Batch`."""
-        token_ids, positions, slots, lens = run[: 4 * self.most].view(4, self.most)
-        tables = run[4 * self.most :].view(torch.int32)[: self.most * self.max_blocks]
+        rows, texts = self.most_rows, self.most_texts
+        token_ids, positions, slots = run[: 3 * rows].view(3, rows)
+        lens, tables = (
+            run[3 * rows :]
+            .view(torch.int32)
+            .split_with_sizes([2 * texts, 2 * len(run) - 6 * rows - 2 * texts])
+        )
         return {
             "token_ids_T": token_ids,
             "positions_T": positions,
             "slots_T": slots,
-            "lens_S": lens.view(torch.int32)[: self.most],
-            "tables_SM": tables.view(self.most, self.max_blocks),
+            "lens_S": lens[:texts],
+            "tables_SM": tables[: texts * self.max_blocks].view(texts, self.max_blocks),
         }
 
-    def view(self, size: int) -> Batch:
-        """The first `size` rows on the device."""
-        if size not in self.views:
+    def view(self, shape: Shape) -> Batch:
+        """What a step of this shape reads, on the device."""
+        if shape not in self.views:
+            size, count = shape
             columns = self._columns(self.on_device)
-            inputs: dict[str, Any] = {name: column[:size] for name, column in columns.items()}
-            self.views[size] = Batch(
+            inputs: dict[str, Any] = {
+                name: column[: size if name in ("lens_S", "tables_SM") else size * count]
+                for name, column in columns.items()
+            }
+            self.views[shape] = Batch(
                 **inputs,
-                cu_seqlens_S1=self.cu_seqlens[: size + 1],
-                rows_R=self.rows[:size],
+                cu_seqlens_S1=(self.rows[: size + 1] * count).to(torch.int32),
+                rows_R=self.rows[: size * count],
                 adapters=None,
             )
-        return self.views[size]
+        return self.views[shape]
 
-    def fill(self, batch: Batch, size: int) -> None:
-        """Take a decode step from the host's memory, and pad it to `size` rows."""
-        columns = self.columns
+    def fill(self, batch: Batch, shape: Shape) -> Tensor | None:
+        """Take a step from the host's memory and pad it to `shape`; the rows where its tokens then
+        stand, on the device, None for the first ones in their order.
+        """
+        columns, (size, count) = self.columns, shape
         num, num_blocks = batch.tables_SM.shape
-        for name in ("token_ids_T", "positions_T", "slots_T", "lens_S"):
-            columns[name][:num] = getattr(batch, name).numpy()
-        columns["tables_SM"][:num, :num_blocks] = batch.tables_SM.numpy()
+        num_tokens, num_rows = len(batch.token_ids_T), size * count
+        where: slice | np.ndarray = slice(num_tokens)
+        lens = batch.lens_S.numpy()
+        if is_even := num_tokens == num * count:
+            columns["slots_T"][num_tokens:num_rows] = -1
+        else:
+            bounds = batch.cu_seqlens_S1.numpy()
+            counts = np.diff(bounds)
+            first = np.arange(num) * count - bounds[:-1]  # how far a text's rows are moved
+            where = np.repeat(first, counts) + np.arange(num_tokens)
+            columns["slots_T"][:num_rows] = -1
+            lens = lens + count - counts
+        for name in ("token_ids_T", "positions_T", "slots_T"):
+            columns[name][where] = getattr(batch, name).numpy()
+        columns["lens_S"][:num] = lens
         # What else an old step left in the padding is valid, and its results are not used.
-        columns["slots_T"][num:size] = -1
-        columns["lens_S"][num:size] = 1
+        columns["lens_S"][num:size] = count
+        columns["tables_SM"][:num, :num_blocks] = batch.tables_SM.numpy()
         if self.on_device is not self.host:
-            used = 4 * self.most + (size * self.max_blocks + 1) // 2
+            used = 3 * self.most_rows + self.most_texts + (size * self.max_blocks + 1) // 2
             self.on_device[:used].copy_(self.host[:used], non_blocking=True)
+        if is_even:
+            return None
+        return torch.from_numpy(where).to(self.on_device.device)
 
 
 class DecodeGraphs:
-    """Recorded decode steps of the given sizes, in ascending order. `record` makes one; tests pass
-    one that runs the step as it is."""
+    """Recorded decode steps of the given shapes. `record` makes one; tests pass one that runs the
+    step as it is. A step is padded to at most `padding` times its rows.
+    """
 
     def __init__(
-        self, forward: Forward, inputs: FixedBatch, record: Record, sizes: list[int]
+        self,
+        forward: Forward,
+        inputs: FixedBatch,
+        record: Record,
+        shapes: Sequence[Shape],
+        padding: int,
     ) -> None:
         self.forward = forward
         self.inputs = inputs
         self.record = record
-        self.sizes = sizes
-        self.replays: dict[int, Callable[[], Result]] = {}
+        self.shapes = sorted(shapes, key=lambda shape: shape[0] * shape[1])
+        self.padding = padding
+        self.replays: dict[Shape, Callable[[], Result]] = {}
+        self._smallest = cache(self._find)
 
     def record_all(self) -> None:
-        """Record every size, the largest first: the smaller ones fit into its memory."""
-        for size in reversed(self.sizes):
-            self.replays[size] = self.record(self.forward, self.inputs.view(size))
+        """Record every shape, the largest first: the smaller ones fit into its memory."""
+        for shape in reversed(self.shapes):
+            self.replays[shape] = self.record(self.forward, self.inputs.view(shape))
 
-    def takes(self, batch: Batch) -> bool:
-        """Whether this is a step, every request of it computes one token and wants its logits, none
-        has an adapter or is of vision, and there are not more than the largest size."""
-        num = len(batch.lens_S)
-        decodes = len(batch.token_ids_T) == num == len(batch.rows_R)
-        is_plain = batch.adapters is None and batch.modality_T is None
-        is_plain &= batch.after_T is None
-        return decodes and is_plain and num <= self.sizes[-1]
+    def shape_of(self, batch: Batch) -> Shape | None:
+        """The shape to which a step is padded; None if it must run as it is, because it wants
+        logits of some tokens only, has adapters or vision, is a pass that drafts, or is too large.
+        """
+        num_texts, num_tokens = len(batch.lens_S), len(batch.token_ids_T)
+        is_plain = batch.adapters is None and batch.modality_T is None and batch.after_T is None
+        if not is_plain or num_tokens != len(batch.rows_R):
+            return None
+        most = 1
+        if num_tokens > num_texts:
+            most = int(np.diff(batch.cu_seqlens_S1.numpy()).max())
+        return self._smallest(num_texts, num_tokens, most)
 
-    def run(self, batch: Batch) -> tuple[Batch, Result]:
-        """A step that is still in the host's memory: on the device, and its results; both in memory
-        that the next one overwrites."""
-        num = len(batch.lens_S)
-        size = self.sizes[bisect_left(self.sizes, num)]
-        self.inputs.fill(batch, size)
-        if size not in self.replays:
-            self.replays[size] = self.record(self.forward, self.inputs.view(size))
-        hidden_TD, logits_RV = self.replays[size]()
-        return self.inputs.view(num), (hidden_TD[:num], logits_RV[:num])
+    def _find(self, num_texts: int, num_tokens: int, most: int) -> Shape | None:
+        for size, count in self.shapes:
+            if size >= num_texts and count >= most:
+                return (size, count) if size * count <= self.padding * num_tokens else None
+        return None
+
+    def run(self, batch: Batch, shape: Shape) -> tuple[Batch, Result]:
+        """A step that is still in the host's memory, and its results, in memory that the next one
+        overwrites; the step on the device where it needs no padding between its texts.
+        """
+        num_texts, num_tokens = len(batch.lens_S), len(batch.token_ids_T)
+        rows_T = self.inputs.fill(batch, shape)
+        if shape not in self.replays:
+            self.replays[shape] = self.record(self.forward, self.inputs.view(shape))
+        hidden_TD, logits_RV = self.replays[shape]()
+        if rows_T is not None:
+            return batch, (hidden_TD[rows_T], logits_RV[rows_T])
+        step = self.inputs.view((num_texts, shape[1]))
+        return step, (hidden_TD[:num_tokens], logits_RV[:num_tokens])
 
 
 def record_program(forward: Forward, batch: Batch) -> Callable[[], Result]:

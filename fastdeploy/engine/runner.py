@@ -13,7 +13,7 @@ from ernie.attention import Attend
 from ernie.model import ErnieModel
 from fastdeploy.engine.batch import Batch, BatchBuilder
 from fastdeploy.engine.cache import KVCache, PagedAttend
-from fastdeploy.engine.graphs import DecodeGraphs, FixedBatch, Record
+from fastdeploy.engine.graphs import DecodeGraphs, FixedBatch, Record, Shape
 from fastdeploy.engine.ranks import Ranks
 from fastdeploy.engine.scheduler import Schedule
 from fastdeploy.engine.vision import PictureRows
@@ -46,11 +46,15 @@ class Runner:
         # As chosen when this engine was made, whatever another of the process has chosen since.
         self.is_batch_invariant = kernels.is_batch_invariant()
 
-    def record_decoding(self, record: Record, sizes: list[int]) -> DecodeGraphs:
+    def record_decoding(self, record: Record, shapes: list[Shape], padding: int) -> DecodeGraphs:
         """Have decode steps run as recordings; see `fastdeploy.engine.graphs`."""
         assert self.batches is not None and self.ranks is None, "steps of one process only"
-        inputs = FixedBatch(*self.batches.tables.shape, self.model.device)
-        self.graphs = DecodeGraphs(self._forward, inputs, record, sizes)
+        most_texts, most_tokens = (max(numbers) for numbers in zip(*shapes))
+        # Padding of a text at the limit lies past its last block.
+        past = -(-(most_tokens - 1) // self.batches.block_size)
+        max_blocks = self.batches.tables.shape[1] + past
+        inputs = FixedBatch((most_texts, most_tokens), max_blocks, self.model.device)
+        self.graphs = DecodeGraphs(self._forward, inputs, record, shapes, padding)
         return self.graphs
 
     def run(self, schedule: Schedule) -> Tensor:
@@ -78,10 +82,11 @@ class Runner:
         graphs, device = self.graphs, self.model.device
         self._choose_kernels()
         with on(device):
-            if graphs is not None and graphs.takes(batch):
-                batch, (hidden_TD, logits_RV) = graphs.run(batch)
-            else:
+            shape = None if graphs is None else graphs.shape_of(batch)
+            if graphs is None or shape is None:
                 hidden_TD, logits_RV = self._forward(batch.to(device))
+            else:
+                batch, (hidden_TD, logits_RV) = graphs.run(batch, shape)
         self.batch, self.hidden_TD = batch, hidden_TD  # for a drafter, until the next step
         return logits_RV
 

@@ -1,4 +1,4 @@
-"""Decode steps that are padded to recorded sizes give what unpadded ones give."""
+"""Decode steps that are padded to recorded shapes give what unpadded ones give."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ernie.models import TINY
 from ernie.settings import ConfigError
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
-from fastdeploy.engine.graphs import graph_sizes, program_sizes
+from fastdeploy.engine.graphs import GPU_PADDING, DecodeGraphs, graph_shapes, program_shapes
 from fastdeploy.sampling import SamplingParams
 
 PROMPTS = ([5], [8, 9, 10], list(range(3, 25)), [40, 41], [7] * 9)
@@ -58,23 +58,94 @@ def test_programs_choose_the_same_tokens(name):
     engine = engine_of(name)  # the MoE's heads are of a width that cannot be recorded
     assert tokens_of(engine) == tokens_of(unrecorded(name))
     assert engine.runner.graphs is not None
-    assert engine.runner.graphs.replays.keys() == {1, 2, 3, 4, 5}
+    assert engine.runner.graphs.replays.keys() == {(size, 1) for size in (1, 2, 3, 4, 5)}
+
+
+def watched(graphs: DecodeGraphs) -> list[tuple[int, int]]:
+    """The shapes of the steps that run from now on, in their order."""
+    graphs.record_all()
+    shapes: list[tuple[int, int]] = []
+    for shape, replay in graphs.replays.items():
+        graphs.replays[shape] = lambda s=shape, replay=replay: (shapes.append(s), replay())[1]
+    return shapes
 
 
 @pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
 def test_padded_decode_steps_choose_the_same_tokens(name):
-    engine, sizes = engine_of(name), []
-    graphs = engine.runner.record_decoding(as_it_is, graph_sizes(5))
-    graphs.record_all()
-    for size, replay in graphs.replays.items():
-        graphs.replays[size] = lambda size=size, replay=replay: (sizes.append(size), replay())[1]
+    engine = engine_of(name)
+    graphs = engine.runner.record_decoding(as_it_is, graph_shapes(5, 1), GPU_PADDING)
+    shapes = watched(graphs)
     assert tokens_of(engine) == tokens_of(unrecorded(name))
-    assert set(sizes) == {1, 2, 4, 5}, "every size was to be used, with padding and without"
+    every = {(size, 1) for size in (1, 2, 4, 5)}
+    assert set(shapes) == every, "every shape was to be used, with padding and without"
+
+
+def drafting(engine: Engine, most: int) -> Engine:
+    """Guesses of different lengths, right at first and wrong at the end, for some of the texts."""
+    wanted = tokens_of(unrecorded("tiny-dense"))
+
+    def guess(schedule) -> None:
+        for part in schedule.parts:
+            request, done = part.request, part.request.num_output
+            count = min(most, request.max_output - done - 1, (done + int(request.id)) % (most + 2))
+            if part.chooses and request.id in wanted and count > 0:
+                request.draft_ids = [*wanted[request.id][done : done + count - 1], 3]
+
+    engine.drafter = guess
+    return engine
+
+
+@pytest.mark.parametrize("padding", [1, GPU_PADDING, 99])
+def test_steps_with_drafts_choose_the_same_tokens(padding):
+    """99: every step with a draft is padded to the most of them, between texts and behind them."""
+    engine = drafting(engine_of("tiny-dense"), 3)
+    make = program_shapes if padding == 1 else graph_shapes
+    graphs = engine.runner.record_decoding(as_it_is, make(5, 4), padding)
+    shapes = watched(graphs)
+    assert tokens_of(engine) == tokens_of(unrecorded("tiny-dense"))
+    stats = engine.stats()
+    assert 0 < stats.num_accepted_tokens < stats.num_draft_tokens, f"{stats}"
+    if padding == 1:
+        assert {(1, 2), (1, 3), (1, 4)} & set(shapes), f"no draft was in a recorded step: {shapes}"
+    else:
+        assert {4} <= {tokens for _, tokens in shapes}, f"{shapes}"
+    if padding == 99:
+        assert any(size > 1 and tokens == 4 for size, tokens in shapes), f"{shapes}"
+
+
+@pytest.mark.parametrize("method", ["ngram", "mtp"])
+def test_programs_with_drafts_choose_the_same_tokens(method):
+    name = "tiny-moe" if method == "mtp" else "tiny-dense"
+    speculation = {"method": method, "num_speculative_tokens": 3}
+    engine = engine_of(name, speculative_config=speculation)
+    assert tokens_of(engine) == tokens_of(unrecorded(name))
+    assert any(tokens > 1 for _, tokens in engine.runner.graphs.replays), "no draft was recorded"
+
+
+def test_padding_past_the_last_block_reads_nothing_wild():
+    """A text at the limit of the model's length, padded by drafts that it has no room for."""
+    prompts, found = ([*range(3, 60)], [5]), []
+    for engine in (unrecorded("tiny-dense"), engine_of("tiny-dense")):
+        if engine.runner.graphs is not None:
+            engine.runner.record_decoding(as_it_is, graph_shapes(5, 4), 99).record_all()
+            engine.drafter = lambda schedule: [
+                part.request.draft_ids.extend([1, 2, 3])
+                for part in schedule.parts
+                if part.chooses and part.request.id == "1" and part.request.num_output < 5
+            ]
+        for i, prompt in enumerate(prompts):
+            engine.add(str(i), prompt, SamplingParams(temperature=0, max_tokens=7, ignore_eos=True))
+        tokens = {}
+        while engine.has_work:
+            for output in engine.step():
+                tokens.setdefault(output.request_id, []).append(output.token)
+        found.append(tokens)
+    assert found[0] == found[1]
 
 
 def test_padding_stores_nothing():
     engine = engine_of("tiny-dense")
-    engine.runner.record_decoding(as_it_is, graph_sizes(5))
+    engine.runner.record_decoding(as_it_is, graph_shapes(5, 1), GPU_PADDING)
     cache = engine.runner.cache
     engine.add("a", [4, 5, 6], SamplingParams(temperature=0, max_tokens=9))
     for text in ("b", "c"):
@@ -87,11 +158,13 @@ def test_padding_stores_nothing():
     assert int(changed.any(0).sum()) == 1, "a step of one text writes one slot"
 
 
-def test_sizes_reach_the_largest_batch():
-    assert graph_sizes(1) == [1]
-    assert graph_sizes(8) == [1, 2, 4, 8]
-    assert graph_sizes(50) == [1, 2, 4, 8, 16, 32, 48, 50]
-    assert program_sizes(3) == [1, 2, 3]
+def test_shapes_reach_the_largest_batch():
+    assert graph_shapes(1, 1) == [(1, 1)]
+    assert graph_shapes(8, 3) == [(size, count) for count in (1, 3) for size in (1, 2, 4, 8)]
+    assert [size for size, _ in graph_shapes(50, 1)] == [1, 2, 4, 8, 16, 32, 48, 50]
+    assert program_shapes(3, 1) == [(1, 1), (2, 1), (3, 1)]
+    assert program_shapes(64, 9)[-2:] == [(2, 8), (1, 9)]
+    assert all(size * count <= 16 for size, count in program_shapes(64, 20))
 
 
 def test_graphs_need_one_gpu():
