@@ -7,8 +7,9 @@ and Q4_0 of that file. The text is English that no calibration has seen (there i
 `examples/data/sft-train.jsonl`, docstrings of Python, cut into windows of 512 tokens. Each window
 is read from its start; its second half is scored, so that every scored token has a context.
 
-Besides the perplexities, the table has the change against the same program's 16-bit weights and
-its standard error over windows, which the windows' common difficulty does not enlarge.
+Besides the perplexities, the table has the change against the same program's 16-bit weights, and
+ours against theirs, each with its standard error over windows, which the windows' common difficulty
+does not enlarge.
 """
 
 from __future__ import annotations
@@ -124,7 +125,7 @@ def report(results: dict[str, Losses]) -> None:
         percent, error = grown[side]
         cells = ["", ""] if side == bases[side] else [f"{percent:+.2f} %", f"{error:.2f} %"]
         perplexity = f"{math.exp(sum(losses) / len(losses)):.3f}"
-        table.append([side, perplexity, *cells, _result(side, changes)])
+        table.append([side, perplexity, *cells, _result(side, results, changes)])
     judged = {row[0]: row[-1] for row in table[1:] if row[-1]}
     reading = " ".join(f"{side}: {result}." for side, result in judged.items())
     count = len(next(iter(results.values())))
@@ -136,13 +137,12 @@ def report(results: dict[str, Losses]) -> None:
     )  # fmt: skip
 
 
-def _result(side: str, changes: dict[str, float]) -> str:
+def _result(side: str, results: dict[str, Losses], changes: dict[str, float]) -> str:
     peer = dict(TARGETS).get(side)
-    if peer not in changes:
+    if peer not in results:
         return ""
-    parts = [
-        f"no worse than {peer} ({changes[peer]:+.2f} %): {_met(changes[side] <= changes[peer])}"
-    ]
+    percent, error = change(results[side], results[peer])
+    parts = [f"{percent:+.2f} ± {error:.2f} % beside {peer}, at most 0: {_met(percent <= 0)}"]
     if side == "ours wint8":
         met = _met(changes[side] <= WINT8_PERCENT)
         parts.append(f"at most +{WINT8_PERCENT} %: {met}")
