@@ -27,7 +27,6 @@ check: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(PIP) -e ".[bench]"
 	$(BIN)/python benchmarks/kernels_cpu.py
-	$(BIN)/python benchmarks/inference.py
 	$(BIN)/python benchmarks/vision.py
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/vl_training.py
