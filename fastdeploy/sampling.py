@@ -141,7 +141,7 @@ class SamplingParams:
     temp_scaled_logprobs: bool = False  # logprobs of logits / temperature
     top_p_normalized_logprobs: bool = False  # logprobs within top_p; -9999 for what is outside
     # Never generated as the tokens into which the tokenizer cuts them, with or without a space in
-    # front.
+    # front; where one spells a special token, that token is meant too.
     bad_words: Sequence[str] | None = None
     bad_words_token_ids: Sequence[int] | None = None
     guided_decoding: GuidedDecodingParams | None = None

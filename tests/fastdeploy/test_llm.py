@@ -212,6 +212,42 @@ def test_bad_words_are_never_said(llm: LLM) -> None:
     assert llm.tokenizer.encode(word)[0] not in out.token_ids
 
 
+def test_a_bad_word_that_spells_a_special_token_bans_the_token(llm: LLM) -> None:
+    mask, x = llm.tokenizer.id_of("<mask:1>"), llm.tokenizer.encode("x")[0]
+    params = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
+    params["logit_bias"] = {mask: 100, x: 50}
+    for words, expected in (
+        ([], [mask] * 6),
+        (["<mask:1>"], [x] * 6),
+        (["<mask:1><mask:1>"], [mask, x] * 3),
+    ):
+        out = llm.generate(PROMPT, SamplingParams(**params, bad_words=words))[0].outputs
+        assert out.token_ids == expected, words
+
+
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize("stop", ["<mask:1>", "</s>"])
+def test_a_stop_string_that_is_a_special_token_ends_the_text(
+    llm: LLM, stop: str, include: bool
+) -> None:
+    bias = {llm.tokenizer.id_of(stop): 100}
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=9,
+        min_tokens=3,
+        logit_bias=bias,
+        stop=[stop],
+        include_stop_str_in_output=include,
+    )
+    (out,) = llm.generate(PROMPT, params)
+    assert len(out.outputs.token_ids) == 3, "not before min_tokens, and then at once"
+    assert (out.outputs.finish_reason, out.outputs.stop_reason) == ("stop", stop)
+    assert out.outputs.text.endswith(stop) == include, out.outputs.text
+    assert out.outputs.text.count(stop) == include, "one that does not stop is not shown"
+    (streamed,) = merged(llm.generate(PROMPT, params, stream=True))
+    assert streamed.outputs[0] == out.outputs[0]
+
+
 @pytest.mark.parametrize(
     ("prompt", "params", "message"),
     [
