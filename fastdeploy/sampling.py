@@ -146,7 +146,8 @@ class SamplingParams:
     bad_words_token_ids: Sequence[int] | None = None
     guided_decoding: GuidedDecodingParams | None = None
     logit_bias: dict[int, float] | None = None
-    logits_processors_args: dict[str, Any] | None = None  # FastDeploy's way to say logit_bias
+    # FastDeploy's way to say logit_bias, which it becomes.
+    logits_processors_args: dict[str, Any] | None = None
     # "mean" or "last": no text is generated; the prompt's hidden states become one vector.
     pooling: str | None = None
 
@@ -164,10 +165,16 @@ class SamplingParams:
                 f"logits_processors_args has {sorted(arguments)}; only logit_bias is known",
                 param="logits_processors_args",
             )
+        if bias and self.logit_bias:
+            raise RequestError(
+                "logit_bias is given twice, as itself and in logits_processors_args; leave out one",
+                param="logit_bias",
+            )
         try:
-            self.logit_bias = {int(k): float(v) for k, v in (bias or {}).items()}
+            taken = {int(k): float(v) for k, v in (bias or {}).items()}
         except (AttributeError, TypeError, ValueError):
             raise TypeError("logit_bias must map token ids to numbers") from None
+        self.logit_bias, self.logits_processors_args = taken or self.logit_bias, None
 
     def validate(self) -> None:
         """Raise RequestError, naming the field, for a value outside its range."""

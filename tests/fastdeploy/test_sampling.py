@@ -73,9 +73,13 @@ def test_a_value_in_range_is_kept(name: str, value: Any) -> None:
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens=5 is more than max_tokens=4"),
         ({"best_of": 2, "n": 3}, "best_of=2 is less than n=3"),
         ({"reasoning_max_tokens": 5, "max_tokens": 4}, "reasoning_max_tokens=5 is more than max_"),
+        (
+            {"logit_bias": {1: 1}, "logits_processors_args": {"logit_bias": {"2": 3}}},
+            "logit_bias is given twice",
+        ),
     ],
 )
-def test_settings_that_contradict_each_other(settings: dict[str, int], message: str) -> None:
+def test_settings_that_contradict_each_other(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message) as caught:
         SamplingParams(**settings)
     assert caught.value.param == next(iter(settings))
@@ -84,6 +88,9 @@ def test_settings_that_contradict_each_other(settings: dict[str, int], message: 
 def test_logit_bias_of_processor_arguments_is_converted_or_a_type_error() -> None:
     params = SamplingParams(logits_processors_args={"logit_bias": {"3": "1.5"}})
     assert params.logit_bias == {3: 1.5}
+    assert filled(params, {"top_p": 0.5}).logit_bias == {3: 1.5}, "a copy is no second time"
+    none = SamplingParams(logit_bias={1: 1}, logits_processors_args={"logit_bias": {}})
+    assert none.logit_bias == {1: 1}
     with pytest.raises(TypeError):
         SamplingParams(logits_processors_args={"logit_bias": {"x": 1}})
 
