@@ -40,7 +40,8 @@ from fastdeploy.vectors import shaped
 Prompt = str | Sequence[int] | Mapping[str, Any]
 # Two names for pictures, of two servers that people come from.
 PICTURE_KEYS = ("multimodal_data", "multi_modal_data")
-PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids", "cache_salt", *PICTURE_KEYS})
+TEXT_KEYS = ("prompt", "prompt_token_ids")
+PROMPT_KEYS = frozenset({"cache_salt", *TEXT_KEYS, *PICTURE_KEYS})
 
 
 @dataclass(slots=True)
@@ -213,17 +214,22 @@ class LLM:
     def _order(self, prompt: Prompt) -> _Order:
         salt = data = None
         if isinstance(prompt, Mapping):
-            if "prompt" not in prompt and "prompt_token_ids" not in prompt:
-                raise RequestError(f"a prompt has {sorted(prompt)}; it needs the key 'prompt'")
+            given = [prompt[key] for key in TEXT_KEYS if prompt.get(key) is not None]
+            if not given:
+                raise RequestError(
+                    f"a prompt has {sorted(prompt)}; it needs the key 'prompt', a text or token ids"
+                )
             if unknown := sorted(set(prompt) - PROMPT_KEYS):
                 raise RequestError(f"a prompt has the key {unknown[0]!r}; leave it out")
             salt = prompt.get("cache_salt")
             if salt is not None and not (isinstance(salt, str) and salt):
                 raise RequestError(f"cache_salt={salt!r}; it takes a text", param="cache_salt")
+            if len(given) > 1:
+                raise RequestError(f"a prompt has both {' and '.join(TEXT_KEYS)}; leave out one")
             if all(prompt.get(key) for key in PICTURE_KEYS):
                 raise RequestError(f"a prompt has both {' and '.join(PICTURE_KEYS)}; leave out one")
             data = next((prompt[key] for key in PICTURE_KEYS if prompt.get(key)), None)
-            prompt = prompt.get("prompt", prompt.get("prompt_token_ids"))
+            prompt = given[0]
         if not isinstance(prompt, str | list | tuple):
             raise TypeError(f"a prompt is a text, token ids or a dict, not {type(prompt).__name__}")
         text = prompt if isinstance(prompt, str) else None

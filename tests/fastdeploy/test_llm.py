@@ -50,6 +50,7 @@ def test_text_is_the_decoded_greedy_continuation(llm: LLM, folder) -> None:
 def test_every_form_of_a_prompt_means_the_same(llm: LLM) -> None:
     ids = llm.tokenizer.encode(PROMPT)
     forms = [PROMPT, [PROMPT], ids, [ids], {"prompt": PROMPT}, {"prompt_token_ids": ids}]
+    forms.append({"prompt": None, "prompt_token_ids": ids})
     answers = {llm.generate(form, GREEDY)[0].outputs.text for form in [*forms, [forms[4]]]}
     assert len(answers) == 1
     assert len(llm.generate([PROMPT, PROMPT, {"prompt": ids}], GREEDY)) == 3
@@ -258,6 +259,9 @@ def test_a_stop_string_that_is_a_special_token_ends_the_text(
         ([[1, 10**6]], {}, "1000000, which is not a token id"),
         ([[1, "a"]], {}, "'a', which is not a token id"),
         ({"text": "x"}, {}, "it needs the key 'prompt'"),
+        ({"prompt": None}, {}, "it needs the key 'prompt'"),
+        ({"prompt": "x", "prompt_token_ids": [1]}, {}, "has both prompt and prompt_token_ids"),
+        ({"prompt": "", "prompt_token_ids": [1]}, {}, "has both prompt and prompt_token_ids"),
         ("x", {"logprobs": -1}, "logprobs=-1 is more than max_logprobs=20"),
         ("x", {"stop_token_ids": [10**6]}, "stop_token_ids has token 1000000"),
         ("x", {"logit_bias": {10**6: 1.0}}, "logit_bias has token 1000000"),
