@@ -226,6 +226,19 @@ def test_a_bad_word_that_spells_a_special_token_bans_the_token(llm: LLM) -> None
         assert out.token_ids == expected, words
 
 
+def test_bans_of_everything_end_the_text_as_an_error_and_harm_no_other(llm: LLM) -> None:
+    size = llm.engine.vocab_size
+    one, rest = {"bad_words_token_ids": [5]}, {"bad_words_token_ids": list(range(1, size))}
+    every = {"bad_words_token_ids": list(range(size))}
+    settings = [SamplingParams(max_tokens=4, seed=3, **bans) for bans in (every, one, rest)]
+    failed, *good = llm.generate([PROMPT] * 3, settings)
+    assert failed.error_code == 400 and "no token is left" in failed.error_msg
+    assert (failed.outputs.finish_reason, failed.outputs.text) == ("error", "")
+    assert [out.error_msg for out in good] == [None, None]
+    assert good[1].outputs.token_ids == [0] * 4
+    assert good[0].outputs == llm.generate(PROMPT, settings[1])[0].outputs
+
+
 @pytest.mark.parametrize("include", [False, True])
 @pytest.mark.parametrize("stop", ["<mask:1>", "</s>"])
 def test_a_stop_string_that_is_a_special_token_ends_the_text(
