@@ -34,7 +34,7 @@ from fastdeploy.engine.weights import Source
 from fastdeploy.errors import RequestError
 from fastdeploy.flags import read_config
 from fastdeploy.outputs import CompletionOutput, Completions, RequestOutput, best, numbered
-from fastdeploy.sampling import SamplingParams, filled
+from fastdeploy.sampling import SamplingParams, filled, plain_id
 from fastdeploy.vectors import shaped
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
@@ -233,11 +233,12 @@ class LLM:
         if not isinstance(prompt, str | list | tuple):
             raise TypeError(f"a prompt is a text, token ids or a dict, not {type(prompt).__name__}")
         text = prompt if isinstance(prompt, str) else None
+        prompt = prompt if isinstance(prompt, str) else [plain_id(token) for token in prompt]
         if data is not None:
             inputs = picture_prompt(self.processor, self.tokenizer, prompt, data)
             return _Order(text, inputs, salt)
         if not isinstance(prompt, str):
-            return _Order(None, list(prompt), salt)
+            return _Order(None, prompt, salt)
         if self.tokenizer is None:
             raise RequestError("the model has no tokenizer; give the prompt as token ids")
         return _Order(prompt, self.tokenizer.encode(prompt), salt)
@@ -390,7 +391,7 @@ def _as_list(prompts: Any) -> Iterable[Prompt]:
         return [prompts]
     if not isinstance(prompts, Sequence):
         raise TypeError(f"prompts is a {type(prompts).__name__}; give a text, token ids, or a list")
-    if prompts and all(isinstance(token, int) for token in prompts):
+    if prompts and all(isinstance(plain_id(token), int) for token in prompts):
         return [prompts]
     return prompts
 
@@ -398,6 +399,12 @@ def _as_list(prompts: Any) -> Iterable[Prompt]:
 def _params_of(given: Any, num_prompts: int, stream: bool) -> list[SamplingParams]:
     if given is None or isinstance(given, SamplingParams):
         given = [given or SamplingParams()] * num_prompts
+    for params in given if isinstance(given, Sequence) else [given]:
+        if not isinstance(params, SamplingParams):
+            raise TypeError(
+                f"sampling_params takes a SamplingParams, or a list with one for each prompt, not "
+                f"{type(params).__name__}"
+            )
     if len(given) != num_prompts:
         raise RequestError(
             f"{len(given)} sampling_params for {num_prompts} prompts; give one, or one for each"

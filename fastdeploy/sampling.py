@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -44,6 +45,7 @@ NUMBERS: dict[str, tuple[float, float | None]] = {
     "min_p": (0, 1),
 }
 ABOVE = frozenset({"repetition_penalty"})  # 0 itself is not allowed
+TOKEN_LISTS = ("stop_token_ids", "bad_words_token_ids")
 
 
 @dataclass(kw_only=True)
@@ -153,6 +155,12 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self.stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        for name in TOKEN_LISTS:
+            values = getattr(self, name)
+            if isinstance(values, list | tuple):
+                setattr(self, name, [plain_id(value) for value in values])
+        if isinstance(self.logit_bias, dict):
+            self.logit_bias = {plain_id(token): bias for token, bias in self.logit_bias.items()}
         if self.logits_processors_args:
             self._take_processor_arguments()
         self.validate()
@@ -239,7 +247,7 @@ class SamplingParams:
     def _lists(self) -> None:
         _strings("stop", self.stop, MAX_STOP_STRINGS)
         _strings("bad_words", self.bad_words, MAX_BIASED_TOKENS)
-        for name in ("stop_token_ids", "bad_words_token_ids"):
+        for name in TOKEN_LISTS:
             _token_ids(name, getattr(self, name))
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, dict):
@@ -278,6 +286,16 @@ def filled(params: SamplingParams, defaults: Mapping[str, float]) -> SamplingPar
     """`params` with `defaults` in place of what is None."""
     missing: dict[str, Any] = {n: v for n, v in defaults.items() if getattr(params, n) is None}
     return replace(params, **missing) if missing else params
+
+
+def plain_id(value: Any) -> Any:
+    """An integer of any library as Python's; what is none as it is, for the checks to refuse."""
+    if isinstance(value, bool):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
 
 
 def _may_be_none(name: str) -> bool:

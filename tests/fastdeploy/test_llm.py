@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 
@@ -51,6 +52,7 @@ def test_every_form_of_a_prompt_means_the_same(llm: LLM) -> None:
     ids = llm.tokenizer.encode(PROMPT)
     forms = [PROMPT, [PROMPT], ids, [ids], {"prompt": PROMPT}, {"prompt_token_ids": ids}]
     forms.append({"prompt": None, "prompt_token_ids": ids})
+    forms += [[number(i) for i in ids] for number in (np.int64, np.uint16, torch.tensor)]
     answers = {llm.generate(form, GREEDY)[0].outputs.text for form in [*forms, [forms[4]]]}
     assert len(answers) == 1
     assert len(llm.generate([PROMPT, PROMPT, {"prompt": ids}], GREEDY)) == 3
@@ -271,6 +273,10 @@ def test_a_stop_string_that_is_a_special_token_ends_the_text(
         ("", {}, "the prompt is empty"),
         ([[1, 10**6]], {}, "1000000, which is not a token id"),
         ([[1, "a"]], {}, "'a', which is not a token id"),
+        ([[1, True]], {}, "True, which is not a token id"),
+        ([[1, np.True_]], {}, "True_?, which is not a token id"),
+        ([[1, 2.0]], {}, "2.0, which is not a token id"),
+        ([[1, np.float32(2)]], {}, r"2.0\)?, which is not a token id"),
         ({"text": "x"}, {}, "it needs the key 'prompt'"),
         ({"prompt": None}, {}, "it needs the key 'prompt'"),
         ({"prompt": "x", "prompt_token_ids": [1]}, {}, "has both prompt and prompt_token_ids"),
@@ -290,6 +296,9 @@ def test_wrong_kinds_of_arguments(llm: LLM) -> None:
     for prompt in (5, None, [None]):
         with pytest.raises(TypeError):
             llm.generate(prompt)
+    for params in ({"temperature": 0}, [{"temperature": 0}], [None], "hot", 5):
+        with pytest.raises(TypeError, match="sampling_params takes a SamplingParams, or a list"):
+            llm.generate("x", params)
     with pytest.raises(ValueError, match="2 sampling_params for 1 prompts"):
         llm.generate("x", [GREEDY, GREEDY])
     with pytest.raises(ValueError, match="cannot be streamed"):
