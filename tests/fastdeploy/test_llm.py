@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import json
 
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ import torch
 
 import ernie
 from ernie.generate import generate
-from fastdeploy import LLM, SamplingParams
+from fastdeploy import LLM, GuidedDecodingParams, SamplingParams
+from fastdeploy.outputs import RequestOutput
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 PROMPT = "Hello! The quick brown fox"
@@ -178,6 +181,34 @@ def test_scores_are_those_of_the_model(llm: LLM, folder) -> None:
         expected = logprobs[position - 1, ids[position]].item()
         assert value.logprob == pytest.approx(expected, abs=1e-4), position
         assert value.decoded_token == llm.tokenizer.decode([ids[position]])
+
+
+def test_an_output_survives_its_dictionary_and_json(llm: LLM) -> None:
+    params = SamplingParams(n=2, max_tokens=3, logprobs=2, prompt_logprobs=0)
+    for output in (*llm.generate(PROMPT, params), *llm.generate(PROMPT, GREEDY)):
+        for values in (output.to_dict(), json.loads(json.dumps(output.to_dict()))):
+            again = RequestOutput.from_dict(values)
+            assert again == output and again.outputs.text == output.outputs[0].text
+        for wrong in (
+            {},
+            None,
+            {**values, "outputs": 5},
+            {**values, "prompt_logprobs": [5]},
+            {**values, "finish": True},
+            {**values, "metrics": {"time": 1.0}},
+            {key: value for key, value in values.items() if key != "prompt"},
+        ):
+            with pytest.raises(ValueError, match="no RequestOutput as to_dict writes it"):
+                RequestOutput.from_dict(wrong)
+
+
+def test_published_import_paths_lead_here() -> None:
+    for path, name, thing in (
+        ("fastdeploy.entrypoints.llm", "LLM", LLM),
+        ("fastdeploy.engine.sampling_params", "SamplingParams", SamplingParams),
+        ("fastdeploy.engine.sampling_params", "GuidedDecodingParams", GuidedDecodingParams),
+    ):
+        assert getattr(importlib.import_module(path), name) is thing
 
 
 def test_the_second_time_a_prompt_comes_from_the_cache(llm: LLM) -> None:
