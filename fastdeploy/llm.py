@@ -36,13 +36,14 @@ from fastdeploy.engine.weights import Source
 from fastdeploy.errors import RequestError
 from fastdeploy.flags import read_config
 from fastdeploy.outputs import CompletionOutput, Completions, RequestOutput, best, numbered
-from fastdeploy.sampling import SamplingParams, filled
+from fastdeploy.sampling import SamplingParams, filled, plain_id
 from fastdeploy.vectors import shaped
 
 Prompt = str | Sequence[int] | Mapping[str, Any]
 # Two names for pictures, of two servers that people come from.
 PICTURE_KEYS = ("multimodal_data", "multi_modal_data")
-PROMPT_KEYS = frozenset({"prompt", "prompt_token_ids", "cache_salt", *PICTURE_KEYS})
+TEXT_KEYS = ("prompt", "prompt_token_ids")
+PROMPT_KEYS = frozenset({"cache_salt", *TEXT_KEYS, *PICTURE_KEYS})
 
 
 @dataclass(slots=True)
@@ -216,25 +217,31 @@ class LLM:
     def _order(self, prompt: Prompt) -> _Order:
         salt = data = None
         if isinstance(prompt, Mapping):
-            if "prompt" not in prompt and "prompt_token_ids" not in prompt:
-                raise RequestError(f"a prompt has {sorted(prompt)}; it needs the key 'prompt'")
+            given = [prompt[key] for key in TEXT_KEYS if prompt.get(key) is not None]
+            if not given:
+                raise RequestError(
+                    f"a prompt has {sorted(prompt)}; it needs the key 'prompt', a text or token ids"
+                )
             if unknown := sorted(set(prompt) - PROMPT_KEYS):
                 raise RequestError(f"a prompt has the key {unknown[0]!r}; leave it out")
             salt = prompt.get("cache_salt")
             if salt is not None and not (isinstance(salt, str) and salt):
                 raise RequestError(f"cache_salt={salt!r}; it takes a text", param="cache_salt")
+            if len(given) > 1:
+                raise RequestError(f"a prompt has both {' and '.join(TEXT_KEYS)}; leave out one")
             if all(prompt.get(key) for key in PICTURE_KEYS):
                 raise RequestError(f"a prompt has both {' and '.join(PICTURE_KEYS)}; leave out one")
             data = next((prompt[key] for key in PICTURE_KEYS if prompt.get(key)), None)
-            prompt = prompt.get("prompt", prompt.get("prompt_token_ids"))
+            prompt = given[0]
         if not isinstance(prompt, str | list | tuple):
             raise TypeError(f"a prompt is a text, token ids or a dict, not {type(prompt).__name__}")
         text = prompt if isinstance(prompt, str) else None
+        prompt = prompt if isinstance(prompt, str) else [plain_id(token) for token in prompt]
         if data is not None:
             inputs = picture_prompt(self.processor, self.tokenizer, prompt, data)
             return _Order(text, inputs, salt)
         if not isinstance(prompt, str):
-            return _Order(None, list(prompt), salt)
+            return _Order(None, prompt, salt)
         if self.tokenizer is None:
             raise RequestError("the model has no tokenizer; give the prompt as token ids")
         return _Order(prompt, self.tokenizer.encode(prompt), salt)
@@ -418,7 +425,7 @@ def _as_list(prompts: Any) -> Iterable[Prompt]:
         return [prompts]
     if not isinstance(prompts, Sequence):
         raise TypeError(f"prompts is a {type(prompts).__name__}; give a text, token ids, or a list")
-    if prompts and all(isinstance(token, int) for token in prompts):
+    if prompts and all(isinstance(plain_id(token), int) for token in prompts):
         return [prompts]
     return prompts
 
@@ -426,6 +433,12 @@ def _as_list(prompts: Any) -> Iterable[Prompt]:
 def _params_of(given: Any, num_prompts: int, stream: bool) -> list[SamplingParams]:
     if given is None or isinstance(given, SamplingParams):
         given = [given or SamplingParams()] * num_prompts
+    for params in given if isinstance(given, Sequence) else [given]:
+        if not isinstance(params, SamplingParams):
+            raise TypeError(
+                f"sampling_params takes a SamplingParams, or a list with one for each prompt, not "
+                f"{type(params).__name__}"
+            )
     if len(given) != num_prompts:
         raise RequestError(
             f"{len(given)} sampling_params for {num_prompts} prompts; give one, or one for each"

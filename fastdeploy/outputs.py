@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -146,6 +146,37 @@ class RequestOutput:
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> RequestOutput:
+        """The output of which these are the `to_dict`, even if they were JSON in between.
+
+        Raises ValueError for keys that are missing or not known.
+        """
+        try:
+            given = dict(values)
+            if "outputs" in given:
+                given["outputs"] = Completions(map(_completion_of, given["outputs"]))
+            if given.get("metrics") is not None:
+                given["metrics"] = RequestMetrics(**given["metrics"])
+            given["prompt_logprobs"] = _logprobs_of(given.get("prompt_logprobs"))
+            return cls(**given)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise ValueError(f"this is no RequestOutput as to_dict writes it: {error}") from None
+
+
+def _completion_of(values: Mapping[str, Any]) -> CompletionOutput:
+    return CompletionOutput(**{**values, "logprobs": _logprobs_of(values.get("logprobs"))})
+
+
+def _logprobs_of(entries: Sequence[Any] | None) -> list[Any] | None:
+    """JSON has made texts of the token ids."""
+    if entries is None:
+        return None
+    return [
+        entry and {int(token): Logprob(**value) for token, value in entry.items()}
+        for entry in entries
+    ]
 
 
 @dataclass(slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -44,6 +45,7 @@ NUMBERS: dict[str, tuple[float, float | None]] = {
     "min_p": (0, 1),
 }
 ABOVE = frozenset({"repetition_penalty"})  # 0 itself is not allowed
+TOKEN_LISTS = ("stop_token_ids", "bad_words_token_ids")
 
 
 @dataclass(kw_only=True)
@@ -141,17 +143,24 @@ class SamplingParams:
     temp_scaled_logprobs: bool = False  # logprobs of logits / temperature
     top_p_normalized_logprobs: bool = False  # logprobs within top_p; -9999 for what is outside
     # Never generated as the tokens into which the tokenizer cuts them, with or without a space in
-    # front.
+    # front; where one spells a special token, that token is meant too.
     bad_words: Sequence[str] | None = None
     bad_words_token_ids: Sequence[int] | None = None
     guided_decoding: GuidedDecodingParams | None = None
     logit_bias: dict[int, float] | None = None
-    logits_processors_args: dict[str, Any] | None = None  # FastDeploy's way to say logit_bias
+    # FastDeploy's way to say logit_bias, which it becomes.
+    logits_processors_args: dict[str, Any] | None = None
     # "mean" or "last": no text is generated; the prompt's hidden states become one vector.
     pooling: str | None = None
 
     def __post_init__(self) -> None:
         self.stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        for name in TOKEN_LISTS:
+            values = getattr(self, name)
+            if isinstance(values, list | tuple):
+                setattr(self, name, [plain_id(value) for value in values])
+        if isinstance(self.logit_bias, dict):
+            self.logit_bias = {plain_id(token): bias for token, bias in self.logit_bias.items()}
         if self.logits_processors_args:
             self._take_processor_arguments()
         self.validate()
@@ -164,10 +173,16 @@ class SamplingParams:
                 f"logits_processors_args has {sorted(arguments)}; only logit_bias is known",
                 param="logits_processors_args",
             )
+        if bias and self.logit_bias:
+            raise RequestError(
+                "logit_bias is given twice, as itself and in logits_processors_args; leave out one",
+                param="logit_bias",
+            )
         try:
-            self.logit_bias = {int(k): float(v) for k, v in (bias or {}).items()}
+            taken = {int(k): float(v) for k, v in (bias or {}).items()}
         except (AttributeError, TypeError, ValueError):
             raise TypeError("logit_bias must map token ids to numbers") from None
+        self.logit_bias, self.logits_processors_args = taken or self.logit_bias, None
 
     def validate(self) -> None:
         """Raise RequestError, naming the field, for a value outside its range."""
@@ -232,7 +247,7 @@ class SamplingParams:
     def _lists(self) -> None:
         _strings("stop", self.stop, MAX_STOP_STRINGS)
         _strings("bad_words", self.bad_words, MAX_BIASED_TOKENS)
-        for name in ("stop_token_ids", "bad_words_token_ids"):
+        for name in TOKEN_LISTS:
             _token_ids(name, getattr(self, name))
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, dict):
@@ -271,6 +286,16 @@ def filled(params: SamplingParams, defaults: Mapping[str, float]) -> SamplingPar
     """`params` with `defaults` in place of what is None."""
     missing: dict[str, Any] = {n: v for n, v in defaults.items() if getattr(params, n) is None}
     return replace(params, **missing) if missing else params
+
+
+def plain_id(value: Any) -> Any:
+    """An integer of any library as Python's; what is none as it is, for the checks to refuse."""
+    if isinstance(value, bool):
+        return value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
 
 
 def _may_be_none(name: str) -> bool:

@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -139,14 +140,16 @@ def names_of(units: Sequence[Unit]) -> list[str]:
 
 
 def detect(
+    source: str | Path,
     tensors: Mapping[str, Stored],
     template: Template,
     layouts: Iterable[Layout] | None = None,
 ) -> tuple[Layout, list[Unit]]:
     """The layout whose names fit a folder best, and its plan, which fits the folder exactly.
 
-    `layouts` are those of the template's kind of model unless given. Raises CheckpointError for the
-    first missing or unknown tensor or wrong shape.
+    `source` is the folder, or a name for where else the tensors are from. `layouts` are those of
+    the template's kind of model unless given. Raises CheckpointError for the first missing or
+    unknown tensor or wrong shape.
     """
     candidates = [
         (layout, plan(template, layout, root, tower))
@@ -164,8 +167,8 @@ def detect(
         )
     if missing := [name for name in wanted if name not in tensors]:
         raise CheckpointError(
-            f"no file of the folder holds {missing[0]}{_and_more(missing)}, which config.json asks "
-            f"for in layout {layout.name!r}"
+            f"{source} holds no {missing[0]}{_and_more(missing)}, which config.json asks for in "
+            f"layout {layout.name!r}"
         )
     groups_fitted = (
         replace(unit, groups=tuple(_fitted(group, tensors, template) for group in unit.groups))

@@ -66,7 +66,7 @@ def export_gguf(source: str | Path, target: str | Path, *, dtype: str = "f16") -
         raise CheckpointError(f"{target} is a folder; give the path of the .gguf file to write")
     config, stored = _read(folder)
     template = dict(ErnieModel(config, dtype=torch.float32, device="meta").named_parameters())
-    _, units = convert.detect(stored, template)
+    _, units = convert.detect(folder, stored, template)
     names = [name for unit in units for name in unit.native]
     parts = {name: _parts(name, template[name].shape, dtype) for name in names}
     target.parent.mkdir(parents=True, exist_ok=True)

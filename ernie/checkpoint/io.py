@@ -100,7 +100,7 @@ def stored_weights(
 
     Raises CheckpointError where names, shapes or kinds do not fit.
     """
-    layout, units = convert.detect(tensors, template, layouts)
+    layout, units = convert.detect(folder, tensors, template, layouts)
     log.info("%s: %d tensors in layout %r", folder, len(tensors), layout.name)
     return layout.name, convert.native_tensors(units, tensors, template, device)
 

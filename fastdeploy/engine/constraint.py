@@ -36,6 +36,7 @@ from torch import Tensor
 
 from ernie.kernels.transfer import moved, places
 from fastdeploy.engine.grammar import TOO_SLOW, Grammars, why_stuck
+from fastdeploy.engine.request import End, Request
 from fastdeploy.engine.thinking import ThinkTags
 from fastdeploy.engine.timed import Job, Result, TimedThread
 from fastdeploy.errors import RequestError
@@ -43,7 +44,6 @@ from fastdeploy.errors import RequestError
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-    from fastdeploy.engine.request import Request
     from fastdeploy.engine.scheduler import Part
 
 # Of each byte of a mask, what is added to 8 logits: 0 where the bit is set.
@@ -51,15 +51,6 @@ _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder=
 ADDED = torch.from_numpy(np.where(_BITS, 0, -np.inf).astype(np.float32))
 ALL = np.uint32(0xFFFFFFFF)
 REFILL_S = 0.01  # of the balance, for each mask and for each step's tokens
-
-
-@dataclass(frozen=True, slots=True)
-class End:
-    """How an answer ends by its form."""
-
-    num_tokens: int
-    reason: str  # complete or error
-    error: str | None = None
 
 
 class Constraint:
@@ -80,7 +71,6 @@ class Constraint:
         self.matcher, self.tags = matcher, tags
         self.is_open = tags is not None and tags.leave_open(prompt_ids)  # within a thought
         self.banned_ends, self.ends = tuple(banned_ends), tuple(ends)
-        self.end: End | None = None  # once it is known
         self.most_s = self.balance_s = most_s
 
     @property
@@ -122,14 +112,9 @@ class Constraint:
                     return End(count, "complete")
         return None
 
-    def pay(self, result: Result | None, num_output: int) -> None:
-        """Take what its work has cost off the balance; None: the work was left behind, and the
-        answer of `num_output` tokens ends with its next one.
-        """
-        if result is None:
-            self.end = End(num_output + 1, "error", TOO_SLOW)
-        else:
-            self.balance_s = min(self.balance_s - result.seconds + REFILL_S, self.most_s)
+    def pay(self, seconds: float) -> None:
+        """Take what its work has cost off the balance."""
+        self.balance_s = min(self.balance_s - seconds + REFILL_S, self.most_s)
 
     def _fill(self, mask_W: np.ndarray) -> None:
         self.matcher.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes)
@@ -156,6 +141,15 @@ class Held:
     draft_ids: Sequence[int]
     rows: slice
 
+    def pay(self, result: Result | None) -> None:
+        """Pay for its work; None: the work was left behind, and the answer ends with its next
+        token.
+        """
+        if result is None:
+            self.request.end = End(self.request.num_output + 1, "error", TOO_SLOW)
+        else:
+            self.constraint.pay(result.seconds)
+
 
 class Filled:
     """The masks of one step, which a thread may still be working on."""
@@ -180,7 +174,7 @@ class Filled:
         """Make tokens that no mask allows impossible, in place."""
         kept: list[int] = []
         for one, result in zip(self.held, self.filling.wait()):
-            one.constraint.pay(result, one.request.num_output)
+            one.pay(result)
             if result is not None:  # else a thread may go on writing to them
                 kept += range(one.rows.start, one.rows.stop)
         device, vocab_size = logits_RV.device, logits_RV.shape[-1]
@@ -191,7 +185,7 @@ class Filled:
 
     def take(self, tokens_by_request: Mapping[Request, Sequence[int]]) -> None:
         """Move the constraints on by what was chosen."""
-        going = [one for one in self.held if one.constraint.end is None]
+        going = [one for one in self.held if one.request.end is None]
         jobs = [
             Job(
                 partial(
@@ -205,9 +199,9 @@ class Filled:
             for one in going
         ]
         for one, result in zip(going, self.thread.begin(jobs).wait() if jobs else ()):
-            one.constraint.pay(result, one.request.num_output)
+            one.pay(result)
             if result is not None:
-                one.constraint.end = result.value
+                one.request.end = result.value
 
 
 class Masks:

@@ -456,11 +456,10 @@ class Engine:
                 for choice in some[:num_taken]
             ]
             reason = reports[-1].finish_reason = request.finish_reason()
-            if reason is not None and request.constraint is not None:
-                end = request.constraint.end
-                reports[-1].error = end.error if end is not None else None
-                is_cut = reason == "length" and not request.constraint.is_complete
-                self.num_unfinished_forms += is_cut
+            if reason == "error" and request.end is not None:
+                reports[-1].error = request.end.error
+            elif reason == "length" and request.constraint is not None:
+                self.num_unfinished_forms += not request.constraint.is_complete
             if first and request.params.prompt_logprobs is not None:
                 reports[0].prompt_logprobs = request.prompt_logprobs or [None]
             outputs += reports

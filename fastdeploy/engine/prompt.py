@@ -138,10 +138,16 @@ def _source(kind: str, number: int, source: Any) -> Any:
 def banned_sequences(
     tokenizer: Tokenizer | None, params: SamplingParams
 ) -> frozenset[tuple[int, ...]]:
-    """The tokens of each of `bad_words`, as it stands and with a space in front."""
+    """The tokens of each of `bad_words`, as it stands and with a space in front, as plain text and
+    with the control tokens that it spells.
+    """
     banned: set[tuple[int, ...]] = set()
     for word in params.bad_words or ():
         if tokenizer is None:
             raise RequestError("bad_words needs a tokenizer, and the model has none")
-        banned.update(tuple(tokenizer.encode(text)) for text in (word, " " + word))
+        banned.update(
+            tuple(tokenizer.encode(text, allow_special=allow_special))
+            for text in (word, " " + word)
+            for allow_special in (False, True)
+        )
     return frozenset(banned)

@@ -39,6 +39,15 @@ class Status(enum.Enum):
     FINISHED = "finished"
 
 
+@dataclass(frozen=True, slots=True)
+class End:
+    """How an answer ends by its form, or for want of a token that it may go on with."""
+
+    num_tokens: int
+    reason: str  # complete or error
+    error: str | None = None
+
+
 class Request:
     """State of one request in the engine. The scheduler owns it; the sampler keeps its notes."""
 
@@ -93,6 +102,7 @@ class Request:
             else None
         )
         self.constraint: Constraint | None = None  # given before it is queued, if it has a form
+        self.end: End | None = None  # once it is known
         self.early_stop = early_stop
         self.num_sure = 0  # newest tokens in a row of which the model was sure
         stops = frozenset(params.stop_token_ids or ())
@@ -150,7 +160,7 @@ class Request:
 
     def finish_reason(self) -> str | None:
         """Why the text ends after its newest token, None when it goes on."""
-        end = self.constraint.end if self.constraint is not None else None
+        end = self.end
         over = end.reason if end is not None and end.num_tokens == self.num_output else None
         if over == "error":
             return over

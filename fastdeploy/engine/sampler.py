@@ -34,15 +34,19 @@ from torch import Tensor
 
 from ernie import kernels
 from ernie.kernels.transfer import places
-from fastdeploy.engine.adjustments import Lists, Notes, needs_notes
+from fastdeploy.engine.adjustments import MINUS_INFINITY, Lists, Notes, needs_notes
 from fastdeploy.engine.constraint import Filled
-from fastdeploy.engine.request import Request
+from fastdeploy.engine.request import End, Request
 from fastdeploy.engine.scheduler import Part
 from fastdeploy.outputs import Logprob, TokenLogprobs
 from fastdeploy.sampling import SamplingParams
 
 LEAST_LOGPROB = -9999.0  # stands for impossible: JSON has no infinity
 MIN_TEMPERATURE = 1e-5  # below it the quotient could overflow; greedy to any precision
+NONE_LEFT = (
+    "no token is left to go on with: bad words, min_tokens and the answer's form rule out the "
+    "whole vocabulary; allow more"
+)
 
 
 @dataclass(slots=True)
@@ -86,10 +90,14 @@ class Sampler:
         wanted_r = places(wanted, device) if wanted else None
         # Copied before they are adjusted.
         raw_rV = logits_RV[:0] if wanted_r is None else logits_RV.index_select(0, wanted_r)
-        self._adjust(logits_RV, choosing)
+        has_bans = self._adjust(logits_RV, choosing)
         if masks is not None:
             masks.apply(logits_RV)
-        tokens_R = _choose(logits_RV, requests, offsets, _forced(requests))
+        forced = _forced(requests)
+        tokens_R = _choose(logits_RV, requests, offsets, forced)
+        impossible_R = None
+        if has_bans or masks is not None:
+            impossible_R = logits_RV.gather(1, tokens_R[:, None])[:, 0] == MINUS_INFINITY
         logprobs_r = raw_rV[:, 0]  # none
         if wanted_r is not None:
             logprobs_r = kernels.token_logprobs(raw_rV, tokens_R.index_select(0, wanted_r))
@@ -106,6 +114,11 @@ class Sampler:
                 for part, some in zip(choosing, accepted)
             }
             masks.take(tokens_by_request)
+        if impossible_R is not None:
+            kept = {part.request: len(some) for part, some in zip(choosing, accepted)}
+            for i, is_impossible in enumerate(impossible_R.tolist()):
+                if is_impossible and i not in forced and offsets[i] < kept[requests[i]]:
+                    _end_stuck(requests[i], offsets[i])
         return accepted
 
     def warm_up(self, device: torch.device) -> None:
@@ -118,7 +131,8 @@ class Sampler:
                 tokens_R = kernels.draw(logits_RV, one, *limits, one / 2)
         kernels.token_logprobs(logits_RV, tokens_R)
 
-    def _adjust(self, logits_RV: Tensor, parts: Sequence[Part]) -> None:
+    def _adjust(self, logits_RV: Tensor, parts: Sequence[Part]) -> bool:
+        """Whether there are bans among the changes."""
         lists, row = Lists(self.vocab_size), 0
         for part in parts:
             note = self._notes(part.request)
@@ -126,6 +140,7 @@ class Sampler:
                 note.write(lists, row * self.vocab_size, part.request, part.draft_ids)
             row += len(part.draft_ids) + 1
         lists.apply(logits_RV)
+        return bool(lists.bans)
 
     def _accepted(self, choices: list[Choice], parts: Sequence[Part]) -> list[list[Choice]]:
         """Of the choices of each part: those that are its drafts, and the first that is not."""
@@ -220,6 +235,13 @@ def _forced(requests: Sequence[Request]) -> dict[int, int]:
         if request.thinking is not None
     }
     return {i: token for i, token in tokens.items() if token is not None}
+
+
+def _end_stuck(request: Request, num_drafts: int) -> None:
+    """End an answer at its token after so many drafts, unless its form ends it before."""
+    end = End(request.num_output + num_drafts + 1, "error", NONE_LEFT)
+    ends = [end] if request.end is None else [request.end, end]
+    request.end = min(ends, key=lambda one: (one.num_tokens, one.reason != "error"))
 
 
 def _describe(raw_rV: Tensor, requests: Sequence[Request], choices: Sequence[Choice]) -> None:

@@ -60,7 +60,8 @@ def _overlap(text: str, stop: str) -> int:
 class Sample:
     """The user's view of one sample: `push` turns each report of the engine into a piece of output.
 
-    Special tokens are not part of the text, but for those in `shown`.
+    Special tokens are not part of the text, but for those in `shown`; one that is a stop string as
+    it stands is matched like text.
     When a piece ends with a stop string the engine does not know: `stopped_by_text` is set and the
     caller has to abort the engine's request.
     """
@@ -75,7 +76,10 @@ class Sample:
         self.index = index
         self.params = params
         self.tokenizer = tokenizer
-        self.detokenizer = Detokenizer(tokenizer, shown=shown) if tokenizer else None
+        self.stop_ids = _special_stops(params, tokenizer).difference(shown)
+        self.detokenizer = (
+            Detokenizer(tokenizer, shown=self.stop_ids.union(shown)) if tokenizer else None
+        )
         self.stops = StopStrings(params.stop or (), include=params.include_stop_str_in_output)
         self.num_tokens = 0
         self.finished = False
@@ -101,7 +105,10 @@ class Sample:
             piece.finish_reason, piece.stop_reason = "stop", "repetition"
         if output.finish_reason == "complete":  # its form left nothing but the end
             piece.finish_reason = "stop"
-        hidden = ended_by_token and not self.params.include_stop_str_in_output
+        if output.token in self.stop_ids:
+            hidden = self.num_tokens < self.params.min_tokens
+        else:
+            hidden = ended_by_token and not self.params.include_stop_str_in_output
         hidden |= output.error is not None
         piece.text = self._text([] if hidden else [output.token])
         if self.stops.matched is not None:
@@ -137,3 +144,10 @@ class Sample:
             for token, entry in logprobs.items():
                 entry.decoded_token = self.tokenizer.decode([token])
         return logprobs
+
+
+def _special_stops(params: SamplingParams, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """The special tokens that are stop strings as they stand."""
+    if tokenizer is None:
+        return frozenset()
+    return tokenizer.special_ids.intersection(map(tokenizer.id_of, params.stop or ()))

@@ -24,6 +24,7 @@ from ernie.config import ErnieConfig
 from ernie.model import ErnieModel
 
 Source = str | Path | Mapping[str, Tensor]
+GIVEN = Path("the given mapping")  # stands in error messages for a folder and its files
 
 
 def read_weights(
@@ -87,7 +88,7 @@ def _from_tensors(
     model = ErnieModel(config, dtype=dtype, device="meta")
     template = dict(model.named_parameters())
     given = {name: _given(name, tensor) for name, tensor in tensors.items()}
-    _, units = convert.detect(given, template)
+    _, units = convert.detect(GIVEN, given, template)
     for planned in convert.planned(units, template):
         if given[planned.name].dtype != planned.dtype:
             raise CheckpointError(
@@ -102,8 +103,7 @@ def _given(name: str, tensor: Tensor) -> _Given:
     if not isinstance(tensor, Tensor):
         raise CheckpointError(f"{name} is a {type(tensor).__name__}; give tensors by their names")
     tensor = tensor.detach()
-    file = Path("the given mapping")  # stands in error messages
-    return _Given(name, file, tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes, tensor)
+    return _Given(name, GIVEN, tensor.dtype, tuple(tensor.shape), 0, tensor.nbytes, tensor)
 
 
 def without_weights(model: ErnieModel) -> ErnieModel:

@@ -274,7 +274,7 @@ def test_missing_tensor(bad):
     folder = bad("moe")
     name = "model.layers.2.mlp.experts.5.up_proj.weight"
     change_tensors(folder, lambda tensors: tensors.pop(name))
-    refused(folder, name, "no file")
+    refused(folder, f"{folder} holds no {name}")
 
 
 def test_vocabulary_of_another_model(bad):

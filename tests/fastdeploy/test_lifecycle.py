@@ -196,6 +196,7 @@ def test_weights_that_do_not_fit_change_nothing(folder: Path, other: Path, tmp_p
     ernie.save(turned, tmp_path / "turned")
     for source, message in (
         ({key: value for key, value in good.items() if key != name}, name),
+        ({}, r"^the given mapping holds no ernie\.embed_tokens\.weight and \d+ more"),
         (good | {"model.extra": torch.ones(2)}, r"model\.extra"),
         (good | {name: good[name][:, :-1].clone()}, "down_proj.weight in the given mapping is"),
         (good | {name: good[name].bfloat16()}, r"is torch\.bfloat16 and the running model's"),

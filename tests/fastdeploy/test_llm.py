@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
+import json
 
+import numpy as np
 import pytest
 import torch
 
 import ernie
 from ernie.generate import generate
-from fastdeploy import LLM, SamplingParams
+from fastdeploy import LLM, GuidedDecodingParams, SamplingParams
+from fastdeploy.outputs import RequestOutput
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 PROMPT = "Hello! The quick brown fox"
@@ -50,6 +54,8 @@ def test_text_is_the_decoded_greedy_continuation(llm: LLM, folder) -> None:
 def test_every_form_of_a_prompt_means_the_same(llm: LLM) -> None:
     ids = llm.tokenizer.encode(PROMPT)
     forms = [PROMPT, [PROMPT], ids, [ids], {"prompt": PROMPT}, {"prompt_token_ids": ids}]
+    forms.append({"prompt": None, "prompt_token_ids": ids})
+    forms += [[number(i) for i in ids] for number in (np.int64, np.uint16, torch.tensor)]
     answers = {llm.generate(form, GREEDY)[0].outputs.text for form in [*forms, [forms[4]]]}
     assert len(answers) == 1
     assert len(llm.generate([PROMPT, PROMPT, {"prompt": ids}], GREEDY)) == 3
@@ -207,6 +213,34 @@ def test_scores_are_those_of_the_model(llm: LLM, folder) -> None:
         assert value.decoded_token == llm.tokenizer.decode([ids[position]])
 
 
+def test_an_output_survives_its_dictionary_and_json(llm: LLM) -> None:
+    params = SamplingParams(n=2, max_tokens=3, logprobs=2, prompt_logprobs=0)
+    for output in (*llm.generate(PROMPT, params), *llm.generate(PROMPT, GREEDY)):
+        for values in (output.to_dict(), json.loads(json.dumps(output.to_dict()))):
+            again = RequestOutput.from_dict(values)
+            assert again == output and again.outputs.text == output.outputs[0].text
+        for wrong in (
+            {},
+            None,
+            {**values, "outputs": 5},
+            {**values, "prompt_logprobs": [5]},
+            {**values, "finish": True},
+            {**values, "metrics": {"time": 1.0}},
+            {key: value for key, value in values.items() if key != "prompt"},
+        ):
+            with pytest.raises(ValueError, match="no RequestOutput as to_dict writes it"):
+                RequestOutput.from_dict(wrong)
+
+
+def test_published_import_paths_lead_here() -> None:
+    for path, name, thing in (
+        ("fastdeploy.entrypoints.llm", "LLM", LLM),
+        ("fastdeploy.engine.sampling_params", "SamplingParams", SamplingParams),
+        ("fastdeploy.engine.sampling_params", "GuidedDecodingParams", GuidedDecodingParams),
+    ):
+        assert getattr(importlib.import_module(path), name) is thing
+
+
 def test_the_second_time_a_prompt_comes_from_the_cache(llm: LLM) -> None:
     prompt = [(7 * i) % 500 for i in range(40)]
     first, second = (llm.generate(prompt, GREEDY)[0] for _ in range(2))
@@ -242,6 +276,55 @@ def test_bad_words_are_never_said(llm: LLM) -> None:
     assert llm.tokenizer.encode(word)[0] not in out.token_ids
 
 
+def test_a_bad_word_that_spells_a_special_token_bans_the_token(llm: LLM) -> None:
+    mask, x = llm.tokenizer.id_of("<mask:1>"), llm.tokenizer.encode("x")[0]
+    params = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
+    params["logit_bias"] = {mask: 100, x: 50}
+    for words, expected in (
+        ([], [mask] * 6),
+        (["<mask:1>"], [x] * 6),
+        (["<mask:1><mask:1>"], [mask, x] * 3),
+    ):
+        out = llm.generate(PROMPT, SamplingParams(**params, bad_words=words))[0].outputs
+        assert out.token_ids == expected, words
+
+
+def test_bans_of_everything_end_the_text_as_an_error_and_harm_no_other(llm: LLM) -> None:
+    size = llm.engine.vocab_size
+    one, rest = {"bad_words_token_ids": [5]}, {"bad_words_token_ids": list(range(1, size))}
+    every = {"bad_words_token_ids": list(range(size))}
+    settings = [SamplingParams(max_tokens=4, seed=3, **bans) for bans in (every, one, rest)]
+    failed, *good = llm.generate([PROMPT] * 3, settings)
+    assert failed.error_code == 400 and "no token is left" in failed.error_msg
+    assert (failed.outputs.finish_reason, failed.outputs.text) == ("error", "")
+    assert [out.error_msg for out in good] == [None, None]
+    assert good[1].outputs.token_ids == [0] * 4
+    assert good[0].outputs == llm.generate(PROMPT, settings[1])[0].outputs
+
+
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize("stop", ["<mask:1>", "</s>"])
+def test_a_stop_string_that_is_a_special_token_ends_the_text(
+    llm: LLM, stop: str, include: bool
+) -> None:
+    bias = {llm.tokenizer.id_of(stop): 100}
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=9,
+        min_tokens=3,
+        logit_bias=bias,
+        stop=[stop],
+        include_stop_str_in_output=include,
+    )
+    (out,) = llm.generate(PROMPT, params)
+    assert len(out.outputs.token_ids) == 3, "not before min_tokens, and then at once"
+    assert (out.outputs.finish_reason, out.outputs.stop_reason) == ("stop", stop)
+    assert out.outputs.text.endswith(stop) == include, out.outputs.text
+    assert out.outputs.text.count(stop) == include, "one that does not stop is not shown"
+    (streamed,) = merged(llm.generate(PROMPT, params, stream=True))
+    assert streamed.outputs[0] == out.outputs[0]
+
+
 @pytest.mark.parametrize(
     ("prompt", "params", "message"),
     [
@@ -251,7 +334,14 @@ def test_bad_words_are_never_said(llm: LLM) -> None:
         ("", {}, "the prompt is empty"),
         ([[1, 10**6]], {}, "1000000, which is not a token id"),
         ([[1, "a"]], {}, "'a', which is not a token id"),
+        ([[1, True]], {}, "True, which is not a token id"),
+        ([[1, np.True_]], {}, "True_?, which is not a token id"),
+        ([[1, 2.0]], {}, "2.0, which is not a token id"),
+        ([[1, np.float32(2)]], {}, r"2.0\)?, which is not a token id"),
         ({"text": "x"}, {}, "it needs the key 'prompt'"),
+        ({"prompt": None}, {}, "it needs the key 'prompt'"),
+        ({"prompt": "x", "prompt_token_ids": [1]}, {}, "has both prompt and prompt_token_ids"),
+        ({"prompt": "", "prompt_token_ids": [1]}, {}, "has both prompt and prompt_token_ids"),
         ("x", {"logprobs": -1}, "logprobs=-1 is more than max_logprobs=20"),
         ("x", {"stop_token_ids": [10**6]}, "stop_token_ids has token 1000000"),
         ("x", {"logit_bias": {10**6: 1.0}}, "logit_bias has token 1000000"),
@@ -267,6 +357,9 @@ def test_wrong_kinds_of_arguments(llm: LLM) -> None:
     for prompt in (5, None, [None]):
         with pytest.raises(TypeError):
             llm.generate(prompt)
+    for params in ({"temperature": 0}, [{"temperature": 0}], [None], "hot", 5):
+        with pytest.raises(TypeError, match="sampling_params takes a SamplingParams, or a list"):
+            llm.generate("x", params)
     with pytest.raises(ValueError, match="2 sampling_params for 1 prompts"):
         llm.generate("x", [GREEDY, GREEDY])
     with pytest.raises(ValueError, match="cannot be streamed"):

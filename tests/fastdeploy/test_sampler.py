@@ -197,6 +197,45 @@ def test_what_ends_the_text_is_banned_before_min_tokens() -> None:
     assert sample(logits, [request(output=[9], **settings)]) == [2]
 
 
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_an_answer_that_may_go_on_with_no_token_ends_as_an_error(temperature: float) -> None:
+    everything = [(token,) for token in range(VOCAB)]
+    never = {"temperature": temperature, "max_tokens": 9}
+    stuck = request(**never, banned=everything)
+    early = request(**never, eos_ids=range(VOCAB), min_tokens=2)
+    free = request(**never)
+    most = request(**never, banned=everything[1:])  # token 0 is not nothing
+    requests = [free, stuck, most, early]
+    tokens = sample(some_logits(rows=4), requests)
+    for one, token in zip(requests, tokens):
+        one.token_ids.append(token)
+    assert [one.finish_reason() for one in requests] == [None, "error", None, "error"]
+    assert tokens[2] == 0
+    assert "no token is left" in stuck.end.error
+
+
+@pytest.mark.parametrize(
+    ("banned_after", "draft_ids", "tokens", "num_tokens"),
+    [
+        (7, [7, 7], [7, 0], 2),  # nothing may follow the first draft
+        (7, [0, 7], [7], None),  # the draft is not accepted, nor what stands behind it
+        (9, [9, 7], [7], None),
+        (9, [7, 7], [7, 7, 7], None),
+        (7, [7, 0], [7, 0, 7], 2),  # what is void agrees with a draft
+    ],
+)
+def test_drafts_without_a_token_behind_them_end_what_accepts_them(
+    banned_after: int, draft_ids: list[int], tokens: list[int], num_tokens: int | None
+) -> None:
+    logits = torch.zeros(3, VOCAB)
+    logits[:, 7] = 5.0
+    one = request(temperature=0, banned=[(banned_after, token) for token in range(VOCAB)])
+    row = Part(one, 0, 3, [], num_logits=3, chooses=True, draft_ids=draft_ids)
+    (choices,) = Sampler(VOCAB)(logits, [row])
+    assert [choice.token for choice in choices] == tokens
+    assert (one.end.num_tokens if one.end else None) == num_tokens
+
+
 @pytest.mark.parametrize("num_top", [0, 3, -1])
 def test_logprobs_are_those_of_the_raw_logits(num_top: int) -> None:
     logits = some_logits(rows=2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from fastdeploy import GuidedDecodingParams, SamplingParams
@@ -27,7 +28,7 @@ REFUSED: list[tuple[str, Any]] = [
     *[("logprobs", v) for v in (-2, 21, 1.0)],
     *[("prompt_logprobs", v) for v in (-2, 21)],
     *[("stop", v) for v in ("", [""], ["a", 1], ["a"] * 33, ["x" * 1025], 5)],
-    *[("stop_token_ids", v) for v in ([-1], [1.5], ["1"], [True], 5)],
+    *[("stop_token_ids", v) for v in ([-1], [1.5], ["1"], [True], [np.True_], [np.float32(1)], 5)],
     *[("bad_words", v) for v in ([""], [1])],
     *[("bad_words_token_ids", v) for v in ([-1], ["a"])],
     *[("logit_bias", v) for v in ({-1: 0}, {1: 101}, {1: NAN}, {"a": 1}, [1])],
@@ -49,7 +50,9 @@ ACCEPTED: list[tuple[str, Any]] = [
     *[("min_tokens", v) for v in (0, 1, 9)],
     *[("logprobs", v) for v in (-1, 0, 20, None)],
     *[("stop", v) for v in ("x", ["x", "yy"], [], None)],
-    *[("logit_bias", v) for v in ({}, {3: -100}, {3: 100.0}, None)],
+    *[("logit_bias", v) for v in ({}, {3: -100}, {3: 100.0}, {np.int64(3): 1}, None)],
+    *[("stop_token_ids", v) for v in ([3], [np.int64(3)], [np.uint8(3), 4], [], None)],
+    ("bad_words_token_ids", [np.int32(3)]),
 ]
 
 
@@ -65,6 +68,7 @@ def test_a_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
 def test_a_value_in_range_is_kept(name: str, value: Any) -> None:
     kept = getattr(SamplingParams(**{name: value}), name)
     assert kept == ([value] if name == "stop" and isinstance(value, str) else value)
+    assert not isinstance(kept, list | dict) or {type(one) for one in kept} <= {int, str}
 
 
 @pytest.mark.parametrize(
@@ -73,9 +77,13 @@ def test_a_value_in_range_is_kept(name: str, value: Any) -> None:
         ({"min_tokens": 5, "max_tokens": 4}, "min_tokens=5 is more than max_tokens=4"),
         ({"best_of": 2, "n": 3}, "best_of=2 is less than n=3"),
         ({"reasoning_max_tokens": 5, "max_tokens": 4}, "reasoning_max_tokens=5 is more than max_"),
+        (
+            {"logit_bias": {1: 1}, "logits_processors_args": {"logit_bias": {"2": 3}}},
+            "logit_bias is given twice",
+        ),
     ],
 )
-def test_settings_that_contradict_each_other(settings: dict[str, int], message: str) -> None:
+def test_settings_that_contradict_each_other(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message) as caught:
         SamplingParams(**settings)
     assert caught.value.param == next(iter(settings))
@@ -84,6 +92,9 @@ def test_settings_that_contradict_each_other(settings: dict[str, int], message: 
 def test_logit_bias_of_processor_arguments_is_converted_or_a_type_error() -> None:
     params = SamplingParams(logits_processors_args={"logit_bias": {"3": "1.5"}})
     assert params.logit_bias == {3: 1.5}
+    assert filled(params, {"top_p": 0.5}).logit_bias == {3: 1.5}, "a copy is no second time"
+    none = SamplingParams(logit_bias={1: 1}, logits_processors_args={"logit_bias": {}})
+    assert none.logit_bias == {1: 1}
     with pytest.raises(TypeError):
         SamplingParams(logits_processors_args={"logit_bias": {"x": 1}})
 

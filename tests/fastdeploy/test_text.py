@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fastdeploy.engine.text import StopStrings
+from ernie.tokenizer import Tokenizer
+from fastdeploy.engine.request import TokenOutput
+from fastdeploy.engine.text import Sample, StopStrings
+from fastdeploy.outputs import CompletionOutput, RequestMetrics
+from fastdeploy.sampling import SamplingParams
 
 
 def streamed(
@@ -62,3 +67,34 @@ def test_only_what_could_begin_a_stop_string_is_held_back() -> None:
     matcher = StopStrings(["END"])
     assert [matcher.push(c) for c in "xEyEN"] == ["x", "", "Ey", "", ""]
     assert matcher.flush() == "EN"
+
+
+@pytest.mark.parametrize(
+    ("stop", "settings", "text", "reason"),
+    [
+        ([], {}, "see the fox jumps", None),
+        (["<mask:1>"], {}, "see the fox", "<mask:1>"),
+        (["<mask:1>"], {"include_stop_str_in_output": True}, "see the fox<mask:1>", "<mask:1>"),
+        (["<mask:1>"], {"min_tokens": 99}, "see the fox jumps", None),
+        (["fox jumps", "<mask:1>"], {}, "see the fox", "<mask:1>"),
+        (["fox jumps"], {}, "see the ", "fox jumps"),
+        (["mask"], {}, "see the fox jumps", None),  # the token is not its letters
+    ],
+)
+def test_a_hidden_token_stops_where_it_is_the_whole_stop_string(
+    folder: Path, stop: list[str], settings: dict, text: str, reason: str | None
+) -> None:
+    tokenizer = Tokenizer.from_folder(folder)
+    sample = Sample(0, SamplingParams(stop=stop, **settings), tokenizer)
+    ids = tokenizer.encode("see the fox<mask:1> jumps", allow_special=True)
+    pieces = []
+    for token in ids:
+        ended = "length" if len(pieces) == len(ids) - 1 else None
+        pieces.append(
+            sample.push(TokenOutput("r", token, None, None, ended, RequestMetrics(0.0), 0))
+        )
+        if sample.finished:
+            break
+    whole = CompletionOutput.joined(pieces)
+    assert (whole.text, whole.stop_reason) == (text, reason)
+    assert whole.finish_reason == ("length" if reason is None else "stop")
