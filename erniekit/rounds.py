@@ -250,18 +250,33 @@ class Rounds:
         if not tasks:  # of a rank that got none of the last few
             return []
         tokenizer = self.stream.encoder.tokenizer
-        stops = stop_ids(tokenizer)
+        stops, end = stop_ids(tokenizer), self._end()
         found, records, texts, dialogues = [], [], [], []
         for task, answers in zip(tasks, given, strict=True):
             own = [tokenizer.decode([i for i in a.token_ids if i not in stops]) for a in answers]
             found.append(Answered(task, answers, own, []))
             texts += own
             records += [task.record] * len(own)
-            dialogues += [[*task.prompt_ids, *answer.token_ids] for answer in answers]
+            dialogues += [
+                [*task.prompt_ids, *(i for i in a.token_ids if i not in stops), *end]
+                for a in answers
+            ]
         scored = iter(self.rewards(records, texts, dialogues))
         for answered in found:
             answered.scored = [next(scored) for _ in answered.answers]
         return found
+
+    def _end(self) -> list[int]:
+        """What a reward model reads its score at: how answers ended in its training, whatever
+        these ended with; nothing where no model scores.
+        """
+        if self.rewards.score is None:
+            return []
+        encoder = self.stream.encoder
+        try:
+            return [encoder.template.end_id(encoder.tokenizer)]
+        except ChatError as error:
+            raise ConfigError(f"reward=model cannot read what the policy writes: {error}") from None
 
     def _numbers(self, kept: Sequence[Answered], dropped: Sequence[Answered]) -> list[float]:
         """What is told of a round, in the order of `policy.TOLD`."""

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from ernie.rollout import Answer
 from erniekit import checkpoint
 from erniekit.cli import main
+from erniekit.recipes import upo
 from erniekit.rounds import phase_of
+from erniekit.samplers import Own
 from tests.erniekit.conftest import dialogues, preferences, write_lines
 from tests.erniekit.test_run import records
 from tests.helpers_faults import killed
@@ -132,6 +135,45 @@ def test_killed_within_a_round_equals_unbroken(fine_tuning: str, words, tmp_path
     ours, theirs = load_file(broken / file), load_file(unbroken / file)
     assert all((ours[key] == tensor).all() for key, tensor in theirs.items())
     assert (unbroken / "checkpoint-9" / checkpoint.BATCHES_FILE).is_file()
+
+
+@pytest.mark.parametrize(("fine_tuning", "within"), [("Full", 1e-4), ("LoRA", 0.05)])
+def test_a_reward_model_scores_answers_as_its_own_evaluation_does(
+    fine_tuning: str, within: float, words, tmp_path: Path, monkeypatch
+) -> None:
+    """However an answer ended: at eos, at the end of its template, or at the length limit. An
+    adapter is merged, and rounded to bfloat16.
+    """
+    texts = ["It is 3.", "Well, now. It is one and 3. I hope so."]
+    judged = {"src": ["What is 3?"], "tgt": [], "response": texts, "sort": [1, 0]}
+    write_lines(tmp_path / "judged.jsonl", [judged])
+    write_lines(tmp_path / "asked.jsonl", [{"src": ["What is 3?"], "tgt": texts[:1]}])
+    trained = {"stage": "RM", "fine_tuning": fine_tuning, "output_dir": tmp_path / "rm"}
+    files = {f"{kind}_dataset_path": tmp_path / "pairs.jsonl" for kind in ("train", "eval")}
+    assert main(["train", *words(**trained, **files)]) == 0
+    files["eval_dataset_path"] = tmp_path / "judged.jsonl"
+    assert main(["eval", *words(**trained, **files)]) == 0
+    told = json.loads((tmp_path / "rm/eval_results.json").read_text())
+    wanted = [told["eval_rewards_chosen"], told["eval_rewards_rejected"]]
+    assert abs(wanted[0] - wanted[1]) > 0.1, "answers of one reward show nothing"
+
+    class Scripted(Own):
+        def __call__(self, model, prompts, seeds, sampling):
+            tokenizer = model.tokenizer
+            ends = [tokenizer.eos_id], [tokenizer.id_of("<|end_of_sentence|>")], []
+            drawn = [(tokenizer.encode(text) + end, not end) for text in texts for end in ends]
+            answers = [Answer(ids, [-1.0] * len(ids), is_cut) for ids, is_cut in drawn]
+            return [answers[: len(own)] for own in seeds]
+
+    monkeypatch.setattr(upo, "Own", Scripted)
+    more = {"reward": "model", "reward_model": tmp_path / "rm", "prompts_per_round": 1}
+    asked = {"train_dataset_path": tmp_path / "asked.jsonl", "max_steps": 1}
+    assert main(["train", *words(**more, **asked)]) == 0
+    [line] = (tmp_path / "out/rollouts.jsonl").read_text().splitlines()
+    found = json.loads(line)
+    assert found["answers"] == [text for text in texts for _ in range(3)]
+    expected = [reward for reward in wanted for _ in range(3)]
+    assert found["rewards"] == pytest.approx(expected, abs=within)
 
 
 def test_prompts_without_a_difference_are_left_out_and_counted(words, tmp_path: Path) -> None:
