@@ -152,7 +152,7 @@ class Served:
     def update(self, model: ErnieModel) -> None:
         """Give the server the policy's weights, adapters merged."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        ernie.save(merged(self.run, model, self.device), self.folder)
+        ernie.save(merged(model, self.device), self.folder)
         self._post("/v1/pause")
         self._post("/v1/update_weights", {"path": str(self.folder)})
         self._post("/v1/resume")
@@ -198,19 +198,12 @@ class Served:
 
 
 @torch.no_grad()
-def merged(run: Run, model: ErnieModel, device: str) -> ErnieModel:
-    """The policy as a plain model in bfloat16 (routers float32), of memory of its own."""
-    if has_adapters(model):
-        plain = read_model(run, device)
-        with tempfile.TemporaryDirectory() as folder:
-            _write_adapter(run, model, Path(folder))
-            lora_files.put_in(plain, Path(folder))
-        lora.merge_lora(plain)
-        return plain
+def merged(model: ErnieModel, device: str) -> ErnieModel:
+    """The policy as a plain model in bfloat16 (routers float32), of memory of its own: what its
+    weights in few bits stand for, with the adapters merged.
+    """
     plain = ErnieModel(model.config, device=device)
-    own = dict(model.named_parameters())
-    for name, parameter in plain.named_parameters():
-        parameter.copy_(own[name])
+    lora.merge_from(plain, model)
     plain.tokenizer, plain.layout = model.tokenizer, model.layout
     plain.generation_config = model.generation_config
     return plain
