@@ -180,7 +180,7 @@ class Rounds:
         # Every batch needs a group: one without a difference has advantages of 0.
         missing = max(self.cut.steps_per_pass * self.cut.batches_per_step - len(kept), 0)
         used = kept + dropped[:missing]
-        found = self._groups(used)
+        found = self._groups(used, self._advantages(kept + dropped))
         pairs = [groups.given_group(pair) for pair in self._given(number)]
         if self.pair_stream is None and self.run.policy.upo_mu:
             for group, answered in zip(found, used):
@@ -292,14 +292,21 @@ class Rounds:
             len(dropped) / (len(kept) + len(dropped)),
         ]
 
-    def _groups(self, used: Sequence[Answered]) -> list[Group]:
-        """Rows of groups, with advantages and the rollout's log-probabilities of their tokens."""
+    def _advantages(self, answered: Sequence[Answered]) -> list[list[float]]:
+        """Of each answer of a round, of prompts that are left out too: they are part of what is
+        usual in their file.
+        """
         p = self.run.policy
-        rewards_PG = torch.tensor([a.rewards for a in used], dtype=torch.float64)
+        rewards_PG = torch.tensor([a.rewards for a in answered], dtype=torch.float64)
         if p.normalize_rewards:
-            domain_P = torch.tensor([a.task.source for a in used])
+            domain_P = torch.tensor([a.task.source for a in answered])
             rewards_PG = policy.normalised_by_domain(rewards_PG, domain_P)
-        advantages = policy.group_advantages(rewards_PG, divides_by_std=p.advantage_std).tolist()
+        return policy.group_advantages(rewards_PG, divides_by_std=p.advantage_std).tolist()
+
+    def _groups(
+        self, used: Sequence[Answered], advantages: Sequence[Sequence[float]]
+    ) -> list[Group]:
+        """Rows of groups, with advantages and the rollout's log-probabilities of their tokens."""
         found = []
         for answered, own in zip(used, advantages):
             answers = [answer.token_ids for answer in answered.answers]

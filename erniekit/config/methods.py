@@ -79,7 +79,9 @@ class Policy:
         "wrong. none: the whole answer.",
     )
     normalize_rewards: bool = option(
-        False, "Scale the rewards of a round to mean 0 and deviation 1 within each training file."
+        False,
+        "Scale the rewards of a round to mean 0 and deviation 1 within each training file; only "
+        "with advantage_std: false.",
     )
     prompts_per_round: int = option(8, "Prompts that are answered before the policy is updated.")
     num_generations: int = option(8, "Answers to each prompt: its group.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
@@ -186,6 +187,25 @@ def test_prompts_without_a_difference_are_left_out_and_counted(words, tmp_path: 
     assert len(rollouts) == 2 * 2 * 4 and not any(r["is_kept"] for r in rollouts)
 
 
+def test_normalised_rewards_divide_by_the_deviation_of_all_answers(words, tmp_path: Path) -> None:
+    """Of those to prompts that are left out too: here prompts of an even number, all worth 5."""
+    text = FUNCTION.replace(
+        "    return ", "    if record['answer'][-2] in '02468':\n        return 5.0\n    return "
+    )
+    (tmp_path / "mine.py").write_text(text)
+    found = {}
+    for is_scaled in (False, True):
+        more = {"normalize_rewards": is_scaled, "output_dir": tmp_path / str(is_scaled)}
+        more |= {"advantage_std": False, "kl_coef": 0, "upo_mu": 0, "max_steps": 1}
+        assert main(["train", *words(prompts_per_round=8, amp_master_grad=True, **more)]) == 0
+        [found[is_scaled]] = records(tmp_path / str(is_scaled))
+    lines = (tmp_path / "True/rollouts.jsonl").read_text().splitlines()
+    rewards = np.array([json.loads(line)["rewards"] for line in lines])
+    assert 0 < found[True]["dropped_share"] < 1 and rewards.std() > 2
+    wanted = found[False]["grad_norm"] / rewards.std()
+    assert found[True]["grad_norm"] == pytest.approx(wanted, rel=1e-3)
+
+
 def test_a_correction_of_our_own_generator_changes_next_to_nothing(words, tmp_path: Path) -> None:
     curves = []
     for correction in ("none", "icepop"):
@@ -221,6 +241,7 @@ def test_without_max_steps_every_prompt_is_asked_once(words, tmp_path: Path) -> 
     ("more", "told"),
     [
         ({"num_generations": 1}, "num_generations=1 is too small"),
+        ({"normalize_rewards": True}, "no effect with advantage_std=True"),
         ({"policy_loss": "none", "upo_mu": 0}, "leave nothing to train"),
         ({"prompts_per_round": 2, "num_mini_batches": 3}, "cannot be cut into 3 batches"),
         ({"max_completion_length": 128}, "leaves no room for a prompt"),
