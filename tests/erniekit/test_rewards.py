@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
 
 from ernie.settings import ConfigError
 from erniekit.config import Policy
+from erniekit.data import tasks
 from erniekit.data.sources import DataError
 from erniekit.data.tasks import Tasks
 from erniekit.rewards import Rewards
@@ -52,6 +54,23 @@ def test_tasks_score_their_own_answers_and_are_the_same_again() -> None:
     for record in records:
         assert score(record["answer"], record) == 1
         assert score(str(int(record["answer"]) + 1), record) < 1
+
+
+def test_an_answer_that_a_task_cannot_read_is_worth_0_and_told_of_once(caplog, monkeypatch) -> None:
+    def scorer_of(task: str):
+        return lambda answer, entry: 1.0 if answer == "2" else {}[f"{task} of {answer}"]
+
+    monkeypatch.setattr(tasks, "_told", set())
+    monkeypatch.setattr(tasks.package(), "get_score_answer_fn", scorer_of)
+    with caplog.at_level(logging.WARNING, "erniekit"):
+        found = [
+            tasks.score(task, answer, {})
+            for task, answer in (("boxnet", "x"), ("boxnet", "y"), ("boxnet", "2"), ("maze", "z"))
+        ]
+    assert found == [0, 0, 1, 0]
+    told = [record.getMessage() for record in caplog.records]
+    assert ["KeyError: 'boxnet of x'" in told[0], "KeyError: 'maze of z'" in told[1]] == [True] * 2
+    assert len(told) == 2 and "boxnet" in told[0]
 
 
 def test_a_function_of_the_user_is_called_with_record_and_answer(tmp_path: Path) -> None:
