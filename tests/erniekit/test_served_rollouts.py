@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 import ernie
 from ernie.attention import packed_causal
 from ernie.model import ErnieModel
+from ernie.settings import ConfigError
 from erniekit.build import build_model
 from erniekit.config import Run, resolved, run_from
 from erniekit.samplers import Served
@@ -76,3 +79,76 @@ def test_a_server_is_given_what_the_policy_computes(
     assert gap < (0.06 if "moe" in name else 0.01), f"off by {gap}"
     untrained = distance(hidden(ernie.load(tiny(name), dtype=torch.float32)), hidden(model))
     assert untrained > 5 * gap, f"{untrained} is what it was before training: this shows nothing"
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """Refuses other weights, takes a pause for a while, and lets in who has the key."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        told: list[tuple[str, bool]] = self.server.told  # type: ignore[attr-defined]
+        folder: Path = self.server.folder  # type: ignore[attr-defined]
+        told.append((self.path, folder.is_dir()))
+        status = 200
+        if self.headers.get("Authorization") != "Bearer abc":
+            status = 401
+        elif self.path in self.server.refused:  # type: ignore[attr-defined]
+            status = 400
+        body = b"{}" if status == 200 else f"no {self.path}".encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture
+def refusing(tmp_path: Path):
+    """A server of control, with what it has been told, and where the weights lie meanwhile."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    server.told, server.refused = [], ()  # type: ignore[attr-defined]
+    server.folder = tmp_path / "out/rollout_weights"  # type: ignore[attr-defined]
+    thread = Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+@pytest.mark.parametrize("refused", [(), ("/v1/update_weights",), ("/v1/pause", "/v1/resume")])
+def test_a_server_goes_on_and_no_weights_are_left(
+    refused: tuple, refusing, tiny, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setenv("FD_API_KEY", "abc,def")
+    refusing.refused = refused
+    address = f"http://127.0.0.1:{refusing.server_port}"
+    run = run_of(tiny("tiny-dense"), tmp_path / "out", rollout_server=address)
+    model = build_model(run, "cpu")
+    if refused:
+        with pytest.raises(ConfigError, match=f"{refused[0]} refused .400.: no {refused[0]}"):
+            Served(run, "cpu").update(model)
+    else:
+        Served(run, "cpu").update(model)
+    assert refusing.told[0] == ("/v1/pause", True) and refusing.told[-1][0] == "/v1/resume"
+    assert not refusing.folder.exists()
+
+
+def test_a_server_with_keys_gets_one_of_the_environment_and_else_says_so(
+    refusing, tiny, tmp_path: Path, monkeypatch
+) -> None:
+    address = f"http://127.0.0.1:{refusing.server_port}"
+    served = Served(run_of(tiny("tiny-dense"), tmp_path / "out", rollout_server=address), "cpu")
+    for name in ("FD_API_KEY", "OPENAI_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match=r"refused .401.: .* one of its keys in FD_API_KEY"):
+        served._post("/v1/pause")
+    monkeypatch.setenv("OPENAI_API_KEY", "abc")
+    assert served._post("/v1/pause") == {}
+    monkeypatch.setenv("FD_API_KEY", "another")
+    with pytest.raises(ConfigError, match="401"):
+        served._post("/v1/pause")
