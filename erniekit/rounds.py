@@ -126,7 +126,7 @@ class Rounds:
         self.sampler, self.rewards = sampler, rewards
         self.ranks = ranks
         accumulated = run.training.gradient_accumulation_steps * ranks.size
-        by_answer = p.loss_aggregation == "sequence"
+        by_answer = p.aggregation == "sequence"
         self.cut = Cut(p.num_iterations, p.num_mini_batches, accumulated, by_answer)
         self.left: list[Batch] = []  # of the round under way
         self.needs_reference = p.kl_coef > 0 or p.upo_mu > 0

@@ -206,6 +206,28 @@ def test_normalised_rewards_divide_by_the_deviation_of_all_answers(words, tmp_pa
     assert found[True]["grad_norm"] == pytest.approx(wanted, rel=1e-3)
 
 
+@pytest.mark.parametrize(("loss", "usual"), [("gspo", "sequence"), ("ppo", "token")])
+def test_answers_of_gspo_count_alike_and_tokens_of_ppo(
+    loss: str, usual: str, words, tmp_path: Path, monkeypatch
+) -> None:
+    class Shorter(Own):
+        def __call__(self, *arguments):
+            for answers in (found := super().__call__(*arguments)):
+                for length, answer in enumerate(answers, 1):
+                    del answer.token_ids[length:], answer.log_probs[length:]
+            return found
+
+    monkeypatch.setattr(upo, "Own", Shorter)
+    norms = {}
+    for name in ("none", "sequence", "token"):
+        more = {"policy_loss": loss, "upo_mu": 0, "kl_coef": 0, "loss_aggregation": name}
+        assert main(["train", *words(**more, max_steps=1, output_dir=tmp_path / name)]) == 0
+        [record] = records(tmp_path / name)
+        norms[name] = record["grad_norm"]
+    other = "token" if usual == "sequence" else "sequence"
+    assert norms["none"] == norms[usual] != pytest.approx(norms[other], rel=1e-2), norms
+
+
 def test_a_correction_of_our_own_generator_changes_next_to_nothing(words, tmp_path: Path) -> None:
     curves = []
     for correction in ("none", "icepop"):
