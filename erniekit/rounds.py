@@ -251,17 +251,18 @@ class Rounds:
             return []
         tokenizer = self.stream.encoder.tokenizer
         stops, end = stop_ids(tokenizer), self._end()
-        found, records, texts, dialogues = [], [], [], []
+        found, records, texts, dialogues, places = [], [], [], [], list[str]()
         for task, answers in zip(tasks, given, strict=True):
             own = [tokenizer.decode([i for i in a.token_ids if i not in stops]) for a in answers]
             found.append(Answered(task, answers, own, []))
             texts += own
             records += [task.record] * len(own)
+            places += [task.where] * len(own)
             dialogues += [
                 [*task.prompt_ids, *(i for i in a.token_ids if i not in stops), *end]
                 for a in answers
             ]
-        scored = iter(self.rewards(records, texts, dialogues))
+        scored = iter(self.rewards(records, texts, dialogues, places))
         for answered in found:
             answered.scored = [next(scored) for _ in answered.answers]
         return found

@@ -16,7 +16,7 @@ from erniekit.rewards import Rewards
 
 
 def score(text: str, record: dict, **settings) -> float:
-    [found] = Rewards(Policy(**settings))([record], [text], [[1, 2, 3]])
+    [found] = Rewards(Policy(**settings))([record], [text], [[1, 2, 3]], ["a.jsonl:7"])
     return found.reward
 
 
@@ -79,10 +79,38 @@ def test_a_function_of_the_user_is_called_with_record_and_answer(tmp_path: Path)
     assert score("ab", {"answer": "", "size": 4}, reward=(f"{path}:half",)) == 0.5
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "def f(record, answer):\n    return record['size']\n",
+            "failed on a.jsonl:7: KeyError: 'size' (mine.py, line 2); it is called with a record",
+        ),
+        ("def f(answer):\n    return 1\n", "failed on a.jsonl:7: TypeError: f() takes 1 pos"),
+        ("def f(record, answer)\n    return 1\n", "cannot be run: SyntaxError: expected ':'"),
+        ("def f(record, answer):\n    return 'one'\n", "gave 'one' for an answer"),
+        ("import nowhere_at_all\n", "cannot be run: ModuleNotFoundError: No module named"),
+        ("def g(record, answer):\n    return 1\n", "mine.py has no function 'f'"),
+    ],
+)
+def test_a_function_that_fails_is_told_of_with_its_place(text: str, told: str, tmp_path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        score("1", {"answer": "1"}, reward=(f"{path}:f",))
+    assert told in str(caught.value) and str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pattern_of_a_record_that_is_none_is_refused_with_its_place() -> None:
+    with pytest.raises(ConfigError, match=r"reward regex failed on a.jsonl:7: .*unterminated"):
+        score("1", {"answer": "1", "pattern": "("}, reward=("regex",))
+
+
 def test_a_model_scores_dialogues_and_the_first_reward_says_what_is_right() -> None:
     policy = Policy(reward=("exact", "model"), reward_weights=(1.0, 0.5))
     rewards = Rewards(policy, lambda rows: [float(len(row)) for row in rows])
-    found = rewards([{"answer": "a"}] * 2, ["a", "b"], [[5, 6, 7], [5, 6, 7, 8]])
+    found = rewards([{"answer": "a"}] * 2, ["a", "b"], [[5, 6, 7], [5, 6, 7, 8]], ["", ""])
     assert [(s.reward, s.is_right) for s in found] == [(2.5, True), (2.0, False)]
 
 
