@@ -293,6 +293,15 @@ def test_the_data_of_tasks_is_gone_through_like_a_file(words, capsys) -> None:
     assert main(["train", *words(stage="SFT", max_steps=1, max_seq_len=256, **more)]) == 0
 
 
+@pytest.mark.parametrize("stage", ["UPO", "SFT"])
+def test_rows_are_told_to_be_full_where_they_are_filled(stage, words, tmp_path, capsys) -> None:
+    assert main(["train", *words(stage=stage, max_steps=1)]) == 0
+    values = json.loads((tmp_path / "out/plan_error.json").read_text())
+    told = capsys.readouterr()
+    has_rows = ["row_fill" in values, "% full)" in told.out + told.err]
+    assert has_rows == [stage == "SFT"] * 2
+
+
 def test_held_out_prompts_that_are_trained_on_are_told_of(words, tmp_path: Path, capsys) -> None:
     mixed = [*dialogues(4), *dialogues(3, salt="about ")]
     write_lines(tmp_path / "mixed.jsonl", mixed)
