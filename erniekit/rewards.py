@@ -184,7 +184,7 @@ def function_of(name: str) -> Reward:
         spec.loader.exec_module(module)
     except Exception as error:  # whatever the user's code raises
         raise ConfigError(
-            f"reward={name}: {path} cannot be run: {_told(error)}; give a file that Python can import"
+            f"reward={name}: {path} cannot be run: {_told(error)}; give a file that Python imports"
         ) from error
     found = getattr(module, function, None)
     if not callable(found):
