@@ -110,18 +110,20 @@ class Pair(nn.Module):
         return self.lora_magnitude_vector / self.row_norms(weight)
 
     @torch.no_grad()
-    def merge_into(self, weight: Tensor) -> None:
-        """Make `weight` compute the same without the pair; float32, rounded once to its dtype."""
+    def merge_into(self, out: Tensor, weight: Weight) -> None:
+        """Have `out`, which may be `weight`, compute the same without the pair; float32, rounded
+        once to its dtype.
+        """
         trained = [self.lora_A, self.lora_B]
         if self.lora_magnitude_vector is not None:
             trained.append(self.lora_magnitude_vector)
-        stacks = [weight, *trained] if weight.dim() == 3 else [t[None] for t in (weight, *trained)]
-        for matrix, a, b, *magnitude in zip(*stacks):
-            merged = matrix.float() + self.scale * (b @ a)
+        stacks = [out, *trained] if out.dim() == 3 else [t[None] for t in (out, *trained)]
+        for matrix, merged, a, b, *magnitude in zip(_matrices(weight), *stacks):
+            values = _values(matrix) + self.scale * (b @ a)
             if magnitude:
-                norms = merged.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
-                merged *= (magnitude[0] / norms)[:, None]
-            matrix.copy_(merged)
+                norms = values.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+                values *= (magnitude[0] / norms)[:, None]
+            merged.copy_(values)
 
 
 class LoRALinear(Pair):
@@ -181,10 +183,15 @@ def _matrices(weight: Weight) -> list[Weight]:
     return [weight] if len(weight.shape) == 2 else [weight[e] for e in range(weight.shape[0])]
 
 
+def _values(matrix: Weight) -> Tensor:
+    """What a matrix stands for, float32."""
+    return matrix.float() if isinstance(matrix, Tensor) else matrix.dequantized()
+
+
 def row_squares(weight: Weight) -> Tensor:
     """Sum of squares of each row, float32 `(O,)` or `(E, O)`; one matrix at a time is widened."""
-    values = (w.float() if isinstance(w, Tensor) else w.dequantized() for w in _matrices(weight))
-    return torch.stack([value.square().sum(-1) for value in values]).view(weight.shape[:-1])
+    squares = [_values(matrix).square().sum(-1) for matrix in _matrices(weight)]
+    return torch.stack(squares).view(weight.shape[:-1])
 
 
 def principal(weight: Tensor, lora: LoRA) -> tuple[Tensor, Tensor]:
@@ -315,14 +322,36 @@ def merge_lora(model: ErnieModel) -> None:
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRALinear):
-                child.merge_into(child.base.weight.data)
+                child.merge_into(child.base.weight.data, child.base.weight)
             elif isinstance(child, LoRAExperts):
                 for leaf in STACKED:
                     if (pair := getattr(child, leaf)) is not None:
-                        pair.merge_into(getattr(child.base, leaf).data)
+                        weight = getattr(child.base, leaf)
+                        pair.merge_into(weight.data, weight)
             else:
                 continue
             setattr(parent, name, child.base)
+
+
+@torch.no_grad()
+def merge_from(plain: ErnieModel, model: ErnieModel) -> None:
+    """Have a plain model compute what `model` does, whatever form its weights and pairs have."""
+    beside = {path: pair for path, pair, _ in pairs(model)}
+    for path, module in plain.named_modules():
+        home = model.get_submodule(path)
+        if isinstance(home, (LoRALinear, LoRAExperts)):
+            home = home.base
+        for leaf, parameter in module.named_parameters(recurse=False):
+            weight = getattr(home, leaf)
+            pair = beside.get(f"{path}.{leaf}" if leaf in STACKED else path)
+            if pair is not None and leaf != "bias":
+                pair.merge_into(parameter, weight)
+            elif isinstance(weight, Tensor):
+                parameter.copy_(weight)
+            else:
+                stack = parameter if parameter.dim() == 3 else parameter[None]
+                for own, matrix in zip(stack, _matrices(weight)):
+                    own.copy_(_values(matrix))
 
 
 def pairs(model: ErnieModel) -> Iterator[tuple[str, Pair, Weight]]:

@@ -389,14 +389,18 @@ def record_error(run: Run, device: str, ranks: Ranks = ALONE) -> None:
         "measured_peak_gib": measured,
         "planned_seconds": found.flops_per_step / here.flops_per_second,
         "measured_seconds": median(r["seconds"] for r in steps),
-        "row_fill": median(r["num_tokens"] for r in steps) / (found.tokens_per_step * ranks.size),
     }
+    told = ""
+    if run.model.stage != "UPO":  # whose steps hold what a round has, not rows that are filled
+        most = found.tokens_per_step * ranks.size
+        values["row_fill"] = median(r["num_tokens"] for r in steps) / most
+        told = f" (rows {100 * values['row_fill']:.0f} % full)"
     checkpoint.replace_text(Path(run.output) / ERROR_FILE, json.dumps(values, indent=1) + "\n")
     log.info(
-        "plan: %.2f GiB planned, %.2f measured; a step %s planned, %s measured (rows %.0f %% full)",
+        "plan: %.2f GiB planned, %.2f measured; a step %s planned, %s measured%s",
         values["planned_peak_gib"],
         measured,
         _duration(values["planned_seconds"]),
         _duration(values["measured_seconds"]),
-        100 * values["row_fill"],
+        told,
     )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import re
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
@@ -81,7 +82,8 @@ class Scored:
 class Rewards:
     """The rewards of a run. `score` is the reward model, where there is one.
 
-    Raises ConfigError for a name that is not known, and for a function that gives no number.
+    Raises ConfigError for a name that is not known, and for a function that fails or gives no
+    number.
     """
 
     def __init__(self, policy: Policy, score: Scorer | None = None) -> None:
@@ -102,23 +104,34 @@ class Rewards:
         records: Sequence[Record],
         answers: Sequence[str],
         dialogues: Sequence[Sequence[int]],
+        places: Sequence[str],
     ) -> list[Scored]:
-        """Of each answer; `dialogues` are the token ids that a reward model reads."""
+        """Of each answer; `dialogues` are the token ids that a reward model reads, `places` say
+        where the records stand.
+        """
         columns = []
         for name in self.names:
             if name == "model":
                 assert self.score is not None
                 columns.append([float(value) for value in self.score(dialogues)])
             else:
-                pairs = zip(records, answers, strict=True)
-                columns.append([self._value(name, record, text) for record, text in pairs])
+                rows = zip(records, answers, places, strict=True)
+                columns.append([self._value(name, *row) for row in rows])
         return [
             Scored(sum(w * v for w, v in zip(self.weights, row)), row[0] >= 1)
             for row in zip(*columns, strict=True)
         ]
 
-    def _value(self, name: str, record: Record, answer: str) -> float:
-        value = self.functions[name](record, answer)
+    def _value(self, name: str, record: Record, answer: str, where: str) -> float:
+        try:
+            value = self.functions[name](record, answer)
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever the user's code raises
+            raise ConfigError(
+                f"reward {name} failed on {where}: {_told(error)}; it is called with a record and "
+                "the text of an answer, and must give a number for each"
+            ) from error
         if not isinstance(value, (int, float)) or not math.isfinite(value):
             raise ConfigError(f"reward {name} gave {value!r} for an answer; it must give a number")
         return float(value)
@@ -167,11 +180,25 @@ def function_of(name: str) -> Reward:
     spec = importlib.util.spec_from_file_location("erniekit_reward", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # whatever the user's code raises
+        raise ConfigError(
+            f"reward={name}: {path} cannot be run: {_told(error)}; give a file that Python imports"
+        ) from error
     found = getattr(module, function, None)
     if not callable(found):
         raise ConfigError(f"reward={name}: {path} has no function {function!r}")
     return found
+
+
+def _told(error: Exception) -> str:
+    """An error of code that is not ours, with its place; a SyntaxError names its own."""
+    text = f"{type(error).__name__}: {error}"
+    if isinstance(error, SyntaxError):
+        return text
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{text} ({Path(place.filename).name}, line {place.lineno})"
 
 
 def _last_number(text: str) -> Decimal | None:

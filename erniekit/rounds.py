@@ -126,7 +126,7 @@ class Rounds:
         self.sampler, self.rewards = sampler, rewards
         self.ranks = ranks
         accumulated = run.training.gradient_accumulation_steps * ranks.size
-        by_answer = p.loss_aggregation == "sequence"
+        by_answer = p.aggregation == "sequence"
         self.cut = Cut(p.num_iterations, p.num_mini_batches, accumulated, by_answer)
         self.left: list[Batch] = []  # of the round under way
         self.needs_reference = p.kl_coef > 0 or p.upo_mu > 0
@@ -180,7 +180,7 @@ class Rounds:
         # Every batch needs a group: one without a difference has advantages of 0.
         missing = max(self.cut.steps_per_pass * self.cut.batches_per_step - len(kept), 0)
         used = kept + dropped[:missing]
-        found = self._groups(used)
+        found = self._groups(used, self._advantages(kept + dropped))
         pairs = [groups.given_group(pair) for pair in self._given(number)]
         if self.pair_stream is None and self.run.policy.upo_mu:
             for group, answered in zip(found, used):
@@ -250,18 +250,34 @@ class Rounds:
         if not tasks:  # of a rank that got none of the last few
             return []
         tokenizer = self.stream.encoder.tokenizer
-        stops = stop_ids(tokenizer)
-        found, records, texts, dialogues = [], [], [], []
+        stops, end = stop_ids(tokenizer), self._end()
+        found, records, texts, dialogues, places = [], [], [], [], list[str]()
         for task, answers in zip(tasks, given, strict=True):
             own = [tokenizer.decode([i for i in a.token_ids if i not in stops]) for a in answers]
             found.append(Answered(task, answers, own, []))
             texts += own
             records += [task.record] * len(own)
-            dialogues += [[*task.prompt_ids, *answer.token_ids] for answer in answers]
-        scored = iter(self.rewards(records, texts, dialogues))
+            places += [task.where] * len(own)
+            dialogues += [
+                [*task.prompt_ids, *(i for i in a.token_ids if i not in stops), *end]
+                for a in answers
+            ]
+        scored = iter(self.rewards(records, texts, dialogues, places))
         for answered in found:
             answered.scored = [next(scored) for _ in answered.answers]
         return found
+
+    def _end(self) -> list[int]:
+        """What a reward model reads its score at: how answers ended in its training, whatever
+        these ended with; nothing where no model scores.
+        """
+        if self.rewards.score is None:
+            return []
+        encoder = self.stream.encoder
+        try:
+            return [encoder.template.end_id(encoder.tokenizer)]
+        except ChatError as error:
+            raise ConfigError(f"reward=model cannot read what the policy writes: {error}") from None
 
     def _numbers(self, kept: Sequence[Answered], dropped: Sequence[Answered]) -> list[float]:
         """What is told of a round, in the order of `policy.TOLD`."""
@@ -277,14 +293,21 @@ class Rounds:
             len(dropped) / (len(kept) + len(dropped)),
         ]
 
-    def _groups(self, used: Sequence[Answered]) -> list[Group]:
-        """Rows of groups, with advantages and the rollout's log-probabilities of their tokens."""
+    def _advantages(self, answered: Sequence[Answered]) -> list[list[float]]:
+        """Of each answer of a round, of prompts that are left out too: they are part of what is
+        usual in their file.
+        """
         p = self.run.policy
-        rewards_PG = torch.tensor([a.rewards for a in used], dtype=torch.float64)
+        rewards_PG = torch.tensor([a.rewards for a in answered], dtype=torch.float64)
         if p.normalize_rewards:
-            domain_P = torch.tensor([a.task.source for a in used])
+            domain_P = torch.tensor([a.task.source for a in answered])
             rewards_PG = policy.normalised_by_domain(rewards_PG, domain_P)
-        advantages = policy.group_advantages(rewards_PG, divides_by_std=p.advantage_std).tolist()
+        return policy.group_advantages(rewards_PG, divides_by_std=p.advantage_std).tolist()
+
+    def _groups(
+        self, used: Sequence[Answered], advantages: Sequence[Sequence[float]]
+    ) -> list[Group]:
+        """Rows of groups, with advantages and the rollout's log-probabilities of their tokens."""
         found = []
         for answered, own in zip(used, advantages):
             answers = [answer.token_ids for answer in answered.answers]

@@ -14,12 +14,14 @@ not on its neighbours.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
@@ -150,11 +152,26 @@ class Served:
         return [[next(found) for _ in own] for own in seeds]
 
     def update(self, model: ErnieModel) -> None:
-        """Give the server the policy's weights, adapters merged."""
+        """Give the server the policy's weights, adapters merged. Whatever fails, it is told to go
+        on, for others may ask it too, and no folder of weights is left.
+        """
         shutil.rmtree(self.folder, ignore_errors=True)
-        ernie.save(merged(self.run, model, self.device), self.folder)
-        self._post("/v1/pause")
-        self._post("/v1/update_weights", {"path": str(self.folder)})
+        try:
+            ernie.save(merged(model, self.device), self.folder)
+            with self._paused():
+                self._post("/v1/update_weights", {"path": str(self.folder)})
+        finally:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _paused(self) -> Iterator[None]:
+        try:
+            self._post("/v1/pause")
+            yield
+        except BaseException:
+            with contextlib.suppress(ConfigError):  # the first error is the one that tells
+                self._post("/v1/resume")
+            raise
         self._post("/v1/resume")
 
     def _answer(self, job: dict[str, Any]) -> Answer:
@@ -179,6 +196,8 @@ class Served:
         request = urllib.request.Request(
             self.address + path, data, {"Content-Type": "application/json"}, method="POST"
         )
+        if key := os.environ.get("FD_API_KEY") or os.environ.get("OPENAI_API_KEY"):
+            request.add_unredirected_header("Authorization", f"Bearer {key.split(',')[0]}")
         try:
             with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
                 return json.loads(answer.read())
@@ -187,6 +206,8 @@ class Served:
             hint = ""
             if error.code == 404 and "/v1/" in path and "completions" not in path:
                 hint = "; start it with --enable-control-api"
+            if error.code == 401:
+                hint = "; give one of its keys in FD_API_KEY (else OPENAI_API_KEY is sent)"
             raise ConfigError(
                 f"rollout_server {self.address}{path} refused ({error.code}): {told}{hint}"
             ) from None
@@ -198,19 +219,12 @@ class Served:
 
 
 @torch.no_grad()
-def merged(run: Run, model: ErnieModel, device: str) -> ErnieModel:
-    """The policy as a plain model in bfloat16 (routers float32), of memory of its own."""
-    if has_adapters(model):
-        plain = read_model(run, device)
-        with tempfile.TemporaryDirectory() as folder:
-            _write_adapter(run, model, Path(folder))
-            lora_files.put_in(plain, Path(folder))
-        lora.merge_lora(plain)
-        return plain
+def merged(model: ErnieModel, device: str) -> ErnieModel:
+    """The policy as a plain model in bfloat16 (routers float32), of memory of its own: what its
+    weights in few bits stand for, with the adapters merged.
+    """
     plain = ErnieModel(model.config, device=device)
-    own = dict(model.named_parameters())
-    for name, parameter in plain.named_parameters():
-        parameter.copy_(own[name])
+    lora.merge_from(plain, model)
     plain.tokenizer, plain.layout = model.tokenizer, model.layout
     plain.generation_config = model.generation_config
     return plain

@@ -172,6 +172,16 @@ class ChatTemplate:
         _check_pictures([segment.picture for segment in segments if segment.picture], pictures)
         return _encoded(tokenizer, segments, pictures)
 
+    def end_id(self, tokenizer: Tokenizer) -> int:
+        """The id that ends an answer in a dialogue, whichever of `stop_ids` a model says there.
+
+        Raises ChatError for a template that cannot write a question and an answer alone.
+        """
+        exchange = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        encoded = self.encode(tokenizer, exchange, add_generation_prompt=False)
+        trained = [i for i, label in enumerate(encoded.labels) if label != UNTRAINED]
+        return encoded.token_ids[trained[-1]]
+
 
 def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """The ids at which generation ends: every eos of the folder, and the templates' end tokens."""

@@ -285,6 +285,11 @@ def _check_policy(run: Run) -> None:
             f"reward and reward_weights have {len(p.reward)} and {len(p.reward_weights)} entries; "
             "give one weight for each reward"
         )
+    if p.normalize_rewards and p.advantage_std:
+        raise ConfigError(
+            "normalize_rewards=True has no effect with advantage_std=True, which divides by the "
+            "deviation of each group after it; give advantage_std: false, or leave it out"
+        )
     if p.policy_loss == "none" and not p.upo_mu:
         raise ConfigError("policy_loss=none and upo_mu=0 leave nothing to train; give one of them")
     if p.pair_dataset_path and not p.upo_mu:

@@ -79,7 +79,9 @@ class Policy:
         "wrong. none: the whole answer.",
     )
     normalize_rewards: bool = option(
-        False, "Scale the rewards of a round to mean 0 and deviation 1 within each training file."
+        False,
+        "Scale the rewards of a round to mean 0 and deviation 1 within each training file; only "
+        "with advantage_std: false.",
     )
     prompts_per_round: int = option(8, "Prompts that are answered before the policy is updated.")
     num_generations: int = option(8, "Answers to each prompt: its group.")
@@ -109,9 +111,10 @@ class Policy:
         "the loss of pairs.",
         choices=("ppo", "gspo", "none"),
     )
-    loss_aggregation: str = option(
-        "token",
-        "Tokens of a step count alike (token), or answers do (sequence).",
+    loss_aggregation: str | None = option(
+        None,
+        "Tokens of a step count alike (token), or answers do (sequence); none: answers for gspo, "
+        "else tokens.",
         choices=("token", "sequence"),
     )
     clip_low: float = option(0.2, "The ratio counts down to 1 minus this.")
@@ -140,3 +143,10 @@ class Policy:
     curriculum_shares: tuple[float, ...] = option(
         (), "Share of the steps for each training file, one file after another; none: all mixed."
     )
+
+    @property
+    def aggregation(self) -> str:
+        """`loss_aggregation`, or what belongs to the loss: GSPO is published as a mean over answers
+        (arXiv 2507.18071, eq. 5).
+        """
+        return self.loss_aggregation or ("sequence" if self.policy_loss == "gspo" else "token")

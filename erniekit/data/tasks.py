@@ -13,14 +13,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 from ernie.settings import ConfigError, did_you_mean
 
+log = logging.getLogger("erniekit")
+
 KIND = "reasoning_gym"
 DEFAULT_SIZE = 1000
+_told: set[str] = set()  # tasks whose scorer has failed in this process
 
 
 class Tasks:
@@ -66,8 +70,22 @@ class Tasks:
 
 
 def score(task: str, answer: str, entry: dict[str, Any]) -> float:
-    """What reasoning-gym gives for an answer to one of its entries, 0 to 1."""
-    return float(package().get_score_answer_fn(task)(answer, entry))
+    """What reasoning-gym gives for an answer to one of its entries, 0 to 1.
+
+    Some of its scorers read an answer without checking it: one that they fail on gets 0, and the
+    first of each task is told of.
+    """
+    scorer = package().get_score_answer_fn(task)
+    try:
+        return float(scorer(answer, entry))
+    except Exception as error:  # whatever the package's code raises
+        if task not in _told:
+            _told.add(task)
+            log.warning(
+                "reasoning-gym cannot score an answer to %s, which counts as 0 like others of its "
+                "kind: %s: %s", task, type(error).__name__, error,
+            )  # fmt: skip
+        return 0.0
 
 
 def package() -> Any:

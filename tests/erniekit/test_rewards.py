@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
 
 from ernie.settings import ConfigError
 from erniekit.config import Policy
+from erniekit.data import tasks
 from erniekit.data.sources import DataError
 from erniekit.data.tasks import Tasks
 from erniekit.rewards import Rewards
 
 
 def score(text: str, record: dict, **settings) -> float:
-    [found] = Rewards(Policy(**settings))([record], [text], [[1, 2, 3]])
+    [found] = Rewards(Policy(**settings))([record], [text], [[1, 2, 3]], ["a.jsonl:7"])
     return found.reward
 
 
@@ -54,16 +56,61 @@ def test_tasks_score_their_own_answers_and_are_the_same_again() -> None:
         assert score(str(int(record["answer"]) + 1), record) < 1
 
 
+def test_an_answer_that_a_task_cannot_read_is_worth_0_and_told_of_once(caplog, monkeypatch) -> None:
+    def scorer_of(task: str):
+        return lambda answer, entry: 1.0 if answer == "2" else {}[f"{task} of {answer}"]
+
+    monkeypatch.setattr(tasks, "_told", set())
+    monkeypatch.setattr(tasks.package(), "get_score_answer_fn", scorer_of)
+    with caplog.at_level(logging.WARNING, "erniekit"):
+        found = [
+            tasks.score(task, answer, {})
+            for task, answer in (("boxnet", "x"), ("boxnet", "y"), ("boxnet", "2"), ("maze", "z"))
+        ]
+    assert found == [0, 0, 1, 0]
+    told = [record.getMessage() for record in caplog.records]
+    assert ["KeyError: 'boxnet of x'" in told[0], "KeyError: 'maze of z'" in told[1]] == [True] * 2
+    assert len(told) == 2 and "boxnet" in told[0]
+
+
 def test_a_function_of_the_user_is_called_with_record_and_answer(tmp_path: Path) -> None:
     path = tmp_path / "mine.py"
     path.write_text("def half(record, answer):\n    return len(answer) / record['size']\n")
     assert score("ab", {"answer": "", "size": 4}, reward=(f"{path}:half",)) == 0.5
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (
+            "def f(record, answer):\n    return record['size']\n",
+            "failed on a.jsonl:7: KeyError: 'size' (mine.py, line 2); it is called with a record",
+        ),
+        ("def f(answer):\n    return 1\n", "failed on a.jsonl:7: TypeError: f() takes 1 pos"),
+        ("def f(record, answer)\n    return 1\n", "cannot be run: SyntaxError: expected ':'"),
+        ("def f(record, answer):\n    return 'one'\n", "gave 'one' for an answer"),
+        ("import nowhere_at_all\n", "cannot be run: ModuleNotFoundError: No module named"),
+        ("def g(record, answer):\n    return 1\n", "mine.py has no function 'f'"),
+    ],
+)
+def test_a_function_that_fails_is_told_of_with_its_place(text: str, told: str, tmp_path) -> None:
+    path = tmp_path / "mine.py"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        score("1", {"answer": "1"}, reward=(f"{path}:f",))
+    assert told in str(caught.value) and str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_pattern_of_a_record_that_is_none_is_refused_with_its_place() -> None:
+    with pytest.raises(ConfigError, match=r"reward regex failed on a.jsonl:7: .*unterminated"):
+        score("1", {"answer": "1", "pattern": "("}, reward=("regex",))
+
+
 def test_a_model_scores_dialogues_and_the_first_reward_says_what_is_right() -> None:
     policy = Policy(reward=("exact", "model"), reward_weights=(1.0, 0.5))
     rewards = Rewards(policy, lambda rows: [float(len(row)) for row in rows])
-    found = rewards([{"answer": "a"}] * 2, ["a", "b"], [[5, 6, 7], [5, 6, 7, 8]])
+    found = rewards([{"answer": "a"}] * 2, ["a", "b"], [[5, 6, 7], [5, 6, 7, 8]], ["", ""])
     assert [(s.reward, s.is_right) for s in found] == [(2.5, True), (2.0, False)]
 
 

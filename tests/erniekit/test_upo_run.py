@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from ernie.rollout import Answer
 from erniekit import checkpoint
 from erniekit.cli import main
+from erniekit.recipes import upo
 from erniekit.rounds import phase_of
+from erniekit.samplers import Own
 from tests.erniekit.conftest import dialogues, preferences, write_lines
 from tests.erniekit.test_run import records
 from tests.helpers_faults import killed
@@ -134,6 +138,45 @@ def test_killed_within_a_round_equals_unbroken(fine_tuning: str, words, tmp_path
     assert (unbroken / "checkpoint-9" / checkpoint.BATCHES_FILE).is_file()
 
 
+@pytest.mark.parametrize(("fine_tuning", "within"), [("Full", 1e-4), ("LoRA", 0.05)])
+def test_a_reward_model_scores_answers_as_its_own_evaluation_does(
+    fine_tuning: str, within: float, words, tmp_path: Path, monkeypatch
+) -> None:
+    """However an answer ended: at eos, at the end of its template, or at the length limit. An
+    adapter is merged, and rounded to bfloat16.
+    """
+    texts = ["It is 3.", "Well, now. It is one and 3. I hope so."]
+    judged = {"src": ["What is 3?"], "tgt": [], "response": texts, "sort": [1, 0]}
+    write_lines(tmp_path / "judged.jsonl", [judged])
+    write_lines(tmp_path / "asked.jsonl", [{"src": ["What is 3?"], "tgt": texts[:1]}])
+    trained = {"stage": "RM", "fine_tuning": fine_tuning, "output_dir": tmp_path / "rm"}
+    files = {f"{kind}_dataset_path": tmp_path / "pairs.jsonl" for kind in ("train", "eval")}
+    assert main(["train", *words(**trained, **files)]) == 0
+    files["eval_dataset_path"] = tmp_path / "judged.jsonl"
+    assert main(["eval", *words(**trained, **files)]) == 0
+    told = json.loads((tmp_path / "rm/eval_results.json").read_text())
+    wanted = [told["eval_rewards_chosen"], told["eval_rewards_rejected"]]
+    assert abs(wanted[0] - wanted[1]) > 0.1, "answers of one reward show nothing"
+
+    class Scripted(Own):
+        def __call__(self, model, prompts, seeds, sampling):
+            tokenizer = model.tokenizer
+            ends = [tokenizer.eos_id], [tokenizer.id_of("<|end_of_sentence|>")], []
+            drawn = [(tokenizer.encode(text) + end, not end) for text in texts for end in ends]
+            answers = [Answer(ids, [-1.0] * len(ids), is_cut) for ids, is_cut in drawn]
+            return [answers[: len(own)] for own in seeds]
+
+    monkeypatch.setattr(upo, "Own", Scripted)
+    more = {"reward": "model", "reward_model": tmp_path / "rm", "prompts_per_round": 1}
+    asked = {"train_dataset_path": tmp_path / "asked.jsonl", "max_steps": 1}
+    assert main(["train", *words(**more, **asked)]) == 0
+    [line] = (tmp_path / "out/rollouts.jsonl").read_text().splitlines()
+    found = json.loads(line)
+    assert found["answers"] == [text for text in texts for _ in range(3)]
+    expected = [reward for reward in wanted for _ in range(3)]
+    assert found["rewards"] == pytest.approx(expected, abs=within)
+
+
 def test_prompts_without_a_difference_are_left_out_and_counted(words, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("def vowels(record, answer):\n    return 1.0\n")
     assert main(["train", *words(max_steps=2, max_refills=1, kl_coef=0, upo_mu=0)]) == 0
@@ -142,6 +185,47 @@ def test_prompts_without_a_difference_are_left_out_and_counted(words, tmp_path: 
         assert record["loss"] == 0 and record["grad_norm"] == 0 and "kl" not in record
     rollouts = [json.loads(line) for line in (tmp_path / "out/rollouts.jsonl").open()]
     assert len(rollouts) == 2 * 2 * 4 and not any(r["is_kept"] for r in rollouts)
+
+
+def test_normalised_rewards_divide_by_the_deviation_of_all_answers(words, tmp_path: Path) -> None:
+    """Of those to prompts that are left out too: here prompts of an even number, all worth 5."""
+    text = FUNCTION.replace(
+        "    return ", "    if record['answer'][-2] in '02468':\n        return 5.0\n    return "
+    )
+    (tmp_path / "mine.py").write_text(text)
+    found = {}
+    for is_scaled in (False, True):
+        more = {"normalize_rewards": is_scaled, "output_dir": tmp_path / str(is_scaled)}
+        more |= {"advantage_std": False, "kl_coef": 0, "upo_mu": 0, "max_steps": 1}
+        assert main(["train", *words(prompts_per_round=8, amp_master_grad=True, **more)]) == 0
+        [found[is_scaled]] = records(tmp_path / str(is_scaled))
+    lines = (tmp_path / "True/rollouts.jsonl").read_text().splitlines()
+    rewards = np.array([json.loads(line)["rewards"] for line in lines])
+    assert 0 < found[True]["dropped_share"] < 1 and rewards.std() > 2
+    wanted = found[False]["grad_norm"] / rewards.std()
+    assert found[True]["grad_norm"] == pytest.approx(wanted, rel=1e-3)
+
+
+@pytest.mark.parametrize(("loss", "usual"), [("gspo", "sequence"), ("ppo", "token")])
+def test_answers_of_gspo_count_alike_and_tokens_of_ppo(
+    loss: str, usual: str, words, tmp_path: Path, monkeypatch
+) -> None:
+    class Shorter(Own):
+        def __call__(self, *arguments):
+            for answers in (found := super().__call__(*arguments)):
+                for length, answer in enumerate(answers, 1):
+                    del answer.token_ids[length:], answer.log_probs[length:]
+            return found
+
+    monkeypatch.setattr(upo, "Own", Shorter)
+    norms = {}
+    for name in ("none", "sequence", "token"):
+        more = {"policy_loss": loss, "upo_mu": 0, "kl_coef": 0, "loss_aggregation": name}
+        assert main(["train", *words(**more, max_steps=1, output_dir=tmp_path / name)]) == 0
+        [record] = records(tmp_path / name)
+        norms[name] = record["grad_norm"]
+    other = "token" if usual == "sequence" else "sequence"
+    assert norms["none"] == norms[usual] != pytest.approx(norms[other], rel=1e-2), norms
 
 
 def test_a_correction_of_our_own_generator_changes_next_to_nothing(words, tmp_path: Path) -> None:
@@ -179,6 +263,7 @@ def test_without_max_steps_every_prompt_is_asked_once(words, tmp_path: Path) -> 
     ("more", "told"),
     [
         ({"num_generations": 1}, "num_generations=1 is too small"),
+        ({"normalize_rewards": True}, "no effect with advantage_std=True"),
         ({"policy_loss": "none", "upo_mu": 0}, "leave nothing to train"),
         ({"prompts_per_round": 2, "num_mini_batches": 3}, "cannot be cut into 3 batches"),
         ({"max_completion_length": 128}, "leaves no room for a prompt"),
@@ -206,6 +291,15 @@ def test_the_data_of_tasks_is_gone_through_like_a_file(words, capsys) -> None:
     assert main(["data", *words(**more)]) == 0
     assert "chain_sum?size=4" in capsys.readouterr().out
     assert main(["train", *words(stage="SFT", max_steps=1, max_seq_len=256, **more)]) == 0
+
+
+@pytest.mark.parametrize("stage", ["UPO", "SFT"])
+def test_rows_are_told_to_be_full_where_they_are_filled(stage, words, tmp_path, capsys) -> None:
+    assert main(["train", *words(stage=stage, max_steps=1)]) == 0
+    values = json.loads((tmp_path / "out/plan_error.json").read_text())
+    told = capsys.readouterr()
+    has_rows = ["row_fill" in values, "% full)" in told.out + told.err]
+    assert has_rows == [stage == "SFT"] * 2
 
 
 def test_held_out_prompts_that_are_trained_on_are_told_of(words, tmp_path: Path, capsys) -> None:
