@@ -13,8 +13,10 @@ from ernie.attention import packed_causal
 from ernie.config import ErnieConfig
 from ernie.fused import Shard, fuse, shallow_copy
 from ernie.kernels import reference
+from ernie.layers import Linear
 from ernie.model import ErnieModel
 from ernie.models import TINY
+from ernie.moe.experts import Experts
 from ernie.quant.scheme import SCHEMES, Scheme, read_scheme
 from ernie.settings import ConfigError
 
@@ -82,8 +84,7 @@ def test_quantised_model_equals_its_dequantised_twin(
     logits = fuse(shallow_copy(plain), SCHEMES[scheme]).logits(IDS)
     twin = quantised_by_hand(plain, SCHEMES[scheme])
     exact = twin.logits(IDS)
-    for product in ("linear", "grouped_linear"):  # which then round their rows as integers do
-        monkeypatch.setattr(kernels, product, rounding(getattr(kernels, product)))
+    round_rows(twin, monkeypatch)
     rounded = twin.logits(IDS)
     # One activation that falls on the other side of a half changes its row, and those after it.
     assert float((logits - rounded).abs().amax(-1).median()) < 1e-4
@@ -126,11 +127,18 @@ def test_quantised_model_reads_pictures_as_its_dequantised_twin(
 
     with torch.no_grad():
         exact, got = logits(plain), logits(quantised)
-        for product in ("linear", "grouped_linear"):
-            monkeypatch.setattr(kernels, product, rounding(getattr(kernels, product)))
+        round_rows(twin, monkeypatch)
         medians = (got - logits(twin)).abs().amax(-1).median(-1).values
     assert float(medians.min()) < 1e-4, f"{medians}"
     assert float((exact - got).abs().amax(-1).min()) > 1e-2, "quantisation is not felt"
+
+
+def round_rows(model: ErnieModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the products of a plain model round their rows, as those with integers do."""
+    monkeypatch.setattr(kernels, "linear", rounding(kernels.linear))  # of the head
+    for module in model.modules():
+        if isinstance(module, Linear | Experts):
+            module.product = rounding(module.product)
 
 
 def rounding(product: Callable) -> Callable:
