@@ -7,8 +7,8 @@
 
 A row of a mask allows a token as if the drafts before the row had been generated; behind a draft
 that the form does not allow nothing is filled in, because no choice can be that draft. While a
-model thinks its form does not hold: it begins behind the tag that ends the thought, and until then
-the text cannot end.
+model thinks its form does not hold: it begins behind the tag that ends the thought, or behind the
+tokens that a budget forces there, and until then the text cannot end.
 
 A text whose form leaves nothing but its end is over with its last token ("complete"); where a form
 allows the end among other things, the model decides by a token that ends texts. A constraint that
@@ -78,9 +78,11 @@ class Constraint:
         """Whether the answer so far has the whole form."""
         return not self.is_open and self.matcher.is_accepting()
 
-    def fill(self, masks_nW: np.ndarray, draft_ids: Sequence[int]) -> None:
+    def fill(
+        self, masks_nW: np.ndarray, draft_ids: Sequence[int], forced: Sequence[int | None]
+    ) -> None:
         """Set the bits of the tokens that may follow the known ones, and those that may follow
-        each draft; rows are given with all bits set.
+        each draft; rows are given with all bits set. `forced`: see `Request.forced_ids`.
         """
         num_consumed, is_open = 0, self.is_open
         for i, mask_W in enumerate(masks_nW):
@@ -90,22 +92,27 @@ class Constraint:
                 self._fill(mask_W)
             if i == len(draft_ids):
                 break
-            if is_open:
-                is_open = self._stays_open(draft_ids[i])
-            elif not self.matcher.try_consume_tokens([draft_ids[i]]):
+            draft, must = draft_ids[i], forced[i]
+            if must not in (None, draft):
                 break
-            else:
+            if is_open:
+                is_open = self._stays_open(draft)
+            elif must is None:
+                if not self.matcher.try_consume_tokens([draft]):
+                    break
                 num_consumed += 1
         self.matcher.rollback(num_consumed)
 
-    def take(self, tokens: Sequence[int], num_output: int, *, forced: bool = False) -> End | None:
-        """Move on by tokens that were chosen after `num_output` others. `forced`: they belong to
-        the end of a thought, whatever the form says.
+    def take(
+        self, tokens: Sequence[int], num_output: int, forced: Sequence[int | None]
+    ) -> End | None:
+        """Move on by tokens that were chosen after `num_output` others. Those that were `forced`
+        belong to the end of a thought, whatever the form says.
         """
-        for count, token in enumerate(tokens, num_output + 1):
+        for count, (token, must) in enumerate(zip(tokens, forced), num_output + 1):
             if self.is_open:
                 self.is_open = self._stays_open(token)
-            elif not forced:
+            elif must is None:
                 if not self.matcher.try_consume_tokens([token]):
                     return End(count, "error", why_stuck(self.matcher))
                 if self.matcher.is_stopped():
@@ -139,6 +146,7 @@ class Held:
     request: Request
     constraint: Constraint
     draft_ids: Sequence[int]
+    forced: Sequence[int | None]
     rows: slice
 
     def pay(self, result: Result | None) -> None:
@@ -163,7 +171,9 @@ class Filled:
         self.filling = thread.begin(
             [
                 Job(
-                    partial(one.constraint.fill, self.masks_rW[one.rows], one.draft_ids),
+                    partial(
+                        one.constraint.fill, self.masks_rW[one.rows], one.draft_ids, one.forced
+                    ),
                     one.constraint.balance_s,
                 )
                 for one in held
@@ -192,7 +202,7 @@ class Filled:
                     one.constraint.take,
                     tokens_by_request[one.request],
                     one.request.num_output,
-                    forced=one.request.thinking is not None and bool(one.request.thinking.queue),
+                    one.forced,
                 ),
                 one.constraint.balance_s,
             )
@@ -224,7 +234,8 @@ class Masks:
                 request, constraint = part.request, part.request.constraint
                 if constraint is not None:
                     place = slice(len(rows), len(rows) + end - row)
-                    held.append(Held(request, constraint, part.draft_ids, place))
+                    forced = request.forced_ids(part.draft_ids)
+                    held.append(Held(request, constraint, part.draft_ids, forced, place))
                     rows += range(row, end)
                 row = end
         return Filled(held, rows, self.num_words, self.thread) if held else None

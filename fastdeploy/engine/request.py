@@ -105,6 +105,7 @@ class Request:
         self.end: End | None = None  # once it is known
         self.early_stop = early_stop
         self.num_sure = 0  # newest tokens in a row of which the model was sure
+        self.repeats_at: int | None = None  # generated tokens, and the text ends
         stops = frozenset(params.stop_token_ids or ())
         self.stop_ids = stops if params.ignore_eos else stops | frozenset(eos_ids)
         room = max_model_len - self.num_prompt
@@ -152,11 +153,26 @@ class Request:
         is_ranked = params.num_samples > params.n
         return params.logprobs is not None or is_ranked or self.early_stop is not None
 
-    def watch(self, logprob: float) -> None:
-        """Take note of how likely the newest choice was, for early stops."""
-        if self.early_stop is not None:
-            is_sure = logprob > math.log(self.early_stop.threshold)
+    def forced_ids(self, draft_ids: Sequence[int]) -> list[int | None]:
+        """The tokens that have to follow the known ones and each of the drafts, None where any may:
+        see `Thinking.forced`.
+        """
+        if self.thinking is None:
+            return [None] * (len(draft_ids) + 1)
+        return self.thinking.forced(self.token_ids, draft_ids)
+
+    def watch(self, logprobs: Sequence[float | None]) -> None:
+        """Take note of how likely the tokens were that are going to be known, for early stops."""
+        early_stop = self.early_stop
+        assert early_stop is not None, "nobody wants to know"
+        for num_output, logprob in enumerate(logprobs, self.num_output + 1):
+            assert logprob is not None, "see `wants_logprob`"
+            is_sure = logprob > math.log(early_stop.threshold)
             self.num_sure = self.num_sure + 1 if is_sure else 0
+            is_over = self.num_sure >= early_stop.window_size
+            if is_over and num_output >= self.params.min_tokens:
+                self.repeats_at = num_output
+                return
 
     def finish_reason(self) -> str | None:
         """Why the text ends after its newest token, None when it goes on."""
@@ -167,7 +183,7 @@ class Request:
         if self.num_output >= self.params.min_tokens:
             if self.token_ids[-1] in self.stop_ids:
                 return "stop"
-            if self.early_stop is not None and self.num_sure >= self.early_stop.window_size:
+            if self.num_output == self.repeats_at:
                 return "repetition"
         too_long = self.num_output >= self.max_output or self._has_answered()
         return over or ("length" if too_long else None)

@@ -14,10 +14,10 @@ Verification of drafts. Logits after the last known token and after each draft c
     known tokens       ... x        drafts a b c        logits after x, a, b, c
     chosen from them   a b f g      accepted a b, then f; g continues a text that is not there
 
-Each row is treated as if the drafts before it had been generated: a token is chosen from it exactly
-as it would be without drafts, with the same uniform number. Tokens are kept up to the first that is
-not its draft. So speculation changes no token at all, drawn or greedy, and the distribution is
-unchanged because the draws are.
+Each row is treated as if the drafts before it had been generated: a token is chosen from it, or
+forced, exactly as it would be without drafts, with the same uniform number. Tokens are kept up to
+the first that is not its draft. So speculation changes no token at all, drawn or greedy, and the
+distribution is unchanged because the draws are.
 
 Legend: R rows of logits, r rows that are treated alike, V vocabulary, K candidates.
 """
@@ -93,7 +93,7 @@ class Sampler:
         has_bans = self._adjust(logits_RV, choosing)
         if masks is not None:
             masks.apply(logits_RV)
-        forced = _forced(requests)
+        forced = _forced(choosing)
         tokens_R = _choose(logits_RV, requests, offsets, forced)
         impossible_R = None
         if has_bans or masks is not None:
@@ -105,7 +105,6 @@ class Sampler:
         choices = [Choice(token) for token in tokens_R.tolist()]
         for i, logprob in zip(wanted, logprobs_r.tolist()):
             choices[i].logprob = logprob
-            requests[i].watch(logprob)
         _describe(raw_rV, [requests[i] for i in wanted], [choices[i] for i in wanted])
         accepted = self._accepted(choices, choosing)
         if masks is not None:
@@ -157,6 +156,8 @@ class Sampler:
             if note is not None:
                 for choice in accepted[-1]:
                     note.add(choice.token)
+            if part.request.early_stop is not None:
+                part.request.watch([choice.logprob for choice in accepted[-1]])
         return accepted
 
     def _notes(self, request: Request) -> Notes | None:
@@ -227,14 +228,15 @@ def _draw_rows(logits_rV: Tensor, requests: Sequence[Request], offsets: Sequence
     )
 
 
-def _forced(requests: Sequence[Request]) -> dict[int, int]:
-    """The tokens of rows whose request is made to end its thoughts; such a one has no drafts."""
-    tokens = {
-        i: request.thinking.forced(request.token_ids)
-        for i, request in enumerate(requests)
-        if request.thinking is not None
-    }
-    return {i: token for i, token in tokens.items() if token is not None}
+def _forced(parts: Sequence[Part]) -> dict[int, int]:
+    """The tokens of rows whose request is made to end its thoughts."""
+    tokens, row = {}, 0
+    for part in parts:
+        for i, token in enumerate(part.request.forced_ids(part.draft_ids), row):
+            if token is not None:
+                tokens[i] = token
+        row += len(part.draft_ids) + 1
+    return tokens
 
 
 def _end_stuck(request: Request, num_drafts: int) -> None:

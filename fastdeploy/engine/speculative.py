@@ -52,12 +52,8 @@ def num_ahead(speculation: Speculation | None) -> int:
 
 
 def num_allowed(request: Request, num_tokens: int) -> int:
-    """How many of `num_tokens` drafts could be of use: one token follows them in any case.
-
-    A request that is watched token by token (a thinking budget, early stops) has none.
-    """
-    is_watched = request.thinking is not None or request.early_stop is not None
-    if request.status is not Status.RUNNING or is_watched:
+    """How many of `num_tokens` drafts could be of use: one token follows them in any case."""
+    if request.status is not Status.RUNNING:
         return 0
     return min(num_tokens, request.max_output - request.num_output - 1)
 

@@ -7,7 +7,7 @@ forced, whatever the logits say, and the model goes on with its answer. Imports 
 
 from __future__ import annotations
 
-from collections import deque
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -54,10 +54,10 @@ class ThinkTags:
 
 
 class Thinking:
-    """Follows the tokens of one request and says which one its budget forces.
+    """Follows the tokens of one request and says which ones its budget forces.
 
     All thoughts of an answer share the budget (None: there is none). A forced token must become the
-    next one.
+    next one. What is forced depends on the tokens alone, not on how many of them come at once.
     """
 
     def __init__(self, tags: ThinkTags, budget: int | None, prompt_ids: Sequence[int]) -> None:
@@ -65,16 +65,23 @@ class Thinking:
         self.num_seen = len(prompt_ids)
         self.num_used = 0  # generated tokens within thoughts
         self.num_answered = 0  # and outside of them
-        self.queue: deque[int] = deque()  # of forced tokens that are not there yet
+        self.queue: tuple[int, ...] = ()  # forced tokens that are not there yet
         self.is_open = tags.leave_open(prompt_ids)
+        assert budget is None or budget > 0, "it is looked at when a token has come"
 
-    def forced(self, token_ids: Sequence[int]) -> int | None:
-        """The token that has to follow `token_ids`, None if any may."""
+    def forced(self, token_ids: Sequence[int], draft_ids: Sequence[int] = ()) -> list[int | None]:
+        """The token that has to follow `token_ids`, then those that have to follow each of the
+        drafts, None where any may. The list ends where a draft is not the token that is forced.
+        """
         self.follow(token_ids)
-        is_used_up = self.budget is not None and self.num_used >= self.budget
-        if self.is_open and is_used_up and not self.queue:
-            self.queue.extend(self.tags.closing)
-        return self.queue[0] if self.queue else None
+        ahead = copy.copy(self)
+        tokens = [ahead._next]
+        for draft in draft_ids:
+            if tokens[-1] not in (None, draft):
+                break
+            ahead._see(draft)
+            tokens.append(ahead._next)
+        return tokens
 
     def follow(self, token_ids: Sequence[int]) -> None:
         """Take note of the tokens that are new since the last call."""
@@ -84,8 +91,9 @@ class Thinking:
 
     def _see(self, token: int) -> None:
         if self.queue:
-            forced = self.queue.popleft()
+            forced, *rest = self.queue
             assert token == forced, f"token {token} came where {forced} was forced"
+            self.queue = tuple(rest)
         if token == self.tags.end:
             self.is_open = False
         elif self.is_open:
@@ -94,3 +102,10 @@ class Thinking:
             self.is_open = True
         else:
             self.num_answered += 1
+        is_used_up = self.budget is not None and self.num_used >= self.budget
+        if self.is_open and is_used_up and not self.queue:
+            self.queue = self.tags.closing
+
+    @property
+    def _next(self) -> int | None:
+        return self.queue[0] if self.queue else None

@@ -20,13 +20,18 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from helpers_ranks import EVEN, two_ranks
 
+from ernie import kernels
 from ernie.fused import fuse, shallow_copy
 from ernie.generate import generate
+from ernie.kernels.cpu import products
 from ernie.model import ErnieModel
 from ernie.models import TINY
+from ernie.quant.scheme import SCHEMES, read_scheme
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
+from fastdeploy.engine.loading import choose_kernels, served
 from fastdeploy.engine.ranks import Ranks
+from fastdeploy.outputs import Stats
 from fastdeploy.sampling import SamplingParams
 
 NUM_NEW = 24
@@ -122,6 +127,25 @@ ROWS += [
     if row.name in ("chunks of 8", "second round hits", "preempted in small chunks")
 ]
 
+# The oracle's weights are the same integers, so again nothing is left to differ.
+QUANTISED = (
+    "as it comes",
+    "chunks of 8",
+    "blocks of 3",
+    "second round hits",
+    "preempted in small chunks",
+    "chunks of 8, n-gram",
+    "preempted in small chunks, n-gram",
+    "second round hits, MTP",
+    "preempted in small chunks, int8",
+)
+ROWS += [
+    replace(row, name=f"{row.name}, {scheme}", settings=row.settings | {"quantization": scheme})
+    for scheme in SCHEMES
+    for row in ROWS
+    if row.name in QUANTISED
+]
+
 # The processes are started once for all of these.
 NAMES_OF_TWO_RANKS = (
     "as it comes",
@@ -148,10 +172,16 @@ def random_model(name: str) -> ErnieModel:
 
 
 @cache
-def expected_answers(name: str, cache_dtype: str = "float32") -> list[list[int]]:
-    """The plain generator's answers of `random_model(name)`."""
+def expected_answers(
+    name: str, cache_dtype: str = "float32", quantization: str | None = None
+) -> list[list[int]]:
+    """The plain generator's answers of `random_model(name)`, with weights of integers if wanted."""
+    model = random_model(name)
+    if quantization is not None:
+        scheme = read_scheme(quantization, has_experts=model.config.is_moe)
+        model = fuse(shallow_copy(model), scheme)
     settings = {"max_tokens": NUM_NEW, "cache_dtype": getattr(torch, cache_dtype)}
-    return [list(generate(random_model(name), p, **settings)) for p in PROMPTS]
+    return [list(generate(model, p, **settings)) for p in PROMPTS]
 
 
 def run(engine: Engine, prompts: Sequence[list[int]], row: Row) -> list[list[int]]:
@@ -177,11 +207,13 @@ def run(engine: Engine, prompts: Sequence[list[int]], row: Row) -> list[list[int
 
 def check(row: Row, name: str, ranks: Ranks | None = None, part: ErnieModel | None = None) -> None:
     """Run a row; with `ranks`, over rank 0's `part` of the model and the parts of the others."""
-    model = random_model(name)
-    expected = expected_answers(name, row.settings.get("kv_cache_dtype", "float32"))
+    model, settings = random_model(name), row.settings
+    expected = expected_answers(
+        name, settings.get("kv_cache_dtype", "float32"), settings.get("quantization")
+    )
     config = EngineConfig(model=name, max_model_len=MAX_LEN, **row.settings)
     config = config.resolved(max_positions=MAX_LEN, device_type="cpu")
-    engine = Engine(part or fuse(shallow_copy(model)), config, ranks=ranks)
+    engine = Engine(part or served(shallow_copy(model), config), config, ranks=ranks)
     for _ in range(row.rounds):
         answers = run(engine, PROMPTS, row)
         for i, (answer, wanted) in enumerate(zip(answers, expected)):
@@ -218,11 +250,90 @@ def test_two_ranks_give_the_plain_generators_tokens(
     check(row, *shared)
 
 
-@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe", *EVEN_TEXT])
-def test_answers_differ_enough_for_the_table_to_mean_something(name: str) -> None:
-    expected = expected_answers(name)
+@pytest.mark.parametrize(
+    ("name", "quantization"),
+    [
+        *((name, None) for name in ("tiny-dense", "tiny-moe", *EVEN_TEXT)),
+        *((name, scheme) for name in ("tiny-dense", "tiny-moe") for scheme in SCHEMES),
+    ],
+)
+def test_answers_differ_enough_for_the_table_to_mean_something(
+    name: str, quantization: str | None
+) -> None:
+    expected = expected_answers(name, quantization=quantization)
+    if quantization is not None:
+        same = [a == b for a, b in zip(expected, expected_answers(name))]
+        assert not all(same), "quantisation is not felt"
     assert len({tuple(answer) for answer in expected}) == len(PROMPTS)
     assert min(len(set(answer)) for answer in expected) > 5, "an answer runs in circles"
+
+
+INVARIANT = {
+    "as it comes": {},
+    "wint8": {"quantization": "wint8"},
+    "wint4": {"quantization": "wint4"},
+    "int8 cache": {"kv_cache_dtype": "int8"},
+    "n-gram": {"speculative_config": DRAFTS["n-gram"]},
+    "wint4, int8 cache, n-gram": {
+        "quantization": "wint4",
+        "kv_cache_dtype": "int8",
+        "speculative_config": DRAFTS["n-gram"],
+    },
+}
+SAMPLED = {
+    "greedy": {"temperature": 0},
+    "drawn": {"temperature": 0.8, "top_p": 0.95, "frequency_penalty": 0.1, "seed": 5},
+}
+COMPANY = {
+    "all at once": {},
+    "chunks of 13": {"max_num_batched_tokens": 13, "block_size": 16},
+    "little room": {"block_size": 3, "num_gpu_blocks_override": 34},
+}
+
+
+@pytest.fixture
+def invariant_mode(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Ends with the test. As on a processor where the mode matters: there torch multiplies many
+    rows, and not as one.
+    """
+    monkeypatch.setattr(products, "MANY_ROWS", dict.fromkeys(products.MANY_ROWS, 4))
+    yield
+    kernels.batch_invariant(False)
+
+
+@pytest.mark.parametrize("sampled", SAMPLED)
+@pytest.mark.parametrize("kind", INVARIANT)
+@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
+def test_batch_invariant_texts_are_the_same_bits_alone_and_beside_others(
+    name: str, kind: str, sampled: str, invariant_mode: None
+) -> None:
+    own, drafts = INVARIANT[kind], "speculative_config" in INVARIANT[kind]
+    # Nobody beside a text, nothing in the cache before it, no drafts.
+    alone = {"max_num_seqs": 1, "enable_prefix_caching": False, "speculative_config": None}
+    expected, _ = texts(name, sampled, own | alone)
+    for company, settings in COMPANY.items():
+        found, stats = texts(name, sampled, own | settings)
+        for i, (text, wanted) in enumerate(zip(found, expected)):
+            assert text == wanted, f"{company}: text {i} at {first_difference(text, wanted)}"
+        assert (stats.num_draft_tokens > 0) == drafts, f"{company}: {stats}"
+        assert (stats.num_preemptions > 0) == (company == "little room"), f"{company}: {stats}"
+
+
+def texts(name: str, sampled: str, settings: dict[str, Any]) -> tuple[list[list[tuple]], Stats]:
+    """Tokens with their log-probabilities, for each prompt."""
+    options = ENOUGH | {"max_model_len": MAX_LEN, "batch_invariant": True, "enable_logprob": True}
+    config = EngineConfig(model=name, **options | settings)
+    config = config.resolved(max_positions=MAX_LEN, device_type="cpu")
+    choose_kernels(config, torch.device("cpu"))
+    engine = Engine(served(shallow_copy(random_model(name)), config), config)
+    params = SamplingParams(max_tokens=NUM_NEW, ignore_eos=True, logprobs=3, **SAMPLED[sampled])
+    found: list[list[tuple]] = [[] for _ in PROMPTS]
+    for i, prompt in enumerate(PROMPTS):
+        engine.add(str(i), prompt, params)
+    while engine.has_work:
+        for output in engine.step():
+            found[int(output.request_id)].append((output.token, output.logprobs))
+    return found, engine.stats()
 
 
 def test_samples_of_one_prompt_share_its_blocks() -> None:

@@ -232,3 +232,30 @@ def test_accepted_and_rejected_drafts_leave_the_form_where_it_belongs(
     # Where the last draft ends the text no further token follows it, and it counts as that one.
     num_refused = stats.num_draft_tokens - stats.num_accepted_tokens
     assert num_refused <= len(ROWS) or every < 1000
+
+
+def test_a_form_behind_a_budget_begins_where_it_does_without_drafts(tmp_path: Path) -> None:
+    """What closes the thought is no part of the form, and drafts reach across all three."""
+    path = helpers_tokenizer.sentencepiece_folder(tmp_path / "thinker", thinking=True)
+    tokenizer = ernie.Tokenizer.from_folder(path)
+    config = dataclasses.replace(TINY["tiny-dense"], vocab_size=tokenizer.vocab_size)
+    model = ErnieModel(config, dtype=torch.float32)
+    model.init_weights(seed=3, std=0.3)
+    ernie.save(model, path)
+    prompt = [*tokenizer.encode("Hello!"), tokenizer.id_of("<think>")]
+    params = [held(form, seed=7, **o, reasoning_max_tokens=4) for form, _, o in ROWS]
+    ngram = {"method": "ngram", "num_speculative_tokens": 5}
+    texts: list[list[int]] = []
+    for every in (None, 2, 3, 7, 1000):
+        drafts = {} if every is None else {"speculative_config": ngram}
+        llm = served(path, max_num_seqs=1, think_stop_sentence="so\n</think>\n\n", **drafts)
+        if every is not None:
+            llm.engine.drafter = Truth(iter(texts), every)
+        outputs = [llm.generate(prompt, one)[0].outputs for one in params]
+        found = [one.token_ids for one in outputs]
+        texts = texts or found
+        assert found == texts, f"with an error at every {every}"
+        stats = llm.engine.stats()
+        assert every is None or stats.num_accepted_tokens > 50, f"{stats}"
+    closing = tokenizer.encode("so\n</think>\n\n", allow_special=True)
+    assert sum(text[4 : 4 + len(closing)] == closing for text in texts) > len(ROWS) / 2

@@ -31,6 +31,7 @@ from fastdeploy.engine.core import Engine
 from fastdeploy.engine.ranks import Ranks
 from fastdeploy.engine.request import TokenOutput
 from fastdeploy.engine.speculative import NgramIndex, continuation, num_allowed
+from fastdeploy.engine.thinking import ThinkTags
 from fastdeploy.sampling import SamplingParams
 
 MAX_LEN = 96
@@ -50,10 +51,16 @@ def tiny(name: str, vocab_size: int | None = None) -> ErnieModel:
     return model
 
 
-def make_engine(model: ErnieModel, ranks: Ranks | None = None, **settings: Any) -> Engine:
+def make_engine(
+    model: ErnieModel,
+    ranks: Ranks | None = None,
+    tags: ThinkTags | None = None,
+    **settings: Any,
+) -> Engine:
     options = {"model": "tiny", "max_model_len": MAX_LEN, "block_size": 8, "enable_logprob": True}
     config = EngineConfig(**options | {"num_gpu_blocks_override": 80} | settings)
-    return Engine(model, config.resolved(max_positions=MAX_LEN, device_type="cpu"), ranks=ranks)
+    config = config.resolved(max_positions=MAX_LEN, device_type="cpu")
+    return Engine(model, config, think_tags=tags, ranks=ranks)
 
 
 class Truth:
@@ -75,9 +82,14 @@ class Truth:
                 ]
 
 
-def run(engine: Engine, params: Sequence[SamplingParams], name: str = "") -> list[TokenOutput]:
+def run(
+    engine: Engine,
+    params: Sequence[SamplingParams],
+    name: str = "",
+    prompts: Sequence[list[int]] = PROMPTS,
+) -> list[TokenOutput]:
     """Every report, request by request."""
-    for i, (prompt, one) in enumerate(zip(PROMPTS, params)):
+    for i, (prompt, one) in enumerate(zip(prompts, params)):
         engine.add(f"{i}{name}", prompt, one, seed=7)
     outputs = []
     while engine.has_work:
@@ -171,6 +183,57 @@ def test_seeded_draws_do_not_depend_on_schedule_and_drafts(
     assert said(run(engine, params)) == said(expected)
     assert engine.stats().num_accepted_tokens > 0
     assert setting != "little room" or engine.stats().num_preemptions > 0
+
+
+# Of a small vocabulary, so that n-grams come again and the MTP block is right now and then.
+START, END, NUM_IDS = 18, 19, 24
+SENTENCE = (20, 21, END, 22, 20)  # what a budget forces
+THOUGHTS = [*([t % 18 for t in prompt] + [START] for prompt in PROMPTS), [5, 6, 7]]
+BUDGET, ANSWER = {"reasoning_max_tokens": 5}, {"response_max_tokens": 10}
+SOON, LATE = ({"early_stop_config": {"window_size": n, "threshold": 0.25}} for n in (4, 2))
+# What is set for the engine and for the requests, and by what texts must be ended.
+WATCHED = {
+    "budget": ({}, BUDGET, {"length"}),
+    "budget of 1": ({}, {"reasoning_max_tokens": 1}, {"length"}),
+    "answer": ({}, ANSWER, {"length"}),
+    "budget and answer": ({}, BUDGET | ANSWER, {"length"}),
+    "early stop": (SOON, {}, {"repetition"}),
+    "early stop after min_tokens": (LATE, {"min_tokens": 18}, {"repetition"}),
+    "budget and early stop": (LATE, BUDGET | {"min_tokens": 12}, {"repetition"}),
+}
+DRAFTERS = ("right", "right but for some", "of the text without bounds", "n-gram", "MTP")
+
+
+@pytest.mark.parametrize("closing", [(END,), SENTENCE], ids=["tag", "sentence"])
+@pytest.mark.parametrize("temperature", [0, 0.7])
+@pytest.mark.parametrize("kind", WATCHED)
+def test_budgets_and_early_stops_are_those_without_speculation(
+    kind: str, temperature: float, closing: tuple[int, ...]
+) -> None:
+    model, (settings, bounds, reasons) = tiny("tiny-dense", NUM_IDS), WATCHED[kind]
+    settings = settings | {"tags": ThinkTags(START, END, closing)}
+    free = SamplingParams(max_tokens=40, temperature=temperature, ignore_eos=True)
+    params = [replace(free, **bounds) for _ in THOUGHTS]
+    expected = run(make_engine(model, **settings), params, prompts=THOUGHTS)
+    unbounded = run(make_engine(model), [free] * len(THOUGHTS), prompts=THOUGHTS)
+    assert {one.finish_reason for one in expected} - {None} >= reasons
+    if "reasoning_max_tokens" in bounds:
+        budget, num_closing = bounds["reasoning_max_tokens"], len(closing)
+        forced = [
+            text[budget : budget + num_closing] == [*closing] for text in said(expected).values()
+        ]
+        assert forced.count(True) >= 2, "few thoughts are as long as their budget"
+    for drafter in DRAFTERS:
+        drafts = MTP if drafter == "MTP" else NGRAM | {"min_ngram_size": 1}
+        engine = make_engine(model, **settings, speculative_config=drafts)
+        if drafter not in ("n-gram", "MTP"):
+            truth = said(unbounded if "without" in drafter else expected)
+            engine.drafter = Truth(engine, truth, every=3 if "some" in drafter else 1000)
+        outputs = run(engine, params, prompts=THOUGHTS)
+        assert [content(one) for one in outputs] == [content(one) for one in expected], drafter
+        stats = engine.stats()
+        least = len(expected) / 4 if "right" in drafter else 0
+        assert stats.num_accepted_tokens > least, f"{drafter}: {stats}"
 
 
 def test_the_sampled_distribution_is_unchanged() -> None:

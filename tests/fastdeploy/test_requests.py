@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import random
 
 import helpers_tokenizer
 import pytest
@@ -222,11 +223,34 @@ def test_thoughts_share_the_budget_and_a_repeated_tag_uses_it() -> None:
     text = [1, 5, 2]
     forced = []
     for token in (7, 1, 5, 1, 2, 1, 5, None, None, 7, 1, None, None):
-        must = thinking.forced(text)
+        (must,) = thinking.forced(text)
         forced.append(must)
         assert (token is None) == (must is not None), forced
         text.append(must if token is None else token)
     assert [f for f in forced if f is not None] == [8, 2, 8, 2]
+
+
+def test_what_is_forced_does_not_depend_on_how_many_tokens_come_at_once() -> None:
+    """Drafts of every number, right and wrong, before any of them is known."""
+    tags, rng, num_forced = ThinkTags(1, 2, (8, 2, 9)), random.Random(0), 0
+    for budget in range(1, 9):
+        text, alone = [1, 5], Thinking(tags, budget, [1, 5])
+        must = []  # after each token
+        for _ in range(60):
+            must += alone.forced(text)
+            text.append(rng.choice((1, 2, 5, 5, 5, 8)) if must[-1] is None else must[-1])
+        num_forced += len(must) - must.count(None)
+        together, known = Thinking(tags, budget, [1, 5]), 2
+        while known + 5 < len(text):
+            drafts = text[known : known + rng.randrange(6)]
+            expected = must[known - 2 :][: len(drafts) + 1]
+            assert together.forced(text[:known], drafts) == expected
+            wrong = [i for i, token in enumerate(expected[:-1]) if token is not None]
+            if wrong:
+                drafts[wrong[0]] += 20
+                assert together.forced(text[:known], drafts) == expected[: wrong[0] + 1]
+            known += rng.randrange(1, 6)
+    assert num_forced > 40, num_forced
 
 
 def test_a_budget_needs_tags_and_a_sentence_needs_the_closing_one(llm: LLM, tmp_path) -> None:
