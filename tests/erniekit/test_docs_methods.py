@@ -34,7 +34,7 @@ def test_settings_are_a_run_and_every_key_that_is_named_exists(page: str) -> Non
     run = run_from(yaml.safe_load(block))
     assert run.model.stage == PAGES[page] and not run.without_effect
     for path in (*run.data.train_dataset_path, *run.data.eval_dataset_path):
-        assert (ROOT / path).is_file() or path.startswith("shapes/"), path  # examples/vl_shapes.py
+        assert (ROOT / path).is_file(), path
     for folder in re.findall(r"`(examples/configs/[\w./-]+)`", text):
         assert list((ROOT / folder).glob("run_*.yaml")), folder
     keys = {f.name for kind in config.GROUPS for f in dataclasses.fields(kind)}
