@@ -16,7 +16,7 @@ from ernie.settings import ConfigError, read_yaml
 from erniekit import config, foreign
 from erniekit.build import config_of
 from erniekit.cli import VERBS, main
-from erniekit.config import Optimisation, read_run, resolved, run_from, to_yaml
+from erniekit.config import Optimisation, effects, read_run, resolved, run_from, to_yaml
 from erniekit.config.model import STAGES
 from erniekit.launch import RECIPES
 from erniekit.optim import learning_rate_at, treatments
@@ -144,6 +144,47 @@ def test_example_keys_are_read_as_they_are_meant() -> None:
 def test_keys_of_preferences_are_without_effect_elsewhere() -> None:
     assert run_from({"beta": 0.3, "max_prompt_len": 2048}).without_effect == ("beta",)
     assert run_from({"beta": 0.3, "stage": "DPO"}).without_effect == ()
+
+
+LORA, FULL = {"fine_tuning": "LoRA"}, {"fine_tuning": "Full"}
+UPO = {"stage": "UPO", "train_dataset_path": "x.jsonl"}
+# Settings under which the keys after them do nothing; then those under which they do something.
+IDLE = [
+    (LORA, {"moe_gate_lr_ratio": 0.01, "moe_z_loss_lambda": 1e-3}, FULL),
+    (LORA, {"moe_orthogonal_loss_lambda": 1e-3, "moe_aux_loss_lambda": 1e-2}, FULL),
+    (LORA, {"moe_use_aux_free_update_coef": 0.01}, FULL),
+    (FULL, {"lora_plus_scale": 4, "rslora": True, "lora_rank": 4, "lora_alpha": 1}, LORA),
+    (FULL, {"moe_orthogonal_update": "decoupled"}, FULL | {"moe_orthogonal_loss_lambda": 1}),
+    (FULL, {"multi_token_pred_lambda": 0.1}, FULL | {"num_nextn_predict_layers": 1}),
+    (UPO, {"reward_model": "folder"}, UPO | {"reward": "model"}),
+    (UPO, {"correction_low": 0.9}, UPO | {"rollout_correction": "icepop"}),
+    (UPO | {"rollout_correction": "truncated"}, {"correction_low": 0.9},
+     UPO | {"rollout_correction": "icepop"}),
+    (UPO, {"correction_high": 4}, UPO | {"rollout_correction": "truncated"}),
+    (UPO | {"policy_loss": "none"}, {"clip_low": 0.1, "clip_high": 0.3}, UPO),
+    (UPO | {"policy_loss": "none"}, {"advantage_std": False, "rollout_correction": "icepop"}, UPO),
+    (UPO | {"policy_loss": "none", "kl_coef": 0}, {"loss_aggregation": "sequence"},
+     UPO | {"policy_loss": "none"}),
+    (UPO | {"dynamic_sampling": False}, {"max_refills": 2, "min_reward_std": 0.1}, UPO),
+    (UPO | {"upo_mu": 0}, {"pair_min_gap": 0.5}, UPO),
+    (UPO | {"pair_dataset_path": "y.jsonl"}, {"pair_min_gap": 0.5}, UPO),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("idle", "keys", "busy"), IDLE, ids=lambda values: ",".join(values))
+def test_keys_that_the_run_reads_nowhere_are_told(idle: dict, keys: dict, busy: dict) -> None:
+    assert set(run_from(idle | keys).without_effect) == {*keys}
+    assert run_from(busy | keys).without_effect == ()
+    assert run_from(idle).without_effect == ()
+
+
+def test_a_key_of_routers_that_switches_off_what_is_not_there_is_not_told() -> None:
+    assert run_from(LORA | {"moe_use_aux_free_update_coef": 0}).without_effect == ()
+
+
+def test_every_key_of_the_table_is_a_setting() -> None:
+    keys = {key for _, keys in effects.ONLY_WHERE for key in keys} | {*effects.OF_EXPERTS}
+    assert keys <= {*OWN}, keys - {*OWN}
 
 
 def test_tables_of_keys_do_not_overlap() -> None:
