@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import ernie
 from ernie.models import MODELS
 from ernie.settings import ConfigError, read_yaml
 from erniekit import config, foreign
-from erniekit.build import config_of
+from erniekit.build import config_of, frozen
 from erniekit.cli import VERBS, main
 from erniekit.config import Optimisation, effects, read_run, resolved, run_from, to_yaml
 from erniekit.config.model import STAGES
@@ -146,6 +147,22 @@ def test_keys_of_preferences_are_without_effect_elsewhere() -> None:
     assert run_from({"beta": 0.3, "stage": "DPO"}).without_effect == ()
 
 
+def test_what_is_named_instead_of_a_key_is_a_setting() -> None:
+    assert foreign.INSTEAD.keys() <= foreign.NEUTRAL.keys()
+    for given in foreign.INSTEAD.values():
+        run_from(FULL | yaml.safe_load(given))
+    head = {"model.embed_tokens.weight", "lm_head.weight"}
+    parts = ("self_attn.q_proj", "mlp.gate", "mlp.experts.up_proj", "input_layernorm")
+    names = {*head, "model.norm.weight", *(f"model.layers.0.{part}.weight" for part in parts)}
+
+    def trained(key: str) -> set[str]:
+        run = run_from(FULL | yaml.safe_load(foreign.INSTEAD[key]))
+        return names - frozen(names, run.model.freeze_parameters)
+
+    assert trained("train_emb_only") == head
+    assert {name.split(".")[3] for name in trained("train_moe_only")} == {"mlp"}
+
+
 LORA, FULL = {"fine_tuning": "LoRA"}, {"fine_tuning": "Full"}
 UPO = {"stage": "UPO", "train_dataset_path": "x.jsonl"}
 # Settings under which the keys after them do nothing; then those under which they do something.
@@ -197,6 +214,12 @@ def test_tables_of_keys_do_not_overlap() -> None:
     [
         (["learning_rat=1"], "did you mean 'learning_rate'"),
         (["tensor_parallel_degree=2"], "tensor_parallel_degree=2 is not available yet"),
+        (["moe_use_aux_free=false"], "no setting here; give moe_use_aux_free_update_coef: 0"),
+        (
+            ["train_emb_only=1"],
+            "train_emb_only=1 is no setting here; give freeze_parameters: model",
+        ),
+        (["train_moe_only=1"], "give freeze_parameters: embeddings,attention"),
         (["compute_type=fp16"], "compute_type='fp16' is not known; use one of bf16, fp8"),
         (["stage=OCR-VL-SFT"], "stage=OCR-VL-SFT is not available yet; use SFT"),
         (["freeze_config=freeze_vit"], "'freeze_vit' is not known; use freeze_vision or freeze_lm"),
