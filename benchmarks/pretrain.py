@@ -1,6 +1,7 @@
 """Does a mixture of experts pre-trained from nothing beat a dense twin of the same active size?
 
     python benchmarks/pretrain.py [--steps 400] [--folder FOLDER]
+    python benchmarks/pretrain.py --redraw      the figures of the newest record, without training
 
 Both read the same tokens of the same English and Chinese documents in the same order, with the
 tokenizer that `examples/pretrain_corpus.py` has learnt on them. They train side by side, each on
@@ -20,13 +21,17 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT, write_record
+from harness import RESULTS, ROOT, write_record
 
 QUESTION = __doc__.splitlines()[0]
 SIDES = {"MoE": "moe", "dense twin": "dense"}
 LANGUAGES = ("english", "chinese")
 PROMPTS = ("The United States is", "Fellow citizens of the Senate", "浣溪沙", "春风")
 SAMPLE_TOKENS, SEED = 60, 7
+ROUTERS = {
+    "moe_max_over_mean": "load of the busiest expert over the mean",
+    "moe_dead_experts": "experts without a token for 20 steps",
+}
 PLOT = ROOT / "docs/images/pretrain.svg"
 
 Record = dict[str, Any]
@@ -36,7 +41,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=QUESTION)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--folder", type=Path, help="where corpus and models go, and stay")
+    parser.add_argument("--redraw", action="store_true", help="draw the newest record again")
     args = parser.parse_args()
+    if args.redraw:
+        records = (json.loads(path.read_text()) for path in RESULTS.glob("pretrain_*.json"))
+        draw(max(records, key=lambda record: record["date"])["results"])
+        return
     with tempfile.TemporaryDirectory() as temporary:
         folder = args.folder or Path(temporary)
         if not (folder / "moe/config.json").exists():
@@ -85,7 +95,7 @@ def measured(folder: Path, name: str) -> Record:
     """Curves, held-out bits per byte by language and samples of a trained side."""
     output = folder / f"out-{name}"
     steps, lines = steps_of(output)
-    names = ("loss", "moe_max_over_mean", "moe_dead_experts")
+    names = ("loss", *ROUTERS)
     return {
         "bits_per_byte": evaluated(words(folder, name), folder, output),
         "tokens": steps[-1]["total_tokens"],
@@ -146,14 +156,18 @@ def draw(results: dict[str, Record]) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "pretrain"  # the same numbers are the same file
     import matplotlib.pyplot as plt
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
+    figure, (left, right, routers) = plt.subplots(1, 3, figsize=(13, 3.4), layout="constrained")
     for side, record in results.items():
         left.plot(record["curves"]["loss"], label=f"{side}, training loss", linewidth=0.8)
         steps, bits = zip(*record["held_out"])
         right.plot(steps, bits, marker="o", markersize=3, label=f"{side}, held-out bits per byte")
+        for name, told in ROUTERS.items():
+            if name in record["curves"]:
+                routers.plot(record["curves"][name], label=f"{side}, {told}", linewidth=0.8)
     left.set(xlabel="step", ylabel="nats per token", ylim=(3, None))
     right.set(xlabel="step", ylabel="bits per byte")
-    for axes in (left, right):
+    routers.set(xlabel="step", ylabel="tokens over the mean; experts", ylim=(0, 6))
+    for axes in (left, right, routers):
         axes.grid(alpha=0.3)
         axes.legend(frameon=False, fontsize=8)
     PLOT.parent.mkdir(exist_ok=True)
@@ -163,6 +177,7 @@ def draw(results: dict[str, Record]) -> None:
 def report(results: dict[str, Record], steps: int) -> None:
     more = {
         "busiest expert, last 50 steps, over the mean": _busiest,
+        "experts without a token for 20 steps, at most and at the end": _dead,
         "hours on half the processors": lambda r: f"{r['seconds'] / 3600:.2f}",
     }
     table = table_of(results, "tokens", 3, more)
@@ -209,6 +224,11 @@ def steps_of(output: Path) -> tuple[list[Record], list[Record]]:
 def _busiest(record: Record) -> str:
     loads = record["curves"].get("moe_max_over_mean", [])[-50:]
     return f"{sum(loads) / len(loads):.2f}" if loads else ""
+
+
+def _dead(record: Record) -> str:
+    found = record["curves"].get("moe_dead_experts", [])
+    return f"{max(found)}, {found[-1]}" if found else ""
 
 
 if __name__ == "__main__":

@@ -3,7 +3,8 @@
 Two tables. `WITHOUT_EFFECT`: keys that steer PaddlePaddle (its fused kernels, launch, memory pools,
 file formats) or that describe what always happens here; any value is accepted and the run reports
 them in one line. `NEUTRAL`: keys of features that are not here yet; they are accepted at the values
-that switch the feature off, and refused otherwise in a sentence that says so.
+that switch the feature off, and refused otherwise in a sentence that says so; `INSTEAD` has what
+to give in their place.
 """
 
 from __future__ import annotations
@@ -193,6 +194,13 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "tool_call_parser": (),
 }
 
+# What to give instead of keys of NEUTRAL at values that do not mean off.
+INSTEAD = {
+    "moe_use_aux_free": "moe_use_aux_free_update_coef: 0",
+    "train_emb_only": "freeze_parameters: model.layers.*,model.norm.*",
+    "train_moe_only": "freeze_parameters: embeddings,attention,*norm*",
+}
+
 # Keys of ERNIEKit's that are settings here under the field's usual name.
 RENAMED = {
     "zcc_save_ema_coef": "ema_decay",
@@ -250,6 +258,8 @@ def separate(
         elif key in NEUTRAL:
             if not _is_off(value, NEUTRAL[key]):
                 usable = " or ".join(map(str, NEUTRAL[key])) or "nothing"
+                if key in INSTEAD:
+                    raise ConfigError(f"{key}={value} is no setting here; give {INSTEAD[key]}")
                 raise ConfigError(
                     f"{key}={value} is not available yet; leave it out or at {usable}"
                 )

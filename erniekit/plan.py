@@ -35,7 +35,8 @@ from ernie.model import ErnieModel
 from ernie.settings import ConfigError
 from ernie.vision.config import VisionConfig
 from erniekit.build import config_of, frozen_form, still, weights_dtype
-from erniekit.config import PICTURED, Optimisation, Run
+from erniekit.config import Optimisation, Run
+from erniekit.config.model import PICTURED
 from erniekit.lora import projections
 from erniekit.lora_targets import chosen
 from erniekit.parallel.replicated import owners_of

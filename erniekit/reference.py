@@ -4,10 +4,10 @@
         {"model": ..., "device": ..., ...}                  what they were computed with
         {"pair": "5f0c...", "log_probs": [-41.3, -57.9]}    chosen, rejected; one line a pair
 
-The reference is the model as training finds it (`build.read_model`), for LoRA and Full alike, and
-is gone before training begins: no second model is held. A pair is known by its tokens
-(`PairSample.key`), so a file serves every run in its folder. Numbers are written with all digits:
-a resumed run reads the very same ones.
+The reference is the base model of the run (`build.read_model`), for LoRA and Full alike, and as in
+ERNIEKit without the adapter of `lora_path`. It is gone before training begins: no second model is
+held. A pair is known by its tokens (`PairSample.key`), so a file serves every run in its folder.
+Numbers are written with all digits: a resumed run reads the very same ones.
 
 With `ref_model_update_steps` the model becomes its own reference every so many steps: it is then
 asked about the pairs of the steps up to the next time, so that still no second model is held. Those
@@ -106,6 +106,11 @@ class References:
         A pair is computed in the first row that has it, so that what comes out does not depend on
         where an earlier start was cut off. The model is read only if something is missing.
         """
+        if self.run.model.lora_path:
+            log.info(
+                "the reference is %s without the adapter of lora_path, from which training starts",
+                self.run.model.model_name_or_path,
+            )
         self._read()
         model: ErnieModel | None = None
         start = told = time.monotonic()

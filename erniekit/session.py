@@ -23,11 +23,12 @@ from torch import Tensor
 
 import ernie
 from ernie.kernels import report
+from ernie.moe.router import Router
 from ernie.settings import ConfigError
 from erniekit import checkpoint, debug, lora_files, losses, metrics, snapshot
 from erniekit.average import Average
 from erniekit.build import build_model, lora_of, num_groups, trained_parameters
-from erniekit.config import Parallel, Run
+from erniekit.config import Parallel, Run, changed, effects
 from erniekit.data.loader import Batch, Stream, prefetched
 from erniekit.dropout import add_dropout
 from erniekit.loop import Orthogonal, Parts, Progress, TooManySkipped, TrainingError, train
@@ -219,8 +220,12 @@ class Session:
         log.info("kernels: %s", ", ".join(modules))
         if self.device == "cpu":
             log.info("products: %s", self.run.model.cpu_products)
-        if names := self.run.without_effect:
-            log.info("settings of ERNIEKit without effect here: %s", ", ".join(names))
+        names = list(self.run.without_effect)
+        if not any(isinstance(module, Router) for module in self.model.modules()):
+            idle = effects.of_experts(changed(self.run))
+            names += [f"{key} (a dense model)" for key in idle if key not in names]
+        if names:
+            log.info("settings without effect here: %s", ", ".join(names))
 
     @property
     def stopped_by_signal(self) -> int:

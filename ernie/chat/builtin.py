@@ -61,7 +61,10 @@ def llm_segments(dialogue: Dialogue) -> list[Segment]:
     """0.3B, 21B-A3B, 300B-A47B. Source: their published chat template."""
     _refuse_options(dialogue, "ERNIE 4.5", thinks=False)
     if dialogue.tools:
-        raise ChatError("the ERNIE 4.5 template has no place for tools; use a Thinking model")
+        raise ChatError(
+            "the ERNIE 4.5 template has no place for tools; use a Thinking model, or put a "
+            "chat_template.jinja that has one into the model's folder"
+        )
     segments = [_own("<|begin_of_sentence|>")]
     for i, message in enumerate(dialogue.messages):
         role, content = message["role"], Segment(message["content"])

@@ -18,10 +18,11 @@ from typing import Any
 
 from ernie.settings import ConfigError, fill, read_overrides, read_yaml
 from erniekit import foreign
-from erniekit.config.checks import ONE_LOSS_A_TOKEN, validate
+from erniekit.config import effects
+from erniekit.config.checks import validate
 from erniekit.config.data import Audit, Data, Pictures
-from erniekit.config.methods import PREFERENCE_KEYS, Policy, Preferences
-from erniekit.config.model import PICTURED, Model
+from erniekit.config.methods import Policy, Preferences
+from erniekit.config.model import Model
 from erniekit.config.services import Export, Generation, Reporting, Server
 from erniekit.config.training import Optimisation, Parallel, Training
 
@@ -111,29 +112,10 @@ def run_from(values: Mapping[str, Any], origin: str = "the settings") -> Run:
         groups[0] = _from_lora_key(groups[0], given="fine_tuning" in kept, lora=lora)
     names = [f.name for f in dataclasses.fields(Run)][: len(GROUPS)]
     run = Run(**dict(zip(names, groups)))
-    given, defaults = dataclasses.asdict(run.preferences), dataclasses.asdict(Preferences())
-    unused = given.keys() - PREFERENCE_KEYS.get(run.model.stage, set())
-    only = {"simpo_gamma": "simpo", "dpop_lambda": "dpop"}
-    unused |= {key for key, name in only.items() if run.preferences.loss_type != name}
-    without_effect += [key for key in given if key in unused and given[key] != defaults[key]]
-    if run.model.stage not in PICTURED:
-        without_effect += given_of(run.pictures)
-    o = run.optimisation
-    if o.dropout_warmup_steps and not (o.hidden_dropout_prob or o.attention_probs_dropout_prob):
-        without_effect.append("dropout_warmup_steps")
-    if run.model.stage not in ONE_LOSS_A_TOKEN and run.model.token_balance_loss != "none":
-        without_effect.append("token_balance_loss")
-    if run.model.stage != "UPO":
-        without_effect += given_of(run.policy)
+    without_effect += effects.without_effect(run, changed(run))
     run = dataclasses.replace(run, without_effect=tuple(without_effect))
     validate(run)
     return run
-
-
-def given_of(group: Pictures | Policy) -> list[str]:
-    """The keys of a group whose values are not the defaults."""
-    values, defaults = dataclasses.asdict(group), dataclasses.asdict(type(group)())
-    return [key for key in values if values[key] != defaults[key]]
 
 
 def _respelt(key: str, value: Any) -> Any:

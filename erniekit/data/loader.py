@@ -35,8 +35,9 @@ from ernie.tokenizer import Tokenizer
 from ernie.vision.prompt import Processor
 from ernie.vision.settings import VisionSettings, font_of
 from ernie.vision.sources import MediaError, Sources
-from erniekit.config import PICTURED, Data, Run, given_of
+from erniekit.config import Data, Run, changed
 from erniekit.config.checks import check_every_weight_is_used
+from erniekit.config.model import PICTURED
 from erniekit.data import tasks
 from erniekit.data.dialogue import Encoder, Sample
 from erniekit.data.indexed import Indexed, share
@@ -420,7 +421,7 @@ def _reader_of(run: Run) -> PictureReader | None:
             f"stage=VL-SFT trains a model that reads pictures, which {folder} does not; use a VL "
             "model, or stage: SFT"
         )
-    if given := given_of(run.pictures):
+    if given := [key for key in changed(run) if hasattr(run.pictures, key)]:
         raise ConfigError(
             f"{', '.join(given)} are about pictures, which {folder} does not "
             "read; leave them out, or use a VL model"

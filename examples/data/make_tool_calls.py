@@ -2,9 +2,11 @@
 
     python examples/data/make_tool_calls.py
 
-writes fc-train.jsonl (96 samples, type messages) and fc-eval.jsonl (24) beside this file. Each asks
-for the weather, a timer or a conversion of units; some for two at once (parallel calls), some go on
-with the result and an answer, some need no tool. No question is in both files.
+writes, beside this file and of type messages, fc-train.jsonl (96 samples) and fc-eval.jsonl (24),
+and a smaller pair under the names of ERNIEKit's, function-call-train.jsonl (20) and
+function-call-eval.jsonl (8). Each asks for the weather, a timer or a conversion of units; some for
+two at once (parallel calls), some go on with the result and an answer, some need no tool. No
+question is in both files of a pair.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-NUM_TRAIN, NUM_EVAL = 96, 24
+SETS = {"fc": (1, 96, 24), "function-call": (2, 20, 8)}  # seed, samples of training, of evaluation
 CITIES = "Oslo Lima Cairo Delhi Tokyo Paris Quito Accra Berlin Dublin Athens Madrid".split()  # noqa: SIM905
 UNITS = {("miles", "km"): 1.609344, ("feet", "m"): 0.3048, ("pounds", "kg"): 0.45359237}
 SKIES = ("sunny", "cloudy", "rainy", "windy")
@@ -105,15 +107,16 @@ def record(question: str, *answers: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    draw, by_question = random.Random(1), {}
-    while len(by_question) < NUM_TRAIN + NUM_EVAL:
-        made = sample(draw)
-        by_question.setdefault(made["messages"][0]["content"], made)
-    records = list(by_question.values())
-    for name, part in (("train", records[:NUM_TRAIN]), ("eval", records[NUM_TRAIN:])):
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in part]
-        (HERE / f"fc-{name}.jsonl").write_text("".join(lines), encoding="utf-8")
-        print(f"fc-{name}.jsonl: {len(lines)} samples")
+    for name, (seed, num_train, num_eval) in SETS.items():
+        draw, by_question = random.Random(seed), {}
+        while len(by_question) < num_train + num_eval:
+            made = sample(draw)
+            by_question.setdefault(made["messages"][0]["content"], made)
+        records = list(by_question.values())
+        for part, chosen in (("train", records[:num_train]), ("eval", records[num_train:])):
+            lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in chosen]
+            (HERE / f"{name}-{part}.jsonl").write_text("".join(lines), encoding="utf-8")
+            print(f"{name}-{part}.jsonl: {len(lines)} samples")
 
 
 if __name__ == "__main__":

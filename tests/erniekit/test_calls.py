@@ -21,8 +21,7 @@ from tests.helpers_tokenizer import byte_level_folder
 from tests.helpers_vision import vl_folder
 
 ROOT = Path(__file__).parents[2]
-FC_TEMPLATE = ROOT / "examples/configs/SmolLM2-135M/fc/chat_template.jinja"
-EXAMPLE = "the example's"  # chat template, which has no thoughts
+EXAMPLE, ERNIE_EXAMPLE = "SmolLM2-135M", "ERNIE-4.5-21B-A3B"  # whose template has no thoughts
 WEATHER = {"name": "weather", "description": "of a city", "parameters": {"type": "object"}}
 TIMER = {"name": "timer", "parameters": {"type": "object", "properties": {"s": {}}}}
 TOOLS = [{"type": "function", "function": tool} for tool in (WEATHER, TIMER)]
@@ -86,13 +85,16 @@ def tokenizer_of(tmp_path_factory):
 
 
 def template_of(template, tokenizer: Tokenizer) -> ChatTemplate:
-    if template != EXAMPLE:
+    if isinstance(template, ChatTemplate):
         return template
-    return ChatTemplate.from_sources({"default": FC_TEMPLATE.read_text()}, "it", tokenizer)
+    text = (ROOT / f"examples/configs/{template}/fc/chat_template.jinja").read_text("utf-8")
+    return ChatTemplate.from_sources({"default": text}, "it", tokenizer)
 
 
 @pytest.mark.parametrize(
-    "template", [THINKING, VL_THINKING, EXAMPLE], ids=lambda t: getattr(t, "name", t)
+    "template",
+    [THINKING, VL_THINKING, EXAMPLE, ERNIE_EXAMPLE],
+    ids=lambda t: getattr(t, "name", t),
 )
 @pytest.mark.parametrize("messages", CORPUS, ids=range(len(CORPUS)))
 def test_samples_are_what_a_server_asks_and_the_parser_reads(
@@ -120,6 +122,15 @@ def test_samples_are_what_a_server_asks_and_the_parser_reads(
         )
         parts = [*parser.push(text), *parser.finish()]
         assert [c for part in parts for c in part.calls] == list(calls_in(text))
+
+
+def test_the_examples_template_is_that_of_ernie_where_nothing_is_about_tools(tokenizer_of) -> None:
+    tokenizer = tokenizer_of(ERNIE_EXAMPLE)
+    template = template_of(ERNIE_EXAMPLE, tokenizer)
+    messages = [{"role": "system", "content": "Be short."}, user("hi"), said("Hello."), user("so")]
+    for n, asks in ((2, True), (3, False), (4, True)):
+        mine = template.encode(tokenizer, messages[:n], add_generation_prompt=asks)
+        assert mine == LLM.encode(tokenizer, messages[:n], add_generation_prompt=asks)
 
 
 def test_sharegpt_says_the_same_dialogue_as_messages(tokenizer_of) -> None:

@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 import ernie
 from ernie.models import MODELS
 from ernie.settings import ConfigError, read_yaml
 from erniekit import config, foreign
-from erniekit.build import config_of
+from erniekit.build import config_of, frozen
 from erniekit.cli import VERBS, main
-from erniekit.config import Optimisation, read_run, resolved, run_from, to_yaml
+from erniekit.config import Optimisation, effects, read_run, resolved, run_from, to_yaml
 from erniekit.config.model import STAGES
 from erniekit.launch import RECIPES
 from erniekit.optim import learning_rate_at, treatments
@@ -146,6 +147,63 @@ def test_keys_of_preferences_are_without_effect_elsewhere() -> None:
     assert run_from({"beta": 0.3, "stage": "DPO"}).without_effect == ()
 
 
+def test_what_is_named_instead_of_a_key_is_a_setting() -> None:
+    assert foreign.INSTEAD.keys() <= foreign.NEUTRAL.keys()
+    for given in foreign.INSTEAD.values():
+        run_from(FULL | yaml.safe_load(given))
+    head = {"model.embed_tokens.weight", "lm_head.weight"}
+    parts = ("self_attn.q_proj", "mlp.gate", "mlp.experts.up_proj", "input_layernorm")
+    names = {*head, "model.norm.weight", *(f"model.layers.0.{part}.weight" for part in parts)}
+
+    def trained(key: str) -> set[str]:
+        run = run_from(FULL | yaml.safe_load(foreign.INSTEAD[key]))
+        return names - frozen(names, run.model.freeze_parameters)
+
+    assert trained("train_emb_only") == head
+    assert {name.split(".")[3] for name in trained("train_moe_only")} == {"mlp"}
+
+
+LORA, FULL = {"fine_tuning": "LoRA"}, {"fine_tuning": "Full"}
+UPO = {"stage": "UPO", "train_dataset_path": "x.jsonl"}
+# Settings under which the keys after them do nothing; then those under which they do something.
+IDLE = [
+    (LORA, {"moe_gate_lr_ratio": 0.01, "moe_z_loss_lambda": 1e-3}, FULL),
+    (LORA, {"moe_orthogonal_loss_lambda": 1e-3, "moe_aux_loss_lambda": 1e-2}, FULL),
+    (LORA, {"moe_use_aux_free_update_coef": 0.01}, FULL),
+    (FULL, {"lora_plus_scale": 4, "rslora": True, "lora_rank": 4, "lora_alpha": 1}, LORA),
+    (FULL, {"moe_orthogonal_update": "decoupled"}, FULL | {"moe_orthogonal_loss_lambda": 1}),
+    (FULL, {"multi_token_pred_lambda": 0.1}, FULL | {"num_nextn_predict_layers": 1}),
+    (UPO, {"reward_model": "folder"}, UPO | {"reward": "model"}),
+    (UPO, {"correction_low": 0.9}, UPO | {"rollout_correction": "icepop"}),
+    (UPO | {"rollout_correction": "truncated"}, {"correction_low": 0.9},
+     UPO | {"rollout_correction": "icepop"}),
+    (UPO, {"correction_high": 4}, UPO | {"rollout_correction": "truncated"}),
+    (UPO | {"policy_loss": "none"}, {"clip_low": 0.1, "clip_high": 0.3}, UPO),
+    (UPO | {"policy_loss": "none"}, {"advantage_std": False, "rollout_correction": "icepop"}, UPO),
+    (UPO | {"policy_loss": "none", "kl_coef": 0}, {"loss_aggregation": "sequence"},
+     UPO | {"policy_loss": "none"}),
+    (UPO | {"dynamic_sampling": False}, {"max_refills": 2, "min_reward_std": 0.1}, UPO),
+    (UPO | {"upo_mu": 0}, {"pair_min_gap": 0.5}, UPO),
+    (UPO | {"pair_dataset_path": "y.jsonl"}, {"pair_min_gap": 0.5}, UPO),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("idle", "keys", "busy"), IDLE, ids=lambda values: ",".join(values))
+def test_keys_that_the_run_reads_nowhere_are_told(idle: dict, keys: dict, busy: dict) -> None:
+    assert set(run_from(idle | keys).without_effect) == {*keys}
+    assert run_from(busy | keys).without_effect == ()
+    assert run_from(idle).without_effect == ()
+
+
+def test_a_key_of_routers_that_switches_off_what_is_not_there_is_not_told() -> None:
+    assert run_from(LORA | {"moe_use_aux_free_update_coef": 0}).without_effect == ()
+
+
+def test_every_key_of_the_table_is_a_setting() -> None:
+    keys = {key for _, keys in effects.ONLY_WHERE for key in keys} | {*effects.OF_EXPERTS}
+    assert keys <= {*OWN}, keys - {*OWN}
+
+
 def test_tables_of_keys_do_not_overlap() -> None:
     names = [*OWN, *foreign.WITHOUT_EFFECT, *foreign.NEUTRAL]
     assert len(names) == len(set(names)), sorted(n for n in names if names.count(n) > 1)
@@ -156,6 +214,12 @@ def test_tables_of_keys_do_not_overlap() -> None:
     [
         (["learning_rat=1"], "did you mean 'learning_rate'"),
         (["tensor_parallel_degree=2"], "tensor_parallel_degree=2 is not available yet"),
+        (["moe_use_aux_free=false"], "no setting here; give moe_use_aux_free_update_coef: 0"),
+        (
+            ["train_emb_only=1"],
+            "train_emb_only=1 is no setting here; give freeze_parameters: model",
+        ),
+        (["train_moe_only=1"], "give freeze_parameters: embeddings,attention"),
         (["compute_type=fp16"], "compute_type='fp16' is not known; use one of bf16, fp8"),
         (["stage=OCR-VL-SFT"], "stage=OCR-VL-SFT is not available yet; use SFT"),
         (["freeze_config=freeze_vit"], "'freeze_vit' is not known; use freeze_vision or freeze_lm"),

@@ -13,13 +13,14 @@ from erniekit import config, foreign
 from erniekit.build import _PARTS as PARTS
 from erniekit.config import run_from
 from erniekit.config.checks import FREEZE_WORDS
+from erniekit.launch import RECIPES
 from erniekit.preference_losses import PREFERENCE_LOSSES
 
 ROOT = Path(__file__).parents[2]
-PAGES = {"dpo": "DPO", "kto": "KTO", "rm": "RM", "vl": "VL-SFT"}
+PAGES = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "rm": "RM", "vl": "VL-SFT"}
 RECORDED = {
     "rewards_accuracy", "rewards_margin", "rewards_chosen", "rewards_rejected", "preference_loss",
-    "sft_loss", "moe_max_over_mean", "moe_vision_max_over_mean",
+    "sft_loss", "eval_loss", "moe_max_over_mean", "moe_vision_max_over_mean",
 }  # fmt: skip
 
 
@@ -34,7 +35,7 @@ def test_settings_are_a_run_and_every_key_that_is_named_exists(page: str) -> Non
     run = run_from(yaml.safe_load(block))
     assert run.model.stage == PAGES[page] and not run.without_effect
     for path in (*run.data.train_dataset_path, *run.data.eval_dataset_path):
-        assert (ROOT / path).is_file() or path.startswith("shapes/"), path  # examples/vl_shapes.py
+        assert (ROOT / path).is_file(), path
     for folder in re.findall(r"`(examples/configs/[\w./-]+)`", text):
         assert list((ROOT / folder).glob("run_*.yaml")), folder
     keys = {f.name for kind in config.GROUPS for f in dataclasses.fields(kind)}
@@ -48,21 +49,32 @@ def test_settings_are_a_run_and_every_key_that_is_named_exists(page: str) -> Non
     assert named <= known, named - known
 
 
+def test_the_page_about_training_links_every_method() -> None:
+    text = (ROOT / "docs/training.md").read_text("utf-8")
+    rows = re.findall(
+        r"^\| (?:`([\w-]+)`|all) \| \[methods/(\w+)\.md\]\(methods/(\w+)\.md\)", text, re.M
+    )
+    assert {page for _, page, _ in rows} == {p.stem for p in (ROOT / "docs/methods").glob("*.md")}
+    assert {stage for stage, _, _ in rows} - {""} == {*RECIPES}
+    assert all(shown == linked for _, shown, linked in rows)
+
+
 def test_the_table_of_losses_is_that_of_the_code() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (sums|means) \| (yes|no) \|", text_of("dpo"), re.M)
     found = {name: (of == "means", has == "yes") for name, _, of, has in rows}
     assert found == {n: (r.uses_means, r.uses_reference) for n, r in PREFERENCE_LOSSES.items()}
 
 
-def test_defaults_in_the_table_are_those_of_the_code() -> None:
-    defaults = {f.name: f.default for f in dataclasses.fields(config.Preferences)}
-    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ([-\w., ]+) \| ", text_of("dpo"), re.M)
+@pytest.mark.parametrize(("page", "count"), [("dpo", 9), ("sft", 5)])
+def test_defaults_in_the_table_are_those_of_the_code(page: str, count: int) -> None:
+    defaults = config.Run().flat()
+    rows = re.findall(r"^\| (`\w+`(?:, `\w+`)*) \| ([-\w., ]+) \| ", text_of(page), re.M)
     told = {
         name.strip("`"): value
         for names, values in rows
         if values != "loss of a pair"
         for name, value in zip(names.split(", "), values.split(", "), strict=True)
     }
-    assert len(told) == 9
+    assert len(told) == count
     for name, value in told.items():
         assert yaml.safe_load(value) == defaults[name], name

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ernie.models import MODELS
 from erniekit import config, foreign, metrics
 from erniekit.config import read_run, run_from
 from erniekit.plan import plan
@@ -18,6 +19,7 @@ PAGES = ("pretraining", "moe")
 RECORDED = {
     "moe_max_over_mean", "moe_entropy", "moe_dead_experts", "moe_layers", "moe_loads",
     "moe_dropped", "aux_loss", "z_loss", "orthogonal_loss", "eval_bits_per_byte",
+    "mtp_loss",
 }  # fmt: skip
 
 
@@ -36,6 +38,17 @@ def test_settings_are_a_run_and_every_key_that_is_named_exists(page: str) -> Non
     named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)(?:: [^`]+)?`", text))
     unknown = named - keys - RECORDED - choices - foreign.WITHOUT_EFFECT.keys()
     assert not unknown, f"docs/methods/{page}.md names {sorted(unknown)}"
+
+
+def test_the_weight_of_the_token_after_next_and_the_models_with_a_block_are_right() -> None:
+    text = (ROOT / "docs/methods/pretraining.md").read_text("utf-8")
+    (weight,) = re.findall(r"lambda is `multi_token_pred_lambda`, ([\d.]+) as", text)
+    assert float(weight) == config.Run().model.multi_token_pred_lambda
+    (told,) = re.findall(r"^(.*) have such a block", text, re.M)
+    has = {n for n, model in MODELS.items() if model.config.num_nextn_predict_layers}
+    assert {name.removesuffix("-Base").removeprefix("ERNIE-4.5-") for name in has} == {
+        name.removeprefix("ERNIE-4.5-") for name in told.split(" and ")
+    }
 
 
 def test_the_line_in_the_text_is_that_of_a_step() -> None:

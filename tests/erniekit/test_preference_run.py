@@ -22,7 +22,7 @@ from erniekit.preference_losses import Objective
 from erniekit.recipes import sft
 from erniekit.recipes.preference import objective_of
 from erniekit.reference import REFERENCE_FILE
-from tests.erniekit.conftest import preferences, write_lines
+from tests.erniekit.conftest import judgements, preferences, write_lines
 from tests.erniekit.test_run import records
 from tests.helpers_faults import killed
 
@@ -122,6 +122,27 @@ def test_references_of_lora_and_full_agree_with_adapters_off(words, tiny, tmp_pa
         assert (off - kept).abs().max() < 1e-4
         assert (off - on).abs().max() > 1.0, "the adapter was to have learnt something"
         assert (full - kept).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("stage", ["DPO", "KTO"])
+def test_the_reference_is_without_the_adapter_that_training_starts_from(
+    stage, words, tmp_path: Path, capsys
+) -> None:
+    files = {}
+    if stage == "KTO":
+        files = {
+            f"{split}_dataset_path": write_lines(tmp_path / f"{split}-kto.jsonl", judgements(12))
+            for split in ("train", "eval")
+        }
+    more = {"stage": stage, "fine_tuning": "LoRA", "max_steps": 2, **files}
+    assert main(["train", *words(**more)]) == 0
+    assert "without the adapter of lora_path" not in capsys.readouterr().out
+    again = {**more, "output_dir": tmp_path / "again", "lora_path": tmp_path / "out"}
+    assert main(["train", *words(**again)]) == 0
+    assert capsys.readouterr().out.count("without the adapter of lora_path") == 1
+    assert references(tmp_path / "out") == references(tmp_path / "again")
+    first, other = (records(tmp_path / name)[0] for name in ("out", "again"))
+    assert abs(first["eval_rewards_margin"]) < 1e-5 < abs(other["eval_rewards_margin"])
 
 
 def test_the_reference_is_computed_once_for_a_folder(words, tmp_path: Path, monkeypatch) -> None:

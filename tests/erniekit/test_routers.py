@@ -222,6 +222,20 @@ def test_a_step_moves_routers_by_the_decoupled_gradient(
         assert gap < 1e-3, f"{name} is off by {gap:.2e} of the step"
 
 
+@pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
+def test_keys_of_routers_are_told_to_be_without_effect_in_a_dense_model(
+    name: str, tiny, words, tmp_path: Path, capsys
+) -> None:
+    keys = {"moe_gate_lr_ratio": 0.5, "moe_z_loss_lambda": 1e-3, "moe_capacity": 2}
+    more = {"model_name_or_path": tiny(name), "max_steps": 1}
+    assert main(["train", *words(**keys, **more)]) == 0
+    told = re.findall("without effect here: (.*)", capsys.readouterr().out)
+    dense = ", ".join(f"{key} (a dense model)" for key in sorted(keys))
+    assert [", ".join(sorted(line.split(", "))) for line in told] == [dense] * (
+        name == "tiny-dense"
+    )
+
+
 def test_groups_of_different_sizes_are_refused(words, tmp_path: Path, capsys) -> None:
     more = {"moe_orthogonal_loss_lambda": 0.5, "moe_group_orthogonal_loss": "true"}
     assert main(["train", *words(**more)]) == 2

@@ -1,0 +1,89 @@
+"""Settings that were given and that the run reads nowhere: they are told, not refused.
+
+A table: what a run must be like, and the keys that mean something only then.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from erniekit.config.checks import ONE_LOSS_A_TOKEN
+from erniekit.config.data import Pictures
+from erniekit.config.methods import PREFERENCE_KEYS, Policy, Preferences
+from erniekit.config.model import PICTURED
+
+if TYPE_CHECKING:
+    from erniekit.config import Run
+
+_BALANCE = (
+    "moe_aux_loss_lambda", "moe_z_loss_lambda", "moe_orthogonal_loss_lambda",
+    "moe_orthogonal_update", "moe_group_orthogonal_loss", "moe_use_aux_free_update_coef",
+    "moe_gate_lr_ratio",
+)  # fmt: skip
+# Those of routers, which a dense model has none of; known when the model is there.
+OF_EXPERTS = (*_BALANCE, "moe_capacity")
+
+
+def _keys(group: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(group))
+
+
+def _uses(key: str) -> Callable[[Run], bool]:
+    return lambda run: key in PREFERENCE_KEYS.get(run.model.stage, ())
+
+
+def _drops(run: Run) -> bool:
+    o = run.optimisation
+    return bool(o.hidden_dropout_prob or o.attention_probs_dropout_prob)
+
+
+ONLY_WHERE: tuple[tuple[Callable[[Run], bool], tuple[str, ...]], ...] = (
+    *((_uses(key), (key,)) for key in _keys(Preferences)),
+    (lambda run: run.preferences.loss_type == "simpo", ("simpo_gamma",)),
+    (lambda run: run.preferences.loss_type == "dpop", ("dpop_lambda",)),
+    (lambda run: run.model.stage in PICTURED, _keys(Pictures)),
+    (_drops, ("dropout_warmup_steps",)),
+    (lambda run: run.model.stage in ONE_LOSS_A_TOKEN, ("token_balance_loss",)),
+    (lambda run: not run.is_lora, _BALANCE),
+    (lambda run: run.model.num_nextn_predict_layers > 0, ("multi_token_pred_lambda",)),
+    (
+        lambda run: run.model.moe_orthogonal_loss_lambda != 0,
+        ("moe_orthogonal_update", "moe_group_orthogonal_loss"),
+    ),
+    (
+        lambda run: run.is_lora,
+        ("lora_rank", "lora_alpha", "rslora", "rslora_plus", "lora_plus_scale"),
+    ),
+    (lambda run: run.model.stage == "UPO", _keys(Policy)),
+    (lambda run: "model" in run.policy.reward, ("reward_model",)),
+    (lambda run: run.policy.rollout_correction == "icepop", ("correction_low",)),
+    (lambda run: run.policy.rollout_correction != "none", ("correction_high",)),
+    (
+        lambda run: run.policy.policy_loss != "none",
+        ("clip_low", "clip_high", "advantage_std", "normalize_rewards", "rollout_correction"),
+    ),
+    (
+        lambda run: run.policy.policy_loss != "none" or run.policy.kl_coef > 0,
+        ("loss_aggregation",),
+    ),
+    (lambda run: run.policy.dynamic_sampling, ("min_reward_std", "max_refills")),
+    (lambda run: run.policy.upo_mu > 0 and not run.policy.pair_dataset_path, ("pair_min_gap",)),
+)
+
+
+def without_effect(run: Run, given: Mapping[str, Any]) -> list[str]:
+    """The keys among those with another value than the default that do nothing in the run."""
+    unused = {key for is_used, keys in ONLY_WHERE if not is_used(run) for key in keys}
+    return [key for key in given if key in unused and not _is_off(key, given[key])]
+
+
+def of_experts(given: Mapping[str, Any]) -> list[str]:
+    """The keys among those with another value than the default that do nothing in a dense model."""
+    return [key for key in given if key in OF_EXPERTS and not _is_off(key, given[key])]
+
+
+def _is_off(key: str, value: Any) -> bool:
+    """Whether a key of routers switches something off that is not there anyway."""
+    return key in OF_EXPERTS and not value
