@@ -22,6 +22,7 @@ import logging
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ernie.chat import ChatError, stop_ids
+from ernie.chat import ChatError, changes, stop_ids
 from ernie.model import ErnieModel
 from ernie.rollout import Answer, Sampling
 from ernie.settings import ConfigError
@@ -250,7 +251,7 @@ class Rounds:
         if not tasks:  # of a rank that got none of the last few
             return []
         tokenizer = self.stream.encoder.tokenizer
-        stops, end = stop_ids(tokenizer), self._end()
+        stops, end = stop_ids(tokenizer), self._end
         found, records, texts, dialogues, places = [], [], [], [], list[str]()
         for task, answers in zip(tasks, given, strict=True):
             own = [tokenizer.decode([i for i in a.token_ids if i not in stops]) for a in answers]
@@ -267,17 +268,23 @@ class Rounds:
             answered.scored = [next(scored) for _ in answered.answers]
         return found
 
+    @cached_property
     def _end(self) -> list[int]:
         """What a reward model reads its score at: how answers ended in its training, whatever
         these ended with; nothing where no model scores.
         """
         if self.rewards.score is None:
             return []
-        encoder = self.stream.encoder
+        folder, encoder = str(self.run.policy.reward_model), self.stream.encoder
         try:
+            if told := changes(folder, encoder.template, encoder.tokenizer):
+                log.warning(
+                    "reward_model=%s reads dialogues as the policy writes them, and %s: its scores "
+                    "may mean little", folder, told,
+                )  # fmt: skip
             return [encoder.template.end_id(encoder.tokenizer)]
         except ChatError as error:
-            raise ConfigError(f"reward=model cannot read what the policy writes: {error}") from None
+            raise ConfigError(f"reward_model={folder} cannot read the answers: {error}") from None
 
     def _numbers(self, kept: Sequence[Answered], dropped: Sequence[Answered]) -> list[float]:
         """What is told of a round, in the order of `policy.TOLD`."""

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 
+from ernie.chat import LOCK_FILE
 from ernie.rollout import Answer
 from erniekit import checkpoint
 from erniekit.cli import main
@@ -140,7 +141,7 @@ def test_killed_within_a_round_equals_unbroken(fine_tuning: str, words, tmp_path
 
 @pytest.mark.parametrize(("fine_tuning", "within"), [("Full", 1e-4), ("LoRA", 0.05)])
 def test_a_reward_model_scores_answers_as_its_own_evaluation_does(
-    fine_tuning: str, within: float, words, tmp_path: Path, monkeypatch
+    fine_tuning: str, within: float, words, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     """However an answer ended: at eos, at the end of its template, or at the length limit. An
     adapter is merged, and rounded to bfloat16.
@@ -175,6 +176,15 @@ def test_a_reward_model_scores_answers_as_its_own_evaluation_does(
     assert found["answers"] == [text for text in texts for _ in range(3)]
     expected = [reward for reward in wanted for _ in range(3)]
     assert found["rewards"] == pytest.approx(expected, abs=within)
+
+    other = "as the policy writes them, and its chat template was 0123 when it was trained"
+    told = capsys.readouterr()
+    assert "as the policy writes them" not in told.out + told.err
+    lock = tmp_path / "rm" / LOCK_FILE
+    lock.write_text(json.dumps(json.loads(lock.read_text()) | {"template": "0123"}))
+    assert main(["train", *words(**more, **asked, overwrite_output_dir=True)]) == 0
+    told = capsys.readouterr()
+    assert other in told.out + told.err
 
 
 def test_prompts_without_a_difference_are_left_out_and_counted(words, tmp_path: Path) -> None:
