@@ -17,7 +17,7 @@ from erniekit.launch import RECIPES
 from erniekit.preference_losses import PREFERENCE_LOSSES
 
 ROOT = Path(__file__).parents[2]
-PAGES = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "rm": "RM", "vl": "VL-SFT"}
+PAGES = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "rm": "RM", "vl": "VL-SFT", "upo": "UPO"}
 RECORDED = {
     "rewards_accuracy", "rewards_margin", "rewards_chosen", "rewards_rejected", "preference_loss",
     "sft_loss", "eval_loss", "moe_max_over_mean", "moe_vision_max_over_mean",
@@ -44,7 +44,8 @@ def test_settings_are_a_run_and_every_key_that_is_named_exists(page: str) -> Non
     known |= (
         PARTS.keys()
         | {*FREEZE_WORDS}
-        | {"kto_en_demo", "kto_tag", "reward_head", "no_mask", "topk_gate"}
+        | {"kto_en_demo", "kto_tag", "reward_head", "no_mask", "topk_gate", "reasoning_gym"}
+        | {"needle_haystack"}
     )
     assert named <= known, named - known
 
