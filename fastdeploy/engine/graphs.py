@@ -3,15 +3,13 @@
 A step in which every text computes a few tokens, its newest one and maybe drafts, is the same few
 hundred kernels every time, each shorter than it takes to start it from Python. A recording starts
 them all at once; it reads its inputs from, and writes its results to, the memory it was recorded
-with. So a step is copied into fixed buffers and padded to a recorded shape: so many texts of so
-many tokens each. On a GPU all shapes are recorded at the start; on a CPU, where padding costs time,
-small steps are recorded as they occur and others run as they are.
+with, the division of its rows among the texts too. So a step is copied into fixed buffers and
+padded to a recorded shape: so many texts, and so many rows of tokens. On a GPU all shapes are
+recorded at the start; on a CPU, where padding costs time, small steps are recorded as they occur
+and others run as they are.
 
-    rows      of a text           after its last one    of texts too many
-    slot      of the token        -1, nothing is stored -1
-    length    of the text with all these rows           as many as it has rows
-
-Nobody reads the results of padding, which attends to whatever keys stand where it looks.
+Rows of padding stand behind the others, one for each text too many and the rest for the last text.
+They are stored nowhere (slot -1), and nobody reads what they find in the keys where they look.
 
 Legend: T tokens, S texts, M blocks of a table, R rows of logits, D hidden size.
 """
@@ -35,7 +33,7 @@ log = logging.getLogger("fastdeploy")
 Result = tuple[Tensor, Tensor]  # hidden states (T, D) and logits (R, V)
 Forward = Callable[[Batch], Result]
 Record = Callable[[Forward, Batch], Callable[[], Result]]
-Shape = tuple[int, int]  # texts, and tokens of each
+Shape = tuple[int, int]  # texts, and rows: tokens of all of them
 
 WARM_UPS = 2  # runs before a graph is recorded: kernels are compiled and their settings tried out
 MOST_ROWS_OF_PROGRAMS = 16  # a larger step takes so long that Python between its calls is nothing
@@ -47,7 +45,7 @@ def graph_shapes(max_num_seqs: int, most_tokens: int) -> list[Shape]:
     of as many as one can have."""
     sizes = {1, 2, 4, 8, *range(16, max_num_seqs, 16), max_num_seqs}
     return [
-        (size, count)
+        (size, size * count)
         for count in sorted({1, most_tokens})
         for size in sorted(sizes)
         if size <= max_num_seqs
@@ -57,9 +55,9 @@ def graph_shapes(max_num_seqs: int, most_tokens: int) -> list[Shape]:
 def program_shapes(max_num_seqs: int, most_tokens: int) -> list[Shape]:
     """Every shape of a small batch."""
     return [
-        (size, count)
-        for count in range(1, most_tokens + 1)
-        for size in range(1, min(max_num_seqs, MOST_ROWS_OF_PROGRAMS // count) + 1)
+        (size, rows)
+        for size in range(1, min(max_num_seqs, MOST_ROWS_OF_PROGRAMS) + 1)
+        for rows in range(size, min(size * most_tokens, MOST_ROWS_OF_PROGRAMS) + 1)
     ]
 
 
@@ -72,84 +70,72 @@ class FixedBatch:
     """
 
     def __init__(self, most: Shape, max_blocks: int, device: torch.device) -> None:
-        self.most_texts, self.max_blocks = most[0], max_blocks
-        self.most_rows = most[0] * most[1]
-        columns = 3 * self.most_rows + self.most_texts + (self.most_texts * max_blocks + 1) // 2
-        pinned = device.type == "cuda"
-        self.host = torch.zeros(columns, dtype=torch.int64, pin_memory=pinned)
+        self.most_texts, self.most_rows = most
+        self.max_blocks = max_blocks
+        tables = (self.most_texts * max_blocks + 1) // 2
+        size = 3 * self.most_rows + self.most_texts + 1 + tables
+        self.host = torch.zeros(size, dtype=torch.int64, pin_memory=device.type == "cuda")
         # As arrays of numpy, which need a fraction of torch's time for a few numbers.
         self.columns = {name: column.numpy() for name, column in self._columns(self.host).items()}
         self.columns["slots_T"].fill(-1)
-        self.columns["lens_S"].fill(most[1])
+        self.columns["lens_S"].fill(1)
+        self.columns["cu_seqlens_S1"][:] = np.arange(self.most_texts + 1)
         self.on_device = self.host if device.type == "cpu" else self.host.to(device)
         self.views: dict[Shape, Batch] = {}
-        # The same for all steps of a shape.
-        self.rows = torch.arange(self.most_rows + 1, dtype=torch.int64, device=device)
+        self.rows = torch.arange(self.most_rows, device=device)  # the same for all steps
 
     def _columns(self, run: Tensor) -> dict[str, Tensor]:
         """The columns of a run, by the names of a `Batch`."""
         rows, texts = self.most_rows, self.most_texts
         token_ids, positions, slots = run[: 3 * rows].view(3, rows)
-        lens, tables = (
-            run[3 * rows :]
-            .view(torch.int32)
-            .split_with_sizes([2 * texts, 2 * len(run) - 6 * rows - 2 * texts])
-        )
+        short = run[3 * rows :].view(torch.int32)
+        tables = short[2 * texts + 2 :][: texts * self.max_blocks]
         return {
             "token_ids_T": token_ids,
             "positions_T": positions,
             "slots_T": slots,
-            "lens_S": lens[:texts],
-            "tables_SM": tables[: texts * self.max_blocks].view(texts, self.max_blocks),
+            "lens_S": short[:texts],
+            "cu_seqlens_S1": short[texts : 2 * texts + 1],
+            "tables_SM": tables.view(texts, self.max_blocks),
         }
 
     def view(self, shape: Shape) -> Batch:
         """What a step of this shape reads, on the device."""
         if shape not in self.views:
-            size, count = shape
-            columns = self._columns(self.on_device)
+            size, rows = shape
+            lengths = {"lens_S": size, "cu_seqlens_S1": size + 1, "tables_SM": size}
             inputs: dict[str, Any] = {
-                name: column[: size if name in ("lens_S", "tables_SM") else size * count]
-                for name, column in columns.items()
+                name: column[: lengths.get(name, rows)]
+                for name, column in self._columns(self.on_device).items()
             }
-            self.views[shape] = Batch(
-                **inputs,
-                cu_seqlens_S1=(self.rows[: size + 1] * count).to(torch.int32),
-                rows_R=self.rows[: size * count],
-                adapters=None,
-            )
+            self.views[shape] = Batch(**inputs, rows_R=self.rows[:rows], adapters=None)
         return self.views[shape]
 
-    def fill(self, batch: Batch, shape: Shape) -> Tensor | None:
-        """Take a step from the host's memory and pad it to `shape`; the rows where its tokens then
-        stand, on the device, None for the first ones in their order.
-        """
-        columns, (size, count) = self.columns, shape
-        num, num_blocks = batch.tables_SM.shape
-        num_tokens, num_rows = len(batch.token_ids_T), size * count
-        where: slice | np.ndarray = slice(num_tokens)
-        lens = batch.lens_S.numpy()
-        if is_even := num_tokens == num * count:
-            columns["slots_T"][num_tokens:num_rows] = -1
-        else:
-            bounds = batch.cu_seqlens_S1.numpy()
-            counts = np.diff(bounds)
-            first = np.arange(num) * count - bounds[:-1]  # how far a text's rows are moved
-            where = np.repeat(first, counts) + np.arange(num_tokens)
-            columns["slots_T"][:num_rows] = -1
-            lens = lens + count - counts
+    def fill(self, batch: Batch, shape: Shape) -> None:
+        """Take a step from the host's memory, and pad it to `shape`."""
+        columns, (size, rows) = self.columns, shape
+        num_tokens, (num, num_blocks) = len(batch.token_ids_T), batch.tables_SM.shape
         for name in ("token_ids_T", "positions_T", "slots_T"):
-            columns[name][where] = getattr(batch, name).numpy()
-        columns["lens_S"][:num] = lens
-        # What else an old step left in the padding is valid, and its results are not used.
-        columns["lens_S"][num:size] = count
+            columns[name][:num_tokens] = getattr(batch, name).numpy()
+        columns["lens_S"][:num] = batch.lens_S.numpy()
+        columns["cu_seqlens_S1"][: num + 1] = batch.cu_seqlens_S1.numpy()
         columns["tables_SM"][:num, :num_blocks] = batch.tables_SM.numpy()
+        if rows > num_tokens or size > num:
+            self._pad(num, num_tokens, size, rows)
         if self.on_device is not self.host:
-            used = 3 * self.most_rows + self.most_texts + (size * self.max_blocks + 1) // 2
+            tables = (size * self.max_blocks + 1) // 2
+            used = 3 * self.most_rows + self.most_texts + 1 + tables
             self.on_device[:used].copy_(self.host[:used], non_blocking=True)
-        if is_even:
-            return None
-        return torch.from_numpy(where).to(self.on_device.device)
+
+    def _pad(self, num: int, num_tokens: int, size: int, rows: int) -> None:
+        """What else an old step left in the padding is valid, and its results are not used."""
+        lens, bounds = self.columns["lens_S"], self.columns["cu_seqlens_S1"]
+        self.columns["slots_T"][num_tokens:rows] = -1
+        bounds[num + 1 : size + 1] = np.minimum(np.arange(1, size - num + 1) + num_tokens, rows)
+        lens[num:size] = 1
+        left = rows - int(bounds[size])
+        bounds[size] = rows
+        lens[size - 1] += left
 
 
 class DecodeGraphs:
@@ -168,7 +154,7 @@ class DecodeGraphs:
         self.forward = forward
         self.inputs = inputs
         self.record = record
-        self.shapes = sorted(shapes, key=lambda shape: shape[0] * shape[1])
+        self.shapes = sorted(shapes, key=lambda shape: (shape[1], shape[0]))
         self.padding = padding
         self.replays: dict[Shape, Callable[[], Result]] = {}
         self._smallest = cache(self._find)
@@ -182,34 +168,29 @@ class DecodeGraphs:
         """The shape to which a step is padded; None if it must run as it is, because it wants
         logits of some tokens only, has adapters or vision, is a pass that drafts, or is too large.
         """
-        num_texts, num_tokens = len(batch.lens_S), len(batch.token_ids_T)
         is_plain = batch.adapters is None and batch.modality_T is None and batch.after_T is None
-        if not is_plain or num_tokens != len(batch.rows_R):
+        if not is_plain or len(batch.token_ids_T) != len(batch.rows_R):
             return None
-        most = 1
-        if num_tokens > num_texts:
-            most = int(np.diff(batch.cu_seqlens_S1.numpy()).max())
-        return self._smallest(num_texts, num_tokens, most)
+        return self._smallest(len(batch.lens_S), len(batch.token_ids_T))
 
-    def _find(self, num_texts: int, num_tokens: int, most: int) -> Shape | None:
-        for size, count in self.shapes:
-            if size >= num_texts and count >= most:
-                return (size, count) if size * count <= self.padding * num_tokens else None
+    def _find(self, num_texts: int, num_tokens: int) -> Shape | None:
+        for size, rows in self.shapes:
+            if size >= num_texts and rows >= num_tokens:
+                return (size, rows) if rows <= self.padding * num_tokens else None
         return None
 
     def run(self, batch: Batch, shape: Shape) -> tuple[Batch, Result]:
         """A step that is still in the host's memory, and its results, in memory that the next one
-        overwrites; the step on the device where it needs no padding between its texts.
+        overwrites; the step on the device, where padding has left its texts as they are.
         """
         num_texts, num_tokens = len(batch.lens_S), len(batch.token_ids_T)
-        rows_T = self.inputs.fill(batch, shape)
+        self.inputs.fill(batch, shape)
         if shape not in self.replays:
             self.replays[shape] = self.record(self.forward, self.inputs.view(shape))
         hidden_TD, logits_RV = self.replays[shape]()
-        if rows_T is not None:
-            return batch, (hidden_TD[rows_T], logits_RV[rows_T])
-        step = self.inputs.view((num_texts, shape[1]))
-        return step, (hidden_TD[:num_tokens], logits_RV[:num_tokens])
+        if num_texts < shape[0] or num_tokens == shape[1]:
+            batch = self.inputs.view((num_texts, num_tokens))
+        return batch, (hidden_TD[:num_tokens], logits_RV[:num_tokens])
 
 
 def record_program(forward: Forward, batch: Batch) -> Callable[[], Result]:

@@ -58,13 +58,13 @@ def test_programs_choose_the_same_tokens(name):
     engine = engine_of(name)  # the MoE's heads are of a width that cannot be recorded
     assert tokens_of(engine) == tokens_of(unrecorded(name))
     assert engine.runner.graphs is not None
-    assert engine.runner.graphs.replays.keys() == {(size, 1) for size in (1, 2, 3, 4, 5)}
+    assert engine.runner.graphs.replays.keys() == {(size, size) for size in (1, 2, 3, 4, 5)}
 
 
 def watched(graphs: DecodeGraphs) -> list[tuple[int, int]]:
     """The shapes of the steps that run from now on, in their order."""
     graphs.record_all()
-    shapes: list[tuple[int, int]] = []
+    shapes: list[tuple[int, int]] = []  # texts and rows
     for shape, replay in graphs.replays.items():
         graphs.replays[shape] = lambda s=shape, replay=replay: (shapes.append(s), replay())[1]
     return shapes
@@ -76,7 +76,7 @@ def test_padded_decode_steps_choose_the_same_tokens(name):
     graphs = engine.runner.record_decoding(as_it_is, graph_shapes(5, 1), GPU_PADDING)
     shapes = watched(graphs)
     assert tokens_of(engine) == tokens_of(unrecorded(name))
-    every = {(size, 1) for size in (1, 2, 4, 5)}
+    every = {(size, size) for size in (1, 2, 4, 5)}
     assert set(shapes) == every, "every shape was to be used, with padding and without"
 
 
@@ -97,20 +97,30 @@ def drafting(engine: Engine, most: int) -> Engine:
 
 @pytest.mark.parametrize("padding", [1, GPU_PADDING, 99])
 def test_steps_with_drafts_choose_the_same_tokens(padding):
-    """99: every step with a draft is padded to the most of them, between texts and behind them."""
+    """Rows of padding for texts that are not there, and for the last one that is."""
     engine = drafting(engine_of("tiny-dense"), 3)
     make = program_shapes if padding == 1 else graph_shapes
     graphs = engine.runner.record_decoding(as_it_is, make(5, 4), padding)
     shapes = watched(graphs)
+    steps: list[tuple[int, int]] = []
+    run = graphs.run
+    graphs.run = lambda batch, shape: (
+        steps.append((len(batch.lens_S), len(batch.token_ids_T))),
+        run(batch, shape),
+    )[1]
     assert tokens_of(engine) == tokens_of(unrecorded("tiny-dense"))
     stats = engine.stats()
     assert 0 < stats.num_accepted_tokens < stats.num_draft_tokens, f"{stats}"
+    padded = {
+        (size > texts, rows > tokens)
+        for (size, rows), (texts, tokens) in zip(shapes, steps, strict=True)
+    }
+    uneven = [step for step in steps if step[1] % step[0]]
+    assert uneven, f"no step had texts with different numbers of drafts: {steps}"
     if padding == 1:
-        assert {(1, 2), (1, 3), (1, 4)} & set(shapes), f"no draft was in a recorded step: {shapes}"
+        assert padded == {(False, False)}
     else:
-        assert {4} <= {tokens for _, tokens in shapes}, f"{shapes}"
-    if padding == 99:
-        assert any(size > 1 and tokens == 4 for size, tokens in shapes), f"{shapes}"
+        assert {(True, True), (False, True), (True, False)} <= padded, f"{padded}"
 
 
 @pytest.mark.parametrize("method", ["ngram", "mtp"])
@@ -119,7 +129,7 @@ def test_programs_with_drafts_choose_the_same_tokens(method):
     speculation = {"method": method, "num_speculative_tokens": 3}
     engine = engine_of(name, speculative_config=speculation)
     assert tokens_of(engine) == tokens_of(unrecorded(name))
-    assert any(tokens > 1 for _, tokens in engine.runner.graphs.replays), "no draft was recorded"
+    assert any(rows > size for size, rows in engine.runner.graphs.replays), "no draft was recorded"
 
 
 def test_padding_past_the_last_block_reads_nothing_wild():
@@ -160,11 +170,11 @@ def test_padding_stores_nothing():
 
 def test_shapes_reach_the_largest_batch():
     assert graph_shapes(1, 1) == [(1, 1)]
-    assert graph_shapes(8, 3) == [(size, count) for count in (1, 3) for size in (1, 2, 4, 8)]
+    assert graph_shapes(8, 3) == [(size, size * n) for n in (1, 3) for size in (1, 2, 4, 8)]
     assert [size for size, _ in graph_shapes(50, 1)] == [1, 2, 4, 8, 16, 32, 48, 50]
-    assert program_shapes(3, 1) == [(1, 1), (2, 1), (3, 1)]
-    assert program_shapes(64, 9)[-2:] == [(2, 8), (1, 9)]
-    assert all(size * count <= 16 for size, count in program_shapes(64, 20))
+    assert program_shapes(3, 1) == [(1, 1), (2, 2), (3, 3)]
+    assert program_shapes(2, 3) == [(1, 1), (1, 2), (1, 3), (2, 2), (2, 3), (2, 4), (2, 5), (2, 6)]
+    assert max(rows for _, rows in program_shapes(64, 20)) == 16
 
 
 def test_graphs_need_one_gpu():
