@@ -35,7 +35,7 @@ ACROSS = (64, 64)  # where rows do
 def fp8_linear(
     x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None, *, quant_input_grad: bool
 ) -> Tensor:
-    out_TO = _Linear.apply(x_TI, weight_OI, quant_input_grad)
+    out_TO = _Product.apply(x_TI, weight_OI, None, quant_input_grad)
     return out_TO if bias_O is None else out_TO + bias_O.to(x_TI.dtype)
 
 
@@ -43,7 +43,7 @@ def fp8_grouped_linear(
     x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor, *, quant_input_grad: bool
 ) -> Tensor:
     ends_E = counts_E.cumsum(0, dtype=torch.int32)
-    return _GroupedLinear.apply(x_NI, weight_EOI, ends_E, quant_input_grad)
+    return _Product.apply(x_NI, weight_EOI, ends_E, quant_input_grad)
 
 
 def quantize_fp8(x_RC: Tensor) -> FP8Tensor:
@@ -60,77 +60,59 @@ def quantize_fp8(x_RC: Tensor) -> FP8Tensor:
     return FP8Tensor(data.view(x_RC.shape), scale.view(x_RC.shape[:-1]))
 
 
-class _Linear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x_TI: Tensor, weight_OI: Tensor, quant_input_grad: bool) -> Tensor:
-        ctx.save_for_backward(x_TI, weight_OI)
-        ctx.quant_input_grad = quant_input_grad
-        return _product(quantize_fp8(x_TI), quantize_fp8(weight_OI), x_TI.dtype)
+class _Product(torch.autograd.Function):
+    """Rows times a weight, or with `ends_E` rows sorted by expert times the weights of experts."""
 
-    @staticmethod
-    def backward(ctx, grad_TO: Tensor):
-        x_TI, weight_OI = ctx.saved_tensors
-        dx = dw = None
-        if ctx.needs_input_grad[0]:
-            if ctx.quant_input_grad:
-                dx = _product(quantize_fp8(grad_TO), quantize_fp8(weight_OI.mT), x_TI.dtype)
-            else:
-                dx = reference.rows_gradient(grad_TO, weight_OI)
-        if ctx.needs_input_grad[1]:
-            dw = (grad_TO.T @ x_TI).to(weight_OI.dtype)
-        return dx, dw, None
-
-
-class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x_NI: Tensor, weight_EOI: Tensor, ends_E: Tensor, quant_input_grad: bool
+        ctx, x_NI: Tensor, weight: Tensor, ends_E: Tensor | None, quant_input_grad: bool
     ) -> Tensor:
-        ctx.save_for_backward(x_NI, weight_EOI, ends_E)
+        ctx.save_for_backward(x_NI, weight, ends_E)
         ctx.quant_input_grad = quant_input_grad
-        return _products(quantize_fp8(x_NI), quantize_fp8(weight_EOI), ends_E, x_NI.dtype)
+        return _multiplied(quantize_fp8(x_NI), quantize_fp8(weight), ends_E, x_NI.dtype)
 
     @staticmethod
     def backward(ctx, grad_NO: Tensor):
-        x_NI, weight_EOI, ends_E = ctx.saved_tensors
+        x_NI, weight, ends_E = ctx.saved_tensors
         grad_NO = grad_NO.contiguous()
         dx = dw = None
         if ctx.needs_input_grad[0]:
             if ctx.quant_input_grad:
-                grad, across = quantize_fp8(grad_NO), quantize_fp8(weight_EOI.mT)
-                dx = _products(grad, across, ends_E, x_NI.dtype)
+                factors = quantize_fp8(grad_NO), quantize_fp8(weight.mT)
+                dx = _multiplied(*factors, ends_E, x_NI.dtype)
+            elif ends_E is None:
+                dx = reference.rows_gradient(grad_NO, weight)
             else:
-                dx = grouped(grad_NO, weight_EOI, ends_E)
+                dx = grouped(grad_NO, weight, ends_E)
         if ctx.needs_input_grad[1]:
-            dw = grouped_outer(grad_NO, x_NI, weight_EOI, ends_E)
+            if ends_E is None:
+                dw = (grad_NO.T @ x_NI).to(weight.dtype)
+            else:
+                dw = grouped_outer(grad_NO, x_NI, weight, ends_E)
         return dx, dw, None, None
 
 
-def _product(x: FP8Tensor, weight: FP8Tensor, dtype: torch.dtype) -> Tensor:
-    """`x @ weight.T` of dequantised factors."""
-    if not (len(x.data) and dtype == torch.bfloat16 and _is_taken(weight.data)):
-        return (x.dequantized() @ weight.dequantized().T).to(dtype)
-    return torch._scaled_mm(
-        x.data, weight.data.T, scale_a=x.scale[:, None], scale_b=weight.scale[None],
-        out_dtype=dtype, use_fast_accum=True,
-    )  # fmt: skip
-
-
-def _products(x: FP8Tensor, weight: FP8Tensor, ends_E: Tensor, dtype: torch.dtype) -> Tensor:
-    """`x @ weight[e].T` for the rows of each expert."""
+def _multiplied(
+    x: FP8Tensor, weight: FP8Tensor, ends_E: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """`x @ weight.T` of dequantised factors, or of each expert's."""
     is_taken = len(x.data) and dtype == torch.bfloat16 and _is_taken(weight.data)
+    if ends_E is None:
+        if not is_taken:
+            return (x.dequantized() @ weight.dequantized().T).to(dtype)
+        return torch._scaled_mm(
+            x.data, weight.data.T, scale_a=x.scale[:, None], scale_b=weight.scale[None],
+            out_dtype=dtype, use_fast_accum=True,
+        )  # fmt: skip
     if is_taken and grouped_mm is not None and _capability(x.data.device) >= (9, 0):
         return grouped_mm(
             x.data, weight.data.mT, x.scale, weight.scale, offs=ends_E, out_dtype=dtype,
             use_fast_accum=True,
         )  # fmt: skip
     counts = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
-    rows = zip(x.data.split(counts), x.scale.split(counts))
-    parts = [
-        _product(FP8Tensor(*own), FP8Tensor(weight.data[e], weight.scale[e]), dtype)
-        for e, own in enumerate(rows)
-    ]
-    return torch.cat(parts)
+    rows = map(FP8Tensor, x.data.split(counts), x.scale.split(counts))
+    experts = map(FP8Tensor, weight.data, weight.scale)
+    return torch.cat([_multiplied(*pair, None, dtype) for pair in zip(rows, experts)])
 
 
 def _is_taken(weight: Tensor) -> bool:
