@@ -7,7 +7,7 @@ engine learns to do (a cache, a schedule, a draft, a kernel), it gets a row here
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
@@ -113,19 +113,22 @@ WITH_DRAFTS = (
     "preempted",
     "preempted in small chunks",
 )
-ROWS += [
-    replace(row, name=f"{row.name}, {name}", settings=row.settings | {"speculative_config": drafts})
-    for name, drafts in DRAFTS.items()
-    for row in ROWS
-    if row.name in WITH_DRAFTS
-]
+
+
+def varied(names: Sequence[str], key: str, values: Mapping[str, object]) -> list[Row]:
+    """The rows of these names once more for each value of a setting, by its name."""
+    return [
+        replace(row, name=f"{row.name}, {name}", settings=row.settings | {key: value})
+        for name, value in values.items()
+        for row in ROWS
+        if row.name in names
+    ]
+
+
+ROWS += varied(WITH_DRAFTS, "speculative_config", DRAFTS)
 # The oracle's cache is rounded alike, so nothing is left to differ.
-ROWS += [
-    replace(row, name=f"{row.name}, {dtype}", settings=row.settings | {"kv_cache_dtype": dtype})
-    for dtype in ("bfloat16", "float16", "int8")
-    for row in ROWS
-    if row.name in ("chunks of 8", "second round hits", "preempted in small chunks")
-]
+NARROW = ("chunks of 8", "second round hits", "preempted in small chunks")
+ROWS += varied(NARROW, "kv_cache_dtype", {d: d for d in ("bfloat16", "float16", "int8")})
 
 # The oracle's weights are the same integers, so again nothing is left to differ.
 QUANTISED = (
@@ -139,12 +142,7 @@ QUANTISED = (
     "second round hits, MTP",
     "preempted in small chunks, int8",
 )
-ROWS += [
-    replace(row, name=f"{row.name}, {scheme}", settings=row.settings | {"quantization": scheme})
-    for scheme in SCHEMES
-    for row in ROWS
-    if row.name in QUANTISED
-]
+ROWS += varied(QUANTISED, "quantization", {scheme: scheme for scheme in SCHEMES})
 
 # The processes are started once for all of these.
 NAMES_OF_TWO_RANKS = (
