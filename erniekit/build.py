@@ -123,15 +123,14 @@ def multiply_in_fp8(model: ernie.ErnieModel, *, quant_input_grad: bool) -> None:
     """Have attention, dense blocks and experts multiply in FP8; what stands around the blocks
     (embedding, head, tower, resampler) and the routers do not.
     """
-    for block in model.modules():
-        if not isinstance(block, Block):
-            continue
-        for module in block.modules():
-            if isinstance(module, Linear):
-                module.product = partial(kernels.fp8_linear, quant_input_grad=quant_input_grad)
-            elif isinstance(module, Experts):
-                product = partial(kernels.fp8_grouped_linear, quant_input_grad=quant_input_grad)
-                module.product = product
+    dense = partial(kernels.fp8_linear, quant_input_grad=quant_input_grad)
+    of_experts = partial(kernels.fp8_grouped_linear, quant_input_grad=quant_input_grad)
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for module in (module for block in blocks for module in block.modules()):
+        if isinstance(module, Linear):
+            module.product = dense
+        elif isinstance(module, Experts):
+            module.product = of_experts
 
 
 def _base_model(
