@@ -322,9 +322,13 @@ def _quoted(text: str) -> str:
 
 def _object(kind: str, text: str) -> dict[str, Any]:
     def integer(digits: str) -> int:
-        if not -(2**63) <= (number := int(digits)) < 2**63:  # the library would round it
-            raise ValueError(f"{digits[:40]} is an integer of more than 64 bits; use a smaller one")
-        return number
+        number = int(digits)
+        if -(2**63) < number < 2**63 and number in (int(float(number)), 2**63 - 1):
+            return number
+        raise ValueError(
+            f"{digits[:40]} is an integer that a float64 within 64 bits does not hold; use one "
+            "nearer to 0"
+        )  # the library would round it, and negate -2**63 for ever
 
     try:
         value = json.loads(text, parse_int=integer)
