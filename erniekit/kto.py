@@ -27,9 +27,9 @@ from erniekit.data.loader import Batch
 from erniekit.evaluate import shared
 from erniekit.gradients import Gradients
 from erniekit.loop import to_device
-from erniekit.losses import Loss, Terms
+from erniekit.losses import Loss, Terms, with_terms
 from erniekit.parallel.ranks import ALONE, Ranks
-from erniekit.preference import NO_TERMS, Judged, segment_log_probs, with_terms
+from erniekit.preference import NO_TERMS, Judged, segment_log_probs
 
 
 @dataclass(frozen=True)

@@ -133,7 +133,7 @@ def read_plannable(values: dict[str, Any], origin: str) -> tuple[Run, Degrees, l
     if run.model.stage == "UPO":
         policy = run.policy
         held = "the adapters are switched off for it"
-        if not run.is_lora or run.model.lora_path:
+        if not run.adds_to_base or run.model.lora_path:
             held = "a second model is held for it"
         answers = f"{policy.prompts_per_round} x {policy.num_generations} answers"
         notes.append(

@@ -28,11 +28,10 @@ from erniekit.losses import (
     Selected,
     Terms,
     add_product,
-    figures_of,
     head_of_chunks,
     hidden_of,
     logit_gradients,
-    routing_terms,
+    with_terms,
 )
 from erniekit.preference_losses import Objective, gains
 
@@ -109,22 +108,6 @@ def preference(
     told = told_of_pairs(objective.beta * gain_P2.detach())
     parts |= {name: n_P.sum() * scale for name, n_P in told.items()}
     return with_terms(model, value, parts, routings, terms, share)
-
-
-def with_terms(
-    model: ErnieModel,
-    value: Tensor,
-    parts: dict[str, Tensor],
-    routings: list[Routing | None],
-    terms: Terms,
-    share: float,
-) -> Loss:
-    """A value and what is told of it, with the losses of the router added to what is trained."""
-    routed = [routing for routing in routings if routing is not None]
-    added = {name: part * share for name, part in routing_terms(model, routed, terms).items()}
-    total = value + torch.stack(list(added.values())).sum() if added else value
-    parts = {name: part.detach() for name, part in added.items()} | parts
-    return Loss(total, value.detach(), parts, figures_of(model, routed)[0])
 
 
 def told_of_pairs(rewards_P2: Tensor) -> dict[str, Tensor]:

@@ -66,6 +66,11 @@ class Run:
         return self.model.fine_tuning == "LoRA"
 
     @property
+    def adds_to_base(self) -> bool:
+        """Whether adapters add to their base, so that the base is the model without them."""
+        return self.is_lora and not (self.model.use_dora or self.model.pissa)
+
+    @property
     def has_answers(self) -> bool:
         """Whether its records are questions that the model is asked while it trains: not so of
         plain text, and a reward model does not answer.
