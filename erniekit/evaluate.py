@@ -21,7 +21,7 @@ from ernie import kernels
 from ernie.attention import packed_causal
 from ernie.chat import UNTRAINED
 from ernie.model import ErnieModel
-from erniekit.data.loader import Batch
+from erniekit.data.batch import Batch
 from erniekit.loop import to_device
 from erniekit.losses import ROUTER_LOSSES, Flat, Loss, hidden_of
 from erniekit.parallel.ranks import ALONE, Ranks

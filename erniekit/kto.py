@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ernie.model import ErnieModel
 from ernie.moe.router import Routing
-from erniekit.data.loader import Batch
+from erniekit.data.batch import Batch
 from erniekit.evaluate import shared
 from erniekit.gradients import Gradients
 from erniekit.loop import to_device

@@ -31,7 +31,7 @@ from ernie.moe.router import Router
 from erniekit import memory, routing
 from erniekit.average import Average
 from erniekit.config import Optimisation, Training
-from erniekit.data.loader import Batch, Pictures
+from erniekit.data.batch import Batch, Pictures
 from erniekit.data.pack import Cursor
 from erniekit.dropout import Dropout
 from erniekit.gradients import Gradients, length, squares_of

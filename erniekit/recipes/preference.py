@@ -20,7 +20,7 @@ from torch import Tensor
 from ernie.chat import UNTRAINED
 from ernie.model import ErnieModel
 from erniekit.config import Preferences, Run, resolved
-from erniekit.data.loader import Batch
+from erniekit.data.batch import Batch
 from erniekit.evaluate import evaluate_judged, shared
 from erniekit.loop import to_device
 from erniekit.losses import Loss

@@ -17,8 +17,8 @@ from ernie.models import TINY
 from ernie.settings import ConfigError
 from erniekit import losses
 from erniekit.config import Optimisation, Training
+from erniekit.data.batch import Batch, batch_of
 from erniekit.data.dialogue import Sample
-from erniekit.data.loader import Batch, batch_of
 from erniekit.data.pack import Cursor
 from erniekit.gradients import Gradients, SummedEmbedding
 from erniekit.loop import Parts, Progress, to_device, train

@@ -14,7 +14,7 @@ import ernie
 from erniekit import checkpoint, reference
 from erniekit.cli import main
 from erniekit.config import run_from
-from erniekit.data.loader import stream
+from erniekit.data.stream import stream
 from erniekit.loop import to_device
 from erniekit.lora_files import put_in
 from erniekit.preference import Pairs, sequence_log_probs
