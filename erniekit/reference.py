@@ -34,7 +34,7 @@ from erniekit import checkpoint
 from erniekit.build import choose_products, read_model
 from erniekit.config import Run
 from erniekit.data.batch import Batch
-from erniekit.loop import to_device
+from erniekit.device_batch import to_device
 from erniekit.preference import Judged, Pairs, sequence_log_probs
 
 log = logging.getLogger("erniekit")

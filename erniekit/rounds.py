@@ -43,8 +43,9 @@ from erniekit.data.mix import Mix
 from erniekit.data.preference import PairSample
 from erniekit.data.sources import DataError
 from erniekit.data.stream import Stream
+from erniekit.device_batch import to_device
 from erniekit.groups import Cut, Group
-from erniekit.loop import Progress, to_device
+from erniekit.loop import Progress
 from erniekit.lora import pairs as lora_pairs
 from erniekit.losses import Flat
 from erniekit.metrics import Metrics
