@@ -112,7 +112,7 @@ def run_peer(folder: Path, settings: dict[str, object]) -> dict[str, float]:
     from transformers import AutoModelForCausalLM
 
     from erniekit.config import read_run, resolved
-    from erniekit.data.loader import stream
+    from erniekit.data.stream import stream
 
     run = resolved(read_run(words_of(folder, settings)), "cpu")
     model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32).train()

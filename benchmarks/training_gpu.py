@@ -44,7 +44,7 @@ from ernie.models import MODELS
 from erniekit import launch, losses
 from erniekit.build import multiply_in_fp8, trained_parameters
 from erniekit.config import Optimisation, resolved, run_from
-from erniekit.data.loader import Batch
+from erniekit.data.batch import Batch
 from erniekit.data.pack import Cursor
 from erniekit.gradients import Gradients, SummedEmbedding
 from erniekit.loop import Parts, Progress, train

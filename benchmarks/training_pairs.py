@@ -47,7 +47,7 @@ def prepare(folder: Path) -> None:
 def run_ours(folder: Path, side: str) -> dict[str, float]:
     from erniekit.cli import main
     from erniekit.config import read_run, resolved
-    from erniekit.data.loader import stream
+    from erniekit.data.stream import stream
     from erniekit.recipes import preference
 
     with tempfile.TemporaryDirectory() as output:

@@ -140,7 +140,7 @@ def batches(folder: Path) -> list[dict[str, Any]]:
 
     from ernie.vision.vit import normalised
     from erniekit.config import run_from
-    from erniekit.data.loader import stream
+    from erniekit.data.stream import stream
 
     words = {key: str(value) for key, value in settings(folder, "unused").items()}
     found, rows = [], stream(run_from(words), "train").batches(ROWS)

@@ -25,9 +25,10 @@ import torch
 from ernie.chat import UNTRAINED
 from erniekit.checkpoint import replace_text
 from erniekit.config import Run, to_yaml
-from erniekit.data.loader import Batch, Stream
+from erniekit.data.batch import Batch
 from erniekit.data.pack import Row
 from erniekit.data.sources import DataError
+from erniekit.data.stream import Stream
 from erniekit.loop import SkippedStep
 from erniekit.metrics import METRICS_FILE
 

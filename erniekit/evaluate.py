@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from functools import wraps
-from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -21,9 +20,10 @@ from ernie import kernels
 from ernie.attention import packed_causal
 from ernie.chat import UNTRAINED
 from ernie.model import ErnieModel
-from erniekit.data.loader import Batch
-from erniekit.loop import to_device
+from erniekit.data.batch import Batch
+from erniekit.device_batch import to_device
 from erniekit.losses import ROUTER_LOSSES, Flat, Loss, hidden_of
+from erniekit.parallel.deal import shared
 from erniekit.parallel.ranks import ALONE, Ranks
 
 T = TypeVar("T")
@@ -125,16 +125,6 @@ def evaluate_judged(
         "eval_tokens": sum(batch.num_trained for batch in batches),
         "eval_seconds": time.monotonic() - start,
     }
-
-
-def shared(batches: Iterable[Batch], ranks: Ranks) -> Iterator[tuple[Batch, bool]]:
-    """This rank's batches, and whether each counts: all ranks compute equally many, because the
-    shards of a model are put together by all.
-    """
-    rest = iter(batches)
-    while group := list(islice(rest, ranks.size)):
-        is_own = ranks.rank < len(group)
-        yield group[ranks.rank if is_own else 0], is_own
 
 
 def _summed(ranks: Ranks, *numbers: float) -> list[float]:

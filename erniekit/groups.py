@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ernie.chat import UNTRAINED
-from erniekit.data.loader import Batch
+from erniekit.data.batch import Batch
 from erniekit.data.pack import Cursor
 from erniekit.data.preference import PairSample
 from erniekit.policy import answer_of_label

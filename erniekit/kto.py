@@ -23,11 +23,11 @@ from torch import Tensor
 
 from ernie.model import ErnieModel
 from ernie.moe.router import Routing
-from erniekit.data.loader import Batch
-from erniekit.evaluate import shared
+from erniekit.data.batch import Batch
+from erniekit.device_batch import to_device
 from erniekit.gradients import Gradients
-from erniekit.loop import to_device
 from erniekit.losses import Loss, Terms, with_terms
+from erniekit.parallel.deal import shared
 from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.preference import NO_TERMS, Judged, segment_log_probs
 

@@ -28,7 +28,7 @@ from ernie.vision.grids import Grids
 from erniekit.gradients import Gradients
 
 if TYPE_CHECKING:
-    from erniekit.data.loader import Batch
+    from erniekit.data.batch import Batch
 
 # Parts of a `Loss` that train the router.
 ROUTER_LOSSES = ("aux_loss", "z_loss", "orthogonal_loss")

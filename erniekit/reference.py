@@ -33,8 +33,8 @@ from ernie.settings import ConfigError
 from erniekit import checkpoint
 from erniekit.build import choose_products, read_model
 from erniekit.config import Run
-from erniekit.data.loader import Batch
-from erniekit.loop import to_device
+from erniekit.data.batch import Batch
+from erniekit.device_batch import to_device
 from erniekit.preference import Judged, Pairs, sequence_log_probs
 
 log = logging.getLogger("erniekit")

@@ -38,12 +38,14 @@ from ernie.settings import ConfigError
 from erniekit import groups, policy
 from erniekit.build import build_model, read_model
 from erniekit.config import Run
-from erniekit.data.loader import Batch, Stream
+from erniekit.data.batch import Batch
 from erniekit.data.mix import Mix
 from erniekit.data.preference import PairSample
 from erniekit.data.sources import DataError
+from erniekit.data.stream import Stream
+from erniekit.device_batch import to_device
 from erniekit.groups import Cut, Group
-from erniekit.loop import Progress, to_device
+from erniekit.loop import Progress
 from erniekit.lora import pairs as lora_pairs
 from erniekit.losses import Flat
 from erniekit.metrics import Metrics

@@ -29,7 +29,9 @@ from erniekit import checkpoint, debug, lora_files, losses, metrics, snapshot
 from erniekit.average import Average
 from erniekit.build import build_model, lora_of, num_groups, trained_parameters
 from erniekit.config import Parallel, Run, changed, effects
-from erniekit.data.loader import Batch, Stream, prefetched
+from erniekit.data.batch import Batch
+from erniekit.data.prefetch import prefetched
+from erniekit.data.stream import Stream
 from erniekit.dropout import add_dropout
 from erniekit.loop import Orthogonal, Parts, Progress, TooManySkipped, TrainingError, train
 from erniekit.optim import AVERAGE, OPTIMIZERS, treatments

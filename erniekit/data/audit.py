@@ -26,8 +26,8 @@ from erniekit.config import Run
 from erniekit.data import ledger
 from erniekit.data.chunks import Chunks, Fault, read_chunk
 from erniekit.data.ledger import KINDS, Account, Samples
-from erniekit.data.loader import Faults, Stream, stream
 from erniekit.data.sources import Source
+from erniekit.data.stream import Faults, Stream, stream
 from erniekit.launch import RECIPES
 
 log = logging.getLogger("erniekit")

@@ -18,8 +18,8 @@ from typing import TypeVar
 from erniekit.data.columns import column_of
 from erniekit.data.dialogue import CutAway
 from erniekit.data.ledger import Samples
-from erniekit.data.loader import Stream, kind_of
 from erniekit.data.sources import DataError
+from erniekit.data.stream import Stream, kind_of
 from erniekit.data.wholes import num_left_out, num_tokens
 
 SIZE = 1000  # records

@@ -27,6 +27,7 @@ from ernie.chat.messages import checked_message
 from ernie.tokenizer import Tokenizer, TokenizerError
 from erniekit.data import sharegpt
 from erniekit.data.calls import Calls, read_tools
+from erniekit.data.fields import short, text_of, texts_of
 from erniekit.data.sources import DataError
 
 if TYPE_CHECKING:
@@ -93,7 +94,7 @@ def read_dialogue(record: Any, kind: str) -> Dialogue:
 
 
 def _from_erniekit(record: Mapping[str, Any]) -> Dialogue:
-    questions, answers = _texts(record, "src"), _texts(record, "tgt")
+    questions, answers = texts_of(record, "src"), texts_of(record, "tgt")
     system = record.get("system")
     if system is not None and not isinstance(system, str):
         raise DataError(f"system is a {type(system).__name__}; expected a string", at="system")
@@ -106,12 +107,12 @@ def _from_erniekit(record: Mapping[str, Any]) -> Dialogue:
     labels = record.get("label", [1] * len(answers))
     if not isinstance(labels, list) or len(labels) != len(answers):
         raise DataError(
-            f"label is {_short(labels)}; expected a list of one 0 or 1 per answer", at="label"
+            f"label is {short(labels)}; expected a list of one 0 or 1 per answer", at="label"
         )
     for i, label in enumerate(labels):
         if label not in (0, 1):
-            raise DataError(f"label[{i}] is {_short(label)}; expected 0 or 1", at=f"label[{i}]")
-    messages = _opening(system)
+            raise DataError(f"label[{i}] is {short(label)}; expected 0 or 1", at=f"label[{i}]")
+    messages = opening(system)
     for question, answer, label in zip(questions, answers, labels):
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": answer, "label": label})
@@ -119,12 +120,12 @@ def _from_erniekit(record: Mapping[str, Any]) -> Dialogue:
 
 
 def _from_alpaca(record: Mapping[str, Any]) -> Dialogue:
-    instruction, answer = _text(record, "instruction"), _text(record, "output")
+    instruction, answer = text_of(record, "instruction"), text_of(record, "output")
     for key in ("input", "system"):
         if not isinstance(value := record.get(key), (str, type(None))):
             raise DataError(f"{key} is a {type(value).__name__}; expected a string", at=key)
     more = record.get("input")
-    messages = _opening(record.get("system"))
+    messages = opening(record.get("system"))
     history = record.get("history") or []
     if not isinstance(history, list):
         raise DataError(f"history is a {type(history).__name__}; expected a list", at="history")
@@ -207,38 +208,9 @@ _READERS = {
 }
 
 
-def _opening(system: str | None) -> list[dict[str, Any]]:
+def opening(system: str | None) -> list[dict[str, Any]]:
+    """The message of the system that a dialogue begins with; none where there is no text."""
     return [{"role": "system", "content": system}] if system else []
-
-
-def _text(record: Mapping[str, Any], key: str) -> str:
-    value = record.get(key)
-    if not isinstance(value, str) or not value.strip():
-        raise DataError(f"{key} is {_shown(value)}; expected text", at=key)
-    return value
-
-
-def _texts(record: Mapping[str, Any], key: str) -> list[str]:
-    value = record.get(key)
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not texts:
-        raise DataError(f"{key} is {_shown(value)}; expected a list of texts", at=key)
-    for i, text in enumerate(texts):
-        if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{key}[{i}] is {_shown(text)}; expected text", at=f"{key}[{i}]")
-    return texts
-
-
-def _short(value: Any) -> str:
-    """A value as it is written, or the beginning of it."""
-    text = repr(value)
-    return text if len(text) <= 40 else f"{text[:37]}..."
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return "missing"
-    return "empty" if value in ("", []) or isinstance(value, str) else f"a {type(value).__name__}"
 
 
 class Encoder:
@@ -325,7 +297,7 @@ class Encoder:
         """A dialogue that is too long without as few of its oldest turns as possible, and their
         number; found in a few encodings, because every turn makes it longer.
         """
-        shorter = list(_without_oldest_turns(messages))
+        shorter = list(without_oldest_turns(messages))
 
         @cache
         def without(num_turns: int) -> Encoded:
@@ -355,7 +327,7 @@ class Encoder:
             raise DataError(str(error)) from None
 
 
-def _without_oldest_turns(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+def without_oldest_turns(messages: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """The messages; without the first turn; without the first two; ... A turn starts with the
     user.
     """

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 
 from erniekit.data.dialogue import Sample
-from erniekit.data.loader import Stream
 from erniekit.data.pack import Drawn
+from erniekit.data.stream import Stream
 
 KINDS = ("trained", "masked", "truncated", "dropped", "duplicate")
 NEAR_EMPTY = 2  # trained tokens: the end, and at most one before it

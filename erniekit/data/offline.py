@@ -16,8 +16,8 @@ from pathlib import Path
 from ernie.settings import ConfigError
 from erniekit.data.chunks import SIZE, Chunks
 from erniekit.data.indexed import Writer
-from erniekit.data.loader import Faults, Stream
 from erniekit.data.sources import DataError
+from erniekit.data.stream import Faults, Stream
 from erniekit.data.text import TextEncoder
 
 log = logging.getLogger("erniekit")

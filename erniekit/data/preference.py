@@ -39,12 +39,11 @@ from erniekit.data.dialogue import (
     Dialogue,
     Encoder,
     Sample,
-    _opening,
-    _text,
-    _texts,
-    _without_oldest_turns,
+    opening,
     read_dialogue,
+    without_oldest_turns,
 )
+from erniekit.data.fields import text_of, texts_of
 from erniekit.data.sources import DataError
 
 if TYPE_CHECKING:
@@ -127,8 +126,8 @@ def _from_erniekit(record: Mapping[str, Any]) -> Parts:
 
 def prompt_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The messages of `system`, `src` and `tgt`, a question last; raises DataError."""
-    questions = _texts(record, "src")
-    answers = _texts(record, "tgt") if record.get("tgt") else []
+    questions = texts_of(record, "src")
+    answers = texts_of(record, "tgt") if record.get("tgt") else []
     if len(questions) != len(answers) + 1:
         raise DataError(
             f"{len(questions)} src and {len(answers)} tgt; expected one question more than answers"
@@ -140,12 +139,12 @@ def prompt_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
     for answer, question in zip(answers, questions[1:], strict=True):
         turns.append({"role": "assistant", "content": answer})
         turns.append({"role": "user", "content": question})
-    return _opening(system) + turns
+    return opening(system) + turns
 
 
 def continuation(response: Any) -> list[dict[str, Any]]:
     """The messages of a response: a text, or a list answer, question, answer, ..."""
-    texts = _texts({"response": response}, "response")
+    texts = texts_of({"response": response}, "response")
     if len(texts) % 2 == 0:
         raise DataError(f"a response of {len(texts)} texts; expected an odd number, answers last")
     return [
@@ -154,12 +153,12 @@ def continuation(response: Any) -> list[dict[str, Any]]:
 
 
 def _from_alpaca(record: Mapping[str, Any]) -> Parts:
-    question = {"role": "user", "content": _text(record, "question")}
+    question = {"role": "user", "content": text_of(record, "question")}
     system = record.get("system")
     if system is not None and not isinstance(system, str):
         raise DataError(f"system is a {type(system).__name__}; expected a string")
-    chosen, rejected = (continuation(_text(record, key)) for key in ("chosen", "rejected"))
-    return [*_opening(system), question], chosen, rejected
+    chosen, rejected = (continuation(text_of(record, key)) for key in ("chosen", "rejected"))
+    return [*opening(system), question], chosen, rejected
 
 
 def _from_messages(record: Mapping[str, Any]) -> Parts:
@@ -235,7 +234,7 @@ class PairEncoder(Encoder):
     def sample(self, pair: Pair) -> PairSample:
         """The pair as one stretch; raises DataError where it is too long or says nothing."""
         prompt, dropped, size, too_long = pair.chosen[: pair.num_prompt], -1, 0, ""
-        for shorter in _without_oldest_turns(prompt):
+        for shorter in without_oldest_turns(prompt):
             sample, dropped = self._sample_after(shorter, pair), dropped + 1
             size = size or len(sample)
             too_long = self._what_is_too_long(sample)

@@ -21,7 +21,8 @@ import numpy as np
 
 from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer, TokenizerError
-from erniekit.data.dialogue import Dialogue, Encoder, Sample, _texts
+from erniekit.data.dialogue import Dialogue, Encoder, Sample
+from erniekit.data.fields import texts_of
 from erniekit.data.sources import DataError
 
 
@@ -48,7 +49,7 @@ class TextEncoder(Encoder):
         if isinstance(record, np.ndarray):
             samples = [self._sample(self._checked(record))]
         elif isinstance(record, dict):
-            samples = [self._sample(self.document(text)) for text in _texts(record, "text")]
+            samples = [self._sample(self.document(text)) for text in texts_of(record, "text")]
         else:
             raise DataError(f"a {type(record).__name__}; expected an object with text")
         self.counts["tokens"] += sum(map(len, samples))

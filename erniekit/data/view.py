@@ -25,8 +25,8 @@ from ernie.chat import UNTRAINED
 from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer
 from erniekit.config import Audit
-from erniekit.data.loader import Stream
 from erniekit.data.sources import DataError
+from erniekit.data.stream import Stream
 from erniekit.data.wholes import Shown, shown, sides_of
 
 GUTTERS = {"masked": "    ", "trained": "  + ", "cut": "  - "}

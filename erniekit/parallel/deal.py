@@ -7,7 +7,8 @@ it alike. The step is the same sum whoever computes what.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import TypeVar
 
 from erniekit.parallel.ranks import Ranks
@@ -45,3 +46,13 @@ def dealt(window: Sequence[T], costs: Sequence[int], ranks: Ranks) -> Sequence[T
     if ranks.size == 1:
         return window
     return [window[number] for number in deal(costs, ranks.size)[ranks.rank]]
+
+
+def shared(batches: Iterable[T], ranks: Ranks) -> Iterator[tuple[T, bool]]:
+    """This rank's batches, and whether each counts: all ranks compute equally many, because the
+    shards of a model are put together by all.
+    """
+    rest = iter(batches)
+    while group := list(islice(rest, ranks.size)):
+        is_own = ranks.rank < len(group)
+        yield group[ranks.rank if is_own else 0], is_own

@@ -19,7 +19,7 @@ from ernie.settings import ConfigError
 from erniekit import checkpoint, lora_files
 from erniekit.build import build_model, read_model
 from erniekit.config import Run, resolved
-from erniekit.data.loader import stream
+from erniekit.data.stream import stream
 from erniekit.launch import device_of, recipe_of, refuse_ranks
 from erniekit.metrics import METRICS_FILE, eval_line
 from erniekit.recipes.sft import eval_batches

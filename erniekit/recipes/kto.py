@@ -14,7 +14,7 @@ from typing import Any
 
 from ernie.model import ErnieModel
 from erniekit.config import Run, resolved
-from erniekit.data.loader import Batch
+from erniekit.data.batch import Batch
 from erniekit.evaluate import evaluate_judged
 from erniekit.kto import Utility, judged_log_probs, kto, usual
 from erniekit.losses import Loss

@@ -20,10 +20,11 @@ from torch import Tensor
 from ernie.chat import UNTRAINED
 from ernie.model import ErnieModel
 from erniekit.config import Preferences, Run, resolved
-from erniekit.data.loader import Batch
-from erniekit.evaluate import evaluate_judged, shared
-from erniekit.loop import to_device
+from erniekit.data.batch import Batch
+from erniekit.device_batch import to_device
+from erniekit.evaluate import evaluate_judged
 from erniekit.losses import Loss
+from erniekit.parallel.deal import shared
 from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.preference import Pairs, answer_lengths, preference, sequence_log_probs
 from erniekit.preference_losses import PREFERENCE_LOSSES, Objective, gains

@@ -25,7 +25,9 @@ from ernie.settings import ConfigError
 from erniekit import checkpoint, losses, memory
 from erniekit.build import num_groups
 from erniekit.config import Run, changed, resolved, to_yaml
-from erniekit.data.loader import Batch, Stream, Survey, stream, survey
+from erniekit.data.batch import Batch
+from erniekit.data.stream import Stream, stream
+from erniekit.data.survey import Survey, survey
 from erniekit.evaluate import evaluate
 from erniekit.loop import Progress
 from erniekit.parallel.ranks import ALONE, Ranks

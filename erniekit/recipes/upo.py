@@ -32,8 +32,9 @@ from erniekit import reward_model
 from erniekit.build import config_of
 from erniekit.checkpoint import replace_text
 from erniekit.config import Run, resolved
-from erniekit.data.loader import Batch, Stream, stream
+from erniekit.data.batch import Batch
 from erniekit.data.sources import DataError
+from erniekit.data.stream import Stream, stream
 from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.policy import Objective, policy
 from erniekit.recipes import sft

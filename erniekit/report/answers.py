@@ -21,8 +21,8 @@ from ernie.chat.messages import checked_message
 from ernie.generate import generate
 from ernie.model import ErnieModel
 from erniekit.data.dialogue import Dialogue, Encoder
-from erniekit.data.loader import Stream
 from erniekit.data.sources import DataError
+from erniekit.data.stream import Stream
 from erniekit.evaluate import in_eval_mode
 from erniekit.report.scores import call_scores, scores
 from erniekit.report.thumbnails import thumbnails

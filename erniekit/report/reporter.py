@@ -16,7 +16,7 @@ from typing import Any
 from ernie.model import ErnieModel
 from erniekit import checkpoint, metrics
 from erniekit.config import Run
-from erniekit.data.loader import Stream
+from erniekit.data.stream import Stream
 from erniekit.metrics import Metrics
 from erniekit.report import about, sinks, story
 from erniekit.report.answers import answers, prompts

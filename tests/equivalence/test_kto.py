@@ -7,12 +7,12 @@ import torch
 
 import ernie
 from ernie.chat import UNTRAINED
+from erniekit.data.batch import Batch, batch_of
 from erniekit.data.dialogue import Sample
 from erniekit.data.judged import JudgedSample
-from erniekit.data.loader import Batch, batch_of
 from erniekit.data.pack import Cursor
+from erniekit.device_batch import to_device
 from erniekit.kto import Utility, judged_log_probs, kto, usual
-from erniekit.loop import to_device
 from erniekit.preference import Judged
 from tests.equivalence.test_preference import agree, sequences
 from tests.helpers import hf_dense, hf_moe, saved

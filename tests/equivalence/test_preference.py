@@ -13,7 +13,7 @@ from ernie.chat import UNTRAINED
 from ernie.model import ErnieModel
 from ernie.models import TINY
 from erniekit.config import Optimisation, Preferences, Training
-from erniekit.data.loader import batch_of
+from erniekit.data.batch import batch_of
 from erniekit.data.pack import Cursor
 from erniekit.data.preference import PairSample
 from erniekit.gradients import Gradients, SummedEmbedding

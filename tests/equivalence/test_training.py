@@ -17,11 +17,12 @@ from ernie.models import TINY
 from ernie.settings import ConfigError
 from erniekit import losses
 from erniekit.config import Optimisation, Training
+from erniekit.data.batch import Batch, batch_of
 from erniekit.data.dialogue import Sample
-from erniekit.data.loader import Batch, batch_of
 from erniekit.data.pack import Cursor
+from erniekit.device_batch import to_device
 from erniekit.gradients import Gradients, SummedEmbedding
-from erniekit.loop import Parts, Progress, to_device, train
+from erniekit.loop import Parts, Progress, train
 from erniekit.lora import LoRA, add_lora, merge_lora
 from erniekit.optim import OPTIMIZERS, orthogonal, treatments
 from erniekit.recompute import recompute

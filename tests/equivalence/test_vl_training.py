@@ -19,11 +19,11 @@ from ernie.vision.grids import num_rows
 from ernie.vision.positions import is_placeholder, modality_of, positions_of
 from ernie.vision.processor import Picture
 from erniekit import losses
+from erniekit.data.batch import Batch, batch_of
 from erniekit.data.dialogue import Sample
-from erniekit.data.loader import Batch, batch_of
 from erniekit.data.multimodal import Media
 from erniekit.data.pack import Cursor
-from erniekit.loop import to_device
+from erniekit.device_batch import to_device
 from erniekit.recompute import recompute
 from tests.equivalence.test_vl_model import Case, case, gradients_by_our_names, pair
 

@@ -20,8 +20,9 @@ from erniekit.data import audit
 from erniekit.data.chunks import SIZE
 from erniekit.data.columns import column_of
 from erniekit.data.dialogue import read_dialogue
-from erniekit.data.loader import stream, survey
 from erniekit.data.sources import DataError, open_source
+from erniekit.data.stream import stream
+from erniekit.data.survey import survey
 from tests.erniekit.conftest import dialogues, write_lines
 
 

@@ -12,8 +12,8 @@ from ernie.chat.calls import calls_in
 from ernie.tokenizer import Tokenizer
 from erniekit.config import Data
 from erniekit.data.dialogue import Encoder, read_dialogue
-from erniekit.data.loader import Stream
 from erniekit.data.sources import DataError
+from erniekit.data.stream import Stream
 from erniekit.report.answers import prompts
 from erniekit.report.scores import call_scores, mean_scores
 from fastdeploy.server.parsers import Parser, find_syntax

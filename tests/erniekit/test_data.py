@@ -17,11 +17,13 @@ from ernie.chat import UNTRAINED, ChatTemplate
 from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer
 from erniekit.config import Data
+from erniekit.data.batch import batch_of
 from erniekit.data.dialogue import Encoder, Sample, read_dialogue
-from erniekit.data.loader import Stream, batch_of, survey
 from erniekit.data.mix import Mix
 from erniekit.data.pack import Cursor, Drawn, pack
 from erniekit.data.sources import DataError, open_source
+from erniekit.data.stream import Stream
+from erniekit.data.survey import survey
 from tests.erniekit.conftest import dialogues, write_lines
 
 

@@ -14,7 +14,7 @@ from ernie.tokenizer import Tokenizer
 from erniekit import checkpoint, reward_model
 from erniekit.cli import main
 from erniekit.config import run_from
-from erniekit.data.loader import stream
+from erniekit.data.stream import stream
 from erniekit.reference import REFERENCE_FILE
 from tests.erniekit.conftest import judgements, preferences, write_lines
 from tests.erniekit.test_run import records

@@ -16,10 +16,10 @@ from ernie.vision.positions import positions_of
 from erniekit.cli import main
 from erniekit.config import run_from
 from erniekit.data.dialogue import Sample
-from erniekit.data.loader import Stream, stream
 from erniekit.data.pack import START
 from erniekit.data.pictures import read_pictured
 from erniekit.data.sources import DataError
+from erniekit.data.stream import Stream, stream
 from tests.erniekit.conftest import write_lines
 from tests.helpers_vision import grey_clip, png
 

@@ -15,8 +15,8 @@ from torch.nn.functional import logsigmoid
 import ernie
 from ernie.models import TINY
 from erniekit import groups
+from erniekit.device_batch import to_device
 from erniekit.groups import Cut, Group, best_and_worst, sampled_group
-from erniekit.loop import to_device
 from erniekit.losses import Flat
 from erniekit.policy import (
     TOLD,

@@ -12,11 +12,13 @@ import pytest
 from ernie.chat import UNTRAINED, ChatTemplate
 from ernie.tokenizer import Tokenizer
 from erniekit.config import Data
+from erniekit.data.batch import batch_of
 from erniekit.data.dialogue import Dialogue, Encoder
-from erniekit.data.loader import Stream, batch_of, survey
 from erniekit.data.pack import Cursor
 from erniekit.data.preference import Pair, PairEncoder, PairSample, read_pair
 from erniekit.data.sources import DataError
+from erniekit.data.stream import Stream
+from erniekit.data.survey import survey
 from tests.erniekit.conftest import preferences, write_lines
 
 ERNIEKIT = {"src": ["q"], "tgt": [], "response": ["bad", "good"], "sort": [0, 1]}

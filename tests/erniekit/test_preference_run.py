@@ -14,8 +14,8 @@ import ernie
 from erniekit import checkpoint, reference
 from erniekit.cli import main
 from erniekit.config import run_from
-from erniekit.data.loader import stream
-from erniekit.loop import to_device
+from erniekit.data.stream import stream
+from erniekit.device_batch import to_device
 from erniekit.lora_files import put_in
 from erniekit.preference import Pairs, sequence_log_probs
 from erniekit.preference_losses import Objective

@@ -22,10 +22,10 @@ from erniekit import checkpoint, losses
 from erniekit.cli import main
 from erniekit.config import Data, run_from
 from erniekit.data.indexed import Indexed, Writer, share
-from erniekit.data.loader import Stream, stream
 from erniekit.data.sources import DataError, Text, open_source
+from erniekit.data.stream import Stream, stream
 from erniekit.data.text import TextEncoder, bytes_by_token
-from erniekit.loop import to_device
+from erniekit.device_batch import to_device
 from tests.erniekit.conftest import write_lines
 
 

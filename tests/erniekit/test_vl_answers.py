@@ -23,7 +23,7 @@ from ernie.vision.settings import VisionSettings
 from ernie.vision.sources import Sources
 from erniekit.cli import main
 from erniekit.config import run_from
-from erniekit.data.loader import stream
+from erniekit.data.stream import stream
 from erniekit.report.answers import prompts
 from erniekit.report.scores import scores
 from erniekit.report.thumbnails import MOST, SIDE, first_frame, is_thumbnail, thumbnails

@@ -27,13 +27,14 @@ from ernie.vision.vit import normalised
 from erniekit import reward_model
 from erniekit.cli import main
 from erniekit.config import run_from
+from erniekit.data.batch import batch_of
 from erniekit.data.dialogue import Sample
 from erniekit.data.judged import JudgedSample
-from erniekit.data.loader import batch_of, stream
 from erniekit.data.pack import Cursor
 from erniekit.data.preference import PairSample
+from erniekit.data.stream import stream
+from erniekit.device_batch import to_device
 from erniekit.kto import Usual, judged_log_probs, kto
-from erniekit.loop import to_device
 from erniekit.preference import preference
 from erniekit.reward_model import RewardModel, add_reward_head, bradley_terry
 from tests.equivalence.test_vl_model import gradients_by_our_names

@@ -1,0 +1,40 @@
+"""Fields of records that must be text, read and checked, and how a fault shows a wrong value."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from erniekit.data.sources import DataError
+
+
+def text_of(record: Mapping[str, Any], key: str) -> str:
+    """The text of a field; raises DataError for anything else, and for blanks alone."""
+    value = record.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise DataError(f"{key} is {_shown(value)}; expected text", at=key)
+    return value
+
+
+def texts_of(record: Mapping[str, Any], key: str) -> list[str]:
+    """The texts of a field, which may be one alone; raises DataError as `text_of`."""
+    value = record.get(key)
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not texts:
+        raise DataError(f"{key} is {_shown(value)}; expected a list of texts", at=key)
+    for i, text in enumerate(texts):
+        if not isinstance(text, str) or not text.strip():
+            raise DataError(f"{key}[{i}] is {_shown(text)}; expected text", at=f"{key}[{i}]")
+    return texts
+
+
+def short(value: Any) -> str:
+    """A value as it is written, or the beginning of it."""
+    text = repr(value)
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return "missing"
+    return "empty" if value in ("", []) or isinstance(value, str) else f"a {type(value).__name__}"

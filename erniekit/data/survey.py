@@ -1,0 +1,63 @@
+"""A dry pass over an epoch of the records: how many rows it fills, and what is in them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from erniekit.data.dialogue import Sample
+from erniekit.data.sources import DataError
+from erniekit.data.stream import Stream
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What a dry pass over the first epoch found."""
+
+    epoch_size: int  # records of an epoch
+    num_records: int  # records read
+    num_samples: int
+    num_rows: int  # of the whole epoch; extrapolated when not all was read
+    num_tokens: int
+    num_trained: int
+    num_bad: int
+    digests: frozenset[bytes]  # of samples, to compare with another split
+
+    @property
+    def fill(self) -> float:
+        return self.num_tokens / max(self.num_rows, 1)
+
+
+def survey(stream: Stream, max_records: int) -> Survey:
+    """Read and pack one epoch (at most `max_records` of it) without training on it.
+
+    Raises DataError when too many records cannot be used, or none can.
+    """
+    epoch_size = stream.epoch_size
+    num_read = min(epoch_size, max_records)
+    digests, num_samples, num_rows, num_tokens, num_trained = set(), 0, 0, 0, 0
+    for row, _ in stream.rows(end=num_read):
+        num_rows += 1
+        num_samples += len(row)
+        for sample in row:
+            num_tokens += len(sample)
+            num_trained += sample.num_trained
+            digests.add(_digest(sample))
+    stream.faults.judge(at_end=True)
+    if not num_rows:
+        raise DataError(f"none of the {num_read} records can be trained on; see the warnings above")
+    scale = epoch_size / num_read
+    return Survey(
+        epoch_size,
+        num_read,
+        num_samples,
+        round(num_rows * scale),
+        round(num_tokens * scale),
+        round(num_trained * scale),
+        stream.faults.total,
+        frozenset(digests),
+    )
+
+
+def _digest(sample: Sample) -> bytes:
+    return hashlib.blake2b(sample.content, digest_size=8).digest()
