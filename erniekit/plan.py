@@ -498,5 +498,5 @@ def _flops(config: ErnieConfig, run: Run, tokens: int) -> float:
         tower *= 1 if is_frozen else times
     if stage == "RM":
         return (forward - head) * times + tower
-    times += stage == "KTO" or (stage == "DPO" and run.preferences.loss_type == "kto_pair")
+    times += stage == "KTO" or (stage == "DPO" and run.preferences.loss.uses_baselines)
     return forward * times + head * (stage in ("DPO", "KTO") and not run.is_lora) + tower

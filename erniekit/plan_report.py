@@ -29,7 +29,6 @@ from erniekit.config.model import COMPUTE_TYPES
 from erniekit.launch import RECIPES
 from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.plan import GIB, Degrees, Plan, plan
-from erniekit.preference_losses import PREFERENCE_LOSSES
 
 log = logging.getLogger("erniekit")
 
@@ -124,7 +123,7 @@ def read_plannable(values: dict[str, Any], origin: str) -> tuple[Run, Degrees, l
     if run.parallel.sharding and here and degrees["sharding"] == 1:
         degrees["sharding"] = max(here // max(run.parallel.data_parallel_degree, 1), 1)
     p, read = run.preferences, {"DPO": "pair", "KTO": "answer, and one beside it,"}
-    is_free = p.reference_free or not PREFERENCE_LOSSES[p.loss_type].uses_reference
+    is_free = p.reference_free or not p.loss.uses_reference
     if run.model.stage in read and not is_free:
         notes.append(
             f"before the first step the reference model reads every {read[run.model.stage]} of the "

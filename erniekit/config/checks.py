@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ernie.quant.scheme import FROZEN
-from ernie.settings import ConfigError
+from ernie.settings import ConfigError, listed
 from erniekit.config.data import Data
-from erniekit.config.methods import PREFERENCE_KEYS, Preferences
+from erniekit.config.methods import PREFERENCE_KEYS, SMOOTHING, Preferences
 from erniekit.config.services import SINKS
 from erniekit.config.training import SCHEDULES
 
@@ -325,17 +325,17 @@ def _check_loss_type(p: Preferences) -> None:
             f"label_smoothing={p.label_smoothing:g} is no share of wrong labels; give 0, or less "
             "than 0.5"
         )
-    if p.label_smoothing and p.loss_type not in ("sigmoid", "simpo", "robust"):
+    if p.label_smoothing and not p.loss.smooths_labels:
         raise ConfigError(
             f"label_smoothing={p.label_smoothing:g} is not part of loss_type={p.loss_type}; leave "
-            "it out, or use sigmoid, simpo or robust"
+            f"it out, or use {listed(SMOOTHING)}"
         )
-    if p.loss_type == "orpo" and p.sft_loss_ratio not in (0, 1):
+    if p.loss.has_sft and p.sft_loss_ratio not in (0, 1):
         raise ConfigError(
-            f"sft_loss_ratio={p.sft_loss_ratio:g} contradicts loss_type=orpo, where it is 1; use "
-            "loss_type: or"
+            f"sft_loss_ratio={p.sft_loss_ratio:g} contradicts loss_type={p.loss_type}, where it is "
+            "1; use loss_type: or"
         )
-    if p.loss_type in ("simpo", "or", "orpo") and p.ref_model_update_steps > 0:
+    if not p.loss.uses_reference and p.ref_model_update_steps > 0:
         raise ConfigError(
             f"ref_model_update_steps={p.ref_model_update_steps} updates a reference that "
             f"loss_type={p.loss_type} does without; leave it out"
@@ -409,10 +409,9 @@ def _check_sources(data: Data, split: str, stage: str) -> None:
     known = _KINDS.get(stage, _DIALOGUES)
     for kind in kinds:
         if kind not in known and (paths or kind != "pretrain"):
-            *first, last = (kind for kind in known if kind != "chatml")
             raise ConfigError(
                 f"{split}_dataset_type={kind!r} is not known for stage {stage}; use "
-                f"{', '.join(first)} or {last}"
+                f"{listed(kind for kind in known if kind != 'chatml')}"
             )
     if stage != "PT" and (texts := [p for p in paths if p.removesuffix(".gz").endswith(".txt")]):
         raise ConfigError(f"{texts[0]} is plain text, which only stage PT reads; give .jsonl files")

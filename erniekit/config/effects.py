@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from erniekit.config.checks import ONE_LOSS_A_TOKEN
 from erniekit.config.data import Pictures
-from erniekit.config.methods import PREFERENCE_KEYS, Policy, Preferences
+from erniekit.config.methods import LOSS_TYPES, PREFERENCE_KEYS, Policy, Preferences
 from erniekit.config.model import PICTURED
 
 if TYPE_CHECKING:
@@ -34,6 +34,10 @@ def _uses(key: str) -> Callable[[Run], bool]:
     return lambda run: key in PREFERENCE_KEYS.get(run.model.stage, ())
 
 
+def _compares_with(loss_type: str) -> Callable[[Run], bool]:
+    return lambda run: run.preferences.loss_type == loss_type
+
+
 def _drops(run: Run) -> bool:
     o = run.optimisation
     return bool(o.hidden_dropout_prob or o.attention_probs_dropout_prob)
@@ -41,8 +45,7 @@ def _drops(run: Run) -> bool:
 
 ONLY_WHERE: tuple[tuple[Callable[[Run], bool], tuple[str, ...]], ...] = (
     *((_uses(key), (key,)) for key in _keys(Preferences)),
-    (lambda run: run.preferences.loss_type == "simpo", ("simpo_gamma",)),
-    (lambda run: run.preferences.loss_type == "dpop", ("dpop_lambda",)),
+    *((_compares_with(name), row.settings) for name, row in LOSS_TYPES.items()),
     (lambda run: run.model.stage in PICTURED, _keys(Pictures)),
     (_drops, ("dropout_warmup_steps",)),
     (lambda run: run.model.stage in ONE_LOSS_A_TOKEN, ("token_balance_loss",)),
