@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
 from ernie.settings import listed, option
@@ -81,19 +80,6 @@ class Preferences:
     @property
     def loss(self) -> LossType:
         return LOSS_TYPES[self.loss_type]
-
-
-# Keys of `Preferences` that a stage uses; the others are told to be without effect there.
-PREFERENCE_KEYS: dict[str, set[str]] = {
-    "DPO": {f.name for f in dataclasses.fields(Preferences)}
-    - {"desirable_weight", "undesirable_weight"},
-    "KTO": {
-        "beta", "reference_free", "ref_model_update_steps", "mask_out_eos_token",
-        "desirable_weight", "undesirable_weight",
-    },
-    "RM": {"max_prompt_len"},
-    "UPO": {"beta", "max_prompt_len", "mask_out_eos_token"},
-}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)

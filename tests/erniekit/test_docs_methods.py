@@ -14,7 +14,7 @@ from erniekit.build import _PARTS as PARTS
 from erniekit.config import run_from
 from erniekit.config.checks import FREEZE_WORDS
 from erniekit.config.methods import LOSS_TYPES
-from erniekit.launch import RECIPES
+from erniekit.config.stages import TRAINABLE
 
 ROOT = Path(__file__).parents[2]
 PAGES = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "rm": "RM", "vl": "VL-SFT", "upo": "UPO"}
@@ -56,7 +56,7 @@ def test_the_page_about_training_links_every_method() -> None:
         r"^\| (?:`([\w-]+)`|all) \| \[methods/(\w+)\.md\]\(methods/(\w+)\.md\)", text, re.M
     )
     assert {page for _, page, _ in rows} == {p.stem for p in (ROOT / "docs/methods").glob("*.md")}
-    assert {stage for stage, _, _ in rows} - {""} == {*RECIPES}
+    assert {stage for stage, _, _ in rows} - {""} == {*TRAINABLE}
     assert all(shown == linked for _, shown, linked in rows)
 
 
