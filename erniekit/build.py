@@ -74,7 +74,7 @@ def build_model(
         add_lora(model, lora_of(run), seed=run.training.seed)
     elif not run.is_lora:
         _choose_trained(model, run)
-    if run.model.stage == "RM":
+    if run.stage.has_reward_head:
         folder = weights_from or Path(run.model.model_name_or_path)
         put_head(model, folder, seed=run.training.seed)
     for router in model.modules():

@@ -88,7 +88,7 @@ def preference(
 
     `reference_P2` is `sequence_log_probs` of the reference model, zeros for none; `scale` is one
     over the number of pairs of the whole optimizer step, `sft_scale` one over that of the trained
-    tokens of its chosen answers, and `baseline_2` as in `PreferenceLoss`. A reward is beta times
+    tokens of its chosen answers, and `baseline_2` as in `FORMULAS`. A reward is beta times
     what the policy has gained on the reference. Of `parts`, `rewards_accuracy` is the share of
     pairs whose chosen answer has the larger reward, a tie counting one half. For the rest see
     `losses.next_token`.
@@ -99,7 +99,7 @@ def preference(
     )
     gain_P2 = gains(policy_P2, reference_P2, answer_lengths(batch), objective)
     given = (baseline_2,) if objective.row.uses_baselines else ()
-    compared = objective.row.of(gain_P2, objective, *given).sum() * scale
+    compared = objective.formula(gain_P2, objective, *given).sum() * scale
     value, parts = objective.preference_weight * compared, {}
     if objective.sft_weight:
         supervised = -policy_P2[:, 0].sum() * sft_scale

@@ -517,5 +517,5 @@ def load_adapter(model: ernie.ErnieModel, run: Run, folder: Path) -> None:
             f"the adapter in {folder} has {told}: give the same, or another output_dir"
         )
     lora_files.load_adapter(model, tensors, str(folder / lora_files.ADAPTER_FILE))
-    if run.model.stage == "RM" and has_head(folder):
+    if run.stage.has_reward_head and has_head(folder):
         fill_head(model, folder)
