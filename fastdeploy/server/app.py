@@ -134,8 +134,6 @@ class Service:
             return EventStream(reply.events(), answer)
         try:
             return JSONResponse(await while_connected(request.receive, reply.whole()))
-        except Disconnected:
-            return Response(status_code=499)  # nobody reads it
         finally:
             answer.close()
 
@@ -419,7 +417,8 @@ def _add_error_handlers(app: FastAPI, limits: Limits) -> None:
         return body(request, str(error), getattr(error, "status", 400), param)
 
     @app.exception_handler(ClientDisconnect)
-    async def gone(_: Request, error: ClientDisconnect) -> Response:
+    @app.exception_handler(Disconnected)
+    async def gone(_: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it
 
     @app.exception_handler(HTTPException)
