@@ -66,7 +66,7 @@ class Abort(Message):
 
 
 class Command(Message):
-    """Call a method of `worker.Commands`; `Done` answers with the same number."""
+    """Do one of `worker.COMMANDS`; `Done` answers with the same number."""
 
     number: int
     name: str

@@ -24,6 +24,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,19 @@ log = logging.getLogger("fastdeploy")
 BEAT_S = 0.5
 GRACE_S = 2.0  # from the end of the link to the end of a process that is inside a step
 PR_SET_PDEATHSIG = 1
+# Methods of the engine that the API process may call, with arguments and results that are plain.
+# `load_adapter` is a command beside them: a thread reads the files first.
+COMMANDS = frozenset(
+    {
+        "pause",
+        "resume",
+        "sleep",
+        "wake_up",
+        "reset_prefix_cache",
+        "update_weights",
+        "unload_adapter",
+    }
+)
 
 
 class Worker:
@@ -153,8 +167,10 @@ class Worker:
             case Command(name="load_adapter"):
                 work = partial(self._read_adapter, message)
                 threading.Thread(target=work, name="adapter", daemon=True).start()
+            case Command(name=name) if name in COMMANDS:
+                self._answer(message, getattr(self.engine, name))
             case Command():
-                self._answer(message, partial(getattr(Commands, message.name), self.engine))
+                raise AssertionError(f"{message.name!r} is not one of the commands")
             case partial():
                 message()
             case _:
@@ -183,7 +199,7 @@ class Worker:
                 engine.abort(request_id)
             self.link.send(Rejected(add.ids, Problem.of(error)))
 
-    def _answer(self, command: Command, do: partial[Any]) -> None:
+    def _answer(self, command: Command, do: Callable[..., Any]) -> None:
         """Call what a command names; errors of the user go back, others end the process."""
         value, problem = None, None
         try:
@@ -223,38 +239,6 @@ class Worker:
         began = self.step_began
         step_s = 0.0 if began is None else time.monotonic() - began
         self.link.send(Beat(step_s, self.loaded.engine.stats() if self.loaded else None))
-
-
-class Commands:
-    """What the API process may ask for by name, with arguments and results that are plain."""
-
-    @staticmethod
-    def pause(engine: Engine, mode: str) -> None:
-        engine.pause(mode)
-
-    @staticmethod
-    def resume(engine: Engine) -> None:
-        engine.resume()
-
-    @staticmethod
-    def sleep(engine: Engine, level: int) -> None:
-        engine.sleep(level)
-
-    @staticmethod
-    def wake_up(engine: Engine, source: str) -> None:
-        engine.wake_up(source)
-
-    @staticmethod
-    def reset_prefix_cache(engine: Engine) -> None:
-        engine.reset_prefix_cache()
-
-    @staticmethod
-    def update_weights(engine: Engine, source: str) -> None:
-        engine.update_weights(source)
-
-    @staticmethod
-    def unload_adapter(engine: Engine, name: str) -> None:
-        engine.unload_adapter(name)
 
 
 def _offer(engine: Engine, adapter: Slices, *, name: str, folder: str) -> None:

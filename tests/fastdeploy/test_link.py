@@ -36,6 +36,7 @@ from fastdeploy.server.link import (
     frame,
     length_of,
 )
+from fastdeploy.server.worker import Worker
 
 STATS = Stats(*range(len(Stats.__dataclass_fields__)))
 PARAMS = SamplingParams(
@@ -108,3 +109,9 @@ def test_an_integer_beyond_64_bits_is_the_users() -> None:
     add = Add(["1"], [5], SamplingParams(), 10**30, [], 0, None, None)
     with pytest.raises(RequestError, match="more than 64 bits"):
         frame(add)
+
+
+def test_a_method_that_is_no_command_is_not_called() -> None:
+    end, _ = socket.socketpair()
+    with end, pytest.raises(AssertionError, match="'stats' is not one of the commands"):
+        Worker(EngineEnd(end))._do(Command(1, "stats", {}))
