@@ -11,6 +11,7 @@ exist only with tensor_parallel_size above 1. Other calls may be made while a st
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -166,28 +167,7 @@ class LLM:
         for order, name in zip(orders, _loras_of(lora, len(orders))):
             order.adapter = None if name is None else self.engine.adapters.get(name)
             self.engine.check(order.prompt, params)
-        number = self.mail.open()
-        open_ids = {f"{number}-{position}" for position in range(len(orders))}
-        vector_by_id: dict[str, list[float]] = {}
-        try:
-            for position, order in enumerate(orders):
-                self.engine.add(
-                    f"{number}-{position}",
-                    order.prompt,
-                    params,
-                    cache_salt=order.cache_salt,
-                    adapter=order.adapter,
-                )
-            while open_ids:
-                for output in self.mail.of(number):
-                    if output.vector is not None:
-                        open_ids.remove(output.request_id)
-                        vector_by_id[output.request_id] = output.vector
-        finally:
-            self.mail.close(number)
-            for request_id in open_ids:
-                self.engine.abort(request_id)
-        vectors = [vector_by_id[f"{number}-{position}"] for position in range(len(orders))]
+        vectors = _Call(self, orders, [params] * len(orders)).vectors()
         return [shaped(vector, dimensions, normalize) for vector in vectors]
 
     def pause(self, mode: str = "abort") -> None:
@@ -329,7 +309,7 @@ class _Mail:
 
 
 class _Call:
-    """One call of `generate`: its samples in the engine, and the pieces that come out."""
+    """One call of `generate` or `embed`: its samples in the engine, and what comes out."""
 
     def __init__(self, llm: LLM, orders: list[_Order], params: list[SamplingParams]) -> None:
         self.llm, self.orders, self.params = llm, orders, params
@@ -337,25 +317,46 @@ class _Call:
         self.num_open = [one.num_samples for one in params]
 
     def pieces(self, show_progress: bool = False) -> Iterator[list[RequestOutput | None]]:
+        try:
+            with self._open() as number:
+                while self.samples:
+                    pieces: list[RequestOutput | None] = [None] * len(self.orders)
+                    for output in self.llm.mail.of(number):
+                        self._take(output, pieces)
+                    if show_progress:
+                        self._show_progress()
+                    if any(piece is not None for piece in pieces):
+                        yield pieces
+        finally:
+            if show_progress:
+                sys.stderr.write("\r\033[K")
+
+    def vectors(self) -> list[list[float]]:
+        """One for each prompt, in order."""
+        found: dict[int, list[float]] = {}
+        with self._open() as number:
+            while self.samples:
+                for output in self.llm.mail.of(number):
+                    if output.vector is not None:
+                        position, _ = self.samples.pop(output.request_id)
+                        found[position] = output.vector
+        return [found[position] for position in range(len(self.orders))]
+
+    @contextlib.contextmanager
+    def _open(self) -> Iterator[str]:
+        """The call's number in the mail, with its samples in the engine; what is left of them
+        is ended when the caller stops listening, or an error comes out of the engine.
+        """
         engine, mail = self.llm.engine, self.llm.mail
         number = mail.open()
         try:
             for position in range(len(self.orders)):
                 self._add(f"{number}-{position}", position)
-            while self.samples:
-                pieces: list[RequestOutput | None] = [None] * len(self.orders)
-                for output in mail.of(number):
-                    self._take(output, pieces)
-                if show_progress:
-                    self._show_progress()
-                if any(piece is not None for piece in pieces):
-                    yield pieces
-        finally:  # also when the caller stops listening, or an error comes out of the engine
+            yield number
+        finally:
             mail.close(number)
             for request_id in self.samples:
                 engine.abort(request_id)
-            if show_progress:
-                sys.stderr.write("\r\033[K")
 
     def _add(self, request_id: str, position: int) -> None:
         engine, tokenizer = self.llm.engine, self.llm.tokenizer
@@ -430,20 +431,27 @@ def _as_list(prompts: Any) -> Iterable[Prompt]:
     return prompts
 
 
+def _for_each(given: Any, num_prompts: int, what: str, param: str) -> list[Any]:
+    """One value for all prompts, or a list with one for each, as such a list."""
+    is_list = isinstance(given, Sequence) and not isinstance(given, (str, bytes))
+    values = list(given) if is_list else [given] * num_prompts
+    if len(values) != num_prompts:
+        raise RequestError(
+            f"{len(values)} {what} for {num_prompts} prompts; give one, or one for each",
+            param=param,
+        )
+    return values
+
+
 def _params_of(given: Any, num_prompts: int, stream: bool) -> list[SamplingParams]:
-    if given is None or isinstance(given, SamplingParams):
-        given = [given or SamplingParams()] * num_prompts
-    for params in given if isinstance(given, Sequence) else [given]:
+    given = SamplingParams() if given is None else given
+    listed = _for_each(given, num_prompts, "sampling_params", "sampling_params")
+    for params in listed:
         if not isinstance(params, SamplingParams):
             raise TypeError(
                 f"sampling_params takes a SamplingParams, or a list with one for each prompt, not "
                 f"{type(params).__name__}"
             )
-    if len(given) != num_prompts:
-        raise RequestError(
-            f"{len(given)} sampling_params for {num_prompts} prompts; give one, or one for each"
-        )
-    for params in given:
         if stream and params.prompt_logprobs is not None:
             raise RequestError("prompt_logprobs cannot be streamed; leave out one of the two")
         if stream and params.num_samples > params.n:
@@ -452,16 +460,11 @@ def _params_of(given: Any, num_prompts: int, stream: bool) -> list[SamplingParam
                 "the best is known at the end; leave out stream or best_of",
                 param="best_of",
             )
-    return list(given)
+    return listed
 
 
 def _loras_of(given: Any, num_prompts: int) -> list[str | None]:
-    names = list(given) if isinstance(given, (list, tuple)) else [given] * num_prompts
-    if len(names) != num_prompts:
-        raise RequestError(
-            f"{len(names)} names of adapters for {num_prompts} prompts; give one, or one for each",
-            param="lora",
-        )
+    names = _for_each(given, num_prompts, "names of adapters", "lora")
     for name in names:
         if name is not None and not isinstance(name, str):
             raise RequestError(f"lora={name!r} is not the name of an adapter", param="lora")
@@ -469,12 +472,7 @@ def _loras_of(given: Any, num_prompts: int) -> list[str | None]:
 
 
 def _priorities_of(given: Any, num_prompts: int) -> list[int]:
-    numbers = list(given) if isinstance(given, (list, tuple)) else [given] * num_prompts
-    if len(numbers) != num_prompts:
-        raise RequestError(
-            f"{len(numbers)} priorities for {num_prompts} prompts; give one, or one for each",
-            param="priority",
-        )
+    numbers = _for_each(given, num_prompts, "priorities", "priority")
     for number in numbers:
         if isinstance(number, bool) or not isinstance(number, int):
             raise RequestError(
