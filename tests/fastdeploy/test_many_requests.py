@@ -15,7 +15,7 @@ from torch import Tensor
 from ernie.model import ErnieModel
 from ernie.models import TINY
 from fastdeploy.config import EngineConfig
-from fastdeploy.engine.core import Engine
+from fastdeploy.engine.loading import make_engine
 from fastdeploy.engine.scheduler import Schedule
 from fastdeploy.engine.thinking import ThinkTags
 from fastdeploy.sampling import SamplingParams
@@ -96,7 +96,7 @@ def test_every_request_ends_once_and_no_block_is_left(
     options = options | {"max_num_seqs": 12, "max_num_batched_tokens": 48, "enable_logprob": True}
     config = EngineConfig(model="random", max_model_len=64, speculative_config=drafts, **options)
     config = config.resolved(max_positions=64, device_type="cpu")
-    engine = Engine(ErnieModel(TINY["tiny-dense"]), config, think_tags=TAGS)
+    engine = make_engine(ErnieModel(TINY["tiny-dense"]), config, think_tags=TAGS)
     engine.runner = runner = RandomRunner()
     rng, steps, num_outputs = random.Random(0), 0, 0
     answers: dict[str, list[int]] = {}
