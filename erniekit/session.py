@@ -10,81 +10,43 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-import ernie
 from ernie.kernels import report
 from ernie.moe.router import Router
 from ernie.settings import ConfigError
-from erniekit import checkpoint, debug, lora_files, losses, metrics, snapshot
+from erniekit import checkpoint, debug, metrics, snapshot
 from erniekit.average import Average
-from erniekit.build import build_model, lora_of, num_groups, trained_parameters
+from erniekit.build import build_model, load_adapter, num_groups, trained_parameters
 from erniekit.config import Parallel, Run, changed, effects
 from erniekit.data.batch import Batch
 from erniekit.data.prefetch import prefetched
 from erniekit.data.stream import Stream
 from erniekit.dropout import add_dropout
+from erniekit.evaluate import eval_batches
 from erniekit.loop import Orthogonal, Parts, Progress, TooManySkipped, TrainingError, train
+from erniekit.method import Method
 from erniekit.optim import AVERAGE, OPTIMIZERS, treatments
 from erniekit.parallel.forms import form_of
 from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.plan_report import record_error
 from erniekit.report.reporter import Reporter
-from erniekit.reward_model import fill_head, has_head
 from erniekit.saver import Saver
 from erniekit.signals import CaughtSignals
-
-if TYPE_CHECKING:
-    from erniekit.reference import References
 
 log = logging.getLogger("erniekit")
 
 # A file of this name in output_dir asks for a checkpoint after the step; it is then removed.
 REQUEST_FILE = "SAVE"
-
-
-class BatchSource(Protocol):
-    """Where batches come from that are made by the model as it is, instead of read from files.
-
-    `tensors` are the batches that are left at this moment, for a checkpoint.
-    """
-
-    def batches(
-        self, model: ernie.ErnieModel, progress: Progress, num_steps: int
-    ) -> Generator[Batch, None, None]: ...
-
-    def tensors(self) -> dict[str, Tensor]: ...
-
-    def load(self, tensors: Mapping[str, Tensor]) -> None: ...
-
-
-@dataclass(frozen=True)
-class Method:
-    """What one kind of training has of its own; `prepare` gets every batch that will be used, to be
-    looked at before the model is built.
-
-    `loss(model, batch, scale=, share=, gradients=, **measured)`, where `measure(model, window,
-    ranks)` gives what the loss must know of all batches of a step before the first of them;
-    `evaluate(model, batches, ranks=)` gives numbers for `metrics.eval_line`. A `reference` that
-    moves along is told when to.
-    """
-
-    loss: Callable[..., losses.Loss]
-    evaluate: Callable[..., dict[str, float]]
-    prepare: Callable[[Iterable[Batch]], None] = lambda batches: None
-    measure: Callable[..., dict[str, Any]] = lambda model, window, ranks: {}
-    reference: References | None = None
-    source: BatchSource | None = None  # in the place of the training stream's own batches
-    metric: str = "eval_loss"  # by which the best checkpoint is best
 
 
 @dataclass
@@ -266,26 +228,25 @@ class Session:
 
     def _parts(self) -> Parts:
         run, model = self.run, self.run.model
-        full = not run.is_lora
         gradients = self.gradients if self.form.straight_into_sums else None
         loss = partial(self.method.loss, gradients=gradients)
         return Parts(
-            self.model,
-            loss,
-            self.optimizer,
-            self.gradients,
-            run.optimisation,
-            self.num_steps,
-            run.training.gradient_accumulation_steps,
-            self.train_stream.epoch_size,
-            run.training,
-            model.moe_use_aux_free_update_coef if full else 0.0,
-            self._orthogonal(),
-            self.ranks,
-            partial(self.form.after_update, self.trained),
-            self.average,
-            self._measured,
-            self.dropout,
+            model=self.model,
+            loss=loss,
+            optimizer=self.optimizer,
+            gradients=self.gradients,
+            optimisation=run.optimisation,
+            num_steps=self.num_steps,
+            batches_per_step=run.training.gradient_accumulation_steps,
+            epoch_size=self.train_stream.epoch_size,
+            training=run.training,
+            bias_step=0.0 if run.is_lora else model.moe_use_aux_free_update_coef,
+            orthogonal=self._orthogonal(),
+            ranks=self.ranks,
+            after_update=partial(self.form.after_update, self.trained),
+            average=self.average,
+            measure=self._measured,
+            dropout=self.dropout,
         )
 
     def _measured(self, window: list[Batch]) -> dict[str, Any]:
@@ -303,13 +264,8 @@ class Session:
         again = self.train_stream.again()
         yield from islice(again.batches(training.batch_size, self.progress.cursor), count)
         if self.eval_every:
-            yield from self._eval_batches()
-
-    def _eval_batches(self) -> Iterator[Batch]:
-        assert self.eval_stream is not None
-        limit = self.run.training.max_evaluate_steps
-        size, end = self.run.training.batch_size, self.eval_stream.epoch_size
-        return islice(self.eval_stream.batches(size, end=end), limit if limit > 0 else None)
+            assert self.eval_stream is not None
+            yield from eval_batches(self.run, self.eval_stream)
 
     def _orthogonal(self) -> Orthogonal | None:
         """The decoupled update of routers, where it is wanted."""
@@ -348,7 +304,9 @@ class Session:
         return self.is_stopped
 
     def _evaluated(self, step: int) -> dict[str, float]:
-        values = self.method.evaluate(self.model, self._eval_batches(), ranks=self.ranks)
+        assert self.eval_stream is not None
+        batches = eval_batches(self.run, self.eval_stream)
+        values = self.method.evaluate(self.model, batches, ranks=self.ranks)
         log.info("%s", metrics.eval_line(values, step))
         if self.metric not in values:
             raise ConfigError(
@@ -495,27 +453,3 @@ def _compare_settings(
     if changed:
         told = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in changed)
         log.warning("settings differ from those of the checkpoint: %s", told)
-
-
-def load_adapter(model: ernie.ErnieModel, run: Run, folder: Path) -> None:
-    """The trained parts of a model from a checkpoint, or from any adapter of the run's form."""
-    saved, tensors = lora_files.read_adapter(folder, model.config)
-    wanted = lora_of(run)
-    if saved != wanted:
-        told = ", ".join(
-            f"{key} {getattr(saved, name)} (this run: {getattr(wanted, name)})"
-            for key, name in (
-                ("lora_rank", "rank"),
-                ("lora_alpha", "alpha"),
-                ("rslora", "is_rank_stabilised"),
-                ("use_dora", "has_magnitude"),
-                ("pissa", "is_principal"),
-            )
-            if getattr(saved, name) != getattr(wanted, name)
-        )
-        raise ConfigError(
-            f"the adapter in {folder} has {told}: give the same, or another output_dir"
-        )
-    lora_files.load_adapter(model, tensors, str(folder / lora_files.ADAPTER_FILE))
-    if run.model.stage == "RM" and has_head(folder):
-        fill_head(model, folder)

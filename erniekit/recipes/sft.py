@@ -28,10 +28,11 @@ from erniekit.config import Run, changed, resolved, to_yaml
 from erniekit.data.batch import Batch
 from erniekit.data.stream import Stream, stream
 from erniekit.data.survey import Survey, survey
-from erniekit.evaluate import evaluate
+from erniekit.evaluate import eval_batches, evaluate
 from erniekit.loop import Progress
+from erniekit.method import Method
 from erniekit.parallel.ranks import ALONE, Ranks
-from erniekit.session import Method, Session
+from erniekit.session import Session
 
 log = logging.getLogger("erniekit")
 
@@ -125,13 +126,6 @@ def _batches_of(
     yield from islice(train_stream.batches(size, progress.cursor), max(num_left, 0))
     if eval_stream is not None and run.training.evaluation_strategy != "no":
         yield from eval_batches(run, eval_stream)
-
-
-def eval_batches(run: Run, eval_stream: Stream) -> Iterator[Batch]:
-    """The batches of an evaluation."""
-    limit = run.training.max_evaluate_steps
-    batches = eval_stream.batches(run.training.batch_size, end=eval_stream.epoch_size)
-    return islice(batches, limit if limit > 0 else None)
 
 
 def _streams(run: Run) -> tuple[Stream, Stream | None]:
