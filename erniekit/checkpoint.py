@@ -7,6 +7,7 @@
         trainer_state.json                          step, place in the data, counts, random state
         complete.json                               size and CRC-32 of each file above
     output_dir/best.json                            which checkpoint had the best evaluation
+    output_dir/abandoned-checkpoint-120/            of a run that has gone back behind it
 
 A save is written to `checkpoint-120.partial`, every file and the folder are flushed to the disk,
 and only then it is renamed; a removal goes the other way: a folder with the final name is whole.
@@ -251,6 +252,32 @@ def remove_all(output: Path) -> None:
     for _, folder in checkpoints(output):
         _remove(folder)
     (output / BEST_FILE).unlink(missing_ok=True)
+
+
+def set_aside(output: Path, step: int) -> None:
+    """Rename the checkpoints of later steps: a run that goes on from `step` has no part in them.
+
+    Under their new names they are neither resumed nor counted, and never removed.
+    """
+    later = [folder for number, folder in checkpoints(output) if number > step]
+    for folder in later:
+        name, count = f"abandoned-{folder.name}", 1
+        while (output / name).exists():
+            count += 1
+            name = f"abandoned-{folder.name}.{count}"
+        folder.rename(output / name)
+    if not later:
+        return
+    with contextlib.suppress(ConfigError):
+        best = _best_by_pointer(output)
+        if best is not None and not best.is_dir():  # the next save finds the best of the others
+            (output / BEST_FILE).unlink()
+    _flush(output)
+    log.warning(
+        "going on from step %d: the later checkpoints of %s (%s) are set aside as abandoned-*; "
+        "remove them when they are not wanted",
+        step, output, ", ".join(folder.name for folder in later),
+    )  # fmt: skip
 
 
 def prune(output: Path, limit: int | None, kept: Path | None = None) -> None:

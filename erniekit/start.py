@@ -1,7 +1,7 @@
 """The start of a run: from its settings and streams to a `Session`, at step 0 or where it was left.
 
 Resuming is part of it: weights, optimizer state, place in the data and random state come from the
-checkpoint, and records of steps after it are dropped.
+checkpoint; later checkpoints are set aside, and records of later steps are dropped.
 """
 
 from __future__ import annotations
@@ -68,6 +68,8 @@ def started(
     average = Average(optimizer, decay) if decay else None
     if resumed and average is not None:
         snapshot.fill_average(average, run, form, parameters, resumed)
+    if ranks.is_first:
+        _take_over(run, resumed, progress.step)
     reporter = Reporter(
         run,
         model,
@@ -98,6 +100,14 @@ def started(
     )
     _tell(session)
     return session
+
+
+def _take_over(run: Run, resumed: Path | None, step: int) -> None:
+    """Make the output folder that of this start, now that everything it needs is built: what other
+    starts have made of later steps goes out of its way.
+    """
+    is_here = resumed is not None and resumed.resolve().parent == run.output.resolve()
+    checkpoint.set_aside(run.output, step if is_here else 0)
 
 
 def _model(

@@ -132,3 +132,33 @@ def test_resumed_at_7_and_13_equals_unbroken(
     )
     for key in ("rng", "progress", "num_updates"):
         assert ours[key] == theirs[key], key
+
+
+def test_going_back_sets_later_checkpoints_aside(tiny, data: Path, tmp_path: Path, capsys) -> None:
+    more = {"max_steps": 8, "save_steps": 2, "eval_steps": 2, "num_answers": 0}
+    assert main(words(tiny("tiny-dense"), data, tmp_path, **more)) == 0
+    capsys.readouterr()
+    back = more | {"save_steps": 1, "save_total_limit": 2, "learning_rate": 1e-3}
+    back["resume_from_checkpoint"] = tmp_path / "checkpoint-2"
+    assert main(words(tiny("tiny-dense"), data, tmp_path, **back, stop_after_step=5)) == 0
+    told = capsys.readouterr().out
+    assert told.count("are set aside") == 1
+    assert "(checkpoint-4, checkpoint-6, checkpoint-8)" in told
+    steps = [step for step, _ in checkpoint.checkpoints(tmp_path)]
+    assert steps[-1] == 5 and max(steps[:-1]) < 5, steps
+    assert json.loads((tmp_path / "best.json").read_text())["checkpoint"] in (
+        f"checkpoint-{step}" for step in steps
+    )
+    for step in (4, 6, 8):
+        assert not checkpoint.what_is_wrong(tmp_path / f"abandoned-checkpoint-{step}")
+    assert [row[0] for row in curve(tmp_path)] == list(range(6))
+
+    del back["resume_from_checkpoint"]
+    assert main(words(tiny("tiny-dense"), data, tmp_path, **back)) == 0
+    assert f"resuming from {tmp_path}/checkpoint-5" in capsys.readouterr().out
+    assert [row[0] for row in curve(tmp_path)] == list(range(9))
+
+    # Once more: what was set aside before stays beside it.
+    back["resume_from_checkpoint"] = checkpoint.checkpoints(tmp_path)[0][1]
+    assert main(words(tiny("tiny-dense"), data, tmp_path, **back)) == 0
+    assert (tmp_path / "abandoned-checkpoint-8.2").is_dir()
