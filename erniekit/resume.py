@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import logging
 import math
@@ -83,7 +84,9 @@ def verify(output: Path, steps: int | None = None, start: Path | None = None) ->
         begin, start = _start(output, records, start)
         later = [(step, folder) for step, folder in checkpoint.checkpoints(output) if step > begin]
         end = begin + steps if steps else later[0][0] if later else max(records)
-        later = [(step, folder) for step, folder in later if step <= end]
+        alike = _before_a_change(later)
+        end = min(end, alike[-1][0]) if len(alike) < len(later) else end
+        later = [(step, folder) for step, folder in alike if step <= end]
         end = min(end, max(max(records), *(step for step, _ in later), begin))
         wanted = {step: record for step, record in records.items() if begin < step <= end}
         folders = dict(later)
@@ -107,8 +110,19 @@ def verify(output: Path, steps: int | None = None, start: Path | None = None) ->
 def _records(output: Path) -> dict[int, dict[str, Any]]:
     path = output / METRICS_FILE
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    found = [json.loads(line) for line in lines if line.endswith("}")]
-    return {record["step"]: record for record in found if record["step"]}
+    found = {}
+    for number, line in enumerate(lines, 1):
+        if not line.endswith("}"):
+            continue  # the process was killed while it wrote
+        try:
+            record = json.loads(line)
+            found[int(record["step"])] = record
+        except (ValueError, KeyError, TypeError):
+            raise ConfigError(
+                f"line {number} of {path} is damaged, so that there is no verdict; bring the file "
+                "back, or take the line out to leave its step out of the comparison"
+            ) from None
+    return {step: record for step, record in found.items() if step}
 
 
 def _start(
@@ -127,6 +141,24 @@ def _start(
         f"no step after {wanted or 'a checkpoint of ' + str(output)} was recorded, so there is "
         "nothing to compare with; name an earlier one: checkpoint=FOLDER"
     )
+
+
+def _before_a_change(later: list[tuple[int, Path]]) -> list[tuple[int, Path]]:
+    """The checkpoints up to the first by other settings: one run cannot repeat what follows."""
+    made = [_made_by(folder) for _, folder in later]
+    return [pair for pair, _ in itertools.takewhile(lambda p: p[1] == made[0], zip(later, made))]
+
+
+def _made_by(folder: Path) -> Any:
+    """Steps of the whole run and the settings that decide its numbers; None where damaged."""
+    from erniekit.start import HARMLESS
+
+    try:
+        state = _state(folder)
+        kept = {k: v for k, v in state["settings"].items() if k not in HARMLESS}
+        return state["num_steps"], kept
+    except (OSError, ValueError, KeyError):
+        return None  # told where the checkpoint is compared
 
 
 def _damage(folders: list[Path]) -> str:
@@ -151,7 +183,7 @@ def _replayed(
         shutil.rmtree(left)
     hidden = Path(tempfile.mkdtemp(prefix=".replay-", dir=output))
     try:
-        run = _replay(_settings(output, start, folders), start, hidden, end)
+        run = _replay(_settings(output, folders), start, hidden, end)
         launch.run_training(run)
         again = _records(hidden)
         if (last := max(again, default=0)) < max(records):
@@ -168,11 +200,12 @@ def _replayed(
         shutil.rmtree(hidden)
 
 
-def _settings(output: Path, start: Path, folders: dict[int, Path]) -> dict[str, Any]:
-    """Those by which the steps after `start` were made: of the next checkpoint, or the run's."""
+def _settings(output: Path, folders: dict[int, Path]) -> dict[str, Any]:
+    """Those by which the steps after the start were made: of the next checkpoint, or the run's."""
     if not folders:
         return read_yaml(output / "run.yaml")
-    return _state(folders[min(folders)])["settings"]
+    state = _state(folders[min(folders)])
+    return state["settings"] | {"max_steps": state["num_steps"]}
 
 
 def _state(folder: Path) -> dict[str, Any]:
@@ -186,7 +219,6 @@ def _replay(settings: dict[str, Any], start: Path, hidden: Path, end: int) -> Ru
             "output_dir": str(hidden),
             "overwrite_output_dir": False,
             "resume_from_checkpoint": str(start),
-            "max_steps": _state(start)["num_steps"],
             "stop_after_step": end,
             "evaluation_strategy": "no",
             "load_best_model_at_end": False,

@@ -166,3 +166,32 @@ def test_resume_goes_on_by_run_yaml_wherever_the_folder_is(copied: Path, capsys)
     assert main(["resume", str(copied), "max_steps=10"]) == 0
     assert [row[0] for row in curve(copied)] == list(range(11))
     assert f"resuming from {copied}/checkpoint-8" in capsys.readouterr().out
+
+
+def test_a_run_that_was_made_longer_is_certified(tiny, data: Path, tmp_path: Path, capsys) -> None:
+    more = {"save_steps": 2, "evaluation_strategy": "no", "num_answers": 0}
+    output = tmp_path / "after-its-end"
+    assert main(words(tiny("tiny-dense"), data, output, max_steps=4, **more)) == 0
+    assert main(["resume", str(output), "max_steps=6"]) == 0
+    assert main(["resume", "--verify", str(output)]) == 0
+    assert "reproduced: steps 5 to 6" in capsys.readouterr().out
+    # A start from before the change is compared as far as the settings go.
+    first = f"checkpoint={output}/checkpoint-2"
+    assert main(["resume", "--verify", str(output), "steps=4", first]) == 0
+    assert certificate(output, 2)["compared"]["records"] == [3, 4]
+
+    output = tmp_path / "on-its-way"
+    start = words(tiny("tiny-dense"), data, output, max_steps=6, stop_after_step=2, **more)
+    assert main(start) == 0
+    assert main(["resume", str(output), "max_steps=8"]) == 0
+    first = f"checkpoint={output}/checkpoint-2"
+    assert main(["resume", "--verify", str(output), first]) == 0
+
+
+def test_a_damaged_record_is_a_sentence(copied: Path, capsys) -> None:
+    path = copied / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:-1], lines[-1].replace(":", "", 1)]) + "\n")
+    assert main(["resume", "--verify", str(copied)]) == 2
+    told = capsys.readouterr().err
+    assert f"line {len(lines)} of {path} is damaged" in told and told.count("\n") == 1
