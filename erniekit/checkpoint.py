@@ -27,7 +27,7 @@ import os
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,13 @@ STATE_FILE = "trainer_state.json"
 AVERAGE_FOLDER = "ema"
 BEST_FILE = "best.json"
 _MARKER = "complete.json"
+# In the folder of a run, what is made of its last weights.
+_RESULTS = (AVERAGE_FOLDER, "export", "split_export")
+_MODEL_FILES = (
+    "config.json", "adapter_config.json", "model*.safetensors", "model.safetensors.index.json",
+    "adapter_model.safetensors", "reward_head/model.safetensors", "generation_config.json",
+    "chat_template.jinja", "training_template.json",
+)  # fmt: skip
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -66,13 +73,17 @@ def newest_good(output: Path) -> Path | None:
     return None
 
 
+# What a run keeps from its first step to its last.
+_KEPT_SETTINGS = ("stage", "model_name_or_path", "fine_tuning")
+
+
 def to_resume(
-    output: Path, wanted: str | None, fine_tuning: str
+    output: Path, wanted: str | None, settings: Mapping[str, Any]
 ) -> tuple[Path | None, dict[str, Any]]:
     """The checkpoint to go on from and its trainer_state.json; None and {} to start anew.
 
-    `wanted` names one instead of the newest. Raises ConfigError when that is damaged, or when the
-    checkpoint is of the other kind of `fine_tuning`.
+    `wanted` names one instead of the newest, `settings` are those of the run that goes on. Raises
+    ConfigError when that is damaged, or of a run of another stage, base model or `fine_tuning`.
     """
     folder = Path(wanted) if wanted else newest_good(output)
     if wanted and (damage := what_is_wrong(Path(wanted))):
@@ -81,11 +92,14 @@ def to_resume(
         return None, {}
     log.info("resuming from %s", folder)
     state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
-    if (before := state["settings"]["fine_tuning"]) != fine_tuning:
-        raise ConfigError(
-            f"{folder} is of a run with fine_tuning={before}, this one has "
-            f"{fine_tuning}; give another output_dir, or overwrite_output_dir=true"
-        )
+    for key in _KEPT_SETTINGS:
+        before, now = state["settings"].get(key, settings[key]), settings[key]
+        is_path = key == "model_name_or_path"
+        if before != now and not (is_path and Path(before).resolve() == Path(now).resolve()):
+            raise ConfigError(
+                f"{folder} is of a run with {key}={before}, this one has {now}; give another "
+                "output_dir, or overwrite_output_dir=true"
+            )
     return folder, state
 
 
@@ -248,10 +262,36 @@ def replace_text(path: Path, text: str) -> None:
         raise
 
 
+def replaced(output: Path) -> list[Path]:
+    """Folders of models that a run removes or writes anew in the course of time."""
+    made = [output / name for name in _RESULTS]
+    return [output, *made, *(folder for _, folder in checkpoints(output))]
+
+
 def remove_all(output: Path) -> None:
     for _, folder in checkpoints(output):
         _remove(folder)
     (output / BEST_FILE).unlink(missing_ok=True)
+
+
+def remove_results(output: Path) -> None:
+    """Remove the final model, and what was made of it: they would be taken for those of the run
+    that goes on.
+    """
+    found = [output / name for name in _RESULTS if (output / name).exists()]
+    if has_model(output) or found:
+        told = ["the final model"] * has_model(output) + [f"{path.name}/" for path in found]
+        log.info("removed from %s, as training goes on: %s", output, ", ".join(told))
+    remove_model(output)
+    for path in found:
+        shutil.rmtree(path)
+
+
+def remove_model(folder: Path) -> None:
+    """Remove the model or adapter that lies in a folder itself, what makes it one first."""
+    for pattern in _MODEL_FILES:
+        for path in folder.glob(pattern):
+            path.unlink()
 
 
 def set_aside(output: Path, step: int) -> None:

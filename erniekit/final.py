@@ -27,6 +27,7 @@ def finish(session: Session) -> int:
     weights = snapshot.part(tensors, snapshot.WEIGHTS)
     if not session.ranks.is_first:
         return 0
+    checkpoint.remove_model(output)  # a model and an adapter would lie beside each other
     snapshot.write_model(run, session.model, encoder, weights, output, rounded=True)
     if session.average is not None:
         weights |= snapshot.part(tensors, snapshot.AVERAGE)

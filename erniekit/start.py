@@ -22,7 +22,7 @@ from ernie.moe.router import Router
 from erniekit import checkpoint, snapshot
 from erniekit.average import Average
 from erniekit.build import build_model, load_adapter, trained_parameters
-from erniekit.config import Parallel, Run, changed, effects
+from erniekit.config import Parallel, Run, changed, effects, to_yaml
 from erniekit.data.stream import Stream
 from erniekit.dropout import Dropout, add_dropout
 from erniekit.loop import Progress
@@ -69,7 +69,7 @@ def started(
     if resumed and average is not None:
         snapshot.fill_average(average, run, form, parameters, resumed)
     if ranks.is_first:
-        _take_over(run, resumed, progress.step)
+        _take_over(run, resumed, progress.step, num_steps)
     reporter = Reporter(
         run,
         model,
@@ -102,12 +102,17 @@ def started(
     return session
 
 
-def _take_over(run: Run, resumed: Path | None, step: int) -> None:
+def _take_over(run: Run, resumed: Path | None, step: int, num_steps: int) -> None:
     """Make the output folder that of this start, now that everything it needs is built: what other
     starts have made of later steps goes out of its way.
     """
+    if run.training.overwrite_output_dir:
+        checkpoint.remove_all(run.output)
     is_here = resumed is not None and resumed.resolve().parent == run.output.resolve()
     checkpoint.set_aside(run.output, step if is_here else 0)
+    if step < min(num_steps, run.training.stop_after_step or num_steps):
+        checkpoint.remove_results(run.output)
+    checkpoint.replace_text(run.output / "run.yaml", to_yaml(run))
 
 
 def _model(
@@ -192,7 +197,7 @@ def _tell(session: Session) -> None:
 
 
 # Changing these between two starts changes nothing that has been computed.
-_HARMLESS = {
+HARMLESS = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_steps", "stop_after_step",
     "logging_steps", "save_steps", "save_strategy", "save_total_limit", "use_async_save",
     "load_best_model_at_end", "use_checkpoint", "report_to", "logging_dir", "disable_tqdm",
@@ -200,7 +205,7 @@ _HARMLESS = {
 }  # fmt: skip
 
 
-_HARMLESS |= {field.name for field in dataclasses.fields(Parallel)}
+HARMLESS |= {field.name for field in dataclasses.fields(Parallel)}
 
 
 def _compare_settings(
@@ -222,7 +227,7 @@ def _compare_settings(
                 "times as many rows", ranks_before, steps, before[steps], ranks_now, now[steps],
                 rows_now / rows_before,
             )  # fmt: skip
-    changed = [k for k in now if k not in _HARMLESS and now[k] != before.get(k, now[k])]
+    changed = [k for k in now if k not in HARMLESS and now[k] != before.get(k, now[k])]
     if changed:
         told = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in changed)
         log.warning("settings differ from those of the checkpoint: %s", told)

@@ -24,7 +24,7 @@ from ernie.model import ErnieModel
 from ernie.settings import ConfigError
 from erniekit import checkpoint, losses, memory
 from erniekit.build import num_groups
-from erniekit.config import Run, changed, resolved, to_yaml
+from erniekit.config import Run, changed, resolved
 from erniekit.data.batch import Batch
 from erniekit.data.stream import Stream, stream
 from erniekit.data.survey import Survey, survey
@@ -81,8 +81,6 @@ def train(run: Run, device: str, method: Method, ranks: Ranks) -> int:
         train_stream, eval_stream = _streams(run)
         found = _num_steps(run, train_stream, eval_stream, state, ranks) if ranks.is_first else 0
         num_steps = ranks.told(found)
-        if ranks.is_first:
-            checkpoint.replace_text(run.output / "run.yaml", to_yaml(run))
         log.info("settings that are not defaults (all are in %s/run.yaml):", run.output)
         log.info("%s", "\n".join(f"  {k}: {v}" for k, v in changed(run).items()))
         method.prepare(_batches_of(run, num_steps, state, train_stream, eval_stream, ranks))
@@ -98,16 +96,30 @@ def _where_to_go_on(run: Run, ranks: Ranks) -> tuple[Path | None, dict[str, Any]
     folder: Path | None = None
     state: dict[str, Any] = {}
     if ranks.is_first:
-        if run.training.overwrite_output_dir:
-            checkpoint.remove_all(run.output)
         checkpoint.prune(run.output, None)
-        folder, state = checkpoint.to_resume(
-            run.output, run.training.resume_from_checkpoint, run.model.fine_tuning
-        )
+        _refuse_removal(run)
+        wanted = run.training.resume_from_checkpoint
+        if wanted or not run.training.overwrite_output_dir:
+            folder, state = checkpoint.to_resume(run.output, wanted, run.flat())
     if ranks.size > 1:
         name, state = ranks.told([str(folder or ""), state])
         folder = Path(name) if name else None
     return folder, state
+
+
+def _refuse_removal(run: Run) -> None:
+    """Raises ConfigError where training would remove what it begins with."""
+    training, model = run.training, run.model
+    given = {"model_name_or_path": model.model_name_or_path, "lora_path": model.lora_path}
+    if training.overwrite_output_dir:
+        given["resume_from_checkpoint"] = training.resume_from_checkpoint
+    removed = {path.resolve() for path in checkpoint.replaced(run.output)}
+    for key, value in given.items():
+        if value and Path(value).resolve() in removed:
+            raise ConfigError(
+                f"{key}={value} is what training into output_dir={run.output} replaces; give "
+                "another output_dir"
+            )
 
 
 def _batches_of(

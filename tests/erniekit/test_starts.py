@@ -1,0 +1,94 @@
+"""What a start does with the folder that it finds: nothing is lost by a mistake, nothing stale is
+taken for what the run has made.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ernie.settings import ConfigError
+from erniekit import checkpoint, lora_files, serve
+from erniekit.cli import main
+from erniekit.config import run_from
+from tests.erniekit.conftest import preferences, write_lines
+from tests.erniekit.test_resume import curve, words
+
+
+def short(model: Path, data: Path, output: Path, **more: object) -> list[str]:
+    """Words of a run of four steps, a checkpoint every two."""
+    values = {"max_steps": 4, "save_steps": 2, "evaluation_strategy": "no", "num_answers": 0}
+    return words(model, data, output, **(values | {"learning_rate": 1e-3} | more))
+
+
+def test_a_mistake_with_overwrite_loses_nothing(tiny, data: Path, tmp_path: Path, capsys) -> None:
+    model = tiny("tiny-dense")
+    assert main(short(model, data, tmp_path, fine_tuning="Full")) == 0
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")}
+    run_yaml = (tmp_path / "run.yaml").read_text()
+    for key in ("train_dataset_path", "model_name_or_path"):
+        wrong = {key: tmp_path / "nothing", "overwrite_output_dir": True, "fine_tuning": "Full"}
+        assert main(short(model, data, tmp_path, **wrong)) == 2
+    wrong = {"lora_path": tmp_path / "nothing", "overwrite_output_dir": True}
+    assert main(short(model, data, tmp_path, **wrong)) == 2  # when all else is built
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.safetensors")} == before
+    assert (tmp_path / "run.yaml").read_text() == run_yaml
+    assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [2, 4]
+
+    capsys.readouterr()
+    for key in ("model_name_or_path", "resume_from_checkpoint"):
+        for folder in (tmp_path, tmp_path / "checkpoint-4"):
+            wrong = {"overwrite_output_dir": True, key: folder}
+            assert main(short(model, data, tmp_path, **wrong)) == 2
+            assert f"{key}={folder} is what training into output_dir" in capsys.readouterr().err
+    assert checkpoint.has_model(tmp_path)
+
+
+def test_a_start_that_goes_on_leaves_no_stale_model(
+    tiny, data: Path, tmp_path: Path, capsys
+) -> None:
+    model, base = tiny("tiny-dense"), f"model_name_or_path={tiny('tiny-dense')}"
+    assert main(short(model, data, tmp_path, ema_decay=0.9)) == 0
+    assert main(["export", base, f"output_dir={tmp_path}"]) == 0
+    run = run_from({"output_dir": str(tmp_path)})
+    assert serve.served_model(run) == str(tmp_path / "export")
+
+    assert main(short(model, data, tmp_path, ema_decay=0.9)) == 0  # all is done: all stays
+    assert (tmp_path / "export/config.json").is_file() and (tmp_path / "ema").is_dir()
+    again = short(model, data, tmp_path, max_steps=8, stop_after_step=6)
+    capsys.readouterr()
+    assert main(again) == 0
+    assert "the final model, ema/, export/" in capsys.readouterr().out
+    assert checkpoint.chosen(tmp_path, None) == tmp_path / "checkpoint-6"
+    assert main(short(model, data, tmp_path, max_steps=8)) == 0
+    with pytest.raises(ConfigError, match="holds a LoRA adapter"):
+        serve.served_model(run)
+
+    full = {"fine_tuning": "Full", "overwrite_output_dir": True}
+    assert main(short(model, data, tmp_path, **full, stop_after_step=2)) == 0
+    assert checkpoint.chosen(tmp_path, None) == tmp_path / "checkpoint-2"
+    assert main(short(model, data, tmp_path, **full)) == 0
+    assert not (tmp_path / lora_files.ADAPTER_CONFIG).exists()
+    assert serve.served_model(run) == str(tmp_path)
+    assert main(short(model, data, tmp_path, overwrite_output_dir=True)) == 0
+    assert not (tmp_path / "config.json").exists() and not list(tmp_path.glob("model*"))
+
+
+def test_another_stage_or_base_does_not_go_on(tiny, data: Path, tmp_path: Path, capsys) -> None:
+    model = tiny("tiny-dense")
+    assert main(short(model, data, tmp_path)) == 0
+    pairs = write_lines(data / "pairs.jsonl", preferences(8))
+    others = [
+        ({"stage": "DPO", "train_dataset_path": pairs, "max_seq_len": 256}, "stage=SFT", "DPO"),
+        ({"model_name_or_path": tiny("tiny-moe")}, f"model_name_or_path={model}", "tiny-moe"),
+    ]
+    for more, before, now in others:
+        capsys.readouterr()
+        assert main(short(model, data, tmp_path, **more)) == 2
+        told = capsys.readouterr().err
+        assert f"is of a run with {before}, this one has" in told and now in told
+        assert "another output_dir, or overwrite_output_dir=true" in told
+    there = model.parent / ".." / model.parent.name / model.name
+    assert main(short(there, data, tmp_path, max_steps=5)) == 0  # the same, in other words
+    assert [row[0] for row in curve(tmp_path)] == list(range(1, 6))
