@@ -321,12 +321,10 @@ def set_aside(output: Path, step: int) -> None:
 
 
 def prune(output: Path, limit: int | None, kept: Path | None = None) -> None:
-    """Remove the oldest checkpoints beyond `limit`, and what killed saves have left.
+    """Remove the oldest checkpoints beyond `limit`.
 
     `kept` (the best one) is never removed; it is one of the `limit`, but the newest stays too.
     """
-    for path in output.glob("checkpoint-*.partial"):
-        shutil.rmtree(path)
     if not limit or limit < 0:
         return
     folders = [folder for _, folder in checkpoints(output)]
@@ -341,9 +339,25 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.partial")))
 
 
+# What a writer that was killed leaves: of checkpoints, of models and .gguf files (`.saving-*`), of
+# merges for a moment, of repetitions, and of single weight files.
+_LEFT_OVER = ("checkpoint-*.partial", ".saving-*", ".merged-*", ".replay-*", ".*.partial")
+
+
+def _sweep(output: Path) -> None:
+    """Remove what killed writers have left in a folder that this process holds."""
+    for folder in (output, *(output / name for name in _RESULTS)):
+        for path in (found for pattern in _LEFT_OVER for found in folder.glob(pattern)):
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif ".safetensors." in path.name:  # small files may be another verb's, just now
+                path.unlink()
+
+
 @contextlib.contextmanager
 def locked(output: Path) -> Iterator[None]:
-    """Hold the output folder, made if needed; raises ConfigError while another process does.
+    """Hold the output folder, made if needed, and remove what killed writers have left there;
+    raises ConfigError while another process holds it.
 
     The lock dies with its process, however that ends.
     """
@@ -364,4 +378,5 @@ def locked(output: Path) -> Iterator[None]:
         file.truncate()
         file.write(str(os.getpid()))
         file.flush()
+        _sweep(output)
         yield

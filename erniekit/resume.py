@@ -179,8 +179,6 @@ def _replayed(
     folders: dict[int, Path],
 ) -> str:
     """The first difference between the run and its repetition; the empty string if none."""
-    for left in output.glob(".replay-*"):  # by a verification that was killed
-        shutil.rmtree(left)
     hidden = Path(tempfile.mkdtemp(prefix=".replay-", dir=output))
     try:
         run = _replay(_settings(output, folders), start, hidden, end)
