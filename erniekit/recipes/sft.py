@@ -10,6 +10,7 @@ bit.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 from collections.abc import Iterator, Sequence, Sized
@@ -24,7 +25,7 @@ from ernie.model import ErnieModel
 from ernie.settings import ConfigError
 from erniekit import checkpoint, losses, memory
 from erniekit.build import num_groups
-from erniekit.config import Run, changed, resolved
+from erniekit.config import Data, Pictures, Run, changed, resolved
 from erniekit.data.batch import Batch
 from erniekit.data.stream import Stream, stream
 from erniekit.data.survey import Survey, survey
@@ -37,6 +38,13 @@ from erniekit.session import go_through
 from erniekit.start import started
 
 log = logging.getLogger("erniekit")
+
+# Of the data, all but how it is read ahead, evaluated and reported.
+_LENGTH_KEYS = {
+    field.name for field in dataclasses.fields(Data) if not field.name.startswith("eval_")
+} - {"dataloader_num_workers", "prefetch_factor", "max_bad_data_share", "padding"}
+_LENGTH_KEYS |= {field.name for field in dataclasses.fields(Pictures)}
+_LENGTH_KEYS |= {"max_steps", "num_train_epochs", "max_prompt_len", "seed"}
 
 
 def run(run: Run, device: str, ranks: Ranks = ALONE) -> int:
@@ -96,7 +104,6 @@ def _where_to_go_on(run: Run, ranks: Ranks) -> tuple[Path | None, dict[str, Any]
     folder: Path | None = None
     state: dict[str, Any] = {}
     if ranks.is_first:
-        checkpoint.prune(run.output, None)
         _refuse_removal(run)
         wanted = run.training.resume_from_checkpoint
         if wanted or not run.training.overwrite_output_dir:
@@ -159,10 +166,13 @@ def _num_steps(
     state: dict[str, Any],
     ranks: Ranks,
 ) -> int:
-    """Steps of the whole run: given, remembered, or found by packing an epoch without training."""
+    """Steps of the whole run: given, remembered while nothing that they follow from has changed, or
+    found by packing an epoch without training.
+    """
     if run.training.max_steps > 0:
         return run.training.max_steps
-    if "num_steps" in state:
+    length = _length_of(run.flat(), ranks.size)
+    if state and _length_of(state["settings"], state.get("ranks", 1)) == length:
         return state["num_steps"]
     found = survey(train_stream, run.data.max_estimate_samples)
     _tell(train_stream, found)
@@ -177,6 +187,12 @@ def _num_steps(
             rows_per_step,
         )
     return max(math.ceil(num_rows / rows_per_step), 1)
+
+
+def _length_of(settings: dict[str, Any], num_ranks: int) -> dict[str, Any]:
+    """What the number of steps follows from: settings, and rows of a step."""
+    rows = settings["batch_size"] * settings["gradient_accumulation_steps"] * num_ranks
+    return {key: settings.get(key) for key in _LENGTH_KEYS} | {"rows": rows}
 
 
 def _tell(source: Stream, found: Survey) -> None:

@@ -92,3 +92,31 @@ def test_another_stage_or_base_does_not_go_on(tiny, data: Path, tmp_path: Path, 
     there = model.parent / ".." / model.parent.name / model.name
     assert main(short(there, data, tmp_path, max_steps=5)) == 0  # the same, in other words
     assert [row[0] for row in curve(tmp_path)] == list(range(1, 6))
+
+
+def test_more_epochs_are_more_steps(tiny, data: Path, tmp_path: Path, capsys) -> None:
+    epochs = {"max_steps": -1, "num_train_epochs": 1, "save_steps": 100}
+    assert main(short(tiny("tiny-dense"), data, tmp_path, **epochs)) == 0
+    num_steps = curve(tmp_path)[-1][0]
+    capsys.readouterr()
+    assert main(["resume", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert f"all {num_steps} steps are done" in told and "an epoch is" not in told
+    assert main(["resume", str(tmp_path), "num_train_epochs=3"]) == 0
+    assert "an epoch is" in capsys.readouterr().out
+    assert 3 * num_steps - 2 <= curve(tmp_path)[-1][0] <= 3 * num_steps
+
+
+def test_what_killed_writers_left_is_removed(tiny, data: Path, tmp_path: Path) -> None:
+    model = tiny("tiny-dense")
+    assert main(short(model, data, tmp_path, ema_decay=0.9)) == 0
+    folders = [".saving-x", ".merged-x", ".replay-x", "checkpoint-9.partial", "ema/.saving-y"]
+    for name in folders:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(b"half")
+    file = tmp_path / ".adapter_model.safetensors.partial"
+    file.write_bytes(b"half")
+    with checkpoint.locked(tmp_path):
+        left = [name for name in folders if (tmp_path / name).exists()]
+    assert not left and not file.exists()
+    assert checkpoint.has_model(tmp_path / "ema")
