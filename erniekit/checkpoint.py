@@ -94,11 +94,15 @@ def to_resume(
     state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
     for key in _KEPT_SETTINGS:
         before, now = state["settings"].get(key, settings[key]), settings[key]
-        is_path = key == "model_name_or_path"
-        if before != now and not (is_path and Path(before).resolve() == Path(now).resolve()):
+        is_same, moved = before == now, ""
+        if key == "model_name_or_path":
+            is_same = Path(before).resolve() == Path(now).resolve()
+            is_same = is_same or settings["ignore_changed_inputs"]
+            moved = ", or ignore_changed_inputs=true where it is the same model in another place"
+        if not is_same:
             raise ConfigError(
                 f"{folder} is of a run with {key}={before}, this one has {now}; give another "
-                "output_dir, or overwrite_output_dir=true"
+                f"output_dir, or overwrite_output_dir=true{moved}"
             )
     return folder, state
 

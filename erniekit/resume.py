@@ -53,9 +53,12 @@ def run_resume(words: Sequence[str]) -> int:
         raise ConfigError(f"{output} has no run.yaml; give the output_dir of a training run")
     if is_verifying:
         return verify(output, **_verify_options(overrides))
-    values = read_yaml(settings) | {"resume_from_checkpoint": None, "stop_after_step": None}
+    once = {"resume_from_checkpoint": None, "stop_after_step": None, "ignore_changed_inputs": False}
     run = run_from(
-        values | overrides | {"output_dir": str(output), "overwrite_output_dir": False},
+        read_yaml(settings)
+        | once
+        | overrides
+        | {"output_dir": str(output), "overwrite_output_dir": False},
         str(settings),
     )
     told = (str(settings), *words[1:])

@@ -60,6 +60,7 @@ class Session:
     train_stream: Stream
     eval_stream: Stream | None
     method: Method
+    inputs: dict[str, Any]  # digests of what is read; on rank 0
     ranks: Ranks
     form: Form
     model: ErnieModel
@@ -247,6 +248,7 @@ def _save(session: Session, saver: Saver, record: dict[str, Any]) -> None:
         "rng": torch.get_rng_state().tolist(),
         "evaluation": {k: v for k, v in record.items() if k.startswith("eval_")},
         "settings": session.run.flat(),
+        "inputs": session.inputs,
         "ranks": session.ranks.size,
     }
     if session.method.reference is not None:

@@ -48,10 +48,11 @@ def started(
     train_stream: Stream,
     eval_stream: Stream | None,
     method: Method,
+    inputs: dict[str, Any],
     ranks: Ranks = ALONE,
 ) -> Session:
     """Everything that the steps of a run need. `resumed` is the checkpoint to go on from, `state`
-    its trainer_state.json; None and {} at the start.
+    its trainer_state.json; None and {} at the start. `inputs` as in `inputs_of`, on rank 0.
     """
     form = form_of(run, ranks)
     model, dropout = _model(run, device, resumed, train_stream, form)
@@ -86,6 +87,7 @@ def started(
         train_stream=train_stream,
         eval_stream=eval_stream,
         method=method,
+        inputs=inputs,
         ranks=ranks,
         form=form,
         model=model,
@@ -199,6 +201,7 @@ def _tell(session: Session) -> None:
 # Changing these between two starts changes nothing that has been computed.
 HARMLESS = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_steps", "stop_after_step",
+    "ignore_changed_inputs",
     "logging_steps", "save_steps", "save_strategy", "save_total_limit", "use_async_save",
     "load_best_model_at_end", "use_checkpoint", "report_to", "logging_dir", "disable_tqdm",
     "evaluation_strategy", "eval_steps", "max_evaluate_steps", "answer_steps", "num_answers",

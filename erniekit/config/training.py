@@ -20,6 +20,10 @@ class Training:
     resume_from_checkpoint: str | None = option(
         None, "Checkpoint folder to resume instead of the newest one of output_dir."
     )
+    ignore_changed_inputs: bool = option(
+        False,
+        "Resume although training files, tokenizer, template or model_name_or_path are others.",
+    )
     do_train: bool = option(True, "Train (false: only evaluate).")
     do_eval: bool = option(True, "Evaluate during and after training where there is data for it.")
     seed: int = option(42, "Seed of data order, new weights and rounding.")

@@ -31,6 +31,7 @@ from erniekit.data.stream import Stream, stream
 from erniekit.data.survey import Survey, survey
 from erniekit.evaluate import eval_batches, evaluate
 from erniekit.final import finish
+from erniekit.inputs import inputs_of, refuse_changes
 from erniekit.loop import Progress
 from erniekit.method import Method
 from erniekit.parallel.ranks import ALONE, Ranks
@@ -87,13 +88,14 @@ def train(run: Run, device: str, method: Method, ranks: Ranks) -> int:
     with checkpoint.locked(run.output) if ranks.is_first else contextlib.nullcontext():
         folder, state = _where_to_go_on(run, ranks)
         train_stream, eval_stream = _streams(run)
+        inputs = _inputs(run, train_stream, folder, state) if ranks.is_first else {}
         found = _num_steps(run, train_stream, eval_stream, state, ranks) if ranks.is_first else 0
         num_steps = ranks.told(found)
         log.info("settings that are not defaults (all are in %s/run.yaml):", run.output)
         log.info("%s", "\n".join(f"  {k}: {v}" for k, v in changed(run).items()))
         method.prepare(_batches_of(run, num_steps, state, train_stream, eval_stream, ranks))
         session = started(
-            run, device, num_steps, folder, state, train_stream, eval_stream, method, ranks
+            run, device, num_steps, folder, state, train_stream, eval_stream, method, inputs, ranks
         )
         memory.give_back()
         return finish(session) if go_through(session) else session.signals.exit_status
@@ -112,6 +114,17 @@ def _where_to_go_on(run: Run, ranks: Ranks) -> tuple[Path | None, dict[str, Any]
         name, state = ranks.told([str(folder or ""), state])
         folder = Path(name) if name else None
     return folder, state
+
+
+def _inputs(
+    run: Run, train_stream: Stream, folder: Path | None, state: dict[str, Any]
+) -> dict[str, Any]:
+    """What the run reads, in digests: the same as before, where that is asked."""
+    encoder, has_template = train_stream.encoder, run.stage.sample != "document"
+    found = inputs_of(run, encoder.tokenizer, encoder.template if has_template else None)
+    if folder is not None and not run.training.ignore_changed_inputs:
+        refuse_changes(state.get("inputs", {}), found, folder)
+    return found
 
 
 def _refuse_removal(run: Run) -> None:

@@ -4,12 +4,13 @@ taken for what the run has made.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from ernie.settings import ConfigError
-from erniekit import checkpoint, lora_files, serve
+from erniekit import checkpoint, inputs, lora_files, serve
 from erniekit.cli import main
 from erniekit.config import run_from
 from tests.erniekit.conftest import preferences, write_lines
@@ -120,3 +121,56 @@ def test_what_killed_writers_left_is_removed(tiny, data: Path, tmp_path: Path) -
         left = [name for name in folders if (tmp_path / name).exists()]
     assert not left and not file.exists()
     assert checkpoint.has_model(tmp_path / "ema")
+
+
+def test_changed_inputs_are_noticed(tiny, data: Path, tmp_path: Path, capsys) -> None:
+    model = Path(shutil.copytree(tiny("tiny-dense"), tmp_path / "base"))
+    file = Path(shutil.copy(data / "train.jsonl", tmp_path / "train.jsonl"))
+    output, text = tmp_path / "run", file.read_text()
+    more = {"train_dataset_path": file, "max_steps": 2}
+    assert main(short(model, data, output, **more)) == 0
+    more["max_steps"] = 4
+
+    def refused(told: str) -> None:
+        capsys.readouterr()
+        assert main(short(model, data, output, **more)) == 2
+        error = capsys.readouterr().err
+        assert told in error and "ignore_changed_inputs=true" in error and error.count("\n") == 1
+
+    file.write_text(text.replace("It is", "It was", 1))
+    refused(f"{file} has {len(text) + 1:,} bytes")
+    file.write_text(text.replace("It is", "It iz", 1))
+    refused(f"{file} has {len(text):,} bytes")
+    file.write_text(text)
+    (model / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
+    )
+    refused("the chat template has the digest")
+    assert main(short(model, data, output, **more, ignore_changed_inputs=True)) == 0
+
+    moved = model.rename(tmp_path / "moved")  # and now the digests are those of the last start
+    capsys.readouterr()
+    assert main(["resume", str(output), f"model_name_or_path={moved}", "max_steps=5"]) == 2
+    assert "where it is the same model in another place" in capsys.readouterr().err
+    words_ = [f"model_name_or_path={moved}", "max_steps=5", "ignore_changed_inputs=true"]
+    assert main(["resume", str(output), *words_]) == 0
+
+
+def test_large_files_are_sampled(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(inputs, "_STRETCH", 4)
+    monkeypatch.setattr(inputs, "_NUM_STRETCHES", 8)
+    file = tmp_path / "file"
+    content = bytes(range(100)) * 2
+    file.write_bytes(content)
+    before = inputs._digest(file)
+    seen = 0
+    for place in range(len(content)):
+        file.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
+        seen += inputs._digest(file) != before
+        assert place not in (0, len(content) - 1) or inputs._digest(file) != before
+    assert seen == 8 * 4
+    file.write_bytes(content[:32])  # small: all of it
+    before = inputs._digest(file)
+    for place in range(32):
+        file.write_bytes(content[:place] + b"\xff" + content[place + 1 : 32])
+        assert inputs._digest(file) != before

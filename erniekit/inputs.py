@@ -1,0 +1,81 @@
+"""What a run reads, by its content: so that a resumed run goes on with what it began with.
+
+The place in the data that a checkpoint has is one in these files. Of each its size and a digest are
+kept: of all bytes up to 64 MiB, above that of 64 stretches of 1 MiB, the first and the last of the
+file and others evenly between. A change elsewhere in a large file that keeps its size is not seen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+from ernie.chat import ChatTemplate
+from ernie.chat.lock import template_hash, tokenizer_hash
+from ernie.settings import ConfigError
+from ernie.tokenizer import Tokenizer
+from erniekit.config import Run
+from erniekit.data import tasks
+
+_STRETCH = 1 << 20
+_NUM_STRETCHES = 64
+
+
+def inputs_of(run: Run, tokenizer: Tokenizer, template: ChatTemplate | None) -> dict[str, Any]:
+    """Digests of the training files, the tokenizer and the chat template, for a checkpoint."""
+    return {
+        "data": [[str(path), *_digest(path)] for path in _files(run)],
+        "tokenizer": tokenizer_hash(tokenizer),
+        "template": template_hash(template, tokenizer) if template is not None else None,
+    }
+
+
+def refuse_changes(before: dict[str, Any], now: dict[str, Any], folder: Path) -> None:
+    """Raises ConfigError where a run would go on from the checkpoint in `folder` with other inputs
+    than those `before`; where a file lies does not matter.
+    """
+    changes = []
+    for (path, *old), (there, *new) in zip(before.get("data", ()), now["data"]):
+        if old != new:
+            changes.append(f"{there} has {_told(new)} and {path} had {_told(old)}")
+    if "data" in before and len(before["data"]) != len(now["data"]):
+        changes.append(f"there are {len(now['data'])} files and were {len(before['data'])}")
+    for key, name in (("tokenizer", "tokenizer"), ("template", "chat template")):
+        if before.get(key, now[key]) != now[key]:
+            changes.append(f"the {name} has the digest {now[key]} and had {before[key]}")
+    if changes:
+        raise ConfigError(
+            f"{folder} was made with other data or templates ({'; '.join(changes)}): bring them "
+            "back, or give another output_dir, or ignore_changed_inputs=true to go on at the same "
+            "place of the new ones"
+        )
+
+
+def _told(values: list[Any]) -> str:
+    size, digest = values
+    return f"{size:,} bytes with the digest {digest}"
+
+
+def _files(run: Run) -> list[Path]:
+    found = []
+    for kind, name, _ in run.data.files("train"):
+        if kind == "indexed":
+            found += [Path(f"{name}.idx"), Path(f"{name}.bin")]
+        elif kind != tasks.KIND:  # tasks are made, by their settings
+            found.append(Path(name))
+    return found + [Path(name) for name in run.policy.pair_dataset_path or ()]
+
+
+def _digest(path: Path) -> tuple[int, str]:
+    found = hashlib.sha256()
+    with path.open("rb") as file:
+        size = file.seek(0, 2)
+        starts = list(range(0, size, _STRETCH))
+        if len(starts) > _NUM_STRETCHES:
+            last = size - _STRETCH
+            starts = [last * n // (_NUM_STRETCHES - 1) for n in range(_NUM_STRETCHES)]
+        for start in starts:
+            file.seek(start)
+            found.update(file.read(_STRETCH))
+    return size, found.hexdigest()[:16]
