@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from ernie.settings import ConfigError
+from ernie.tokenizer import FILES
 
 log = logging.getLogger("erniekit")
 
@@ -45,8 +46,7 @@ _MARKER = "complete.json"
 _RESULTS = (AVERAGE_FOLDER, "export", "split_export")
 _MODEL_FILES = (
     "config.json", "adapter_config.json", "model*.safetensors", "model.safetensors.index.json",
-    "adapter_model.safetensors", "reward_head/model.safetensors", "generation_config.json",
-    "chat_template.jinja", "training_template.json",
+    "adapter_model.safetensors", "reward_head/model.safetensors", *FILES,
 )  # fmt: skip
 _NAME = re.compile(r"checkpoint-(\d+)")
 

@@ -25,6 +25,7 @@ from ernie.checkpoint.gguf_export import export_gguf
 from ernie.checkpoint.hub import resolve
 from ernie.checkpoint.writer import write_file
 from ernie.settings import ConfigError
+from ernie.tokenizer import FILES
 from erniekit import checkpoint, lora, lora_files, merge_check, reward_model
 from erniekit.config import Run
 
@@ -103,16 +104,23 @@ def _write_whole(
         lora.merge_lora(model)
     if not run.export.copy_tokenizer:
         model.tokenizer = None
+    _remove_small_files(base, target)
     if reward_model.has_head(folder):
         reward_model.mark(model)
         reward_model.write_head(target, reward_model.read_head(folder))
     size = int(run.export.max_shard_size * 1e9)
-    (target / LOCK_FILE).unlink(missing_ok=True)  # of an earlier export
     ernie.save(model, target, layout=layout or model.layout, max_shard_bytes=size)
     if is_adapter:
         merge_check.check(target, samples)
     copy_lock(folder, target)
     copy_kept_files(base, target)
+
+
+def _remove_small_files(base: Path, target: Path) -> None:
+    """Those of an earlier export, which the new one may not have."""
+    if base.resolve() != target.resolve():
+        for name in (*FILES, reward_model.HEAD_FILE):
+            (target / name).unlink(missing_ok=True)
 
 
 def copy_lock(source: Path, target: Path) -> None:
@@ -144,6 +152,7 @@ def _write_peft(folder: Path, name: str, target: Path) -> None:
     form, tensors = lora_files.read_adapter(folder, base.config)
     text, files = lora_files.peft_form(base, form, tensors, name, str(folder))
     target.mkdir(parents=True, exist_ok=True)
+    (target / LOCK_FILE).unlink(missing_ok=True)  # of an earlier export
     write_file(target / lora_files.ADAPTER_FILE, files)
     copy_lock(folder, target)
     checkpoint.replace_text(target / lora_files.ADAPTER_CONFIG, text)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import gguf
@@ -168,3 +169,17 @@ def test_what_cannot_be_exported_is_refused(
     _, words = trained(name, kind)
     assert main([verb, *more, *words]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_another_export_leaves_no_small_file_behind(trained, tiny, tmp_path: Path) -> None:
+    out, words = trained("tiny-dense", "LoRA")
+    base = Path(shutil.copytree(tiny("tiny-dense"), tmp_path / "base"))
+    (base / "chat_template.jinja").write_text("{{ messages[0]['content'] }}")
+    assert main(["export", words[0], f"model_name_or_path={base}"]) == 0
+    assert (out / "export/chat_template.jinja").is_file()
+    assert main(["export", *words]) == 0
+    assert not (out / "export/chat_template.jinja").exists()
+    assert (out / "export/tokenizer.model").is_file()
+    assert main(["export", *words, "copy_tokenizer=false"]) == 0
+    assert not list((out / "export").glob("*token*"))
+    assert ernie.load(out / "export").tokenizer is None
