@@ -10,9 +10,12 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from functools import partial
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -143,8 +146,8 @@ def _run_agent(run: Run, device: str, num_nodes: int, num_here: int) -> int:
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from erniekit.parallel import process
     from erniekit.parallel.ranks import degrees
-    from erniekit.signals import STOPPED
 
     degrees(run.parallel, num_nodes * num_here)
     if device == "cpu":
@@ -166,12 +169,14 @@ def _run_agent(run: Run, device: str, num_nodes: int, num_here: int) -> int:
     )
     # It logs what `_told` says in one sentence.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    command = ["-m", "erniekit.cli", "train", *words_of(run)]
+    command = ["-m", process.__name__, "train", *words_of(run)]
+    statuses = tempfile.mkdtemp(prefix="erniekit-")
+    os.environ[process.FOLDER_VARIABLE] = statuses  # the ranks have it from here
     try:
         elastic_launch(config, sys.executable)(*command)
         return 0
     except SignalException as error:
-        return STOPPED[error.sigval]
+        return process.status_of_all(Path(statuses), error.sigval, num_here)
     except RendezvousError:
         raise ConfigError(
             f"NNODES={num_nodes} machines did not meet at MASTER_ADDR={address} "
@@ -180,6 +185,8 @@ def _run_agent(run: Run, device: str, num_nodes: int, num_here: int) -> int:
         ) from None
     except ChildFailedError as error:
         return _told(error)
+    finally:
+        shutil.rmtree(statuses)
 
 
 def words_of(run: Run) -> list[str]:

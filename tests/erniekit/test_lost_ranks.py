@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from erniekit import checkpoint, launch
 from erniekit.config import read_run, run_from
+from erniekit.parallel import process as rank_process
 from erniekit.parallel import watch
 from erniekit.parallel.watch import Watch
 from tests.erniekit.test_parallel import records, words
@@ -138,6 +139,41 @@ def test_sigterm_and_a_mistake_end_all_ranks(long_run: list[str], tmp_path: Path
     output = at_step(process, 0, lambda: None)
     assert process.wait(60) == 2, output
     assert output.count("/none.jsonl") == 1 and "Traceback" not in output, output
+
+
+@pytest.mark.ranks
+def test_sigterm_before_the_first_step_has_nothing_to_save(
+    long_run: list[str], tmp_path: Path
+) -> None:
+    process = started(long_run)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("settings that are not defaults"):
+            process.send_signal(signal.SIGTERM)
+            break
+    output = process.stdout.read()
+    assert process.wait(60) == 143, output
+    assert not checkpoint.checkpoints(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("left", "number", "status"),
+    [
+        ([0, 0], signal.SIGTERM, 0),
+        ([130, 130], signal.SIGINT, 130),
+        ([0], signal.SIGTERM, 143),
+        ([1], signal.SIGINT, 130),
+        ([1, 3], signal.SIGTERM, 3),
+        ([2], signal.SIGTERM, 2),
+        ([0, 1], signal.SIGTERM, 1),
+    ],
+)
+def test_a_signal_returns_what_the_ranks_did(
+    left: list[int], number: signal.Signals, status: int, tmp_path: Path
+) -> None:
+    for rank, own in enumerate(left):
+        (tmp_path / str(rank)).write_text(str(own))
+    assert rank_process.status_of_all(tmp_path, number, 2) == status
 
 
 def test_ranks_are_started_with_the_settings_of_the_run(tmp_path: Path) -> None:
