@@ -29,6 +29,7 @@ from ernie.models import MODELS
 from ernie.quant.scheme import read_scheme
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
+from fastdeploy.engine.loading import make_engine
 from fastdeploy.sampling import SamplingParams
 
 QUESTION = __doc__.splitlines()[0]
@@ -43,7 +44,7 @@ def random_model(config: ErnieConfig) -> ErnieModel:
     return model
 
 
-def make_engine(model: ErnieModel, quantization: str | None) -> Engine:
+def engine_of(model: ErnieModel, quantization: str | None) -> Engine:
     texts = max(TEXTS)
     config = EngineConfig(
         model="", max_model_len=PROMPT + NEW, max_num_seqs=texts, max_num_batched_tokens=PROMPT,
@@ -52,7 +53,7 @@ def make_engine(model: ErnieModel, quantization: str | None) -> Engine:
     longest = model.config.max_position_embeddings
     config = config.resolved(max_positions=longest, device_type=model.device.type)
     scheme = read_scheme(quantization, has_experts=model.config.is_moe)
-    return Engine(fuse(model, scheme), config)
+    return make_engine(fuse(model, scheme), config)
 
 
 def add(engine: Engine, texts: int, prompt: int, new: int) -> None:
@@ -114,7 +115,7 @@ def main() -> None:
     model = random_model(config)
     torch.cuda.synchronize()
     start = time.perf_counter()
-    engine = make_engine(model, arguments.quantization)
+    engine = engine_of(model, arguments.quantization)
     torch.cuda.synchronize()
     startup_s = time.perf_counter() - start
     bandwidth, rate = where["copied_gb_per_s"] * 1e9, where["bfloat16_tflop_per_s"] * 1e12

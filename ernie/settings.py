@@ -108,6 +108,12 @@ def did_you_mean(key: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def listed(names: Iterable[str], word: str = "or") -> str:
+    """Names in a sentence: `a`, `a or b`, `a, b or c`."""
+    *first, last = names
+    return f"{', '.join(first)} {word} {last}" if first else last
+
+
 def coerce(value: Any, hint: Any, key: str, choices: Sequence[Any] = ()) -> Any:
     """`value` as the type of the field: YAML's and the command line's spellings are understood.
 

@@ -75,7 +75,7 @@ def build_model(
         add_lora(model, lora_of(run), seed=run.training.seed)
     elif not run.is_lora:
         _choose_trained(model, run)
-    if run.model.stage == "RM":
+    if run.stage.has_reward_head:
         folder = weights_from or Path(run.model.model_name_or_path)
         put_head(model, folder, seed=run.training.seed)
     for router in model.modules():
@@ -241,7 +241,7 @@ def load_adapter(model: ernie.ErnieModel, run: Run, folder: Path) -> None:
             f"the adapter in {folder} has {told}: give the same, or another output_dir"
         )
     lora_files.load_adapter(model, tensors, str(folder / lora_files.ADAPTER_FILE))
-    if run.model.stage == "RM" and has_head(folder):
+    if run.stage.has_reward_head and has_head(folder):
         fill_head(model, folder)
 
 

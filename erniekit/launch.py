@@ -1,8 +1,8 @@
 """From a configuration to the function that trains, in this process or in several.
 
-`RECIPES` names the module of each stage. A process that torchrun has started is one rank; else,
-where more than one process is wanted (`nproc_per_node`, NNODES), this one starts them with
-torchrun's agent, waits, and says how they ended.
+The row of a stage (`erniekit.config.stages`) names its module. A process that torchrun has started
+is one rank; else, where more than one process is wanted (`nproc_per_node`, NNODES), this one starts
+them with torchrun's agent, waits, and says how they ended.
 """
 
 from __future__ import annotations
@@ -18,20 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from ernie.settings import ConfigError
 from erniekit.config import Run, read_run
+from erniekit.config.stages import TRAINABLE
 from erniekit.faults import told_in_a_sentence
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-
-RECIPES = {
-    "SFT": "erniekit.recipes.sft",
-    "DPO": "erniekit.recipes.preference",
-    "UPO": "erniekit.recipes.upo",
-    "KTO": "erniekit.recipes.kto",
-    "RM": "erniekit.recipes.reward",
-    "PT": "erniekit.recipes.pretrain",
-    "VL-SFT": "erniekit.recipes.sft",
-}
 
 # Seconds for a step and a save after SIGTERM, before the agent ends a rank.
 GRACE_S = 600
@@ -53,10 +44,11 @@ def run_training(run: Run) -> int:
 
 def recipe_of(run: Run) -> ModuleType:
     """The module of a run's stage, which has `run` and `method`."""
-    stage = run.model.stage
-    if stage not in RECIPES:
-        raise ConfigError(f"stage={stage} is not available yet; use {', '.join(RECIPES)}")
-    return importlib.import_module(RECIPES[stage])
+    if run.stage.recipe is None:
+        raise ConfigError(
+            f"stage={run.model.stage} is not available yet; use {', '.join(TRAINABLE)}"
+        )
+    return importlib.import_module(run.stage.recipe)
 
 
 def is_rank() -> bool:

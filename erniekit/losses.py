@@ -12,7 +12,7 @@ Legend: T tokens of the batch, N trained tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -111,17 +111,51 @@ def next_token(
     value = _head_loss(
         model, hidden_TD, batch.labels_T, scale, chunk_size, gradients, num_right, weights_T
     )
-    parts = {}
+    trained = {}
     if terms.multi_token:
         weighted = scale * terms.multi_token / len(model.model.mtp)
-        parts["mtp_loss"] = _multi_token(model, batch, hidden_TD, weighted, chunk_size, gradients)
+        trained["mtp_loss"] = _multi_token(model, batch, hidden_TD, weighted, chunk_size, gradients)
+    loss = with_terms(model, value, {}, routings, terms, share, trained=trained)
+    return replace(loss, num_right=num_right)
+
+
+def with_terms(
+    model: ErnieModel,
+    value: Tensor,
+    reported: dict[str, Tensor],
+    routings: list[Routing | None],
+    terms: Terms,
+    share: float,
+    *,
+    trained: dict[str, Tensor] | None = None,
+) -> Loss:
+    """`value`, with the losses of the router and those of `trained` added to what is trained;
+    `reported` is recorded beside these.
+    """
     routed = [routing for routing in routings if routing is not None]
-    parts |= {name: part * share for name, part in routing_terms(model, routed, terms).items()}
-    total = value + torch.stack(list(parts.values())).sum() if parts else value
-    detached = {name: part.detach() for name, part in parts.items()}
-    detached |= {name: part * share for name, part in told_of(routed).items()}
+    added = dict(trained or {})
+    added |= {name: part * share for name, part in routing_terms(model, routed, terms).items()}
+    total = value + torch.stack(list(added.values())).sum() if added else value
+    parts = {name: part.detach() for name, part in (added | reported).items()}
+    parts |= {name: part * share for name, part in dropped_share(routed).items()}
     loads_LE, entropies_L = figures_of(model, routed)
-    return Loss(total, value.detach(), detached, loads_LE, num_right, entropies_L)
+    return Loss(total, value.detach(), parts, loads_LE, entropies_L=entropies_L)
+
+
+def score_targets(
+    model: ErnieModel, hidden_ND: Tensor, targets_N: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target (float32), and whether the model holds it the likeliest. The
+    logits of `chunk_size` rows at a time are held.
+    """
+    log_probs, is_top = [], []
+    for rows_CD, targets_C in zip(hidden_ND.split(chunk_size), targets_N.split(chunk_size)):
+        logits_CV = model.head(rows_CD).float()
+        chosen_C = logits_CV.gather(-1, targets_C[:, None])[:, 0]
+        log_probs.append(chosen_C - logits_CV.logsumexp(-1))
+        is_top.append(logits_CV.argmax(-1) == targets_C)
+        del logits_CV  # before the next chunk's are made
+    return torch.cat(log_probs), torch.cat(is_top)
 
 
 class Row(Protocol):
@@ -199,7 +233,7 @@ def figures_of(model: ErnieModel, routed: list[Routing]) -> tuple[list[Tensor], 
     return loads, entropies
 
 
-def told_of(routed: list[Routing]) -> dict[str, Tensor]:
+def dropped_share(routed: list[Routing]) -> dict[str, Tensor]:
     """Share of the choices that were over the capacity of their expert, where there is one."""
     banks = [bank for routing in routed for bank in routing.banks]
     kept = [bank.kept_TK for bank in banks if bank.kept_TK is not None and len(bank.kept_TK)]

@@ -36,7 +36,6 @@ from ernie.settings import ConfigError
 from ernie.vision.config import VisionConfig
 from erniekit.build import config_of, frozen_form, still, weights_dtype
 from erniekit.config import Optimisation, Run
-from erniekit.config.model import PICTURED
 from erniekit.lora import projections
 from erniekit.lora_targets import chosen
 from erniekit.parallel.replicated import owners_of
@@ -152,7 +151,7 @@ def sizes_of(config: ErnieConfig, run: Run, device: str, degrees: Degrees = Degr
     dtype = weights_dtype(run, device)
     model = ErnieModel(config, dtype=dtype, device="meta")
     sizes = Sizes()
-    is_scored = run.model.stage == "RM"
+    is_scored = run.stage.has_reward_head
     if is_scored:
         add_reward_head(model, seed=0)
     left = still(dict(model.named_parameters()), run)
@@ -261,7 +260,7 @@ def _moment_bytes(o: Optimisation, count: int, is_matrix: bool) -> int:
 
 def banks(config: ErnieConfig, run: Run) -> range:
     """Of what a row may be full: text (0), and images (1) where they are read."""
-    return range(1 + (config.vision_config is not None and run.model.stage in PICTURED))
+    return range(1 + (config.vision_config is not None and run.stage.reads_pictures))
 
 
 def layer_words(config: ErnieConfig, run: Run, layer: int, bank: int = 0) -> dict[str, float]:
@@ -272,7 +271,7 @@ def layer_words(config: ErnieConfig, run: Run, layer: int, bank: int = 0) -> dic
     projection is taken to have an adapter.
     """
     c, rank = config, run.model.lora_rank * run.is_lora
-    is_paired = run.model.stage in ("DPO", "RM")
+    is_paired = run.stage.sample == "pair"
     d, dora = c.hidden_size, run.model.use_dora * run.is_lora  # DoRA keeps what it rescales
     drop = run.is_lora * bool(run.model.lora_dropout)  # each adapter reads rows of its own
     attended = 2.0 * c.q_size + 2 * c.kv_size + c.num_attention_heads
@@ -409,7 +408,7 @@ def _peak(
     layers = range(config.num_hidden_layers)
     is_fp8 = run.model.compute_type == "fp8"
     kept = [unit * kept_words(config, run, n, bank) for n in layers]
-    chunk = min(run.model.loss_subbatch_seqlen, batch) if run.model.stage != "RM" else 0
+    chunk = min(run.model.loss_subbatch_seqlen, batch) if not run.stage.has_reward_head else 0
     vocabulary = config.vocab_size / degrees.tensor
     head = {
         "activations": sum(kept) + unit * (config.hidden_size + config.head_dim),
@@ -491,12 +490,13 @@ def _flops(config: ErnieConfig, run: Run, tokens: int) -> float:
     again = {"full": 1.0, "full_attn": 0.25, "mlp": 0.65}.get(run.model.recompute_granularity, 0)
     share = 1 - len(run.model.no_recompute_layers) / config.num_hidden_layers
     times = (2 if run.is_lora else 3) + again * share * run.model.recompute
-    stage, tower = run.model.stage, 0.0
-    if stage in PICTURED and (vision := config.vision_config):
+    stage, tower = run.stage, 0.0
+    if stage.reads_pictures and (vision := config.vision_config):
         is_frozen = run.is_lora or "freeze_vision" in run.model.freeze_config
         tower = 2 * tokens * vision.spatial_merge_size**2 * vision.num_params
         tower *= 1 if is_frozen else times
-    if stage == "RM":
+    if stage.has_reward_head:
         return (forward - head) * times + tower
-    times += stage == "KTO" or (stage == "DPO" and run.preferences.loss_type == "kto_pair")
-    return forward * times + head * (stage in ("DPO", "KTO") and not run.is_lora) + tower
+    reads_loss = "loss_type" in stage.settings
+    times += stage.measures_step or (reads_loss and run.preferences.loss.uses_baselines)
+    return forward * times + head * (stage.sums_log_probs and not run.is_lora) + tower

@@ -26,10 +26,9 @@ from ernie.settings import ConfigError
 from erniekit import checkpoint, config, memory
 from erniekit.config import Run, resolved, run_from
 from erniekit.config.model import COMPUTE_TYPES
-from erniekit.launch import RECIPES
+from erniekit.config.stages import TRAINABLE
 from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.plan import GIB, Degrees, Plan, plan
-from erniekit.preference_losses import PREFERENCE_LOSSES
 
 log = logging.getLogger("erniekit")
 
@@ -44,7 +43,7 @@ DEGREES = {
 }
 # Values of other keys that are planned as the default when this build refuses them, and those that
 # it knows.
-PLANNED_AS = {"stage": ("SFT", tuple(RECIPES)), "compute_type": ("bf16", COMPUTE_TYPES)}
+PLANNED_AS = {"stage": ("SFT", TRAINABLE), "compute_type": ("bf16", COMPUTE_TYPES)}
 
 # Dense bfloat16 products, TFLOP/s, of the makers' data sheets; and the share a run is taken to get.
 GPU_TFLOPS = {"H200": 989.0, "H100": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0}
@@ -123,17 +122,18 @@ def read_plannable(values: dict[str, Any], origin: str) -> tuple[Run, Degrees, l
     here = run.parallel.nproc_per_node
     if run.parallel.sharding and here and degrees["sharding"] == 1:
         degrees["sharding"] = max(here // max(run.parallel.data_parallel_degree, 1), 1)
-    p, read = run.preferences, {"DPO": "pair", "KTO": "answer, and one beside it,"}
-    is_free = p.reference_free or not PREFERENCE_LOSSES[p.loss_type].uses_reference
-    if run.model.stage in read and not is_free:
+    p, sample = run.preferences, run.stage.sample
+    is_free = p.reference_free or not p.loss.uses_reference
+    if run.stage.sums_log_probs and not is_free:
+        read = "answer, and one beside it," if sample == "answer" else sample
         notes.append(
-            f"before the first step the reference model reads every {read[run.model.stage]} of the "
-            "run once, a forward pass in no more memory than a step; that time is not counted"
+            f"before the first step the reference model reads every {read} of the run once, a "
+            "forward pass in no more memory than a step; that time is not counted"
         )
-    if run.model.stage == "UPO":
+    if run.stage.has_rollouts:
         policy = run.policy
         held = "the adapters are switched off for it"
-        if not run.is_lora or run.model.lora_path:
+        if not run.adds_to_base or run.model.lora_path:
             held = "a second model is held for it"
         answers = f"{policy.prompts_per_round} x {policy.num_generations} answers"
         notes.append(
@@ -224,7 +224,7 @@ def _candidates(run: Run) -> list[tuple[dict[str, Any], str]]:
     if o.amp_master_grad and not run.is_lora:
         found.append(({"amp_master_grad": False}, "sums of gradients are rounded"))
     above = "dialogues are cut to"
-    if run.model.stage in ("DPO", "RM"):
+    if run.stage.sample == "pair":
         above = "pairs lose turns, or are left out, above"
     lengths = [n for n in (32768, 16384, 8192, 4096, 2048, 1024, 512) if n < run.data.max_seq_len]
     found += [({"max_seq_len": n}, f"{above} {n} tokens") for n in lengths]
@@ -391,7 +391,7 @@ def record_error(run: Run, device: str, ranks: Ranks = ALONE) -> None:
         "measured_seconds": median(r["seconds"] for r in steps),
     }
     told = ""
-    if run.model.stage != "UPO":  # whose steps hold what a round has, not rows that are filled
+    if not run.stage.has_rollouts:  # whose steps hold what a round has, not rows that are filled
         most = found.tokens_per_step * ranks.size
         values["row_fill"] = median(r["num_tokens"] for r in steps) / most
         told = f" (rows {100 * values['row_fill']:.0f} % full)"

@@ -27,7 +27,7 @@ from ernie.chat import UNTRAINED
 from ernie.model import ErnieModel
 from ernie.moe.router import Routing
 from erniekit.gradients import Gradients
-from erniekit.losses import Flat, Loss, Terms, figures_of, routing_terms
+from erniekit.losses import Flat, Loss, Terms, with_terms
 from erniekit.preference import label_log_probs
 
 _NO_TERMS = Terms()
@@ -221,12 +221,8 @@ def policy(
         parts["pair_margin"] = (n["pair_weight_Q"] * margin_Q).sum()
         parts["pair_accuracy"] = (n["pair_weight_Q"] * (margin_Q.sign() + 1) / 2).sum()
         value = value + objective.mu * parts["pair_loss"]
-    routed = [routing for routing in routings if routing is not None]
-    added = {name: part * share for name, part in routing_terms(model, routed, terms).items()}
-    total = value + torch.stack(list(added.values())).sum() if added else value
     told = {name: n["told_K"][k] * share for k, name in enumerate(TOLD)}
-    recorded = {name: part.detach() for name, part in (parts | added).items()} | told
-    return Loss(total, value.detach(), recorded, figures_of(model, routed)[0])
+    return with_terms(model, value, parts | told, routings, terms, share)
 
 
 def answer_of_label(labels_T: Tensor, cu_seqlens_S1: Tensor, counts_G: Tensor) -> Tensor:

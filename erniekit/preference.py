@@ -28,11 +28,10 @@ from erniekit.losses import (
     Selected,
     Terms,
     add_product,
-    figures_of,
     head_of_chunks,
     hidden_of,
     logit_gradients,
-    routing_terms,
+    with_terms,
 )
 from erniekit.preference_losses import Objective, gains
 
@@ -89,7 +88,7 @@ def preference(
 
     `reference_P2` is `sequence_log_probs` of the reference model, zeros for none; `scale` is one
     over the number of pairs of the whole optimizer step, `sft_scale` one over that of the trained
-    tokens of its chosen answers, and `baseline_2` as in `PreferenceLoss`. A reward is beta times
+    tokens of its chosen answers, and `baseline_2` as in `FORMULAS`. A reward is beta times
     what the policy has gained on the reference. Of `parts`, `rewards_accuracy` is the share of
     pairs whose chosen answer has the larger reward, a tie counting one half. For the rest see
     `losses.next_token`.
@@ -100,7 +99,7 @@ def preference(
     )
     gain_P2 = gains(policy_P2, reference_P2, answer_lengths(batch), objective)
     given = (baseline_2,) if objective.row.uses_baselines else ()
-    compared = objective.row.of(gain_P2, objective, *given).sum() * scale
+    compared = objective.formula(gain_P2, objective, *given).sum() * scale
     value, parts = objective.preference_weight * compared, {}
     if objective.sft_weight:
         supervised = -policy_P2[:, 0].sum() * sft_scale
@@ -109,22 +108,6 @@ def preference(
     told = told_of_pairs(objective.beta * gain_P2.detach())
     parts |= {name: n_P.sum() * scale for name, n_P in told.items()}
     return with_terms(model, value, parts, routings, terms, share)
-
-
-def with_terms(
-    model: ErnieModel,
-    value: Tensor,
-    parts: dict[str, Tensor],
-    routings: list[Routing | None],
-    terms: Terms,
-    share: float,
-) -> Loss:
-    """A value and what is told of it, with the losses of the router added to what is trained."""
-    routed = [routing for routing in routings if routing is not None]
-    added = {name: part * share for name, part in routing_terms(model, routed, terms).items()}
-    total = value + torch.stack(list(added.values())).sum() if added else value
-    parts = {name: part.detach() for name, part in added.items()} | parts
-    return Loss(total, value.detach(), parts, figures_of(model, routed)[0])
 
 
 def told_of_pairs(rewards_P2: Tensor) -> dict[str, Tensor]:

@@ -1,10 +1,11 @@
-"""The losses of preference training: functions of what each answer of a pair has gained, and their
-table.
+"""The losses of preference training: functions of what each answer of a pair has gained.
 
 A gain is the log-probability of an answer under the policy less that under the reference, in nats;
-summed over the tokens of the answer, or their mean where the row of `PREFERENCE_LOSSES` says so.
-What else a method needs (a reference, baselines over the whole step, a supervised term) is data of
-its row too. Formulas are those of the papers; `docs/methods/dpo.md` tells where ERNIEKit's differ.
+summed over the tokens of the answer, or their mean where the row of `LOSS_TYPES`, in
+`erniekit.config.methods`, says so. What else a method needs (a reference, baselines over the whole
+step, a supervised term) is data of its row too. `FORMULAS` gives the loss of every pair, `(P,)`, of
+`gain_P2` and the objective. They are those of the papers; `docs/methods/dpo.md` tells where
+ERNIEKit's differ.
 
 Legend: P pairs; column 0 is the chosen answer (gain a), column 1 the rejected one (gain b).
 """
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
+
+from erniekit.config.methods import LOSS_TYPES, LossType
 
 _CERTAIN = -1e-12  # the largest mean log-probability whose odds are finite here
 
@@ -38,24 +41,12 @@ class Objective:
     sft_weight: float = 0.0
 
     @property
-    def row(self) -> PreferenceLoss:
-        return PREFERENCE_LOSSES[self.method]
+    def row(self) -> LossType:
+        return LOSS_TYPES[self.method]
 
-
-@dataclass(frozen=True)
-class PreferenceLoss:
-    """A row of the table: `of(gain_P2, objective)` gives the loss of every pair, `(P,)`.
-
-    With `uses_baselines` it is `of(gain_P2, objective, baseline_2)`: the mean gain of each column
-    over all pairs of the optimizer step, not below 0, through which no gradient flows.
-    """
-
-    of: Callable[..., Tensor]
-    uses_reference: bool = True
-    uses_means: bool = False  # of tokens; sums otherwise
-    uses_baselines: bool = False
-    smooths_labels: bool = False
-    has_sft: bool = False  # with weight 1, whatever sft_loss_ratio says
+    @property
+    def formula(self) -> Callable[..., Tensor]:
+        return FORMULAS[self.method]
 
 
 def gains(
@@ -166,16 +157,18 @@ def _smoothed(margin_P: Tensor, o: Objective) -> Tensor:
     return -(1 - o.label_smoothing) * right_P - o.label_smoothing * wrong_P
 
 
-PREFERENCE_LOSSES: dict[str, PreferenceLoss] = {
-    "sigmoid": PreferenceLoss(sigmoid, smooths_labels=True),
-    "hinge": PreferenceLoss(hinge),
-    "ipo": PreferenceLoss(ipo, uses_means=True),
-    "simpo": PreferenceLoss(simpo, uses_reference=False, uses_means=True, smooths_labels=True),
-    "dpop": PreferenceLoss(dpop),
-    "sppo_hard": PreferenceLoss(sppo_hard),
-    "nca_pair": PreferenceLoss(nca_pair),
-    "or": PreferenceLoss(odds_ratio, uses_reference=False, uses_means=True),
-    "orpo": PreferenceLoss(odds_ratio, uses_reference=False, uses_means=True, has_sft=True),
-    "kto_pair": PreferenceLoss(kto_pair, uses_baselines=True),
-    "robust": PreferenceLoss(robust, smooths_labels=True),
+# With `uses_baselines` a formula takes a third argument, `baseline_2`: the mean gain of each column
+# over all pairs of the optimizer step, not below 0, through which no gradient flows.
+FORMULAS: dict[str, Callable[..., Tensor]] = {
+    "sigmoid": sigmoid,
+    "hinge": hinge,
+    "ipo": ipo,
+    "simpo": simpo,
+    "dpop": dpop,
+    "sppo_hard": sppo_hard,
+    "nca_pair": nca_pair,
+    "or": odds_ratio,
+    "orpo": odds_ratio,
+    "kto_pair": kto_pair,
+    "robust": robust,
 }

@@ -38,8 +38,8 @@ from ernie.settings import ConfigError
 from ernie.vision.prompt import Inputs
 from erniekit import lora, lora_files
 from erniekit.gradients import Gradients
-from erniekit.losses import Loss, Terms, hidden_of
-from erniekit.preference import NO_TERMS, Pairs, told_of_pairs, with_terms
+from erniekit.losses import Loss, Terms, hidden_of, with_terms
+from erniekit.preference import NO_TERMS, Pairs, told_of_pairs
 
 Dialogue = Sequence[int] | Inputs
 HEAD = "score.weight"

@@ -51,7 +51,7 @@ from erniekit.losses import Flat
 from erniekit.metrics import Metrics
 from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.rewards import Rewards, Scored
-from erniekit.samplers import Sampler, has_adapters, is_plain_lora
+from erniekit.samplers import Sampler, has_adapters
 from erniekit.seeds import seed_of
 
 log = logging.getLogger("erniekit")
@@ -370,7 +370,7 @@ class Rounds:
     def _as_reference(self, model: ErnieModel) -> Iterator[ErnieModel]:
         """The model as training found it: with adapters off, or a frozen one of its own."""
         run = self.run
-        if has_adapters(model) and is_plain_lora(run) and not run.model.lora_path:
+        if has_adapters(model) and run.adds_to_base and not run.model.lora_path:
             with _without_adapters(model):
                 yield model
             return

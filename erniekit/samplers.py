@@ -75,7 +75,8 @@ class Own:
         assert model.tokenizer is not None
         adapter = None
         stops = sorted(stop_ids(model.tokenizer))
-        if has_adapters(model) and is_plain_lora(self.run):
+        base_is_whole = self.run.model.compute_type == "bf16"  # as it is on disk
+        if has_adapters(model) and self.run.adds_to_base and base_is_whole:
             if self.base is None:
                 self.base = fuse(read_model(self.run, self.device))
             adapter, model = self._adapter(model), self.base
@@ -102,12 +103,6 @@ def _write_adapter(run: Run, model: ErnieModel, folder: Path) -> None:
 
 def has_adapters(model: ErnieModel) -> bool:
     return any(True for _ in lora.pairs(model))
-
-
-def is_plain_lora(run: Run) -> bool:
-    """Whether adapters stand beside the whole base as it is on disk, and add to it."""
-    m = run.model
-    return run.is_lora and m.compute_type == "bf16" and not (m.use_dora or m.pissa)
 
 
 class Served:

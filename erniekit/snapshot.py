@@ -99,7 +99,7 @@ def write_model(
         _write_whole(model, weights, folder, rounded=rounded)
     if head_1D is not None:
         reward_model.write_head(folder, head_1D)
-    if run.model.stage != "PT":
+    if run.stage.sample != "document":
         write_lock(folder, encoder.template, encoder.tokenizer)
 
 
@@ -139,7 +139,7 @@ def _write_adapter(
 
 def read_weights(run: Run, folder: Path) -> Iterator[tuple[str, Tensor]]:
     """The weights of a folder made by `write_model`, by parameter, float32, one after the other."""
-    if run.model.stage == "RM":
+    if run.stage.has_reward_head:
         yield reward_model.HEAD, reward_model.read_head(folder)
     if not run.is_lora:
         yield from io.open_weights(folder, torch.float32)[1]

@@ -24,6 +24,7 @@ from erniekit.config.data import Audit, Data, Pictures
 from erniekit.config.methods import Policy, Preferences
 from erniekit.config.model import Model
 from erniekit.config.services import Export, Generation, Reporting, Server
+from erniekit.config.stages import STAGES, Stage
 from erniekit.config.training import Optimisation, Parallel, Training
 
 GROUPS = (
@@ -66,11 +67,13 @@ class Run:
         return self.model.fine_tuning == "LoRA"
 
     @property
-    def has_answers(self) -> bool:
-        """Whether its records are questions that the model is asked while it trains: not so of
-        plain text, and a reward model does not answer.
-        """
-        return self.model.stage not in ("PT", "RM")
+    def adds_to_base(self) -> bool:
+        """Whether adapters add to their base, so that the base is the model without them."""
+        return self.is_lora and not (self.model.use_dora or self.model.pissa)
+
+    @property
+    def stage(self) -> Stage:
+        return STAGES[self.model.stage]
 
     @property
     def output(self) -> Path:

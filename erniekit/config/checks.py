@@ -5,20 +5,16 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ernie.quant.scheme import FROZEN
-from ernie.settings import ConfigError
-from erniekit.config.data import Data
-from erniekit.config.methods import PREFERENCE_KEYS, Preferences
+from ernie.settings import ConfigError, listed
+from erniekit.config.methods import SMOOTHING, Preferences
 from erniekit.config.services import SINKS
+from erniekit.config.stages import FORMATS
 from erniekit.config.training import SCHEDULES
 
 if TYPE_CHECKING:
     from erniekit.config import Run
 
 FREEZE_WORDS = ("freeze_vision", "freeze_lm")
-_JUDGED = ("erniekit", "alpaca", "messages", "chatml")
-_DIALOGUES = ("erniekit", "alpaca", "messages", "sharegpt", "reasoning_gym", "chatml")
-_KINDS = {"PT": ("erniekit", "pretrain"), **dict.fromkeys(("DPO", "KTO", "RM"), _JUDGED)}
-ONE_LOSS_A_TOKEN = ("SFT", "PT", "VL-SFT", "OCR-VL-SFT")
 
 
 def validate(run: Run) -> None:
@@ -55,7 +51,7 @@ def validate(run: Run) -> None:
         if name not in SINKS:
             raise ConfigError(f"report_to={name!r} is not known; use {', '.join(SINKS)}")
     for split in ("train", "eval", "text"):
-        _check_sources(data, split, model.stage)
+        _check_sources(run, split)
     _check_multimodal(run)
     schedule, _, steady = optimisation.lr_scheduler_type.partition(":")
     if schedule not in SCHEDULES or (steady and not (schedule == "wsd" and steady.isdigit())):
@@ -98,18 +94,18 @@ def validate(run: Run) -> None:
         raise ConfigError("lora_path is an adapter to start from; it needs fine_tuning: LoRA")
     _check_adapters(run)
     _check_dropout(run)
-    if model.stage in PREFERENCE_KEYS:
+    if run.stage.judges_answers:
         _check_preferences(run)
-    if model.stage == "DPO":
+    if "loss_type" in run.stage.settings:
         _check_loss_type(run.preferences)
-    if model.stage == "UPO":
+    if run.stage.has_rollouts:
         _check_policy(run)
     if model.moe_capacity is not None and model.moe_capacity <= 0:
         raise ConfigError(
             f"moe_capacity={model.moe_capacity:g} would drop every token; give a number above 0, "
             "or leave it out"
         )
-    if model.moe_capacity is not None and model.stage not in ONE_LOSS_A_TOKEN:
+    if model.moe_capacity is not None and run.stage.judges_answers:
         raise ConfigError(
             f"moe_capacity={model.moe_capacity:g} drops tokens of the answers that stage="
             f"{model.stage} compares; leave it out"
@@ -129,8 +125,8 @@ def validate(run: Run) -> None:
 
 
 def _check_multimodal(run: Run) -> None:
-    model, data, o = run.model, run.data, run.optimisation
-    for word in model.freeze_config:
+    data, o = run.data, run.optimisation
+    for word in run.model.freeze_config:
         if word not in FREEZE_WORDS:
             raise ConfigError(
                 f"freeze_config={word!r} is not known; use {' or '.join(FREEZE_WORDS)}"
@@ -143,7 +139,7 @@ def _check_multimodal(run: Run) -> None:
     for key, value in (("vit_lr_ratio", o.vit_lr_ratio), ("visual_ld", o.visual_ld)):
         if value is not None and value < 0:
             raise ConfigError(f"{key}={value:g} is below 0; give a factor such as 0.9")
-    if model.stage != "VL-SFT":
+    if not run.stage.needs_pictures:
         if data.text_dataset_path:
             raise ConfigError(
                 "text_dataset_path is mixed into data with pictures (stage: VL-SFT); use "
@@ -325,17 +321,17 @@ def _check_loss_type(p: Preferences) -> None:
             f"label_smoothing={p.label_smoothing:g} is no share of wrong labels; give 0, or less "
             "than 0.5"
         )
-    if p.label_smoothing and p.loss_type not in ("sigmoid", "simpo", "robust"):
+    if p.label_smoothing and not p.loss.smooths_labels:
         raise ConfigError(
             f"label_smoothing={p.label_smoothing:g} is not part of loss_type={p.loss_type}; leave "
-            "it out, or use sigmoid, simpo or robust"
+            f"it out, or use {listed(SMOOTHING)}"
         )
-    if p.loss_type == "orpo" and p.sft_loss_ratio not in (0, 1):
+    if p.loss.has_sft and p.sft_loss_ratio not in (0, 1):
         raise ConfigError(
-            f"sft_loss_ratio={p.sft_loss_ratio:g} contradicts loss_type=orpo, where it is 1; use "
-            "loss_type: or"
+            f"sft_loss_ratio={p.sft_loss_ratio:g} contradicts loss_type={p.loss_type}, where it is "
+            "1; use loss_type: or"
         )
-    if p.loss_type in ("simpo", "or", "orpo") and p.ref_model_update_steps > 0:
+    if not p.loss.uses_reference and p.ref_model_update_steps > 0:
         raise ConfigError(
             f"ref_model_update_steps={p.ref_model_update_steps} updates a reference that "
             f"loss_type={p.loss_type} does without; leave it out"
@@ -381,7 +377,7 @@ def _check_safety(run: Run) -> None:
 
 def _check_indexed(run: Run) -> None:
     data = run.data
-    if run.model.stage != "PT":
+    if run.stage.sample != "document":
         raise ConfigError(
             f"input_dir holds documents, which stage={run.model.stage} cannot read; use stage: PT"
         )
@@ -399,22 +395,23 @@ def _check_indexed(run: Run) -> None:
         raise ConfigError(f"input_dir={data.input_dir!r} must have weights of 0 or more")
 
 
-def _check_sources(data: Data, split: str, stage: str) -> None:
+def _check_sources(run: Run, split: str) -> None:
+    data, sample = run.data, run.stage.sample
     kinds, paths, probs = (getattr(data, f"{split}_dataset_{x}") for x in ("type", "path", "prob"))
     if paths and not len(kinds) == len(paths) == len(probs):
         raise ConfigError(
             f"{split}_dataset_type, _path and _prob have {len(kinds)}, {len(paths)} and "
             f"{len(probs)} entries; give one of each per file"
         )
-    known = _KINDS.get(stage, _DIALOGUES)
+    known = FORMATS[sample]
     for kind in kinds:
         if kind not in known and (paths or kind != "pretrain"):
-            *first, last = (kind for kind in known if kind != "chatml")
             raise ConfigError(
-                f"{split}_dataset_type={kind!r} is not known for stage {stage}; use "
-                f"{', '.join(first)} or {last}"
+                f"{split}_dataset_type={kind!r} is not known for stage {run.model.stage}; use "
+                f"{listed(kind for kind in known if kind != 'chatml')}"
             )
-    if stage != "PT" and (texts := [p for p in paths if p.removesuffix(".gz").endswith(".txt")]):
+    texts = [p for p in paths if p.removesuffix(".gz").endswith(".txt")]
+    if texts and sample != "document":
         raise ConfigError(f"{texts[0]} is plain text, which only stage PT reads; give .jsonl files")
     if paths and (min(probs) < 0 or sum(probs) <= 0):
         raise ConfigError(f"{split}_dataset_prob={list(probs)} must be weights of 0 or more")

@@ -9,10 +9,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from erniekit.config.checks import ONE_LOSS_A_TOKEN
 from erniekit.config.data import Pictures
-from erniekit.config.methods import PREFERENCE_KEYS, Policy, Preferences
-from erniekit.config.model import PICTURED
+from erniekit.config.methods import LOSS_TYPES, Policy, Preferences
 
 if TYPE_CHECKING:
     from erniekit.config import Run
@@ -31,7 +29,11 @@ def _keys(group: type) -> tuple[str, ...]:
 
 
 def _uses(key: str) -> Callable[[Run], bool]:
-    return lambda run: key in PREFERENCE_KEYS.get(run.model.stage, ())
+    return lambda run: key in run.stage.settings
+
+
+def _compares_with(loss_type: str) -> Callable[[Run], bool]:
+    return lambda run: run.preferences.loss_type == loss_type
 
 
 def _drops(run: Run) -> bool:
@@ -40,12 +42,11 @@ def _drops(run: Run) -> bool:
 
 
 ONLY_WHERE: tuple[tuple[Callable[[Run], bool], tuple[str, ...]], ...] = (
-    *((_uses(key), (key,)) for key in _keys(Preferences)),
-    (lambda run: run.preferences.loss_type == "simpo", ("simpo_gamma",)),
-    (lambda run: run.preferences.loss_type == "dpop", ("dpop_lambda",)),
-    (lambda run: run.model.stage in PICTURED, _keys(Pictures)),
+    *((_uses(key), (key,)) for key in (*_keys(Preferences), *_keys(Policy))),
+    *((_compares_with(name), row.settings) for name, row in LOSS_TYPES.items()),
+    (lambda run: run.stage.reads_pictures, _keys(Pictures)),
     (_drops, ("dropout_warmup_steps",)),
-    (lambda run: run.model.stage in ONE_LOSS_A_TOKEN, ("token_balance_loss",)),
+    (lambda run: not run.stage.judges_answers, ("token_balance_loss",)),
     (lambda run: not run.is_lora, _BALANCE),
     (lambda run: run.model.num_nextn_predict_layers > 0, ("multi_token_pred_lambda",)),
     (
@@ -56,7 +57,6 @@ ONLY_WHERE: tuple[tuple[Callable[[Run], bool], tuple[str, ...]], ...] = (
         lambda run: run.is_lora,
         ("lora_rank", "lora_alpha", "rslora", "rslora_plus", "lora_plus_scale"),
     ),
-    (lambda run: run.model.stage == "UPO", _keys(Policy)),
     (lambda run: "model" in run.policy.reward, ("reward_model",)),
     (lambda run: run.policy.rollout_correction == "icepop", ("correction_low",)),
     (lambda run: run.policy.rollout_correction != "none", ("correction_high",)),

@@ -2,10 +2,41 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 
-from ernie.settings import option
+from ernie.settings import listed, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossType:
+    """What is true of a loss on pairs; its formula is in `erniekit.preference_losses`."""
+
+    uses_reference: bool = True
+    uses_means: bool = False  # of tokens; sums otherwise
+    uses_baselines: bool = False  # of the whole step, a forward pass more
+    smooths_labels: bool = False
+    has_sft: bool = False  # with weight 1, whatever sft_loss_ratio says
+    settings: tuple[str, ...] = ()  # keys that only it reads
+
+
+LOSS_TYPES = {
+    "sigmoid": LossType(smooths_labels=True),
+    "hinge": LossType(),
+    "ipo": LossType(uses_means=True),
+    "simpo": LossType(
+        uses_reference=False, uses_means=True, smooths_labels=True, settings=("simpo_gamma",)
+    ),
+    "dpop": LossType(settings=("dpop_lambda",)),
+    "sppo_hard": LossType(),
+    "nca_pair": LossType(),
+    "or": LossType(uses_reference=False, uses_means=True),
+    "orpo": LossType(uses_reference=False, uses_means=True, has_sft=True),
+    "kto_pair": LossType(uses_baselines=True),
+    "robust": LossType(smooths_labels=True),
+}
+SMOOTHING = [name for name, row in LOSS_TYPES.items() if row.smooths_labels]
+_FREE = [name for name, row in LOSS_TYPES.items() if not row.uses_reference]
+_WITH_SFT = [name for name, row in LOSS_TYPES.items() if row.has_sft]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,18 +46,17 @@ class Preferences:
     loss_type: str = option(
         "sigmoid",
         "Form of the loss on pairs (docs/methods/dpo.md).",
-        choices=(
-            "sigmoid", "hinge", "ipo", "simpo", "dpop", "sppo_hard", "nca_pair", "or", "orpo",
-            "kto_pair", "robust",
-        ),
-    )  # fmt: skip
+        choices=tuple(LOSS_TYPES),
+    )
     beta: float = option(0.1, "Reward of a nat that the policy gains on the reference.")
     label_smoothing: float = option(
-        0.0, "Share of the pairs taken to be labelled the wrong way (sigmoid, simpo and robust)."
+        0.0, f"Share of the pairs taken to be labelled the wrong way ({listed(SMOOTHING, 'and')})."
     )
     pref_loss_ratio: float = option(1.0, "Weight of the loss on pairs.")
     sft_loss_ratio: float = option(
-        0.0, "Weight of the next-token loss on chosen answers that is added (orpo: always 1)."
+        0.0,
+        "Weight of the next-token loss on chosen answers that is added "
+        f"({listed(_WITH_SFT, 'and')}: always 1).",
     )
     simpo_gamma: float = option(0.5, "Margin of rewards that simpo asks for.")
     dpop_lambda: float = option(50.0, "Weight of what a chosen answer has lost, for dpop.")
@@ -34,7 +64,8 @@ class Preferences:
         True, "Scale each answer's log-probability by the mean length of the pair over its own."
     )
     reference_free: bool = option(
-        False, "Compare the answers without a reference model (simpo, or and orpo: always)."
+        False,
+        f"Compare the answers without a reference model ({listed(_FREE, 'and')}: always).",
     )
     ref_model_update_steps: int = option(
         -1, "Every so many steps the model becomes its own reference; -1: never."
@@ -46,18 +77,9 @@ class Preferences:
     desirable_weight: float = option(1.0, "Weight of the loss of desirable answers (KTO).")
     undesirable_weight: float = option(1.0, "Weight of the loss of undesirable answers (KTO).")
 
-
-# Keys of `Preferences` that a stage uses; the others are told to be without effect there.
-PREFERENCE_KEYS: dict[str, set[str]] = {
-    "DPO": {f.name for f in dataclasses.fields(Preferences)}
-    - {"desirable_weight", "undesirable_weight"},
-    "KTO": {
-        "beta", "reference_free", "ref_model_update_steps", "mask_out_eos_token",
-        "desirable_weight", "undesirable_weight",
-    },
-    "RM": {"max_prompt_len"},
-    "UPO": {"beta", "max_prompt_len", "mask_out_eos_token"},
-}  # fmt: skip
+    @property
+    def loss(self) -> LossType:
+        return LOSS_TYPES[self.loss_type]
 
 
 @dataclass(frozen=True, kw_only=True)

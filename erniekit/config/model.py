@@ -6,11 +6,9 @@ from dataclasses import dataclass
 
 from ernie.quant.scheme import FROZEN
 from ernie.settings import option
+from erniekit.config.stages import STAGES
 
-# Names of the published files; `erniekit.launch` refuses those that cannot be trained yet.
-STAGES = ("SFT", "DPO", "KTO", "RM", "UPO", "PT", "VL-SFT", "OCR-VL-SFT")
 COMPUTE_TYPES = ("bf16", "fp8", *FROZEN)
-PICTURED = ("VL-SFT", "DPO", "KTO", "RM")  # those that read pictures, where the model does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +18,7 @@ class Model:
     model_name_or_path: str = option(
         "", "Folder of a saved model (-PT or -Paddle layout), or its name on the hub."
     )
-    stage: str = option("SFT", "What kind of training.", choices=STAGES)
+    stage: str = option("SFT", "What kind of training.", choices=tuple(STAGES))
     fine_tuning: str = option(
         "LoRA", "Train small adapters beside frozen weights, or all.", choices=("LoRA", "Full")
     )

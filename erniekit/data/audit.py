@@ -23,12 +23,12 @@ from typing import Any, TextIO
 from ernie.settings import ConfigError
 from erniekit import checkpoint
 from erniekit.config import Run
+from erniekit.config.stages import TRAINABLE
 from erniekit.data import ledger
 from erniekit.data.chunks import Chunks, Fault, read_chunk
 from erniekit.data.ledger import KINDS, Account, Samples
 from erniekit.data.sources import Source
 from erniekit.data.stream import Faults, Stream, stream
-from erniekit.launch import RECIPES
 
 log = logging.getLogger("erniekit")
 
@@ -58,9 +58,9 @@ class Split:
 
 def run_data(run: Run) -> int:
     """The verb. Returns 0; raises ConfigError, or DataError for too many unusable records."""
-    if run.model.stage not in RECIPES:
+    if run.stage.recipe is None:
         raise ConfigError(
-            f"stage={run.model.stage} has data of another kind; use {', '.join(RECIPES)}"
+            f"stage={run.model.stage} has data of another kind; use {', '.join(TRAINABLE)}"
         )
     names = [s for s in ("train", "eval") if run.data.files(s)]
     if not names:

@@ -18,7 +18,6 @@ from ernie.vision.settings import VisionSettings, font_of
 from ernie.vision.sources import MediaError, Sources
 from erniekit.config import Run, changed
 from erniekit.config.checks import check_every_weight_is_used
-from erniekit.config.model import PICTURED
 from erniekit.data.dialogue import Encoder
 from erniekit.data.judged import JudgedEncoder
 from erniekit.data.multimodal import PictureReader
@@ -29,8 +28,8 @@ def encoder_of(run: Run, tokenizer: Tokenizer, template: ChatTemplate) -> Encode
     """What reads the records of a stage with a template: pairs, judged answers, or dialogues."""
     data, p = run.data, run.preferences
     reader = _reader_of(run)
-    if run.model.stage in ("DPO", "RM"):
-        is_scored = run.model.stage == "RM"
+    if run.stage.sample == "pair":
+        is_scored = run.stage.has_reward_head
         return PairEncoder(
             tokenizer,
             template,
@@ -40,7 +39,7 @@ def encoder_of(run: Run, tokenizer: Tokenizer, template: ChatTemplate) -> Encode
             reads_end=is_scored,
             reader=reader,
         )
-    if run.model.stage == "KTO":
+    if run.stage.sample == "answer":
         masks_end = p.mask_out_eos_token
         return JudgedEncoder(
             tokenizer, template, data.max_seq_len, masks_end=masks_end, reader=reader
@@ -60,16 +59,16 @@ def _reader_of(run: Run) -> PictureReader | None:
     stage, folder = run.model.stage, resolve(run.model.model_name_or_path)
     config = ErnieConfig.from_folder(folder)
     if config.vision_config is not None:
-        if stage not in PICTURED:
+        if not run.stage.reads_pictures:
             raise ConfigError(
                 f"stage={stage} trains models of text, and {folder} reads pictures too; use "
                 "stage: VL-SFT, which takes records of text as well"
             )
         check_every_weight_is_used(run)
         return PictureReader(config, _processor(run, folder))
-    if stage == "VL-SFT":
+    if run.stage.needs_pictures:
         raise ConfigError(
-            f"stage=VL-SFT trains a model that reads pictures, which {folder} does not; use a VL "
+            f"stage={stage} trains a model that reads pictures, which {folder} does not; use a VL "
             "model, or stage: SFT"
         )
     if given := [key for key in changed(run) if hasattr(run.pictures, key)]:

@@ -206,7 +206,7 @@ def stream(run: Run, split: str, tokenizer: Tokenizer | None = None) -> Stream:
     folder = resolve(run.model.model_name_or_path)
     tokenizer = tokenizer or Tokenizer.from_folder(folder)
     encoder: Encoder
-    if run.model.stage == "PT":
+    if run.stage.sample == "document":
         encoder = TextEncoder(tokenizer, run.data.max_seq_len)
     else:
         encoder = encoder_of(run, tokenizer, template_of(run, folder, tokenizer))

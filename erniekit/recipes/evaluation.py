@@ -71,7 +71,7 @@ def _on_data(run: Run, method: Method, model: ernie.ErnieModel, what: str | Path
     held_out.faults.judge(at_end=True)
     log.info("evaluated %s", what)
     log.info("%s", eval_line(values, 0).replace("eval at step 0", "eval"))
-    num_answers = run.reporting.num_answers if run.has_answers else 0
+    num_answers = run.reporting.num_answers if run.stage.has_answers else 0
     asked = prompts(held_out, num_answers)
     given = answers(model, asked, run.reporting.max_answer_tokens, step=0)
     lines = [json.dumps({k: v for k, v in a.items() if k != "step"}) + "\n" for a in given]
@@ -94,6 +94,6 @@ def _model(run: Run, device: str, folder: Path | None) -> tuple[ernie.ErnieModel
         return model, folder
     what = folder or Path(run.model.model_name_or_path)
     model = read_model(run, device) if folder is None else ernie.load(folder, device=device)
-    if run.model.stage == "RM":
+    if run.stage.has_reward_head:
         put_head(model, what, seed=run.training.seed)
     return model.eval(), folder or run.model.model_name_or_path

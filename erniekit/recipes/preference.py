@@ -28,7 +28,7 @@ from erniekit.method import Method
 from erniekit.parallel.deal import shared
 from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.preference import Pairs, answer_lengths, preference, sequence_log_probs
-from erniekit.preference_losses import PREFERENCE_LOSSES, Objective, gains
+from erniekit.preference_losses import Objective, gains
 from erniekit.recipes import sft
 from erniekit.reference import References, reference_of
 
@@ -50,7 +50,7 @@ def objective_of(p: Preferences) -> Objective:
         p.simpo_gamma,
         p.dpop_lambda,
         p.pref_loss_ratio,
-        1.0 if PREFERENCE_LOSSES[p.loss_type].has_sft else p.sft_loss_ratio,
+        1.0 if p.loss.has_sft else p.sft_loss_ratio,
     )
 
 

@@ -48,7 +48,7 @@ class Reporter:
         self.streams = {"train": train_stream, "eval": eval_stream}
         self.is_silent = is_silent
         is_wanted = run.reporting.answer_steps or run.training.evaluation_strategy != "no"
-        has_prompts = eval_stream is not None and run.has_answers and is_wanted
+        has_prompts = eval_stream is not None and run.stage.has_answers and is_wanted
         self.num_asked = run.reporting.num_answers if has_prompts else 0
         if not is_silent:
             self._open(step)

@@ -7,6 +7,7 @@ T tokens of the flat batch, H query heads.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -109,6 +110,37 @@ def block_bytes(
     layers = config.num_hidden_layers + drafting_layers
     width = config.num_key_value_heads * kernels.cache_width(config.head_dim, dtype)
     return 2 * layers * block_size * width * dtype.itemsize
+
+
+def cache_allocator(
+    model: ErnieModel, config: EngineConfig, ranks: Ranks | None = None
+) -> Callable[[int], KVCache]:
+    """What makes a cache of so many blocks, and has the other ranks make theirs. One without blocks
+    is made here alone: the others drop theirs when they go to sleep.
+    """
+    network, device = model.config, model.device  # not the model: its weights may be freed
+    dtype, drafting_layers = cache_dtype(config.kv_cache_dtype, model), int(config.has_mtp)
+
+    def allocate(num_blocks: int) -> KVCache:
+        if ranks and num_blocks:
+            ranks.call(
+                "allocate",
+                num_blocks=num_blocks,
+                block_size=config.block_size,
+                dtype=config.kv_cache_dtype,
+                drafting_layers=drafting_layers,
+            )
+        return KVCache.allocate(
+            network,
+            num_blocks,
+            config.block_size,
+            dtype,
+            device,
+            drafting_layers=drafting_layers,
+            num_ranks=ranks.size if ranks else 1,
+        )
+
+    return allocate
 
 
 def num_cache_blocks(model: ErnieModel, config: EngineConfig, ranks: Ranks | None = None) -> int:

@@ -9,37 +9,34 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from ernie import kernels
 from ernie.adapters import Adapter
 from ernie.model import ErnieModel
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.adapters import Adapters, Slices
-from fastdeploy.engine.batch import BatchBuilder
-from fastdeploy.engine.blocks import BlockManager
-from fastdeploy.engine.cache import KVCache, cache_dtype, num_cache_blocks
+from fastdeploy.engine.cache import KVCache
 from fastdeploy.engine.constraint import Compiling, Masks
 from fastdeploy.engine.grammar import Grammars, why_none
-from fastdeploy.engine.graphs import (
-    GPU_PADDING,
-    cuda_recorder,
-    graph_shapes,
-    program_shapes,
-    record_program,
-)
 from fastdeploy.engine.pooler import Pooler
-from fastdeploy.engine.ranks import Ranks
-from fastdeploy.engine.request import Request, Status, TokenOutput, check_params, check_prompt
-from fastdeploy.engine.runner import Runner, on
+from fastdeploy.engine.request import (
+    PLAIN,
+    Order,
+    Request,
+    Status,
+    TokenOutput,
+    check_params,
+    check_prompt,
+)
+from fastdeploy.engine.runner import Runner, on, record_steps
 from fastdeploy.engine.sampler import Choice, Sampler
 from fastdeploy.engine.scheduler import Scheduler
-from fastdeploy.engine.speculative import make_drafter, num_ahead
+from fastdeploy.engine.speculative import Drafter
 from fastdeploy.engine.thinking import ThinkTags
-from fastdeploy.engine.vision import Layout, PictureRows, Prompt, token_ids_of
+from fastdeploy.engine.vision import Layout, Prompt, token_ids_of
 from fastdeploy.engine.weights import HostCopy, Source, read_weights, without_weights
 from fastdeploy.errors import RequestError
 from fastdeploy.outputs import Stats
@@ -52,123 +49,81 @@ class Engine:
     """A model with its cache. `config` must be resolved (see `EngineConfig.resolved`).
 
     Besides work there are three ways to rest, each a method: `pause` holds or ends what is running,
-    `sleep` gives memory back, `update_weights` changes the model. With `ranks` the model is this
-    rank's slice, and each of the others holds its own.
+    `sleep` gives memory back, `update_weights` changes the model. With ranks the model is this
+    one's slice, and each of the others holds its own.
     """
 
     def __init__(
         self,
-        model: ErnieModel,
         config: EngineConfig,
+        runner: Runner,
+        scheduler: Scheduler,
+        *,
+        allocate: Callable[[int], KVCache],
+        drafter: Drafter | None = None,
         eos_ids: Iterable[int] = (),
         think_tags: ThinkTags | None = None,
-        *,
         rebuild: Callable[[ErnieModel], ErnieModel] = lambda model: model,
         reread: Callable[[str | Path], ErnieModel] | None = None,
-        ranks: Ranks | None = None,
         grammars: Grammars | None = None,
     ) -> None:
-        """To update weights: `rebuild` makes the form of `model` from a plain one, or with `ranks`
+        """`loading.make_engine` makes the parts. `allocate` makes a cache of so many blocks. To
+        update weights: `rebuild` makes the form of the model from a plain one, or with ranks
         `reread` makes this rank's slice from a folder. Without `grammars` no request can be held to
         a form.
         """
-        assert config.max_num_batched_tokens is not None, "the config is not resolved"
+        model = runner.model
         self.config = config
         self.network, self.vocab_size = model.config, model.config.vocab_size
         self.eos_ids = frozenset(eos_ids)
         self.think_tags = think_tags
         self.early_stop = config.early_stop()
-        self.rebuild, self.reread, self.ranks = rebuild, reread, ranks
+        self.rebuild, self.reread, self.allocate = rebuild, reread, allocate
         self.device, self.dtype = model.device, model.model.embed_tokens.weight.dtype
-        num_blocks = num_cache_blocks(model, config, ranks)
-        self.allocate = partial(
-            KVCache.allocate,
-            model.config,
-            block_size=config.block_size,
-            dtype=cache_dtype(config.kv_cache_dtype, model),
-            device=model.device,
-            drafting_layers=int(config.has_mtp),
-            num_ranks=ranks.size if ranks else 1,
-        )
-        self._allocate_in_ranks(num_blocks)
-        builder = BatchBuilder(
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            max_blocks=-(-config.max_model_len // config.block_size),
-            block_size=config.block_size,
-        )
-        has_vision = model.config.vision_config is not None
-        self.pictures = PictureRows(config.vision_cache_mib << 20) if has_vision else None
-        cache = self.allocate(num_blocks=num_blocks)
-        self.runner = Runner(model.eval(), cache, builder, ranks, self.pictures)
+        self.runner, self.ranks, self.pictures = runner, runner.ranks, runner.pictures
+        self.scheduler, self.blocks, self.drafter = scheduler, scheduler.blocks, drafter
         self.requests: dict[str, Request] = {}
-        self.adapters = Adapters(model, config, self.requests, ranks)
-        self.sampler = Sampler(self.vocab_size)
-        if self.device.type == "cuda":
-            with on(self.device):
-                self.sampler.warm_up(self.device)
-        self.pooler = Pooler(self.runner)
+        self.adapters = Adapters(model, config, self.requests, self.ranks)
+        self.sampler, self.pooler = Sampler(self.vocab_size), Pooler(runner)
         self.grammars, self.masks = grammars, Masks(self.vocab_size)
         most_s = config.guided_decoding_max_stall_ms / 1000
         self.compiling = Compiling(grammars, think_tags, self.eos_ids, most_s)
-        self.blocks = BlockManager(
-            num_blocks,
-            config.block_size,
-            caching=config.enable_prefix_caching,
-            reads_next=config.has_mtp,
-        )
-        self.drafter = make_drafter(config.speculation, self.runner)
-        self.scheduler = Scheduler(
-            self.blocks,
-            max_num_seqs=config.max_num_seqs,
-            max_num_batched_tokens=config.max_num_batched_tokens,
-            chunked_prefill=config.enable_chunked_prefill,
-            num_ahead=num_ahead(config.speculation),
-        )
         self.news: list[TokenOutput] = []  # aborts that the next step reports
         self.paused = self.asleep = False
         self.host_copy: HostCopy | None = None
         self.seeds = random.Random(config.seed)
         self.num_generated = self.num_steps = self.num_unfinished_forms = 0
-        self._record_decoding()
 
     def add(
         self,
         request_id: str,
         prompt: Prompt,
         params: SamplingParams,
-        *,
-        seed: int | None = None,
-        sample_index: int = 0,
-        banned: Iterable[Sequence[int]] = (),
-        priority: int = 0,
-        cache_salt: str | None = None,
+        order: Order = PLAIN,
         adapter: Adapter | None = None,
     ) -> None:
         """Queue one sample of a request. Raises RequestError for what cannot be served.
 
         `prompt` is token ids, or the `Inputs` of a prompt with pictures (`ernie.vision.prompt`).
-        `seed` stands in for a missing `params.seed`; samples of one request share it. Lower
-        `priority` runs first. Texts share cached blocks only with texts of the same `cache_salt`
-        and the same `adapter` (one of `self.adapters`, None for the model as it is). None of the
-        token sequences in `banned` is generated.
+        `adapter` is one of `self.adapters`, None for the model as it is; texts share cached blocks
+        only with texts of the same one.
         """
         if request_id in self.requests:
             raise RequestError(f"there is a request {request_id!r} already; choose another id")
         layout = self.check(prompt, params)
-        if params.seed is not None:
-            seed = params.seed
+        seed = order.seed if params.seed is None else params.seed
+        order = replace(
+            order,
+            seed=self.new_seed() if seed is None else seed,
+            banned=[*order.banned, *([token] for token in params.bad_words_token_ids or ())],
+        )
         request = Request(
             request_id,
             token_ids_of(prompt),
             params,
-            seed=self.new_seed() if seed is None else seed,
+            order,
             max_model_len=self.config.max_model_len,
             eos_ids=self.eos_ids,
-            banned=[*banned, *([token] for token in params.bad_words_token_ids or ())],
-            sample_index=sample_index,
-            priority=priority,
-            cache_salt=cache_salt,
             think_tags=self.think_tags,
             early_stop=self.early_stop,
             adapter=adapter,
@@ -301,7 +256,7 @@ class Engine:
         self._refuse_while_running("sleep")
         self._start_over()
         self.runner.graphs = None
-        self.runner.cache = self.allocate(num_blocks=0)
+        self.runner.cache = self.allocate(0)
         if self.ranks:
             self.ranks.call("sleep", level=level)
         if level == 2:
@@ -327,10 +282,9 @@ class Engine:
             self.host_copy = None
         if self.ranks:
             self.ranks.call("wake_up")
-        self._allocate_in_ranks(len(self.blocks.blocks))
-        self.runner.cache = self.allocate(num_blocks=len(self.blocks.blocks))
+        self.runner.cache = self.allocate(len(self.blocks.blocks))
         self.asleep = False
-        self._record_decoding()
+        record_steps(self.runner, self.config)
 
     @property
     def has_weights(self) -> bool:
@@ -348,7 +302,7 @@ class Engine:
         self.host_copy = None
         self._start_over()
         if not self.asleep:
-            self._record_decoding()
+            record_steps(self.runner, self.config)
 
     def _new_model(self, source: Source) -> ErnieModel:
         """The form in which it runs here; the other ranks have theirs then."""
@@ -365,29 +319,6 @@ class Engine:
         model = self.reread(source)
         self.ranks.call("update_weights", is_long=True, folder=str(source))
         return model
-
-    def _allocate_in_ranks(self, num_blocks: int) -> None:
-        if self.ranks:
-            self.ranks.call(
-                "allocate",
-                num_blocks=num_blocks,
-                block_size=self.config.block_size,
-                dtype=self.config.kv_cache_dtype,
-                drafting_layers=int(self.config.has_mtp),
-            )
-
-    def _record_decoding(self) -> None:
-        """Recordings hold the addresses of weights and cache: where these move, there are new
-        ones."""
-        speculation = self.config.speculation
-        most_tokens = 1 + (speculation.num_speculative_tokens if speculation else 0)
-        most = self.config.max_num_seqs, most_tokens
-        if self.config.use_cudagraph:
-            with torch.inference_mode(), on(self.device):
-                shapes, record = graph_shapes(*most), cuda_recorder()
-                self.runner.record_decoding(record, shapes, GPU_PADDING).record_all()
-        elif self.device.type == "cpu" and self.runner.ranks is None and kernels.is_compiled("cpu"):
-            self.runner.record_decoding(record_program, program_shapes(*most), padding=1)
 
     def _start_over(self) -> None:
         self.scheduler.preempt_all()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,11 +22,18 @@ from ernie.quant.scheme import Scheme, read_scheme
 from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer
 from fastdeploy.config import EngineConfig
+from fastdeploy.engine.batch import BatchBuilder
+from fastdeploy.engine.blocks import BlockManager
+from fastdeploy.engine.cache import cache_allocator, num_cache_blocks
 from fastdeploy.engine.core import Engine
 from fastdeploy.engine.grammar import make_grammars
 from fastdeploy.engine.language import Language, template_for
 from fastdeploy.engine.ranks import Ranks
+from fastdeploy.engine.runner import Runner, on, record_steps
+from fastdeploy.engine.scheduler import Scheduler
+from fastdeploy.engine.speculative import make_drafter, num_ahead
 from fastdeploy.engine.thinking import ThinkTags
+from fastdeploy.engine.vision import PictureRows
 from fastdeploy.engine.weights import check_same_network
 from fastdeploy.sampling import recommended
 
@@ -142,12 +151,69 @@ def _around(model: ErnieModel, config: EngineConfig, ranks: Ranks | None) -> Loa
             reread_model, config=config, network=model.config, device=device, shard=shard
         )
     grammars = make_grammars(config, tokenizer, model.config.vocab_size, ends)
-    engine = Engine(
+    engine = make_engine(
         model, config, ends, tags, rebuild=rebuild, reread=reread, ranks=ranks, grammars=grammars
     )
     defaults = recommended(getattr(model, "generation_config", None) or {})
     template = template_for(config, tokenizer)
     return Loaded(engine, config, tokenizer, template, defaults)
+
+
+def make_engine(
+    model: ErnieModel,
+    config: EngineConfig,
+    eos_ids: Iterable[int] = (),
+    think_tags: ThinkTags | None = None,
+    *,
+    ranks: Ranks | None = None,
+    **options: Any,
+) -> Engine:
+    """The engine of a model in its inference form, or with `ranks` of this one's slice. `config`
+    must be resolved (see `EngineConfig.resolved`); `options` are those of `Engine`.
+
+    Raises ConfigError where the cache has no room, or the model cannot draft.
+    """
+    assert config.max_num_batched_tokens is not None, "the config is not resolved"
+    num_blocks = num_cache_blocks(model, config, ranks)
+    allocate = cache_allocator(model, config, ranks)
+    cache = allocate(num_blocks)
+    batches = BatchBuilder(
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_blocks=-(-config.max_model_len // config.block_size),
+        block_size=config.block_size,
+    )
+    has_vision = model.config.vision_config is not None
+    pictures = PictureRows(config.vision_cache_mib << 20) if has_vision else None
+    runner = Runner(model.eval(), cache, batches, ranks, pictures)
+    blocks = BlockManager(
+        num_blocks,
+        config.block_size,
+        caching=config.enable_prefix_caching,
+        reads_next=config.has_mtp,
+    )
+    scheduler = Scheduler(
+        blocks,
+        max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        chunked_prefill=config.enable_chunked_prefill,
+        num_ahead=num_ahead(config.speculation),
+    )
+    engine = Engine(
+        config,
+        runner,
+        scheduler,
+        allocate=allocate,
+        drafter=make_drafter(config.speculation, runner),
+        eos_ids=eos_ids,
+        think_tags=think_tags,
+        **options,
+    )
+    if model.device.type == "cuda":
+        with on(model.device):
+            engine.sampler.warm_up(model.device)
+    record_steps(runner, config)
+    return engine
 
 
 def choose_kernels(config: EngineConfig, device: torch.device) -> None:

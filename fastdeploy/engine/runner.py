@@ -11,9 +11,20 @@ from torch import Tensor
 from ernie import kernels
 from ernie.attention import Attend
 from ernie.model import ErnieModel
+from fastdeploy.config import EngineConfig
 from fastdeploy.engine.batch import Batch, BatchBuilder
 from fastdeploy.engine.cache import KVCache, PagedAttend
-from fastdeploy.engine.graphs import DecodeGraphs, FixedBatch, Record, Shape
+from fastdeploy.engine.graphs import (
+    GPU_PADDING,
+    DecodeGraphs,
+    FixedBatch,
+    Record,
+    Shape,
+    cuda_recorder,
+    graph_shapes,
+    program_shapes,
+    record_program,
+)
 from fastdeploy.engine.ranks import Ranks
 from fastdeploy.engine.scheduler import Schedule
 from fastdeploy.engine.vision import PictureRows
@@ -119,3 +130,18 @@ class Runner:
             embeds=batch.embeds,
             adapters=batch.adapters,
         )
+
+
+def record_steps(runner: Runner, config: EngineConfig) -> None:
+    """Have decode steps run as recordings, where there are some. They hold the addresses of weights
+    and cache: where these move, there are new ones.
+    """
+    speculation = config.speculation
+    most_tokens = 1 + (speculation.num_speculative_tokens if speculation else 0)
+    most, device = (config.max_num_seqs, most_tokens), runner.model.device
+    if config.use_cudagraph:
+        with torch.inference_mode(), on(device):
+            shapes, record = graph_shapes(*most), cuda_recorder()
+            runner.record_decoding(record, shapes, GPU_PADDING).record_all()
+    elif device.type == "cpu" and runner.ranks is None and kernels.is_compiled("cpu"):
+        runner.record_decoding(record_program, program_shapes(*most), padding=1)

@@ -31,6 +31,7 @@ from ernie.vision.sources import MediaError
 from fastdeploy.config import EngineConfig, ServerConfig
 from fastdeploy.engine.grammar import Grammars, make_grammars, why_none
 from fastdeploy.engine.language import Language
+from fastdeploy.engine.request import Order
 from fastdeploy.errors import RequestError
 from fastdeploy.metrics import Metrics
 from fastdeploy.sampling import SamplingParams, filled
@@ -134,8 +135,6 @@ class Service:
             return EventStream(reply.events(), answer)
         try:
             return JSONResponse(await while_connected(request.receive, reply.whole()))
-        except Disconnected:
-            return Response(status_code=499)  # nobody reads it
         finally:
             answer.close()
 
@@ -234,8 +233,7 @@ class Service:
         answer = self.engine.submit(
             prompts,
             params,
-            priority=body.priority or 0,
-            cache_salt=self._cache_salt(request, body),
+            Order(priority=body.priority or 0, cache_salt=self._cache_salt(request, body)),
             adapter=adapter,
             shown=shown,
             pictures=pictures,
@@ -419,7 +417,8 @@ def _add_error_handlers(app: FastAPI, limits: Limits) -> None:
         return body(request, str(error), getattr(error, "status", 400), param)
 
     @app.exception_handler(ClientDisconnect)
-    async def gone(_: Request, error: ClientDisconnect) -> Response:
+    @app.exception_handler(Disconnected)
+    async def gone(_: Request, error: Exception) -> Response:
         return Response(status_code=499)  # nobody reads it
 
     @app.exception_handler(HTTPException)

@@ -1,6 +1,6 @@
 """What the API process and the engine's process say to each other, and the socket between them.
 
-    API process                               engine's process (`server.worker`)
+    API process                               engine's process (`server.engine_process`)
     Start, Add, Abort, Command  ----------->  obeyed in this order
     Ready | Refused             <-----------  once, when the model is loaded or cannot be
     Outputs, Rejected, Done     <-----------  what became of requests and commands
@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from fastdeploy.engine.request import TokenOutput
+from fastdeploy.engine.request import Order, TokenOutput
 from fastdeploy.errors import RequestError
 from fastdeploy.outputs import Stats
 from fastdeploy.sampling import SamplingParams
@@ -48,15 +48,14 @@ class Start(Message):
 
 
 class Add(Message):
-    """All samples of one prompt; sample i has the id `ids[i]`. See `Engine.add`."""
+    """All samples of one prompt; sample i has the id `ids[i]`, and else the same order. See
+    `Engine.add`.
+    """
 
     ids: list[str]
     prompt_ids: list[int]
     params: SamplingParams
-    seed: int
-    banned: list[list[int]]
-    priority: int
-    cache_salt: str | None
+    order: Order
     adapter: str | None
     pictures: PromptPictures | None = None
 
@@ -66,7 +65,7 @@ class Abort(Message):
 
 
 class Command(Message):
-    """Call a method of `worker.Commands`; `Done` answers with the same number."""
+    """Do one of `engine_process.COMMANDS`; `Done` answers with the same number."""
 
     number: int
     name: str

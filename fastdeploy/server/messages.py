@@ -17,7 +17,7 @@ from fastdeploy.server.messages_events import PATH, MessageWriter, empty_message
 from fastdeploy.server.messages_request import CountRequest, MessagesRequest, chat_of
 from fastdeploy.server.parts import told_as_sent
 from fastdeploy.server.protocol import read_json, with_extras
-from fastdeploy.server.stream import Disconnected, EventStream, drained, while_connected
+from fastdeploy.server.stream import EventStream, drained, while_connected
 
 if TYPE_CHECKING:
     from fastdeploy.server.app import Service
@@ -40,8 +40,6 @@ def add_messages(app: FastAPI, service: Service) -> None:
             return EventStream(events, reply.answer, last=None)
         try:
             await while_connected(request.receive, drained(events))
-        except Disconnected:
-            return Response(status_code=499)  # nobody reads it
         finally:
             reply.answer.close()
         if writer.error is not None:

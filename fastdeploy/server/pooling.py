@@ -20,7 +20,7 @@ from fastdeploy.errors import RequestError
 from fastdeploy.sampling import SamplingParams
 from fastdeploy.server.engine import Answer
 from fastdeploy.server.protocol import Addressed, Kind, read_json, with_extras
-from fastdeploy.server.stream import Disconnected, while_connected
+from fastdeploy.server.stream import while_connected
 from fastdeploy.vectors import cosine, shaped
 
 if TYPE_CHECKING:
@@ -145,8 +145,6 @@ async def pooled(
     answer = service.submit(request, body, prompts, SamplingParams(pooling=body.pooling), prefix)
     try:
         vectors = await while_connected(request.receive, collected(answer))
-    except Disconnected:
-        return Response(status_code=499)  # nobody reads it
     finally:
         answer.close()
     num_tokens = sum(map(len, prompts))

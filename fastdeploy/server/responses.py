@@ -28,7 +28,7 @@ from fastdeploy.server.response_request import (
     truncate,
 )
 from fastdeploy.server.response_store import Item, Job, ResponseStore, Stored
-from fastdeploy.server.stream import Disconnected, EventStream, drained, while_connected
+from fastdeploy.server.stream import EventStream, drained, while_connected
 
 if TYPE_CHECKING:
     from fastdeploy.server.app import Service
@@ -66,8 +66,6 @@ def add_responses(app: FastAPI, service: Service) -> None:
             return EventStream(events, reply.answer)
         try:
             await while_connected(request.receive, drained(events))
-        except Disconnected:
-            return Response(status_code=499)  # nobody reads it
         finally:
             reply.answer.close()
         if response["status"] == "failed":

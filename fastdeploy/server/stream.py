@@ -15,7 +15,9 @@ _encode = msgspec.json.Encoder().encode
 
 
 class Disconnected(Exception):
-    """The client has closed the connection; nobody is there to be answered."""
+    """The client has closed the connection; nobody is there to be answered. A route lets it
+    through: the app's handler makes a 499 of it, for the log.
+    """
 
 
 class Connection(Protocol):

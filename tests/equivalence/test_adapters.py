@@ -37,6 +37,7 @@ from erniekit import lora_files
 from erniekit.lora import LoRA
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
+from fastdeploy.engine.loading import make_engine
 from fastdeploy.engine.ranks import Ranks
 from fastdeploy.sampling import SamplingParams
 
@@ -68,7 +69,7 @@ def engine_for(name: str, path: Path, shared: Shared | None = None, **settings: 
     ranks, part = shared or (None, fuse(shallow_copy(base)))
     config = EngineConfig(model=name, max_model_len=MAX_LEN, enable_lora=True, **settings)
     config = config.resolved(max_positions=MAX_LEN, device_type="cpu")
-    engine = Engine(part, config, ranks=ranks)
+    engine = make_engine(part, config, ranks=ranks)
     for adapter, model in wrapped.items():
         folder = path / adapter
         if not folder.exists():
@@ -204,7 +205,7 @@ def answers_beside(name: str, folder: Path) -> list[list[int]]:
     """Greedy answers of the base with the adapter of a folder, unmerged."""
     config = EngineConfig(model=name, max_model_len=MAX_LEN, enable_lora=True, **ENOUGH)
     config = config.resolved(max_positions=MAX_LEN, device_type="cpu")
-    engine = Engine(fuse(shallow_copy(answers(name)[0])), config)
+    engine = make_engine(fuse(shallow_copy(answers(name)[0])), config)
     engine.load_adapter("one", engine.adapters.read(folder))
     params = SamplingParams(temperature=0, max_tokens=NUM_NEW, ignore_eos=True)
     tokens: list[list[int]] = [[] for _ in PROMPTS]

@@ -29,8 +29,9 @@ from ernie.models import TINY
 from ernie.quant.scheme import SCHEMES, read_scheme
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
-from fastdeploy.engine.loading import choose_kernels, served
+from fastdeploy.engine.loading import choose_kernels, make_engine, served
 from fastdeploy.engine.ranks import Ranks
+from fastdeploy.engine.request import Order
 from fastdeploy.outputs import Stats
 from fastdeploy.sampling import SamplingParams
 
@@ -189,8 +190,8 @@ def run(engine: Engine, prompts: Sequence[list[int]], row: Row) -> list[list[int
     waiting = [(str(i), prompt) for i, prompt in enumerate(prompts)]
     while waiting or engine.has_work:
         for request_id, prompt in waiting[:1] if row.staggered else waiting:
-            priority = -(int(request_id) // 2) if row.priorities else 0
-            engine.add(request_id, prompt, params, priority=priority)
+            order = Order(priority=-(int(request_id) // 2) if row.priorities else 0)
+            engine.add(request_id, prompt, params, order)
         waiting = waiting[1:] if row.staggered else []
         for output in engine.step():
             answers[output.request_id].append(output.token)
@@ -211,7 +212,7 @@ def check(row: Row, name: str, ranks: Ranks | None = None, part: ErnieModel | No
     )
     config = EngineConfig(model=name, max_model_len=MAX_LEN, **row.settings)
     config = config.resolved(max_positions=MAX_LEN, device_type="cpu")
-    engine = Engine(part or served(shallow_copy(model), config), config, ranks=ranks)
+    engine = make_engine(part or served(shallow_copy(model), config), config, ranks=ranks)
     for _ in range(row.rounds):
         answers = run(engine, PROMPTS, row)
         for i, (answer, wanted) in enumerate(zip(answers, expected)):
@@ -323,7 +324,7 @@ def texts(name: str, sampled: str, settings: dict[str, Any]) -> tuple[list[list[
     config = EngineConfig(model=name, **options | settings)
     config = config.resolved(max_positions=MAX_LEN, device_type="cpu")
     choose_kernels(config, torch.device("cpu"))
-    engine = Engine(served(shallow_copy(random_model(name)), config), config)
+    engine = make_engine(served(shallow_copy(random_model(name)), config), config)
     params = SamplingParams(max_tokens=NUM_NEW, ignore_eos=True, logprobs=3, **SAMPLED[sampled])
     found: list[list[tuple]] = [[] for _ in PROMPTS]
     for i, prompt in enumerate(PROMPTS):
@@ -338,10 +339,10 @@ def test_samples_of_one_prompt_share_its_blocks() -> None:
     model = random_model("tiny-dense")
     settings = {"block_size": 8, "num_gpu_blocks_override": 40, "max_model_len": 96}
     config = EngineConfig(model="tiny", **settings).resolved(max_positions=96, device_type="cpu")
-    engine = Engine(model, config)
+    engine = make_engine(model, config)
     for i in range(4):
         params = SamplingParams(max_tokens=2, n=4, seed=3)
-        engine.add(f"{i}", PROMPTS[6], params, sample_index=i)
+        engine.add(f"{i}", PROMPTS[6], params, Order(sample_index=i))
     engine.step()
     stats = engine.stats()
     # 64 tokens: seven full blocks are found by the other three, each adds the eighth and one more.

@@ -38,7 +38,7 @@ from ernie.vision.prompt import Inputs, Processor, Span
 from erniekit.lora import LoRA
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
-from fastdeploy.engine.loading import load
+from fastdeploy.engine.loading import load, make_engine
 from fastdeploy.errors import RequestError
 from fastdeploy.llm import LLM
 from fastdeploy.sampling import SamplingParams
@@ -112,7 +112,7 @@ def engine_of(fused: bool = True, **settings: Any) -> Engine:
     config = EngineConfig(model="tiny-vl", max_model_len=MAX_LEN, **settings)
     config = config.resolved(max_positions=MAX_LEN, device_type="cpu")
     made = fuse(shallow_copy(model())) if fused else model()
-    return Engine(made, config, rebuild=fuse)
+    return make_engine(made, config, rebuild=fuse)
 
 
 def run(
@@ -188,7 +188,7 @@ def test_integer_weights_give_the_tokens_of_the_generator_on_them(scheme: str) -
     assert wanted != expected(), "nothing was quantised"
     settings = {"block_size": BLOCK, "num_gpu_blocks_override": 200, "max_num_batched_tokens": 13}
     config = EngineConfig(model="tiny-vl", max_model_len=MAX_LEN, **settings)
-    engine = Engine(made, config.resolved(max_positions=MAX_LEN, device_type="cpu"))
+    engine = make_engine(made, config.resolved(max_positions=MAX_LEN, device_type="cpu"))
     assert run(engine, ALL) == wanted
 
 
@@ -328,7 +328,7 @@ def test_mtp_drafts_behind_pictures_are_the_blocks_own(chunk: int) -> None:
         max_num_batched_tokens=chunk,
         speculative_config=MTP,
     )
-    engine = Engine(made, config.resolved(max_positions=MAX_LEN, device_type="cpu"))
+    engine = make_engine(made, config.resolved(max_positions=MAX_LEN, device_type="cpu"))
     mtp, inputs = engine.drafter, {str(i): prompt for i, prompt in enumerate(ALL)}
     truth = {name: answer_of(made, prompt) for name, prompt in inputs.items()}
     lengths: Counter[int] = Counter()
@@ -471,7 +471,7 @@ def test_a_text_model_refuses_pictures() -> None:
     made = ErnieModel(TINY["tiny-dense"], dtype=torch.float32)
     made.init_weights(seed=1)
     config = EngineConfig(model="tiny-dense", num_gpu_blocks_override=20, max_model_len=64)
-    engine = Engine(made, config.resolved(max_positions=64, device_type="cpu"))
+    engine = make_engine(made, config.resolved(max_positions=64, device_type="cpu"))
     with pytest.raises(RequestError, match="text model"):
         engine.check(replace(PROMPTS[0], token_ids=[7] * 19), SamplingParams())
 

@@ -28,8 +28,9 @@ from ernie.models import TINY
 from ernie.settings import ConfigError
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
+from fastdeploy.engine.loading import make_engine
 from fastdeploy.engine.ranks import Ranks
-from fastdeploy.engine.request import TokenOutput
+from fastdeploy.engine.request import Order, TokenOutput
 from fastdeploy.engine.speculative import NgramIndex, continuation, num_allowed
 from fastdeploy.engine.thinking import ThinkTags
 from fastdeploy.sampling import SamplingParams
@@ -51,7 +52,7 @@ def tiny(name: str, vocab_size: int | None = None) -> ErnieModel:
     return model
 
 
-def make_engine(
+def engine_for(
     model: ErnieModel,
     ranks: Ranks | None = None,
     tags: ThinkTags | None = None,
@@ -60,7 +61,7 @@ def make_engine(
     options = {"model": "tiny", "max_model_len": MAX_LEN, "block_size": 8, "enable_logprob": True}
     config = EngineConfig(**options | {"num_gpu_blocks_override": 80} | settings)
     config = config.resolved(max_positions=MAX_LEN, device_type="cpu")
-    return Engine(model, config, think_tags=tags, ranks=ranks)
+    return make_engine(model, config, think_tags=tags, ranks=ranks)
 
 
 class Truth:
@@ -90,7 +91,7 @@ def run(
 ) -> list[TokenOutput]:
     """Every report, request by request."""
     for i, (prompt, one) in enumerate(zip(prompts, params)):
-        engine.add(f"{i}{name}", prompt, one, seed=7)
+        engine.add(f"{i}{name}", prompt, one, Order(seed=7))
     outputs = []
     while engine.has_work:
         outputs += engine.step()
@@ -149,8 +150,8 @@ SETTINGS = {
 def test_reports_are_those_without_speculation(kind: str, every: int) -> None:
     model = tiny("tiny-dense")
     params = [SamplingParams(max_tokens=9 + 5 * i, **PARAMS[kind]) for i in range(len(PROMPTS))]
-    expected = run(make_engine(model), params)
-    engine = make_engine(model, speculative_config=NGRAM)
+    expected = run(engine_for(model), params)
+    engine = engine_for(model, speculative_config=NGRAM)
     engine.drafter = Truth(engine, said(expected), every)
     outputs = run(engine, params)
     assert [content(output) for output in outputs] == [content(output) for output in expected]
@@ -177,8 +178,8 @@ def test_seeded_draws_do_not_depend_on_schedule_and_drafts(
 ) -> None:
     model = tiny(name)
     params = [SamplingParams(max_tokens=30, **PARAMS["penalties"]) for _ in PROMPTS]
-    expected = run(make_engine(model), params)
-    engine = make_engine(model, speculative_config=NGRAM, **SETTINGS[setting])
+    expected = run(engine_for(model), params)
+    engine = engine_for(model, speculative_config=NGRAM, **SETTINGS[setting])
     engine.drafter = Truth(engine, said(expected), every)
     assert said(run(engine, params)) == said(expected)
     assert engine.stats().num_accepted_tokens > 0
@@ -214,8 +215,8 @@ def test_budgets_and_early_stops_are_those_without_speculation(
     settings = settings | {"tags": ThinkTags(START, END, closing)}
     free = SamplingParams(max_tokens=40, temperature=temperature, ignore_eos=True)
     params = [replace(free, **bounds) for _ in THOUGHTS]
-    expected = run(make_engine(model, **settings), params, prompts=THOUGHTS)
-    unbounded = run(make_engine(model), [free] * len(THOUGHTS), prompts=THOUGHTS)
+    expected = run(engine_for(model, **settings), params, prompts=THOUGHTS)
+    unbounded = run(engine_for(model), [free] * len(THOUGHTS), prompts=THOUGHTS)
     assert {one.finish_reason for one in expected} - {None} >= reasons
     if "reasoning_max_tokens" in bounds:
         budget, num_closing = bounds["reasoning_max_tokens"], len(closing)
@@ -225,7 +226,7 @@ def test_budgets_and_early_stops_are_those_without_speculation(
         assert forced.count(True) >= 2, "few thoughts are as long as their budget"
     for drafter in DRAFTERS:
         drafts = MTP if drafter == "MTP" else NGRAM | {"min_ngram_size": 1}
-        engine = make_engine(model, **settings, speculative_config=drafts)
+        engine = engine_for(model, **settings, speculative_config=drafts)
         if drafter not in ("n-gram", "MTP"):
             truth = said(unbounded if "without" in drafter else expected)
             engine.drafter = Truth(engine, truth, every=3 if "some" in drafter else 1000)
@@ -244,11 +245,11 @@ def test_the_sampled_distribution_is_unchanged() -> None:
     params = SamplingParams(temperature=4.0, max_tokens=4, frequency_penalty=0.3)
 
     def texts(offset: int, drafts: dict | None) -> Counter:
-        engine = make_engine(
+        engine = engine_for(
             model, max_num_seqs=64, num_gpu_blocks_override=200, speculative_config=drafts
         )
         for i in range(num_texts):  # other seeds than the other side's: nothing is coupled
-            engine.add(str(i), [0, 3, 1, 4, 5, 2, 2, 0], params, seed=offset + i)
+            engine.add(str(i), [0, 3, 1, 4, 5, 2, 2, 0], params, Order(seed=offset + i))
         outputs = []
         while engine.has_work:
             outputs += engine.step()
@@ -297,8 +298,8 @@ def check_mtp_drafts(
     The engine runs `part`: `model` itself, or its slice of rank 0.
     """
     params = [SamplingParams(max_tokens=24, temperature=0, ignore_eos=True) for _ in PROMPTS]
-    answers = said(run(make_engine(model), params))
-    engine = make_engine(part, ranks, speculative_config=MTP, **SETTINGS[setting])
+    answers = said(run(engine_for(model), params))
+    engine = engine_for(part, ranks, speculative_config=MTP, **SETTINGS[setting])
     mtp, lengths = engine.drafter, Counter()
     truth = Truth(engine, {f"{i}{n}": a for i, a in answers.items() for n in "ab"}, every=4)
 
@@ -345,7 +346,7 @@ def plain_drafts(model: ErnieModel, token_ids: list[int], count: int) -> list[in
 def test_a_prefix_hit_needs_the_token_after_the_block_under_mtp() -> None:
     """What the MTP block stores for the last token of a block depends on the next token."""
     for drafts, num_hits in ((None, 16), (MTP, 8)):
-        engine = make_engine(tiny("tiny-dense"), speculative_config=drafts)
+        engine = engine_for(tiny("tiny-dense"), speculative_config=drafts)
         for i, prompt in enumerate((SHARED[:20], [*SHARED[:16], 90, 91])):
             engine.add(str(i), prompt, SamplingParams(max_tokens=1))
             engine.step()
@@ -357,7 +358,7 @@ def test_drafts_take_only_what_is_left() -> None:
     model = tiny("tiny-dense")
     params = [SamplingParams(max_tokens=20, temperature=0, ignore_eos=True) for _ in PROMPTS]
     tight = {"block_size": 4, "num_gpu_blocks_override": 27}
-    plain, drafting = make_engine(model, **tight), make_engine(model, **tight)
+    plain, drafting = engine_for(model, **tight), engine_for(model, **tight)
     expected = run(plain, params)
     drafting.drafter = Truth(drafting, said(expected), every=1)  # all refused: the same steps
     assert said(run(drafting, params)) == said(expected)
@@ -394,7 +395,7 @@ def test_a_copy_that_reaches_the_end_of_the_text_goes_on_in_a_circle() -> None:
 def test_what_cannot_be_drafted_is_refused_in_a_sentence() -> None:
     without = ErnieModel(TINY["tiny-dense"], dtype=torch.float32)
     with pytest.raises(ConfigError, match="the model has 0 MTP blocks"):
-        make_engine(without, speculative_config=MTP)
+        engine_for(without, speculative_config=MTP)
     for wrong, message in (
         ({"method": "suffix"}, "method='suffix'"),
         ({"method": "ngram", "num_speculative_tokens": 6}, "it takes 1 to 5"),
@@ -403,4 +404,4 @@ def test_what_cannot_be_drafted_is_refused_in_a_sentence() -> None:
         ({"method": "ngram", "ngram_size": 1}, "unknown key 'ngram_size'"),
     ):
         with pytest.raises(ConfigError, match=message):
-            make_engine(without, speculative_config=wrong)
+            engine_for(without, speculative_config=wrong)

@@ -13,13 +13,14 @@ import yaml
 
 import ernie
 from ernie.models import MODELS
-from ernie.settings import ConfigError, read_yaml
+from ernie.settings import ConfigError, field_types, read_yaml
 from erniekit import config, foreign
 from erniekit.build import config_of, frozen
 from erniekit.cli import VERBS, main
 from erniekit.config import Optimisation, effects, read_run, resolved, run_from, to_yaml
-from erniekit.config.model import STAGES
-from erniekit.launch import RECIPES
+from erniekit.config.methods import Policy, Preferences
+from erniekit.config.stages import STAGES, TRAINABLE
+from erniekit.launch import recipe_of
 from erniekit.optim import learning_rate_at, treatments
 
 ROOT = Path(__file__).parents[2]
@@ -41,11 +42,19 @@ def test_examples_parse_and_their_model_builds(path: Path) -> None:
 def test_stages_that_cannot_be_trained_say_so(capsys) -> None:
     path = ROOT / "examples/configs/ERNIE-4.5-0.3B/pt/run_pt_8k.yaml"
     assert read_run([str(path)]).model.stage == "PT"
-    untrained = sorted(set(STAGES) - set(RECIPES))
+    untrained = sorted(set(STAGES) - set(TRAINABLE))
     assert untrained
     for stage in untrained:
         assert main(["train", str(path), f"stage={stage}"]) == 2
         assert f"stage={stage} is not available yet; use SFT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", TRAINABLE)
+def test_rows_of_stages_name_a_recipe_and_keys_that_exist(name: str) -> None:
+    stage = STAGES[name]
+    recipe = recipe_of(run_from({"stage": name}))
+    assert callable(recipe.run) and callable(recipe.method)
+    assert stage.settings <= {*field_types(Preferences), *field_types(Policy)}
 
 
 @pytest.mark.parametrize(

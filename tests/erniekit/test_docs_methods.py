@@ -13,8 +13,8 @@ from erniekit import config, foreign
 from erniekit.build import _PARTS as PARTS
 from erniekit.config import run_from
 from erniekit.config.checks import FREEZE_WORDS
-from erniekit.launch import RECIPES
-from erniekit.preference_losses import PREFERENCE_LOSSES
+from erniekit.config.methods import LOSS_TYPES
+from erniekit.config.stages import TRAINABLE
 
 ROOT = Path(__file__).parents[2]
 PAGES = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "rm": "RM", "vl": "VL-SFT", "upo": "UPO"}
@@ -39,7 +39,7 @@ def test_settings_are_a_run_and_every_key_that_is_named_exists(page: str) -> Non
     for folder in re.findall(r"`(examples/configs/[\w./-]+)`", text):
         assert list((ROOT / folder).glob("run_*.yaml")), folder
     keys = {f.name for kind in config.GROUPS for f in dataclasses.fields(kind)}
-    known = keys | RECORDED | foreign.WITHOUT_EFFECT.keys() | PREFERENCE_LOSSES.keys()
+    known = keys | RECORDED | foreign.WITHOUT_EFFECT.keys() | LOSS_TYPES.keys()
     named = set(re.findall(r"`([a-z]+(?:_[a-z]+)+)`", text))
     known |= (
         PARTS.keys()
@@ -56,14 +56,14 @@ def test_the_page_about_training_links_every_method() -> None:
         r"^\| (?:`([\w-]+)`|all) \| \[methods/(\w+)\.md\]\(methods/(\w+)\.md\)", text, re.M
     )
     assert {page for _, page, _ in rows} == {p.stem for p in (ROOT / "docs/methods").glob("*.md")}
-    assert {stage for stage, _, _ in rows} - {""} == {*RECIPES}
+    assert {stage for stage, _, _ in rows} - {""} == {*TRAINABLE}
     assert all(shown == linked for _, shown, linked in rows)
 
 
 def test_the_table_of_losses_is_that_of_the_code() -> None:
     rows = re.findall(r"^\| `(\w+)` \| (.*?) \| (sums|means) \| (yes|no) \|", text_of("dpo"), re.M)
     found = {name: (of == "means", has == "yes") for name, _, of, has in rows}
-    assert found == {n: (r.uses_means, r.uses_reference) for n, r in PREFERENCE_LOSSES.items()}
+    assert found == {n: (r.uses_means, r.uses_reference) for n, r in LOSS_TYPES.items()}
 
 
 @pytest.mark.parametrize(("page", "count"), [("dpo", 9), ("sft", 5)])

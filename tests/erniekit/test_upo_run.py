@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from ernie.chat import LOCK_FILE
 from ernie.rollout import Answer
-from erniekit import checkpoint
+from erniekit import checkpoint, rounds
 from erniekit.cli import main
 from erniekit.recipes import upo
 from erniekit.rounds import phase_of
@@ -76,6 +76,7 @@ def test_training_raises_the_reward(name, more, words, tiny, tmp_path: Path, cap
     # The first step is by the model before training: nothing has diverged.
     assert abs(found[1]["kl"]) < 1e-6
     assert found[-1]["kl"] > 0.001
+    assert all(("moe_entropy" in r) == (name == "tiny-moe") for r in found if "kl" in r)
     told = capsys.readouterr().out
     assert "| reward " in told and "eval at step 24 | reward" in told
     page = (tmp_path / "out/report.html").read_text()
@@ -108,6 +109,16 @@ def test_adapters_answer_as_they_stand(name, words, tiny, tmp_path: Path) -> Non
     found = records(tmp_path / "out")
     assert [r["clip_share"] for r in found] == [0] * 6
     assert found[0]["kl"] < 1e-6 and found[-1]["kl"] > 0.01
+
+
+@pytest.mark.parametrize("compute_type", ["bf16", "wint8", "wint4/8", "nf4"])
+def test_the_reference_of_lora_is_its_base(compute_type, words, monkeypatch, capsys) -> None:
+    """No second model is held, whatever the bits of the base."""
+    monkeypatch.setattr(rounds, "read_model", lambda *_: pytest.fail("a second model was read"))
+    more = {"fine_tuning": "LoRA", "compute_type": compute_type, "learning_rate": 2e-2}
+    assert main(["train", *words(**more)]) == 0
+    assert main(["plan", *words(**more)]) == 0
+    assert "the adapters are switched off for it" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("fine_tuning", ["Full", "LoRA"])

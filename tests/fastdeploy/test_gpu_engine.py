@@ -17,7 +17,7 @@ from ernie.model import ErnieModel
 from ernie.models import TINY
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine import core
-from fastdeploy.engine.core import Engine
+from fastdeploy.engine.loading import make_engine
 from fastdeploy.sampling import SamplingParams
 from tests.helpers_triton import make_products_placeless
 
@@ -55,7 +55,7 @@ def answers(texts: list[list[int]], params: dict, **settings) -> tuple[list[list
         use_cudagraph=False if ON_GPU else None, **settings,
     )  # fmt: skip
     config = config.resolved(max_positions=64, device_type=DEVICE)
-    engine, seen, found = Engine(fuse(model), config), [], {}
+    engine, seen, found = make_engine(fuse(model), config), [], {}
     engine.runner.graphs = None
     sample = engine.sampler.__call__
 

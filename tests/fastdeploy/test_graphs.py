@@ -14,6 +14,7 @@ from ernie.settings import ConfigError
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
 from fastdeploy.engine.graphs import GPU_PADDING, DecodeGraphs, graph_shapes, program_shapes
+from fastdeploy.engine.loading import make_engine
 from fastdeploy.sampling import SamplingParams
 
 PROMPTS = ([5], [8, 9, 10], list(range(3, 25)), [40, 41], [7] * 9)
@@ -28,7 +29,7 @@ def engine_of(name: str, device: str = "cpu", **settings) -> Engine:
         **settings,
     )  # fmt: skip
     config = config.resolved(max_positions=64, device_type=device)
-    return Engine(fuse(model), config)
+    return make_engine(fuse(model), config)
 
 
 def tokens_of(engine: Engine) -> dict[str, list[int]]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,8 @@ from torch import Tensor
 from ernie.model import ErnieModel
 from ernie.models import TINY
 from fastdeploy.config import EngineConfig
-from fastdeploy.engine.core import Engine
+from fastdeploy.engine.loading import make_engine
+from fastdeploy.engine.request import Order
 from fastdeploy.engine.scheduler import Schedule
 from fastdeploy.engine.thinking import ThinkTags
 from fastdeploy.sampling import SamplingParams
@@ -96,7 +98,7 @@ def test_every_request_ends_once_and_no_block_is_left(
     options = options | {"max_num_seqs": 12, "max_num_batched_tokens": 48, "enable_logprob": True}
     config = EngineConfig(model="random", max_model_len=64, speculative_config=drafts, **options)
     config = config.resolved(max_positions=64, device_type="cpu")
-    engine = Engine(ErnieModel(TINY["tiny-dense"]), config, think_tags=TAGS)
+    engine = make_engine(ErnieModel(TINY["tiny-dense"]), config, think_tags=TAGS)
     engine.runner = runner = RandomRunner()
     rng, steps, num_outputs = random.Random(0), 0, 0
     answers: dict[str, list[int]] = {}
@@ -105,10 +107,10 @@ def test_every_request_ends_once_and_no_block_is_left(
     while len(answers) < num_requests or engine.has_work:
         while len(answers) < num_requests and len(engine.requests) < rng.randrange(30):
             prompt, params = some_request(rng, len(answers))
-            place = {"priority": rng.choice(PRIORITIES), "cache_salt": rng.choice(SALTS)}
+            place = Order(priority=rng.choice(PRIORITIES), cache_salt=rng.choice(SALTS))
             for index in range(params.n):
                 name = str(len(answers))
-                engine.add(name, prompt, params, sample_index=index, **place)
+                engine.add(name, prompt, params, replace(place, sample_index=index))
                 answers[name] = []
                 if params.reasoning_max_tokens is not None:
                     budgets[name] = params.reasoning_max_tokens

@@ -13,9 +13,9 @@ from torch import Tensor
 from ernie.kernels import reference
 from ernie.kernels.cpu import sampling
 from fastdeploy.config import EarlyStop
-from fastdeploy.engine.request import Request
+from fastdeploy.engine.request import Order, Request
 from fastdeploy.engine.sampler import Sampler, uniform
-from fastdeploy.engine.scheduler import Part
+from fastdeploy.engine.scheduler import ScheduledRequest
 from fastdeploy.sampling import SamplingParams
 
 VOCAB = 300
@@ -23,16 +23,17 @@ NUM_DRAWS = 20_000
 
 
 def request(prompt: list[int] | None = None, output: list[int] | None = None, **params: Any):
-    extra = {"eos_ids": params.pop("eos_ids", ()), "seed": params.pop("draw_seed", 1)}
-    extra |= {name: params.pop(name) for name in ("banned", "early_stop") if name in params}
-    one = Request("r", prompt or [1], SamplingParams(**params), max_model_len=10_000, **extra)
+    order = Order(seed=params.pop("draw_seed", 1), banned=params.pop("banned", ()))
+    extra = {name: params.pop(name) for name in ("eos_ids", "early_stop") if name in params}
+    params = SamplingParams(**params)
+    one = Request("r", prompt or [1], params, order, max_model_len=10_000, **extra)
     one.token_ids += output or []
     return one
 
 
-def part(one: Request) -> Part:
+def part(one: Request) -> ScheduledRequest:
     known = one.num_known
-    return Part(one, known - 1, 1, new_blocks=[], num_logits=1, chooses=True)
+    return ScheduledRequest(one, known - 1, 1, new_blocks=[], num_logits=1, chooses=True)
 
 
 def sample(logits_RV: Tensor, requests: list[Request]) -> list[int]:
@@ -230,7 +231,7 @@ def test_drafts_without_a_token_behind_them_end_what_accepts_them(
     logits = torch.zeros(3, VOCAB)
     logits[:, 7] = 5.0
     one = request(temperature=0, banned=[(banned_after, token) for token in range(VOCAB)])
-    row = Part(one, 0, 3, [], num_logits=3, chooses=True, draft_ids=draft_ids)
+    row = ScheduledRequest(one, 0, 3, [], num_logits=3, chooses=True, draft_ids=draft_ids)
     (choices,) = Sampler(VOCAB)(logits, [row])
     assert [choice.token for choice in choices] == tokens
     assert (one.end.num_tokens if one.end else None) == num_tokens

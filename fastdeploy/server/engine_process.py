@@ -24,6 +24,8 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -56,9 +58,22 @@ log = logging.getLogger("fastdeploy")
 BEAT_S = 0.5
 GRACE_S = 2.0  # from the end of the link to the end of a process that is inside a step
 PR_SET_PDEATHSIG = 1
+# Methods of the engine that the API process may call, with arguments and results that are plain.
+# `load_adapter` is a command beside them: a thread reads the files first.
+COMMANDS = frozenset(
+    {
+        "pause",
+        "resume",
+        "sleep",
+        "wake_up",
+        "reset_prefix_cache",
+        "update_weights",
+        "unload_adapter",
+    }
+)
 
 
-class Worker:
+class EngineProcess:
     """The engine and its link. `run` is the main thread's; `inbox` gets what it has to do."""
 
     def __init__(self, link: EngineEnd) -> None:
@@ -153,8 +168,10 @@ class Worker:
             case Command(name="load_adapter"):
                 work = partial(self._read_adapter, message)
                 threading.Thread(target=work, name="adapter", daemon=True).start()
+            case Command(name=name) if name in COMMANDS:
+                self._answer(message, getattr(self.engine, name))
             case Command():
-                self._answer(message, partial(getattr(Commands, message.name), self.engine))
+                raise AssertionError(f"{message.name!r} is not one of the commands")
             case partial():
                 message()
             case _:
@@ -167,23 +184,14 @@ class Worker:
             pictures, ids = add.pictures, add.prompt_ids
             prompt = ids if pictures is None else pictures.inputs(ids)
             for index, request_id in enumerate(add.ids):
-                engine.add(
-                    request_id,
-                    prompt,
-                    add.params,
-                    seed=add.seed,
-                    sample_index=index,
-                    banned=add.banned,
-                    priority=add.priority,
-                    cache_salt=add.cache_salt,
-                    adapter=adapter,
-                )
+                order = replace(add.order, sample_index=index)
+                engine.add(request_id, prompt, add.params, order, adapter)
         except RequestError as error:
             for request_id in add.ids:
                 engine.abort(request_id)
             self.link.send(Rejected(add.ids, Problem.of(error)))
 
-    def _answer(self, command: Command, do: partial[Any]) -> None:
+    def _answer(self, command: Command, do: Callable[..., Any]) -> None:
         """Call what a command names; errors of the user go back, others end the process."""
         value, problem = None, None
         try:
@@ -225,38 +233,6 @@ class Worker:
         self.link.send(Beat(step_s, self.loaded.engine.stats() if self.loaded else None))
 
 
-class Commands:
-    """What the API process may ask for by name, with arguments and results that are plain."""
-
-    @staticmethod
-    def pause(engine: Engine, mode: str) -> None:
-        engine.pause(mode)
-
-    @staticmethod
-    def resume(engine: Engine) -> None:
-        engine.resume()
-
-    @staticmethod
-    def sleep(engine: Engine, level: int) -> None:
-        engine.sleep(level)
-
-    @staticmethod
-    def wake_up(engine: Engine, source: str) -> None:
-        engine.wake_up(source)
-
-    @staticmethod
-    def reset_prefix_cache(engine: Engine) -> None:
-        engine.reset_prefix_cache()
-
-    @staticmethod
-    def update_weights(engine: Engine, source: str) -> None:
-        engine.update_weights(source)
-
-    @staticmethod
-    def unload_adapter(engine: Engine, name: str) -> None:
-        engine.unload_adapter(name)
-
-
 def _offer(engine: Engine, adapter: Slices, *, name: str, folder: str) -> None:
     engine.load_adapter(name, adapter)
 
@@ -283,14 +259,14 @@ def main(number: int, parent: int, log_level: str, log_format: str) -> int:
         return 1  # gone already
     set_up(log_level, log_format)
     os.set_inheritable(number, False)  # or a child of ours would hold the link open
-    worker = Worker(EngineEnd(socket.socket(fileno=number)))
-    threading.Thread(target=_end_late, args=(worker,), daemon=True).start()
-    return worker.run()
+    process = EngineProcess(EngineEnd(socket.socket(fileno=number)))
+    threading.Thread(target=_end_late, args=(process,), daemon=True).start()
+    return process.run()
 
 
-def _end_late(worker: Worker) -> None:
+def _end_late(process: EngineProcess) -> None:
     """A thread: ends the process soon after its link, in whatever it is."""
-    worker.link_ended.wait()
+    process.link_ended.wait()
     time.sleep(GRACE_S)
     os._exit(1)
 
