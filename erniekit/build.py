@@ -30,10 +30,11 @@ from ernie.moe.router import Router
 from ernie.quant.scheme import FROZEN
 from ernie.settings import ConfigError, did_you_mean
 from ernie.tokenizer import Tokenizer
+from erniekit import lora_files
 from erniekit.config import Run
 from erniekit.lora import TRAINED, Freeze, LoRA, Preparation, add_lora, weight_names
 from erniekit.recompute import recompute
-from erniekit.reward_model import put_head
+from erniekit.reward_model import fill_head, has_head, put_head
 
 log = logging.getLogger("erniekit")
 
@@ -218,6 +219,30 @@ def lora_of(run: Run) -> LoRA:
     return LoRA(
         m.lora_rank, m.lora_alpha, m.rslora, m.use_dora, m.pissa, tuple(m.lora_target_modules)
     )
+
+
+def load_adapter(model: ernie.ErnieModel, run: Run, folder: Path) -> None:
+    """The trained parts of a model from a checkpoint, or from any adapter of the run's form."""
+    saved, tensors = lora_files.read_adapter(folder, model.config)
+    wanted = lora_of(run)
+    if saved != wanted:
+        told = ", ".join(
+            f"{key} {getattr(saved, name)} (this run: {getattr(wanted, name)})"
+            for key, name in (
+                ("lora_rank", "rank"),
+                ("lora_alpha", "alpha"),
+                ("rslora", "is_rank_stabilised"),
+                ("use_dora", "has_magnitude"),
+                ("pissa", "is_principal"),
+            )
+            if getattr(saved, name) != getattr(wanted, name)
+        )
+        raise ConfigError(
+            f"the adapter in {folder} has {told}: give the same, or another output_dir"
+        )
+    lora_files.load_adapter(model, tensors, str(folder / lora_files.ADAPTER_FILE))
+    if run.stage.has_reward_head and has_head(folder):
+        fill_head(model, folder)
 
 
 def num_groups(run: Run) -> int:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import wraps
+from itertools import islice
 from typing import Any, TypeVar
 
 import numpy as np
@@ -19,7 +20,9 @@ import torch
 from ernie.attention import packed_causal
 from ernie.chat import UNTRAINED
 from ernie.model import ErnieModel
+from erniekit.config import Run
 from erniekit.data.batch import Batch
+from erniekit.data.stream import Stream
 from erniekit.device_batch import to_device
 from erniekit.losses import ROUTER_LOSSES, Flat, Loss, hidden_of, score_targets
 from erniekit.parallel.deal import shared
@@ -43,6 +46,13 @@ def in_eval_mode(function: Callable[..., T]) -> Callable[..., T]:
             model.train(was_training)
 
     return quietly
+
+
+def eval_batches(run: Run, eval_stream: Stream) -> Iterator[Batch]:
+    """The batches of an evaluation."""
+    limit = run.training.max_evaluate_steps
+    batches = eval_stream.batches(run.training.batch_size, end=eval_stream.epoch_size)
+    return islice(batches, limit if limit > 0 else None)
 
 
 @in_eval_mode

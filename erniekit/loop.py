@@ -14,7 +14,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from statistics import median
@@ -157,55 +157,63 @@ def _step(
     parts: Parts, window: list[Batch], progress: Progress
 ) -> tuple[dict[str, Any], SkippedStep | None]:
     learning_rate = learning_rate_at(progress.step, parts.num_steps, parts.optimisation)
-    num_trained = sum(batch.num_trained for batch in window)
     squares: dict[str, Tensor] = {}
-    num_judged = sum(len(batch.keys) for batch in window)
     if parts.optimisation.optimizer_in_backward:
-        numbers, routed, squares = _backward_and_update(parts, window, progress.step, learning_rate)
+        tally, squares = _backward_and_update(parts, window, progress.step, learning_rate)
     else:
         scale = 1 / sum(batch.weight for batch in window)
-        numbers, routed = _backward(parts, window, progress.step, scale)
-        numbers["grad_norm"] = parts.gradients.norm()
-    extra = _on_host(numbers)
-    loss, norm = extra.pop("loss"), extra.pop("grad_norm")
-    reason = _why_skip(loss, norm, parts.training, progress)
+        tally = _backward(parts, window, progress.step, scale)
+        tally.sums["grad_norm"] = parts.gradients.norm()
+    numbers = _on_host(tally.sums)
+    reason = _why_skip(numbers["loss"], numbers["grad_norm"], parts.training, progress)
     skipped = None
     if not reason:
-        _update(parts, routed.loads, learning_rate, norm)
+        _update(parts, tally.loads, learning_rate, numbers["grad_norm"])
     else:
         squares = squares or parts.gradients.squares()
         norms = {name: float(square.sqrt()) for name, square in squares.items()}
         skipped = SkippedStep(progress.step + 1, reason, progress.cursor, window, norms)
     parts.gradients.release()
 
-    num_tokens = sum(batch.num_tokens for batch in window)
     progress.step += 1
     progress.cursor = window[-1].cursor
-    progress.total_tokens += num_tokens
+    progress.total_tokens += sum(batch.num_tokens for batch in window)
     progress.skipped_steps += bool(reason)
-    extra |= routing.figures(
-        routed.loads,
-        routed.entropies,
-        progress.idle,
-        parts.model.config.moe_k or 1,
-        num_banks=len(parts.model.config.experts_per_bank),
-        with_loads=routing.tells_loads(progress.step, parts.num_steps),
-    )
-    record = {
+    numbers["learning_rate"] = learning_rate
+    return _record(parts, window, progress, tally, numbers, reason), skipped
+
+
+def _record(
+    parts: Parts,
+    window: list[Batch],
+    progress: Progress,
+    tally: Tally,
+    numbers: Mapping[str, float],
+    reason: str,
+) -> dict[str, Any]:
+    """What is told of a step that is done; `reason` says why it was skipped, if it was."""
+    first = ("loss", "learning_rate", "grad_norm")
+    num_judged = sum(len(batch.keys) for batch in window)
+    return {
         "step": progress.step,
-        "loss": loss,
-        "learning_rate": learning_rate,
-        "grad_norm": norm,
-        "num_tokens": num_tokens,
-        "num_trained_tokens": num_trained,
+        **{name: numbers[name] for name in first},
+        "num_tokens": sum(batch.num_tokens for batch in window),
+        "num_trained_tokens": sum(batch.num_trained for batch in window),
         **({f"num_{window[0].unit}": num_judged} if num_judged else {}),
         "total_tokens": progress.total_tokens,
         "epoch": round(progress.cursor.num_records / parts.epoch_size, 4),
         "peak_memory_gib": memory.peak_gib(parts.model.device),
-        **extra,
+        **{name: number for name, number in numbers.items() if name not in first},
+        **routing.figures(
+            tally.loads,
+            tally.entropies,
+            progress.idle,
+            parts.model.config.moe_k or 1,
+            num_banks=len(parts.model.config.experts_per_bank),
+            with_loads=routing.tells_loads(progress.step, parts.num_steps),
+        ),
         **({"skipped": True, "skipped_because": reason} if reason else {}),
     }
-    return record, skipped
 
 
 def _update(parts: Parts, loads: list[Tensor], learning_rate: float, norm: float) -> None:
@@ -243,24 +251,40 @@ def _why_skip(loss: float, norm: float, training: Training, progress: Progress) 
 
 
 @dataclass
-class Routed:
-    """Load `(E,)` of each bank of each MoE layer, and its router's entropy summed over the tokens,
-    as `losses.figures_of` lists them.
+class Tally:
+    """What the batches of a step add up to: numbers by name; load `(E,)` of each bank of each MoE
+    layer, and its router's entropy summed over the tokens, as `losses.figures_of` lists them.
     """
 
+    sums: dict[str, Tensor] = field(default_factory=dict)
     loads: list[Tensor] = field(default_factory=list)
     entropies: list[Tensor] = field(default_factory=list)
 
+    def add(self, loss: Loss) -> None:
+        found = {"loss": loss.value, **loss.parts}
+        if loss.num_right is not None:
+            found["accuracy"] = loss.num_right
+        for name, value in found.items():
+            self.sums[name] = self.sums.get(name, 0) + value
+        self.loads = _added(self.loads, loss.loads_LE)
+        self.entropies = _added(self.entropies, loss.entropies_L)
 
-def _backward(
-    parts: Parts, window: list[Batch], step: int, scale: float
-) -> tuple[dict[str, Tensor], Routed]:
+    def of_all(self, ranks: Ranks) -> Tally:
+        """What the batches of all ranks add up to."""
+        totals = iter(ranks.totals([*self.sums.values(), *self.loads, *self.entropies]))
+        sums = dict(zip(self.sums, totals))
+        return Tally(sums, [next(totals) for _ in self.loads], list(totals))
+
+
+def _added(sums: list[Tensor], more: list[Tensor]) -> list[Tensor]:
+    return [a + b for a, b in zip(sums, more, strict=True)] if sums else more
+
+
+def _backward(parts: Parts, window: list[Batch], step: int, scale: float) -> Tally:
     """Gradients of a window; numbers to be recorded, and what its routers did: of the whole
     window, of which this rank computes its share. One process waits for nothing: the numbers are
     still on their device."""
-    sums: dict[str, Tensor] = {}
-    loads: list[Tensor] = []
-    entropies: list[Tensor] = []
+    tally = Tally()
     costs = [batch.num_patches for batch in window]
     own = dealt(list(enumerate(window)), costs, parts.ranks)
     measured = parts.measure(window)
@@ -272,24 +296,13 @@ def _backward(
                 parts.gradients.expect_last()
             if loss.total.requires_grad:  # not of text alone where only vision's parts are trained
                 loss.total.backward()
-        found = {"loss": loss.value, **loss.parts}
-        if loss.num_right is not None:
-            found["accuracy"] = loss.num_right
-        for name, value in found.items():
-            sums[name] = sums.get(name, 0) + value
-        loads = _added(loads, loss.loads_LE)
-        entropies = _added(entropies, loss.entropies_L)
+        tally.add(loss)
     parts.gradients.complete()
-    totals = iter(parts.ranks.totals([*sums.values(), *loads, *entropies]))
-    sums = dict(zip(sums, totals))
-    routed = Routed([next(totals) for _ in loads], list(totals))
-    if "accuracy" in sums:
-        sums["accuracy"] = sums["accuracy"].double() / sum(batch.num_trained for batch in window)
-    return sums, routed
-
-
-def _added(sums: list[Tensor], more: list[Tensor]) -> list[Tensor]:
-    return [a + b for a, b in zip(sums, more, strict=True)] if sums else more
+    tally = tally.of_all(parts.ranks)
+    if "accuracy" in tally.sums:
+        num_trained = sum(batch.num_trained for batch in window)
+        tally.sums["accuracy"] = tally.sums["accuracy"].double() / num_trained
+    return tally
 
 
 def _on_host(numbers: dict[str, Tensor]) -> dict[str, float]:
@@ -301,7 +314,7 @@ def _on_host(numbers: dict[str, Tensor]) -> dict[str, float]:
 
 def _backward_and_update(
     parts: Parts, window: list[Batch], step: int, learning_rate: float
-) -> tuple[dict[str, Tensor], Routed, dict[str, Tensor]]:
+) -> tuple[Tally, dict[str, Tensor]]:
     """As `_backward`, but weights move within; the length of the gradient is one of the numbers,
     and the squared length of each parameter's comes beside them.
 
@@ -317,8 +330,9 @@ def _backward_and_update(
 
     assert len(window) == 1 and not parts.optimisation.max_grad_norm
     with parts.gradients.given_away(update):
-        numbers, routed = _backward(parts, window, step, 1 / window[0].weight)
-    return numbers | {"grad_norm": length(list(squares.values()))}, routed, squares
+        tally = _backward(parts, window, step, 1 / window[0].weight)
+    tally.sums["grad_norm"] = length(list(squares.values()))
+    return tally, squares
 
 
 def trained_routers(model: ErnieModel) -> list[Router]:

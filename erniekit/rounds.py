@@ -36,7 +36,7 @@ from ernie.model import ErnieModel
 from ernie.rollout import Answer, Sampling
 from ernie.settings import ConfigError
 from erniekit import groups, policy
-from erniekit.build import build_model, read_model
+from erniekit.build import build_model, load_adapter, read_model
 from erniekit.config import Run
 from erniekit.data.batch import Batch
 from erniekit.data.mix import Mix
@@ -53,7 +53,6 @@ from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.rewards import Rewards, Scored
 from erniekit.samplers import Sampler, has_adapters
 from erniekit.seeds import seed_of
-from erniekit.session import load_adapter
 
 log = logging.getLogger("erniekit")
 

@@ -11,8 +11,10 @@ not trained beside them. The head of a reward model lies in a file of its own.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file
@@ -22,10 +24,17 @@ from ernie.chat import write_lock
 from ernie.checkpoint import io
 from ernie.checkpoint.writer import write_file
 from ernie.model import KEPT_FLOAT32, ErnieModel
-from erniekit import checkpoint, lora_files, reward_model
+from erniekit import checkpoint, lora_files, optim, reward_model
+from erniekit.average import Average
 from erniekit.build import lora_of
 from erniekit.config import Run
 from erniekit.data.dialogue import Encoder
+from erniekit.optim import AdamW
+
+if TYPE_CHECKING:
+    from erniekit.parallel.forms import Form
+
+log = logging.getLogger("erniekit")
 
 WEIGHTS, OPTIMIZER, AVERAGE, BATCHES = "weights/", "optimizer/", "ema/", "batches/"
 
@@ -37,6 +46,21 @@ def part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 def num_bytes(tensors: Mapping[str, Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def taken(
+    form: Form, weights: Mapping[str, Tensor], optimizer: AdamW, batches: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Everything that a checkpoint holds besides its state, whole, on rank 0. All ranks must call
+    it.
+
+    These may be the tensors themselves, which the next step changes.
+    """
+    whole, state = form.whole(weights), form.whole_state(optimizer)
+    mark = f".{optim.AVERAGE}"
+    averages = {k.removesuffix(mark): state.pop(k) for k in list(state) if k.endswith(mark)}
+    parts = ((WEIGHTS, whole), (OPTIMIZER, state), (AVERAGE, averages), (BATCHES, batches))
+    return {prefix + name: t.detach() for prefix, part in parts for name, t in part.items()}
 
 
 def write(
@@ -122,3 +146,22 @@ def read_weights(run: Run, folder: Path) -> Iterator[tuple[str, Tensor]]:
         return
     for name, tensor in load_file(folder / lora_files.ADAPTER_FILE).items():
         yield lora_files.parameter_name(name), tensor
+
+
+def parts_of(
+    run: Run, form: Form, parameters: Mapping[str, Tensor], folder: Path
+) -> Iterator[tuple[str, Tensor]]:
+    """What this rank has of the weights of a folder, by parameter."""
+    for name, tensor in read_weights(run, folder):
+        yield name, form.part_of(parameters[name], tensor)
+
+
+def fill_average(
+    average: Average, run: Run, form: Form, parameters: Mapping[str, Tensor], folder: Path
+) -> None:
+    """Take over the averages of a checkpoint; where it has none this is told."""
+    source = folder / checkpoint.AVERAGE_FOLDER
+    if source.is_dir():
+        average.load(parts_of(run, form, parameters, source), str(source))
+    else:
+        log.warning("%s has no averaged weights: the average begins with its weights", folder)

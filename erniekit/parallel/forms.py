@@ -6,7 +6,7 @@ for the optimizer, and whole tensors for a checkpoint, the same on any number of
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from ernie.settings import ConfigError
 from erniekit.config import Run
@@ -16,8 +16,10 @@ from erniekit.parallel.replicated import Replicated
 if TYPE_CHECKING:
     from erniekit.parallel.sharded import Sharded
 
+    Form: TypeAlias = Replicated | Sharded
 
-def form_of(run: Run, ranks: Ranks) -> Replicated | Sharded:
+
+def form_of(run: Run, ranks: Ranks) -> Form:
     """The form of a run; raises ConfigError for settings that cannot go with it."""
     stage = run.parallel.sharding if ranks.shards > 1 else None
     if ranks.size > 1 and run.optimisation.optimizer_in_backward:

@@ -17,18 +17,18 @@ from typing import Any
 import ernie
 from ernie.settings import ConfigError
 from erniekit import checkpoint, lora_files
-from erniekit.build import build_model, read_model
+from erniekit.build import build_model, load_adapter, read_model
 from erniekit.config import Run, resolved
 from erniekit.data.stream import stream
+from erniekit.evaluate import eval_batches
 from erniekit.launch import device_of, recipe_of, refuse_ranks
+from erniekit.method import Method
 from erniekit.metrics import METRICS_FILE, eval_line
-from erniekit.recipes.sft import eval_batches
 from erniekit.report import story
 from erniekit.report.answers import answers, prompts
 from erniekit.report.scores import mean_scores
 from erniekit.report.story import RESULTS_FILE, SAMPLES_FILE
 from erniekit.reward_model import put_head
-from erniekit.session import Method, load_adapter
 
 log = logging.getLogger("erniekit")
 

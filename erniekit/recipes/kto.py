@@ -18,11 +18,11 @@ from erniekit.data.batch import Batch
 from erniekit.evaluate import evaluate_judged
 from erniekit.kto import Utility, judged_log_probs, kto, usual
 from erniekit.losses import Loss
+from erniekit.method import Method
 from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.preference import Judged
 from erniekit.recipes import sft
 from erniekit.reference import References, reference_of
-from erniekit.session import Method
 
 
 def run(run: Run, device: str, ranks: Ranks = ALONE) -> int:

@@ -16,9 +16,9 @@ from ernie.tokenizer import Tokenizer
 from erniekit.config import Run, resolved
 from erniekit.data.text import bytes_by_token
 from erniekit.evaluate import evaluate
+from erniekit.method import Method
 from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.recipes import sft
-from erniekit.session import Method
 
 
 def run(run: Run, device: str, ranks: Ranks = ALONE) -> int:

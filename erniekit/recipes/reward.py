@@ -12,10 +12,10 @@ from functools import partial
 
 from erniekit.config import Run, resolved
 from erniekit.evaluate import evaluate_judged
+from erniekit.method import Method
 from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.recipes import sft
 from erniekit.reward_model import bradley_terry
-from erniekit.session import Method
 
 
 def run(run: Run, device: str, ranks: Ranks = ALONE) -> int:

@@ -28,10 +28,13 @@ from erniekit.config import Run, changed, resolved, to_yaml
 from erniekit.data.batch import Batch
 from erniekit.data.stream import Stream, stream
 from erniekit.data.survey import Survey, survey
-from erniekit.evaluate import evaluate
+from erniekit.evaluate import eval_batches, evaluate
+from erniekit.final import finish
 from erniekit.loop import Progress
+from erniekit.method import Method
 from erniekit.parallel.ranks import ALONE, Ranks
-from erniekit.session import Method, Session
+from erniekit.session import go_through
+from erniekit.start import started
 
 log = logging.getLogger("erniekit")
 
@@ -83,11 +86,11 @@ def train(run: Run, device: str, method: Method, ranks: Ranks) -> int:
         log.info("settings that are not defaults (all are in %s/run.yaml):", run.output)
         log.info("%s", "\n".join(f"  {k}: {v}" for k, v in changed(run).items()))
         method.prepare(_batches_of(run, num_steps, state, train_stream, eval_stream, ranks))
-        session = Session(
+        session = started(
             run, device, num_steps, folder, state, train_stream, eval_stream, method, ranks
         )
         memory.give_back()
-        return session.finish() if session.train() else session.stopped_by_signal
+        return finish(session) if go_through(session) else session.signals.exit_status
 
 
 def _where_to_go_on(run: Run, ranks: Ranks) -> tuple[Path | None, dict[str, Any]]:
@@ -125,13 +128,6 @@ def _batches_of(
     yield from islice(train_stream.batches(size, progress.cursor), max(num_left, 0))
     if eval_stream is not None and run.training.evaluation_strategy != "no":
         yield from eval_batches(run, eval_stream)
-
-
-def eval_batches(run: Run, eval_stream: Stream) -> Iterator[Batch]:
-    """The batches of an evaluation."""
-    limit = run.training.max_evaluate_steps
-    batches = eval_stream.batches(run.training.batch_size, end=eval_stream.epoch_size)
-    return islice(batches, limit if limit > 0 else None)
 
 
 def _streams(run: Run) -> tuple[Stream, Stream | None]:

@@ -35,13 +35,13 @@ from erniekit.config import Run, resolved
 from erniekit.data.batch import Batch
 from erniekit.data.sources import DataError
 from erniekit.data.stream import Stream, stream
+from erniekit.method import Method
 from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.policy import Objective, policy
 from erniekit.recipes import sft
 from erniekit.rewards import Rewards, Scorer
 from erniekit.rounds import HELD_OUT_FILE, Rounds, Task, task_of, told_of
 from erniekit.samplers import Own, Served
-from erniekit.session import Method
 
 log = logging.getLogger("erniekit")
 

@@ -16,10 +16,10 @@ from erniekit.cli import main
 from erniekit.config import run_from
 from erniekit.data.stream import stream
 from erniekit.device_batch import to_device
+from erniekit.evaluate import eval_batches
 from erniekit.lora_files import put_in
 from erniekit.preference import Pairs, sequence_log_probs
 from erniekit.preference_losses import Objective
-from erniekit.recipes import sft
 from erniekit.recipes.preference import objective_of
 from erniekit.reference import REFERENCE_FILE
 from tests.erniekit.conftest import judgements, preferences, write_lines
@@ -111,7 +111,7 @@ def test_references_of_lora_and_full_agree_with_adapters_off(words, tiny, tmp_pa
     run = run_from(dict(w.split("=") for w in words(model_name_or_path=base)))
     plain, model = (ernie.load(base, dtype=torch.bfloat16) for _ in range(2))
     put_in(model, outputs["LoRA"])
-    for batch in sft.eval_batches(run, stream(run, "eval")):
+    for batch in eval_batches(run, stream(run, "eval")):
         pairs = to_device(batch, model.device)
         assert isinstance(pairs, Pairs)
         with torch.no_grad():

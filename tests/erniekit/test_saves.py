@@ -175,14 +175,14 @@ def test_a_file_named_save_asks_for_a_checkpoint(
     tiny, data: Path, tmp_path: Path, monkeypatch
 ) -> None:
     request = tmp_path / session.REQUEST_FILE
-    real = session.Session._evaluated
+    real = session._evaluated
 
-    def asking(self, step: int) -> dict[str, float]:
+    def asking(running: session.Session, step: int) -> dict[str, float]:
         if step == 5:
             request.touch()
-        return real(self, step)
+        return real(running, step)
 
-    monkeypatch.setattr(session.Session, "_evaluated", asking)
+    monkeypatch.setattr(session, "_evaluated", asking)
     for use_async_save in (False, True):
         more = {"save_steps": 100, "max_steps": 7, "use_async_save": use_async_save}
         more["overwrite_output_dir"] = True
@@ -195,10 +195,8 @@ def test_the_best_checkpoint_stays_and_can_be_the_final_model(
     tiny, data: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     losses = {0: 9.0, 2: 5.0, 4: 3.0, 6: 4.0, 8: 3.0, 10: 7.0}
-    real = session.Session._evaluated
-    monkeypatch.setattr(
-        session.Session, "_evaluated", lambda s, n: real(s, n) | {"eval_loss": losses[n]}
-    )
+    real = session._evaluated
+    monkeypatch.setattr(session, "_evaluated", lambda s, n: real(s, n) | {"eval_loss": losses[n]})
     more = {"max_steps": 10, "save_steps": 2, "eval_steps": 2, "save_total_limit": 2}
     more |= {"load_best_model_at_end": True, "ema_decay": 0.5}
     assert main(words(tiny("tiny-dense"), data, tmp_path, **more)) == 0

@@ -112,7 +112,7 @@ def test_a_flipped_byte_of_the_random_state_fails(folder: str, copied: Path) -> 
 
 
 def test_a_repetition_that_is_stopped_gives_no_verdict(copied: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(session.Session, "_is_stopped", property(lambda s: s.progress.step == 7))
+    monkeypatch.setattr(session, "_is_stopped", lambda s: s.progress.step == 7)
     assert main(["resume", "--verify", str(copied)]) == 2
     assert "the repetition was stopped at step 7" in capsys.readouterr().err
     assert not list(copied.glob("*.certificate.json")) + list(copied.glob(".replay-*"))

@@ -1,0 +1,71 @@
+"""The end of a run: the model that it leaves in the output folder."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import torch
+
+from erniekit import checkpoint, snapshot
+from erniekit.plan_report import record_error
+from erniekit.session import Session, best_of, tensors_of
+
+log = logging.getLogger("erniekit")
+
+
+def finish(session: Session) -> int:
+    """Write the final model into the output folder itself: adapter, or bfloat16 weights. Returns
+    the exit code of the process.
+    """
+    run, output, encoder = session.run, session.run.output, session.train_stream.encoder
+    if session.ranks.is_first:
+        record_error(run, session.device, session.ranks)
+    session.gradients.release()
+    _choose_weights(session)
+    tensors = tensors_of(session)
+    weights = snapshot.part(tensors, snapshot.WEIGHTS)
+    if not session.ranks.is_first:
+        return 0
+    snapshot.write_model(run, session.model, encoder, weights, output, rounded=True)
+    if session.average is not None:
+        weights |= snapshot.part(tensors, snapshot.AVERAGE)
+        folder = output / checkpoint.AVERAGE_FOLDER
+        snapshot.write_model(run, session.model, encoder, weights, folder, rounded=True)
+    _tell(session)
+    return 0
+
+
+def _choose_weights(session: Session) -> None:
+    """Those of the best checkpoint where the run wants them, else those of the last step."""
+    is_wanted, output = session.run.training.load_best_model_at_end, session.run.output
+    best = best_of(session) if is_wanted and session.ranks.is_first else None
+    # Rank 0 has seen its checkpoints become whole.
+    value, name = session.ranks.told([best[0], best[1].name] if best is not None else [0.0, ""])
+    if name not in ("", f"checkpoint-{session.progress.step}"):
+        log.info("the final model is that of %s, %s %.4f", output / name, session.metric, value)
+        _take_weights(session, output / name)
+
+
+@torch.no_grad()
+def _take_weights(session: Session, folder: Path) -> None:
+    """The weights of a checkpoint, and its averages, in place of those of the last step."""
+    run, form, parameters = session.run, session.form, session.parameters
+    for name, part in snapshot.parts_of(run, form, parameters, folder):
+        form.held(parameters[name]).copy_(part)
+    if session.average is not None:
+        snapshot.fill_average(session.average, run, form, parameters, folder)
+
+
+def _tell(session: Session) -> None:
+    faults, output = session.train_stream.faults, session.run.output
+    is_lora = session.run.is_lora
+    if faults.total:
+        log.warning(
+            "%d records were left out while training: %s",
+            faults.total,
+            ", ".join(f"{reason} ({n})" for reason, n in faults.by_reason.most_common()),
+        )
+    log.info("finished: the %s is in %s", "adapter" if is_lora else "model", output)
+    if is_lora:
+        log.info("merge it into the base model with: erniekit export %s/run.yaml", output)

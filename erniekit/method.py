@@ -1,0 +1,52 @@
+"""What one kind of training has of its own: its loss, how it evaluates, what it asks for before."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from torch import Tensor
+
+from ernie.model import ErnieModel
+from erniekit.data.batch import Batch
+from erniekit.loop import Progress
+from erniekit.losses import Loss
+
+if TYPE_CHECKING:
+    from erniekit.reference import References
+
+
+class BatchSource(Protocol):
+    """Where batches come from that are made by the model as it is, instead of read from files.
+
+    `tensors` are the batches that are left at this moment, for a checkpoint.
+    """
+
+    def batches(
+        self, model: ErnieModel, progress: Progress, num_steps: int
+    ) -> Generator[Batch, None, None]: ...
+
+    def tensors(self) -> dict[str, Tensor]: ...
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """What one kind of training has of its own; `prepare` gets every batch that will be used, to be
+    looked at before the model is built.
+
+    `loss(model, batch, scale=, share=, gradients=, **measured)`, where `measure(model, window,
+    ranks)` gives what the loss must know of all batches of a step before the first of them;
+    `evaluate(model, batches, ranks=)` gives numbers for `metrics.eval_line`. A `reference` that
+    moves along is told when to.
+    """
+
+    loss: Callable[..., Loss]
+    evaluate: Callable[..., dict[str, float]]
+    prepare: Callable[[Iterable[Batch]], None] = lambda batches: None
+    measure: Callable[..., dict[str, Any]] = lambda model, window, ranks: {}
+    reference: References | None = None
+    source: BatchSource | None = None  # in the place of the training stream's own batches
+    metric: str = "eval_loss"  # by which the best checkpoint is best

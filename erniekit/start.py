@@ -1,0 +1,218 @@
+"""The start of a run: from its settings and streams to a `Session`, at step 0 or where it was left.
+
+Resuming is part of it: weights, optimizer state, place in the data and random state come from the
+checkpoint, and records of steps after it are dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from ernie.kernels import report
+from ernie.model import ErnieModel
+from ernie.moe.router import Router
+from erniekit import checkpoint, snapshot
+from erniekit.average import Average
+from erniekit.build import build_model, load_adapter, trained_parameters
+from erniekit.config import Parallel, Run, changed, effects
+from erniekit.data.stream import Stream
+from erniekit.dropout import Dropout, add_dropout
+from erniekit.loop import Progress
+from erniekit.method import Method
+from erniekit.optim import OPTIMIZERS, AdamW, treatments
+from erniekit.parallel.forms import form_of
+from erniekit.parallel.ranks import ALONE, Ranks
+from erniekit.report.reporter import Reporter
+from erniekit.session import Session
+
+if TYPE_CHECKING:
+    from erniekit.parallel.forms import Form
+
+log = logging.getLogger("erniekit")
+
+
+def started(
+    run: Run,
+    device: str,
+    num_steps: int,
+    resumed: Path | None,
+    state: dict[str, Any],
+    train_stream: Stream,
+    eval_stream: Stream | None,
+    method: Method,
+    ranks: Ranks = ALONE,
+) -> Session:
+    """Everything that the steps of a run need. `resumed` is the checkpoint to go on from, `state`
+    its trainer_state.json; None and {} at the start.
+    """
+    form = form_of(run, ranks)
+    model, dropout = _model(run, device, resumed, train_stream, form)
+    parameters, trained = dict(model.named_parameters()), trained_parameters(model)
+    dtype = torch.float32 if run.optimisation.amp_master_grad else torch.bfloat16
+    gradients = form.gradients(model, trained, dtype)
+    optimizer = _optimizer(run, model, trained, form)
+    if resumed:
+        _load_state(resumed, state, optimizer, form)
+        _compare_settings(state["settings"], run, state.get("ranks", 1), ranks.size)
+        _take_rest(resumed, state, method)
+    progress = Progress.from_dict(state["progress"]) if resumed else Progress()
+    decay = run.optimisation.ema_decay
+    average = Average(optimizer, decay) if decay else None
+    if resumed and average is not None:
+        snapshot.fill_average(average, run, form, parameters, resumed)
+    reporter = Reporter(
+        run,
+        model,
+        train_stream,
+        eval_stream,
+        step=progress.step if resumed else -1,
+        num_steps=num_steps,
+        is_silent=not ranks.is_first,
+    )
+    session = Session(
+        run=run,
+        device=device,
+        num_steps=num_steps,
+        train_stream=train_stream,
+        eval_stream=eval_stream,
+        method=method,
+        ranks=ranks,
+        form=form,
+        model=model,
+        dropout=dropout,
+        parameters=parameters,
+        trained=trained,
+        gradients=gradients,
+        optimizer=optimizer,
+        average=average,
+        progress=progress,
+        reporter=reporter,
+    )
+    _tell(session)
+    return session
+
+
+def _model(
+    run: Run, device: str, resumed: Path | None, train_stream: Stream, form: Form
+) -> tuple[ErnieModel, Dropout]:
+    """The model with the weights of the start, divided over the ranks, and its dropout."""
+    weights = None if run.is_lora else resumed
+    model = build_model(run, device, weights, in_host_memory=not form.straight_into_sums)
+    model.tokenizer = train_stream.encoder.tokenizer  # the same; one is enough
+    if run.is_lora and (adapter := resumed or run.model.lora_path):
+        load_adapter(model, run, Path(adapter))
+    dropout = add_dropout(model, run)
+    form.divide(model)
+    return model, dropout
+
+
+def _optimizer(
+    run: Run, model: ErnieModel, trained: Mapping[str, nn.Parameter], form: Form
+) -> AdamW:
+    """The optimizer of this rank's parts, with its state of the start."""
+    vision = model.config.vision_config
+    return OPTIMIZERS[run.optimisation.optim](
+        form.parts(trained),
+        treatments(
+            trained,
+            run.optimisation,
+            num_layers=model.config.num_hidden_layers,
+            num_tower_blocks=vision.depth if vision else 0,
+            lora_plus_scale=run.model.lora_plus_scale,
+        ),
+        run.optimisation,
+        seed=run.training.seed,
+        kept=form.kept(),
+    )
+
+
+def _load_state(folder: Path, state: dict[str, Any], optimizer: AdamW, form: Form) -> None:
+    """The optimizer's state of a checkpoint."""
+    tensors = load_file(folder / checkpoint.OPTIMIZER_FILE)
+    form.load_state(optimizer, tensors, state["num_updates"])
+
+
+def _take_rest(folder: Path, state: dict[str, Any], method: Method) -> None:
+    """Random state, and what the method keeps, of a checkpoint."""
+    torch.set_rng_state(torch.tensor(state["rng"], dtype=torch.uint8))
+    if method.reference is not None:
+        method.reference.load_state(state.get("reference", {}))
+    path = folder / checkpoint.BATCHES_FILE
+    if method.source is not None and path.is_file():
+        method.source.load(load_file(path))
+
+
+def _tell(session: Session) -> None:
+    num_all = sum(p.numel() for p in session.model.parameters())
+    num_trained = sum(p.numel() for p in session.trained.values())
+    o = session.run.optimisation
+    first, last = session.progress.step + 1, session.num_steps
+    log.info(
+        "training %s of %s parameters (%s) on %s; gradients %s, moments %s; %s",
+        f"{num_trained:,}",
+        f"{num_all:,}",
+        session.run.model.fine_tuning,
+        session.model.device,
+        "float32" if o.amp_master_grad else "bfloat16",
+        "of 8 bits"
+        if o.optim == "adamw_8bit"
+        else "bfloat16"
+        if o.use_lowprecision_moment
+        else "float32",
+        f"steps {first} to {last}" if first <= last else f"all {last} steps are done",
+    )
+    modules = sorted(set(report(session.device).values()))
+    log.info("kernels: %s", ", ".join(modules))
+    if session.device == "cpu":
+        log.info("products: %s", session.run.model.cpu_products)
+    names = list(session.run.without_effect)
+    if not any(isinstance(module, Router) for module in session.model.modules()):
+        idle = effects.of_experts(changed(session.run))
+        names += [f"{key} (a dense model)" for key in idle if key not in names]
+    if names:
+        log.info("settings without effect here: %s", ", ".join(names))
+
+
+# Changing these between two starts changes nothing that has been computed.
+_HARMLESS = {
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_steps", "stop_after_step",
+    "logging_steps", "save_steps", "save_strategy", "save_total_limit", "use_async_save",
+    "load_best_model_at_end", "use_checkpoint", "report_to", "logging_dir", "disable_tqdm",
+    "evaluation_strategy", "eval_steps", "max_evaluate_steps", "answer_steps", "num_answers",
+}  # fmt: skip
+
+
+_HARMLESS |= {field.name for field in dataclasses.fields(Parallel)}
+
+
+def _compare_settings(
+    before: dict[str, Any], run: Run, ranks_before: int = 1, ranks_now: int = 1
+) -> None:
+    """Warn that a resumed run is not what the unbroken one would have been.
+
+    On another number of ranks it is, within rounding, if a step has as many rows as before.
+    """
+    now = run.flat()
+    if ranks_before != ranks_now:
+        steps = "gradient_accumulation_steps"
+        rows_before, rows_now = before[steps] * ranks_before, now[steps] * ranks_now
+        if rows_before == rows_now:
+            before = before | {steps: now[steps]}
+        else:
+            log.warning(
+                "the checkpoint is of %d ranks with %s=%d, this run has %d with %d: a step has %g "
+                "times as many rows", ranks_before, steps, before[steps], ranks_now, now[steps],
+                rows_now / rows_before,
+            )  # fmt: skip
+    changed = [k for k in now if k not in _HARMLESS and now[k] != before.get(k, now[k])]
+    if changed:
+        told = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in changed)
+        log.warning("settings differ from those of the checkpoint: %s", told)
