@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ernie.adapters import Adapter
@@ -29,7 +29,7 @@ from fastdeploy.engine.core import Engine
 from fastdeploy.engine.language import Language, template_of
 from fastdeploy.engine.loading import load
 from fastdeploy.engine.prompt import banned_sequences, chat_inputs, chat_prompt, picture_prompt
-from fastdeploy.engine.request import RequestMetrics, TokenOutput
+from fastdeploy.engine.request import PLAIN, Order, RequestMetrics, TokenOutput
 from fastdeploy.engine.text import Sample
 from fastdeploy.engine.vision import Prompt as EnginePrompt
 from fastdeploy.engine.vision import token_ids_of
@@ -48,13 +48,12 @@ PROMPT_KEYS = frozenset({"cache_salt", *TEXT_KEYS, *PICTURE_KEYS})
 
 
 @dataclass(slots=True)
-class _Order:
+class _Item:
     """One prompt of a call, and how it is to be served."""
 
     text: str | None
     prompt: EnginePrompt
-    cache_salt: str | None = None
-    priority: int = 0
+    order: Order = PLAIN
     adapter: Adapter | None = None
 
     @property
@@ -102,7 +101,7 @@ class LLM:
         as long as the prompts, None where nothing is new, else an output that holds what is new.
         Raises RequestError (a ValueError) before anything is computed.
         """
-        listed = [self._order(prompt) for prompt in _as_list(prompts)]
+        listed = [self._item(prompt) for prompt in _as_list(prompts)]
         return self._run(listed, sampling_params, priority, lora, use_tqdm, stream)
 
     def load_lora(self, name: str, folder: str) -> None:
@@ -144,7 +143,7 @@ class LLM:
         tools = [tools] if isinstance(tools, Mapping) else tools
         options = chat_template_kwargs or {}
         listed = [
-            _Order(None, self._chat_prompt(template, turns, tools, options))
+            _Item(None, self._chat_prompt(template, turns, tools, options))
             for turns in conversations
         ]
         return self._run(listed, sampling_params, priority, lora, use_tqdm, stream)
@@ -163,11 +162,11 @@ class LLM:
         `fastdeploy.vectors` for what these are worth.
         """
         params = SamplingParams(pooling=pooling)
-        orders = [self._order(prompt) for prompt in _as_list(prompts)]
-        for order, name in zip(orders, _loras_of(lora, len(orders))):
-            order.adapter = None if name is None else self.engine.adapters.get(name)
-            self.engine.check(order.prompt, params)
-        vectors = _Call(self, orders, [params] * len(orders)).vectors()
+        items = [self._item(prompt) for prompt in _as_list(prompts)]
+        for item, name in zip(items, _loras_of(lora, len(items))):
+            item.adapter = None if name is None else self.engine.adapters.get(name)
+            self.engine.check(item.prompt, params)
+        vectors = _Call(self, items, [params] * len(items)).vectors()
         return [shaped(vector, dimensions, normalize) for vector in vectors]
 
     def pause(self, mode: str = "abort") -> None:
@@ -194,7 +193,7 @@ class LLM:
         """See `Engine.update_weights`: a folder, or published names and tensors."""
         self.engine.update_weights(source)
 
-    def _order(self, prompt: Prompt) -> _Order:
+    def _item(self, prompt: Prompt) -> _Item:
         salt = data = None
         if isinstance(prompt, Mapping):
             given = [prompt[key] for key in TEXT_KEYS if prompt.get(key) is not None]
@@ -215,16 +214,17 @@ class LLM:
             prompt = given[0]
         if not isinstance(prompt, str | list | tuple):
             raise TypeError(f"a prompt is a text, token ids or a dict, not {type(prompt).__name__}")
+        order = Order(cache_salt=salt)
         text = prompt if isinstance(prompt, str) else None
         prompt = prompt if isinstance(prompt, str) else [plain_id(token) for token in prompt]
         if data is not None:
             inputs = picture_prompt(self.processor, self.tokenizer, prompt, data)
-            return _Order(text, inputs, salt)
+            return _Item(text, inputs, order)
         if not isinstance(prompt, str):
-            return _Order(None, prompt, salt)
+            return _Item(None, prompt, order)
         if self.tokenizer is None:
             raise RequestError("the model has no tokenizer; give the prompt as token ids")
-        return _Order(prompt, self.tokenizer.encode(prompt), salt)
+        return _Item(prompt, self.tokenizer.encode(prompt), order)
 
     def _chat_prompt(
         self, template: ChatTemplate | None, messages: Any, tools: Any, options: Mapping[str, Any]
@@ -242,31 +242,31 @@ class LLM:
 
     def _run(
         self,
-        orders: list[_Order],
+        items: list[_Item],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         priority: int | Sequence[int],
         lora: str | Sequence[str | None] | None,
         use_tqdm: bool,
         stream: bool,
     ) -> list[RequestOutput] | Iterator[list[RequestOutput | None]]:
-        given = _params_of(sampling_params, len(orders), stream)
+        given = _params_of(sampling_params, len(items), stream)
         params = [filled(one, self.defaults) for one in given]
-        names = _loras_of(lora, len(orders))
-        priorities = _priorities_of(priority, len(orders))
-        for order, one, number, name in zip(orders, params, priorities, names):
-            order.priority = number
-            order.adapter = None if name is None else self.engine.adapters.get(name)
-            self.engine.check(order.prompt, one)
+        names = _loras_of(lora, len(items))
+        priorities = _priorities_of(priority, len(items))
+        for item, one, number, name in zip(items, params, priorities, names):
+            item.order = replace(item.order, priority=number)
+            item.adapter = None if name is None else self.engine.adapters.get(name)
+            self.engine.check(item.prompt, one)
             if one.pooling is not None:
                 raise RequestError("pooling makes no text; use LLM.embed", param="pooling")
             if one.guided_decoding is not None and self.engine.grammars is not None:
                 self.engine.grammars.begin(one.guided_decoding).result()  # refuses it if it has to
             if one.stop and self.tokenizer is None:
                 raise RequestError("stop needs a tokenizer, and the model has none", param="stop")
-        call = _Call(self, orders, params)
+        call = _Call(self, items, params)
         if stream:
             return call.pieces()
-        pieces_by_prompt: list[list[RequestOutput]] = [[] for _ in orders]
+        pieces_by_prompt: list[list[RequestOutput]] = [[] for _ in items]
         for pieces in call.pieces(show_progress=use_tqdm and sys.stderr.isatty()):
             for collected, piece in zip(pieces_by_prompt, pieces):
                 if piece is not None:
@@ -311,8 +311,8 @@ class _Mail:
 class _Call:
     """One call of `generate` or `embed`: its samples in the engine, and what comes out."""
 
-    def __init__(self, llm: LLM, orders: list[_Order], params: list[SamplingParams]) -> None:
-        self.llm, self.orders, self.params = llm, orders, params
+    def __init__(self, llm: LLM, items: list[_Item], params: list[SamplingParams]) -> None:
+        self.llm, self.items, self.params = llm, items, params
         self.samples: dict[str, tuple[int, Sample]] = {}
         self.num_open = [one.num_samples for one in params]
 
@@ -320,7 +320,7 @@ class _Call:
         try:
             with self._open() as number:
                 while self.samples:
-                    pieces: list[RequestOutput | None] = [None] * len(self.orders)
+                    pieces: list[RequestOutput | None] = [None] * len(self.items)
                     for output in self.llm.mail.of(number):
                         self._take(output, pieces)
                     if show_progress:
@@ -340,7 +340,7 @@ class _Call:
                     if output.vector is not None:
                         position, _ = self.samples.pop(output.request_id)
                         found[position] = output.vector
-        return [found[position] for position in range(len(self.orders))]
+        return [found[position] for position in range(len(self.items))]
 
     @contextlib.contextmanager
     def _open(self) -> Iterator[str]:
@@ -350,7 +350,7 @@ class _Call:
         engine, mail = self.llm.engine, self.llm.mail
         number = mail.open()
         try:
-            for position in range(len(self.orders)):
+            for position in range(len(self.items)):
                 self._add(f"{number}-{position}", position)
             yield number
         finally:
@@ -360,22 +360,13 @@ class _Call:
 
     def _add(self, request_id: str, position: int) -> None:
         engine, tokenizer = self.llm.engine, self.llm.tokenizer
-        params, order = self.params[position], self.orders[position]
+        params, item = self.params[position], self.items[position]
         seed = engine.new_seed()
         banned = banned_sequences(tokenizer, params)
         for index in range(params.num_samples):
             name = f"{request_id}-{index}"
-            engine.add(
-                name,
-                order.prompt,
-                params,
-                seed=seed,
-                sample_index=index,
-                banned=banned,
-                priority=order.priority,
-                cache_salt=order.cache_salt,
-                adapter=order.adapter,
-            )
+            order = replace(item.order, seed=seed, sample_index=index, banned=banned)
+            engine.add(name, item.prompt, params, order, item.adapter)
             self.samples[name] = (position, Sample(index, params, tokenizer))
 
     def _take(self, output: TokenOutput, pieces: list[RequestOutput | None]) -> None:
@@ -401,11 +392,11 @@ class _Call:
             piece.prompt_logprobs = sample.readable_prompt(output.prompt_logprobs)
 
     def _piece(self, position: int, metrics: RequestMetrics, num_cached: int) -> RequestOutput:
-        order = self.orders[position]
+        item = self.items[position]
         return RequestOutput(
             request_id=str(position),
-            prompt=order.text,
-            prompt_token_ids=order.token_ids,
+            prompt=item.text,
+            prompt_token_ids=item.token_ids,
             outputs=Completions(),
             metrics=metrics,
             num_cached_tokens=num_cached,
@@ -415,7 +406,7 @@ class _Call:
         stats = self.llm.engine.stats()
         done = sum(count == 0 for count in self.num_open)
         sys.stderr.write(
-            f"\r{done}/{len(self.orders)} prompts | {stats.num_running} running | "
+            f"\r{done}/{len(self.items)} prompts | {stats.num_running} running | "
             f"{stats.num_generated_tokens} tokens\033[K"
         )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,7 +22,15 @@ from fastdeploy.engine.cache import KVCache
 from fastdeploy.engine.constraint import Compiling, Masks
 from fastdeploy.engine.grammar import Grammars, why_none
 from fastdeploy.engine.pooler import Pooler
-from fastdeploy.engine.request import Request, Status, TokenOutput, check_params, check_prompt
+from fastdeploy.engine.request import (
+    PLAIN,
+    Order,
+    Request,
+    Status,
+    TokenOutput,
+    check_params,
+    check_prompt,
+)
 from fastdeploy.engine.runner import Runner, on, record_steps
 from fastdeploy.engine.sampler import Choice, Sampler
 from fastdeploy.engine.scheduler import Scheduler
@@ -90,38 +99,31 @@ class Engine:
         request_id: str,
         prompt: Prompt,
         params: SamplingParams,
-        *,
-        seed: int | None = None,
-        sample_index: int = 0,
-        banned: Iterable[Sequence[int]] = (),
-        priority: int = 0,
-        cache_salt: str | None = None,
+        order: Order = PLAIN,
         adapter: Adapter | None = None,
     ) -> None:
         """Queue one sample of a request. Raises RequestError for what cannot be served.
 
         `prompt` is token ids, or the `Inputs` of a prompt with pictures (`ernie.vision.prompt`).
-        `seed` stands in for a missing `params.seed`; samples of one request share it. Lower
-        `priority` runs first. Texts share cached blocks only with texts of the same `cache_salt`
-        and the same `adapter` (one of `self.adapters`, None for the model as it is). None of the
-        token sequences in `banned` is generated.
+        `adapter` is one of `self.adapters`, None for the model as it is; texts share cached blocks
+        only with texts of the same one.
         """
         if request_id in self.requests:
             raise RequestError(f"there is a request {request_id!r} already; choose another id")
         layout = self.check(prompt, params)
-        if params.seed is not None:
-            seed = params.seed
+        seed = order.seed if params.seed is None else params.seed
+        order = replace(
+            order,
+            seed=self.new_seed() if seed is None else seed,
+            banned=[*order.banned, *([token] for token in params.bad_words_token_ids or ())],
+        )
         request = Request(
             request_id,
             token_ids_of(prompt),
             params,
-            seed=self.new_seed() if seed is None else seed,
+            order,
             max_model_len=self.config.max_model_len,
             eos_ids=self.eos_ids,
-            banned=[*banned, *([token] for token in params.bad_words_token_ids or ())],
-            sample_index=sample_index,
-            priority=priority,
-            cache_salt=cache_salt,
             think_tags=self.think_tags,
             early_stop=self.early_stop,
             adapter=adapter,

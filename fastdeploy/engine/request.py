@@ -48,6 +48,20 @@ class End:
     error: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Order:
+    """How one sample of a prompt is to be served, beside what its settings say."""
+
+    seed: int | None = None  # where `params.seed` is missing; samples of one prompt share it
+    sample_index: int = 0
+    priority: int = 0  # lower runs first
+    cache_salt: str | None = None  # texts share cached blocks only with those of the same one
+    banned: Collection[Sequence[int]] = ()  # none of these sequences of tokens is generated
+
+
+PLAIN = Order()
+
+
 class Request:
     """State of one request in the engine. The scheduler owns it; the sampler keeps its notes."""
 
@@ -56,22 +70,20 @@ class Request:
         request_id: str,
         prompt_ids: Sequence[int],
         params: SamplingParams,
+        order: Order,
         *,
-        seed: int,
         max_model_len: int,
         eos_ids: Iterable[int] = (),
-        banned: Collection[Sequence[int]] = (),
-        sample_index: int = 0,
-        priority: int = 0,
-        cache_salt: str | None = None,
         think_tags: ThinkTags | None = None,
         early_stop: EarlyStop | None = None,
         adapter: Adapter | None = None,
         layout: Layout | None = None,
     ) -> None:
+        assert order.seed is not None, "`Engine.add` chooses one"
         self.id = request_id
         self.params = params
-        self.seed = (seed, sample_index)  # draws depend on it and on the position, on nothing else
+        # Draws depend on it and on the position, on nothing else.
+        self.seed = (order.seed, order.sample_index)
         self.token_ids = list(prompt_ids)
         self.num_prompt = len(self.token_ids)
         self.layout = layout  # of a prompt with pictures
@@ -80,11 +92,11 @@ class Request:
         self.draft_ids: list[int] = []
         self.drafter_notes: Any = None
         self.status = Status.WAITING
-        self.priority = priority  # lower runs first
+        self.priority = order.priority
         self.arrival = 0  # number in the order of arrival; the scheduler gives it
         self.table = Table()
         self.adapter = adapter  # also once it is unloaded: a text is finished as it was begun
-        self.cache_root = root_of(cache_salt, adapter.serial if adapter else 0)
+        self.cache_root = root_of(order.cache_salt, adapter.serial if adapter else 0)
         self.seat = -1  # while running: the row that is this request's in tensors of the runner
         self.metrics = RequestMetrics(arrival_time=time.monotonic())
         self.num_cached = 0  # prompt tokens that were in the cache when it was first admitted
@@ -93,8 +105,8 @@ class Request:
         self.sampler_notes: Any = None
         self.pooled_sum: Any = None  # of hidden states so far, for a mean
         # Sequences that may not be generated: single tokens, and those of several.
-        self.banned_ids = frozenset(ids[0] for ids in banned if len(ids) == 1)
-        self.banned_runs = tuple(tuple(ids) for ids in banned if len(ids) > 1)
+        self.banned_ids = frozenset(ids[0] for ids in order.banned if len(ids) == 1)
+        self.banned_runs = tuple(tuple(ids) for ids in order.banned if len(ids) > 1)
         self.thinking = (
             Thinking(think_tags, params.reasoning_max_tokens, self.token_ids)
             if think_tags is not None

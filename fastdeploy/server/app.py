@@ -31,6 +31,7 @@ from ernie.vision.sources import MediaError
 from fastdeploy.config import EngineConfig, ServerConfig
 from fastdeploy.engine.grammar import Grammars, make_grammars, why_none
 from fastdeploy.engine.language import Language
+from fastdeploy.engine.request import Order
 from fastdeploy.errors import RequestError
 from fastdeploy.metrics import Metrics
 from fastdeploy.sampling import SamplingParams, filled
@@ -232,8 +233,7 @@ class Service:
         answer = self.engine.submit(
             prompts,
             params,
-            priority=body.priority or 0,
-            cache_salt=self._cache_salt(request, body),
+            Order(priority=body.priority or 0, cache_salt=self._cache_salt(request, body)),
             adapter=adapter,
             shown=shown,
             pictures=pictures,

@@ -15,7 +15,7 @@ import random
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ernie.chat import ChatError
 from ernie.settings import ConfigError
 from fastdeploy.engine.language import Language
 from fastdeploy.engine.prompt import banned_sequences
-from fastdeploy.engine.request import TokenOutput, check_params, check_prompt
+from fastdeploy.engine.request import PLAIN, Order, TokenOutput, check_params, check_prompt
 from fastdeploy.engine.text import Sample
 from fastdeploy.errors import RequestError
 from fastdeploy.outputs import CompletionOutput, RequestMetrics, Stats, TokenLogprobs
@@ -238,9 +238,8 @@ class ServerEngine:
         self,
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
+        order: Order = PLAIN,
         *,
-        priority: int = 0,
-        cache_salt: str | None = None,
         adapter: str | None = None,
         shown: Collection[int] = (),
         pictures: PromptPictures | None = None,
@@ -262,10 +261,8 @@ class ServerEngine:
                 sample = Sample(choice, params, self.language.tokenizer, shown)
                 answer.samples[request_id] = choice, sample
             seed = params.seed if params.seed is not None else self.seeds.getrandbits(59)
-            prompt = list(prompt_ids)
-            adds.append(
-                Add(ids, prompt, params, seed, banned, priority, cache_salt, adapter, pictures)
-            )
+            own = replace(order, seed=seed, banned=banned)
+            adds.append(Add(ids, list(prompt_ids), params, own, adapter, pictures))
         self.supervisor.send(*adds)
         self.answers.add(answer)
         self.answer_by_id.update(dict.fromkeys(answer.samples, answer))

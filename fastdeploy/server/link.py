@@ -22,7 +22,7 @@ from typing import Any
 
 import msgspec
 
-from fastdeploy.engine.request import TokenOutput
+from fastdeploy.engine.request import Order, TokenOutput
 from fastdeploy.errors import RequestError
 from fastdeploy.outputs import Stats
 from fastdeploy.sampling import SamplingParams
@@ -48,15 +48,14 @@ class Start(Message):
 
 
 class Add(Message):
-    """All samples of one prompt; sample i has the id `ids[i]`. See `Engine.add`."""
+    """All samples of one prompt; sample i has the id `ids[i]`, and else the same order. See
+    `Engine.add`.
+    """
 
     ids: list[str]
     prompt_ids: list[int]
     params: SamplingParams
-    seed: int
-    banned: list[list[int]]
-    priority: int
-    cache_salt: str | None
+    order: Order
     adapter: str | None
     pictures: PromptPictures | None = None
 

@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -183,17 +184,8 @@ class Worker:
             pictures, ids = add.pictures, add.prompt_ids
             prompt = ids if pictures is None else pictures.inputs(ids)
             for index, request_id in enumerate(add.ids):
-                engine.add(
-                    request_id,
-                    prompt,
-                    add.params,
-                    seed=add.seed,
-                    sample_index=index,
-                    banned=add.banned,
-                    priority=add.priority,
-                    cache_salt=add.cache_salt,
-                    adapter=adapter,
-                )
+                order = replace(add.order, sample_index=index)
+                engine.add(request_id, prompt, add.params, order, adapter)
         except RequestError as error:
             for request_id in add.ids:
                 engine.abort(request_id)

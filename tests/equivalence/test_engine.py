@@ -31,6 +31,7 @@ from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
 from fastdeploy.engine.loading import choose_kernels, make_engine, served
 from fastdeploy.engine.ranks import Ranks
+from fastdeploy.engine.request import Order
 from fastdeploy.outputs import Stats
 from fastdeploy.sampling import SamplingParams
 
@@ -189,8 +190,8 @@ def run(engine: Engine, prompts: Sequence[list[int]], row: Row) -> list[list[int
     waiting = [(str(i), prompt) for i, prompt in enumerate(prompts)]
     while waiting or engine.has_work:
         for request_id, prompt in waiting[:1] if row.staggered else waiting:
-            priority = -(int(request_id) // 2) if row.priorities else 0
-            engine.add(request_id, prompt, params, priority=priority)
+            order = Order(priority=-(int(request_id) // 2) if row.priorities else 0)
+            engine.add(request_id, prompt, params, order)
         waiting = waiting[1:] if row.staggered else []
         for output in engine.step():
             answers[output.request_id].append(output.token)
@@ -341,7 +342,7 @@ def test_samples_of_one_prompt_share_its_blocks() -> None:
     engine = make_engine(model, config)
     for i in range(4):
         params = SamplingParams(max_tokens=2, n=4, seed=3)
-        engine.add(f"{i}", PROMPTS[6], params, sample_index=i)
+        engine.add(f"{i}", PROMPTS[6], params, Order(sample_index=i))
     engine.step()
     stats = engine.stats()
     # 64 tokens: seven full blocks are found by the other three, each adds the eighth and one more.

@@ -30,7 +30,7 @@ from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
 from fastdeploy.engine.loading import make_engine
 from fastdeploy.engine.ranks import Ranks
-from fastdeploy.engine.request import TokenOutput
+from fastdeploy.engine.request import Order, TokenOutput
 from fastdeploy.engine.speculative import NgramIndex, continuation, num_allowed
 from fastdeploy.engine.thinking import ThinkTags
 from fastdeploy.sampling import SamplingParams
@@ -91,7 +91,7 @@ def run(
 ) -> list[TokenOutput]:
     """Every report, request by request."""
     for i, (prompt, one) in enumerate(zip(prompts, params)):
-        engine.add(f"{i}{name}", prompt, one, seed=7)
+        engine.add(f"{i}{name}", prompt, one, Order(seed=7))
     outputs = []
     while engine.has_work:
         outputs += engine.step()
@@ -249,7 +249,7 @@ def test_the_sampled_distribution_is_unchanged() -> None:
             model, max_num_seqs=64, num_gpu_blocks_override=200, speculative_config=drafts
         )
         for i in range(num_texts):  # other seeds than the other side's: nothing is coupled
-            engine.add(str(i), [0, 3, 1, 4, 5, 2, 2, 0], params, seed=offset + i)
+            engine.add(str(i), [0, 3, 1, 4, 5, 2, 2, 0], params, Order(seed=offset + i))
         outputs = []
         while engine.has_work:
             outputs += engine.step()

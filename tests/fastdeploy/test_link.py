@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdeploy import SamplingParams
-from fastdeploy.engine.request import TokenOutput
+from fastdeploy.engine.request import Order, TokenOutput
 from fastdeploy.errors import RequestError
 from fastdeploy.outputs import Logprob, RequestMetrics, Stats
 from fastdeploy.server.link import (
@@ -46,9 +46,10 @@ LOGPROBS = {7: Logprob(-0.5, 1, "x"), 9: Logprob(float("-inf"), 2)}
 OUTPUT = TokenOutput(
     "1", 7, -0.5, LOGPROBS, None, RequestMetrics(1.0, 2.0), 3, [None, LOGPROBS]
 )  # fmt: skip
+ORDER = Order(2**59 - 1, 0, -1, '["key", null]', [[1], [2, 3]])
 TO_ENGINE: list[Message] = [
     Start('{"model": "x"}', {"a": "/b"}, True),
-    Add(["1", "2"], [5, 6], PARAMS, 2**59 - 1, [[1], [2, 3]], -1, '["key", null]', "a"),
+    Add(["1", "2"], [5, 6], PARAMS, ORDER, "a"),
     Abort(["1"]),
     Command(3, "sleep", {"level": 2}),
 ]
@@ -106,7 +107,7 @@ def test_a_frame_that_is_too_long_is_refused_before_it_is_read() -> None:
 
 
 def test_an_integer_beyond_64_bits_is_the_users() -> None:
-    add = Add(["1"], [5], SamplingParams(), 10**30, [], 0, None, None)
+    add = Add(["1"], [5], SamplingParams(), Order(10**30), None)
     with pytest.raises(RequestError, match="more than 64 bits"):
         frame(add)
 

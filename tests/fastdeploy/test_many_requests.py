@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from ernie.model import ErnieModel
 from ernie.models import TINY
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.loading import make_engine
+from fastdeploy.engine.request import Order
 from fastdeploy.engine.scheduler import Schedule
 from fastdeploy.engine.thinking import ThinkTags
 from fastdeploy.sampling import SamplingParams
@@ -105,10 +107,10 @@ def test_every_request_ends_once_and_no_block_is_left(
     while len(answers) < num_requests or engine.has_work:
         while len(answers) < num_requests and len(engine.requests) < rng.randrange(30):
             prompt, params = some_request(rng, len(answers))
-            place = {"priority": rng.choice(PRIORITIES), "cache_salt": rng.choice(SALTS)}
+            place = Order(priority=rng.choice(PRIORITIES), cache_salt=rng.choice(SALTS))
             for index in range(params.n):
                 name = str(len(answers))
-                engine.add(name, prompt, params, sample_index=index, **place)
+                engine.add(name, prompt, params, replace(place, sample_index=index))
                 answers[name] = []
                 if params.reasoning_max_tokens is not None:
                     budgets[name] = params.reasoning_max_tokens

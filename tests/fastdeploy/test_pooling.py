@@ -12,6 +12,7 @@ import ernie
 from ernie.attention import packed_causal
 from ernie.model import ErnieModel
 from fastdeploy import LLM, SamplingParams
+from fastdeploy.engine.request import Order
 from fastdeploy.errors import RequestError
 from fastdeploy.vectors import cosine, shaped
 
@@ -78,7 +79,8 @@ def test_texts_and_vectors_in_one_engine(folder: Path, plain: ErnieModel) -> Non
     for i in range(2):
         engine.add(f"text {i}", PROMPTS[1], greedy)
     for i, ids in enumerate(PROMPTS):
-        engine.add(f"vector {i}", ids, SamplingParams(pooling="mean"), priority=i % 2 * -1)
+        order = Order(priority=i % 2 * -1)
+        engine.add(f"vector {i}", ids, SamplingParams(pooling="mean"), order)
     texts: dict[str, list[int]] = {}
     vectors = {}
     while engine.has_work:

@@ -13,7 +13,7 @@ from torch import Tensor
 from ernie.kernels import reference
 from ernie.kernels.cpu import sampling
 from fastdeploy.config import EarlyStop
-from fastdeploy.engine.request import Request
+from fastdeploy.engine.request import Order, Request
 from fastdeploy.engine.sampler import Sampler, uniform
 from fastdeploy.engine.scheduler import Part
 from fastdeploy.sampling import SamplingParams
@@ -23,9 +23,10 @@ NUM_DRAWS = 20_000
 
 
 def request(prompt: list[int] | None = None, output: list[int] | None = None, **params: Any):
-    extra = {"eos_ids": params.pop("eos_ids", ()), "seed": params.pop("draw_seed", 1)}
-    extra |= {name: params.pop(name) for name in ("banned", "early_stop") if name in params}
-    one = Request("r", prompt or [1], SamplingParams(**params), max_model_len=10_000, **extra)
+    order = Order(seed=params.pop("draw_seed", 1), banned=params.pop("banned", ()))
+    extra = {name: params.pop(name) for name in ("eos_ids", "early_stop") if name in params}
+    params = SamplingParams(**params)
+    one = Request("r", prompt or [1], params, order, max_model_len=10_000, **extra)
     one.token_ids += output or []
     return one
 

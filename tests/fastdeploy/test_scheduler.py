@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastdeploy.engine.blocks import BlockManager
-from fastdeploy.engine.request import Request
+from fastdeploy.engine.request import Order, Request
 from fastdeploy.engine.scheduler import Schedule, Scheduler
 from fastdeploy.engine.speculative import num_allowed
 from fastdeploy.sampling import SamplingParams
@@ -27,7 +27,8 @@ def request(name: str, prompt: int | list[int], output: int = 4, **params: objec
     ids = list(range(prompt)) if isinstance(prompt, int) else prompt
     priority = params.pop("priority", 0)
     settings = SamplingParams(max_tokens=output, **params)
-    return Request(name, ids, settings, seed=0, max_model_len=MAX_LEN, priority=priority)
+    order = Order(seed=0, priority=priority)
+    return Request(name, ids, settings, order, max_model_len=MAX_LEN)
 
 
 def step(
