@@ -143,11 +143,3 @@ class Lists:
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(parts)) if parts else torch.empty(0, dtype=torch.int64)
-
-
-def needs_notes(request: Request) -> bool:
-    p = request.params
-    penalised = p.presence_penalty or p.frequency_penalty or p.repetition_penalty not in (None, 1)
-    must_go_on = p.min_tokens > 1 and request.stop_ids
-    banned = request.banned_ids or request.banned_runs
-    return bool(penalised or p.logit_bias or banned or must_go_on)

@@ -29,6 +29,7 @@ from fastdeploy.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from ernie.adapters import Adapter
+    from fastdeploy.engine.adjustments import Notes
     from fastdeploy.engine.constraint import Constraint
     from fastdeploy.engine.vision import Layout
 
@@ -102,7 +103,7 @@ class Request:
         self.num_cached = 0  # prompt tokens that were in the cache when it was first admitted
         self.num_preemptions = 0
         self.prompt_logprobs: list[TokenLogprobs | None] = []
-        self.sampler_notes: Any = None
+        self.sampler_notes: Notes | None = None  # made with the first token, if `is_adjusted`
         self.pooled_sum: Any = None  # of hidden states so far, for a mean
         # Sequences that may not be generated: single tokens, and those of several.
         self.banned_ids = frozenset(ids[0] for ids in order.banned if len(ids) == 1)
@@ -120,11 +121,21 @@ class Request:
         self.repeats_at: int | None = None  # generated tokens, and the text ends
         stops = frozenset(params.stop_token_ids or ())
         self.stop_ids = stops if params.ignore_eos else stops | frozenset(eos_ids)
+        self.is_adjusted = self._is_adjusted()
         room = max_model_len - self.num_prompt
         bounds = [params.max_tokens]
         if think_tags is None:
             bounds.append(params.response_max_tokens)
         self.max_output = min([room, *(bound for bound in bounds if bound is not None)])
+
+    def _is_adjusted(self) -> bool:
+        """Whether logits are changed before a token is chosen: see `engine.adjustments`."""
+        p = self.params
+        repeats = p.repetition_penalty not in (None, 1)
+        must_go_on = p.min_tokens > 1 and self.stop_ids
+        banned = self.banned_ids or self.banned_runs
+        penalised = p.presence_penalty or p.frequency_penalty or repeats
+        return bool(penalised or p.logit_bias or banned or must_go_on)
 
     @property
     def num_known(self) -> int:

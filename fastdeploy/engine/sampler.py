@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ernie import kernels
 from ernie.kernels.transfer import places
-from fastdeploy.engine.adjustments import MINUS_INFINITY, Lists, Notes, needs_notes
+from fastdeploy.engine.adjustments import MINUS_INFINITY, Lists, Notes
 from fastdeploy.engine.constraint import Filled
 from fastdeploy.engine.request import End, Request
 from fastdeploy.engine.scheduler import Part
@@ -69,15 +69,7 @@ class Sampler:
 
         Overwrites `logits_RV`.
         """
-        rows: list[int] = []
-        choosing, row = [], 0
-        for part in parts:
-            if part.num_logits and part.request.num_to_score > 0:
-                self._score_prompt(logits_RV[row : row + part.num_logits], part)
-            row += part.num_logits
-            if part.chooses:
-                rows += range(row - 1 - len(part.draft_ids), row)
-                choosing.append(part)
+        rows, choosing = _chosen_from(logits_RV, parts)
         if not choosing:
             return []
         device = logits_RV.device
@@ -114,10 +106,7 @@ class Sampler:
             }
             masks.take(tokens_by_request)
         if impossible_R is not None:
-            kept = {part.request: len(some) for part, some in zip(choosing, accepted)}
-            for i, is_impossible in enumerate(impossible_R.tolist()):
-                if is_impossible and i not in forced and offsets[i] < kept[requests[i]]:
-                    _end_stuck(requests[i], offsets[i])
+            _end_impossible(impossible_R.tolist(), forced, choosing, accepted)
         return accepted
 
     def warm_up(self, device: torch.device) -> None:
@@ -134,9 +123,12 @@ class Sampler:
         """Whether there are bans among the changes."""
         lists, row = Lists(self.vocab_size), 0
         for part in parts:
-            note = self._notes(part.request)
-            if note is not None:
-                note.write(lists, row * self.vocab_size, part.request, part.draft_ids)
+            request = part.request
+            if request.is_adjusted:
+                if request.sampler_notes is None:
+                    request.sampler_notes = Notes(request, self.vocab_size)
+                first_place = row * self.vocab_size
+                request.sampler_notes.write(lists, first_place, request, part.draft_ids)
             row += len(part.draft_ids) + 1
         lists.apply(logits_RV)
         return bool(lists.bans)
@@ -152,35 +144,44 @@ class Sampler:
                 num_kept += 1
             accepted.append(choices[row : row + num_kept])
             row += len(part.draft_ids) + 1
-            note = self._notes(part.request)
-            if note is not None:
+            notes = part.request.sampler_notes
+            if notes is not None:
                 for choice in accepted[-1]:
-                    note.add(choice.token)
+                    notes.add(choice.token)
             if part.request.early_stop is not None:
                 part.request.watch([choice.logprob for choice in accepted[-1]])
         return accepted
 
-    def _notes(self, request: Request) -> Notes | None:
-        if request.sampler_notes is None:
-            # False stands for "nothing to adjust", so that the question is asked once a request.
-            request.sampler_notes = (
-                Notes(request, self.vocab_size) if needs_notes(request) else False
-            )
-        return request.sampler_notes or None
 
-    def _score_prompt(self, logits_nV: Tensor, part: Part) -> None:
-        """Append the log-probability of each prompt token that follows a token of the part."""
-        request = part.request
-        scores = request.prompt_logprobs
-        if not scores:
-            scores.append(None)  # nothing stands before the first token
-        # Positions that were scored before a preemption are skipped.
-        first = len(scores) - 1 - part.start
-        targets = request.token_ids[
-            len(scores) : min(part.start + part.num_tokens + 1, request.num_prompt)
-        ]
-        counts = [request.params.prompt_logprobs or 0] * len(targets)
-        scores += describe(logits_nV[first : first + len(targets)], targets, counts)
+def _chosen_from(logits_RV: Tensor, parts: Sequence[Part]) -> tuple[list[int], list[Part]]:
+    """The rows of logits that tokens are chosen from, and the parts that these belong to: of each
+    the last row, and one for each of its drafts. Rows in front of them score prompt tokens.
+    """
+    rows: list[int] = []
+    choosing, row = [], 0
+    for part in parts:
+        if part.num_logits and part.request.num_to_score > 0:
+            _score_prompt(logits_RV[row : row + part.num_logits], part)
+        row += part.num_logits
+        if part.chooses:
+            rows += range(row - 1 - len(part.draft_ids), row)
+            choosing.append(part)
+    return rows, choosing
+
+
+def _score_prompt(logits_nV: Tensor, part: Part) -> None:
+    """Append the log-probability of each prompt token that follows a token of the part."""
+    request = part.request
+    scores = request.prompt_logprobs
+    if not scores:
+        scores.append(None)  # nothing stands before the first token
+    # Positions that were scored before a preemption are skipped.
+    first = len(scores) - 1 - part.start
+    targets = request.token_ids[
+        len(scores) : min(part.start + part.num_tokens + 1, request.num_prompt)
+    ]
+    counts = [request.params.prompt_logprobs or 0] * len(targets)
+    scores += describe(logits_nV[first : first + len(targets)], targets, counts)
 
 
 def uniform(seed: tuple[int, int], position: int) -> float:
@@ -237,6 +238,23 @@ def _forced(parts: Sequence[Part]) -> dict[int, int]:
                 tokens[i] = token
         row += len(part.draft_ids) + 1
     return tokens
+
+
+def _end_impossible(
+    impossible: Sequence[bool],
+    forced: Mapping[int, int],
+    parts: Sequence[Part],
+    accepted: Sequence[Sequence[Choice]],
+) -> None:
+    """End the answers that had no token left to choose: by row, whether its choice is impossible.
+    What was forced counts as chosen, and what stands behind a refused draft does not count.
+    """
+    row = 0
+    for part, some in zip(parts, accepted):
+        for i in range(len(some)):
+            if impossible[row + i] and row + i not in forced:
+                _end_stuck(part.request, i)
+        row += len(part.draft_ids) + 1
 
 
 def _end_stuck(request: Request, num_drafts: int) -> None:
