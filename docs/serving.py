@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fastdeploy.cli import KINDS
 from fastdeploy.config import EngineConfig
-from fastdeploy.flags import ENVIRONMENT, LATER, REASONS, flags_of
+from fastdeploy.flags import ENVIRONMENT, REASONS, UNSUPPORTED, flags_of
 from fastdeploy.metrics import Metrics
 from fastdeploy.outputs import RequestMetrics, Stats
 from fastdeploy.server.engine import Ended
@@ -58,12 +58,12 @@ def refused() -> str:
     """A table of those with a reason, and a line of the others."""
     named = {
         name: (f"`--{name.replace('_', '-')}`", ", ".join(f"`{value}`" for value in neutral))
-        for name, neutral in LATER.items()
+        for name, neutral in UNSUPPORTED.items()
     }
     rows = [(*named[name], reason.removeprefix("is ")) for name, reason in REASONS.items()]
     others = "; ".join(f"{f} {a}" for name, (f, a) in named.items() if name not in REASONS)
     head = ("flag", "accepted", "anything else")
-    return f"{table(head, rows)}\n\nThe same, and not available yet: {others}."
+    return f"{table(head, rows)}\n\nThe same, and not available: {others}."
 
 
 def metrics() -> str:

@@ -1,7 +1,7 @@
 """Settings of the engine and of the server: one dataclass each, from which flags and help are made.
 
 Names and defaults are FastDeploy's; where a default differs its help says so by being what it is.
-Flags of features that do not exist here are in `flags.LATER`. Imports no torch.
+Flags of features that do not exist here are in `flags.UNSUPPORTED`. Imports no torch.
 """
 
 from __future__ import annotations

@@ -62,7 +62,7 @@ class Speculation:
 
 
 # Other keys of FastDeploy's speculative_config, with the values that ask for nothing.
-LATER_SPECULATION: dict[str, tuple[Any, ...]] = {
+UNSUPPORTED_SPECULATION: dict[str, tuple[Any, ...]] = {
     "mtp_strategy": ("default",),
     "num_model_steps": (None,),
     "model": (None,),
@@ -83,29 +83,29 @@ LATER_SPECULATION: dict[str, tuple[Any, ...]] = {
 
 def read_speculation(values: Mapping[str, Any]) -> Speculation:
     """The keys of a `speculative_config`, checked. Raises ConfigError."""
-    values = without_later(values, LATER_SPECULATION, "speculative_config")
+    values = without_unsupported(values, UNSUPPORTED_SPECULATION, "speculative_config")
     if values.get("method") == "ngram_match":  # the name in some of FastDeploy's versions
         values["method"] = "ngram"
     return fill([Speculation], values, "speculative_config")[0]
 
 
-def without_later(
+def without_unsupported(
     values: Mapping[str, Any],
-    later: Mapping[str, tuple[Any, ...]],
+    unsupported: Mapping[str, tuple[Any, ...]],
     origin: str,
     reasons: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
-    """`values` without the keys of `later`, whose values must be among those listed there.
+    """`values` without the keys of `unsupported`, whose values must be among those listed there.
 
     Raises ConfigError with the reason, where one is known.
     """
     kept = {}
     for key, value in values.items():
-        if key not in later:
+        if key not in unsupported:
             kept[key] = value
-        elif str(value).lower() not in {str(neutral).lower() for neutral in later[key]}:
-            reason = reasons.get(key, "asks for something that is not available yet")
+        elif str(value).lower() not in {str(neutral).lower() for neutral in unsupported[key]}:
+            reason = reasons.get(key, "asks for something that is not available")
             raise ConfigError(
-                f"{key}={value!r} in {origin} {reason}; leave it out or use {later[key][0]!r}"
+                f"{key}={value!r} in {origin} {reason}; leave it out or use {unsupported[key][0]!r}"
             )
     return kept

@@ -1,8 +1,8 @@
 """The flags of a command: one for every field of its config classes, and those that are refused.
 
-Spellings, arity, help and the table in docs/serving.md are made from the fields and from `LATER`;
-there is no other list. Dashes and underscores are the same, a list may be given in several words,
-with commas or by repeating its flag, and a switch has a `--no-` form.
+Spellings, arity, help and the table in docs/serving.md are made from the fields and from
+`UNSUPPORTED`; there is no other list. Dashes and underscores are the same, a list may be given in
+several words, with commas or by repeating its flag, and a switch has a `--no-` form.
 
 Imports no torch and no web library, so that `--help` and a misspelt flag answer at once.
 """
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, get_args, get_origin
 
 from ernie.settings import ConfigError, did_you_mean, field_types, fill, help_of, read_yaml
-from fastdeploy.decoding import without_later
+from fastdeploy.decoding import without_unsupported
 
 # Variables that stand in for flags; a `--config` file wins over them, and a flag over both.
 ENVIRONMENT = {
@@ -32,7 +32,7 @@ ENVIRONMENT = {
 }
 
 # Flags of FastDeploy and vLLM that have no counterpart, with the values that ask for nothing.
-LATER: dict[str, tuple[Any, ...]] = {
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "revision": ("master", None),
     "task": ("generate", "auto"),
     "runner": ("auto", "generate"),
@@ -192,11 +192,11 @@ def _arity(hint: Any) -> str:
 
 
 def read_config(kinds: list[type], values: Mapping[str, Any], origin: str) -> list[Any]:
-    """Instances of `kinds` from flat values; see `LATER` for what is refused.
+    """Instances of `kinds` from flat values; see `UNSUPPORTED` for what is refused.
 
     Raises ConfigError.
     """
-    return fill(kinds, without_later(values, LATER, origin, REASONS), origin)
+    return fill(kinds, without_unsupported(values, UNSUPPORTED, origin, REASONS), origin)
 
 
 def read_flags(
@@ -223,7 +223,7 @@ def read_flags(
 class _Reader:
     def __init__(self, flags: Sequence[Flag]) -> None:
         self.arity = {"config": "value"} | {flag.name: flag.arity for flag in flags}
-        for name, neutral in LATER.items():
+        for name, neutral in UNSUPPORTED.items():
             self.arity[name] = "switch" if isinstance(neutral[0], bool) else "value"
         self.spellings = {name: (name, False) for name in self.arity}
         for name, arity in self.arity.items():

@@ -20,9 +20,9 @@ from starlette.testclient import TestClient
 
 from fastdeploy.config import EngineConfig, ServerConfig
 from fastdeploy.server.app import create_app
+from fastdeploy.server.engine_process import EngineProcess
 from fastdeploy.server.link import EngineEnd
 from fastdeploy.server.supervisor import Child
-from fastdeploy.server.worker import Worker
 
 MAX_LEN = 256
 
@@ -65,18 +65,18 @@ def stop_server(server: Server) -> int:
     return server.process.returncode
 
 
-class ThreadedWorker:
-    """The engine's process as a thread of this one: the same worker, a second earlier."""
+class ThreadedEngine:
+    """The engine's process as a thread of this one: the same, a second earlier."""
 
     pid = 0
 
     def __init__(self, end: socket.socket) -> None:
-        self.worker, self.status = Worker(EngineEnd(end)), None
+        self.process, self.status = EngineProcess(EngineEnd(end)), None
         self.end = end
         threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
-        self.status = self.worker.run()
+        self.status = self.process.run()
         self.end.shutdown(socket.SHUT_RDWR)
 
     def poll(self) -> int | None:
@@ -91,7 +91,7 @@ class ThreadedWorker:
 
 def spawn_thread() -> Child:
     ours, theirs = socket.socketpair()
-    return Child(ThreadedWorker(theirs), ours)
+    return Child(ThreadedEngine(theirs), ours)
 
 
 def wait_until(claim: Callable[[], bool], patience_s: float = 60) -> None:

@@ -44,7 +44,7 @@ from fastdeploy.errors import RequestError
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-    from fastdeploy.engine.scheduler import Part
+    from fastdeploy.engine.scheduler import ScheduledRequest
 
 # Of each byte of a mask, what is added to 8 logits: 0 where the bit is set.
 _BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
@@ -221,7 +221,7 @@ class Masks:
         self.num_words = -(-vocab_size // 32)
         self.thread = TimedThread("masks")
 
-    def begin(self, parts: Sequence[Part]) -> Filled | None:
+    def begin(self, parts: Sequence[ScheduledRequest]) -> Filled | None:
         """None for a step without a constrained request. Until `apply` nobody else may touch the
         constraints of the requests.
         """

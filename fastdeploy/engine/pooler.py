@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fastdeploy.engine.request import Request
 from fastdeploy.engine.runner import Runner
-from fastdeploy.engine.scheduler import Part
+from fastdeploy.engine.scheduler import ScheduledRequest
 
 
 class Pooler:
@@ -24,7 +24,7 @@ class Pooler:
         self.runner = runner
 
     @torch.inference_mode()
-    def __call__(self, parts: Sequence[Part]) -> list[tuple[Request, list[float]]]:
+    def __call__(self, parts: Sequence[ScheduledRequest]) -> list[tuple[Request, list[float]]]:
         """Take the states of the step that has just run; the vectors `(D,)`, float32, of the
         requests whose prompt ends in it.
         """
@@ -43,7 +43,7 @@ class Pooler:
                 finished.append((part.request, vector_D.tolist()))
         return finished
 
-    def _mean(self, part: Part, rows: slice) -> Tensor:
+    def _mean(self, part: ScheduledRequest, rows: slice) -> Tensor:
         """The sum over the prompt so far, divided by its length."""
         request = part.request
         sum_D = self._states(rows).sum(0)

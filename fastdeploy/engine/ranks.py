@@ -166,7 +166,7 @@ class Ranks:
     def call(
         self, name: str, *, is_long: bool = False, data: Sequence[bytes] = (), **arguments: Any
     ) -> list[Any]:
-        """Run a method of `Worker` in every child and return their results, by rank.
+        """Run a method of `RankWorker` in every child and return their results, by rank.
 
         `data` has what each child needs beside `arguments`. The group must not be used in it, as
         rank 0 only waits, for ever if it is long. Raises RankError.

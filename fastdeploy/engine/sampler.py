@@ -37,7 +37,7 @@ from ernie.kernels.transfer import places
 from fastdeploy.engine.adjustments import MINUS_INFINITY, Lists, Notes
 from fastdeploy.engine.constraint import Filled
 from fastdeploy.engine.request import End, Request
-from fastdeploy.engine.scheduler import Part
+from fastdeploy.engine.scheduler import ScheduledRequest
 from fastdeploy.outputs import Logprob, TokenLogprobs
 from fastdeploy.sampling import SamplingParams
 
@@ -62,7 +62,7 @@ class Sampler:
 
     @torch.inference_mode()
     def __call__(
-        self, logits_RV: Tensor, parts: Sequence[Part], masks: Filled | None = None
+        self, logits_RV: Tensor, parts: Sequence[ScheduledRequest], masks: Filled | None = None
     ) -> list[list[Choice]]:
         """The choices of each part that chooses, in order: its accepted drafts and one token more.
         Scores prompt tokens on the way. `masks` are those of the parts that are held to a form.
@@ -119,7 +119,7 @@ class Sampler:
                 tokens_R = kernels.draw(logits_RV, one, *limits, one / 2)
         kernels.token_logprobs(logits_RV, tokens_R)
 
-    def _adjust(self, logits_RV: Tensor, parts: Sequence[Part]) -> bool:
+    def _adjust(self, logits_RV: Tensor, parts: Sequence[ScheduledRequest]) -> bool:
         """Whether there are bans among the changes."""
         lists, row = Lists(self.vocab_size), 0
         for part in parts:
@@ -133,7 +133,9 @@ class Sampler:
         lists.apply(logits_RV)
         return bool(lists.bans)
 
-    def _accepted(self, choices: list[Choice], parts: Sequence[Part]) -> list[list[Choice]]:
+    def _accepted(
+        self, choices: list[Choice], parts: Sequence[ScheduledRequest]
+    ) -> list[list[Choice]]:
         """Of the choices of each part: those that are its drafts, and the first that is not."""
         accepted, row = [], 0
         for part in parts:
@@ -153,7 +155,9 @@ class Sampler:
         return accepted
 
 
-def _chosen_from(logits_RV: Tensor, parts: Sequence[Part]) -> tuple[list[int], list[Part]]:
+def _chosen_from(
+    logits_RV: Tensor, parts: Sequence[ScheduledRequest]
+) -> tuple[list[int], list[ScheduledRequest]]:
     """The rows of logits that tokens are chosen from, and the parts that these belong to: of each
     the last row, and one for each of its drafts. Rows in front of them score prompt tokens.
     """
@@ -169,7 +173,7 @@ def _chosen_from(logits_RV: Tensor, parts: Sequence[Part]) -> tuple[list[int], l
     return rows, choosing
 
 
-def _score_prompt(logits_nV: Tensor, part: Part) -> None:
+def _score_prompt(logits_nV: Tensor, part: ScheduledRequest) -> None:
     """Append the log-probability of each prompt token that follows a token of the part."""
     request = part.request
     scores = request.prompt_logprobs
@@ -229,7 +233,7 @@ def _draw_rows(logits_rV: Tensor, requests: Sequence[Request], offsets: Sequence
     )
 
 
-def _forced(parts: Sequence[Part]) -> dict[int, int]:
+def _forced(parts: Sequence[ScheduledRequest]) -> dict[int, int]:
     """The tokens of rows whose request is made to end its thoughts."""
     tokens, row = {}, 0
     for part in parts:
@@ -243,7 +247,7 @@ def _forced(parts: Sequence[Part]) -> dict[int, int]:
 def _end_impossible(
     impossible: Sequence[bool],
     forced: Mapping[int, int],
-    parts: Sequence[Part],
+    parts: Sequence[ScheduledRequest],
     accepted: Sequence[Sequence[Choice]],
 ) -> None:
     """End the answers that had no token left to choose: by row, whether its choice is impossible.

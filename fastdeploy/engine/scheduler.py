@@ -34,7 +34,7 @@ MAX_SCORED_TOKENS = 128
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class ScheduledRequest:
     """The tokens of one request in a step: known ones from `start` on, then drafts."""
 
     request: Request
@@ -63,7 +63,7 @@ class Part:
 class Schedule:
     """One step: all that goes from the scheduler to the runner and the sampler."""
 
-    parts: list[Part] = field(default_factory=list)  # in the order of the flat batch
+    parts: list[ScheduledRequest] = field(default_factory=list)  # in the order of the flat batch
 
     @property
     def num_tokens(self) -> int:
@@ -250,13 +250,15 @@ class Scheduler:
             self.num_hit_tokens += num_cached
         return self._num_wanted(request, budget)
 
-    def _part(self, request: Request, num_tokens: int, *, admitted: bool = False) -> Part:
+    def _part(
+        self, request: Request, num_tokens: int, *, admitted: bool = False
+    ) -> ScheduledRequest:
         start, end = request.num_computed, request.num_computed + num_tokens
         added = self.blocks.grow(request.table, end)
         self.blocks.name(request.table, request.key_ids, end)
         chooses = end == request.num_known and request.params.pooling is None
         scores = request.num_to_score > 0
-        return Part(
+        return ScheduledRequest(
             request=request,
             start=start,
             num_tokens=num_tokens,
@@ -265,7 +267,7 @@ class Scheduler:
             chooses=chooses,
         )
 
-    def _add_drafts(self, parts: list[Part], budget: int) -> None:
+    def _add_drafts(self, parts: list[ScheduledRequest], budget: int) -> None:
         """Lengthen parts by the drafts of their requests, as far as budget and free blocks go."""
         for i, part in enumerate(parts):
             request, end = part.request, part.start + part.num_tokens

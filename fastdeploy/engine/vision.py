@@ -31,7 +31,7 @@ from ernie.vision.prompt import Inputs, Span
 from fastdeploy.errors import RequestError
 
 if TYPE_CHECKING:
-    from fastdeploy.engine.scheduler import Part
+    from fastdeploy.engine.scheduler import ScheduledRequest
 
 Prompt = Sequence[int] | Inputs
 
@@ -137,7 +137,7 @@ class PictureRows:
         self.num_computed = 0  # pictures that went through the tower
         self.num_hits = 0  # pictures of requests that did not have to
 
-    def embeds(self, parts: Sequence[Part], model: ErnieModel) -> Embeds | None:
+    def embeds(self, parts: Sequence[ScheduledRequest], model: ErnieModel) -> Embeds | None:
         """What takes the places of placeholder tokens in the batch of `parts`, None for nothing."""
         rows, places, half_read, first = [], [], set(), 0
         for part in parts:

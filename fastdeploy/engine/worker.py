@@ -32,7 +32,7 @@ from fastdeploy.engine.runner import Runner
 from fastdeploy.engine.weights import HostCopy, without_weights
 
 
-class Worker:
+class RankWorker:
     """The public methods are what rank 0 may call, with arguments and results that fit in JSON."""
 
     def __init__(self, model: ErnieModel, config: EngineConfig, group: Group) -> None:
@@ -169,7 +169,7 @@ def _serve(link: Connection, settings: dict[str, Any]) -> None:
         sys.exit(1)
     _answer(link, {"value": None})
     group.connect()
-    worker = Worker(model, config, group)
+    worker = RankWorker(model, config, group)
     while True:
         try:
             frame = link.recv_bytes()

@@ -291,8 +291,8 @@ class ServerEngine:
             check_prompt(prompt_ids, size, longest, params.min_tokens)
 
     async def command(self, name: str, /, **arguments: Any) -> Any:
-        """Have the engine's process do one of `worker.COMMANDS`, or load an adapter, between two
-        steps.
+        """Have the engine's process do one of `engine_process.COMMANDS`, or load an adapter,
+        between two steps.
 
         Raises RequestError for what the user did wrong in it; any other error ends the process.
         """

@@ -1,6 +1,6 @@
 """What the API process and the engine's process say to each other, and the socket between them.
 
-    API process                               engine's process (`server.worker`)
+    API process                               engine's process (`server.engine_process`)
     Start, Add, Abort, Command  ----------->  obeyed in this order
     Ready | Refused             <-----------  once, when the model is loaded or cannot be
     Outputs, Rejected, Done     <-----------  what became of requests and commands
@@ -65,7 +65,7 @@ class Abort(Message):
 
 
 class Command(Message):
-    """Do one of `worker.COMMANDS`; `Done` answers with the same number."""
+    """Do one of `engine_process.COMMANDS`; `Done` answers with the same number."""
 
     number: int
     name: str

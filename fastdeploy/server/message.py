@@ -10,7 +10,7 @@ from typing import Any
 
 from ernie.chat.calls import Call
 from fastdeploy.outputs import CompletionOutput, TokenLogprobs
-from fastdeploy.server.parsers import Parser, Part, Syntax
+from fastdeploy.server.parsers import Parser, Segment, Syntax
 
 _CHECKED_PIECE = 8192  # characters; a parser that is fed a long text at once copies it often
 
@@ -39,15 +39,15 @@ class Said:
     calls: list[Call] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)  # of the tokens of the content
 
-    def add(self, parts: Iterable[Part]) -> None:
-        for part in parts:
-            if part.kind == "reasoning":
-                self.reasoning += part.text
-            elif part.kind == "content":
-                self.content += part.text
-            elif part.kind == "arguments":
-                self.add_arguments(part.text)
-            self.calls += part.calls
+    def add(self, segments: Iterable[Segment]) -> None:
+        for segment in segments:
+            if segment.kind == "reasoning":
+                self.reasoning += segment.text
+            elif segment.kind == "content":
+                self.content += segment.text
+            elif segment.kind == "arguments":
+                self.add_arguments(segment.text)
+            self.calls += segment.calls
 
     def add_arguments(self, text: str) -> None:
         """More of the last call's."""
@@ -74,13 +74,13 @@ class Message:
     def push(self, piece: CompletionOutput) -> Said:
         self.texts.append(piece.text)
         was_thought = self.parser.state == "reasoning"
-        parts = self.parser.push(piece.text)
+        segments = self.parser.push(piece.text)
         if was_thought and self.parser.state == "reasoning":
             self.num_reasoning_tokens += len(piece.token_ids)
         if piece.finish_reason is not None:
-            parts += self.parser.finish()
+            segments += self.parser.finish()
         new = Said()
-        new.add(parts)
+        new.add(segments)
         if not self.reading.parallel:
             new.arguments = new.arguments if self.num_begun == 1 else ""
             self.num_begun += len(new.calls)
@@ -88,7 +88,7 @@ class Message:
         if piece.logprobs is not None:
             new.logprobs = piece.logprobs
             if self.parser.tags:
-                new.logprobs = self.tokens.push(piece, parts)
+                new.logprobs = self.tokens.push(piece, segments)
         self.said.reasoning += new.reasoning
         self.said.content += new.content
         if new.arguments:
@@ -161,7 +161,7 @@ class Message:
 
 
 class _ContentTokens:
-    """Finds the tokens that wrote content, as the parts of the text become certain.
+    """Finds the tokens that wrote content, as the segments of the text become certain.
 
     A token that completes no character belongs with the next one that does; those at the very end,
     such as the one that ended the text, belong with what was written last.
@@ -174,16 +174,16 @@ class _ContentTokens:
         # Entries with the span of text that their tokens wrote.
         self.waiting: deque[tuple[int, int, list[TokenLogprobs]]] = deque()
 
-    def push(self, piece: CompletionOutput, parts: Iterable[Part]) -> list[TokenLogprobs]:
+    def push(self, piece: CompletionOutput, segments: Iterable[Segment]) -> list[TokenLogprobs]:
         self.silent += piece.logprobs or ()
         if piece.text:
             start, self.num_arrived = self.num_arrived, self.num_arrived + len(piece.text)
             self.waiting.append((start, self.num_arrived, self.silent))
             self.silent = []
         found: list[TokenLogprobs] = []
-        for part in parts:
-            self.num_certain += len(part.text)
-            if part.kind == "content":
+        for segment in segments:
+            self.num_certain += len(segment.text)
+            if segment.kind == "content":
                 self.content_end = self.num_certain
             while self.waiting and self.waiting[0][1] <= self.num_certain:
                 start, _, entries = self.waiting.popleft()

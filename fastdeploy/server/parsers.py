@@ -3,10 +3,10 @@
     <think>\\n thought \\n</think>\\n\\n answer      (some: <response>\\n answer \\n</response>\\n)
     <think>\\n thought \\n</think>\\n\\n <tool_call>\\n{"name": ..., ...}\\n</tool_call>\\n
 
-`Parser` is fed text in pieces and gives *parts*, which joined are that text: whatever is not a
+`Parser` is fed text in pieces and gives *segments*, which joined are that text: whatever is not a
 thought or a whole call is content, or the form around them ("frame"), and nothing is lost. The
-parts, neighbours of a kind joined, do not depend on how the text was cut. It holds back only what
-could still be a tag, the blanks beside one, and a call until its end.
+segments, neighbours of a kind joined, do not depend on how the text was cut. It holds back only
+what could still be a tag, the blanks beside one, and a call until its end.
 
 A call is made once its JSON is whole and valid, in one piece. One that is cut by `max_tokens`, or
 whose JSON is invalid, is content as the model wrote it: arguments that had begun to stream could
@@ -111,7 +111,7 @@ def _known(flag: str, name: str, names: Iterable[str]) -> str:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Segment:
     """A stretch of an answer, as the model wrote it.
 
     `kind` is reasoning, content, call (then `calls` has what it says), arguments (more of those of
@@ -124,13 +124,13 @@ class Part:
 
 
 class Parser:
-    """One answer. `push` and `finish` give the parts that are certain by then."""
+    """One answer. `push` and `finish` give the segments that are certain by then."""
 
     def __init__(self, syntax: Syntax, *, in_thought: bool = False, is_held: bool = False) -> None:
         self.syntax, self.is_held = syntax, is_held
         self.tags = syntax.tags
         self.state = "reasoning" if in_thought else "content"
-        self.held = ""  # text whose part is not certain yet
+        self.held = ""  # text whose segment is not certain yet
         self.num_newlines = 1 if in_thought else 0  # that may still belong to the tag before
         self.is_fresh = True  # only blanks since the state began
         self.in_response = False
@@ -139,16 +139,16 @@ class Parser:
         self.braces = Braces()
         self.has_cut_call = False  # it ended in the middle of one that had begun to stream
 
-    def push(self, text: str) -> list[Part]:
+    def push(self, text: str) -> list[Segment]:
         if not self.tags:
-            return [Part("content", text)] if text else []
+            return [Segment("content", text)] if text else []
         self.held += text
-        parts: list[Part] = []
-        while self._step(parts):
+        segments: list[Segment] = []
+        while self._step(segments):
             pass
-        return parts
+        return segments
 
-    def finish(self) -> list[Part]:
+    def finish(self) -> list[Segment]:
         """The rest, once no more text comes."""
         text, self.held = self.held, ""
         kind = self.state
@@ -160,35 +160,35 @@ class Parser:
             return [self._call(text, self.scan.opened, len(text))]
         if kind == "content" and self.is_fresh and self.has_closed and not text.strip():
             kind = "frame"
-        return [Part(kind, text)]
+        return [Segment(kind, text)]
 
-    def _step(self, parts: list[Part]) -> bool:
+    def _step(self, segments: list[Segment]) -> bool:
         """Decide about the beginning of `held`; False when that needs more text."""
         if self.num_newlines and self.held:
             num = min(self.num_newlines, len(self.held) - len(self.held.lstrip("\n")))
-            self._take(parts, "frame", num)
+            self._take(segments, "frame", num)
             self.num_newlines = 0 if self.held else self.num_newlines - num
         if self.state == "call":
-            return self._step_in_call(parts)
+            return self._step_in_call(segments)
         if self.state == "arguments":
-            return self._step_in_arguments(parts)
+            return self._step_in_arguments(segments)
         at, tag = min(
             ((at, tag) for tag in self._expected() if (at := self.held.find(tag)) >= 0),
             default=(-1, ""),
         )
         if at < 0:
-            self._take(parts, self.state, self._num_certain())
+            self._take(segments, self.state, self._num_certain())
             return False
         if tag in (THINK, RESPONSE) and self.held[:at].strip():
             self.is_fresh = False  # so late that it opens nothing
             return True
         if tag == CALL:
-            self._open_call(parts, at)
+            self._open_call(segments, at)
             return True
         blank = self.is_fresh and not self.held[:at].strip()
         num = 0 if blank else at - self.held.endswith("\n", 0, at)
-        self._take(parts, self.state, num)
-        self._take(parts, "frame", at - num + len(tag))
+        self._take(segments, self.state, num)
+        self._take(segments, "frame", at - num + len(tag))
         self._pass(tag)
         return True
 
@@ -212,10 +212,10 @@ class Parser:
         certain = len(self.held) - num
         return 0 if self.is_fresh and not self.held[:certain].strip() else certain
 
-    def _take(self, parts: list[Part], kind: str, num: int) -> None:
+    def _take(self, segments: list[Segment], kind: str, num: int) -> None:
         if not num:
             return
-        parts.append(Part(kind, self.held[:num]))
+        segments.append(Segment(kind, self.held[:num]))
         self.held = self.held[num:]
         if kind == self.state:
             self.is_fresh = False
@@ -227,56 +227,56 @@ class Parser:
         self.has_closed = tag == END_RESPONSE
         self.num_newlines = NEWLINES_AFTER.get(tag, 1)
 
-    def _open_call(self, parts: list[Part], at: int) -> None:
+    def _open_call(self, segments: list[Segment], at: int) -> None:
         """The blanks in front stay with the call, in case it turns out to be none."""
         blank = self.is_fresh and not self.held[:at].strip()
         num = 0 if blank else at - self.held.endswith("\n", 0, at)
-        self._take(parts, self.state, num)
+        self._take(segments, self.state, num)
         self.state = "call"
         self.scan = CallScan(at - num + len(CALL))
 
-    def _step_in_call(self, parts: list[Part]) -> bool:
+    def _step_in_call(self, segments: list[Segment]) -> bool:
         if self.is_held and (begin := BEGIN.match(self.held, self.scan.opened)):
             name = begin.group(1)
-            parts.append(Part("call", self.held[: begin.end()], (Call(name, ""),)))
+            segments.append(Segment("call", self.held[: begin.end()], (Call(name, ""),)))
             self.held = self.held[begin.end() :]
             self.state, self.braces, self.num_newlines = "arguments", Braces(), 0
             return True
         end = self.scan.end_of_call(self.held)
         if end < 0:
             return False
-        part = self._call(self.held[: end + len(END_CALL)], self.scan.opened, end)
-        parts.append(part)
-        self.held = self.held[len(part.text) :]
+        segment = self._call(self.held[: end + len(END_CALL)], self.scan.opened, end)
+        segments.append(segment)
+        self.held = self.held[len(segment.text) :]
         self.state = "content"
-        self.is_fresh = self.has_closed = part.kind == "call"
+        self.is_fresh = self.has_closed = segment.kind == "call"
         self.num_newlines = int(self.is_fresh)
         return True
 
-    def _step_in_arguments(self, parts: list[Part]) -> bool:
+    def _step_in_arguments(self, segments: list[Segment]) -> bool:
         """`held` is text of the arguments, from their last brace on once that has come."""
         if not self.braces.closed:
-            self._take(parts, "arguments", self.braces.end_of_object(self.held))
+            self._take(segments, "arguments", self.braces.end_of_object(self.held))
         end = END.match(self.held) if self.braces.closed else None
         if end is None or not self.held.startswith(END_CALL, end.end()):
             return False
-        self._take(parts, "arguments", 1)
-        self._take(parts, "frame", end.end() - 1 + len(END_CALL))
+        self._take(segments, "arguments", 1)
+        self._take(segments, "frame", end.end() - 1 + len(END_CALL))
         self.state = "content"
         self.is_fresh = self.has_closed = True
         self.num_newlines = 1
         return True
 
-    def _finish_arguments(self, text: str) -> list[Part]:
+    def _finish_arguments(self, text: str) -> list[Segment]:
         end = END.match(text)
         if end is not None and END_CALL.startswith(text[end.end() :]):  # the JSON is whole
-            return [Part("arguments", text[0]), Part("frame", text[1:])]
+            return [Segment("arguments", text[0]), Segment("frame", text[1:])]
         self.has_cut_call = True
-        return [Part("frame", text)] if text else []
+        return [Segment("frame", text)] if text else []
 
-    def _call(self, text: str, start: int, end: int) -> Part:
+    def _call(self, text: str, start: int, end: int) -> Segment:
         calls = read_calls(text[start:end])
-        return Part("call", text, calls) if calls else Part("content", text)
+        return Segment("call", text, calls) if calls else Segment("content", text)
 
 
 def _overlap(text: str, tag: str) -> int:
@@ -287,12 +287,12 @@ def _overlap(text: str, tag: str) -> int:
     return 0
 
 
-def merged(parts: Iterable[Part]) -> list[Part]:
+def merged(segments: Iterable[Segment]) -> list[Segment]:
     """Neighbours of a kind as one; calls stay apart."""
-    whole: list[Part] = []
-    for part in parts:
-        if whole and whole[-1].kind == part.kind != "call":
-            whole[-1] = Part(part.kind, whole[-1].text + part.text)
+    whole: list[Segment] = []
+    for segment in segments:
+        if whole and whole[-1].kind == segment.kind != "call":
+            whole[-1] = Segment(segment.kind, whole[-1].text + segment.text)
         else:
-            whole.append(part)
+            whole.append(segment)
     return whole

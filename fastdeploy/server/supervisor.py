@@ -79,7 +79,7 @@ def spawn(log_level: str = "info", log_format: str = "text") -> Child:
     with theirs:
         number = theirs.fileno()
         # -P: the folder we were started in is searched only if this process searches it.
-        module = [sys.executable, "-P", "-m", "fastdeploy.server.worker"]
+        module = [sys.executable, "-P", "-m", "fastdeploy.server.engine_process"]
         process = subprocess.Popen(
             [*module, str(number), str(os.getpid()), log_level, log_format],
             stdin=subprocess.DEVNULL,

@@ -16,9 +16,9 @@ from fastdeploy.cli import KINDS
 from fastdeploy.config import ServerConfig
 from fastdeploy.flags import (
     ENVIRONMENT,
-    LATER,
     REASONS,
     SHORT,
+    UNSUPPORTED,
     flags_of,
     help_text,
     read_config,
@@ -80,17 +80,18 @@ def test_flags_win_over_the_file_and_the_file_over_the_environment(tmp_path: Pat
 def test_no_spelling_means_two_things() -> None:
     flags = flags_of(KINDS)
     names = [f.name for f in flags] + [a.lstrip("!") for f in flags for a in f.aliases]
-    names += [*LATER, *SHORT, "config", *("no_" + f.name for f in flags if f.arity == "switch")]
+    names += ["no_" + f.name for f in flags if f.arity == "switch"]
+    names += [*UNSUPPORTED, *SHORT, "config"]
     assert len(names) == len(set(names)), sorted(n for n in names if names.count(n) > 1)
-    assert set(REASONS) <= set(LATER) and set(ENVIRONMENT.values()) <= {f.name for f in flags}
+    assert set(REASONS) <= set(UNSUPPORTED) and set(ENVIRONMENT.values()) <= {f.name for f in flags}
     assert all(f.group and f.help for f in flags)
 
 
-@pytest.mark.parametrize("name", LATER)
+@pytest.mark.parametrize("name", UNSUPPORTED)
 def test_what_is_not_there_is_accepted_only_where_it_asks_for_nothing(name: str) -> None:
-    flag, neutral = "--" + name.replace("_", "-"), LATER[name][0]
+    flag, neutral = "--" + name.replace("_", "-"), UNSUPPORTED[name][0]
     assert read("m", f"{flag}={neutral}")[0].model == "m"
-    neutral = {str(value).lower() for value in LATER[name]}
+    neutral = {str(value).lower() for value in UNSUPPORTED[name]}
     other = next(v for v in ("true", "false", "something") if v not in neutral)
     with pytest.raises(ConfigError, match=f"^{name}="):
         read("m", f"{flag}={other}")

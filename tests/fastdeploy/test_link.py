@@ -16,6 +16,7 @@ from fastdeploy import SamplingParams
 from fastdeploy.engine.request import Order, TokenOutput
 from fastdeploy.errors import RequestError
 from fastdeploy.outputs import Logprob, RequestMetrics, Stats
+from fastdeploy.server.engine_process import EngineProcess
 from fastdeploy.server.link import (
     MAX_FRAME_BYTES,
     Abort,
@@ -36,7 +37,6 @@ from fastdeploy.server.link import (
     frame,
     length_of,
 )
-from fastdeploy.server.worker import Worker
 
 STATS = Stats(*range(len(Stats.__dataclass_fields__)))
 PARAMS = SamplingParams(
@@ -115,4 +115,4 @@ def test_an_integer_beyond_64_bits_is_the_users() -> None:
 def test_a_method_that_is_no_command_is_not_called() -> None:
     end, _ = socket.socketpair()
     with end, pytest.raises(AssertionError, match="'stats' is not one of the commands"):
-        Worker(EngineEnd(end))._do(Command(1, "stats", {}))
+        EngineProcess(EngineEnd(end))._do(Command(1, "stats", {}))

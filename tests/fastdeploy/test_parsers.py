@@ -24,7 +24,7 @@ from fastdeploy.server.parsers import (
     REASONING_PARSERS,
     TOOL_PARSERS,
     Parser,
-    Part,
+    Segment,
     Syntax,
     find_syntax,
     merged,
@@ -174,10 +174,10 @@ CORPUS = [
 ]
 
 
-def parts_of(case: Case, pieces: list[str], *, is_held: bool = False) -> list[Part]:
+def segments_of(case: Case, pieces: list[str], *, is_held: bool = False) -> list[Segment]:
     parser = Parser(case.syntax, in_thought=case.in_thought, is_held=is_held)
-    parts = [part for piece in pieces for part in parser.push(piece)]
-    return merged(parts + parser.finish())
+    segments = [segment for piece in pieces for segment in parser.push(piece)]
+    return merged(segments + parser.finish())
 
 
 def cut(text: str, *places: int) -> list[str]:
@@ -186,22 +186,22 @@ def cut(text: str, *places: int) -> list[str]:
 
 @pytest.mark.parametrize("case", CORPUS, ids=lambda case: case.name)
 def test_what_a_text_says_and_that_nothing_is_lost(case: Case) -> None:
-    parts = parts_of(case, [case.text])
+    segments = segments_of(case, [case.text])
     said = Said()
-    said.add(parts)
+    said.add(segments)
     expected = (case.reasoning, case.content, list(case.calls))
     assert (said.reasoning, said.content, said.calls) == expected
-    assert "".join(part.text for part in parts) == case.text
+    assert "".join(segment.text for segment in segments) == case.text
 
 
 @pytest.mark.parametrize("case", CORPUS, ids=lambda case: case.name)
 def test_parts_do_not_depend_on_any_cut(case: Case) -> None:
-    whole, text = parts_of(case, [case.text]), case.text
-    assert parts_of(case, list(text)) == whole
+    whole, text = segments_of(case, [case.text]), case.text
+    assert segments_of(case, list(text)) == whole
     for i in range(len(text)):
-        assert parts_of(case, cut(text, i)) == whole, cut(text, i)
+        assert segments_of(case, cut(text, i)) == whole, cut(text, i)
         for j in range(i, len(text), 7):
-            assert parts_of(case, cut(text, i, j)) == whole, cut(text, i, j)
+            assert segments_of(case, cut(text, i, j)) == whole, cut(text, i, j)
 
 
 ALPHABET = ["<think>", "</think>", "<response>", "</response>", "<tool_call>", "</tool_call>"]
@@ -222,10 +222,10 @@ def test_parts_do_not_depend_on_cuts_of_what_nobody_writes(
     case = Case("", syntax, text, in_thought=in_thought and syntax.thoughts is not None)
     some = cut(text, *(place % (len(text) + 1) for place in places))
     for is_held in (False, True):
-        whole = parts_of(case, [text], is_held=is_held)
-        assert "".join(part.text for part in whole) == text
+        whole = segments_of(case, [text], is_held=is_held)
+        assert "".join(segment.text for segment in whole) == text
         for pieces in (list(text), some):
-            assert parts_of(case, pieces, is_held=is_held) == whole
+            assert segments_of(case, pieces, is_held=is_held) == whole
 
 
 @pytest.fixture(scope="module")
@@ -290,7 +290,7 @@ def test_logprobs_are_those_of_the_tokens_of_the_content(case: Case, tokenizers)
         rest = iter(spelled)
         assert all(character in rest for character in case.content), (spelled, case.content)
         excess = len(spelled) - len(case.content)
-        borders = len(merged(parts_of(case, [case.text])))
+        borders = len(merged(segments_of(case, [case.text])))
         assert excess <= 3 * borders, (spelled, case.content)
         if not case.content:
             assert not spelled
@@ -301,7 +301,7 @@ def test_every_prefix_of_a_call_is_content_until_its_json_is_whole() -> None:
     for end in range(1, len(WEATHER) + 1):
         case = Case("", CALLS, WEATHER[:end])
         said = Said()
-        said.add(parts_of(case, [case.text]))
+        said.add(segments_of(case, [case.text]))
         is_whole = WEATHER[opened:end].rstrip().endswith("}}") or end == len(WEATHER)
         assert bool(said.calls) == is_whole, case.text
         assert said.content == ("" if is_whole else case.text)

@@ -15,7 +15,7 @@ from ernie.kernels.cpu import sampling
 from fastdeploy.config import EarlyStop
 from fastdeploy.engine.request import Order, Request
 from fastdeploy.engine.sampler import Sampler, uniform
-from fastdeploy.engine.scheduler import Part
+from fastdeploy.engine.scheduler import ScheduledRequest
 from fastdeploy.sampling import SamplingParams
 
 VOCAB = 300
@@ -31,9 +31,9 @@ def request(prompt: list[int] | None = None, output: list[int] | None = None, **
     return one
 
 
-def part(one: Request) -> Part:
+def part(one: Request) -> ScheduledRequest:
     known = one.num_known
-    return Part(one, known - 1, 1, new_blocks=[], num_logits=1, chooses=True)
+    return ScheduledRequest(one, known - 1, 1, new_blocks=[], num_logits=1, chooses=True)
 
 
 def sample(logits_RV: Tensor, requests: list[Request]) -> list[int]:
@@ -231,7 +231,7 @@ def test_drafts_without_a_token_behind_them_end_what_accepts_them(
     logits = torch.zeros(3, VOCAB)
     logits[:, 7] = 5.0
     one = request(temperature=0, banned=[(banned_after, token) for token in range(VOCAB)])
-    row = Part(one, 0, 3, [], num_logits=3, chooses=True, draft_ids=draft_ids)
+    row = ScheduledRequest(one, 0, 3, [], num_logits=3, chooses=True, draft_ids=draft_ids)
     (choices,) = Sampler(VOCAB)(logits, [row])
     assert [choice.token for choice in choices] == tokens
     assert (one.end.num_tokens if one.end else None) == num_tokens

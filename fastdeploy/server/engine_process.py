@@ -73,7 +73,7 @@ COMMANDS = frozenset(
 )
 
 
-class Worker:
+class EngineProcess:
     """The engine and its link. `run` is the main thread's; `inbox` gets what it has to do."""
 
     def __init__(self, link: EngineEnd) -> None:
@@ -259,14 +259,14 @@ def main(number: int, parent: int, log_level: str, log_format: str) -> int:
         return 1  # gone already
     set_up(log_level, log_format)
     os.set_inheritable(number, False)  # or a child of ours would hold the link open
-    worker = Worker(EngineEnd(socket.socket(fileno=number)))
-    threading.Thread(target=_end_late, args=(worker,), daemon=True).start()
-    return worker.run()
+    process = EngineProcess(EngineEnd(socket.socket(fileno=number)))
+    threading.Thread(target=_end_late, args=(process,), daemon=True).start()
+    return process.run()
 
 
-def _end_late(worker: Worker) -> None:
+def _end_late(process: EngineProcess) -> None:
     """A thread: ends the process soon after its link, in whatever it is."""
-    worker.link_ended.wait()
+    process.link_ended.wait()
     time.sleep(GRACE_S)
     os._exit(1)
 
