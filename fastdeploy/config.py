@@ -1,7 +1,7 @@
 """Settings of the engine and of the server: one dataclass each, from which flags and help are made.
 
-Names and defaults are FastDeploy's; where a default differs its help says so by being what it is.
-Flags of features that do not exist here are in `flags.UNSUPPORTED`. Imports no torch.
+Names and most defaults are FastDeploy's. Flags of features that do not exist here are in
+`flags.UNSUPPORTED`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class EngineConfig:
     )
     guided_decoding_max_stall_ms: int = option(
         250,
-        "What a form's own work may take in a step, in ms; over it, its answer is an error.",
+        "Milliseconds a constraint may take in a step; above that its answer ends with an error.",
         least=1,
     )
     enable_early_stop: bool = option(False, "End texts that repeat themselves.")
@@ -311,7 +311,7 @@ class ServerConfig:
     max_body_mib: int = option(32, "Size of a request body at most, in MiB.", least=1)
     limit_mm_per_prompt: dict | None = option(  # noqa: RUF009
         None,
-        'Pictures of a request at most, in JSON; as it comes: {"image": 16, "video": 2}.',
+        'Pictures of a request at most, in JSON; default: {"image": 16, "video": 2}.',
         group="Pictures",
     )
     mm_processor_kwargs: dict | None = option(  # noqa: RUF009
