@@ -29,10 +29,7 @@ def engine_of(name: str, device: str = "cpu", **settings) -> Engine:
         **settings,
     )  # fmt: skip
     config = config.resolved(max_positions=64, device_type=device)
-    engine = make_engine(fuse(model), config)
-    for kept in (engine.runner.cache.keys_LBPGr, engine.runner.cache.values_LBPGr):
-        kept.fill_(float("nan"))  # what was never written may be anything
-    return engine
+    return make_engine(fuse(model), config)
 
 
 def tokens_of(engine: Engine) -> dict[str, list[int]]:
