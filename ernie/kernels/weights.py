@@ -96,8 +96,8 @@ class QuantTensor:
             scales, size = (self.channel_scale,) * count, self.in_size // count
             if self.group_scale is not None and size % self.group_size:
                 raise ValueError(
-                    f"{self.in_size} columns of a {self.bits}-bit weight give {count} slices of {size}; a "
-                    f"slice must be a multiple of {self.group_size}"
+                    f"{self.in_size} columns of a {self.bits}-bit weight give {count} slices of "
+                    f"{size}; a slice must be a multiple of {self.group_size}"
                 )
         parts = zip(datas, scales, groups)
         return [QuantTensor(self.bits, data, c, g, size, self.is_normal) for data, c, g in parts]
