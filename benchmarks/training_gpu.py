@@ -137,7 +137,7 @@ class Clock:
 
 
 def our_parts(case: Case, clock: Clock) -> Parts:
-    """As `erniekit.session` puts them together."""
+    """As `erniekit.start` and `erniekit.session` put them together."""
     run = resolved(run_from({"fine_tuning": "Full", "optim": case.optim}), "cuda")
     model = ErnieModel(case.config, device="meta").to_empty(device="cuda")
     model.init_weights(seed=0)

@@ -30,10 +30,10 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -228,15 +228,15 @@ def read_settings(path: Path) -> Settings:
     layers = values.get("layers_to_transform")
     return Settings(
         origin=str(path),
-        rank=_checked(path, "r", values.get("r"), _is_rank),
-        alpha=_checked(path, "lora_alpha", values.get("lora_alpha"), _is_number),
-        is_rank_stabilised=_checked(path, "use_rslora", values.get("use_rslora", False), _is_flag),
+        rank=_checked(path, "r", values.get("r"), _RANK),
+        alpha=_checked(path, "lora_alpha", values.get("lora_alpha"), _NUMBER),
+        is_rank_stabilised=_checked(path, "use_rslora", values.get("use_rslora", False), _FLAG),
         targets=_targets(path, values.get("target_modules")),
-        rank_by_pattern=_table(path, "rank_pattern", values.get("rank_pattern"), _is_rank),
-        alpha_by_pattern=_table(path, "alpha_pattern", values.get("alpha_pattern"), _is_number),
+        rank_by_pattern=_table(path, "rank_pattern", values.get("rank_pattern"), _RANK),
+        alpha_by_pattern=_table(path, "alpha_pattern", values.get("alpha_pattern"), _NUMBER),
         layers=None if layers is None else _layer_numbers(path, layers),
         parameters=parameters,
-        has_magnitude=_checked(path, "use_dora", values.get("use_dora", False), _is_flag),
+        has_magnitude=_checked(path, "use_dora", values.get("use_dora", False), _FLAG),
         is_principal=values.get("init_lora_weights") == "pissa",
     )
 
@@ -245,32 +245,31 @@ def _refused(path: Path, key: str, value: Any, why: str) -> ConfigError:
     return ConfigError(f"{key}={json.dumps(value)[:200]} in {path}: {why}")
 
 
-def _checked(path: Path, key: str, value: Any, is_right: Any) -> Any:
-    if not is_right(value):
-        raise _refused(path, key, value, f"it takes {is_right.__doc__}")
+class _Kind(NamedTuple):
+    """What a value must be."""
+
+    has: Callable[[Any], bool]
+    words: str
+
+
+_RANK = _Kind(lambda value: type(value) is int and value > 0, "a positive integer")
+_NUMBER = _Kind(
+    lambda value: type(value) in (int, float) and math.isfinite(value), "a finite number"
+)
+_FLAG = _Kind(lambda value: type(value) is bool, "true or false")
+
+
+def _checked(path: Path, key: str, value: Any, kind: _Kind) -> Any:
+    if not kind.has(value):
+        raise _refused(path, key, value, f"it takes {kind.words}")
     return value
 
 
-def _is_rank(value: Any) -> bool:
-    """a positive integer"""
-    return type(value) is int and value > 0
-
-
-def _is_number(value: Any) -> bool:
-    """a finite number"""
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _is_flag(value: Any) -> bool:
-    """true or false"""
-    return type(value) is bool
-
-
-def _table(path: Path, key: str, value: Any, is_right: Any) -> dict[str, Any]:
+def _table(path: Path, key: str, value: Any, kind: _Kind) -> dict[str, Any]:
     if not isinstance(value or {}, dict):
         raise _refused(path, key, value, "it takes an object of patterns")
     for pattern, entry in (value or {}).items():
-        _checked(path, f"{key}[{pattern!r}]", entry, is_right)
+        _checked(path, f"{key}[{pattern!r}]", entry, kind)
         _check_pattern(path, key, pattern)
     return value or {}
 

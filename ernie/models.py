@@ -15,16 +15,10 @@ from ernie.vision.config import MARKERS, VisionConfig
 
 @dataclass(frozen=True)
 class Model:
-    """A released model: its network, and where its two layouts are published on the hub."""
+    """A released model."""
 
     config: ErnieConfig
     description: str
-
-    def hub_names(self, name: str) -> dict[str, str]:
-        return {
-            layout: f"baidu/{name}-{suffix}"
-            for layout, suffix in (("pt", "PT"), ("paddle", "Paddle"))
-        }
 
 
 _0_3B = ErnieConfig(

@@ -20,11 +20,11 @@ class _Enough(Exception):
 
 
 def recomputed(function: Callable[..., T], *args: object) -> T:
-    """`function(*args)`, of which its arguments alone are kept for the backward pass.
+    """`function(*args)`, which keeps only its arguments for the backward pass.
 
-    What autograd wants to keep is numbered in the order of its coming, and the first number that is
-    asked for runs the function again, which therefore must do the same both times: nothing random
-    that is not made from a seed of its own. What is made again is given up as it is used.
+    The tensors that autograd saves are numbered; the first number that it asks for runs the
+    function again, which must therefore be deterministic (random numbers come from a seed of its
+    own). A tensor made again is given up as it is used.
     """
     num_kept = 0
     made: dict[int, Tensor] = {}

@@ -35,15 +35,23 @@ def option(
     help: str,
     *,
     choices: Sequence[Any] = (),
+    least: float | None = None,
     group: str = "",
     aliases: Sequence[str] = (),
 ) -> Any:
-    """A dataclass field with its default and its help text; `choices` limits the values.
+    """A dataclass field with its default and its help text; `choices` limits the values, and
+    `least`, which `check_bounds` reads, a number.
 
     `group` is the heading that help texts put over this field and those after it; `aliases` are
     other names of its flag, with a `!` before one that means the opposite.
     """
-    metadata = {"help": help, "choices": tuple(choices), "group": group, "aliases": tuple(aliases)}
+    metadata = {
+        "help": help,
+        "choices": tuple(choices),
+        "least": least,
+        "group": group,
+        "aliases": tuple(aliases),
+    }
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -84,12 +92,13 @@ def fill(kinds: Sequence[type], values: Mapping[str, Any], origin: str) -> list[
     return instances
 
 
-def check_positive(settings: Any, *names: str) -> None:
-    """Raise `ConfigError` unless each of these fields is at least 1, or None."""
-    for name in names:
-        value = getattr(settings, name)
-        if value is not None and value < 1:
-            raise ConfigError(f"{name}={value} is too small; it takes 1 or more")
+def check_bounds(settings: Any) -> None:
+    """Raise `ConfigError` unless each field of a dataclass is at least its `least`, or None."""
+    for f in dataclasses.fields(settings):
+        value, least = getattr(settings, f.name), f.metadata.get("least")
+        if least is not None and value is not None and value < least:
+            told = f"{value:g}" if isinstance(value, float) else value
+            raise ConfigError(f"{f.name}={told} is too small; give {least} or more")
 
 
 def field_types(kind: type) -> dict[str, Any]:

@@ -17,7 +17,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 
-from ernie import kernels
 from ernie.attention import packed_causal
 from ernie.chat import UNTRAINED
 from ernie.model import ErnieModel
@@ -25,7 +24,7 @@ from erniekit.config import Run
 from erniekit.data.batch import Batch
 from erniekit.data.stream import Stream
 from erniekit.device_batch import to_device
-from erniekit.losses import ROUTER_LOSSES, Flat, Loss, hidden_of
+from erniekit.losses import ROUTER_LOSSES, Flat, Loss, hidden_of, score_targets
 from erniekit.parallel.deal import shared
 from erniekit.parallel.ranks import ALONE, Ranks
 
@@ -77,13 +76,10 @@ def evaluate(
         assert isinstance(flat, Flat), "pairs have an evaluation of their own"
         hidden_TD = hidden_of(model, flat, packed_causal(flat.cu_seqlens_S1, flat.lengths))
         trained = flat.labels_T != UNTRAINED
-        hidden_ND, targets_N = model.model.norm(hidden_TD[trained]), flat.labels_T[trained]
-        for rows_CD, targets_C in zip(hidden_ND.split(chunk_size), targets_N.split(chunk_size)):
-            logits_CV = kernels.linear(rows_CD, model.head_weight).float()
-            chosen_C = logits_CV.gather(-1, targets_C[:, None])[:, 0]
-            total += counts * float((logits_CV.logsumexp(-1) - chosen_C).double().sum())
-            num_right += counts * int((logits_CV.argmax(-1) == targets_C).sum())
-            del logits_CV  # before the next chunk's are made
+        targets_N = flat.labels_T[trained]
+        log_probs_N, is_top_N = score_targets(model, hidden_TD[trained], targets_N, chunk_size)
+        total -= counts * float(log_probs_N.double().sum())
+        num_right += counts * int(is_top_N.sum())
         num_tokens += counts * len(targets_N)
         if bytes_V is not None:
             labels_T = batch.labels_T

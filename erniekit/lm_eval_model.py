@@ -28,6 +28,7 @@ from ernie.model import ErnieModel
 from ernie.settings import ConfigError, did_you_mean
 from ernie.tokenizer import Detokenizer
 from erniekit.config import Reporting
+from erniekit.losses import score_targets
 
 _BATCH_TOKENS = 4096  # of a forward pass; a longer text is a batch of its own
 _DEFAULT_NEW_TOKENS = 256  # lm-eval's own
@@ -110,7 +111,7 @@ class LanguageModel(LM):
             wanted = [i for n, _ in asked for i in texts[n].scored]
             hidden_RD = hidden_TD[torch.cat(rows).to(hidden_TD.device)]
             targets_R = torch.tensor(wanted, device=hidden_TD.device)
-            values_R, is_top_R = self._log_probs(hidden_RD, targets_R)
+            values_R, is_top_R = score_targets(self.model, hidden_RD, targets_R, self.chunk_size)
             for (n, _), values, is_top in zip(
                 asked, values_R.split(lengths), is_top_R.split(lengths)
             ):
@@ -123,19 +124,6 @@ class LanguageModel(LM):
         positions_T = torch.cat([torch.arange(len(ids)) for ids in inputs]).to(device)
         bounds = torch.tensor([0, *_ends(inputs)], dtype=torch.int32, device=device)
         return self.model.hidden(ids_T, positions_T, packed_causal(bounds))
-
-    def _log_probs(
-        self, hidden_RD: torch.Tensor, targets_R: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        values, is_top = [], []
-        for hidden, targets in zip(
-            hidden_RD.split(self.chunk_size), targets_R.split(self.chunk_size)
-        ):
-            logits_V = self.model.head(hidden)
-            chosen = logits_V.gather(-1, targets[:, None])[:, 0]
-            values.append(chosen - logits_V.logsumexp(-1))
-            is_top.append(logits_V.argmax(-1) == targets)
-        return torch.cat(values), torch.cat(is_top)
 
     def _continuation(self, context: str, options: dict[str, Any]) -> str:
         options = normalize_gen_kwargs(options, _DEFAULT_NEW_TOKENS)

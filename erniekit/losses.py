@@ -142,6 +142,22 @@ def with_terms(
     return Loss(total, value.detach(), parts, loads_LE, entropies_L=entropies_L)
 
 
+def score_targets(
+    model: ErnieModel, hidden_ND: Tensor, targets_N: Tensor, chunk_size: int
+) -> tuple[Tensor, Tensor]:
+    """Log-probability of each target (float32), and whether the model holds it the likeliest. The
+    logits of `chunk_size` rows at a time are held.
+    """
+    log_probs, is_top = [], []
+    for rows_CD, targets_C in zip(hidden_ND.split(chunk_size), targets_N.split(chunk_size)):
+        logits_CV = model.head(rows_CD).float()
+        chosen_C = logits_CV.gather(-1, targets_C[:, None])[:, 0]
+        log_probs.append(chosen_C - logits_CV.logsumexp(-1))
+        is_top.append(logits_CV.argmax(-1) == targets_C)
+        del logits_CV  # before the next chunk's are made
+    return torch.cat(log_probs), torch.cat(is_top)
+
+
 class Row(Protocol):
     """What the model reads of a batch, however its tokens look at one another."""
 

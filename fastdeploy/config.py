@@ -1,7 +1,7 @@
 """Settings of the engine and of the server: one dataclass each, from which flags and help are made.
 
-Names and defaults are FastDeploy's; where a default differs its help says so by being what it is.
-Flags of features that do not exist here are in `flags.UNSUPPORTED`. Imports no torch.
+Names and most defaults are FastDeploy's. Flags of features that do not exist here are in
+`flags.UNSUPPORTED`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from ipaddress import ip_network
 from pathlib import Path
 
-from ernie.settings import ConfigError, check_positive, fill, option, required
+from ernie.settings import ConfigError, check_bounds, fill, option, required
 from fastdeploy.decoding import EarlyStop, Speculation, read_speculation
 from fastdeploy.server.parsers import find_syntax
 
@@ -49,19 +49,24 @@ class EngineConfig:
         "model's positions where those are fewer.",
         group="Batch and memory",
     )
-    max_num_seqs: int = option(8, "Texts that are worked on at the same time.")
+    max_num_seqs: int = option(8, "Texts that are worked on at the same time.", least=1)
     max_num_batched_tokens: int | None = option(
-        None, "Tokens of one step at most; none: 512 on a CPU, 8192 on a GPU."
+        None, "Tokens of one step at most; none: 512 on a CPU, 8192 on a GPU.", least=1
     )
     tensor_parallel_size: int = option(
-        1, "Processes that share the work of every layer; on GPUs each takes one.", aliases=("tp",)
+        1,
+        "Processes that share the work of every layer; on GPUs each takes one.",
+        aliases=("tp",),
+        least=1,
     )
-    block_size: int = option(64, "Positions of one block of the key/value cache.")
+    block_size: int = option(64, "Positions of one block of the key/value cache.", least=1)
     gpu_memory_utilization: float = option(
         0.9, "Share of the free memory (of the GPU, or of the host) that the cache may take."
     )
     num_gpu_blocks_override: int | None = option(
-        None, "Blocks of the cache; none: by memory, at most what max_num_seqs texts can fill."
+        None,
+        "Blocks of the cache; none: by memory, at most what max_num_seqs texts can fill.",
+        least=1,
     )
     kv_cache_dtype: str = option(
         "auto",
@@ -74,7 +79,9 @@ class EngineConfig:
     )
     enable_prefix_caching: bool = option(True, "Reuse the cache of texts that begin alike.")
     vision_cache_mib: int = option(
-        1024, "Memory for pictures that were read, kept for requests with the same ones, in MiB."
+        1024,
+        "Memory for pictures that were read, kept for requests with the same ones, in MiB.",
+        least=1,
     )
     enable_chunked_prefill: bool = option(True, "Read long prompts in pieces, between other texts.")
     use_cudagraph: bool | None = option(
@@ -99,10 +106,12 @@ class EngineConfig:
         False, "Write constrained JSON without a space or line break between its parts."
     )
     guided_decoding_max_bytes: int = option(
-        65536, "Size of a schema, regular expression or grammar at most, in bytes."
+        65536, "Size of a schema, regular expression or grammar at most, in bytes.", least=1
     )
     guided_decoding_max_stall_ms: int = option(
-        250, "What a form's own work may take in a step, in ms; over it, its answer is an error."
+        250,
+        "Milliseconds a constraint may take in a step; above that its answer ends with an error.",
+        least=1,
     )
     enable_early_stop: bool = option(False, "End texts that repeat themselves.")
     early_stop_config: dict | str | None = option(  # noqa: RUF009
@@ -114,8 +123,8 @@ class EngineConfig:
     enable_lora: bool = option(
         False, "Load LoRA adapters, also while others are being served.", group="Adapters"
     )
-    max_loras: int = option(8, "Adapters in memory at the same time.")
-    max_lora_rank: int = option(64, "Rank of an adapter at most.")
+    max_loras: int = option(8, "Adapters in memory at the same time.", least=1)
+    max_lora_rank: int = option(64, "Rank of an adapter at most.", least=1)
 
     def __post_init__(self) -> None:
         _ = self.speculation  # whose own checks speak
@@ -130,19 +139,7 @@ class EngineConfig:
                 "available: sums of more than two ranks are made in an order that depends on the "
                 "size of a step; use 1 or 2"
             )
-        check_positive(
-            self,
-            "max_num_seqs",
-            "block_size",
-            "tensor_parallel_size",
-            "max_num_batched_tokens",
-            "num_gpu_blocks_override",
-            "vision_cache_mib",
-            "max_loras",
-            "max_lora_rank",
-            "guided_decoding_max_bytes",
-            "guided_decoding_max_stall_ms",
-        )
+        check_bounds(self)
         if self.max_model_len < 2 and self.max_model_len != 0:
             raise ConfigError(
                 f"max_model_len={self.max_model_len} is too small; it takes 2 or more, or 0"
@@ -271,7 +268,9 @@ class ServerConfig:
         0, "Seconds that running requests get to finish when the server is told to stop."
     )
     engine_step_timeout: int = option(
-        120, "Seconds after which a step of the engine counts as stuck, and it is started again."
+        120,
+        "Seconds after which a step of the engine counts as stuck, and it is started again.",
+        least=1,
     )
     api_key: list[str] | None = option(  # noqa: RUF009
         None, "Bearer keys that are let in; better in FD_API_KEY or a file.", group="Access"
@@ -289,25 +288,30 @@ class ServerConfig:
         None, "Origins whose web pages may call the server, such as https://example.com; or *."
     )
     max_concurrency: int = option(
-        512, "Requests in work or in the queue at the same time; one more gets 429.", group="Limits"
+        512,
+        "Requests in work or in the queue at the same time; one more gets 429.",
+        group="Limits",
+        least=1,
     )
     max_concurrency_per_key: int | None = option(
-        None, "Requests of one key at the same time; one more gets 429."
+        None, "Requests of one key at the same time; one more gets 429.", least=1
     )
     max_num_waiting: int | None = option(
-        None, "Texts in the queue at which new requests get 429; none: max_concurrency alone."
+        None,
+        "Texts in the queue at which new requests get 429; none: max_concurrency alone.",
+        least=1,
     )
     max_waiting_time: float = option(
         -1, "Seconds of waiting, by the measured rate, at which requests get 429; -1: any."
     )
     timeout: float = option(0, "Seconds that a request may take, its queue included; 0: any.")
     max_tokens_per_request: int | None = option(
-        None, "Tokens that a request may ask for: its prompts x n x max_tokens."
+        None, "Tokens that a request may ask for: its prompts x n x max_tokens.", least=1
     )
-    max_body_mib: int = option(32, "Size of a request body at most, in MiB.")
+    max_body_mib: int = option(32, "Size of a request body at most, in MiB.", least=1)
     limit_mm_per_prompt: dict | None = option(  # noqa: RUF009
         None,
-        'Pictures of a request at most, in JSON; as it comes: {"image": 16, "video": 2}.',
+        'Pictures of a request at most, in JSON; default: {"image": 16, "video": 2}.',
         group="Pictures",
     )
     mm_processor_kwargs: dict | None = option(  # noqa: RUF009
@@ -326,8 +330,8 @@ class ServerConfig:
         None, "Folder below which requests may name files; none: they may name none."
     )
     media_fetch_timeout: float = option(20, "Seconds for one fetch, redirects and body included.")
-    max_image_mib: int = option(32, "Size of an image file at most, in MiB.")
-    max_video_mib: int = option(256, "Size of a clip's file at most, in MiB.")
+    max_image_mib: int = option(32, "Size of an image file at most, in MiB.", least=1)
+    max_video_mib: int = option(256, "Size of a clip's file at most, in MiB.", least=1)
     log_level: str = option(
         "info",
         "Least level of the log.",
@@ -368,17 +372,7 @@ class ServerConfig:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"port={self.port} is not a port; it takes 0 to 65535")
         find_syntax(self.reasoning_parser, self.tool_call_parser, ())  # refuses unknown names
-        check_positive(
-            self,
-            "max_concurrency",
-            "max_concurrency_per_key",
-            "max_num_waiting",
-            "max_tokens_per_request",
-            "max_body_mib",
-            "max_image_mib",
-            "max_video_mib",
-            "engine_step_timeout",
-        )
+        check_bounds(self)
         for name in ("timeout_graceful_shutdown", "timeout"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ConfigError(f"{name}={getattr(self, name)}; it takes 0 or more seconds")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from ernie.settings import ConfigError, fill, option, required
+from ernie.settings import ConfigError, check_bounds, fill, option, required
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -23,12 +23,11 @@ class EarlyStop:
 
     enable_early_stop: bool = option(True, "False keeps the other values and does nothing.")
     strategy: str = option("repetition", "What is looked for.", choices=("repetition",))
-    window_size: int = option(3000, "Tokens in a row that the model has to be sure of.")
+    window_size: int = option(3000, "Tokens in a row that the model has to be sure of.", least=1)
     threshold: float = option(0.99, "The probability above which it is.")
 
     def __post_init__(self) -> None:
-        if self.window_size < 1:
-            raise ConfigError(f"window_size={self.window_size} is too small; it takes 1 or more")
+        check_bounds(self)
         if not 0 < self.threshold < 1:
             raise ConfigError(
                 f"threshold={self.threshold} is not a probability between 0 and 1; try 0.99"

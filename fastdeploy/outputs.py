@@ -99,6 +99,7 @@ class RequestMetrics:
 
     @property
     def time_in_queue(self) -> float | None:
+        """Seconds before it was admitted; FastDeploy's outputs have it too."""
         started = self.inference_start_time
         return None if started is None else started - self.arrival_time
 

@@ -122,10 +122,9 @@ class SamplingParams:
     best_of: int | None = None
     presence_penalty: float | None = None  # subtracted once from every token generated before
     frequency_penalty: float | None = None  # subtracted for each time a token was generated before
-    repetition_penalty: float | None = (
-        None  # divides (multiplies, if negative) the logit of a token
-    )
-    temperature: float | None = None  # of prompt or output; None means 1
+    # Divides (multiplies, if negative) the logit of a token of prompt or output; None means 1.
+    repetition_penalty: float | None = None
+    temperature: float | None = None  # None means 1
     top_p: float | None = None
     top_k: int = 0
     min_p: float = 0.0

@@ -161,11 +161,11 @@ def _template(config: ErnieConfig, scheme: Scheme, dtype: torch.dtype) -> dict[s
             template[name] = plain
             continue
         *outer, width = plain.shape
-        data = (*outer, width) if bits == 8 else (*outer, -(-width // 2))
-        kind = torch.int8 if bits == 8 else torch.uint8
+        data = (*outer, -(-width // 2)) if bits == 4 else (*outer, width)
+        kind = torch.uint8 if bits == 4 else torch.int8
         template[name] = torch.empty(data, dtype=kind, device="meta")
         template[name + SCALES[0]] = torch.empty(outer, device="meta")
-        if bits == 4:
+        if bits != 8:
             groups = (*outer, -(-width // GROUP_SIZE))
             template[name + SCALES[1]] = torch.empty(groups, dtype=torch.int8, device="meta")
     return template

@@ -341,9 +341,10 @@ def write_cache(
 
 
 def quantize(weight_OI: Tensor, bits: int) -> QuantTensor:
-    """A weight `(O, I)` or `(E, O, I)` in 8 or 4 bits; see `ernie.kernels.weights` for the formats.
+    """A weight `(O, I)` or `(E, O, I)` in 8, 6 or 4 bits; see `ernie.kernels.weights` for the
+    formats.
 
-    8 bits: the scale of a channel is its largest magnitude / 127. 4 bits: the scale of a group is
+    8 bits: the scale of a channel is its largest magnitude / 127. 6 and 4 bits: that of a group is
     the one with the least squared error among a few candidates.
     """
     return pick("quantize", weight_OI.device)(weight_OI, bits)

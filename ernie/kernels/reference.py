@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ernie.kernels.weights import (
+    BITS,
     FP8_LEAST,
     FP8_MAX,
     GROUP_SIZE,
@@ -302,18 +303,21 @@ def _cached_values(rows_nGr: Tensor) -> Tensor:
 
 def quantize(weight_OI: Tensor, bits: int) -> QuantTensor:
     weight = weight_OI.float()
+    assert bits in BITS, f"weights of {bits} bits"
+    in_size = weight.shape[-1]
     if bits == 8:
         scale_O = weight.abs().amax(-1) / 127
         data = (weight / _nonzero(scale_O)[..., None]).round().to(torch.int8)
-        return QuantTensor(8, data, scale_O, None, weight.shape[-1])
-    assert bits == 4, f"weights of {bits} bits"
-    in_size = weight.shape[-1]
+        return QuantTensor(8, data, scale_O, None, in_size)
     groups_Ogn = F.pad(weight, (0, -in_size % GROUP_SIZE)).unflatten(-1, (-1, GROUP_SIZE))
-    best_Og = _group_scales(groups_Ogn)
+    best_Og = _group_scales(groups_Ogn, bits)
     channel_O = best_Og.abs().amax(-1) / 127
     group_Og = (best_Og / _nonzero(channel_O)[..., None]).round().to(torch.int8)
     scale_Og = _nonzero(group_Og.float() * channel_O[..., None])
-    integers = (groups_Ogn / scale_Og[..., None]).round().clamp(-8, 7).flatten(-2)
+    integers = _nearest(groups_Ogn, scale_Og, bits).flatten(-2)
+    if bits == 6:
+        data = integers[..., :in_size].to(torch.int8).contiguous()
+        return QuantTensor(6, data, channel_O, group_Og, in_size)
     nibbles = (integers + 8).to(torch.uint8)
     data = (nibbles[..., 0::2] | nibbles[..., 1::2] << 4)[..., : -(-in_size // 2)]
     return QuantTensor(4, data.contiguous(), channel_O, group_Og, in_size)
@@ -340,11 +344,16 @@ def quantize_nf4(weight_OI: Tensor, *, double: bool = False) -> QuantTensor:
     return QuantTensor(4, data.contiguous(), channel_O, scale_Og, in_size, is_normal=True)
 
 
-# The largest value of a group becomes this integer before its scale is fitted.
-EXTREMES = (-7.0, -7.5, -8.0, -8.5, -9.0, -9.5, 7.0, 7.5)
+# By bits: the largest value of a group becomes this integer before its scale is fitted.
+EXTREMES = {4: (-7.0, -7.5, -8.0, -8.5, -9.0, -9.5, 7.0, 7.5), 6: (-31.0, -32.0, -33.0)}
 
 
-def _group_scales(groups_Ogn: Tensor) -> Tensor:
+def _nearest(groups_Ogn: Tensor, scale_Og: Tensor, bits: int) -> Tensor:
+    least = -(2 ** (bits - 1))
+    return (groups_Ogn / scale_Og[..., None]).round().clamp(least, -least - 1)
+
+
+def _group_scales(groups_Ogn: Tensor, bits: int) -> Tensor:
     """The scale of each group with the least squared error, of the candidates tried.
 
     Integers q given, the best scale is `<w, q> / <q, q>`, and it leaves the error `<w, w> - <w,
@@ -354,9 +363,8 @@ def _group_scales(groups_Ogn: Tensor) -> Tensor:
     extreme_Og = groups_Ogn.gather(-1, place_Og1)[..., 0]
     best_Og = torch.zeros_like(extreme_Og)
     gain_Og = torch.zeros_like(extreme_Og)
-    for target in EXTREMES:
-        scale_Og = _nonzero(extreme_Og / target)
-        q_Ogn = (groups_Ogn / scale_Og[..., None]).round().clamp(-8, 7)
+    for target in EXTREMES[bits]:
+        q_Ogn = _nearest(groups_Ogn, _nonzero(extreme_Og / target), bits)
         wq_Og, qq_Og = (groups_Ogn * q_Ogn).sum(-1), q_Ogn.square().sum(-1)
         explained_Og = wq_Og.square() / _nonzero(qq_Og)
         better_Og = explained_Og > gain_Og

@@ -4,10 +4,12 @@ Legend: O, I output and input width of a product, E experts (leading, optional),
 `GROUP_SIZE` columns.
 
     int8    w[o, i] = data[o, i] * channel_scale[o]
+    int6    w[o, i] = data[o, i] * group_scale[o, i // 32] * channel_scale[o]
     int4    w[o, i] = (nibble[o, i] - 8) * group_scale[o, i // 32] * channel_scale[o]
     nf4     w[o, i] = NF4_LEVELS[nibble[o, i]] * group_scale[o, i // 64] * channel_scale[o]
 
-Two nibbles share a byte, the even column in the low half. The scale of a group of int4 is an
+Two nibbles share a byte, the even column in the low half; integers of 6 bits have a byte each but
+in a CPU's packed form. The scale of a group of int4 and int6 is an
 integer of 8 bits (it may be negative), which costs a quarter of a bit for each weight and lets a
 kernel stay in integers for a whole group. That of nf4 is float32 beside channel scales of one, or,
 with double quantisation, 8 bits times the channel's scale. nf4 is for frozen weights in training;
@@ -26,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+BITS = (8, 6, 4)
 GROUP_SIZE = 32  # columns that share a group scale of an int4 weight
 NF4_GROUP = 64
 # Quantiles of a normal distribution, scaled to [-1, 1]. Source: Dettmers et al., arXiv:2305.14314,
@@ -43,12 +46,12 @@ ROUNDED_GROUP = 32  # columns of an activation row that share a scale where it i
 
 @dataclass(frozen=True, slots=True)
 class QuantTensor:
-    """A weight of 8 or 4 bits, in the order in which files keep it."""
+    """A weight of 8, 6 or 4 bits, in the order in which files keep it."""
 
     bits: int
-    data: Tensor  # int8 (..., O, I), or uint8 (..., O, ceil(I / 2))
+    data: Tensor  # int8 (..., O, I), with 4 bits uint8 (..., O, ceil(I / 2))
     channel_scale: Tensor  # float32 (..., O)
-    group_scale: Tensor | None  # (..., O, groups) with 4 bits, None with 8: int8; nf4: see above
+    group_scale: Tensor | None  # (..., O, groups), None with 8 bits: int8; nf4: see above
     in_size: int  # I
     is_normal: bool = False  # nf4
 
@@ -91,10 +94,10 @@ class QuantTensor:
             scales, size = self.channel_scale.chunk(count, -1), self.in_size
         else:
             scales, size = (self.channel_scale,) * count, self.in_size // count
-            if self.bits == 4 and size % self.group_size:
+            if self.group_scale is not None and size % self.group_size:
                 raise ValueError(
-                    f"{self.in_size} columns of a 4-bit weight give {count} slices of {size}; a "
-                    f"slice must be a multiple of {self.group_size}"
+                    f"{self.in_size} columns of a {self.bits}-bit weight give {count} slices of "
+                    f"{size}; a slice must be a multiple of {self.group_size}"
                 )
         parts = zip(datas, scales, groups)
         return [QuantTensor(self.bits, data, c, g, size, self.is_normal) for data, c, g in parts]
@@ -116,7 +119,7 @@ class QuantTensor:
 
     def integers(self) -> Tensor:
         """The integers that are multiplied with the scales, int8 `(..., O, I)`."""
-        return self.data if self.bits == 8 else self._nibbles().to(torch.int8) - 8
+        return self._nibbles().to(torch.int8) - 8 if self.bits == 4 else self.data
 
     def _nibbles(self) -> Tensor:
         both = torch.stack((self.data & 15, self.data >> 4), -1).flatten(-2)
@@ -151,7 +154,7 @@ class PackedWeight:
     """A weight as the products of one device read it: made by `kernels.pack`, opaque to others."""
 
     shape: tuple[int, ...]  # (O, I) or (E, O, I), without padding
-    format: str  # float32, bfloat16, int8 or int4
+    format: str  # float32, bfloat16, int8, int6 or int4
     num_bytes: int  # what one product reads
     tensors: dict[str, Tensor] = field(repr=False)  # own the memory
     handle: Any = field(default=None, repr=False)  # of the back end

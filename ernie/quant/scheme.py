@@ -3,7 +3,8 @@
     wint8       every product 8 bits, one scale for each output channel
     wint4       routed experts 4 bits, everything else 8 (the published meaning, where the experts
                 are nearly the whole model); a dense model has its MLPs and attention in 4 bits
-    wint4_all   4 bits wherever wint4 has 8 but the head
+    wint4_all   4 bits wherever wint4 has 8
+    head        6 bits with wint4 and wint4_all: a small model reads more of it than of its blocks
 
 Training has names of its own for the frozen weights beside adapters (`FROZEN`).
 
@@ -40,8 +41,8 @@ class Scheme:
 
 SCHEMES = {
     "wint8": Scheme("wint8", dense=8, experts=8, vision_experts=8, head=8),
-    "wint4": Scheme("wint4", dense=8, experts=4, vision_experts=4, head=8),
-    "wint4_all": Scheme("wint4_all", dense=4, experts=4, vision_experts=4, head=8),
+    "wint4": Scheme("wint4", dense=8, experts=4, vision_experts=4, head=6),
+    "wint4_all": Scheme("wint4_all", dense=4, experts=4, vision_experts=4, head=6),
 }
 
 

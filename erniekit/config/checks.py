@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ernie.quant.scheme import FROZEN
-from ernie.settings import ConfigError, listed
+from ernie.settings import ConfigError, check_bounds, listed
 from erniekit.config.methods import SMOOTHING, Preferences
 from erniekit.config.services import SINKS
 from erniekit.config.stages import FORMATS
@@ -19,108 +19,113 @@ FREEZE_WORDS = ("freeze_vision", "freeze_lm")
 
 def validate(run: Run) -> None:
     """Checks that concern more than one key, and ranges; raises ConfigError."""
-    model, data, training, optimisation = run.model, run.data, run.training, run.optimisation
-    for group, key, low in (
-        (model, "lora_rank", 1),
-        (data, "max_seq_len", 8),
-        (data, "buffer_size", 1),
-        (data, "num_samples_each_epoch", 1),
-        (data, "max_estimate_samples", 1),
-        (training, "batch_size", 1),
-        (training, "gradient_accumulation_steps", 1),
-        (training, "logging_steps", 1),
-        (training, "save_steps", 1),
-        (training, "max_grad_spike", 0),
-        (training, "grad_spike_window", 1),
-        (training, "seed", 0),
-        (run.reporting, "num_answers", -1),
-        (run.audit, "show", 0),
-        (run.reporting, "max_answer_tokens", 1),
-        (optimisation, "learning_rate", 0),
-        (optimisation, "warmup_steps", 0),
-        (run.parallel, "ddp_timeout", 1),
-    ):
-        if getattr(group, key) < low:
-            raise ConfigError(f"{key}={getattr(group, key)} is too small; give {low} or more")
-    if model.loss_subbatch_seqlen < 1 and model.loss_subbatch_seqlen != -1:
-        raise ConfigError(
-            f"loss_subbatch_seqlen={model.loss_subbatch_seqlen} is no number of tokens; give 1 or "
-            "more, or -1"
-        )
-    for name in run.reporting.report_to:
-        if name not in SINKS:
-            raise ConfigError(f"report_to={name!r} is not known; use {', '.join(SINKS)}")
+    for group in (
+        run.model, run.data, run.training, run.optimisation, run.reporting, run.parallel, run.audit,
+    ):  # fmt: skip
+        check_bounds(group)  # those of other groups where the stage reads them
+    _check_counts(run)
+    _check_services(run)
     for split in ("train", "eval", "text"):
         _check_sources(run, split)
+    if run.data.input_dir is not None:
+        _check_indexed(run)
     _check_multimodal(run)
-    schedule, _, steady = optimisation.lr_scheduler_type.partition(":")
-    if schedule not in SCHEDULES or (steady and not (schedule == "wsd" and steady.isdigit())):
-        raise ConfigError(
-            f"lr_scheduler_type={optimisation.lr_scheduler_type!r} is not known; use one of "
-            f"{', '.join(SCHEDULES)}, or wsd:<steady steps>"
-        )
-    if optimisation.min_lr > optimisation.learning_rate:
-        raise ConfigError(
-            f"min_lr={optimisation.min_lr} is above learning_rate={optimisation.learning_rate}; "
-            "it is the floor of the schedule"
-        )
-    if training.max_steps == 0 or training.max_steps < -1:
-        raise ConfigError(
-            f"max_steps={training.max_steps} is no number of steps; give -1 or 1, 2.."
-        )
-    if optimisation.optimizer_in_backward and (
-        optimisation.max_grad_norm or training.gradient_accumulation_steps > 1
-    ):
-        raise ConfigError(
-            "optimizer_in_backward cannot go with "
-            f"max_grad_norm={optimisation.max_grad_norm:g} and "
-            f"gradient_accumulation_steps={training.gradient_accumulation_steps}, which need all "
-            "gradients first; give max_grad_norm: 0 and gradient_accumulation_steps: 1"
-        )
+    _check_schedule(run)
     _check_safety(run)
-    if run.is_lora and model.num_nextn_predict_layers:
-        raise ConfigError(
-            "num_nextn_predict_layers trains a block of the model itself; use fine_tuning: Full"
-        )
-    if run.export.max_shard_size <= 0:
-        raise ConfigError(
-            f"max_shard_size={run.export.max_shard_size:g} GB is no size; give a number above 0"
-        )
-    for key in ("nproc_per_node", "sharding_parallel_degree", "data_parallel_degree"):
-        value = getattr(run.parallel, key)
-        if value is not None and (value < -1 or value == 0 or (value < 0 and key[0] == "n")):
-            raise ConfigError(f"{key}={value} is no number of processes; give 1 or more")
-    if model.lora_path and not run.is_lora:
-        raise ConfigError("lora_path is an adapter to start from; it needs fine_tuning: LoRA")
+    _check_trained(run)
     _check_adapters(run)
     _check_dropout(run)
+    _check_capacity(run)
     if run.stage.judges_answers:
         _check_preferences(run)
     if "loss_type" in run.stage.settings:
         _check_loss_type(run.preferences)
     if run.stage.has_rollouts:
         _check_policy(run)
-    if model.moe_capacity is not None and model.moe_capacity <= 0:
+
+
+def _check_counts(run: Run) -> None:
+    """Numbers of something that may be -1 too."""
+    model, training = run.model, run.training
+    if model.loss_subbatch_seqlen < 1 and model.loss_subbatch_seqlen != -1:
         raise ConfigError(
-            f"moe_capacity={model.moe_capacity:g} would drop every token; give a number above 0, "
-            "or leave it out"
+            f"loss_subbatch_seqlen={model.loss_subbatch_seqlen} is no number of tokens; give 1 or "
+            "more, or -1"
         )
-    if model.moe_capacity is not None and run.stage.judges_answers:
+    if training.max_steps == 0 or training.max_steps < -1:
         raise ConfigError(
-            f"moe_capacity={model.moe_capacity:g} drops tokens of the answers that stage="
-            f"{model.stage} compares; leave it out"
+            f"max_steps={training.max_steps} is no number of steps; give -1 or 1, 2.."
         )
+    for key in ("nproc_per_node", "sharding_parallel_degree", "data_parallel_degree"):
+        value = getattr(run.parallel, key)
+        if value is not None and (value < -1 or value == 0 or (value < 0 and key[0] == "n")):
+            raise ConfigError(f"{key}={value} is no number of processes; give 1 or more")
+
+
+def _check_services(run: Run) -> None:
+    for name in run.reporting.report_to:
+        if name not in SINKS:
+            raise ConfigError(f"report_to={name!r} is not known; use {', '.join(SINKS)}")
+    if run.export.max_shard_size <= 0:
+        raise ConfigError(
+            f"max_shard_size={run.export.max_shard_size:g} GB is no size; give a number above 0"
+        )
+
+
+def _check_schedule(run: Run) -> None:
+    """The learning rate, and when weights are updated."""
+    training, o = run.training, run.optimisation
+    schedule, _, steady = o.lr_scheduler_type.partition(":")
+    if schedule not in SCHEDULES or (steady and not (schedule == "wsd" and steady.isdigit())):
+        raise ConfigError(
+            f"lr_scheduler_type={o.lr_scheduler_type!r} is not known; use one of "
+            f"{', '.join(SCHEDULES)}, or wsd:<steady steps>"
+        )
+    if o.min_lr > o.learning_rate:
+        raise ConfigError(
+            f"min_lr={o.min_lr} is above learning_rate={o.learning_rate}; it is the floor of the "
+            "schedule"
+        )
+    if o.optimizer_in_backward and (o.max_grad_norm or training.gradient_accumulation_steps > 1):
+        raise ConfigError(
+            f"optimizer_in_backward cannot go with max_grad_norm={o.max_grad_norm:g} and "
+            f"gradient_accumulation_steps={training.gradient_accumulation_steps}, which need all "
+            "gradients first; give max_grad_norm: 0 and gradient_accumulation_steps: 1"
+        )
+
+
+def _check_trained(run: Run) -> None:
+    """What only LoRA trains, or only full training."""
+    model = run.model
+    if run.is_lora and model.num_nextn_predict_layers:
+        raise ConfigError(
+            "num_nextn_predict_layers trains a block of the model itself; use fine_tuning: Full"
+        )
+    if model.lora_path and not run.is_lora:
+        raise ConfigError("lora_path is an adapter to start from; it needs fine_tuning: LoRA")
     if run.is_lora and model.freeze_parameters:
         raise ConfigError(
             "freeze_parameters chooses what full training leaves out; LoRA trains its adapters "
             "alone: use fine_tuning: Full"
         )
-    if data.input_dir is not None:
-        _check_indexed(run)
     if run.is_lora and not model.continue_training:
         raise ConfigError(
             "continue_training=false starts from random weights, which adapters would leave as "
             "they are; use fine_tuning: Full"
+        )
+
+
+def _check_capacity(run: Run) -> None:
+    capacity = run.model.moe_capacity
+    if capacity is not None and capacity <= 0:
+        raise ConfigError(
+            f"moe_capacity={capacity:g} would drop every token; give a number above 0, or leave it "
+            "out"
+        )
+    if capacity is not None and run.stage.judges_answers:
+        raise ConfigError(
+            f"moe_capacity={capacity:g} drops tokens of the answers that stage={run.model.stage} "
+            "compares; leave it out"
         )
 
 
@@ -167,10 +172,6 @@ def _check_dropout(run: Run) -> None:
     ):
         if not 0 <= rate < 1:
             raise ConfigError(f"{key}={rate:g} is no share of what is kept; give 0 to below 1")
-    if o.dropout_warmup_steps < 0:
-        raise ConfigError(
-            f"dropout_warmup_steps={o.dropout_warmup_steps} is below 0; give 0 or more"
-        )
     if model.lora_dropout and model.use_dora:
         raise ConfigError(
             f"lora_dropout={model.lora_dropout:g} cannot go with use_dora, which scales base and "
@@ -217,12 +218,7 @@ def _check_preferences(run: Run) -> None:
     p, data = run.preferences, run.data
     if p.beta <= 0:
         raise ConfigError(f"beta={p.beta:g} rewards nothing; give a number above 0, such as 0.1")
-    for key in (
-        "pref_loss_ratio", "sft_loss_ratio", "dpop_lambda", "desirable_weight",
-        "undesirable_weight",
-    ):  # fmt: skip
-        if getattr(p, key) < 0:
-            raise ConfigError(f"{key}={getattr(p, key):g} is below 0; give 0 or more")
+    check_bounds(p)
     if p.ref_model_update_steps == 0 or p.ref_model_update_steps < -1:
         raise ConfigError(
             f"ref_model_update_steps={p.ref_model_update_steps} is no number of steps; give -1 or "
@@ -233,8 +229,6 @@ def _check_preferences(run: Run) -> None:
             f"ref_model_update_steps={p.ref_model_update_steps} updates a reference that "
             "reference_free=True does without; leave one of them out"
         )
-    if p.max_prompt_len < 1:
-        raise ConfigError(f"max_prompt_len={p.max_prompt_len} is too small; give 1 or more")
     if data.max_seq_len < 16:
         raise ConfigError(f"max_seq_len={data.max_seq_len} is too small for pairs; give 16 or more")
     for key, value in (
@@ -250,25 +244,7 @@ def _check_preferences(run: Run) -> None:
 
 def _check_policy(run: Run) -> None:
     p, data = run.policy, run.data
-    for key, low in (
-        ("prompts_per_round", 1),
-        ("num_generations", 2),
-        ("max_completion_length", 1),
-        ("rollout_temperature", 0.01),
-        ("rollout_top_k", 0),
-        ("rollout_max_seqs", 1),
-        ("num_iterations", 1),
-        ("num_mini_batches", 1),
-        ("clip_low", 0),
-        ("clip_high", 0),
-        ("kl_coef", 0),
-        ("upo_mu", 0),
-        ("pair_min_gap", 0),
-        ("min_reward_std", 0),
-        ("max_refills", 0),
-    ):
-        if getattr(p, key) < low:
-            raise ConfigError(f"{key}={getattr(p, key)} is too small; give {low} or more")
+    check_bounds(p)
     if not 0 < p.rollout_top_p <= 1:
         raise ConfigError(f"rollout_top_p={p.rollout_top_p:g} is no share; give 0 to 1, not 0")
     if not 0 < p.correction_low <= 1 <= p.correction_high:

@@ -55,7 +55,9 @@ class Data:
         choices=(None, "ernie_vl", "ernie_vl_thinking"),
     )
     max_seq_len: int = option(
-        4096, "Tokens of a packed row; a dialogue is cut to fit, a document goes on in the next."
+        4096,
+        "Tokens of a packed row; a dialogue is cut to fit, a document goes on in the next.",
+        least=8,
     )
     packing: bool = option(True, "Put several dialogues into one row; they never see each other.")
     greedy_intokens: bool = option(
@@ -67,7 +69,9 @@ class Data:
         "that are longer than a row.",
     )
     buffer_size: int = option(
-        500, "Dialogues held for greedy packing; full rows of documents held to be shuffled."
+        500,
+        "Dialogues held for greedy packing; full rows of documents held to be shuffled.",
+        least=1,
     )
     padding: bool = option(
         False, "Fill every batch to batch_size x max_seq_len tokens, for steps of a fixed shape."
@@ -80,7 +84,7 @@ class Data:
     )
     random_shuffle: bool = option(True, "Shuffle each file anew in every epoch.")
     num_samples_each_epoch: int = option(
-        6_000_000, "Draws in an epoch of random mixing; never more than there are records."
+        6_000_000, "Draws in an epoch of random mixing; never more than there are records.", least=1
     )
     split_multi_turn: bool = option(
         False, "One sample per trained answer, earlier thoughts dropped by the chat template."
@@ -89,7 +93,9 @@ class Data:
         0.02, "Share of unusable records above which training stops; they are always reported."
     )
     max_estimate_samples: int = option(
-        100_000, "Records read to find max_steps, to count faults and to compare with evaluation."
+        100_000,
+        "Records read to find max_steps, to count faults and to compare with evaluation.",
+        least=1,
     )
     dataloader_num_workers: int = option(0, "Above 0: batches are prepared by a background thread.")
     prefetch_factor: int = option(2, "Batches prepared ahead by each worker.")
@@ -155,7 +161,9 @@ class Audit:
     the files.
     """
 
-    show: int = option(0, "Samples to show, in the order of training, packed into rows; 0: none.")
+    show: int = option(
+        0, "Samples to show, in the order of training, packed into rows; 0: none.", least=0
+    )
     sample: str | None = option(
         None, "File and line of a record to show, as in data/train.jsonl:17; with what is cut off."
     )

@@ -52,14 +52,15 @@ class Preferences:
     label_smoothing: float = option(
         0.0, f"Share of the pairs taken to be labelled the wrong way ({listed(SMOOTHING, 'and')})."
     )
-    pref_loss_ratio: float = option(1.0, "Weight of the loss on pairs.")
+    pref_loss_ratio: float = option(1.0, "Weight of the loss on pairs.", least=0)
     sft_loss_ratio: float = option(
         0.0,
         "Weight of the next-token loss on chosen answers that is added "
         f"({listed(_WITH_SFT, 'and')}: always 1).",
+        least=0,
     )
     simpo_gamma: float = option(0.5, "Margin of rewards that simpo asks for.")
-    dpop_lambda: float = option(50.0, "Weight of what a chosen answer has lost, for dpop.")
+    dpop_lambda: float = option(50.0, "Weight of what a chosen answer has lost, for dpop.", least=0)
     normalize_logps: bool = option(
         True, "Scale each answer's log-probability by the mean length of the pair over its own."
     )
@@ -71,11 +72,15 @@ class Preferences:
         -1, "Every so many steps the model becomes its own reference; -1: never."
     )
     max_prompt_len: int = option(
-        2048, "Tokens of a prompt; a longer one loses its oldest turns. At most max_seq_len - 10."
+        2048,
+        "Tokens of a prompt; a longer one loses its oldest turns. At most max_seq_len - 10.",
+        least=1,
     )
     mask_out_eos_token: bool = option(True, "The token that ends an answer has no loss.")
-    desirable_weight: float = option(1.0, "Weight of the loss of desirable answers (KTO).")
-    undesirable_weight: float = option(1.0, "Weight of the loss of undesirable answers (KTO).")
+    desirable_weight: float = option(1.0, "Weight of the loss of desirable answers (KTO).", least=0)
+    undesirable_weight: float = option(
+        1.0, "Weight of the loss of undesirable answers (KTO).", least=0
+    )
 
     @property
     def loss(self) -> LossType:
@@ -105,13 +110,19 @@ class Policy:
         "Scale the rewards of a round to mean 0 and deviation 1 within each training file; only "
         "with advantage_std: false.",
     )
-    prompts_per_round: int = option(8, "Prompts that are answered before the policy is updated.")
-    num_generations: int = option(8, "Answers to each prompt: its group.")
-    max_completion_length: int = option(256, "Most tokens of an answer.")
-    rollout_temperature: float = option(1.0, "Randomness of the answers that are learnt from.")
+    prompts_per_round: int = option(
+        8, "Prompts that are answered before the policy is updated.", least=1
+    )
+    num_generations: int = option(8, "Answers to each prompt: its group.", least=2)
+    max_completion_length: int = option(256, "Most tokens of an answer.", least=1)
+    rollout_temperature: float = option(
+        1.0, "Randomness of the answers that are learnt from.", least=0.01
+    )
     rollout_top_p: float = option(1.0, "Draw from the likeliest tokens of this probability.")
-    rollout_top_k: int = option(0, "Draw from so many of the likeliest tokens; 0: from all.")
-    rollout_max_seqs: int = option(64, "Answers under way at once.")
+    rollout_top_k: int = option(
+        0, "Draw from so many of the likeliest tokens; 0: from all.", least=0
+    )
+    rollout_max_seqs: int = option(64, "Answers under way at once.", least=1)
     rollout_server: str | None = option(
         None,
         "Address of a fastdeploy server (--enable-control-api --enable-logprob) that answers, as "
@@ -125,8 +136,8 @@ class Policy:
     )
     correction_low: float = option(0.5, "Lower bound of icepop.")
     correction_high: float = option(2.0, "Upper bound of truncated and icepop.")
-    num_iterations: int = option(1, "Passes over the answers of a round.")
-    num_mini_batches: int = option(1, "Optimizer steps of a pass.")
+    num_iterations: int = option(1, "Passes over the answers of a round.", least=1)
+    num_mini_batches: int = option(1, "Optimizer steps of a pass.", least=1)
     policy_loss: str = option(
         "ppo",
         "Clipped ratio of tokens (ppo; GRPO's advantages), of whole answers (gspo), or none: only "
@@ -139,15 +150,19 @@ class Policy:
         "else tokens.",
         choices=("token", "sequence"),
     )
-    clip_low: float = option(0.2, "The ratio counts down to 1 minus this.")
-    clip_high: float = option(0.2, "The ratio counts up to 1 plus this.")
+    clip_low: float = option(0.2, "The ratio counts down to 1 minus this.", least=0)
+    clip_high: float = option(0.2, "The ratio counts up to 1 plus this.", least=0)
     advantage_std: bool = option(True, "Divide advantages by the deviation of their group.")
-    kl_coef: float = option(0.001, "Weight of the divergence from the model before training.")
+    kl_coef: float = option(
+        0.001, "Weight of the divergence from the model before training.", least=0
+    )
     upo_mu: float = option(
-        0.5, "Weight of the loss of pairs (its beta as for DPO); 0: the policy loss only."
+        0.5, "Weight of the loss of pairs (its beta as for DPO); 0: the policy loss only.", least=0
     )
     pair_min_gap: float = option(
-        0.0, "A group gives a pair, best against worst, if their rewards differ by more than this."
+        0.0,
+        "A group gives a pair, best against worst, if their rewards differ by more than this.",
+        least=0,
     )
     pair_dataset_type: tuple[str, ...] = option(
         ("erniekit",), "Format of each file of pairs; comma list."
@@ -158,9 +173,11 @@ class Policy:
     dynamic_sampling: bool = option(
         True, "Leave out prompts whose answers all have the same reward; they are counted."
     )
-    min_reward_std: float = option(0.0, "The same if the deviation of a group is not above this.")
+    min_reward_std: float = option(
+        0.0, "The same if the deviation of a group is not above this.", least=0
+    )
     max_refills: int = option(
-        0, "Draws of further prompts in place of those left out, in a round, at most."
+        0, "Draws of further prompts in place of those left out, in a round, at most.", least=0
     )
     curriculum_shares: tuple[float, ...] = option(
         (), "Share of the steps for each training file, one file after another; none: all mixed."

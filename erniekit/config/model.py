@@ -23,7 +23,7 @@ class Model:
         "LoRA", "Train small adapters beside frozen weights, or all.", choices=("LoRA", "Full")
     )
     lora: bool | None = option(None, "Older spelling of fine_tuning: true is LoRA, false Full.")
-    lora_rank: int = option(8, "Rank of the adapters.")
+    lora_rank: int = option(8, "Rank of the adapters.", least=1)
     lora_alpha: float = option(-1, "Adapter scale is alpha / rank; -1: 2 x rank (4 with rslora).")
     lora_path: str | None = option(None, "Folder of an adapter to start from.")
     rslora: bool = option(False, "Scale adapters by alpha / sqrt(rank); for rank 64 and above.")

@@ -68,9 +68,11 @@ class Reporting:
         False, "Print a line a step on a terminal too, where there is a progress bar otherwise."
     )
     num_answers: int = option(
-        3, "Evaluation prompts, spread over the data, that the model answers; -1: all, 0: none."
+        3,
+        "Evaluation prompts, spread over the data, that the model answers; -1: all, 0: none.",
+        least=-1,
     )
-    max_answer_tokens: int = option(64, "Most tokens of such an answer.")
+    max_answer_tokens: int = option(64, "Most tokens of such an answer.", least=1)
     answer_steps: int | None = option(
         None,
         "Steps between answers while training; none: where the run evaluates, before the first "

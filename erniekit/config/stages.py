@@ -57,6 +57,12 @@ STAGES: dict[str, Stage] = {
         sums_log_probs=True,
         reads_pictures=True,
     ),
+    "UPO": Stage(
+        recipe="erniekit.recipes.upo",
+        settings=frozenset({"beta", "max_prompt_len", "mask_out_eos_token", *field_types(Policy)}),
+        judges_answers=True,
+        has_rollouts=True,
+    ),
     "KTO": Stage(
         recipe="erniekit.recipes.kto",
         sample="answer",
@@ -76,12 +82,6 @@ STAGES: dict[str, Stage] = {
         judges_answers=True,
         reads_pictures=True,
         has_reward_head=True,
-    ),
-    "UPO": Stage(
-        recipe="erniekit.recipes.upo",
-        settings=frozenset({"beta", "max_prompt_len", "mask_out_eos_token", *field_types(Policy)}),
-        judges_answers=True,
-        has_rollouts=True,
     ),
     "PT": Stage(recipe="erniekit.recipes.pretrain", sample="document"),
     "VL-SFT": Stage(recipe="erniekit.recipes.sft", reads_pictures=True, needs_pictures=True),

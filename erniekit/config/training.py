@@ -26,13 +26,15 @@ class Training:
     )
     do_train: bool = option(True, "Train (false: only evaluate).")
     do_eval: bool = option(True, "Evaluate during and after training where there is data for it.")
-    seed: int = option(42, "Seed of data order, new weights and rounding.")
+    seed: int = option(42, "Seed of data order, new weights and rounding.", least=0)
     device: str = option("auto", "cpu, gpu (or cuda); auto takes a GPU where there is one.")
-    batch_size: int = option(1, "Packed rows in one forward pass.")
-    gradient_accumulation_steps: int = option(1, "Forward passes of one optimizer step.")
+    batch_size: int = option(1, "Packed rows in one forward pass.", least=1)
+    gradient_accumulation_steps: int = option(1, "Forward passes of one optimizer step.", least=1)
     num_train_epochs: float = option(1.0, "Passes over the data, where max_steps is -1.")
     max_steps: int = option(-1, "Optimizer steps; -1: found by packing the data once.")
-    logging_steps: int = option(1, "A log line every so many steps; metrics.jsonl has every step.")
+    logging_steps: int = option(
+        1, "A log line every so many steps; metrics.jsonl has every step.", least=1
+    )
     evaluation_strategy: str = option(
         "no", "Evaluate every eval_steps, every epoch or never.", choices=("no", "steps", "epoch")
     )
@@ -42,7 +44,7 @@ class Training:
         "steps", "Save every save_steps, every epoch or only at the end.",
         choices=("no", "steps", "epoch"),
     )  # fmt: skip
-    save_steps: int = option(500, "Steps between checkpoints.")
+    save_steps: int = option(500, "Steps between checkpoints.", least=1)
     save_total_limit: int | None = option(
         None, "Checkpoints kept, the best one among them; none: all."
     )
@@ -72,8 +74,11 @@ class Training:
         0.0,
         "A step whose gradient norm is above so many times the median of recent ones is skipped; "
         "0: never.",
+        least=0,
     )
-    grad_spike_window: int = option(64, "Recent steps of that median, which needs 10 to begin.")
+    grad_spike_window: int = option(
+        64, "Recent steps of that median, which needs 10 to begin.", least=1
+    )
     max_skipped_steps: int = option(
         10, "Steps skipped as not finite or as a spike, before training stops."
     )
@@ -83,7 +88,7 @@ class Training:
 class Optimisation:
     """Learning rate, optimizer and the precision of what it remembers."""
 
-    learning_rate: float = option(5e-5, "Peak learning rate.")
+    learning_rate: float = option(5e-5, "Peak learning rate.", least=0)
     min_lr: float = option(0.0, "Floor of the schedule.")
     lr_scheduler_type: str = option(
         "linear",
@@ -93,7 +98,7 @@ class Optimisation:
     decay_function: str = option(
         "half_life", "Decay of wsd: half_life or 1-sqrt.", choices=("half_life", "1-sqrt")
     )
-    warmup_steps: int = option(0, "Linear warm-up, in steps.")
+    warmup_steps: int = option(0, "Linear warm-up, in steps.", least=0)
     warmup_ratio: float = option(0.0, "Linear warm-up as a share of max_steps.")
     decay_steps: int | None = option(None, "Steps until min_lr is reached; none: max_steps.")
     num_cycles: float = option(0.5, "Cosine waves of the cosine schedule.")
@@ -122,7 +127,7 @@ class Optimisation:
     attention_probs_dropout_prob: float = option(
         0.0, "The same of attention weights, which then take the slow way through plain torch."
     )
-    dropout_warmup_steps: int = option(0, "Steps over which these two rise from 0.")
+    dropout_warmup_steps: int = option(0, "Steps over which these two rise from 0.", least=0)
     weight_decay: float = option(0.0, "Decoupled decay of matrices; never of norms and biases.")
     max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm; 0: never.")
     ema_decay: float = option(
@@ -169,7 +174,7 @@ class Parallel:
         -1, "Copies; -1: what sharding leaves. Every rank of every copy has its own batches."
     )
     ddp_timeout: int = option(
-        1800, "Seconds that a rank waits for another before all stop, naming it."
+        1800, "Seconds that a rank waits for another before all stop, naming it.", least=1
     )
 
 

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from ernie.settings import ConfigError, option, required
+from ernie.settings import ConfigError, check_bounds, option, required
 from fastdeploy.client.command import read
 from fastdeploy.client.http import Client, ServerError
 
@@ -48,17 +48,17 @@ class Batch:
     api_key: str | None = option(None, "Key; none: FD_API_KEY of the environment.")
     model: str | None = option(None, "Model to serve, without base_url.")
     serve_flags: str = option("", "Flags of that server, as `fastdeploy serve` takes them.")
-    max_concurrency: int = option(64, "Requests at the same time at most.")
-    max_tries: int = option(4, "How often a request is sent that the server fails to answer.")
+    max_concurrency: int = option(64, "Requests at the same time at most.", least=1)
+    max_tries: int = option(
+        4, "How often a request is sent that the server fails to answer.", least=1
+    )
 
     def __post_init__(self) -> None:
         if (self.base_url is None) == (self.model is None):
             raise ConfigError(
                 "give one of base_url (a server that runs) and model (one is started)"
             )
-        for name in ("max_concurrency", "max_tries"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} is too small; it takes 1 or more")
+        check_bounds(self)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -25,7 +25,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from ernie.settings import ConfigError, option
+from ernie.settings import ConfigError, check_bounds, option
 from fastdeploy.client.command import read
 from fastdeploy.client.http import Client, ServerError
 from fastdeploy.client.loads import (
@@ -68,8 +68,10 @@ class ServeBench:
     dataset_path: str | None = option(
         None, "File of conversations, or of text; text without one: the manual of Python."
     )
-    num_prompts: int = option(100, "Conversations to have.")
-    num_turns: int = option(1, "Turns of a conversation at most; each brings all before it along.")
+    num_prompts: int = option(100, "Conversations to have.", least=1)
+    num_turns: int = option(
+        1, "Turns of a conversation at most; each brings all before it along.", least=1
+    )
     random_input_len: int | None = option(None, "Words of a message, or their mean.")
     random_output_len: int | None = option(None, "Tokens of an answer, or their mean.")
     random_range_ratio: float = option(0.0, "random: lengths vary by this share below the given.")
@@ -84,9 +86,7 @@ class ServeBench:
     save_result: str | None = option(None, "JSON file for the result and every request.")
 
     def __post_init__(self) -> None:
-        for name in ("num_prompts", "num_turns"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} is too small; it takes 1 or more")
+        check_bounds(self)
         if not self.request_rate > 0:
             raise ConfigError(f"request_rate={self.request_rate}; it takes more than 0, or inf")
         if unknown := set(self.metrics) - {"ttft", "tpot", "itl", "e2el"}:

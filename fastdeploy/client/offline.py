@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ernie.settings import ConfigError, option
+from ernie.settings import check_bounds, option
 from fastdeploy.client.bench import percentile
 from fastdeploy.client.command import read
 from fastdeploy.config import EngineConfig
@@ -21,8 +21,8 @@ from fastdeploy.config import EngineConfig
 class LatencyBench:
     """A batch, again and again."""
 
-    input_len: int = option(32, "Tokens of a prompt.")
-    output_len: int = option(128, "Tokens of an answer.")
+    input_len: int = option(32, "Tokens of a prompt.", least=1)
+    output_len: int = option(128, "Tokens of an answer.", least=1)
     batch_size: int = option(8, "Prompts of a batch.")
     num_iters: int = option(10, "Batches that count.")
     num_iters_warmup: int = option(2, "Batches before them.")
@@ -33,8 +33,8 @@ class LatencyBench:
 class ThroughputBench:
     """Many requests at once."""
 
-    input_len: int = option(128, "Tokens of a prompt.")
-    output_len: int = option(128, "Tokens of an answer.")
+    input_len: int = option(128, "Tokens of a prompt.", least=1)
+    output_len: int = option(128, "Tokens of an answer.", least=1)
     num_prompts: int = option(64, "Requests.")
     output_json: str | None = option(None, "File for the result.")
 
@@ -50,9 +50,7 @@ def main(argv: Sequence[str]) -> int:
     name = argv[0]
     kind = KINDS[name]
     engine, bench = read(argv[1:], [EngineConfig, kind], f"fastdeploy bench {name}", ABOUT[name])
-    for field in ("input_len", "output_len"):
-        if getattr(bench, field) < 1:
-            raise ConfigError(f"{field}={getattr(bench, field)} is too small; it takes 1 or more")
+    check_bounds(bench)
     result = latency(engine, bench) if name == "latency" else throughput(engine, bench)
     for key, value in result.items():
         sys.stdout.write(f"{key:<28}{value:>12.4g}\n")

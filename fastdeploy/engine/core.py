@@ -48,9 +48,9 @@ COMPILE_WAIT_S = 0.02  # for a grammar, when there is nothing else to do
 class Engine:
     """A model with its cache. `config` must be resolved (see `EngineConfig.resolved`).
 
-    Besides work there are three ways to rest, each a method: `pause` holds or ends what is running,
-    `sleep` gives memory back, `update_weights` changes the model. With ranks the model is this
-    one's slice, and each of the others holds its own.
+    Besides work there are two ways to rest, each a method: `pause` holds or ends what is running,
+    `sleep` gives memory back. In a pause, or with nothing to do, `update_weights` changes the
+    model. With ranks the model is this one's slice, and each of the others holds its own.
     """
 
     def __init__(

@@ -8,8 +8,9 @@ padded to a recorded shape: so many texts, and so many rows of tokens. On a GPU 
 recorded at the start; on a CPU, where padding costs time, small steps are recorded as they occur
 and others run as they are.
 
-Rows of padding stand behind the others, one for each text too many and the rest for the last text.
-They are stored nowhere (slot -1), and nobody reads what they find in the keys where they look.
+Rows of padding stand behind the others and belong to texts that are not there, one to each and the
+rest to the last: a shape has room for one where it has room for a row. They are stored nowhere
+(slot -1), and nobody reads what they make of the keys that they find, which may be anything.
 
 Legend: T tokens, S texts, M blocks of a table, R rows of logits, D hidden size.
 """
@@ -42,10 +43,11 @@ GPU_PADDING = 2  # rows of a recording for each one of a step, at most; on a CPU
 
 def graph_shapes(max_num_seqs: int, most_tokens: int) -> list[Shape]:
     """1, 2, 4, 8, then every multiple of 16, and the largest batch itself: of one token a text, and
-    of as many as one can have."""
+    of as many as one can have, with one text more for the padding.
+    """
     sizes = {1, 2, 4, 8, *range(16, max_num_seqs, 16), max_num_seqs}
     return [
-        (size, size * count)
+        (size + (count > 1), size * count)
         for count in sorted({1, most_tokens})
         for size in sorted(sizes)
         if size <= max_num_seqs
@@ -129,13 +131,13 @@ class FixedBatch:
 
     def _pad(self, num: int, num_tokens: int, size: int, rows: int) -> None:
         """What else an old step left in the padding is valid, and its results are not used."""
+        assert size > num or rows == num_tokens, "rows of padding would be a text's"
         lens, bounds = self.columns["lens_S"], self.columns["cu_seqlens_S1"]
         self.columns["slots_T"][num_tokens:rows] = -1
         bounds[num + 1 : size + 1] = np.minimum(np.arange(1, size - num + 1) + num_tokens, rows)
         lens[num:size] = 1
-        left = rows - int(bounds[size])
+        lens[size - 1] += rows - bounds[size]
         bounds[size] = rows
-        lens[size - 1] += left
 
 
 class DecodeGraphs:
@@ -175,21 +177,21 @@ class DecodeGraphs:
 
     def _find(self, num_texts: int, num_tokens: int) -> Shape | None:
         for size, rows in self.shapes:
-            if size >= num_texts and rows >= num_tokens:
+            has_room = size > num_texts and rows > num_tokens
+            if has_room or (size >= num_texts and rows == num_tokens):
                 return (size, rows) if rows <= self.padding * num_tokens else None
         return None
 
     def run(self, batch: Batch, shape: Shape) -> tuple[Batch, Result]:
-        """A step that is still in the host's memory, and its results, in memory that the next one
-        overwrites; the step on the device, where padding has left its texts as they are.
+        """A step that is still in the host's memory: the same on the device, and its results, in
+        memory that the next one overwrites.
         """
         num_texts, num_tokens = len(batch.lens_S), len(batch.token_ids_T)
         self.inputs.fill(batch, shape)
         if shape not in self.replays:
             self.replays[shape] = self.record(self.forward, self.inputs.view(shape))
         hidden_TD, logits_RV = self.replays[shape]()
-        if num_texts < shape[0] or num_tokens == shape[1]:
-            batch = self.inputs.view((num_texts, num_tokens))
+        batch = self.inputs.view((num_texts, num_tokens))
         return batch, (hidden_TD[:num_tokens], logits_RV[:num_tokens])
 
 

@@ -61,9 +61,8 @@ class Runner:
         """Have decode steps run as recordings; see `fastdeploy.engine.graphs`."""
         assert self.batches is not None and self.ranks is None, "steps of one process only"
         most_texts, most_rows = (max(numbers) for numbers in zip(*shapes))
-        # Padding of a text at the limit of the model's length lies past its last block.
-        past = -(-most_rows // self.batches.block_size) if padding > 1 else 0
-        max_blocks = self.batches.tables.shape[1] + past
+        # All rows may be padding, of one text.
+        max_blocks = max(self.batches.tables.shape[1], -(-most_rows // self.batches.block_size))
         inputs = FixedBatch((most_texts, most_rows), max_blocks, self.model.device)
         self.graphs = DecodeGraphs(self._forward, inputs, record, shapes, padding)
         return self.graphs

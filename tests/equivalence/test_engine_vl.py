@@ -558,11 +558,11 @@ def test_a_clip_of_a_prompt_stands_in_its_place(llm: LLM) -> None:
     clip = {"video": [png(c) for c in ("red", "teal")], "max_pixels": 28 * 28 * 8}
     clip["min_pixels"] = 28 * 28
     data = {"image": [png()], "video": [clip]}
-    order = llm._order({"prompt": prompt, "multimodal_data": data})
-    assert isinstance(order.prompt, Inputs)
-    assert [span.kind for span in order.prompt.pictures] == ["video", "image"]
-    ids = llm._order({"prompt_token_ids": order.token_ids, "multimodal_data": data})
-    assert ids.token_ids == order.token_ids
+    item = llm._item({"prompt": prompt, "multimodal_data": data})
+    assert isinstance(item.prompt, Inputs)
+    assert [span.kind for span in item.prompt.pictures] == ["video", "image"]
+    ids = llm._item({"prompt_token_ids": item.token_ids, "multimodal_data": data})
+    assert ids.token_ids == item.token_ids
     assert len(llm.generate({"prompt": prompt, "multimodal_data": data}, PARAMS)) == 1
 
 

@@ -255,6 +255,13 @@ def test_projection_equals_its_definition(rows, outputs, width, bits, dtype, unr
         close(own, other, dtype)
 
 
+def test_weights_of_six_bits_are_read_as_eight(unrounded):
+    kept = reference.quantize(rand(70, 96) / 96**0.5, 6)
+    as_eight = reference.quantize(kept.dequantized(), 8)
+    x = rand(3, 96)
+    close(ops.project(x, ops.pack(kept)), reference.project(x, reference.pack(as_eight)), F32)
+
+
 @pytest.mark.parametrize("dtype", [F32, BF16])
 @pytest.mark.parametrize("bits", [0, 8, 4])
 def test_mlp_equals_its_definition(bits, dtype, unrounded):

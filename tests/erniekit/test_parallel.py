@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from ernie.model import ErnieModel
 from ernie.models import TINY
 from ernie.settings import ConfigError
-from erniekit import checkpoint, losses, session
+from erniekit import checkpoint, losses, start
 from erniekit.cli import main
 from erniekit.config import Parallel, read_run, run_from
 from erniekit.parallel import replicated, sharded
@@ -336,7 +336,7 @@ def test_model_in_the_hands_of_fsdp_equals_a_plain_one(
     mesh = init_device_mesh(device, (1, 1), mesh_dim_names=("replicate", "shard"))
     ranks = Ranks(0, 1, mesh)
     form = sharded.Sharded(ranks, keep_whole_in_step=False)
-    monkeypatch.setattr(session, "form_of", lambda run, ranks: form)
+    monkeypatch.setattr(start, "form_of", lambda run, ranks: form)
     assert sft.run(read_run(words(tiny(name), data, cut, **more)), device, ranks) == 0
     bound = 1e-5 if device == "cpu" else 2e-2
     assert_same_curve(records(cut), records(tmp_path / "plain"), bound)

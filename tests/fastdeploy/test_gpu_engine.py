@@ -16,7 +16,7 @@ from ernie.kernels.gpu import sampling
 from ernie.model import ErnieModel
 from ernie.models import TINY
 from fastdeploy.config import EngineConfig
-from fastdeploy.engine import core
+from fastdeploy.engine import runner
 from fastdeploy.engine.loading import make_engine
 from fastdeploy.sampling import SamplingParams
 from tests.helpers_triton import make_products_placeless
@@ -36,7 +36,7 @@ def by_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(sampling, "CHUNK", 256)
         monkeypatch.setitem(dispatch.BACKENDS, "cpu", ("ernie.kernels.gpu.ops",))
         # Programs of the CPU are made of the CPU's kernels.
-        monkeypatch.setattr(core, "program_shapes", lambda *most: [(1, 1)])
+        monkeypatch.setattr(runner, "program_shapes", lambda *most: [(1, 1)])
     for cached in caches:
         cached.cache_clear()
     yield

@@ -98,7 +98,7 @@ def drafting(engine: Engine, most: int) -> Engine:
 
 @pytest.mark.parametrize("padding", [1, GPU_PADDING, 99])
 def test_steps_with_drafts_choose_the_same_tokens(padding):
-    """Rows of padding for texts that are not there, and for the last one that is."""
+    """Rows of padding are no text's, whatever lies in the cache where nothing was written."""
     engine = drafting(engine_of("tiny-dense"), 3)
     make = program_shapes if padding == 1 else graph_shapes
     graphs = engine.runner.record_decoding(as_it_is, make(5, 4), padding)
@@ -121,7 +121,7 @@ def test_steps_with_drafts_choose_the_same_tokens(padding):
     if padding == 1:
         assert padded == {(False, False)}
     else:
-        assert {(True, True), (False, True), (True, False)} <= padded, f"{padded}"
+        assert (True, True) in padded and (False, True) not in padded, f"{padded}"
 
 
 @pytest.mark.parametrize("method", ["ngram", "mtp"])
@@ -171,7 +171,8 @@ def test_padding_stores_nothing():
 
 def test_shapes_reach_the_largest_batch():
     assert graph_shapes(1, 1) == [(1, 1)]
-    assert graph_shapes(8, 3) == [(size, size * n) for n in (1, 3) for size in (1, 2, 4, 8)]
+    plain = [(size, size) for size in (1, 2, 4, 8)]
+    assert graph_shapes(8, 3) == [*plain, (2, 3), (3, 6), (5, 12), (9, 24)]
     assert [size for size, _ in graph_shapes(50, 1)] == [1, 2, 4, 8, 16, 32, 48, 50]
     assert program_shapes(3, 1) == [(1, 1), (2, 2), (3, 3)]
     assert program_shapes(2, 3) == [(1, 1), (1, 2), (1, 3), (2, 2), (2, 3), (2, 4), (2, 5), (2, 6)]

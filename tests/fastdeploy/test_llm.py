@@ -81,6 +81,13 @@ def test_a_stream_that_is_left_gives_everything_back(llm: LLM) -> None:
     stream.close()  # the fixture looks at what is left
 
 
+def test_what_an_output_says_of_its_times_adds_up(llm: LLM) -> None:
+    times = llm.generate(PROMPT, GREEDY)[0].metrics
+    began = times.arrival_time + times.time_in_queue
+    assert began == pytest.approx(times.inference_start_time)
+    assert times.arrival_time <= began <= times.first_token_time <= times.finished_time
+
+
 def test_calls_beside_an_open_stream_take_nothing_from_it(llm: LLM) -> None:
     """Nor it from them; each reads what the engine gave for it while another one was read."""
     prompts = [PROMPT, "Prices rose"]

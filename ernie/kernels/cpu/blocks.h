@@ -15,18 +15,18 @@ struct Rounded {
     float scale;
 };
 #if defined(__AVX512VNNI__)
-typedef Rounded<int8_t> RoundedFor8, RoundedFor4;
+typedef Rounded<int8_t> RoundedFor8, RoundedFor6, RoundedFor4;
 #elif defined(__AVX2__)
 typedef Rounded<int16_t> RoundedFor8;
-typedef Rounded<int8_t> RoundedFor4;
+typedef Rounded<int8_t> RoundedFor6, RoundedFor4;
 #else
-typedef Rounded<int16_t> RoundedFor8, RoundedFor4;
+typedef Rounded<int16_t> RoundedFor8, RoundedFor6, RoundedFor4;
 #endif
 
 static long row_bytes(const Weight &w) {
     const long groups = w.groups();
     if (w.format == FORMAT_INT8) return groups * sizeof(RoundedFor8);
-    if (w.format == FORMAT_INT4) return groups * sizeof(RoundedFor4);
+    if (w.has_groups()) return groups * sizeof(RoundedFor4);  // RoundedFor6 alike
     return groups * GROUP * sizeof(float);
 }
 
@@ -75,6 +75,68 @@ static void multiply_int8(const uint8_t *block, long bytes, const uint8_t *x, lo
         }
 #pragma GCC unroll 8
         for (int m = 0; m < M; m++) add_scaled(sums[m], acc[m], splat(row(m)->scale));
+    }
+#pragma GCC unroll 8
+    for (int m = 0; m < M; m++) out[m] = sums[m] * load_floats(reinterpret_cast<const float *>(block));
+}
+
+template <int M>
+static void multiply_int6(const uint8_t *block, long bytes, const uint8_t *x, long stride, long groups, Floats *out,
+                          const uint8_t *after) {
+    const Ahead ahead(block + bytes, after, 1);
+    const uint8_t *w = block + LANES * 4, *scales = nullptr;
+    Floats sums[M] = {};
+    for (long g = 0; g < groups; g++, x += sizeof(RoundedFor6), scales += LANES) {
+        if (g % (UNIT / LANES) == 0) scales = w, w += UNIT;
+        const auto row = [&](int m) { return reinterpret_cast<const RoundedFor6 *>(x + m * stride); };
+        const uint8_t *next = ahead.of(w);
+        Words acc[M];
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++) acc[m] = words(row(m)->start);
+        // Integers of 0 to 63, of four columns from k on and of the four behind them, times the codes of these.
+        const auto add = [&](const Words &first, const Words &second, int k) __attribute__((always_inline)) {
+#pragma GCC unroll 8
+            for (int m = 0; m < M; m++) {
+                const auto *codes = row(m)->codes + k;
+#pragma GCC unroll 4
+                for (int p = 0; p < PARTS; p++) {
+                    vi &sum = acc[m].v[p];
+                    const vi a = first.v[p], b = second.v[p];
+#if defined(__AVX512VNNI__)
+                    sum = add_dot4(add_dot4(sum, a, splat_word(codes)), b, splat_word(codes + 4));
+#elif defined(__AVX2__)
+                    // Four columns stay within 4 * 63 * 127, in 16 bits.
+                    const vi halves = add_halves(multiply_bytes(a, splat_word(codes)),
+                                                 multiply_bytes(b, splat_word(codes + 4)));
+                    sum = in_order(sum + multiply_halves(halves, vi{} + 0x00010001));
+#else
+                    sum += multiply_halves(a & 0x00ff00ff, splat_word(codes));
+                    sum += multiply_halves((vi)((vus)a >> 8), splat_word(codes + 2));
+                    sum += multiply_halves(b & 0x00ff00ff, splat_word(codes + 4));
+                    sum += multiply_halves((vi)((vus)b >> 8), splat_word(codes + 6));
+#endif
+                }
+            }
+        };
+#pragma GCC unroll 2
+        for (int k = 0; k < GROUP; k += 16, w += 3 * UNIT) {
+            Words unit[3], integers[4];
+#pragma GCC unroll 3
+            for (int n = 0; n < 3; n++) {
+                __builtin_prefetch(next + (k / 16 * 3 + n) * UNIT);
+                unit[n] = load_words(w + n * UNIT);
+                integers[n] = each<Words>([&](int p) { return unit[n].v[p] & 0x3f3f3f3f; });
+            }
+            integers[3] = each<Words>([&](int p) {
+                const vi a = (vi)((vus)unit[0].v[p] >> 2), b = (vi)((vus)unit[1].v[p] >> 4);
+                return (a & 0x30303030) | (b & 0x0c0c0c0c) | ((vi)((vus)unit[2].v[p] >> 6) & 0x03030303);
+            });
+            add(integers[0], integers[1], k), add(integers[2], integers[3], k + 8);
+        }
+        const Words scale = load_integers(scales);
+#pragma GCC unroll 8
+        for (int m = 0; m < M; m++)  // within 32 * 32 * 127 * 127 of zero: exact as floats
+            add_scaled(sums[m], each<Words>([&](int p) { return acc[m].v[p] * scale.v[p]; }), splat(row(m)->scale));
     }
 #pragma GCC unroll 8
     for (int m = 0; m < M; m++) out[m] = sums[m] * load_floats(reinterpret_cast<const float *>(block));
@@ -215,6 +277,13 @@ static void tile_int8(const uint8_t *block, long blocks, long bytes, const uint8
     });
 }
 template <int M>
+static void tile_int6(const uint8_t *block, long blocks, long bytes, const uint8_t *x, long stride, long groups,
+                      Floats *out, const uint8_t *after) {
+    at_once<M, 1>(block, blocks, bytes, after, [&](long n, auto, const uint8_t *next) {
+        multiply_int6<M>(block + n * bytes, bytes, x, stride, groups, out + n * MOST_ROWS, next);
+    });
+}
+template <int M>
 static void tile_int4(const uint8_t *block, long blocks, long bytes, const uint8_t *x, long stride, long groups,
                       Floats *out, const uint8_t *after) {
     at_once<M, 1>(block, blocks, bytes, after, [&](long n, auto, const uint8_t *next) {
@@ -235,6 +304,7 @@ static Tile tile_of(const Weight &w) {
         case FORMAT_BFLOAT16: return tile_float<bf16, M>;
         case FORMAT_CODED: return tile_coded<M>;
         case FORMAT_INT8: return tile_int8<M>;
+        case FORMAT_INT6: return tile_int6<M>;
         default: return tile_int4<M>;
     }
 }

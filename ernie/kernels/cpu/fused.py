@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from ernie.kernels.cpu.build import DTYPES, isa, library
-from ernie.kernels.weights import GROUP_SIZE, PackedWeight, QuantTensor
+from ernie.kernels.weights import BITS, GROUP_SIZE, PackedWeight, QuantTensor
 
 Norm = tuple[Tensor, float]
-FORMATS = {"float32": 0, "bfloat16": 1, "int8": 3, "int4": 4}  # enum Format of weight.h
+FORMATS = {"float32": 0, "bfloat16": 1, "int8": 3, "int4": 4, "int6": 6}  # of weight.h
 CODED = 5  # bfloat16 in 12 bits: see coded.h
 CODED_ISAS = ("avx2", "avx512", "avx512vnni")  # without a shuffle of bytes, decoding takes too long
 ESCAPE_BYTES = 8
@@ -33,16 +33,16 @@ class Weight(ctypes.Structure):
 
 
 def quantize(weight_OI: Tensor, bits: int) -> QuantTensor:
-    assert bits in (4, 8), f"weights of {bits} bits"
+    assert bits in BITS, f"weights of {bits} bits"
     if weight_OI.dtype not in (torch.float32, torch.bfloat16):
         weight_OI = weight_OI.float()
     weight_OI = weight_OI.contiguous()
     *outer, width = weight_OI.shape
     channel_O = torch.empty(outer)
-    if bits == 8:
-        data, group_Og = torch.empty(*outer, width, dtype=torch.int8), None
-    else:
+    data, group_Og = torch.empty(*outer, width, dtype=torch.int8), None
+    if bits == 4:
         data = torch.empty(*outer, -(-width // 2), dtype=torch.uint8)
+    if bits != 8:
         group_Og = torch.empty(*outer, -(-width // GROUP_SIZE), dtype=torch.int8)
     library().ernie_quantize(
         weight_OI.data_ptr(),

@@ -108,20 +108,26 @@ ERNIE_INLINE vi multiply_bytes(vi bytes, vi signed_bytes) {
 #endif
 ERNIE_INLINE vi add_halves(vi a, vi b) { return (vi)((vs)a + (vs)b); }
 
-// Sixteen scales of 8 bits, as `multiply_halves` takes them to scale both halves, or only the low one.
-ERNIE_INLINE Words load_scales(const uint8_t *scales, bool both_halves) {
+// Sixteen integers of 8 bits.
+ERNIE_INLINE Words load_integers(const uint8_t *integers) {
     return each<Words>([&](int p) {
-        const uint8_t *from = scales + p * VL;
+        const uint8_t *from = integers + p * VL;
 #if defined(__AVX512F__)
-        const vi wide = (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from));
+        return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from));
 #elif defined(__AVX2__)
-        const vi wide = (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from));
+        return (vi)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from));
 #else
         typedef int8_t bytes __attribute__((vector_size(VL)));
         bytes b;
         memcpy(&b, from, VL);
-        const vi wide = __builtin_convertvector(b, vi);
+        return __builtin_convertvector(b, vi);
 #endif
-        return both_halves ? (wide & 0xffff) | wide << 16 : wide & 0xffff;
+    });
+}
+// Sixteen scales of 8 bits, as `multiply_halves` takes them to scale both halves, or only the low one.
+ERNIE_INLINE Words load_scales(const uint8_t *scales, bool both_halves) {
+    const Words wide = load_integers(scales);
+    return each<Words>([&](int p) {
+        return both_halves ? (wide.v[p] & 0xffff) | wide.v[p] << 16 : wide.v[p] & 0xffff;
     });
 }

@@ -1,4 +1,4 @@
-// Making weights of 8 and 4 bits, and putting weights in the order of blocks.h.
+// Making weights of 8, 6 and 4 bits, and putting weights in the order of blocks.h.
 //
 // The formats are those of ernie/kernels/weights.py, the integers those of `quantize` in
 // ernie/kernels/reference.py: divisions and roundings are done as there.
@@ -50,10 +50,17 @@ void quantize8(const float *row, long width, int8_t *data, float *scale) {
     }
 }
 
-// --- 4 bits ----------------------------------------------------------------------------------------------
+// --- groups of columns that share a scale ----------------------------------------------------------------
 
-ERNIE_INLINE vf nearest_nibble(const float *w, vf scale) {
-    return vmin(vmax(rounded(load(w) / scale), splat(-8.0f)), splat(7.0f));
+// What is tried as the integer of the value of largest magnitude (EXTREMES of the reference).
+constexpr float EXTREMES4[] = {-7.0f, -7.5f, -8.0f, -8.5f, -9.0f, -9.5f, 7.0f, 7.5f};
+constexpr float EXTREMES6[] = {-31.0f, -32.0f, -33.0f};
+
+// The nearest integers of 4 or 6 bits.
+template <int BITS>
+ERNIE_INLINE vf integers_of(const float *w, vf scale) {
+    constexpr float zero = 1 << (BITS - 1);
+    return vmin(vmax(rounded(load(w) / scale), splat(-zero)), splat(zero - 1));
 }
 
 // The value of largest magnitude, the first one among equals.
@@ -67,28 +74,35 @@ float extreme_of(const float *w) {
 }
 
 // The scale of 32 columns with the least squared error, of the candidates tried (see the reference).
+template <int BITS>
 float group_scale(const float *w) {
     const float extreme = extreme_of(w);
     float best = 0, gain = 0;
-    for (const float target : {-7.0f, -7.5f, -8.0f, -8.5f, -9.0f, -9.5f, 7.0f, 7.5f}) {
+    const auto attempt = [&](float target) {
         const vf scale = splat(nonzero(extreme / target));
         vf products = {}, squares = {};
         for (long k = 0; k < SCALED; k += VL) {
-            const vf q = nearest_nibble(w + k, scale);
+            const vf q = integers_of<BITS>(w + k, scale);
             products = fma(load(w + k), q, products);
             squares = fma(q, q, squares);
         }
         const float wq = sum(products), qq = nonzero(sum(squares)), explained = wq * wq / qq;
         if (explained > gain) best = wq / qq, gain = explained;
-    }
+    };
+    if (BITS == 4)
+        for (const float target : EXTREMES4) attempt(target);
+    else
+        for (const float target : EXTREMES6) attempt(target);
     return best;
 }
 
-void quantize4(const float *row, long width, float *best, uint8_t *data, float *channel, int8_t *scales) {
+// 4 bits: two integers, plus 8, in a byte; 6 bits: an integer in a byte.
+template <int BITS>
+void quantize_groups(const float *row, long width, float *best, uint8_t *data, float *channel, int8_t *scales) {
     const long groups = (width + SCALED - 1) / SCALED;
     float most = 0;
     for (long g = 0; g < groups; g++) {
-        best[g] = group_scale(row + g * SCALED);
+        best[g] = group_scale<BITS>(row + g * SCALED);
         most = std::max(most, std::fabs(best[g]));
     }
     *channel = most / 127;
@@ -96,29 +110,35 @@ void quantize4(const float *row, long width, float *best, uint8_t *data, float *
         scales[g] = (int8_t)std::nearbyint(best[g] / nonzero(*channel));
         const vf scale = splat(nonzero(scales[g] * *channel));
         alignas(64) int32_t integers[SCALED];
-        uint8_t bytes[SCALED / 2];
-        for (long k = 0; k < SCALED; k += VL)
-            store_integers(integers + k, nearest_nibble(row + g * SCALED + k, scale) + splat(8.0f));
-        for (long i = 0; i < SCALED / 2; i++)
-            bytes[i] = (uint8_t)(integers[2 * i] | integers[2 * i + 1] << 4);
+        uint8_t bytes[SCALED];
+        for (long k = 0; k < SCALED; k += VL) store_integers(integers + k, integers_of<BITS>(row + g * SCALED + k, scale));
         const long kept = std::min(SCALED, width - g * SCALED);
-        memcpy(data + g * SCALED / 2, bytes, (kept + 1) / 2);
+        if (BITS == 4) {
+            for (long i = 0; i < SCALED / 2; i++)
+                bytes[i] = (uint8_t)((integers[2 * i] + 8) | (integers[2 * i + 1] + 8) << 4);
+            memcpy(data + g * SCALED / 2, bytes, (kept + 1) / 2);
+        } else {
+            for (long i = 0; i < SCALED; i++) bytes[i] = (uint8_t)integers[i];
+            memcpy(data + g * SCALED, bytes, kept);
+        }
     }
 }
 
 template <class T>
 void quantize(const T *weight, long rows, long width, int bits, uint8_t *data, float *channel, int8_t *scales,
               int threads) {
-    const long groups = (width + SCALED - 1) / SCALED, row_size = bits == 8 ? width : (width + 1) / 2;
+    const long groups = (width + SCALED - 1) / SCALED, row_size = bits == 4 ? (width + 1) / 2 : width;
     constexpr long CHUNK = 16;
     parallel_for(threads, (rows + CHUNK - 1) / CHUNK, [&](long task) {
         float *row = scratch<RowSlot>(padded(width) + groups);
         for (long i = task * CHUNK; i < std::min(rows, (task + 1) * CHUNK); i++) {
             load_row(weight + i * width, width, row);
+            uint8_t *to = data + i * row_size;
             if (bits == 8)
-                quantize8(row, width, reinterpret_cast<int8_t *>(data) + i * row_size, channel + i);
+                quantize8(row, width, reinterpret_cast<int8_t *>(to), channel + i);
             else
-                quantize4(row, width, row + padded(width), data + i * row_size, channel + i, scales + i * groups);
+                (bits == 4 ? quantize_groups<4> : quantize_groups<6>)(row, width, row + padded(width), to, channel + i,
+                                                                      scales + i * groups);
         }
     });
 }
@@ -175,15 +195,33 @@ void interleave(const Weight &w, const uint8_t *rows, long row_size, long kept, 
             memcpy(block + w.unit_at(byte / 4) + j * 4, rows + j * row_size + byte, std::min(4L, row_size - byte));
 }
 
+// Sixteen rows of bytes become the units of a block of int6.
+void interleave6(const Weight &w, const uint8_t *rows, long kept, uint8_t *block) {
+    memset(block + UNIT, 0, w.block_bytes() - UNIT);
+    for (long j = 0; j < kept; j++)
+        for (long k = 0; k < w.width; k++) {
+            const int integer = (int8_t)rows[j * w.width + k] + 32;
+            uint8_t *at = block + w.unit_at(k / 16 * 3) + j * 4 + k % 4;
+            if (const long unit = k / 4 % 4; unit < 3)
+                at[unit * UNIT] |= integer;
+            else
+                for (int n = 0; n < 3; n++) at[n * UNIT] |= (integer >> (4 - 2 * n) & 3) << 6;
+        }
+}
+
 void pack_block(const Weight &w, const Source &from, long first, long kept, uint8_t *out) {
-    const long columns = w.word_columns(), row_size = (w.width * 4 + columns - 1) / columns;
-    interleave(w, from.data + first * row_size, row_size, kept, out);
+    if (w.format == FORMAT_INT6) {
+        interleave6(w, from.data + first * w.width, kept, out);
+    } else {
+        const long columns = w.word_columns(), row_size = (w.width * 4 + columns - 1) / columns;
+        interleave(w, from.data + first * row_size, row_size, kept, out);
+    }
     if (!w.rounds()) return;
     memset(out, 0, LANES * 4);
     memcpy(out, from.channel + first, kept * sizeof(float));
-    if (w.format != FORMAT_INT4) return;
+    if (!w.has_groups()) return;
     constexpr long together = UNIT / LANES;  // groups whose scales share a unit
-    const long groups = w.groups(), units = GROUP / w.word_columns();
+    const long groups = w.groups(), units = w.units() / groups;
     for (long g = 0; g < groups; g++) {
         uint8_t *unit = out + w.unit_at(g / together * together * units) - UNIT;
         if (g % together == 0) memset(unit, 0, UNIT);
@@ -217,11 +255,14 @@ extern "C" void ernie_dequantize(const void *data, const float *channel, const f
     parallel_for(threads, (rows + CHUNK - 1) / CHUNK, [&](long task) {
         for (long i = task * CHUNK; i < std::min(rows, (task + 1) * CHUNK); i++) {
             float *to = out + i * width;
-            if (bits == 8) {
+            const long num_groups = (width + group_size - 1) / group_size;
+            if (bits != 4) {
                 const int8_t *row = static_cast<const int8_t *>(data) + i * width;
-                for (long k = 0; k < width; k++) to[k] = (float)row[k] * channel[i];
+                const float *scales = bits == 6 ? groups + i * num_groups : nullptr;
+                for (long k = 0; k < width; k++)
+                    to[k] = (scales ? row[k] * scales[k / group_size] : row[k]) * channel[i];
             } else {
-                const long row_size = (width + 1) / 2, num_groups = (width + group_size - 1) / group_size;
+                const long row_size = (width + 1) / 2;
                 dequantize4(static_cast<const uint8_t *>(data) + i * row_size, width, levels, groups + i * num_groups,
                             group_size, channel[i], to);
             }

@@ -81,16 +81,20 @@ static float scale_group(const float *x, vf &factor, vf &special) {
     return top / 127;
 }
 
-#if defined(__AVX512VNNI__)
-static void round_for_int8(const float *x, RoundedFor8 &out, vf &special) {
+#if defined(__AVX2__)
+// Codes in their order; the sums begin where they end for weights that are `zero` too much.
+template <class Row>
+static void round_to_bytes(const float *x, int zero, Row &out, vf &special) {
     vf factor;
     out.scale = scale_group(x, factor, special);
     const Bytes codes = bytes_of(x, factor);
     _mm256_storeu_si256((Bytes *)out.codes, codes);
     const int32_t sums = sums_of_pairs(codes);
-    out.start = -128 * (low_half(sums) + high_half(sums));
+    out.start = -zero * (low_half(sums) + high_half(sums));
 }
-#elif defined(__AVX2__)
+#if defined(__AVX512VNNI__)
+static void round_for_int8(const float *x, RoundedFor8 &out, vf &special) { round_to_bytes(x, 128, out, special); }
+#else
 static void round_for_int8(const float *x, RoundedFor8 &out, vf &special) {
     const __m256i order = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15));  // columns 0, 2, 1, 3
@@ -100,8 +104,7 @@ static void round_for_int8(const float *x, RoundedFor8 &out, vf &special) {
         _mm256_storeu_si256((__m256i *)(out.codes + i), _mm256_shuffle_epi8(halves_of(x + i, factor), order));
 }
 #endif
-
-#if defined(__AVX2__)
+static void round_for_int6(const float *x, RoundedFor6 &out, vf &special) { round_to_bytes(x, 32, out, special); }
 static void round_for_int4(const float *x, RoundedFor4 &out, vf &special) {
     const __m256i order = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15));  // the even columns first
@@ -117,7 +120,7 @@ static void round_for_int4(const float *x, RoundedFor4 &out, vf &special) {
 #endif
 }
 #else
-static void round_in_order(const float *x, const int (&place)[8], RoundedFor8 &out, vf &special) {
+static void round_in_order(const float *x, const int (&place)[8], int zero, RoundedFor8 &out, vf &special) {
     vf factor;
     out.scale = scale_group(x, factor, special);
     int32_t codes[GROUP];
@@ -128,14 +131,17 @@ static void round_in_order(const float *x, const int (&place)[8], RoundedFor8 &o
     out.start = 0;
     for (long i = 0; i < GROUP; i++) {
         out.codes[i / 8 * 8 + place[i % 8]] = codes[i];
-        out.start -= 8 * codes[i];  // read for int4 alone
+        out.start -= zero * codes[i];
     }
 }
 static void round_for_int8(const float *x, RoundedFor8 &out, vf &special) {
-    round_in_order(x, {0, 2, 1, 3, 4, 6, 5, 7}, out, special);
+    round_in_order(x, {0, 2, 1, 3, 4, 6, 5, 7}, 0, out, special);
+}
+static void round_for_int6(const float *x, RoundedFor6 &out, vf &special) {
+    round_in_order(x, {0, 2, 1, 3, 4, 6, 5, 7}, 32, out, special);
 }
 static void round_for_int4(const float *x, RoundedFor4 &out, vf &special) {
-    round_in_order(x, {0, 2, 4, 6, 1, 3, 5, 7}, out, special);
+    round_in_order(x, {0, 2, 4, 6, 1, 3, 5, 7}, 8, out, special);
 }
 #endif
 
@@ -166,6 +172,8 @@ static void prepare_row(const float *x, const W *norm, float eps, const Weight &
     const float rstd = norm ? inverse_rms(x, w.width, eps) : 1.0f;
     if (w.format == FORMAT_INT8)
         round_row(x, norm, rstd, w.width, reinterpret_cast<RoundedFor8 *>(out), round_for_int8);
+    else if (w.format == FORMAT_INT6)
+        round_row(x, norm, rstd, w.width, reinterpret_cast<RoundedFor6 *>(out), round_for_int6);
     else if (w.format == FORMAT_INT4)
         round_row(x, norm, rstd, w.width, reinterpret_cast<RoundedFor4 *>(out), round_for_int4);
     else

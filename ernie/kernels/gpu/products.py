@@ -36,6 +36,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ernie.kernels import reference
 from ernie.kernels.dispatch import is_batch_invariant
 from ernie.kernels.gpu.language import INTERPRETED, converted, dot, overlapped, rows_of, wait
 from ernie.kernels.gpu.pointwise import rms_norm, swiglu
@@ -60,6 +61,8 @@ def pack(weight: Tensor | QuantTensor, *, parts: int = 1) -> PackedWeight:
             weight.numel() * weight.element_size(),
         )
         return PackedWeight(tuple(weight.shape), name, size, {"weight": weight.contiguous()})
+    if weight.bits == 6:  # 8 bits with one scale a channel are what the kernels read
+        weight = reference.quantize(weight.dequantized(), 8)
     tensors = {"data": weight.data.contiguous(), "channel_scale": weight.channel_scale.contiguous()}
     if weight.bits == 4:
         assert weight.group_scale is not None
