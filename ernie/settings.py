@@ -36,11 +36,16 @@ def option(
     *,
     choices: Sequence[Any] = (),
     least: float | None = None,
+    most: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    also: float | None = None,
     group: str = "",
     aliases: Sequence[str] = (),
 ) -> Any:
-    """A dataclass field with its default and its help text; `choices` limits the values, and
-    `least`, which `check_bounds` reads, a number.
+    """A dataclass field with its default and its help text. `choices` limits the values. A number
+    is `least` to `most`, or `above` and `below` others; `also` is one more that it may be.
+    `check_bounds` reads these.
 
     `group` is the heading that help texts put over this field and those after it; `aliases` are
     other names of its flag, with a `!` before one that means the opposite.
@@ -49,6 +54,10 @@ def option(
         "help": help,
         "choices": tuple(choices),
         "least": least,
+        "most": most,
+        "above": above,
+        "below": below,
+        "also": also,
         "group": group,
         "aliases": tuple(aliases),
     }
@@ -93,12 +102,48 @@ def fill(kinds: Sequence[type], values: Mapping[str, Any], origin: str) -> list[
 
 
 def check_bounds(settings: Any) -> None:
-    """Raise `ConfigError` unless each field of a dataclass is at least its `least`, or None."""
+    """Raise `ConfigError` unless every number of a dataclass is finite and in its field's range.
+
+    None passes, and of a tuple each number counts. A field whose default is infinite may be so.
+    """
     for f in dataclasses.fields(settings):
-        value, least = getattr(settings, f.name), f.metadata.get("least")
-        if least is not None and value is not None and value < least:
-            told = f"{value:g}" if isinstance(value, float) else value
-            raise ConfigError(f"{f.name}={told} is too small; give {least} or more")
+        value = getattr(settings, f.name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, (int, float)) and not isinstance(number, bool):
+                _check_number(number, f)
+
+
+def _check_number(value: float, f: dataclasses.Field) -> None:
+    least, most, above, below, also = (
+        f.metadata.get(name) for name in ("least", "most", "above", "below", "also")
+    )
+    if value == also or (value == f.default and math.isinf(value)):
+        return
+    if not math.isfinite(value):
+        wrong = "not finite"
+    elif (least is not None and value < least) or (above is not None and value <= above):
+        wrong = "too small"
+    elif (most is not None and value > most) or (below is not None and value >= below):
+        wrong = "too large"
+    else:
+        return
+    told = f"{value:g}" if isinstance(value, float) else value
+    raise ConfigError(f"{f.name}={told} is {wrong}; give {range_of(f) or 'a number'}")
+
+
+def range_of(f: dataclasses.Field) -> str:
+    """The numbers that a field takes, in words: `1 or more, or -1`; empty where all are."""
+    low, high = f.metadata.get("least"), f.metadata.get("most")
+    above, below = f.metadata.get("above"), f.metadata.get("below")
+    if high is None and below is None:
+        words = [f"{low} or more"] * (low is not None) + [f"more than {above}"] * (
+            above is not None
+        )
+    else:
+        words = [f"more than {above}" if low is None else f"{low}"]
+        words.append(f"to {high}" if below is None else f"to below {below}")
+    also = f.metadata.get("also")
+    return " ".join(words) + (f", or {also}" if also is not None else "")
 
 
 def field_types(kind: type) -> dict[str, Any]:
@@ -174,7 +219,9 @@ def _scalar(value: Any, hint: Any, key: str) -> Any:
             number = float(value)
         except (TypeError, ValueError):
             raise _mismatch(key, value, hint) from None
-        if hint is float and not math.isnan(number):
+        if math.isnan(number):
+            raise ConfigError(f"{key}={value} is not a number; give one")
+        if hint is float:
             return number
         if hint is int and math.isfinite(number) and number == int(number):
             return (

@@ -38,7 +38,7 @@ from ernie.checkpoint.hub import resolve
 from ernie.checkpoint.io import open_weights, write
 from ernie.config import ErnieConfig
 from ernie.model import ErnieModel
-from ernie.settings import ConfigError, fill, option, read_overrides
+from ernie.settings import ConfigError, check_bounds, fill, option, read_overrides
 from erniekit.export import copy_kept_files
 
 log = logging.getLogger("erniekit")
@@ -64,10 +64,12 @@ class Merge:
         None, "Divide by the sum of the weights; none: for linear and ties."
     )
     base: str | None = option(None, "Model that the sources were trained from.")
-    density: float = option(0.5, "Share of the differences that is kept.")
+    density: float = option(0.5, "Share of the differences that is kept.", above=0, most=1)
     scale: float = option(1.0, "Factor of the mixed difference to the base.")
-    t: float = option(0.5, "Place on the arc: 0 is the first source, 1 the second.")
-    seed: int = option(0, "Seed of what is dropped.")
+    t: float = option(
+        0.5, "Place on the arc: 0 is the first source, 1 the second.", least=0, most=1
+    )
+    seed: int = option(0, "Seed of what is dropped.", least=0)
     layout: str = option("pt", "Layout of the files.", choices=("pt", "paddle", "transformers"))
     dtype: str | None = option(
         None, "Type of the weights; none: as in the first source.",
@@ -100,6 +102,8 @@ def merge(sources: Sequence[str | Path], target: str | Path, options: Merge) -> 
     folders = [resolve(source) for source in [*sources, *filter(None, [options.base])]]
     if Path(target).resolve() in [folder.resolve() for folder in folders]:
         raise ConfigError(f"{target} is one of the models to merge; give another folder")
+    if Path(target).exists() and not Path(target).is_dir():
+        raise ConfigError(f"{target} is a file; give a folder")
     opened = [open_weights(folder) for folder in folders]
     for folder, (model, _) in zip(folders[1:], opened[1:]):
         _check_same(opened[0][0].config, model.config, folders[0], folder)
@@ -122,16 +126,13 @@ def merge(sources: Sequence[str | Path], target: str | Path, options: Merge) -> 
 
 def _checked(options: Merge, count: int) -> Merge:
     """With the weights spelled out. Raises ConfigError for what cannot be mixed."""
+    check_bounds(options)
     weights = options.weights or (1 / count,) * count
     needs_base = "base" in METHODS[options.method]
     for wrong, message in (
         (len(weights) != count, f"weights has {len(weights)} numbers for {count} sources"),
-        (not all(map(math.isfinite, weights)), f"weights={weights} must be numbers"),
         (needs_base and not options.base, f"method={options.method} needs base=FOLDER"),
         (options.method == "slerp" and count != 2, f"slerp mixes two models; {count} were given"),
-        (not 0 <= options.t <= 1, f"t={options.t} is outside of 0 to 1"),
-        (not 0 < options.density <= 1, f"density={options.density} is outside of 0 to 1"),
-        (options.seed < 0, f"seed={options.seed} is below 0"),
     ):
         if wrong:
             raise ConfigError(message)

@@ -55,12 +55,15 @@ class Run:
 
     def flat(self) -> dict[str, Any]:
         """All keys and values, in the order of the groups: the content of `run.yaml`."""
-        groups = [getattr(self, f.name) for f in dataclasses.fields(self)][: len(GROUPS)]
         return {
             key: list(value) if isinstance(value, tuple) else value
-            for group in groups
+            for group in self.groups
             for key, value in dataclasses.asdict(group).items()
         }
+
+    @property
+    def groups(self) -> list[Any]:
+        return [getattr(self, f.name) for f in dataclasses.fields(self)][: len(GROUPS)]
 
     @property
     def is_lora(self) -> bool:

@@ -22,14 +22,16 @@ class Data:
         "a task and its settings, as in chain_sum?size=2000&seed=1&max_terms=2.",
     )
     train_dataset_prob: tuple[float, ...] = option(
-        (1.0,), "Weight of each training file in mixing: share of the records, for PT of the text."
+        (1.0,),
+        "Weight of each training file in mixing: share of the records, for PT of the text.",
+        least=0,
     )
     eval_dataset_type: tuple[str, ...] = option(
         ("erniekit",), "Format of each evaluation file; comma list."
     )
     eval_dataset_path: tuple[str, ...] = option((), "Evaluation files; comma list.")
     eval_dataset_prob: tuple[float, ...] = option(
-        (1.0,), "Weight of each evaluation file; 0 leaves it out, others are read whole."
+        (1.0,), "Weight of each evaluation file; 0 leaves it out, others are read whole.", least=0
     )
     input_dir: str | None = option(
         None,
@@ -37,7 +39,9 @@ class Data:
         "each prefix of a .bin and an .idx file (Megatron's format).",
     )
     split: tuple[float, ...] = option(
-        (950.0, 50.0), "Shares of the documents of input_dir for training, evaluation, neither."
+        (950.0, 50.0),
+        "Shares of the documents of input_dir for training, evaluation, neither.",
+        least=0,
     )
     text_dataset_type: tuple[str, ...] = option(
         ("erniekit",), "Format of each file of text alone for stage VL-SFT; comma list."
@@ -45,9 +49,13 @@ class Data:
     text_dataset_path: tuple[str, ...] = option(
         (), "Files of text alone that are mixed in (stage VL-SFT); comma list."
     )
-    text_dataset_prob: tuple[float, ...] = option((1.0,), "Weight of each of them in their share.")
+    text_dataset_prob: tuple[float, ...] = option(
+        (1.0,), "Weight of each of them in their share.", least=0
+    )
     modality_ratio: tuple[float, ...] = option(
-        (1.0, 1.0), "Shares of the records that are of text_dataset_path and with pictures."
+        (1.0, 1.0),
+        "Shares of the records that are of text_dataset_path and with pictures.",
+        least=0,
     )
     chat_template: str | None = option(
         None,
@@ -90,15 +98,20 @@ class Data:
         False, "One sample per trained answer, earlier thoughts dropped by the chat template."
     )
     max_bad_data_share: float = option(
-        0.02, "Share of unusable records above which training stops; they are always reported."
+        0.02,
+        "Share of unusable records above which training stops; they are always reported.",
+        least=0,
+        most=1,
     )
     max_estimate_samples: int = option(
         100_000,
         "Records read to find max_steps, to count faults and to compare with evaluation.",
         least=1,
     )
-    dataloader_num_workers: int = option(0, "Above 0: batches are prepared by a background thread.")
-    prefetch_factor: int = option(2, "Batches prepared ahead by each worker.")
+    dataloader_num_workers: int = option(
+        0, "Above 0: batches are prepared by a background thread.", least=0
+    )
+    prefetch_factor: int = option(2, "Batches prepared ahead by each worker.", least=0)
 
     def _named(self, split: str) -> list[tuple[str, str, float]]:
         names = (getattr(self, f"{split}_dataset_{x}") for x in ("type", "path", "prob"))
@@ -139,14 +152,16 @@ class Pictures:
     model); limits that are not given are those of the model folder.
     """
 
-    min_pixels: int | None = option(None, "Fewest pixels of an image after resizing.")
-    max_pixels: int | None = option(None, "Most pixels of an image after resizing.")
-    video_min_pixels: int | None = option(None, "Fewest pixels of a frame after resizing.")
-    video_max_pixels: int | None = option(None, "Most pixels of a frame after resizing.")
-    video_fps: float = option(2.0, "Frames taken of a second of a clip.")
-    video_min_frames: int = option(16, "Fewest frames of a clip, if it has as many.")
-    video_max_frames: int = option(480, "Most frames of a clip.")
-    video_target_frames: int = option(-1, "Exactly so many frames; -1: by video_fps.")
+    min_pixels: int | None = option(None, "Fewest pixels of an image after resizing.", least=1)
+    max_pixels: int | None = option(None, "Most pixels of an image after resizing.", least=1)
+    video_min_pixels: int | None = option(None, "Fewest pixels of a frame after resizing.", least=1)
+    video_max_pixels: int | None = option(None, "Most pixels of a frame after resizing.", least=1)
+    video_fps: float = option(2.0, "Frames taken of a second of a clip.", above=0)
+    video_min_frames: int = option(16, "Fewest frames of a clip, if it has as many.", least=1)
+    video_max_frames: int = option(480, "Most frames of a clip.", least=1)
+    video_target_frames: int = option(
+        -1, "Exactly so many frames; -1: by video_fps.", least=1, also=-1
+    )
     video_frames_sample: str = option(
         "middle",
         "Which frame stands for its part of a clip; rand is drawn once for each record.",
@@ -173,5 +188,5 @@ class Audit:
         "input_dir.",
     )
     preprocessing_num_workers: int | None = option(
-        None, "Processes that go through the files; none: one for each processor."
+        None, "Processes that go through the files; none: one for each processor.", least=1
     )

@@ -48,9 +48,12 @@ class Preferences:
         "Form of the loss on pairs (docs/methods/dpo.md).",
         choices=tuple(LOSS_TYPES),
     )
-    beta: float = option(0.1, "Reward of a nat that the policy gains on the reference.")
+    beta: float = option(0.1, "Reward of a nat that the policy gains on the reference.", above=0)
     label_smoothing: float = option(
-        0.0, f"Share of the pairs taken to be labelled the wrong way ({listed(SMOOTHING, 'and')})."
+        0.0,
+        f"Share of the pairs taken to be labelled the wrong way ({listed(SMOOTHING, 'and')}).",
+        least=0,
+        below=0.5,
     )
     pref_loss_ratio: float = option(1.0, "Weight of the loss on pairs.", least=0)
     sft_loss_ratio: float = option(
@@ -69,7 +72,7 @@ class Preferences:
         f"Compare the answers without a reference model ({listed(_FREE, 'and')}: always).",
     )
     ref_model_update_steps: int = option(
-        -1, "Every so many steps the model becomes its own reference; -1: never."
+        -1, "Every so many steps the model becomes its own reference; -1: never.", least=1, also=-1
     )
     max_prompt_len: int = option(
         2048,
@@ -118,7 +121,9 @@ class Policy:
     rollout_temperature: float = option(
         1.0, "Randomness of the answers that are learnt from.", least=0.01
     )
-    rollout_top_p: float = option(1.0, "Draw from the likeliest tokens of this probability.")
+    rollout_top_p: float = option(
+        1.0, "Draw from the likeliest tokens of this probability.", above=0, most=1
+    )
     rollout_top_k: int = option(
         0, "Draw from so many of the likeliest tokens; 0: from all.", least=0
     )
@@ -134,8 +139,8 @@ class Policy:
         "rollout's: none, truncated (at correction_high) or icepop (0 outside the bounds).",
         choices=("none", "truncated", "icepop"),
     )
-    correction_low: float = option(0.5, "Lower bound of icepop.")
-    correction_high: float = option(2.0, "Upper bound of truncated and icepop.")
+    correction_low: float = option(0.5, "Lower bound of icepop.", above=0, most=1)
+    correction_high: float = option(2.0, "Upper bound of truncated and icepop.", least=1)
     num_iterations: int = option(1, "Passes over the answers of a round.", least=1)
     num_mini_batches: int = option(1, "Optimizer steps of a pass.", least=1)
     policy_loss: str = option(

@@ -24,7 +24,9 @@ class Model:
     )
     lora: bool | None = option(None, "Older spelling of fine_tuning: true is LoRA, false Full.")
     lora_rank: int = option(8, "Rank of the adapters.", least=1)
-    lora_alpha: float = option(-1, "Adapter scale is alpha / rank; -1: 2 x rank (4 with rslora).")
+    lora_alpha: float = option(
+        -1, "Adapter scale is alpha / rank; -1: 2 x rank (4 with rslora).", above=0, also=-1
+    )
     lora_path: str | None = option(None, "Folder of an adapter to start from.")
     rslora: bool = option(False, "Scale adapters by alpha / sqrt(rank); for rank 64 and above.")
     lora_target_modules: tuple[str, ...] = option(
@@ -39,8 +41,12 @@ class Model:
     qlora_weight_double_quant: bool = option(
         False, "Keep the scales of nf4 in 8 bits (double quantisation)."
     )
-    lora_plus_scale: float = option(1.0, "LoRA+: learning rate of the B matrices over that of A.")
-    lora_dropout: float = option(0.0, "Share of what an adapter reads that is dropped.")
+    lora_plus_scale: float = option(
+        1.0, "LoRA+: learning rate of the B matrices over that of A.", above=0
+    )
+    lora_dropout: float = option(
+        0.0, "Share of what an adapter reads that is dropped.", least=0, below=1
+    )
     rslora_plus: bool = option(False, "Short for rslora, lora_plus_scale 4 and lora_alpha 4.")
     compute_type: str = option(
         "bf16",
@@ -70,6 +76,8 @@ class Model:
         -1,
         "Trained tokens that meet the vocabulary at once in the loss; less is less memory. -1: 128 "
         "on a CPU, 4096 on a GPU.",
+        least=1,
+        also=-1,
     )
     recompute: bool = option(
         False, "Forget activations in the forward pass and compute them again in the backward one."
@@ -80,12 +88,18 @@ class Model:
         "product (core_attn; never stored here, so free), or the feed-forward half (mlp).",
         choices=("full", "full_attn", "core_attn", "mlp"),
     )
-    no_recompute_layers: tuple[int, ...] = option((), "Layers that keep their activations.")
+    no_recompute_layers: tuple[int, ...] = option(
+        (), "Layers that keep their activations.", least=0
+    )
     moe_aux_loss_lambda: float = option(
-        1e-5, "Weight of the load balance loss (full training; not part of the reported loss)."
+        1e-5,
+        "Weight of the load balance loss (full training; not part of the reported loss).",
+        least=0,
     )
     moe_orthogonal_loss_lambda: float = option(
-        0.0, "Weight of the router's orthogonality loss (full training; not reported as loss)."
+        0.0,
+        "Weight of the router's orthogonality loss (full training; not reported as loss).",
+        least=0,
     )
     moe_orthogonal_update: str = option(
         "loss",
@@ -101,6 +115,7 @@ class Model:
         None,
         "While training an expert takes at most so many times tokens / experts of a batch, first "
         "choices first; what is over is dropped and told as moe_dropped. none: everything.",
+        above=0,
     )
     freeze_parameters: tuple[str, ...] = option(
         (),
@@ -120,12 +135,20 @@ class Model:
         choices=("none", "budget", "sample"),
     )
     moe_z_loss_lambda: float = option(
-        0.0, "Weight of the router's z-loss (full training; not part of the reported loss)."
+        0.0,
+        "Weight of the router's z-loss (full training; not part of the reported loss).",
+        least=0,
     )
     moe_use_aux_free_update_coef: float = option(
-        0.001, "Step of the routing bias towards even load after each optimizer step (full only)."
+        0.001,
+        "Step of the routing bias towards even load after each optimizer step (full only).",
+        least=0,
     )
     num_nextn_predict_layers: int = option(
-        0, "Multi-token-prediction blocks to train along; the model must have them (full only)."
+        0,
+        "Multi-token-prediction blocks to train along; the model must have them (full only).",
+        least=0,
     )
-    multi_token_pred_lambda: float = option(0.3, "Weight of the multi-token-prediction loss.")
+    multi_token_pred_lambda: float = option(
+        0.3, "Weight of the multi-token-prediction loss.", least=0
+    )

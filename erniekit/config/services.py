@@ -11,13 +11,15 @@ from ernie.settings import option
 class Generation:
     """What `erniekit chat` asks of the server."""
 
-    max_new_tokens: int = option(1024, "Most tokens of an answer.")
-    min_tokens: int = option(0, "Fewest tokens of an answer.")
-    temperature: float = option(0.95, "Randomness; 0 takes the likeliest token.")
-    top_p: float = option(0.7, "Draw from the likeliest tokens that hold this much probability.")
-    frequency_penalty: float = option(0.0, "Penalty by count of a token's uses.")
-    presence_penalty: float = option(0.0, "Penalty for a token used before.")
-    repetition_penalty: float = option(1.0, "Factor against tokens used before.")
+    max_new_tokens: int = option(1024, "Most tokens of an answer.", least=1)
+    min_tokens: int = option(0, "Fewest tokens of an answer.", least=0)
+    temperature: float = option(0.95, "Randomness; 0 takes the likeliest token.", least=0)
+    top_p: float = option(
+        0.7, "Draw from the likeliest tokens that hold this much probability.", least=0, most=1
+    )
+    frequency_penalty: float = option(0.0, "Penalty by count of a token's uses.", least=-2, most=2)
+    presence_penalty: float = option(0.0, "Penalty for a token used before.", least=-2, most=2)
+    repetition_penalty: float = option(1.0, "Factor against tokens used before.", above=0)
     stream: bool = option(True, "Print words as they come.")
     enable_thinking: bool = option(False, "Let a thinking model think first.")
 
@@ -27,11 +29,13 @@ class Server:
     """What `erniekit server` starts: a fastdeploy server on this machine."""
 
     host: str = option("127.0.0.1", "Address to listen on.")
-    port: int = option(8188, "Port to listen on.")
-    max_model_len: int = option(2048, "Most tokens of prompt and answer together.")
-    max_num_seqs: int = option(8, "Requests computed at the same time.")
-    gpu_memory_utilization: float = option(0.9, "Share of the memory the server may take.")
-    block_size: int = option(64, "Tokens of a block of the key/value cache.")
+    port: int = option(8188, "Port to listen on.", least=0, most=65535)
+    max_model_len: int = option(2048, "Most tokens of prompt and answer together.", least=2)
+    max_num_seqs: int = option(8, "Requests computed at the same time.", least=1)
+    gpu_memory_utilization: float = option(
+        0.9, "Share of the memory the server may take.", above=0, most=1
+    )
+    block_size: int = option(64, "Tokens of a block of the key/value cache.", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +52,7 @@ class Export:
         "f16", "Type of the weights in a GGUF file.", choices=("f32", "f16", "bf16", "q8_0", "q4_0")
     )
     copy_tokenizer: bool = option(True, "Put the tokenizer beside the weights.")
-    max_shard_size: float = option(5.0, "Largest weight file, in GB.")
+    max_shard_size: float = option(5.0, "Largest weight file, in GB.", above=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +81,7 @@ class Reporting:
         None,
         "Steps between answers while training; none: where the run evaluates, before the first "
         "and after the last step.",
+        least=1,
     )
     lm_eval_tasks: tuple[str, ...] = option(
         (), "Tasks of lm-eval that `erniekit eval` runs; comma list."
@@ -86,8 +91,10 @@ class Reporting:
         "Folder of task files, which takes the place of lm-eval's own tasks; what the files name "
         "(data, Python functions) is used.",
     )
-    lm_eval_num_fewshot: int | None = option(None, "Examples before a question; none: the task's.")
-    lm_eval_limit: int | None = option(None, "Questions of each task; none: all.")
+    lm_eval_num_fewshot: int | None = option(
+        None, "Examples before a question; none: the task's.", least=0
+    )
+    lm_eval_limit: int | None = option(None, "Questions of each task; none: all.", least=1)
 
 
 SINKS = ("tensorboard", "visualdl", "wandb", "swanlab", "all", "none")

@@ -30,23 +30,27 @@ class Training:
     device: str = option("auto", "cpu, gpu (or cuda); auto takes a GPU where there is one.")
     batch_size: int = option(1, "Packed rows in one forward pass.", least=1)
     gradient_accumulation_steps: int = option(1, "Forward passes of one optimizer step.", least=1)
-    num_train_epochs: float = option(1.0, "Passes over the data, where max_steps is -1.")
-    max_steps: int = option(-1, "Optimizer steps; -1: found by packing the data once.")
+    num_train_epochs: float = option(1.0, "Passes over the data, where max_steps is -1.", above=0)
+    max_steps: int = option(
+        -1, "Optimizer steps; -1: found by packing the data once.", least=1, also=-1
+    )
     logging_steps: int = option(
         1, "A log line every so many steps; metrics.jsonl has every step.", least=1
     )
     evaluation_strategy: str = option(
         "no", "Evaluate every eval_steps, every epoch or never.", choices=("no", "steps", "epoch")
     )
-    eval_steps: int | None = option(None, "Steps between evaluations; none: every 500.")
-    max_evaluate_steps: int = option(-1, "Batches of an evaluation; -1: all of them.")
+    eval_steps: int | None = option(None, "Steps between evaluations; none: every 500.", least=1)
+    max_evaluate_steps: int = option(
+        -1, "Batches of an evaluation; -1: all of them.", least=1, also=-1
+    )
     save_strategy: str = option(
         "steps", "Save every save_steps, every epoch or only at the end.",
         choices=("no", "steps", "epoch"),
     )  # fmt: skip
     save_steps: int = option(500, "Steps between checkpoints.", least=1)
     save_total_limit: int | None = option(
-        None, "Checkpoints kept, the best one among them; none: all."
+        None, "Checkpoints kept, the best one among them; none: all.", least=1
     )
     use_async_save: bool = option(
         False,
@@ -68,7 +72,9 @@ class Training:
         "the final model) or a folder; none: the final model, else the newest checkpoint.",
     )
     stop_after_step: int | None = option(
-        None, "Save and stop after this step, as SIGTERM does; schedules are those of max_steps."
+        None,
+        "Save and stop after this step, as SIGTERM does; schedules are those of max_steps.",
+        least=1,
     )
     max_grad_spike: float = option(
         0.0,
@@ -80,7 +86,7 @@ class Training:
         64, "Recent steps of that median, which needs 10 to begin.", least=1
     )
     max_skipped_steps: int = option(
-        10, "Steps skipped as not finite or as a spike, before training stops."
+        10, "Steps skipped as not finite or as a spike, before training stops.", least=0
     )
 
 
@@ -89,7 +95,7 @@ class Optimisation:
     """Learning rate, optimizer and the precision of what it remembers."""
 
     learning_rate: float = option(5e-5, "Peak learning rate.", least=0)
-    min_lr: float = option(0.0, "Floor of the schedule.")
+    min_lr: float = option(0.0, "Floor of the schedule.", least=0)
     lr_scheduler_type: str = option(
         "linear",
         "Shape after warm-up: linear, cosine, constant, constant_with_warmup, polynomial, or "
@@ -99,48 +105,64 @@ class Optimisation:
         "half_life", "Decay of wsd: half_life or 1-sqrt.", choices=("half_life", "1-sqrt")
     )
     warmup_steps: int = option(0, "Linear warm-up, in steps.", least=0)
-    warmup_ratio: float = option(0.0, "Linear warm-up as a share of max_steps.")
-    decay_steps: int | None = option(None, "Steps until min_lr is reached; none: max_steps.")
-    num_cycles: float = option(0.5, "Cosine waves of the cosine schedule.")
-    lr_end: float = option(1e-7, "Last learning rate of the polynomial schedule.")
-    power: float = option(1.0, "Exponent of the polynomial schedule.")
+    warmup_ratio: float = option(0.0, "Linear warm-up as a share of max_steps.", least=0, most=1)
+    decay_steps: int | None = option(
+        None, "Steps until min_lr is reached; none: max_steps.", least=1
+    )
+    num_cycles: float = option(0.5, "Cosine waves of the cosine schedule.", least=0)
+    lr_end: float = option(1e-7, "Last learning rate of the polynomial schedule.", least=0)
+    power: float = option(1.0, "Exponent of the polynomial schedule.", above=0)
     optim: str = option(
         "adamw",
         "Optimizer: adamw (also adamw_custom), adamw_8bit (moments of one byte), or muon for "
         "matrices with adamw for the rest.",
         choices=("adamw", "adamw_custom", "adamw_8bit", "muon"),
     )
-    muon_momentum: float = option(0.95, "Decay of muon's mean of gradients.")
+    muon_momentum: float = option(0.95, "Decay of muon's mean of gradients.", least=0, below=1)
     optimizer_in_backward: bool = option(
         False,
         "Update each weight, and free its gradient, the moment it is known; needs "
         "max_grad_norm: 0 and gradient_accumulation_steps: 1.",
     )
-    adam_beta1: float = option(0.9, "Decay of the mean of gradients.")
-    adam_beta2: float = option(0.999, "Decay of the mean of squared gradients.")
-    adam_epsilon: float = option(1e-8, "Added to the root of the squared mean.")
+    adam_beta1: float = option(0.9, "Decay of the mean of gradients.", least=0, below=1)
+    adam_beta2: float = option(0.999, "Decay of the mean of squared gradients.", least=0, below=1)
+    adam_epsilon: float = option(1e-8, "Added to the root of the squared mean.", above=0)
     hidden_dropout_prob: float = option(
         0.0,
         "Share of the outputs of attention and feed-forward that is dropped while training: of the "
         "top layer; less below in proportion, and none at the bottom.",
+        least=0,
+        below=1,
     )
     attention_probs_dropout_prob: float = option(
-        0.0, "The same of attention weights, which then take the slow way through plain torch."
+        0.0,
+        "The same of attention weights, which then take the slow way through plain torch.",
+        least=0,
+        below=1,
     )
     dropout_warmup_steps: int = option(0, "Steps over which these two rise from 0.", least=0)
-    weight_decay: float = option(0.0, "Decoupled decay of matrices; never of norms and biases.")
-    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm; 0: never.")
+    weight_decay: float = option(
+        0.0, "Decoupled decay of matrices; never of norms and biases.", least=0
+    )
+    max_grad_norm: float = option(1.0, "Gradients are scaled down to this norm; 0: never.", least=0)
     ema_decay: float = option(
         0.0,
         "Keep a running average of the trained weights, of this decay a step, in float32; 0: none.",
+        least=0,
+        below=1,
     )
     layerwise_lr_decay_bound: float = option(
-        1.0, "Learning rate factor of the lowest layer, rising linearly to 1 at the top."
+        1.0,
+        "Learning rate factor of the lowest layer, rising linearly to 1 at the top.",
+        least=0,
+        most=1,
     )
-    moe_gate_lr_ratio: float | None = option(None, "Learning rate factor of the routers.")
-    vit_lr_ratio: float | None = option(None, "Learning rate factor of the vision tower.")
+    moe_gate_lr_ratio: float | None = option(None, "Learning rate factor of the routers.", least=0)
+    vit_lr_ratio: float | None = option(None, "Learning rate factor of the vision tower.", least=0)
     visual_ld: float | None = option(
-        None, "The same by depth: this once more for each block of the tower from the top down."
+        None,
+        "The same by depth: this once more for each block of the tower from the top down.",
+        least=0,
     )
     amp_master_grad: bool | None = option(
         None,
@@ -159,7 +181,9 @@ class Parallel:
     """Several processes: how many, and what is divided among them (docs/parallelism.md)."""
 
     nproc_per_node: int | None = option(
-        None, "Processes to start on this machine; none: one for each visible GPU, one on a CPU."
+        None,
+        "Processes to start on this machine; none: one for each visible GPU, one on a CPU.",
+        least=1,
     )
     sharding: str | None = option(
         None,
@@ -168,10 +192,16 @@ class Parallel:
         choices=(None, "stage1", "stage2", "stage3"),
     )
     sharding_parallel_degree: int = option(
-        -1, "Ranks over which one copy is divided; -1: all that data_parallel_degree leaves."
+        -1,
+        "Ranks over which one copy is divided; -1: all that data_parallel_degree leaves.",
+        least=1,
+        also=-1,
     )
     data_parallel_degree: int = option(
-        -1, "Copies; -1: what sharding leaves. Every rank of every copy has its own batches."
+        -1,
+        "Copies; -1: what sharding leaves. Every rank of every copy has its own batches.",
+        least=1,
+        also=-1,
     )
     ddp_timeout: int = option(
         1800, "Seconds that a rank waits for another before all stop, naming it.", least=1

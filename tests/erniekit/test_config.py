@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ import yaml
 
 import ernie
 from ernie.models import MODELS
-from ernie.settings import ConfigError, field_types, read_yaml
+from ernie.settings import ConfigError, check_bounds, field_types, range_of, read_yaml
 from erniekit import config, foreign
 from erniekit.build import config_of, frozen
 from erniekit.cli import VERBS, main
@@ -71,7 +73,7 @@ def test_rows_of_stages_name_a_recipe_and_keys_that_exist(name: str) -> None:
         ("seed: 1.5", "seed=1.5 is a float; it takes int"),
         ("seed: true", "seed=True is a bool; it takes int"),
         ("max_steps: .inf", "max_steps=inf is a float; it takes int"),
-        ("learning_rate: .nan", "learning_rate=nan is a float; it takes float"),
+        ("learning_rate: .nan", "learning_rate=nan is not a number; give one"),
         ("packing: maybe", "packing='maybe' is a str; it takes bool"),
         ("max_seq_len: [1, 2]", "max_seq_len=[1, 2] is a list; it takes int"),
         ("model_name_or_path: {a: 1}", "model_name_or_path={{'a': 1}} is a dict; it takes str"),
@@ -235,10 +237,13 @@ def test_tables_of_keys_do_not_overlap() -> None:
         (["modality_ratio=[1]"], "must be two shares, of text and of pictures"),
         (["text_dataset_path=a.jsonl"], "mixed into data with pictures (stage: VL-SFT)"),
         (["stage=VL-SFT", "sharding=stage3"], "sharding=stage3 needs all ranks to use the same"),
-        (["visual_ld=-1"], "visual_ld=-1 is below 0"),
+        (["visual_ld=-1"], "visual_ld=-1 is too small; give 0 or more"),
         (["stage=DPO", "loss_type=hing"], "use one of sigmoid, hinge, ipo"),
-        (["stage=DPO", "beta=0"], "beta=0 rewards nothing"),
-        (["stage=DPO", "label_smoothing=0.5"], "label_smoothing=0.5 is no share"),
+        (["stage=DPO", "beta=0"], "beta=0 is too small; give more than 0"),
+        (
+            ["stage=DPO", "label_smoothing=0.5"],
+            "label_smoothing=0.5 is too large; give 0 to below 0.5",
+        ),
         (["stage=DPO", "max_seq_len=15"], "too small for pairs"),
         (
             ["stage=DPO", "split_multi_turn=true"],
@@ -246,7 +251,7 @@ def test_tables_of_keys_do_not_overlap() -> None:
         ),
         (["stage=DPO", "padding=true"], "padding=True is not for judged"),
         (["stage=DPO", "sft_loss_ratio=-1"], "sft_loss_ratio=-1 is too small"),
-        (["stage=DPO", "ref_model_update_steps=0"], "=0 is no number of steps; give -1 or 1"),
+        (["stage=DPO", "ref_model_update_steps=0"], "=0 is too small; give 1 or more, or -1"),
         (["stage=DPO", "ref_model_update_steps=9", "reference_free=1"], "leave one of them out"),
         (["stage=DPO", "ref_model_update_steps=9", "loss_type=simpo"], "loss_type=simpo does with"),
         (["stage=DPO", "label_smoothing=0.1", "loss_type=ipo"], "is not part of loss_type=ipo"),
@@ -273,6 +278,48 @@ def test_mistakes_are_one_sentence_and_status_2(words, message, capsys) -> None:
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1
+
+
+def numeric_options() -> list[str]:
+    return [
+        f.name
+        for kind in config.GROUPS
+        for f in dataclasses.fields(kind)
+        if {int, float} & {(hint := field_types(kind)[f.name]), *get_args(hint)}
+    ]
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_no_numeric_option_takes_what_is_not_finite(value: str) -> None:
+    keys = numeric_options()
+    assert len(keys) > 80
+    for key in keys:
+        with pytest.raises(ConfigError, match=f"{key}="):
+            run_from({key: value})
+
+
+@pytest.mark.parametrize("kind", config.GROUPS, ids=lambda kind: kind.__name__)
+def test_every_numeric_option_has_a_range_that_its_default_is_in(kind: type) -> None:
+    # Of these every finite number means something.
+    free = {"simpo_gamma", "reward_weights", "curriculum_shares"}
+    check_bounds(kind())
+    for f in dataclasses.fields(kind):
+        if f.name in numeric_options():
+            assert range_of(f) or f.name in free, f.name
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        "max_grad_norm=-1", "adam_beta1=1", "adam_beta2=1.5", "train_dataset_prob=inf",
+        "adam_epsilon=-1", "weight_decay=-5", "layerwise_lr_decay_bound=-2", "warmup_ratio=3",
+        "num_train_epochs=0", "num_train_epochs=-2", "eval_steps=-2", "decay_steps=-5",
+        "learning_rate=inf", "port=70000", "no_recompute_layers=1,-1",
+    ],
+)  # fmt: skip
+def test_numbers_outside_of_their_range_are_refused(word: str, capsys) -> None:
+    assert main(["train", word]) == 2
+    assert re.search(r"=\S+ is (too small|too large|not finite); give ", capsys.readouterr().err)
 
 
 def test_flags_and_words_mean_the_same() -> None:
@@ -400,5 +447,5 @@ def test_chunks_of_the_loss_are_larger_on_a_gpu_unless_given() -> None:
         run = read_run(words)
         sizes = tuple(resolved(run, d).model.loss_subbatch_seqlen for d in ("cpu", "cuda"))
         assert sizes == expected
-    with pytest.raises(ConfigError, match="loss_subbatch_seqlen=0 is no number of tokens"):
+    with pytest.raises(ConfigError, match="loss_subbatch_seqlen=0 is too small"):
         read_run(["loss_subbatch_seqlen=0"])

@@ -294,8 +294,8 @@ def test_preferences_are_asked_about_without_dropout(tiny, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        ({"hidden_dropout_prob": 1}, "hidden_dropout_prob=1 is no share"),
-        ({"lora_dropout": -0.1}, "lora_dropout=-0.1 is no share"),
+        ({"hidden_dropout_prob": 1}, "hidden_dropout_prob=1 is too large"),
+        ({"lora_dropout": -0.1}, "lora_dropout=-0.1 is too small"),
         ({"dropout_warmup_steps": -1}, "dropout_warmup_steps=-1 is too small"),
         ({"lora_dropout": 0.1, "use_dora": True}, "cannot go with use_dora"),
         ({"lora_dropout": 0.1, "fine_tuning": "Full"}, "beside adapters; use fine_tuning: LoRA"),

@@ -149,6 +149,15 @@ def test_layout_and_dtype_are_chosen_and_files_are_kept(models, tmp_path: Path) 
         (["{one}", "{two}", "{target}", "method=ties"], "needs base=FOLDER"),
         (["{one}", "{two}", "{base}", "{target}", "method=slerp"], "two models; 3 were given"),
         (["{one}", "{two}", "{target}", "method=ties", "base={base}", "density=0"], "density=0"),
+        (
+            ["{one}", "{two}", "{target}", "method=ties", "base={base}", "scale=inf"],
+            "scale=inf is not finite; give a number",
+        ),
+        (
+            ["{one}", "{two}", "{target}", "method=slerp", "t=nan"],
+            "t=nan is not a number; give one",
+        ),
+        (["{one}", "{two}", "{file}"], "is a file; give a folder"),
         (["{one}", "{two}", "{one}"], "one of the models to merge"),
         (["{one}", "{dense}", "{target}"], "only models of one shape"),
         (["{one}", "{two}/no", "{target}"], "there is no folder"),
@@ -159,6 +168,8 @@ def test_what_cannot_be_merged_is_refused(
     words, message, models, tiny, tmp_path: Path, capsys
 ) -> None:
     places = {**models, "dense": tiny("tiny-dense"), "target": tmp_path / "mix"}
+    places["file"] = tmp_path / "file"
+    places["file"].write_text("x")
     if "{quantised}" in words:
         places["quantised"] = tmp_path / "quantised"
         assert main(["quantize", str(models["one"]), str(places["quantised"])]) == 0

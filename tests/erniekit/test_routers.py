@@ -476,7 +476,7 @@ def test_the_heat_maps_say_what_the_records_say(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        ({"moe_capacity": 0}, "would drop every token"),
+        ({"moe_capacity": 0}, "moe_capacity=0 is too small"),
         ({"moe_capacity": 2, "stage": "DPO"}, "stage=DPO compares"),
         ({"freeze_parameters": "router", "fine_tuning": "LoRA"}, "use fine_tuning: Full"),
     ],

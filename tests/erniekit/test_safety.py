@@ -215,13 +215,13 @@ def test_the_plan_knows_the_average_and_the_copy(fine_tuning: str, tiny, data, t
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"ema_decay": 1}, "ema_decay=1 is no decay"),
+        ({"ema_decay": 1}, "ema_decay=1 is too large; give 0 to below 1"),
         ({"max_grad_spike": 0.5}, "would skip every other step"),
         (
             {"max_grad_spike": 5, "optimizer_in_backward": True, "max_grad_norm": 0},
             "give only one of them",
         ),
-        ({"stop_after_step": 0}, "stop_after_step=0 is no step"),
+        ({"stop_after_step": 0}, "stop_after_step=0 is too small"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, told) -> None:
