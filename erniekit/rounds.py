@@ -450,18 +450,19 @@ class _Place:
 
     def tasks(self) -> Iterator[tuple[int, Task]]:
         """Usable tasks from here on, each with its place."""
-        stream, faults, num_bad = self.stream, self.stream.faults, 0
+        stream, faults, num_idle = self.stream, self.stream.faults, 0
         for source, index in self.mix.draws(self.position):
             self.position += 1
             source = source if self.source is None else self.source
-            faults.read += 1
             try:
                 task = task_of(stream, source, index, self.room)
             except DataError as error:
                 faults.add(stream.sources[source].where(index), error)
-                num_bad += 1
-                faults.judge(at_end=num_bad >= self.mix.epoch_size)
+                faults.judge()
+                num_idle += 1
+                stream.check_use(num_idle)
                 continue
+            num_idle = 0
             yield self.position - 1, task
 
 

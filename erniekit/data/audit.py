@@ -76,7 +76,9 @@ def run_data(run: Run) -> int:
         folder = _made(Path(run.audit.dataset_output_dir))
         return offline.write(streams, folder, run.audit.preprocessing_num_workers)
     folder = _made(run.output / FOLDER)
-    splits = [Split(name, s, Faults(run.data.max_bad_data_share)) for name, s in streams.items()]
+    splits = [
+        Split(name, s, Faults(s.faults.max_share, s.faults.size)) for name, s in streams.items()
+    ]
     with Chunks(streams, run.audit.preprocessing_num_workers) as chunks:
         taken: set[str] = set()
         for split in splits:
@@ -86,7 +88,7 @@ def run_data(run: Run) -> int:
     _tell(splits, found)
     log.info("\nall of this is in %s", folder / LEDGER_FILE)
     for split in splits:
-        split.faults.judge(at_end=True)
+        split.faults.judge()
     return 0
 
 
@@ -118,7 +120,6 @@ def _read(split: Split, chunks: Chunks, folder: Path, taken: set[str]) -> None:
                 split.cut_away += [source.where(f.index) for f in chunk.faults if f.is_cut_away]
                 quarantine.add(chunk.faults)
         if number in split.stream.mix.drawn:
-            split.faults.read += len(source)
             split.faults.by_reason.update(reasons)
     ledger.close(split.accounts, split.samples)
 

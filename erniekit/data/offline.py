@@ -51,11 +51,10 @@ def write(streams: Mapping[str, Stream], folder: Path, num_workers: int | None) 
     with Chunks(streams, num_workers) as chunks:
         for split, stream in streams.items():
             told = []
-            faults = Faults(stream.faults.max_share)
+            faults = Faults(stream.faults.max_share, sum(map(len, stream.sources)))
             for number, source in enumerate(stream.sources):
                 prefix = folder / names[split, number]
                 vocab_size = stream.encoder.tokenizer.vocab_size
-                faults.read += len(source)
                 with Writer(prefix, vocab_size) as writer:
                     for found in chunks.of(split, number, read_documents):
                         for ids in found.ids:
@@ -67,7 +66,7 @@ def write(streams: Mapping[str, Stream], folder: Path, num_workers: int | None) 
                     source.path, f"{len(writer.sizes):,}", f"{sum(writer.sizes):,}", prefix,
                 )  # fmt: skip
                 told.append(f"1 {prefix}")
-            faults.judge(at_end=True)
+            faults.judge()
             log.info("%s: input_dir: %s", split, " ".join(told))
     return 0
 

@@ -3,7 +3,8 @@
     sources -> mix -> dialogues -> samples -> rows -> batches of flat tokens
 
 Records that cannot be used are never silent: each is logged (the first few in full), all are
-counted by reason, and a share of them above `max_bad_data_share` ends the run with `DataError`.
+counted by reason, each once however often it is read, and more of them than `max_bad_data_share` of
+all records end the run with `DataError`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from typing import Any
 
@@ -37,23 +39,27 @@ from erniekit.data.text import TextEncoder
 log = logging.getLogger("erniekit")
 
 _SHOWN = 5  # faults logged in full
-_ENOUGH = 200  # records after which the share of faults is judged
 
 
 @dataclass
 class Faults:
-    """What could not be used, by reason."""
+    """What could not be used of `size` records, by reason."""
 
     max_share: float
+    size: int
     is_silent: bool = False
-    read: int = 0
     by_reason: Counter[str] = field(default_factory=Counter)
+    _known: set[str] = field(default_factory=set)
 
     @property
     def total(self) -> int:
         return sum(self.by_reason.values())
 
     def add(self, where: str, error: DataError) -> None:
+        """Count a record, unless it has been met before: ahead of training, or an epoch ago."""
+        if where in self._known:
+            return
+        self._known.add(where)
         reason = str(error)
         self.by_reason[kind_of(error)] += 1
         if self.is_silent:
@@ -63,15 +69,17 @@ class Faults:
         elif self.total == _SHOWN + 1:
             log.warning("more records are left out; they are counted and reported at the end")
 
-    def judge(self, *, at_end: bool) -> None:
+    def judge(self) -> None:
         """Raises DataError when too large a share of the records cannot be used."""
-        judged = at_end or self.read >= _ENOUGH
-        if judged and self.total > self.max_share * self.read:
-            worst = ", ".join(f"{reason} ({n})" for reason, n in self.by_reason.most_common(3))
+        if self.total > self.max_share * self.size:
             raise DataError(
-                f"{self.total} of {self.read} records cannot be used ({worst}); repair the data or "
-                f"raise max_bad_data_share={self.max_share}"
+                f"{self.total} of {self.size} records cannot be used ({self.worst}); repair the "
+                f"data or raise max_bad_data_share={self.max_share}"
             )
+
+    @property
+    def worst(self) -> str:
+        return ", ".join(f"{reason} ({n})" for reason, n in self.by_reason.most_common(3))
 
 
 def kind_of(error: DataError) -> str:
@@ -106,25 +114,33 @@ class Stream:
             limit=data.num_samples_each_epoch,
             seed=seed,
         )
-        self.faults = Faults(data.max_bad_data_share)
+        num_records = sum(len(self.sources[number]) for number in self.mix.drawn)
+        self.faults = Faults(data.max_bad_data_share, num_records)
 
-    @property
+    @cached_property
     def epoch_size(self) -> int:
         return self.mix.epoch_size
 
     def again(self) -> Stream:
         """The same records for another reader, with faults of its own that are not logged."""
         other = copy.copy(self)
-        other.faults = Faults(self.data.max_bad_data_share, is_silent=True)
+        other.faults = Faults(self.faults.max_share, self.faults.size, is_silent=True)
         return other
 
     def samples(self, start: Cursor, end: int | None = None) -> Iterator[Drawn]:
-        """Samples of the records from `start` on, up to position `end` (without end if None)."""
+        """Samples of the records from `start` on, up to position `end` (without end if None).
+
+        Raises DataError where an epoch has none, and the search for one would not end.
+        """
         length = None if end is None else max(end - start.position, 0)
-        draws = islice(self.mix.draws(start.position), length)
+        draws, num_idle = islice(self.mix.draws(start.position), length), 0
         for position, (source, index) in enumerate(draws, start.position):
             skipped = start.part if position == start.position else 0
-            for part, sample in enumerate(self._read(source, index)):
+            found = self._read(source, index)
+            num_idle = 0 if found else num_idle + 1
+            if end is None:
+                self.check_use(num_idle)
+            for part, sample in enumerate(found):
                 if part < skipped:
                     continue
                 drawn = Drawn(position, part, sample)
@@ -132,14 +148,19 @@ class Stream:
                 yield drawn.piece(start.offset, len(drawn)) if is_first else drawn
 
     def _read(self, source: int, index: int) -> list[Sample]:
-        self.faults.read += 1
         try:
-            samples = self.read(source, index)
+            return self.read(source, index)
         except DataError as error:
             self.faults.add(self.sources[source].where(index), error)
-            samples = []
-        self.faults.judge(at_end=False)
-        return samples
+            self.faults.judge()
+            return []
+
+    def check_use(self, num_idle: int) -> None:
+        """Raises DataError after a whole epoch of records in a row that gave no sample."""
+        if num_idle >= self.epoch_size:
+            raise DataError(
+                f"none of {num_idle} records can be used ({self.faults.worst}); repair the data"
+            )
 
     def read(self, source: int, index: int) -> list[Sample]:
         """The samples of a record of a file; raises DataError for one that cannot be used."""

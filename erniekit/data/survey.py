@@ -43,7 +43,6 @@ def survey(stream: Stream, max_records: int) -> Survey:
             num_tokens += len(sample)
             num_trained += sample.num_trained
             digests.add(_digest(sample))
-    stream.faults.judge(at_end=True)
     if not num_rows:
         raise DataError(f"none of the {num_read} records can be trained on; see the warnings above")
     scale = epoch_size / num_read

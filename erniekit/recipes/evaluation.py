@@ -68,7 +68,6 @@ def _on_data(run: Run, method: Method, model: ernie.ErnieModel, what: str | Path
     held_out = stream(run, "eval")
     values = method.evaluate(model, eval_batches(run, held_out))
     num_left_out = held_out.faults.total
-    held_out.faults.judge(at_end=True)
     log.info("evaluated %s", what)
     log.info("%s", eval_line(values, 0).replace("eval at step 0", "eval"))
     num_answers = run.reporting.num_answers if run.stage.has_answers else 0

@@ -196,12 +196,11 @@ def _held_out(run: Run, own: Own, rewards: Rewards, ranks: Ranks) -> tuple[Round
     asked, found = stream(run, "eval"), []
     room = run.data.max_seq_len - run.policy.max_completion_length
     for source, index in islice(asked.mix.draws(), asked.epoch_size):
-        asked.faults.read += 1
         try:
             found.append(task_of(asked, source, index, room))
         except DataError as error:
             asked.faults.add(asked.sources[source].where(index), error)
-    asked.faults.judge(at_end=True)
+    asked.faults.judge()
     if not found:
         raise DataError("no record of the evaluation data can be asked; see the warnings above")
     return Rounds(run, own.device, own, rewards, asked, None, ranks), found

@@ -422,7 +422,7 @@ def test_what_is_held_does_not_grow_with_the_text(folder, tmp_path: Path) -> Non
     values = {"model_name_or_path": str(folder), "train_dataset_path": str(path)}
     run = run_from(values | {"max_seq_len": 8192, "output_dir": str(tmp_path)})
     records = stream(run, "train")
-    split = audit.Split("train", records, audit.Faults(1.0))
+    split = audit.Split("train", records, audit.Faults(1.0, 300))
     tracemalloc.start()
     with audit.Chunks({"train": records}, 1) as chunks:
         audit._read(split, chunks, tmp_path, set())

@@ -20,7 +20,7 @@ from erniekit.config import Data
 from erniekit.data.batch import batch_of
 from erniekit.data.dialogue import Encoder, Sample, read_dialogue
 from erniekit.data.mix import Mix
-from erniekit.data.pack import Cursor, Drawn, pack
+from erniekit.data.pack import START, Cursor, Drawn, pack
 from erniekit.data.sources import DataError, open_source
 from erniekit.data.stream import Stream
 from erniekit.data.survey import survey
@@ -286,3 +286,42 @@ def test_batches_are_flat_and_padding_is_a_segment_of_its_own() -> None:
     assert batch.cu_seqlens_S1.tolist() == [0, 3, 4, 6, 10]
     assert (batch.num_tokens, batch.num_trained) == (6, 5)
     assert batch.cu_seqlens_S1.dtype == np.int32
+
+
+# --- faults of whole runs ---
+
+
+@pytest.fixture
+def faulty(tmp_path: Path):
+    """A function to a stream over `size` records of which those at `bad` cannot be used."""
+
+    def make(encoder: Encoder, size: int, bad: range, **more: object) -> Stream:
+        lines = [json.dumps(record) for record in dialogues(size)]
+        for index in bad:
+            lines[index] = "{"
+        path = tmp_path / "faulty.jsonl"
+        path.write_text("\n".join(lines))
+        data = Data(train_dataset_path=(str(path),), max_seq_len=128, **more)
+        return Stream(data, "train", encoder, seed=0)
+
+    return make
+
+
+def test_bad_records_at_the_front_are_judged_against_the_whole_file(encoder, faulty) -> None:
+    stream = faulty(encoder(), 1000, range(5), random_shuffle=False)
+    assert len(list(stream.samples(START, 1000))) == 995
+    stream = faulty(encoder(), 1000, range(21), random_shuffle=False)
+    with pytest.raises(DataError, match="21 of 1000 records cannot be used"):
+        list(stream.samples(START, 1000))
+
+
+def test_a_record_is_counted_once_however_often_it_is_read(encoder, faulty) -> None:
+    stream = faulty(encoder(), 100, range(1))
+    list(stream.samples(START, 1000))
+    assert stream.faults.total == 1
+
+
+def test_records_that_can_never_be_used_end_an_endless_stream(encoder, faulty) -> None:
+    stream = faulty(encoder(), 10, range(10), max_bad_data_share=1)
+    with pytest.raises(DataError, match=r"none of 10 records can be used \(not a JSON object"):
+        next(stream.samples(START))
