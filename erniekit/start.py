@@ -190,6 +190,8 @@ def _tell(session: Session) -> None:
     log.info("kernels: %s", ", ".join(modules))
     if session.device == "cpu":
         log.info("products: %s", session.run.model.cpu_products)
+    if session.eval_stream is not None and not session.eval_every:
+        log.info("no evaluation while training (evaluation_strategy: no)")
     names = list(session.run.without_effect)
     if not any(isinstance(module, Router) for module in session.model.modules()):
         idle = effects.of_experts(changed(session.run))

@@ -163,17 +163,19 @@ def _undashed(words: list[str]) -> list[str]:
 def resolved(run: Run, device: str) -> Run:
     """A new `Run` in which nothing is left to be decided, for a run on `device` (cpu or cuda)."""
     model, training, optimisation = run.model, run.training, run.optimisation
-    if model.rslora_plus:
+    # What LoRA alone reads stays as it was given: a resumed run names what has no effect.
+    if model.rslora_plus and run.is_lora:
         model = dataclasses.replace(
             model, rslora_plus=False, rslora=True, lora_plus_scale=4.0, lora_alpha=4.0
         )
-    if model.lora_alpha == -1:
+    if model.lora_alpha == -1 and run.is_lora:
         alpha = 4.0 if model.rslora else 2.0 * model.lora_rank
         model = dataclasses.replace(model, lora_alpha=alpha)
     if model.loss_subbatch_seqlen == -1:
         # A GPU wants products as large as it can get; a CPU keeps the logits in its cache.
         chunk = 4096 if device == "cuda" else 128
         model = dataclasses.replace(model, loss_subbatch_seqlen=chunk)
+    strategy = training.evaluation_strategy
     lean = not run.is_lora and device == "cpu"
     if optimisation.amp_master_grad is None:
         optimisation = dataclasses.replace(optimisation, amp_master_grad=not lean)
@@ -182,7 +184,7 @@ def resolved(run: Run, device: str) -> Run:
     training = dataclasses.replace(
         training,
         device="gpu" if device == "cuda" else "cpu",
-        eval_steps=training.eval_steps or 500,
+        eval_steps=training.eval_steps or (500 if strategy == "steps" else None),
     )
     return dataclasses.replace(run, model=model, training=training, optimisation=optimisation)
 

@@ -41,11 +41,38 @@ def _drops(run: Run) -> bool:
     return bool(o.hidden_dropout_prob or o.attention_probs_dropout_prob)
 
 
+def _follows(*schedules: str) -> Callable[[Run], bool]:
+    return lambda run: run.optimisation.lr_scheduler_type.partition(":")[0] in schedules
+
+
+def _evaluates(run: Run) -> bool:
+    training = run.training
+    return training.do_eval and training.evaluation_strategy != "no"
+
+
 ONLY_WHERE: tuple[tuple[Callable[[Run], bool], tuple[str, ...]], ...] = (
     *((_uses(key), (key,)) for key in (*_keys(Preferences), *_keys(Policy))),
     *((_compares_with(name), row.settings) for name, row in LOSS_TYPES.items()),
     (lambda run: run.stage.reads_pictures, _keys(Pictures)),
     (_drops, ("dropout_warmup_steps",)),
+    (_evaluates, ("max_evaluate_steps", "metric_for_best_model", "greater_is_better")),
+    (lambda run: run.training.do_eval, ("evaluation_strategy",)),
+    (
+        lambda run: _evaluates(run) and run.training.evaluation_strategy == "steps",
+        ("eval_steps",),
+    ),
+    (lambda run: run.training.save_strategy == "steps", ("save_steps",)),
+    (lambda run: run.training.max_grad_spike > 0, ("grad_spike_window",)),
+    (lambda run: run.data.dataloader_num_workers > 0, ("prefetch_factor",)),
+    (lambda run: not _follows("constant")(run), ("warmup_steps", "warmup_ratio")),
+    (lambda run: not run.optimisation.warmup_steps, ("warmup_ratio",)),
+    (_follows("linear", "cosine", "wsd"), ("min_lr",)),
+    (_follows("linear", "cosine", "polynomial"), ("decay_steps",)),
+    (_follows("cosine"), ("num_cycles",)),
+    (_follows("polynomial"), ("lr_end", "power")),
+    (_follows("wsd"), ("decay_function",)),
+    (lambda run: run.optimisation.optim == "muon", ("muon_momentum",)),
+    (lambda run: run.model.recompute, ("recompute_granularity", "no_recompute_layers")),
     (lambda run: not run.stage.judges_answers, ("token_balance_loss",)),
     (lambda run: not run.is_lora, _BALANCE),
     (lambda run: run.model.num_nextn_predict_layers > 0, ("multi_token_pred_lambda",)),

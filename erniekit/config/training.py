@@ -25,7 +25,9 @@ class Training:
         "Resume although training files, tokenizer, template or model_name_or_path are others.",
     )
     do_train: bool = option(True, "Train (false: only evaluate).")
-    do_eval: bool = option(True, "Evaluate during and after training where there is data for it.")
+    do_eval: bool = option(
+        True, "Evaluate while training, where evaluation_strategy says when (false: never)."
+    )
     seed: int = option(42, "Seed of data order, new weights and rounding.", least=0)
     device: str = option("auto", "cpu, gpu (or cuda); auto takes a GPU where there is one.")
     batch_size: int = option(1, "Packed rows in one forward pass.", least=1)

@@ -175,6 +175,7 @@ def test_what_is_named_instead_of_a_key_is_a_setting() -> None:
 
 
 LORA, FULL = {"fine_tuning": "LoRA"}, {"fine_tuning": "Full"}
+EVALUATED = {"evaluation_strategy": "steps", "eval_dataset_path": "x.jsonl"}
 UPO = {"stage": "UPO", "train_dataset_path": "x.jsonl"}
 # Settings under which the keys after them do nothing; then those under which they do something.
 IDLE = [
@@ -184,6 +185,18 @@ IDLE = [
     (FULL, {"lora_plus_scale": 4, "rslora": True, "lora_rank": 4, "lora_alpha": 1}, LORA),
     (FULL, {"moe_orthogonal_update": "decoupled"}, FULL | {"moe_orthogonal_loss_lambda": 1}),
     (FULL, {"multi_token_pred_lambda": 0.1}, FULL | {"num_nextn_predict_layers": 1}),
+    (FULL, {"grad_spike_window": 9}, FULL | {"max_grad_spike": 10}),
+    (FULL, {"muon_momentum": 0.9}, FULL | {"optim": "muon"}),
+    (FULL, {"recompute_granularity": "mlp", "no_recompute_layers": [1]}, {"recompute": True}),
+    (FULL, {"eval_steps": 9, "max_evaluate_steps": 1, "metric_for_best_model": "ppl"}, EVALUATED),
+    (EVALUATED | {"evaluation_strategy": "epoch"}, {"eval_steps": 9}, EVALUATED),
+    ({"save_strategy": "epoch"}, {"save_steps": 9}, {}),
+    ({}, {"prefetch_factor": 9}, {"dataloader_num_workers": 1}),
+    ({"lr_scheduler_type": "constant"}, {"warmup_steps": 3, "min_lr": 1e-9, "decay_steps": 9}, {}),
+    ({"warmup_steps": 3}, {"warmup_ratio": 0.1}, {}),
+    ({}, {"num_cycles": 1}, {"lr_scheduler_type": "cosine"}),
+    ({}, {"lr_end": 0, "power": 2}, {"lr_scheduler_type": "polynomial"}),
+    ({}, {"decay_function": "1-sqrt"}, {"lr_scheduler_type": "wsd:3"}),
     (UPO, {"reward_model": "folder"}, UPO | {"reward": "model"}),
     (UPO, {"correction_low": 0.9}, UPO | {"rollout_correction": "icepop"}),
     (UPO | {"rollout_correction": "truncated"}, {"correction_low": 0.9},
@@ -204,6 +217,20 @@ def test_keys_that_the_run_reads_nowhere_are_told(idle: dict, keys: dict, busy: 
     assert set(run_from(idle | keys).without_effect) == {*keys}
     assert run_from(busy | keys).without_effect == ()
     assert run_from(idle).without_effect == ()
+
+
+def test_evaluations_need_data() -> None:
+    with pytest.raises(ConfigError, match="evaluation_strategy=steps has no data to evaluate on"):
+        run_from({"evaluation_strategy": "steps", "eval_steps": 1})
+    run = run_from({"evaluation_strategy": "steps", "do_eval": False})
+    assert run.without_effect == ("evaluation_strategy",)
+
+
+@pytest.mark.parametrize("given", [FULL, FULL | {"rslora_plus": True}, LORA, {}])
+def test_a_resumed_run_names_only_what_was_given(given: dict) -> None:
+    run = run_from(given)
+    again = run_from(resolved(run, "cpu").flat())
+    assert again.without_effect == run.without_effect
 
 
 def test_a_key_of_routers_that_switches_off_what_is_not_there_is_not_told() -> None:
