@@ -229,6 +229,8 @@ def _scalar(value: Any, hint: Any, key: str) -> Any:
                 if isinstance(value, (int, str)) and str(value).lstrip("-").isdigit()
                 else int(number)
             )
+    elif hint is str and "\0" in str(value):
+        raise ConfigError(f"{key}={value!r} holds a NUL character; leave it out")
     elif hint is str and isinstance(value, (str, int, float)):
         return str(value)
     elif hint is dict and isinstance(value, dict):
@@ -267,8 +269,13 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         def construct_mapping(self, node, deep=False):
             seen: set[str] = set()
             for key_node, _ in node.value:
+                place = _place(key_node.start_mark)
+                if key_node.tag != "tag:yaml.org,2002:str":
+                    given = key_node.value if isinstance(key_node.value, str) else "a list or map"
+                    raise ConfigError(
+                        f"{place}: {given} is no key; give a name, or put it in quotes"
+                    )
                 if key_node.value in seen:
-                    place = _place(key_node.start_mark)
                     raise ConfigError(f"{place}: key {key_node.value!r} is given twice; keep one")
                 seen.add(key_node.value)
             return super().construct_mapping(node, deep)
@@ -281,6 +288,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         values = yaml.load(text, Loader=Strict)
     except FileNotFoundError:
         raise ConfigError(f"there is no file {path}; give the path of a YAML file") from None
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error.strerror}); give the path of a YAML file"
+        ) from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not UTF-8 text ({error.reason}); save it as UTF-8") from None
     except yaml.MarkedYAMLError as error:
@@ -288,6 +299,16 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         raise ConfigError(
             f"{_place(error.problem_mark or error.context_mark)}: {problem}"
         ) from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        column = error.position - text.rfind("\n", 0, error.position)
+        number = f"U+{ord(text[error.position]):04X}"
+        raise ConfigError(
+            f"{path}, line {line}, column {column}: the character {number} is not allowed; leave "
+            "it out"
+        ) from None
+    except RecursionError:
+        raise ConfigError(f"{path} is nested too deeply; write it flat") from None
     if values is None:
         return {}
     if not isinstance(values, dict):

@@ -59,6 +59,12 @@ def test_rows_of_stages_name_a_recipe_and_keys_that_exist(name: str) -> None:
     assert stage.settings <= {*field_types(Preferences), *field_types(Policy)}
 
 
+def test_a_folder_is_no_file_of_settings(tmp_path: Path, capsys) -> None:
+    (tmp_path / "x.yaml").mkdir()
+    assert main(["train", str(tmp_path / "x.yaml")]) == 2
+    assert "x.yaml cannot be read (Is a directory); give the path" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -68,6 +74,12 @@ def test_rows_of_stages_name_a_recipe_and_keys_that_exist(name: str) -> None:
         ("seed: !!python/object/apply:os.system [true]", "{path}, line 1, column 7: could not"),
         ("seed:\n\t- 1", "{path}, line 2, column 1: found character"),
         ("seed: [1", "{path}, line 1"),
+        ("seed: 2\n1: 2", "{path}, line 2, column 1: 1 is no key; give a name"),
+        ("null: 3", "{path}, line 1, column 1: null is no key"),
+        ("? [a, b]", "{path}, line 1, column 3: a list or map is no key"),
+        ("seed: 1\nstage: a\0b", "{path}, line 2, column 9: the character U+0000 is not allowed"),
+        ('output_dir: "a\\0b"', "output_dir='a\\x00b' holds a NUL character; leave it out"),
+        ("seed: " + 3000 * "[" + 3000 * "]", "{path} is nested too deeply"),
         ("- seed", "{path} holds a list"),
         ("seed: one", "seed='one' is a str; it takes int"),
         ("seed: 1.5", "seed=1.5 is a float; it takes int"),
