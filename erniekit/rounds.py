@@ -454,6 +454,7 @@ class _Place:
         for source, index in self.mix.draws(self.position):
             self.position += 1
             source = source if self.source is None else self.source
+            faults.read += 1
             try:
                 task = task_of(stream, source, index, self.room)
             except DataError as error:

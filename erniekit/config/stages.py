@@ -45,6 +45,20 @@ class Stage:
         """
         return self.sample != "document" and not self.has_reward_head
 
+    @property
+    def evaluated(self) -> tuple[str, ...]:
+        """Numbers of an evaluation, without eval_; some only where the loss has that part."""
+        if self.has_rollouts:
+            return ("reward", "right", "length", "prompts", "seconds")
+        if not self.judges_answers:
+            per_byte = ("bits_per_byte",) * (self.sample == "document")
+            return ("loss", "ppl", *per_byte, "accuracy", "tokens", "seconds")
+        units = ("kl", "answers") if self.sample == "answer" else ("pairs",)
+        return (
+            "loss", "rewards_accuracy", "rewards_margin", "rewards_chosen", "rewards_rejected",
+            "preference_loss", "sft_loss", *units, "tokens", "seconds",
+        )  # fmt: skip
+
 
 STAGES: dict[str, Stage] = {
     "SFT": Stage(recipe="erniekit.recipes.sft"),

@@ -88,7 +88,7 @@ def run_data(run: Run) -> int:
     _tell(splits, found)
     log.info("\nall of this is in %s", folder / LEDGER_FILE)
     for split in splits:
-        split.faults.judge()
+        split.faults.judge(at_end=True)
     return 0
 
 

@@ -66,7 +66,7 @@ def write(streams: Mapping[str, Stream], folder: Path, num_workers: int | None) 
                     source.path, f"{len(writer.sizes):,}", f"{sum(writer.sizes):,}", prefix,
                 )  # fmt: skip
                 told.append(f"1 {prefix}")
-            faults.judge()
+            faults.judge(at_end=True)
             log.info("%s: input_dir: %s", split, " ".join(told))
     return 0
 

@@ -39,6 +39,7 @@ from erniekit.data.text import TextEncoder
 log = logging.getLogger("erniekit")
 
 _SHOWN = 5  # faults logged in full
+_ENOUGH = 200  # records after which the number of faults is judged, so that it says something
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Faults:
     max_share: float
     size: int
     is_silent: bool = False
+    read: int = 0
     by_reason: Counter[str] = field(default_factory=Counter)
     _known: set[str] = field(default_factory=set)
 
@@ -69,9 +71,10 @@ class Faults:
         elif self.total == _SHOWN + 1:
             log.warning("more records are left out; they are counted and reported at the end")
 
-    def judge(self) -> None:
-        """Raises DataError when too large a share of the records cannot be used."""
-        if self.total > self.max_share * self.size:
+    def judge(self, *, at_end: bool = False) -> None:
+        """Raises DataError when too large a share of all records cannot be used."""
+        is_enough = at_end or self.read >= min(_ENOUGH, self.size)
+        if is_enough and self.total > self.max_share * self.size:
             raise DataError(
                 f"{self.total} of {self.size} records cannot be used ({self.worst}); repair the "
                 f"data or raise max_bad_data_share={self.max_share}"
@@ -148,12 +151,14 @@ class Stream:
                 yield drawn.piece(start.offset, len(drawn)) if is_first else drawn
 
     def _read(self, source: int, index: int) -> list[Sample]:
+        self.faults.read += 1
         try:
-            return self.read(source, index)
+            samples = self.read(source, index)
         except DataError as error:
             self.faults.add(self.sources[source].where(index), error)
-            self.faults.judge()
-            return []
+            samples = []
+        self.faults.judge()
+        return samples
 
     def check_use(self, num_idle: int) -> None:
         """Raises DataError after a whole epoch of records in a row that gave no sample."""

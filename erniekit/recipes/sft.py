@@ -21,10 +21,11 @@ from typing import Any
 
 import torch
 
+from ernie.checkpoint.hub import resolve
 from ernie.model import ErnieModel
-from ernie.settings import ConfigError
+from ernie.settings import ConfigError, listed
 from erniekit import checkpoint, losses, memory
-from erniekit.build import num_groups
+from erniekit.build import config_of, num_groups
 from erniekit.config import Data, Pictures, Run, changed, resolved
 from erniekit.data.batch import Batch
 from erniekit.data.stream import Stream, stream
@@ -35,6 +36,7 @@ from erniekit.inputs import inputs_of, refuse_changes
 from erniekit.loop import Progress
 from erniekit.method import Method
 from erniekit.parallel.ranks import ALONE, Ranks
+from erniekit.report.sinks import names_of
 from erniekit.session import go_through
 from erniekit.start import started
 
@@ -93,12 +95,35 @@ def train(run: Run, device: str, method: Method, ranks: Ranks) -> int:
         num_steps = ranks.told(found)
         log.info("settings that are not defaults (all are in %s/run.yaml):", run.output)
         log.info("%s", "\n".join(f"  {k}: {v}" for k, v in changed(run).items()))
+        if ranks.is_first:
+            _check_before(run)
         method.prepare(_batches_of(run, num_steps, state, train_stream, eval_stream, ranks))
         session = started(
             run, device, num_steps, folder, state, train_stream, eval_stream, method, inputs, ranks
         )
         memory.give_back()
         return finish(session) if go_through(session) else session.signals.exit_status
+
+
+def _check_before(run: Run) -> None:
+    """Raise ConfigError for what would fail later, after the method has prepared and the model is
+    built: packages that are not installed, layers and numbers of an evaluation that do not exist.
+    """
+    names_of(run)
+    if layers := run.model.no_recompute_layers:
+        last = config_of(str(resolve(run.model.model_name_or_path))).num_hidden_layers - 1
+        if max(layers) > last:
+            raise ConfigError(
+                f"no_recompute_layers={max(layers)} is no layer of the model; give 0 to {last}"
+            )
+    metric = run.training.metric_for_best_model
+    known = run.stage.evaluated
+    if metric and metric.removeprefix("eval_") not in known:
+        name = f"eval_{metric.removeprefix('eval_')}"
+        raise ConfigError(
+            f"metric_for_best_model={name} is no number of an evaluation; use one of "
+            f"{listed(f'eval_{number}' for number in known)}"
+        )
 
 
 def _where_to_go_on(run: Run, ranks: Ranks) -> tuple[Path | None, dict[str, Any]]:

@@ -200,7 +200,7 @@ def _held_out(run: Run, own: Own, rewards: Rewards, ranks: Ranks) -> tuple[Round
             found.append(task_of(asked, source, index, room))
         except DataError as error:
             asked.faults.add(asked.sources[source].where(index), error)
-    asked.faults.judge()
+    asked.faults.judge(at_end=True)
     if not found:
         raise DataError("no record of the evaluation data can be asked; see the warnings above")
     return Rounds(run, own.device, own, rewards, asked, None, ranks), found

@@ -104,15 +104,22 @@ def open_sinks(run: Run, step: int) -> list[Sink]:
     Raises ConfigError for one whose package is not installed.
     """
     root = Path(run.reporting.logging_dir or run.output / "logs")
-    names = [name for name in run.reporting.report_to if name != "none"]
-    if "all" in names:
-        names = [name for name in _SINKS if importlib.util.find_spec(name) is not None]
     sinks: list[Sink] = []
-    for name in dict.fromkeys(names):
+    for name in names_of(run):
         folder = root / name
         folder.mkdir(parents=True, exist_ok=True)
         sinks.append(_SINKS[name](run, folder, step))
     return sinks
+
+
+def names_of(run: Run) -> list[str]:
+    """Those of `report_to`, each once. Raises ConfigError for a package that is not installed."""
+    names = [name for name in run.reporting.report_to if name != "none"]
+    if "all" in names:
+        return [name for name in _SINKS if importlib.util.find_spec(name) is not None]
+    for name in names:
+        _package(name)
+    return list(dict.fromkeys(names))
 
 
 def numbers_of(record: dict[str, Any]) -> dict[str, float]:

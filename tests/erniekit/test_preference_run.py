@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,23 @@ def words(tiny, tmp_path: Path):
 
 def references(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / REFERENCE_FILE).read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"report_to": "swanlab"}, "swanlab needs the Python package swanlab"),
+        ({"no_recompute_layers": 99, "recompute": True}, "=99 is no layer of the model; give 0 to"),
+        ({"metric_for_best_model": "lossx"}, "eval_lossx is no number of an evaluation; use one"),
+    ],
+)
+def test_what_will_fail_is_found_before_the_reference_reads(
+    more: dict, message: str, words, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "swanlab", None)
+    assert main(["train", *words(**more)]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out" / REFERENCE_FILE).exists()
 
 
 @pytest.mark.parametrize(

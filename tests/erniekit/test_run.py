@@ -15,6 +15,7 @@ from ernie.models import TINY
 from erniekit import lora_files, losses, serve
 from erniekit.cli import main
 from erniekit.config import run_from
+from erniekit.config.stages import STAGES
 from erniekit.lora import LoRA, add_lora
 from erniekit.lora_files import put_in
 from tests.erniekit.conftest import dialogues, write_lines
@@ -62,6 +63,12 @@ def test_training_lowers_the_held_out_loss(fine_tuning, name, words, tiny, tmp_p
     results = json.loads((tmp_path / "out/eval_results.json").read_text())
     assert abs(results["eval_loss"] - held_out[15]) < 0.02
     assert results["eval_ppl"] == pytest.approx(math.exp(results["eval_loss"]))
+
+
+def test_numbers_of_an_evaluation_are_those_of_the_stage(words, tmp_path: Path) -> None:
+    assert main(["train", *words(max_steps=1)]) == 0
+    found = {key for key in records(tmp_path / "out")[0] if key.startswith("eval_")}
+    assert found == {f"eval_{name}" for name in STAGES["SFT"].evaluated}
 
 
 def test_multimodal_models_have_a_stage_of_their_own(words, tiny, capsys) -> None:
