@@ -39,6 +39,17 @@ def validate(run: Run) -> None:
         _check_loss_type(run.preferences)
     if run.stage.has_rollouts:
         _check_policy(run)
+    _check_evaluation(run)
+
+
+def _check_evaluation(run: Run) -> None:
+    training = run.training
+    is_asked = training.do_eval and training.evaluation_strategy != "no"
+    if is_asked and not run.data.files("eval"):
+        raise ConfigError(
+            f"evaluation_strategy={training.evaluation_strategy} has no data to evaluate on; give "
+            "eval_dataset_path, or evaluation_strategy: no"
+        )
 
 
 def _check_services(run: Run) -> None:
@@ -256,12 +267,6 @@ def _check_loss_type(p: Preferences) -> None:
 def _check_safety(run: Run) -> None:
     """What keeps a run safe: the best checkpoint, the average, spikes, the last step."""
     training = run.training
-    is_asked = training.do_eval and training.evaluation_strategy != "no"
-    if is_asked and not training.load_best_model_at_end and not run.data.files("eval"):
-        raise ConfigError(
-            f"evaluation_strategy={training.evaluation_strategy} has no data to evaluate on; give "
-            "eval_dataset_path, or evaluation_strategy: no"
-        )
     if training.load_best_model_at_end:
         every = training.eval_steps or 500
         strategy = training.evaluation_strategy
