@@ -294,7 +294,7 @@ def _check_pattern(path: Path, key: str, pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise _refused(path, key, pattern, f"it is no regular expression ({error})") from None
+        raise _refused(path, key, pattern, f"it is not a regular expression ({error})") from None
 
 
 def spellings(module: str) -> tuple[str, str]:

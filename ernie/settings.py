@@ -273,7 +273,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
                 if key_node.tag != "tag:yaml.org,2002:str":
                     given = key_node.value if isinstance(key_node.value, str) else "a list or map"
                     raise ConfigError(
-                        f"{place}: {given} is no key; give a name, or put it in quotes"
+                        f"{place}: {given} is not a key; give a name, or put it in quotes"
                     )
                 if key_node.value in seen:
                     raise ConfigError(f"{place}: key {key_node.value!r} is given twice; keep one")

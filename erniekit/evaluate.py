@@ -135,4 +135,4 @@ def evaluate_judged(
 
 def _summed(ranks: Ranks, *numbers: float) -> list[float]:
     """The sum over the ranks of each number."""
-    return ranks.totals([torch.tensor(numbers, dtype=torch.float64)])[0].tolist()
+    return ranks.all_reduce([torch.tensor(numbers, dtype=torch.float64)])[0].tolist()

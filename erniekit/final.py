@@ -42,7 +42,9 @@ def _choose_weights(session: Session) -> None:
     is_wanted, output = session.run.training.load_best_model_at_end, session.run.output
     best = best_of(session) if is_wanted and session.ranks.is_first else None
     # Rank 0 has seen its checkpoints become whole.
-    value, name = session.ranks.told([best[0], best[1].name] if best is not None else [0.0, ""])
+    value, name = session.ranks.broadcast(
+        [best[0], best[1].name] if best is not None else [0.0, ""]
+    )
     if name not in ("", f"checkpoint-{session.progress.step}"):
         log.info("the final model is that of %s, %s %.4f", output / name, session.metric, value)
         _take_weights(session, output / name)

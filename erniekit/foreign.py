@@ -259,7 +259,7 @@ def separate(
             if not _is_off(value, NEUTRAL[key]):
                 usable = " or ".join(map(str, NEUTRAL[key])) or "nothing"
                 if key in INSTEAD:
-                    raise ConfigError(f"{key}={value} is no setting here; give {INSTEAD[key]}")
+                    raise ConfigError(f"{key}={value} is not a setting here; give {INSTEAD[key]}")
                 raise ConfigError(
                     f"{key}={value} is not available yet; leave it out or at {usable}"
                 )

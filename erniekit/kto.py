@@ -128,7 +128,7 @@ def usual(
         assert isinstance(judged, Judged)
         policy_S = segment_log_probs(model, judged.others, chunk_size=chunk_size)
         total += counts * (policy_S - reference_of(judged)[:, 1]).sum()
-    (total,) = ranks.totals([total])
+    (total,) = ranks.all_reduce([total])
     num_all = sum(len(batch.keys) for batch in batches)
     kinds = [batch.is_desirable_S for batch in batches if batch.is_desirable_S is not None]
     num_desirable = sum(int(kind_S.sum()) for kind_S in kinds)

@@ -66,7 +66,7 @@ def num_processes(run: Run, device: str) -> tuple[int, int]:
 
     text = os.environ.get("NNODES") or "1"
     if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"NNODES={text} is no number of machines; give 1 or more")
+        raise ConfigError(f"NNODES={text} is not a number of machines; give 1 or more")
     if is_rank() and "RANK" not in os.environ:
         raise ConfigError(
             f"WORLD_SIZE={os.environ['WORLD_SIZE']}, but RANK is not set; start the ranks with "

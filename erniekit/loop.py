@@ -135,7 +135,7 @@ def train(
     """
     while progress.step < parts.num_steps:
         start = time.monotonic()
-        parts.ranks.come_to(progress.step + 1)
+        parts.ranks.report_step(progress.step + 1)
         window = list(islice(batches, parts.batches_per_step * parts.ranks.size))
         assert window, "the stream of training batches has no end"
         record, skipped = _step(parts, window, progress)
@@ -271,7 +271,7 @@ class Tally:
 
     def of_all(self, ranks: Ranks) -> Tally:
         """What the batches of all ranks add up to."""
-        totals = iter(ranks.totals([*self.sums.values(), *self.loads, *self.entropies]))
+        totals = iter(ranks.all_reduce([*self.sums.values(), *self.loads, *self.entropies]))
         sums = dict(zip(self.sums, totals))
         return Tally(sums, [next(totals) for _ in self.loads], list(totals))
 

@@ -89,5 +89,6 @@ def _matches(name: str, target: str) -> bool:
         return re.fullmatch(target, name) is not None
     except re.error as error:
         raise ConfigError(
-            f"lora_target_modules={target} is no regular expression ({error}); use names, or {ALL}"
+            f"lora_target_modules={target} is not a regular expression ({error}); use names, or "
+            f"{ALL}"
         ) from None

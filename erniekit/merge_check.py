@@ -78,7 +78,7 @@ def check(folder: Path, expected: Sequence[Sample]) -> float:
         half_place = torch.finfo(weight.dtype).eps / 2
         allowed = half_place * sample.values.abs().maximum(found.abs())
         allowed += _SUMS * sample.values.abs().max() + torch.finfo(weight.dtype).tiny
-        if not bool((gaps <= allowed).all()):  # also where one is no number
+        if not bool((gaps <= allowed).all()):  # also where one is not a number
             at = (gaps / allowed).nan_to_num(torch.inf).argmax()
             _refuse(folder, f"{name} differs by {float(gaps.flatten()[at]):.1e} from what its base "
                     f"and adapter compute, where rounding to {str(weight.dtype)[6:]} explains "

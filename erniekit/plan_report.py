@@ -99,7 +99,7 @@ def _limit(value: Any) -> int | None:
     except (TypeError, ValueError):
         number = 0.0
     if not 0 < number < float("inf"):
-        raise ConfigError(f"plan_memory_gib={value} is no size; give a number of GiB above 0")
+        raise ConfigError(f"plan_memory_gib={value} is not a size; give a number of GiB above 0")
     return int(number * GIB)
 
 
@@ -149,7 +149,7 @@ def _degree(key: str, value: Any) -> int:
     if text in ("", "none", "null", "-1"):
         return 1
     if not text.isdigit() or int(text) < 1:
-        raise ConfigError(f"{key}={value} is no degree; give -1, or 1, 2..")
+        raise ConfigError(f"{key}={value} is not a degree; give -1, or 1, 2..")
     return int(text)
 
 

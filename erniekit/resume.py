@@ -70,7 +70,7 @@ def _verify_options(given: dict[str, Any]) -> dict[str, Any]:
         raise ConfigError(f"--verify has no {unknown[0]!r}; it takes steps=K and checkpoint=FOLDER")
     steps, folder = given.get("steps"), given.get("checkpoint")
     if steps is not None and not (str(steps).isdigit() and int(steps) > 0):
-        raise ConfigError(f"steps={steps} is no number of steps; give 1, 2..")
+        raise ConfigError(f"steps={steps} is not a number of steps; give 1, 2..")
     return {
         "steps": int(steps) if steps is not None else None,
         "start": Path(folder) if folder is not None else None,
@@ -136,7 +136,7 @@ def _start(
     if wanted is not None:
         known = [(s, f) for s, f in known if f.resolve() == wanted.resolve()]
         if not known:
-            raise ConfigError(f"checkpoint={wanted} is no checkpoint of {output}")
+            raise ConfigError(f"checkpoint={wanted} is not a checkpoint of {output}")
     for step, folder in reversed(known):
         if any(other > step for other in records):
             return step, folder

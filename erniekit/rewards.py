@@ -92,7 +92,7 @@ class Rewards:
         try:
             self.pattern = re.compile(policy.answer_pattern or "", re.DOTALL)
         except re.error as error:
-            raise ConfigError(f"answer_pattern is no regular expression: {error}") from None
+            raise ConfigError(f"answer_pattern is not a regular expression: {error}") from None
         self.extracts = policy.answer_pattern is not None
         self.names = policy.reward
         self.functions = {name: self._function(name) for name in policy.reward if name != "model"}

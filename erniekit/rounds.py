@@ -232,7 +232,7 @@ class Rounds:
     ) -> list[Answered]:
         """Tasks with answers of the policy, scored; all ranks must call it with the same."""
         own = self._answer_own(model, self.ranks.own(tasks), self.ranks.own(seeds), sampling)
-        told = self.ranks.gathered([_as_values(answered) for answered in own])
+        told = self.ranks.all_gather([_as_values(answered) for answered in own])
         found = []
         for number, task in enumerate(tasks):
             rank, place = number % self.ranks.size, number // self.ranks.size
@@ -397,7 +397,7 @@ class Rounds:
             else torch.zeros(group.num_labels)
             for number, group in enumerate(wanted)
         ]
-        return [values_N.numpy() for values_N in self.ranks.totals(found)]
+        return [values_N.numpy() for values_N in self.ranks.all_reduce(found)]
 
     def _own_values(self, model: ErnieModel, wanted: Sequence[Group]) -> list[np.ndarray]:
         found: list[np.ndarray] = []

@@ -124,7 +124,7 @@ class Served:
         assert model.tokenizer is not None
         if self.ranks.is_first:
             self.update(model)
-        self.ranks.wait()
+        self.ranks.barrier()
         stops = sorted(stop_ids(model.tokenizer))
         jobs = [
             {

@@ -211,10 +211,10 @@ def _after_step(session: Session, saver: Saver, record: dict[str, Any]) -> bool:
     session.reporter.write(record)
     request = session.run.output / REQUEST_FILE
     # Rank 0 sees the request, and a signal comes to each in its own time: all do the same.
-    is_asked = bool(ranks.largest(ranks.is_first and request.exists()))
+    is_asked = bool(ranks.all_reduce_max(ranks.is_first and request.exists()))
     is_due = bool(session.save_every) and (is_last or step % session.save_every == 0)
     # Asked once: a signal may come at any moment.
-    session.is_stopped = bool(ranks.largest(_is_stopped(session)))
+    session.is_stopped = bool(ranks.all_reduce_max(_is_stopped(session)))
     if is_due or is_asked or session.is_stopped:
         _save(session, saver, record)
     if is_asked and ranks.is_first:
@@ -230,7 +230,7 @@ def _evaluated(session: Session, step: int) -> dict[str, float]:
     log.info("%s", metrics.eval_line(values, step))
     if session.metric not in values:
         raise ConfigError(
-            f"metric_for_best_model={session.metric} is no number of an evaluation; use one of "
+            f"metric_for_best_model={session.metric} is not a number of an evaluation; use one of "
             f"{', '.join(values)}"
         )
     return values
@@ -256,7 +256,7 @@ def _save(session: Session, saver: Saver, record: dict[str, Any]) -> None:
     tensors = tensors_of(session)
     if session.ranks.is_first:
         saver.save(session.progress.step, tensors, state)
-    session.ranks.wait()
+    session.ranks.barrier()
 
 
 def tensors_of(session: Session) -> dict[str, Tensor]:

@@ -290,8 +290,8 @@ def _set_eos(tokenizer: Tokenizer, labels: list[int], trained: Sequence[slice]) 
         last = labels[run.stop - 1]
         if last not in stops:
             raise ChatError(
-                f"a trained answer ends with {tokenizer.token_of(last)!r}, which is no stop token; "
-                "a model trained on it would not learn to stop"
+                f"a trained answer ends with {tokenizer.token_of(last)!r}, which is not a stop "
+                "token; a model trained on it would not learn to stop"
             )
         if eos is not None:
             labels[run] = [eos if i == end else i for i in labels[run]]

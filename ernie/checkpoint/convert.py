@@ -186,7 +186,7 @@ def _fitted(group: Group, tensors: Mapping[str, Stored], template: Template) -> 
         ):
             raise CheckpointError(
                 f"tensor {name} in {stored.file} is {str(stored.dtype).removeprefix('torch.')}, "
-                f"which is no weight here; it must be {str(wanted).removeprefix('torch.')}"
+                f"which is not a weight here; it must be {str(wanted).removeprefix('torch.')}"
             )
         if stored.shape == group.shape:
             continue

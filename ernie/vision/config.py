@@ -39,7 +39,7 @@ class VisionConfig:
         if self.embed_dim % (4 * self.num_heads):
             raise ConfigError(
                 f"vision_config: num_heads={self.num_heads} gives embed_dim={self.embed_dim} heads "
-                "whose width is no multiple of 4; rows and columns turn pairs of each half"
+                "whose width is not a multiple of 4; rows and columns turn pairs of each half"
             )
 
     @property

@@ -329,7 +329,7 @@ def _own_options(kind: str, source: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if key not in names:
             known = ", ".join(("url", *names))
-            raise MediaError(f"{key!r} is no property of a part of {kind}; known: {known}")
+            raise MediaError(f"{key!r} is not a property of a part of {kind}; known: {known}")
         changed[names[key]] = value
     return changed
 

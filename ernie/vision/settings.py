@@ -97,7 +97,9 @@ class VisionSettings:
         for name in options:
             if name not in known:
                 listed = ", ".join(sorted(known))
-                raise MediaError(f"{name!r} is no option of pictures and clips; known: {listed}")
+                raise MediaError(
+                    f"{name!r} is not an option of pictures and clips; known: {listed}"
+                )
         _check_types(options)
         for name, limit in _LIMITS.items():
             if options.get(name, 0) > getattr(self, limit):

@@ -294,7 +294,7 @@ def _font(path: Path | None, size: int) -> Any:
     try:
         return ImageFont.truetype(path, size) if path else ImageFont.load_default(size)
     except OSError:
-        raise MediaError(f"{path} is no font that can be read") from None
+        raise MediaError(f"{path} is not a font that can be read") from None
 
 
 def _pyav() -> Any:

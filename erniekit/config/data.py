@@ -120,8 +120,8 @@ class Data:
     def files(self, split: str) -> list[tuple[str, str, float]]:
         """Kind, path and weight of everything a split ("train" or "eval") is read from.
 
-        A prefix of `input_dir` has the kind "indexed". Raises ConfigError for one that is no list
-        of weights and prefixes.
+        A prefix of `input_dir` has the kind "indexed". Raises ConfigError for one that is not a
+        list of weights and prefixes.
         """
         if self.input_dir is None:
             files = self._named(split)
@@ -140,8 +140,8 @@ class Data:
             pairs = [(float(w), prefix) for w, prefix in zip(words[::2], words[1::2], strict=True)]
         except ValueError:
             raise ConfigError(
-                f"input_dir={self.input_dir!r} is no list of weights and prefixes; write it as in "
-                "0.4 data/part0 0.6 data/part1"
+                f"input_dir={self.input_dir!r} is not a list of weights and prefixes; write it as "
+                "in 0.4 data/part0 0.6 data/part1"
             ) from None
         return [("indexed", prefix, weight) for weight, prefix in pairs]
 

@@ -1,4 +1,4 @@
-"""Settings that were given and that the run reads nowhere: they are told, not refused.
+"""Settings that were given and that the run reads nowhere: they are reported, not refused.
 
 A table: what a run must be like, and the keys that mean something only then.
 """

@@ -48,7 +48,9 @@ class Preferences:
         "Form of the loss on pairs (docs/methods/dpo.md).",
         choices=tuple(LOSS_TYPES),
     )
-    beta: float = option(0.1, "Reward of a nat that the policy gains on the reference.", above=0)
+    beta: float = option(
+        0.1, "Scale of the implicit reward beta * log(policy / reference).", above=0
+    )
     label_smoothing: float = option(
         0.0,
         f"Share of the pairs taken to be labelled the wrong way ({listed(SMOOTHING, 'and')}).",

@@ -66,7 +66,8 @@ class Training:
         None, "Number of an evaluation that the best checkpoint is best by; none: eval_loss."
     )
     greater_is_better: bool | None = option(
-        None, "Whether that number shall be high; none: not of names that end in loss or ppl."
+        None,
+        "Whether that number shall be high; none: low for names that end in loss or ppl.",
     )
     use_checkpoint: str | None = option(
         None,
@@ -128,7 +129,7 @@ class Optimisation:
     )
     adam_beta1: float = option(0.9, "Decay of the mean of gradients.", least=0, below=1)
     adam_beta2: float = option(0.999, "Decay of the mean of squared gradients.", least=0, below=1)
-    adam_epsilon: float = option(1e-8, "Added to the root of the squared mean.", above=0)
+    adam_epsilon: float = option(1e-8, "Added to the root of the mean square.", above=0)
     hidden_dropout_prob: float = option(
         0.0,
         "Share of the outputs of attention and feed-forward that is dropped while training: of the "

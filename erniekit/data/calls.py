@@ -82,5 +82,7 @@ class Calls:
         elif answers in self.waiting:
             self.waiting.remove(answers)
         else:
-            return f"has the tool_call_id {answers!r}, which is no call without a result before it"
+            return (
+                f"has the tool_call_id {answers!r}, which is not a call without a result before it"
+            )
         return ""

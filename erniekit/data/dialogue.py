@@ -133,7 +133,7 @@ def _from_alpaca(record: Mapping[str, Any]) -> Dialogue:
         if not (
             isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
         ):
-            raise DataError(f"history[{i}] is no pair [question, answer]", at=f"history[{i}]")
+            raise DataError(f"history[{i}] is not a pair [question, answer]", at=f"history[{i}]")
         messages.append({"role": "user", "content": pair[0]})
         messages.append({"role": "assistant", "content": pair[1]})
     question = f"{instruction}\n{more}" if more else instruction
@@ -180,7 +180,7 @@ def checked_dialogue(
         before = role
     if before != "assistant":
         raise DataError(
-            "the last message is no answer; nothing follows it to be trained", at=places[-1]
+            "the last message is not an answer; nothing follows it to be trained", at=places[-1]
         )
     return Dialogue(messages, declared or None)
 

@@ -83,7 +83,9 @@ class Indexed:
     def _read_index(self, path: Path) -> None:
         content = np.memmap(path, np.uint8, "r") if path.stat().st_size else np.zeros(0, np.uint8)
         if len(content) < _HEAD.size or bytes(content[: len(MAGIC)]) != MAGIC:
-            raise ConfigError(f"{path} is no index of token ids: it does not begin with MMIDIDX")
+            raise ConfigError(
+                f"{path} is not an index of token ids: it does not begin with MMIDIDX"
+            )
         _, version, code, num_sequences, num_bounds = _HEAD.unpack(content[: _HEAD.size].tobytes())
         if version != 1 or code not in _TYPES:
             raise ConfigError(

@@ -151,7 +151,7 @@ def _items_of(record: Mapping[str, Any]) -> list[tuple[str, dict[str, Any], str]
     for kind in ("text", *KINDS):
         found = record.get(f"{kind}_info") or []
         if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
-            raise DataError(f"{kind}_info is no list of objects", at=f"{kind}_info")
+            raise DataError(f"{kind}_info is not a list of objects", at=f"{kind}_info")
         entries[kind] = found
     for i, entry in enumerate(entries["text"]):
         at = f"text_info[{i}]"
@@ -214,7 +214,7 @@ def _from_query(record: Mapping[str, Any], places: Places) -> Dialogue:
     if not isinstance(history, list) or not all(
         isinstance(h, list) and len(h) == 2 for h in history
     ):
-        raise DataError("history is no list of [query, response]", at="history")
+        raise DataError("history is not a list of [query, response]", at="history")
     turns = [*history, [record["query"], record.get("response")]]
     messages = [{"role": "system", "content": s} for s in [record.get("system")] if s]
     where = ["system"] * len(messages)

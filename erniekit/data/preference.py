@@ -166,7 +166,9 @@ def _from_messages(record: Mapping[str, Any]) -> Parts:
     for key in ("chosen", "rejected", *parts):
         part = parts.get(key)
         if not isinstance(part, list) or not part or not all(isinstance(m, dict) for m in part):
-            raise DataError(f"{key} is no list of messages; expected objects with role and content")
+            raise DataError(
+                f"{key} is not a list of messages; expected objects with role and content"
+            )
     if "prompt" in parts:
         return parts["prompt"], parts["chosen"], parts["rejected"]
     chosen, rejected = parts["chosen"], parts["rejected"]

@@ -70,8 +70,8 @@ def _calls(value: str, where: str) -> dict[str, Any]:
     calls = calls if isinstance(calls, list) else [calls]
     if not calls or not all(isinstance(call, dict) for call in calls):
         raise DataError(
-            f"{where}.value is no call; expected an object with name and arguments, or a list of "
-            "those",
+            f"{where}.value is not a call; expected an object with name and arguments, or a list "
+            "of those",
             at=f"{where}.value",
         )
     tool_calls = [{"type": "function", "function": call} for call in calls]

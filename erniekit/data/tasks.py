@@ -103,7 +103,7 @@ def _dataset(task: str, settings: dict[str, Any], spec: str) -> Any:
 
     if task not in DATASETS:
         near = did_you_mean(task, DATASETS)
-        raise ConfigError(f"{task!r} is no task of reasoning-gym{near}")
+        raise ConfigError(f"{task!r} is not a task of reasoning-gym{near}")
     try:
         return made.create_dataset(task, **settings)
     except (TypeError, AssertionError, ValueError) as error:

@@ -88,7 +88,7 @@ def find(wanted: str, streams: Mapping[str, Stream]) -> tuple[Stream, int, int]:
     """The stream, source and index of `FILE:LINE`; raises ConfigError where there is none."""
     file, _, line = wanted.rpartition(":")
     if not file or not line.isdecimal():
-        raise ConfigError(f"sample={wanted!r} is no place; give file:line, as in data.jsonl:17")
+        raise ConfigError(f"sample={wanted!r} is not a place; give file:line, as in data.jsonl:17")
     for stream in streams.values():
         for number, source in enumerate(stream.sources):
             if str(source.path) != file and source.path.name != file:
@@ -98,7 +98,7 @@ def find(wanted: str, streams: Mapping[str, Stream]) -> tuple[Stream, int, int]:
                 raise ConfigError(f"{file} has no record in line {line}; give another line")
             return stream, number, index
     files = ", ".join(str(s.path) for stream in streams.values() for s in stream.sources)
-    raise ConfigError(f"{file} is no file of this run; give one of {files}")
+    raise ConfigError(f"{file} is not a file of this run; give one of {files}")
 
 
 def _show_rows(page: Page, stream: Stream, count: int) -> None:

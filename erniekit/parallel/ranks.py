@@ -70,7 +70,7 @@ class Ranks:
         """This rank's share of something that all ranks have in the same order."""
         return window[self.rank :: self.size]
 
-    def totals(self, values: list[Tensor]) -> list[Tensor]:
+    def all_reduce(self, values: list[Tensor]) -> list[Tensor]:
         """Each tensor summed over the ranks: integers exactly, numbers in float64."""
         if self.size == 1 or not values:
             return values
@@ -83,7 +83,7 @@ class Ranks:
             for part, v in zip(parts, values)
         ]
 
-    def largest(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """The largest of the ranks' values."""
         if self.size == 1:
             return value
@@ -91,36 +91,36 @@ class Ranks:
         dist.all_reduce(tensor, dist.ReduceOp.MAX)
         return int(tensor)
 
-    def told(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """What rank 0 has as `value`, which must fit into JSON; the others' is ignored."""
         if self.size == 1:
             return value
         text = json.dumps(value).encode() if self.is_first else b""
-        content = torch.zeros(self.largest(len(text)), dtype=torch.uint8)
+        content = torch.zeros(self.all_reduce_max(len(text)), dtype=torch.uint8)
         if self.is_first:
             content.copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
         dist.broadcast(content, 0)
         return json.loads(content.numpy().tobytes())
 
-    def gathered(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """What each rank has as `value`, which must fit into JSON, in the order of the ranks."""
         if self.size == 1:
             return [value]
         text = json.dumps(value).encode()
-        text = text.ljust(self.largest(len(text)))  # blanks after it mean nothing
+        text = text.ljust(self.all_reduce_max(len(text)))  # blanks after it mean nothing
         own = torch.frombuffer(bytearray(text), dtype=torch.uint8)
         found = [torch.empty_like(own) for _ in range(self.size)]
         dist.all_gather(found, own)
         return [json.loads(content.numpy().tobytes()) for content in found]
 
-    def come_to(self, step: int) -> None:
+    def report_step(self, step: int) -> None:
         """Let the others know how far this rank is, should it be missed."""
         if self.watch is not None:
             self.watch.step = step
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Return when all ranks have come here."""
-        self.largest(0)
+        self.all_reduce_max(0)
 
 
 ALONE = Ranks()
@@ -178,7 +178,7 @@ def joined(parallel: Parallel, device: str) -> Iterator[Ranks]:
         with watch, _explained(watch):
             ranks = Ranks(rank, size, mesh, watch)
             yield ranks
-            ranks.wait()
+            ranks.barrier()
         dist.destroy_process_group()
     finally:
         watch.close()

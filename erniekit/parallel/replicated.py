@@ -144,7 +144,7 @@ class ReplicatedGradients(Gradients):
         if not self.owners:
             return super().norm()
         squares = placed_squares(self.parameters, self.present())
-        return length(list(self.ranks.totals([squares])[0] / self.ranks.copies))
+        return length(list(self.ranks.all_reduce([squares])[0] / self.ranks.copies))
 
 
 def placed_squares(parameters: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> Tensor:

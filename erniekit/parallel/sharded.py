@@ -99,7 +99,7 @@ class ShardedGradients(Gradients):
         if self.ranks.rank % self.ranks.shards:  # whole ones count once
             sums = {name: total for name, total in sums.items() if name not in self._whole}
         squares = placed_squares(self.parameters, sums)
-        return length(list(self.ranks.totals([squares])[0] / self.ranks.copies))
+        return length(list(self.ranks.all_reduce([squares])[0] / self.ranks.copies))
 
 
 class Sharded:

@@ -116,5 +116,5 @@ def baselines(
         policy_P2 = sequence_log_probs(model, pairs, chunk_size=chunk_size)
         gain_P2 = gains(policy_P2, reference_of(pairs), answer_lengths(pairs), objective)
         total_2 += counts * gain_P2.sum(0)
-    (total_2,) = ranks.totals([total_2])
+    (total_2,) = ranks.all_reduce([total_2])
     return (total_2 / sum(len(batch.keys) for batch in batches)).clamp(min=0)

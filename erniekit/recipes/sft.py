@@ -92,7 +92,7 @@ def train(run: Run, device: str, method: Method, ranks: Ranks) -> int:
         train_stream, eval_stream = _streams(run)
         inputs = _inputs(run, train_stream, folder, state) if ranks.is_first else {}
         found = _num_steps(run, train_stream, eval_stream, state, ranks) if ranks.is_first else 0
-        num_steps = ranks.told(found)
+        num_steps = ranks.broadcast(found)
         log.info("settings that are not defaults (all are in %s/run.yaml):", run.output)
         log.info("%s", "\n".join(f"  {k}: {v}" for k, v in changed(run).items()))
         if ranks.is_first:
@@ -114,14 +114,14 @@ def _check_before(run: Run) -> None:
         last = config_of(str(resolve(run.model.model_name_or_path))).num_hidden_layers - 1
         if max(layers) > last:
             raise ConfigError(
-                f"no_recompute_layers={max(layers)} is no layer of the model; give 0 to {last}"
+                f"no_recompute_layers={max(layers)} is not a layer of the model; give 0 to {last}"
             )
     metric = run.training.metric_for_best_model
     known = run.stage.evaluated
     if metric and metric.removeprefix("eval_") not in known:
         name = f"eval_{metric.removeprefix('eval_')}"
         raise ConfigError(
-            f"metric_for_best_model={name} is no number of an evaluation; use one of "
+            f"metric_for_best_model={name} is not a number of an evaluation; use one of "
             f"{listed(f'eval_{number}' for number in known)}"
         )
 
@@ -136,7 +136,7 @@ def _where_to_go_on(run: Run, ranks: Ranks) -> tuple[Path | None, dict[str, Any]
         if wanted or not run.training.overwrite_output_dir:
             folder, state = checkpoint.to_resume(run.output, wanted, run.flat())
     if ranks.size > 1:
-        name, state = ranks.told([str(folder or ""), state])
+        name, state = ranks.broadcast([str(folder or ""), state])
         folder = Path(name) if name else None
     return folder, state
 

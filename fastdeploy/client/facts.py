@@ -43,7 +43,7 @@ def tokenizer(argv: Sequence[str]) -> int:
     elif given.decode is not None:
         words = given.decode.split(",")
         if not all(word.strip().isdecimal() for word in words):
-            raise ConfigError(f"decode={given.decode!r} is no list of ids; write 1,2,3")
+            raise ConfigError(f"decode={given.decode!r} is not a list of ids; write 1,2,3")
         ids = [int(word) for word in words]
         if max(ids) >= loaded.vocab_size:
             raise ConfigError(f"{max(ids)} is beyond the {loaded.vocab_size} entries there are")

@@ -165,7 +165,9 @@ def _page(items: list[Item], query: dict[str, str]) -> dict[str, Any]:
     if after is not None:
         ids = [item["id"] for item in listed]
         if after not in ids:
-            raise RequestError(f"after={after[:64]!r} is no item of this response", param="after")
+            raise RequestError(
+                f"after={after[:64]!r} is not an item of this response", param="after"
+            )
         listed = listed[ids.index(after) + 1 :]
     page = listed[:limit]
     return {

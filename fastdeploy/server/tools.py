@@ -148,8 +148,8 @@ def check_history(messages: Sequence[Mapping[str, Any]]) -> None:
                 )
             if answers is not None and ids - {None} and answers not in ids:
                 raise RequestError(
-                    f"messages[{i}].tool_call_id is {str(answers)[:64]!r}, which is no id of the "
-                    "tool_calls before it",
+                    f"messages[{i}].tool_call_id is {str(answers)[:64]!r}, which is not an id of "
+                    "the tool_calls before it",
                     param="messages",
                 )
         else:

@@ -239,7 +239,7 @@ def test_no_target_and_all_linear_are_every_projection() -> None:
         (["qkv_proj"], "lora_target_modules=qkv_proj matches no projection.*use all-linear, down"),
         (["q_proj", "embed_tokens"], "embed_tokens matches no projection"),
         (["experts.3.down_proj"], "matches no projection"),
-        ([r"(q_proj"], "is no regular expression"),
+        ([r"(q_proj"], "is not a regular expression"),
         (["gate_proj"], "means gate_proj of .*experts.gate_up_proj without its up_proj"),
     ],
 )

@@ -347,7 +347,7 @@ def test_a_clip_and_a_request_change_their_own_limits(tokenizer, processor) -> N
     assert frames(clip(fps=2), options={"video_fps": 1}) == 6
     for options, message in (
         ({"target_frames": 500}, r"messages\[0\].content\[0\]: video_target_frames=500 is above"),
-        ({"speed": 2}, r"'speed' is no property of a part of video"),
+        ({"speed": 2}, r"'speed' is not a property of a part of video"),
     ):
         with pytest.raises(MediaError, match=message):
             processor.pictures(clip(**options))

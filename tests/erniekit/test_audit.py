@@ -103,7 +103,7 @@ def test_every_fault_is_told_by_line_and_column_and_kept(words, tmp_path: Path, 
 
 
 MESSAGES = [
-    ([{"role": "system", "content": "s"}], 1, "the last message is no answer"),
+    ([{"role": "system", "content": "s"}], 1, "the last message is not an answer"),
     ([{"role": "user", "content": "q"}] * 2, 2, "messages[1] is a second user message"),
     (["q", {"role": "assistant", "content": "a"}], 1, "messages[0] is 'q'; expected an object"),
     ([{"role": "user", "content": "q"}, {"role": "bot", "content": "a"}], 2, "has the role 'bot'"),
@@ -526,9 +526,9 @@ def test_special_tokens_spelled_in_data_stay_text(text: str, place: str, folder)
 def test_a_sample_that_is_no_place_is_refused(words, data: Path, capsys) -> None:
     path = data / "train.jsonl"
     for wanted, message in (
-        ("train.jsonl", "is no place; give file:line"),
+        ("train.jsonl", "is not a place; give file:line"),
         ("train.jsonl:41", "train.jsonl has no record in line 41"),
-        ("other.jsonl:1", f"other.jsonl is no file of this run; give one of {path}"),
+        ("other.jsonl:1", f"other.jsonl is not a file of this run; give one of {path}"),
     ):
         assert main(["data", *words(path, sample=wanted)]) == 2
         assert message in capsys.readouterr().err

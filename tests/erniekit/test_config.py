@@ -74,9 +74,9 @@ def test_a_folder_is_no_file_of_settings(tmp_path: Path, capsys) -> None:
         ("seed: !!python/object/apply:os.system [true]", "{path}, line 1, column 7: could not"),
         ("seed:\n\t- 1", "{path}, line 2, column 1: found character"),
         ("seed: [1", "{path}, line 1"),
-        ("seed: 2\n1: 2", "{path}, line 2, column 1: 1 is no key; give a name"),
-        ("null: 3", "{path}, line 1, column 1: null is no key"),
-        ("? [a, b]", "{path}, line 1, column 3: a list or map is no key"),
+        ("seed: 2\n1: 2", "{path}, line 2, column 1: 1 is not a key; give a name"),
+        ("null: 3", "{path}, line 1, column 1: null is not a key"),
+        ("? [a, b]", "{path}, line 1, column 3: a list or map is not a key"),
         ("seed: 1\nstage: a\0b", "{path}, line 2, column 9: the character U+0000 is not allowed"),
         ('output_dir: "a\\0b"', "output_dir='a\\x00b' holds a NUL character; leave it out"),
         ("seed: " + 3000 * "[" + 3000 * "]", "{path} is nested too deeply"),
@@ -267,7 +267,7 @@ def test_tables_of_keys_do_not_overlap() -> None:
         (["moe_use_aux_free=false"], "no setting here; give moe_use_aux_free_update_coef: 0"),
         (
             ["train_emb_only=1"],
-            "train_emb_only=1 is no setting here; give freeze_parameters: model",
+            "train_emb_only=1 is not a setting here; give freeze_parameters: model",
         ),
         (["train_moe_only=1"], "give freeze_parameters: embeddings,attention"),
         (["compute_type=fp16"], "compute_type='fp16' is not known; use one of bf16, fp8"),
@@ -460,7 +460,7 @@ def test_treatments_know_vectors_layers_routers_and_lora() -> None:
 @pytest.mark.parametrize(
     ("variables", "words", "told"),
     [
-        ({"NNODES": "two"}, [], "NNODES=two is no number of machines"),
+        ({"NNODES": "two"}, [], "NNODES=two is not a number of machines"),
         ({"WORLD_SIZE": "2"}, [], "RANK is not set"),
         ({}, ["nproc_per_node=2", "sharding=stage1", "sharding_parallel_degree=3"], "there are 2"),
         ({"WORLD_SIZE": "2", "RANK": "0"}, ["do_train=false"], "erniekit eval runs in one process"),

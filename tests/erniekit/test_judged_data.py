@@ -70,7 +70,7 @@ def test_formats_give_the_same_judgement(kind: str, record: dict) -> None:
         ("erniekit", {**ERNIEKIT, "src": ["q", "r"]}, "2 src and 0 tgt"),
         ("messages", {"prompt": 7, "completion": "a", "label": True}, "prompt is neither text nor"),
         ("messages", {"prompt": "q", "label": True}, "completion is neither text nor"),
-        ("messages", {"messages": [USER], "label": True}, "the last message is no answer"),
+        ("messages", {"messages": [USER], "label": True}, "the last message is not an answer"),
         ("messages", [], "a list; expected an object"),
     ],
 )

@@ -409,8 +409,8 @@ def test_degrees(settings: dict, size: int, expected: tuple[int, int] | None) ->
 
 def test_one_process_exchanges_nothing() -> None:
     values = [torch.tensor(1.5), torch.tensor([2, 3])]
-    assert ALONE.totals(values) is values and ALONE.own(values) == values
-    assert ALONE.told({"a": 1}) == {"a": 1} and ALONE.largest(3) == 3
+    assert ALONE.all_reduce(values) is values and ALONE.own(values) == values
+    assert ALONE.broadcast({"a": 1}) == {"a": 1} and ALONE.all_reduce_max(3) == 3
 
 
 @pytest.mark.parametrize(

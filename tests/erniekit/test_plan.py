@@ -303,8 +303,8 @@ def test_the_number_of_processes_says_how_often_sharding_divides(capsys) -> None
     [
         ([], "no settings were given"),
         (["model_name_or_path=nowhere"], "neither a folder nor a model"),
-        ([f"model_name_or_path={RELEASED}", "plan_memory_gib=much"], "is no size"),
-        ([f"model_name_or_path={RELEASED}", "tensor_parallel_degree=x"], "is no degree"),
+        ([f"model_name_or_path={RELEASED}", "plan_memory_gib=much"], "is not a size"),
+        ([f"model_name_or_path={RELEASED}", "tensor_parallel_degree=x"], "is not a degree"),
         ([f"model_name_or_path={RELEASED}", "batch_sise=2"], "unknown key"),
     ],
 )

@@ -95,9 +95,9 @@ def test_a_record_that_cannot_be_used_is_one_sentence(change: dict, told: str) -
 @pytest.mark.parametrize(
     ("record", "told"),
     [
-        ({"prompt": [], "chosen": [{}], "rejected": [{}]}, "prompt is no list of messages"),
-        ({"prompt": "q", "chosen": [{}], "rejected": [{}]}, "prompt is no list of messages"),
-        ({"chosen": [{"role": "user", "content": "q"}]}, "rejected is no list of messages"),
+        ({"prompt": [], "chosen": [{}], "rejected": [{}]}, "prompt is not a list of messages"),
+        ({"prompt": "q", "chosen": [{}], "rejected": [{}]}, "prompt is not a list of messages"),
+        ({"chosen": [{"role": "user", "content": "q"}]}, "rejected is not a list of messages"),
         ({"chosen": [{"role": "user"}], "rejected": [{"role": "tool"}]}, "no beginning in common"),
     ],
 )

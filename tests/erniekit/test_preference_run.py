@@ -61,8 +61,14 @@ def references(output: Path) -> list[dict]:
     ("more", "message"),
     [
         ({"report_to": "swanlab"}, "swanlab needs the Python package swanlab"),
-        ({"no_recompute_layers": 99, "recompute": True}, "=99 is no layer of the model; give 0 to"),
-        ({"metric_for_best_model": "lossx"}, "eval_lossx is no number of an evaluation; use one"),
+        (
+            {"no_recompute_layers": 99, "recompute": True},
+            "=99 is not a layer of the model; give 0 to",
+        ),
+        (
+            {"metric_for_best_model": "lossx"},
+            "eval_lossx is not a number of an evaluation; use one",
+        ),
     ],
 )
 def test_what_will_fail_is_found_before_the_reference_reads(

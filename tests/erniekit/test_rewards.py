@@ -121,7 +121,7 @@ def test_a_model_scores_dialogues_and_the_first_reward_says_what_is_right() -> N
         ({"reward": ("nowhere.py:f",)}, {}, "there is no file nowhere.py"),
         ({"reward": ("model",)}, {}, "needs reward_model"),
         ({"reward": ("format",)}, {}, "needs answer_pattern"),
-        ({"answer_pattern": "("}, {}, "is no regular expression"),
+        ({"answer_pattern": "("}, {}, "is not a regular expression"),
         ({}, {"answer": "1"}, "a record has reward=None"),
         ({"reward": ("regex",)}, {"answer": "1"}, "has no pattern"),
         ({"reward": ("number",)}, {"answer": "one"}, "'one' has no number"),

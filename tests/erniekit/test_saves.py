@@ -228,7 +228,7 @@ def test_the_best_checkpoint_stays_and_can_be_the_final_model(
 def test_a_metric_that_no_evaluation_has_is_refused(tiny, data, tmp_path: Path, capsys) -> None:
     arguments = words(tiny("tiny-dense"), data, tmp_path, metric_for_best_model="bleu")
     assert main(arguments) == 2
-    assert "metric_for_best_model=eval_bleu is no number of" in capsys.readouterr().err
+    assert "metric_for_best_model=eval_bleu is not a number of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -151,8 +151,8 @@ def test_a_changed_record_fails(copied: Path) -> None:
         ([], "no output folder was given"),
         (["{run}/nothing"], "has no run.yaml"),
         (["{run}", "--verify", "step=2"], "--verify has no 'step'"),
-        (["{run}", "--verify", "steps=no"], "is no number of steps"),
-        (["{run}", "--verify", "checkpoint={run}/checkpoint-9"], "is no checkpoint of"),
+        (["{run}", "--verify", "steps=no"], "is not a number of steps"),
+        (["{run}", "--verify", "checkpoint={run}/checkpoint-9"], "is not a checkpoint of"),
         (["{run}", "--verify", "checkpoint={run}/checkpoint-8"], "nothing to compare with"),
     ],
 )

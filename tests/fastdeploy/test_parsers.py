@@ -131,7 +131,9 @@ CORPUS = [
         "",
         (Call("now", "{}"),),
     ),
-    Case("JSON that is no call", CALLS, "<tool_call>[1]</tool_call>", "<tool_call>[1]</tool_call>"),
+    Case(
+        "JSON that is not a call", CALLS, "<tool_call>[1]</tool_call>", "<tool_call>[1]</tool_call>"
+    ),
     Case("nothing in it", CALLS, "<tool_call>\n</tool_call>\n", "<tool_call>\n</tool_call>\n"),
     Case(
         "a list of calls",

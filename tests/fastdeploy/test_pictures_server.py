@@ -126,7 +126,7 @@ REFUSED: dict[str, tuple[list[Any], dict[str, Any], str]] = {
     "no URL": ([{"type": "image_url", "image_url": 5}], {}, "holds int"),
     "ftp": ([image("ftp://example.org/a.png")], {}, "has a scheme that is not read"),
     "17 images": ([image("https://example.org/a.png")] * 17, {}, "the limit is 16"),
-    "an option": ([image(data_url(RED), sharpness=3)], {}, "'sharpness' is no property"),
+    "an option": ([image(data_url(RED), sharpness=3)], {}, "'sharpness' is not a property"),
     "more pixels": (
         [image(data_url(RED))],
         {"mm_processor_kwargs": {"image_max_pixels": 10**8}},
