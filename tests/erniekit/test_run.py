@@ -213,3 +213,14 @@ def test_an_output_folder_that_cannot_be_made_is_one_sentence(
     (tmp_path / "a file").write_text("")
     assert main(["train", *words(output_dir=tmp_path / place)]) == 2
     assert f"output_dir {tmp_path / place} cannot be made: " in capsys.readouterr().err
+
+
+def test_rows_are_as_full_as_those_of_this_start(words, tmp_path: Path) -> None:
+    whole = words(max_steps=3, evaluation_strategy="no")
+    assert main(["train", *whole, "gradient_accumulation_steps=4", "stop_after_step=2"]) == 0
+    before = [r["num_tokens"] for r in records(tmp_path / "out")]
+    assert main(["train", *whole, "gradient_accumulation_steps=1"]) == 0
+    last = records(tmp_path / "out")[-1]["num_tokens"]
+    assert min(before) > 2 * last  # as after a resume on fewer ranks
+    found = json.loads((tmp_path / "out/plan_error.json").read_text())
+    assert found["row_fill"] == last / 96
