@@ -16,6 +16,7 @@ from erniekit import lora_files, losses, serve
 from erniekit.cli import main
 from erniekit.config import run_from
 from erniekit.config.stages import STAGES
+from erniekit.data.survey import Overlap
 from erniekit.lora import LoRA, add_lora
 from erniekit.lora_files import put_in
 from tests.erniekit.conftest import dialogues, write_lines
@@ -155,6 +156,27 @@ def test_overlap_of_training_and_evaluation_data_is_told(words, data, caplog) ->
 
         assert run_training(run_from(dict(word.split("=") for word in arguments))) == 0
     assert "3 of 8 evaluation samples are also in the training data" in caplog.text
+
+
+@pytest.mark.parametrize("strategy", ["steps", "no"])
+def test_overlap_is_told_as_training_samples_are_read(strategy, words, data, capsys) -> None:
+    write_lines(data / "both.jsonl", [*dialogues(3), *dialogues(5, salt="of the ")])
+    more = {"eval_dataset_path": data / "both.jsonl", "evaluation_strategy": strategy}
+    assert main(["train", *words(**more, max_steps=40, packing="false", eval_steps=40)]) == 0
+    told = "".join(capsys.readouterr())
+    first = "a sample of the evaluation data is also in the training data"
+    assert told.count(first) == 1
+    assert told.count("3 of 8 evaluation samples are also in the training data") == 1
+    assert told.index(first) < told.index("step 00040") < told.index("3 of 8 evaluation samples")
+
+
+@pytest.mark.parametrize("settings", [{}, {"do_eval": "false", "evaluation_strategy": "no"}])
+def test_no_overlap_is_told_where_there_is_none(settings, words, capsys, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(Overlap, "__call__", lambda self, sample: seen.append(sample))
+    assert main(["train", *words(max_steps=2, **settings)]) == 0
+    assert "also in the training data" not in "".join(capsys.readouterr())
+    assert bool(seen) == ("do_eval" not in settings)
 
 
 def test_steps_are_counted_from_the_data(words, tmp_path: Path) -> None:
