@@ -20,7 +20,7 @@ def finish(session: Session) -> int:
     """
     run, output, encoder = session.run, session.run.output, session.train_stream.encoder
     if session.ranks.is_first:
-        record_error(run, session.device, session.ranks)
+        record_error(run, session.device, session.first_step, session.ranks)
     session.gradients.release()
     _choose_weights(session)
     tensors = tensors_of(session)

@@ -54,7 +54,8 @@ BLOCK_BUFFER = 16 * 2**20  # of bfloat16 weights widened block by block (ernie.k
 
 @dataclass(frozen=True)
 class Degrees:
-    """Over how many processes each kind of division spreads one copy of the model.
+    """Over how many processes each kind of division spreads one copy of the model, and how many
+    such copies there are.
 
     What `sharding` divides is the run's own setting.
     """
@@ -63,6 +64,7 @@ class Degrees:
     pipeline: int = 1
     sharding: int = 1
     expert: int = 1
+    copies: int = 1
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
@@ -71,7 +73,13 @@ class Degrees:
 
     @property
     def num_ranks(self) -> int:
+        """Of one copy."""
         return self.tensor * self.pipeline * max(self.sharding, self.expert)
+
+    @property
+    def num_readers(self) -> int:
+        """Of all copies, how many ranks (groups of them, that divide a layer) have own rows."""
+        return max(self.sharding, self.expert) * self.copies
 
 
 @dataclass
@@ -97,7 +105,7 @@ class Plan:
     moment: str  # at which the peak is reached
     num_params: int
     num_trained: int
-    tokens_per_step: int  # of one data parallel copy
+    tokens_per_step: int  # of all ranks together
     flops_per_step: float  # of one rank
     checkpoint_bytes: int
     final_bytes: int
@@ -136,7 +144,7 @@ def plan(run: Run, device: str, degrees: Degrees = Degrees()) -> Plan:
         moment,
         sizes.num_params,
         sizes.num_trained,
-        tokens,
+        tokens * degrees.num_readers,
         _flops(config, run, tokens) / (degrees.tensor * degrees.pipeline),
         saved,
         final * (2 if sizes.average else 1),

@@ -4,7 +4,8 @@ Nothing is invented: every suggested change is planned like the run itself, and 
 fits. Degrees of parallelism are read for the arithmetic of one rank whether or not this build runs
 them; a file that `erniekit train` would refuse says so in a note.
 
-Refused: a memory that is no positive number, and all that `erniekit.plan` refuses.
+Refused: a memory that is no positive number, degrees that are not those of `nproc_per_node`
+processes, and all that `erniekit.plan` refuses.
 """
 
 from __future__ import annotations
@@ -28,13 +29,15 @@ from erniekit.config import Run, resolved, run_from
 from erniekit.config.model import COMPUTE_TYPES
 from erniekit.config.stages import TRAINABLE
 from erniekit.parallel.ranks import ALONE, Ranks
+from erniekit.parallel.ranks import degrees as copies_and_shards
 from erniekit.plan import GIB, Degrees, Plan, plan
+from erniekit.session import interval
 
 log = logging.getLogger("erniekit")
 
 ERROR_FILE = "plan_error.json"
-# Keys that divide a model; -1 and nothing mean 1, for sharding "what is left", which a file says
-# with nproc_per_node only.
+# Keys that divide a model; -1 and nothing mean 1, for sharding what nproc_per_node and
+# data_parallel_degree leave.
 DEGREES = {
     "tensor": ("tensor_parallel_degree", "tensor_model_parallel_size"),
     "pipeline": ("pipeline_parallel_degree", "pipeline_model_parallel_size"),
@@ -110,18 +113,15 @@ def read_plannable(values: dict[str, Any], origin: str) -> tuple[Run, Degrees, l
         run_from(values, origin)
     except ConfigError as error:
         notes.append(f"erniekit train would refuse this: {error}")
-    rest, degrees = dict(values), {}
+    rest, given = dict(values), {}
     for name, keys in DEGREES.items():
-        given = [_degree(key, rest.pop(key)) for key in keys if key in rest]
-        degrees[name] = max(given, default=1)
+        given[name] = max((_degree(key, rest.pop(key)) for key in keys if key in rest), default=-1)
     for key, (planned, known) in PLANNED_AS.items():
         if notes and rest.get(key, planned) not in known:
             notes.append(f"planned as {key}={planned}; {key}={rest[key]} is not counted")
             rest[key] = planned
     run = run_from(rest, origin)
-    here = run.parallel.nproc_per_node
-    if run.parallel.sharding and here and degrees["sharding"] == 1:
-        degrees["sharding"] = max(here // max(run.parallel.data_parallel_degree, 1), 1)
+    degrees = _degrees(run, given)
     p, sample = run.preferences, run.stage.sample
     is_free = p.reference_free or not p.loss.uses_reference
     if run.stage.sums_log_probs and not is_free:
@@ -141,13 +141,28 @@ def read_plannable(values: dict[str, Any], origin: str) -> tuple[Run, Degrees, l
             f"{max(policy.rollout_max_seqs, policy.num_generations)} at once; their time and "
             f"cache, and the reference ({held}), are not counted"
         )
-    return run, Degrees(**degrees), notes
+    return run, degrees, notes
+
+
+def _degrees(run: Run, given: dict[str, int]) -> Degrees:
+    """Those of a run whose model is divided as `given`, with -1 for what is not said.
+
+    Raises ConfigError where `erniekit train` would, for as many processes as the file names.
+    """
+    tensor, pipeline, expert = (max(given[name], 1) for name in ("tensor", "pipeline", "expert"))
+    parallel = dataclasses.replace(run.parallel, sharding_parallel_degree=given["sharding"])
+    size = max(given["sharding"], 1) * max(parallel.data_parallel_degree, 1)
+    if parallel.nproc_per_node:
+        size = max(parallel.nproc_per_node // (tensor * pipeline), 1)
+    copies, shards = copies_and_shards(parallel, size)
+    copies = max(copies * shards // max(shards, expert), 1)  # experts lie over copies too
+    return Degrees(tensor, pipeline, shards, expert, copies)
 
 
 def _degree(key: str, value: Any) -> int:
     text = str(value).strip().lower()
     if text in ("", "none", "null", "-1"):
-        return 1
+        return -1
     if not text.isdigit() or int(text) < 1:
         raise ConfigError(f"{key}={value} is not a degree; give -1, or 1, 2..")
     return int(text)
@@ -275,17 +290,46 @@ def _changed(run: Run, settings: dict[str, Any], device: str) -> Run:
 # --- for people and for programs ---
 
 
-def _checkpoints(run: Run, found: Plan) -> int:
-    """Bytes on disk when the run is over: checkpoints kept, and the final model."""
+def _num_checkpoints(run: Run) -> int | None:
+    """How many a run makes; None where that follows from its data."""
     t = run.training
-    steps = t.max_steps if t.max_steps > 0 else None
-    if t.save_strategy == "no":
-        kept = 1
-    elif t.save_strategy == "steps" and steps is not None:
-        kept = max(-(-steps // t.save_steps), 1)
-    else:
-        kept = t.save_total_limit or 1
-    return min(kept, t.save_total_limit or kept) * found.checkpoint_bytes + found.final_bytes
+    every = interval(run, t.save_strategy, t.save_steps, max(t.max_steps, 0))
+    stop = t.stop_after_step or 0  # which is saved whatever the strategy
+    if not every:
+        return int(stop > 0)
+    if t.max_steps <= 0:
+        return None
+    return -(-t.max_steps // every) + (0 < stop < t.max_steps and stop % every > 0)
+
+
+def _most_checkpoints(run: Run) -> int | None:
+    """How many `save_total_limit` leaves at once: one more than are kept, while it is written."""
+    limit, has_best = run.training.save_total_limit, run.training.evaluation_strategy != "no"
+    return max(limit, 1 + has_best) + 1 if limit else None  # the newest stays beside the best
+
+
+def _disk(run: Run, found: Plan) -> int | None:
+    """Bytes on disk at the most: checkpoints that lie there at once, and the final model; None
+    where the number of steps follows from the data.
+    """
+    made = _num_checkpoints(run)
+    if made is None:
+        return None
+    at_once = min(made, _most_checkpoints(run) or made)
+    return at_once * found.checkpoint_bytes + found.final_bytes
+
+
+def _disk_line(run: Run, found: Plan) -> str:
+    one, final, total = found.checkpoint_bytes, found.final_bytes, _disk(run, found)
+    if total is not None:
+        return f"disk: {_size(total)}; a checkpoint is {_size(one)}, the final model {_size(final)}"
+    most = _most_checkpoints(run)
+    told = "their number depends on the data" + (f", at most {most} at once" if most else "")
+    return f"disk: {_size(one)} per checkpoint ({told}); the final model is {_size(final)}"
+
+
+def _size(num_bytes: int) -> str:
+    return f"{num_bytes / GIB:.2f} GiB" if num_bytes >= GIB / 10 else f"{num_bytes / 2**20:.2f} MiB"
 
 
 def _as_dict(
@@ -306,11 +350,14 @@ def _as_dict(
         "num_params": found.num_params,
         "num_trained": found.num_trained,
         "ranks": degrees.num_ranks,
+        "copies": degrees.copies,
         "tokens_per_step": found.tokens_per_step,
         "flops_per_step": found.flops_per_step,
         "seconds_per_step": found.flops_per_step / here.flops_per_second,
         "steps": run.training.max_steps if run.training.max_steps > 0 else None,
-        "disk_bytes": _checkpoints(run, found),
+        "checkpoint_bytes": found.checkpoint_bytes,
+        "final_bytes": found.final_bytes,
+        "disk_bytes": _disk(run, found),
         "machine": here.told,
         "changes": [
             {"settings": c.settings, "cost": c.cost, "peak_bytes": c.plan.peak} for c in changes
@@ -330,19 +377,18 @@ def _table(
     seconds = found.flops_per_step / here.flops_per_second
     fits = "fits" if found.peak <= here.memory else "does not fit"
     rows = [f"  {name:<14}{size / GIB:>10.2f} GiB" for name, size in found.parts.items() if size]
-    steps = run.training.max_steps
+    steps, num_ranks = run.training.max_steps, degrees.num_ranks * degrees.copies
+    ranks = f" of {num_ranks} ranks" if num_ranks > 1 else ""
     length = f", {steps} steps {_duration(steps * seconds)}" if steps > 0 else ""
     lines = [
         f"{run.model.model_name_or_path}: {found.num_trained:,} of {found.num_params:,} parameters "
         f"trained ({run.model.fine_tuning})",
-        f"memory{f' of one of {degrees.num_ranks} ranks' if degrees.num_ranks > 1 else ''}, at its "
-        f"peak ({found.moment}):",
+        f"memory{ranks and f' of one{ranks}'}, at its peak ({found.moment}):",
         *rows,
         f"  {'together':<14}{found.peak / GIB:>10.2f} GiB, which {fits} in {here.memory / GIB:.2f}",
-        f"a step: {found.tokens_per_step:,} tokens, {found.flops_per_step / 1e12:.3g} TFLOP, "
-        f"{_duration(seconds)}{length} ({here.told})",
-        f"disk: {_checkpoints(run, found) / GIB:.2f} GiB; a checkpoint is "
-        f"{found.checkpoint_bytes / GIB:.2f}",
+        f"a step: {found.tokens_per_step:,} tokens{ranks}, {found.flops_per_step / 1e12:.3g} TFLOP"
+        f"{' a rank' if ranks else ''}, {_duration(seconds)}{length} ({here.told})",
+        _disk_line(run, found),
     ]
     if changes:
         lines.append("changes that make it fit, cheapest first:")
@@ -374,15 +420,16 @@ def _duration(seconds: float) -> str:
 # --- after a run ---
 
 
-def record_error(run: Run, device: str, ranks: Ranks = ALONE) -> None:
+def record_error(run: Run, device: str, first_step: int = 1, ranks: Ranks = ALONE) -> None:
     """Write planned and measured peak and step time of a rank beside the metrics of a run that
-    ended.
+    ended: of the steps since this start of it, those before may be of other ranks and settings.
     """
     lines = (run.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    steps = [r for r in map(json.loads, lines) if "seconds" in r]
+    steps = [r for r in map(json.loads, lines) if "seconds" in r and r["step"] >= first_step]
     if not steps:
         return
-    found, here = plan(run, device, Degrees(sharding=ranks.shards)), machine(device)
+    degrees = Degrees(sharding=ranks.shards, copies=ranks.copies)
+    found, here = plan(run, device, degrees), machine(device)
     measured = memory.peak_gib(torch.device(device))
     values = {
         "planned_peak_gib": found.peak / GIB,
@@ -392,8 +439,8 @@ def record_error(run: Run, device: str, ranks: Ranks = ALONE) -> None:
     }
     told = ""
     if not run.stage.has_rollouts:  # whose steps hold what a round has, not rows that are filled
-        most = found.tokens_per_step * ranks.size
-        values["row_fill"] = median(r["num_tokens"] for r in steps) / most
+        filled = median(r["num_tokens"] for r in steps)
+        values["row_fill"] = filled / found.tokens_per_step
         told = f" (rows {100 * values['row_fill']:.0f} % full)"
     checkpoint.replace_text(Path(run.output) / ERROR_FILE, json.dumps(values, indent=1) + "\n")
     log.info(

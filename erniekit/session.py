@@ -72,6 +72,7 @@ class Session:
     average: Average | None
     progress: Progress
     reporter: Reporter
+    first_step: int  # of this start, counted from 1
     signals: CaughtSignals = field(default_factory=CaughtSignals)
     is_stopped: bool = False  # by any rank
 
@@ -81,12 +82,13 @@ class Session:
         t = self.run.training
         if self.eval_stream is None:
             return 0
-        return self._every(t.evaluation_strategy, t.eval_steps or 500)
+        return interval(self.run, t.evaluation_strategy, t.eval_steps or 500, self.num_steps)
 
     @property
     def save_every(self) -> int:
         """Steps between two checkpoints; 0 for never."""
-        return self._every(self.run.training.save_strategy, self.run.training.save_steps)
+        t = self.run.training
+        return interval(self.run, t.save_strategy, t.save_steps, self.num_steps)
 
     @property
     def metric(self) -> str:
@@ -94,11 +96,12 @@ class Session:
         name = self.run.training.metric_for_best_model or self.method.metric
         return name if name.startswith("eval_") else f"eval_{name}"
 
-    def _every(self, strategy: str, steps: int) -> int:
-        """Steps between two events of a strategy; 0 for never."""
-        if strategy == "epoch":
-            return max(round(self.num_steps / self.run.training.num_train_epochs), 1)
-        return steps if strategy == "steps" else 0
+
+def interval(run: Run, strategy: str, steps: int, num_steps: int) -> int:
+    """Steps between two events of a strategy, in a run of `num_steps`; 0 for never."""
+    if strategy == "epoch":
+        return max(round(num_steps / run.training.num_train_epochs), 1)
+    return steps if strategy == "steps" else 0
 
 
 def go_through(session: Session) -> bool:

@@ -99,6 +99,7 @@ def started(
         average=average,
         progress=progress,
         reporter=reporter,
+        first_step=progress.step + 1,
     )
     _tell(session)
     return session

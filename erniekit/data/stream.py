@@ -14,10 +14,10 @@ import copy
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from ernie.checkpoint.hub import resolve
@@ -119,14 +119,19 @@ class Stream:
         )
         num_records = sum(len(self.sources[number]) for number in self.mix.drawn)
         self.faults = Faults(data.max_bad_data_share, num_records)
+        self.on_read: Callable[[Any], None] | None = None  # is given each sample of the batches
 
     @cached_property
     def epoch_size(self) -> int:
         return self.mix.epoch_size
 
     def again(self) -> Stream:
-        """The same records for another reader, with faults of its own that are not logged."""
+        """The same records for another reader, with counts and faults of its own; these are not
+        logged.
+        """
         other = copy.copy(self)
+        other.encoder, other.on_read = copy.copy(self.encoder), None
+        other.encoder.counts = Counter()
         other.faults = Faults(self.faults.max_share, self.faults.size, is_silent=True)
         return other
 
@@ -204,6 +209,9 @@ class Stream:
         fixed_size = batch_size * self.data.max_seq_len if self.data.padding else 0
         rows = self.rows(start, end)
         while group := list(islice(rows, batch_size)):
+            if self.on_read is not None:
+                for sample in chain.from_iterable(row for row, _ in group):
+                    self.on_read(sample)
             yield batch_of([row for row, _ in group], group[-1][1], fixed_size=fixed_size)
 
 

@@ -1,13 +1,18 @@
-"""A dry pass over an epoch of the records: how many rows it fills, and what is in them."""
+"""A dry pass over an epoch of the records: how many rows it fills, and what is in them; and which
+of another split's samples are met while training reads.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, field
 
 from erniekit.data.dialogue import Sample
 from erniekit.data.sources import DataError
 from erniekit.data.stream import Stream
+
+log = logging.getLogger("erniekit")
 
 
 @dataclass(frozen=True)
@@ -26,6 +31,25 @@ class Survey:
     @property
     def fill(self) -> float:
         return self.num_tokens / max(self.num_rows, 1)
+
+
+@dataclass
+class Overlap:
+    """The held-out samples, by digest, that are among those it is called with."""
+
+    held_out: frozenset[bytes]
+    met: set[bytes] = field(default_factory=set)
+
+    def __call__(self, sample: Sample) -> None:
+        digest = _digest(sample)
+        if digest not in self.held_out:
+            return
+        if not self.met:
+            log.warning(
+                "a sample of the evaluation data is also in the training data: eval_loss will look "
+                "too good; the number of them follows at the end"
+            )
+        self.met.add(digest)
 
 
 def survey(stream: Stream, max_records: int) -> Survey:

@@ -28,8 +28,9 @@ from erniekit import checkpoint, losses, memory
 from erniekit.build import config_of, num_groups
 from erniekit.config import Data, Pictures, Run, changed, resolved
 from erniekit.data.batch import Batch
+from erniekit.data.sources import DataError
 from erniekit.data.stream import Stream, stream
-from erniekit.data.survey import Survey, survey
+from erniekit.data.survey import Overlap, Survey, survey
 from erniekit.evaluate import eval_batches, evaluate
 from erniekit.final import finish
 from erniekit.inputs import inputs_of, refuse_changes
@@ -91,7 +92,11 @@ def train(run: Run, device: str, method: Method, ranks: Ranks) -> int:
         folder, state = _where_to_go_on(run, ranks)
         train_stream, eval_stream = _streams(run)
         inputs = _inputs(run, train_stream, folder, state) if ranks.is_first else {}
-        found = _num_steps(run, train_stream, eval_stream, state, ranks) if ranks.is_first else 0
+        found, overlap = 0, None
+        if ranks.is_first and (found := _known_steps(run, state, ranks)):
+            overlap = _watched(run, train_stream, eval_stream)
+        elif ranks.is_first:
+            found = _num_steps(run, train_stream, eval_stream, ranks)
         num_steps = ranks.broadcast(found)
         log.info("settings that are not defaults (all are in %s/run.yaml):", run.output)
         log.info("%s", "\n".join(f"  {k}: {v}" for k, v in changed(run).items()))
@@ -102,7 +107,10 @@ def train(run: Run, device: str, method: Method, ranks: Ranks) -> int:
             run, device, num_steps, folder, state, train_stream, eval_stream, method, inputs, ranks
         )
         memory.give_back()
-        return finish(session) if go_through(session) else session.signals.exit_status
+        is_done = go_through(session)
+        if overlap is not None:
+            tell_overlap(overlap.met, overlap.held_out, "samples", "eval_loss")
+        return finish(session) if is_done else session.signals.exit_status
 
 
 def _check_before(run: Run) -> None:
@@ -197,21 +205,34 @@ def _streams(run: Run) -> tuple[Stream, Stream | None]:
     return train_stream, stream(run, "eval", tokenizer) if has_eval else None
 
 
-def _num_steps(
-    run: Run,
-    train_stream: Stream,
-    eval_stream: Stream | None,
-    state: dict[str, Any],
-    ranks: Ranks,
-) -> int:
-    """Steps of the whole run: given, remembered while nothing that they follow from has changed, or
-    found by packing an epoch without training.
+def _known_steps(run: Run, state: dict[str, Any], ranks: Ranks) -> int:
+    """Steps of the whole run: given, or remembered while nothing that they follow from has changed;
+    else 0.
     """
     if run.training.max_steps > 0:
         return run.training.max_steps
     length = _length_of(run.flat(), ranks.size)
     if state and _length_of(state["settings"], state.get("ranks", 1)) == length:
         return state["num_steps"]
+    return 0
+
+
+def _watched(run: Run, train_stream: Stream, eval_stream: Stream | None) -> Overlap | None:
+    """What compares the training samples with those held out, as they are read; None where nothing
+    is held out, or rounds compare prompts.
+    """
+    if eval_stream is None or run.stage.has_rollouts:
+        return None
+    try:
+        held_out = survey(eval_stream.again(), run.data.max_estimate_samples)
+    except DataError:  # told by the evaluation
+        return None
+    train_stream.on_read = overlap = Overlap(held_out.digests)
+    return overlap
+
+
+def _num_steps(run: Run, train_stream: Stream, eval_stream: Stream | None, ranks: Ranks) -> int:
+    """Steps of the whole run, found by packing an epoch without training."""
     found = survey(train_stream, run.data.max_estimate_samples)
     _tell(train_stream, found)
     if eval_stream is not None:

@@ -295,7 +295,77 @@ def test_sharding_divides_what_it_says(fine_tuning: str) -> None:
 def test_the_number_of_processes_says_how_often_sharding_divides(capsys) -> None:
     words = ["plan", f"model_name_or_path={RELEASED}", "device=cpu", "--json", "fine_tuning=Full"]
     main([*words, "sharding=stage3", "nproc_per_node=8", "data_parallel_degree=2"])
-    assert json.loads(capsys.readouterr().out)["ranks"] == 4
+    found = json.loads(capsys.readouterr().out)
+    assert (found["ranks"], found["copies"]) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "num_ranks"),
+    [
+        ("", 1),
+        ("nproc_per_node=4", 4),
+        ("nproc_per_node=4 sharding=stage2", 4),
+        ("nproc_per_node=8 sharding=stage1 data_parallel_degree=2", 8),
+        ("nproc_per_node=4 sharding=stage1 sharding_parallel_degree=1", 4),
+        ("sharding_parallel_degree=2 data_parallel_degree=3", 6),
+        ("nproc_per_node=8 tensor_parallel_degree=4", 2),
+        ("nproc_per_node=8 expert_parallel_degree=4", 8),
+    ],
+)
+def test_the_tokens_of_a_step_are_those_of_all_ranks(degrees, num_ranks, capsys) -> None:
+    words = ["plan", f"model_name_or_path={RELEASED}", "device=cpu", "--json"]
+    main(
+        [
+            *words,
+            "batch_size=2",
+            "gradient_accumulation_steps=3",
+            "max_seq_len=64",
+            *degrees.split(),
+        ]
+    )
+    assert json.loads(capsys.readouterr().out)["tokens_per_step"] == 2 * 3 * 64 * num_ranks
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_checkpoints"),
+    [
+        ("max_steps=4 save_steps=2", 2),
+        ("max_steps=5 save_steps=2", 3),
+        ("max_steps=5 save_steps=2 stop_after_step=3", 4),
+        ("max_steps=5 save_steps=2 stop_after_step=4", 3),
+        ("max_steps=8 save_strategy=epoch num_train_epochs=4", 4),
+        ("max_steps=8 save_strategy=no", 0),
+        ("save_strategy=no", 0),
+        ("max_steps=8 save_steps=1 save_total_limit=2", 3),
+        ("max_steps=8 save_steps=4 save_total_limit=2", 2),
+        (
+            "max_steps=8 save_steps=1 save_total_limit=1 evaluation_strategy=steps "
+            "eval_dataset_path=held_out.jsonl",
+            3,
+        ),
+    ],
+)
+def test_disk_is_that_of_what_lies_there_at_once(settings, num_checkpoints, capsys) -> None:
+    words = [f"model_name_or_path={RELEASED}", "device=cpu", *settings.split()]
+    main(["plan", "--json", *words])
+    found = json.loads(capsys.readouterr().out)
+    assert found["disk_bytes"] - found["final_bytes"] == num_checkpoints * found["checkpoint_bytes"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ("save_steps=20", "data)"),
+        ("save_strategy=epoch num_train_epochs=4", "data)"),
+        ("save_steps=20 save_total_limit=2", "data, at most 3 at once)"),
+    ],
+)
+def test_disk_is_that_of_a_checkpoint_where_the_data_says_how_many(settings, told, capsys) -> None:
+    words = [f"model_name_or_path={RELEASED}", "device=cpu", *settings.split()]
+    main(["plan", "--json", *words])
+    assert json.loads(capsys.readouterr().out)["disk_bytes"] is None
+    main(["plan", *words])
+    assert f"per checkpoint (their number depends on the {told}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -306,6 +376,15 @@ def test_the_number_of_processes_says_how_often_sharding_divides(capsys) -> None
         ([f"model_name_or_path={RELEASED}", "plan_memory_gib=much"], "is not a size"),
         ([f"model_name_or_path={RELEASED}", "tensor_parallel_degree=x"], "is not a degree"),
         ([f"model_name_or_path={RELEASED}", "batch_sise=2"], "unknown key"),
+        (
+            [
+                f"model_name_or_path={RELEASED}",
+                "nproc_per_node=4",
+                "data_parallel_degree=3",
+                "sharding=stage2",
+            ],
+            "make 3 x 1 ranks, but there are 4",
+        ),
     ],
 )
 def test_bad_input_is_one_sentence(words, told, capsys) -> None:

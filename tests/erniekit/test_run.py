@@ -16,6 +16,7 @@ from erniekit import lora_files, losses, serve
 from erniekit.cli import main
 from erniekit.config import run_from
 from erniekit.config.stages import STAGES
+from erniekit.data.survey import Overlap
 from erniekit.lora import LoRA, add_lora
 from erniekit.lora_files import put_in
 from tests.erniekit.conftest import dialogues, write_lines
@@ -157,6 +158,27 @@ def test_overlap_of_training_and_evaluation_data_is_told(words, data, caplog) ->
     assert "3 of 8 evaluation samples are also in the training data" in caplog.text
 
 
+@pytest.mark.parametrize("strategy", ["steps", "no"])
+def test_overlap_is_told_as_training_samples_are_read(strategy, words, data, capsys) -> None:
+    write_lines(data / "both.jsonl", [*dialogues(3), *dialogues(5, salt="of the ")])
+    more = {"eval_dataset_path": data / "both.jsonl", "evaluation_strategy": strategy}
+    assert main(["train", *words(**more, max_steps=40, packing="false", eval_steps=40)]) == 0
+    told = "".join(capsys.readouterr())
+    first = "a sample of the evaluation data is also in the training data"
+    assert told.count(first) == 1
+    assert told.count("3 of 8 evaluation samples are also in the training data") == 1
+    assert told.index(first) < told.index("step 00040") < told.index("3 of 8 evaluation samples")
+
+
+@pytest.mark.parametrize("settings", [{}, {"do_eval": "false", "evaluation_strategy": "no"}])
+def test_no_overlap_is_told_where_there_is_none(settings, words, capsys, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(Overlap, "__call__", lambda self, sample: seen.append(sample))
+    assert main(["train", *words(max_steps=2, **settings)]) == 0
+    assert "also in the training data" not in "".join(capsys.readouterr())
+    assert bool(seen) == ("do_eval" not in settings)
+
+
 def test_steps_are_counted_from_the_data(words, tmp_path: Path) -> None:
     arguments = words(max_steps=-1, num_train_epochs=2, packing="false", batch_size=4)
     assert main(["train", *arguments]) == 0
@@ -213,3 +235,14 @@ def test_an_output_folder_that_cannot_be_made_is_one_sentence(
     (tmp_path / "a file").write_text("")
     assert main(["train", *words(output_dir=tmp_path / place)]) == 2
     assert f"output_dir {tmp_path / place} cannot be made: " in capsys.readouterr().err
+
+
+def test_rows_are_as_full_as_those_of_this_start(words, tmp_path: Path) -> None:
+    whole = words(max_steps=3, evaluation_strategy="no")
+    assert main(["train", *whole, "gradient_accumulation_steps=4", "stop_after_step=2"]) == 0
+    before = [r["num_tokens"] for r in records(tmp_path / "out")]
+    assert main(["train", *whole, "gradient_accumulation_steps=1"]) == 0
+    last = records(tmp_path / "out")[-1]["num_tokens"]
+    assert min(before) > 2 * last  # as after a resume on fewer ranks
+    found = json.loads((tmp_path / "out/plan_error.json").read_text())
+    assert found["row_fill"] == last / 96
