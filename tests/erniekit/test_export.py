@@ -159,7 +159,7 @@ def test_a_split_model_is_the_whole_one(name, trained, tiny) -> None:
         ("export", "tiny-dense", "Full", ["export_format=peft"], "there is no adapter"),
         ("export", "tiny-moe", "LoRA", ["export_format=peft"], "which PEFT takes for pairs of"),
         ("export", "tiny-dense", "LoRA", ["export_format=onnx"], "use one of"),
-        ("export", "tiny-dense", "LoRA", ["max_shard_size=0"], "a number above 0"),
+        ("export", "tiny-dense", "LoRA", ["max_shard_size=0"], "give more than 0"),
         ("split", "tiny-dense", "LoRA", [], "which is one file"),
     ],
 )

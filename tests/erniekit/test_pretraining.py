@@ -424,7 +424,7 @@ def test_the_ledger_of_documents_closes(words, corpus: Path, encoder, tmp_path: 
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        ({"input_dir": "0.4 a 0.6"}, "no list of weights and prefixes"),
+        ({"input_dir": "0.4 a 0.6"}, "is not a list of weights and prefixes"),
         ({"input_dir": "0.4 a", "stage": "SFT", "train_dataset_type": "erniekit"}, "stage=SFT"),
         ({"input_dir": "1 a", "train_dataset_path": "x.jsonl"}, "leave train_dataset_path"),
         ({"input_dir": "1 a", "split": "0,1"}, "split="),

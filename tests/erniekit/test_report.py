@@ -133,7 +133,7 @@ def test_hostile_words_stay_words_and_nothing_is_loaded(tmp_path: Path) -> None:
     }
     folder = write_run(
         tmp_path, [step(1, **{HOSTILE: 1.0})], [answer, answer | {"step": 1}],
-        model_name_or_path=HOSTILE.replace("\ud800", ""),
+        model_name_or_path=HOSTILE.replace("\ud800", "").replace("\0", ""),
     )  # fmt: skip
     start = {"time": HOSTILE, "step": 0, "command": HOSTILE, "machine": {HOSTILE: HOSTILE}}
     (folder / "about.json").write_text(json.dumps({"num_steps": 1, "starts": [start]}))
