@@ -346,8 +346,8 @@ def test_a_request_lowers_limits_and_cannot_raise_them() -> None:
         ({"image_max_pixels": 100}, "784 or more"),
         ({"video_fps": float("nan")}, "above 0"),
         ({"video_max_frames": True}, "type int"),
-        ({"patch_size": 7}, "no option"),
-        ({"colour": 7}, "no option"),
+        ({"patch_size": 7}, "is not an option"),
+        ({"colour": 7}, "is not an option"),
     ):
         with pytest.raises(MediaError, match=message):
             DEFAULT.changed(options)

@@ -264,7 +264,7 @@ def test_tables_of_keys_do_not_overlap() -> None:
     [
         (["learning_rat=1"], "did you mean 'learning_rate'"),
         (["tensor_parallel_degree=2"], "tensor_parallel_degree=2 is not available yet"),
-        (["moe_use_aux_free=false"], "no setting here; give moe_use_aux_free_update_coef: 0"),
+        (["moe_use_aux_free=false"], "is not a setting here; give moe_use_aux_free_update_coef: 0"),
         (
             ["train_emb_only=1"],
             "train_emb_only=1 is not a setting here; give freeze_parameters: model",
