@@ -111,7 +111,7 @@ def test_the_formats_say_the_same_dialogue() -> None:
         ("erniekit", {"src": ["a"], "tgt": ["c"], "label": [1, 0]}, "expected a list of one"),
         ("alpaca", {"instruction": "a"}, "output is missing"),
         ("messages", {"messages": []}, "no messages"),
-        ("messages", {"messages": [{"role": "system", "content": "s"}]}, "no answer"),
+        ("messages", {"messages": [{"role": "system", "content": "s"}]}, "is not an answer"),
         ("messages", {"messages": [{"role": "user", "content": "s"}] * 2}, "in a row"),
         ("messages", {"messages": [{"role": "assistant", "content": "s"}]}, "without a question"),
     ],
