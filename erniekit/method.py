@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from torch import Tensor
 
 from ernie.model import ErnieModel
+from erniekit.config import Run
 from erniekit.data.batch import Batch
 from erniekit.loop import Progress
 from erniekit.losses import Loss
@@ -49,4 +50,9 @@ class Method:
     measure: Callable[..., dict[str, Any]] = lambda model, window, ranks: {}
     reference: References | None = None
     source: BatchSource | None = None  # in the place of the training stream's own batches
-    metric: str = "eval_loss"  # by which the best checkpoint is best
+    metric: str = "eval_loss"  # by which the best checkpoint is best, unless the run names one
+
+    def metric_of(self, run: Run) -> str:
+        """The number that says which checkpoint of a run is best."""
+        name = run.training.metric_for_best_model or self.metric
+        return name if name.startswith("eval_") else f"eval_{name}"

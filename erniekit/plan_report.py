@@ -31,7 +31,6 @@ from erniekit.config.stages import TRAINABLE
 from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.parallel.ranks import degrees as copies_and_shards
 from erniekit.plan import GIB, Degrees, Plan, plan
-from erniekit.session import interval
 
 log = logging.getLogger("erniekit")
 
@@ -293,7 +292,7 @@ def _changed(run: Run, settings: dict[str, Any], device: str) -> Run:
 def _num_checkpoints(run: Run) -> int | None:
     """How many a run makes; None where that follows from its data."""
     t = run.training
-    every = interval(run, t.save_strategy, t.save_steps, max(t.max_steps, 0))
+    every = t.interval(t.save_strategy, t.save_steps, max(t.max_steps, 0))
     stop = t.stop_after_step or 0  # which is saved whatever the strategy
     if not every:
         return int(stop > 0)

@@ -29,7 +29,7 @@ from typing import Any
 
 from ernie.settings import ConfigError, read_overrides, read_yaml
 from erniekit import checkpoint, launch
-from erniekit.config import Run, run_from
+from erniekit.config import Run, effects, run_from
 from erniekit.metrics import METRICS_FILE
 from erniekit.report import about
 
@@ -154,11 +154,9 @@ def _before_a_change(later: list[tuple[int, Path]]) -> list[tuple[int, Path]]:
 
 def _made_by(folder: Path) -> Any:
     """Steps of the whole run and the settings that decide its numbers; None where damaged."""
-    from erniekit.start import HARMLESS
-
     try:
         state = _state(folder)
-        kept = {k: v for k, v in state["settings"].items() if k not in HARMLESS}
+        kept = {k: v for k, v in state["settings"].items() if k not in effects.HARMLESS}
         return state["num_steps"], kept
     except (OSError, ValueError, KeyError):
         return None  # told where the checkpoint is compared

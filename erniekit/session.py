@@ -82,26 +82,18 @@ class Session:
         t = self.run.training
         if self.eval_stream is None:
             return 0
-        return interval(self.run, t.evaluation_strategy, t.eval_steps or 500, self.num_steps)
+        return t.interval(t.evaluation_strategy, t.eval_steps or 500, self.num_steps)
 
     @property
     def save_every(self) -> int:
         """Steps between two checkpoints; 0 for never."""
         t = self.run.training
-        return interval(self.run, t.save_strategy, t.save_steps, self.num_steps)
+        return t.interval(t.save_strategy, t.save_steps, self.num_steps)
 
     @property
     def metric(self) -> str:
         """The number that says which checkpoint is best."""
-        name = self.run.training.metric_for_best_model or self.method.metric
-        return name if name.startswith("eval_") else f"eval_{name}"
-
-
-def interval(run: Run, strategy: str, steps: int, num_steps: int) -> int:
-    """Steps between two events of a strategy, in a run of `num_steps`; 0 for never."""
-    if strategy == "epoch":
-        return max(round(num_steps / run.training.num_train_epochs), 1)
-    return steps if strategy == "steps" else 0
+        return self.method.metric_of(self.run)
 
 
 def go_through(session: Session) -> bool:

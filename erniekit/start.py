@@ -6,7 +6,6 @@ checkpoint; later checkpoints are set aside, and records of later steps are drop
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from ernie.moe.router import Router
 from erniekit import checkpoint, snapshot
 from erniekit.average import Average
 from erniekit.build import build_model, load_adapter, trained_parameters
-from erniekit.config import Parallel, Run, changed, effects, to_yaml
+from erniekit.config import Run, changed, effects, to_yaml
 from erniekit.data.stream import Stream
 from erniekit.dropout import Dropout, add_dropout
 from erniekit.loop import Progress
@@ -42,6 +41,7 @@ log = logging.getLogger("erniekit")
 def started(
     run: Run,
     device: str,
+    *,
     num_steps: int,
     resumed: Path | None,
     state: dict[str, Any],
@@ -201,19 +201,6 @@ def _tell(session: Session) -> None:
         log.info("settings without effect here: %s", ", ".join(names))
 
 
-# Changing these between two starts changes nothing that has been computed.
-HARMLESS = {
-    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_steps", "stop_after_step",
-    "ignore_changed_inputs",
-    "logging_steps", "save_steps", "save_strategy", "save_total_limit", "use_async_save",
-    "load_best_model_at_end", "use_checkpoint", "report_to", "logging_dir", "disable_tqdm",
-    "evaluation_strategy", "eval_steps", "max_evaluate_steps", "answer_steps", "num_answers",
-}  # fmt: skip
-
-
-HARMLESS |= {field.name for field in dataclasses.fields(Parallel)}
-
-
 def _compare_settings(
     before: dict[str, Any], run: Run, ranks_before: int = 1, ranks_now: int = 1
 ) -> None:
@@ -233,7 +220,7 @@ def _compare_settings(
                 "times as many rows", ranks_before, steps, before[steps], ranks_now, now[steps],
                 rows_now / rows_before,
             )  # fmt: skip
-    changed = [k for k in now if k not in HARMLESS and now[k] != before.get(k, now[k])]
+    changed = [k for k in now if k not in effects.HARMLESS and now[k] != before.get(k, now[k])]
     if changed:
         told = ", ".join(f"{key} {before[key]} -> {now[key]}" for key in changed)
         log.warning("settings differ from those of the checkpoint: %s", told)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from erniekit.config.data import Pictures
 from erniekit.config.methods import LOSS_TYPES, Policy, Preferences
+from erniekit.config.training import Parallel
 
 if TYPE_CHECKING:
     from erniekit.config import Run
@@ -26,6 +27,17 @@ OF_EXPERTS = (*_BALANCE, "moe_capacity")
 
 def _keys(group: type) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(group))
+
+
+# Changing these between two starts of a run changes nothing that has been computed.
+HARMLESS = {
+    "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_steps", "stop_after_step",
+    "ignore_changed_inputs",
+    "logging_steps", "save_steps", "save_strategy", "save_total_limit", "use_async_save",
+    "load_best_model_at_end", "use_checkpoint", "report_to", "logging_dir", "disable_tqdm",
+    "evaluation_strategy", "eval_steps", "max_evaluate_steps", "answer_steps", "num_answers",
+    *_keys(Parallel),
+}  # fmt: skip
 
 
 def _uses(key: str) -> Callable[[Run], bool]:

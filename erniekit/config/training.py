@@ -92,6 +92,12 @@ class Training:
         10, "Steps skipped as not finite or as a spike, before training stops.", least=0
     )
 
+    def interval(self, strategy: str, steps: int, num_steps: int) -> int:
+        """Steps between two events of a strategy, in a run of `num_steps`; 0 for never."""
+        if strategy == "epoch":
+            return max(round(num_steps / self.num_train_epochs), 1)
+        return steps if strategy == "steps" else 0
+
 
 @dataclass(frozen=True, kw_only=True)
 class Optimisation:

@@ -101,10 +101,19 @@ def train(run: Run, device: str, method: Method, ranks: Ranks) -> int:
         log.info("settings that are not defaults (all are in %s/run.yaml):", run.output)
         log.info("%s", "\n".join(f"  {k}: {v}" for k, v in changed(run).items()))
         if ranks.is_first:
-            _check_before(run)
+            _check_before(run, method)
         method.prepare(_batches_of(run, num_steps, state, train_stream, eval_stream, ranks))
         session = started(
-            run, device, num_steps, folder, state, train_stream, eval_stream, method, inputs, ranks
+            run,
+            device,
+            num_steps=num_steps,
+            resumed=folder,
+            state=state,
+            train_stream=train_stream,
+            eval_stream=eval_stream,
+            method=method,
+            inputs=inputs,
+            ranks=ranks,
         )
         memory.give_back()
         is_done = go_through(session)
@@ -113,7 +122,7 @@ def train(run: Run, device: str, method: Method, ranks: Ranks) -> int:
         return finish(session) if is_done else session.signals.exit_status
 
 
-def _check_before(run: Run) -> None:
+def _check_before(run: Run, method: Method) -> None:
     """Raise ConfigError for what would fail later, after the method has prepared and the model is
     built: packages that are not installed, layers and numbers of an evaluation that do not exist.
     """
@@ -124,13 +133,11 @@ def _check_before(run: Run) -> None:
             raise ConfigError(
                 f"no_recompute_layers={max(layers)} is not a layer of the model; give 0 to {last}"
             )
-    metric = run.training.metric_for_best_model
-    known = run.stage.evaluated
-    if metric and metric.removeprefix("eval_") not in known:
-        name = f"eval_{metric.removeprefix('eval_')}"
+    known = [f"eval_{number}" for number in run.stage.evaluated]
+    if run.training.metric_for_best_model and (metric := method.metric_of(run)) not in known:
         raise ConfigError(
-            f"metric_for_best_model={name} is not a number of an evaluation; use one of "
-            f"{listed(f'eval_{number}' for number in known)}"
+            f"metric_for_best_model={metric} is not a number of an evaluation; use one of "
+            f"{listed(known)}"
         )
 
 

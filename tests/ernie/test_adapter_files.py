@@ -133,7 +133,11 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
         with_setting(target_modules=r".*q_proj"),
         "does not name modules",
     ),
-    "a bad pattern": ("tiny-dense", with_setting(target_modules="("), "is not a regular expression"),
+    "a bad pattern": (
+        "tiny-dense",
+        with_setting(target_modules="("),
+        "is not a regular expression",
+    ),
     "layers left out": (
         "tiny-dense",
         with_setting(layers_to_transform=[0]),
