@@ -64,7 +64,9 @@ def _files(run: Run) -> list[Path]:
             found += [Path(f"{name}.idx"), Path(f"{name}.bin")]
         elif kind != tasks.KIND:  # tasks are made, by their settings
             found.append(Path(name))
-    return found + [Path(name) for name in run.policy.pair_dataset_path or ()]
+    if "pair_dataset_path" in run.stage.settings:
+        found += map(Path, run.policy.pair_dataset_path)
+    return found
 
 
 def _digest(path: Path) -> tuple[int, str]:

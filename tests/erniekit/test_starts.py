@@ -156,6 +156,14 @@ def test_changed_inputs_are_noticed(tiny, data: Path, tmp_path: Path, capsys) ->
     assert main(["resume", str(output), *words_]) == 0
 
 
+def test_files_that_the_stage_does_not_read_are_not_looked_at(
+    tiny, data: Path, tmp_path: Path
+) -> None:
+    """A file of settings for UPO with pairs serves the SFT before it, which has no pairs yet."""
+    unread = {"pair_dataset_path": tmp_path / "pairs.jsonl", "stage": "SFT"}
+    assert main(short(tiny("tiny-dense"), data, tmp_path / "out", **unread)) == 0
+
+
 def test_large_files_are_sampled(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(inputs, "_STRETCH", 4)
     monkeypatch.setattr(inputs, "_NUM_STRETCHES", 8)
