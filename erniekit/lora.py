@@ -136,7 +136,8 @@ class LoRALinear(Pair):
     def forward(self, x_TI: Tensor) -> Tensor:
         low_Tr = kernels.linear(self.dropout(x_TI), self.lora_A) * self.scale
         if self.lora_magnitude_vector is None:
-            return self.base(x_TI) + kernels.linear(low_Tr, self.lora_B)
+            more_TO = kernels.linear(low_Tr, self.lora_B)
+            return self.base(x_TI) + more_TO  # the base last, which keeps no rows
         out_TO = kernels.linear(x_TI, self.base.weight) + kernels.linear(low_Tr, self.lora_B)
         out_TO = out_TO * self.row_factors(self.base.weight).to(out_TO.dtype)
         return out_TO if self.base.bias is None else out_TO + self.base.bias.to(out_TO.dtype)

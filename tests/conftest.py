@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -12,6 +13,16 @@ import torch
 if not torch.cuda.is_available():
     # Read by Triton when it is imported, which other packages do too: kernels run interpreted.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def loggers_that_propagate() -> Iterator[None]:
+    """`erniekit` as it is called in a test logs to that test's stdout, and to no other's."""
+    yield
+    for name in ("erniekit", "ernie"):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [], True
+        logger.setLevel(logging.NOTSET)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -26,6 +26,7 @@ from ernie.kernels.weights import (
     PackedWeight,
     QuantTensor,
 )
+from ernie.recomputed import Function, keep
 
 
 def linear(x_TI: Tensor, weight_OI: Tensor | QuantTensor, bias_O: Tensor | None = None) -> Tensor:
@@ -79,15 +80,15 @@ def quantize_fp8(x_RC: Tensor) -> FP8Tensor:
     return FP8Tensor(data_RC.contiguous(), most_R / top_R)
 
 
-class _FP8Product(torch.autograd.Function):
+class _FP8Product(Function):
     """Rows times a weight, or times the weights of experts, both rounded anew in each pass."""
 
     @staticmethod
     def forward(
         ctx, x_NI: Tensor, weight: Tensor, counts_E: Tensor | None, quant_input_grad: bool
     ) -> Tensor:
-        ctx.save_for_backward(x_NI, weight, counts_E)
         ctx.quant_input_grad = quant_input_grad
+        keep(ctx, x_NI, weight, counts_E)
         x, w = quantize_fp8(x_NI).dequantized(), quantize_fp8(weight).dequantized()
         out_NO = linear(x, w) if counts_E is None else grouped_linear(x, w, counts_E)
         return out_NO.to(x_NI.dtype)

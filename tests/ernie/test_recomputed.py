@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 
-from ernie.recomputed import recomputed
+from ernie.recomputed import Function, keep, recomputed, saved_by
 
 
 def layers() -> torch.nn.Sequential:
@@ -50,6 +50,56 @@ def test_it_stops_as_soon_as_there_is_enough():
     recomputed(forward, x).sum().backward()
     assert calls == ["kept", "not needed"]  # of the first run; the second ends within sin
     assert torch.equal(x.grad, torch.ones(3).cos())
+
+
+class Square(Function):
+    runs = 0
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        keep(ctx, x, None)
+        Square.runs += 1
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+def test_a_function_that_says_what_it_keeps_is_stopped_before_it_computes():
+    def gradient(forward) -> tuple[torch.Tensor, int]:
+        Square.runs = 0
+        x = torch.arange(3.0, requires_grad=True)
+        forward(x).sum().backward()
+        return x.grad, Square.runs
+
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        return Square.apply(Square.apply(x)) + 1
+
+    def passed_by(x: torch.Tensor) -> torch.Tensor:
+        with saved_by(lambda saved: saved, lambda saved: saved):  # of someone else
+            return Square.apply(x)
+
+    expected, _ = gradient(twice)
+    for forward, num_runs in (
+        (lambda x: recomputed(twice, x), 2 + 1),  # the second of the second run is not needed
+        (lambda x: recomputed(lambda x: recomputed(twice, x), x), 2 + 1),  # the outer has nothing
+        (lambda x: recomputed(lambda x: Square.apply(passed_by(x)), x), 2 + 1),
+    ):
+        found, runs = gradient(forward)
+        assert torch.equal(found, expected) and runs == num_runs
+
+
+def test_what_is_computed_without_gradients_does_not_count():
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            still = Square.apply(x)  # would be the last tensor wanted, if it were saved
+        return Square.apply(5 * x + still)
+
+    x, own = (torch.arange(1.0, 4.0, requires_grad=True) for _ in range(2))
+    forward(x).sum().backward()
+    recomputed(forward, own).sum().backward()
+    assert torch.equal(x.grad, own.grad)
 
 
 def test_nothing_outlives_the_backward_pass_or_a_graph_that_is_dropped():

@@ -21,6 +21,7 @@ from ernie.kernels import reference
 from ernie.kernels.cpu.build import DTYPES, isa, library
 from ernie.kernels.dispatch import has_bfloat16_products, is_batch_invariant
 from ernie.kernels.weights import NF4_LEVELS, QuantTensor
+from ernie.recomputed import Function, keep
 
 Weight = Tensor | QuantTensor
 
@@ -61,12 +62,12 @@ def grouped_linear(x_NI: Tensor, weight_EOI: Weight, counts_E: Tensor) -> Tensor
     return _product(x_NI, weight_EOI, None, counts_E)
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(Function):
     @staticmethod
     def forward(ctx, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         # The rows are kept only for the gradient of the weight: LoRA saves them all.
-        ctx.save_for_backward(x_TI if ctx.needs_input_grad[1] else None, weight_OI)
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
+        keep(ctx, x_TI if ctx.needs_input_grad[1] else None, weight_OI)
         return _product(x_TI, weight_OI, bias_O, None)
 
     @staticmethod
@@ -80,7 +81,7 @@ class _Linear(torch.autograd.Function):
         )
 
 
-class _LinearInBfloat16(torch.autograd.Function):
+class _LinearInBfloat16(Function):
     """`_Linear` by torch's bfloat16 products; rows are kept in half the bytes.
 
     Float32 weights are rounded anew in both passes: that is a small part of a product of many rows,
@@ -90,8 +91,8 @@ class _LinearInBfloat16(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         rows_TI = x_TI.to(torch.bfloat16)
-        ctx.save_for_backward(rows_TI if ctx.needs_input_grad[1] else None, weight_OI)
         ctx.bias_dtype = None if bias_O is None else bias_O.dtype
+        keep(ctx, rows_TI if ctx.needs_input_grad[1] else None, weight_OI)
         out_TO = (rows_TI @ weight_OI.to(torch.bfloat16).T).float()
         return out_TO if bias_O is None else out_TO.add_(bias_O.float())
 
@@ -139,10 +140,10 @@ class _QuantisedGroups(torch.autograd.Function):
         return torch.cat(parts) if parts else grad_NO.new_empty(0, width), None, None
 
 
-class _GroupedLinear(torch.autograd.Function):
+class _GroupedLinear(Function):
     @staticmethod
     def forward(ctx, x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
-        ctx.save_for_backward(x_NI if ctx.needs_input_grad[1] else None, weight_EOI, counts_E)
+        keep(ctx, x_NI if ctx.needs_input_grad[1] else None, weight_EOI, counts_E)
         return _product(x_NI, weight_EOI, None, counts_E)
 
     @staticmethod

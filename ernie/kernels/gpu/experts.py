@@ -35,6 +35,7 @@ from ernie.kernels.gpu.products import MANY_ROWS, Norm, mlp, product
 from ernie.kernels.gpu.rows import row_products
 from ernie.kernels.gpu.unpack import unpacked
 from ernie.kernels.weights import PackedWeight, QuantTensor
+from ernie.recomputed import Function, keep
 
 # torch's product of sorted rows with a weight for each expert; None where torch has none.
 grouped_mm = getattr(F, "grouped_mm", None) or getattr(torch, "_grouped_mm", None)
@@ -125,12 +126,12 @@ class _FrozenGroups(torch.autograd.Function):
         return grouped(grad_NO, weight_EOI, ctx.ends_E), None, None
 
 
-class _GroupedLinear(torch.autograd.Function):
+class _GroupedLinear(Function):
     @staticmethod
     def forward(ctx: Any, x_NI: Tensor, weight_EOI: Tensor, counts_E: Tensor) -> Tensor:
         ends_E = counts_E.cumsum(0).int()
         x_NI = rows_of(x_NI)
-        ctx.save_for_backward(x_NI, weight_EOI, ends_E)
+        keep(ctx, x_NI, weight_EOI, ends_E)
         return grouped(x_NI, weight_EOI.mT, ends_E)
 
     @staticmethod

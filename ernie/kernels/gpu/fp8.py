@@ -26,6 +26,7 @@ from torch import Tensor
 from ernie.kernels import reference
 from ernie.kernels.gpu.experts import grouped, grouped_outer
 from ernie.kernels.weights import FP8_LEAST, FP8_MAX, FP8Tensor
+from ernie.recomputed import Function, keep
 
 grouped_mm = getattr(torch, "_scaled_grouped_mm", None)  # None where torch has none
 ALONG = (1, 1024)  # rows and columns at a time, where columns lie side by side
@@ -60,15 +61,15 @@ def quantize_fp8(x_RC: Tensor) -> FP8Tensor:
     return FP8Tensor(data.view(x_RC.shape), scale.view(x_RC.shape[:-1]))
 
 
-class _Product(torch.autograd.Function):
+class _Product(Function):
     """Rows times a weight, or with `ends_E` rows sorted by expert times the weights of experts."""
 
     @staticmethod
     def forward(
         ctx, x_NI: Tensor, weight: Tensor, ends_E: Tensor | None, quant_input_grad: bool
     ) -> Tensor:
-        ctx.save_for_backward(x_NI, weight, ends_E)
         ctx.quant_input_grad = quant_input_grad
+        keep(ctx, x_NI, weight, ends_E)
         return _multiplied(quantize_fp8(x_NI), quantize_fp8(weight), ends_E, x_NI.dtype)
 
     @staticmethod
