@@ -24,6 +24,7 @@ STEPS, ROW = 2, 1024
 FULL = {"fine_tuning": "Full"}
 LORA = {"fine_tuning": "LoRA", "lora_rank": 16}
 AGAIN = {"recompute": "true"}
+AUTO = AGAIN | {"recompute_granularity": "auto"}
 FP8 = {"compute_type": "fp8", "quant_input_grad": "true"}
 
 # name: layers of which network, and what differs from a row of 1024 tokens a step.
@@ -39,11 +40,16 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     "full, recompute full": ("dense8", FULL | AGAIN),
     "full, recompute mlp": ("dense8", FULL | AGAIN | {"recompute_granularity": "mlp"}),
     "full, recompute full_attn": ("dense8", FULL | AGAIN | {"recompute_granularity": "full_attn"}),
+    "full, recompute auto": ("dense8", FULL | AUTO | {"plan_memory_gib": 2.78}),
     "full, loss by 512": ("dense4", FULL | {"loss_subbatch_seqlen": 512}),
     "full, FP8": ("dense4", FULL | FP8),
     "LoRA, 8 layers": ("dense8", LORA),
     "LoRA, 2 rows": ("dense8", LORA | {"batch_size": 2}),
     "LoRA, 2 rows, recompute": ("dense8", LORA | AGAIN | {"batch_size": 2}),
+    "LoRA, 2 rows, recompute auto": (
+        "dense8",
+        LORA | AUTO | {"batch_size": 2, "plan_memory_gib": 1.4},
+    ),
     "LoRA, rank 64, row of 2048": ("dense8", LORA | {"lora_rank": 64, "max_seq_len": 2048}),
     "LoRA, loss by 1024": ("dense8", LORA | {"loss_subbatch_seqlen": 1024}),
     "MoE, full": ("moe3", FULL),
@@ -85,7 +91,8 @@ def prepare(folder: Path) -> None:
 def run_case(folder: Path, name: str) -> dict[str, float]:
     from erniekit.cli import main as erniekit
     from erniekit.config import resolved, run_from
-    from erniekit.plan import GIB, plan
+    from erniekit.fit import fitted
+    from erniekit.plan import GIB, Degrees, plan
 
     network, changes = CASES[name]
     row = changes.get("max_seq_len", ROW)
@@ -104,7 +111,8 @@ def run_case(folder: Path, name: str) -> dict[str, float]:
             raise SystemExit(status)
         lines = (Path(output) / "metrics.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
-    found = plan(resolved(run_from({k: str(v) for k, v in settings.items()}), "cpu"), "cpu")
+    run = resolved(run_from({k: str(v) for k, v in settings.items()}), "cpu")
+    found = plan(fitted(run, "cpu", Degrees()), "cpu")
     measured = max(r["peak_memory_gib"] for r in records)
     return {
         "measured_gib": measured,

@@ -143,7 +143,7 @@ def our_parts(case: Case, clock: Clock) -> Parts:
     model.init_weights(seed=0)
     if case.compute_type == "fp8":
         multiply_in_fp8(model, quant_input_grad=True)
-    recompute(model, None)
+    recompute(model, lambda part: None)
     trained = trained_parameters(model)
     embedding = model.model.embed_tokens
     dtype = torch.float32 if run.optimisation.amp_master_grad else torch.bfloat16

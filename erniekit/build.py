@@ -32,6 +32,7 @@ from ernie.settings import ConfigError, did_you_mean
 from ernie.tokenizer import Tokenizer
 from erniekit import lora_files
 from erniekit.config import Run
+from erniekit.config.model import TOWER, parts_again
 from erniekit.lora import TRAINED, Freeze, LoRA, Preparation, add_lora, weight_names
 from erniekit.recompute import recompute
 from erniekit.reward_model import fill_head, has_head, put_head
@@ -50,6 +51,22 @@ def config_of(path_or_name: str) -> ErnieConfig:
         return TINY[name]
     near = did_you_mean(name, MODELS)
     raise ConfigError(f"{path_or_name!r} is neither a folder nor a model of the family{near}")
+
+
+def check_layers(run: Run, config: ErnieConfig) -> None:
+    """Raise ConfigError for layers, or a tower, in the settings that the model does not have."""
+    again = parts_again(run.model.recompute_layers)
+    numbered = {
+        "no_recompute_layers": run.model.no_recompute_layers,
+        "recompute_layers": [part for part in again if isinstance(part, int)],
+    }
+    if TOWER in again and (config.vision_config is None or run.is_lora):
+        why = "the model has none" if config.vision_config is None else "LoRA does not train it"
+        raise ConfigError(f"recompute_layers=full:tower: {why}; leave it out")
+    last = config.num_hidden_layers - 1
+    for key, layers in numbered.items():
+        if max(layers, default=0) > last:
+            raise ConfigError(f"{key}={max(layers)} is not a layer of the model; give 0 to {last}")
 
 
 def weights_dtype(run: Run, device: str) -> torch.dtype:
@@ -81,8 +98,7 @@ def build_model(
     for router in model.modules():
         if isinstance(router, Router):
             router.capacity = run.model.moe_capacity
-    granularity = run.model.recompute_granularity if run.model.recompute else None
-    recompute(model, granularity, run.model.no_recompute_layers)
+    recompute(model, run.recomputed)
     return model
 
 

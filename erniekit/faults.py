@@ -50,13 +50,14 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def _advice(run: Run, device: str) -> str:
+    from erniekit.fit import fitted, memory_for
     from erniekit.plan import GIB, Degrees, plan
-    from erniekit.plan_report import changes_that_fit, memory_of
+    from erniekit.plan_report import changes_that_fit
 
     try:
-        run = resolved(run, device)
+        run = fitted(resolved(run, device), device, Degrees())
         found = plan(run, device)
-        limit = min(memory_of(device), int(0.9 * found.peak))
+        limit = min(memory_for(run, device), int(0.9 * found.peak))
         changes = changes_that_fit(run, device, Degrees(), limit)
     except ConfigError as error:
         return f"no plan can be made of this run ({error})"

@@ -79,8 +79,6 @@ WITHOUT_EFFECT: dict[str, str] = {
     "balanced_image_preprocess": "batches are always dealt by their patches",
     "vit_second_fwd_batch_size": "long videos pass the tower in pieces",
     # memory management of PaddlePaddle
-    "offload_optim": "the optimizer stays on the device",
-    "tensorwise_offload_optimizer": "the optimizer stays on the device",
     "optim_shard_num": "one optimizer file",
     "pre_alloc_memory": "torch manages memory",
     "gc_interval": "Python collects",
@@ -206,6 +204,7 @@ RENAMED = {
     "zcc_save_ema_coef": "ema_decay",
     "enable_zero_cost_checkpoint": "use_async_save",
     "target_modules": "lora_target_modules",  # PEFT's
+    "tensorwise_offload_optimizer": "offload_optim",
 }
 
 _LATER = {
@@ -216,12 +215,12 @@ _LATER = {
 def renamed(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     """The values under the names that settings have here; async_save is a word of another key.
 
-    Raises ConfigError where two names of one setting are given.
+    Raises ConfigError where two names of one setting have two values.
     """
     result = dict(values)
     for theirs, ours in RENAMED.items():
         if theirs in result:
-            if ours in result:
+            if str(result.get(ours, result[theirs])).lower() != str(result[theirs]).lower():
                 raise ConfigError(f"{theirs} and {ours} in {origin} are one setting; give {ours}")
             result[ours] = result.pop(theirs)
     given = result.pop("unified_checkpoint_config", None) or ()

@@ -129,6 +129,9 @@ class AdamW:
     `moment_dtype` bfloat16 halves the state; its rounding is random and without bias, and repeats
     exactly, since it depends only on (seed, step, parameter, element). With `kept` there is state
     for those parameters only, and the others are not updated.
+
+    With `offload_optim` the state of parameters on a GPU, but for averages, lies in pinned memory
+    of the host; that of one parameter is on the GPU while it is updated.
     """
 
     def __init__(
@@ -144,8 +147,10 @@ class AdamW:
         self.moment_dtype = torch.bfloat16 if o.use_lowprecision_moment else torch.float32
         self.seed = seed
         self.num_updates = 0
+        self.is_offloaded = o.offload_optim and _on_gpu(self.parameters)
         self._index = {name: index for index, name in enumerate(self.parameters)}
-        self.state = {n: self.new_state(n) for n in self.parameters if kept is None or n in kept}
+        names = (name for name in self.parameters if kept is None or name in kept)
+        self.state = {name: self._at_rest(self.new_state(name)) for name in names}
 
     @torch.no_grad()
     def step(self, gradients: Mapping[str, Tensor], learning_rate: float, scale: float) -> None:
@@ -158,22 +163,31 @@ class AdamW:
     @torch.no_grad()
     def update(self, name: str, gradient: Tensor, learning_rate: float, scale: float) -> None:
         """Update one parameter as a part of update number `num_updates`, counted by the caller."""
-        original = self.exact(name)
         rate = learning_rate * self.treatments[name].factor
-        self._move(name, original, gradient, rate, scale)
+        if not self.is_offloaded:
+            self._move(name, self.state[name], gradient, rate, scale)
+            return
+        resting = {key: t for key, t in self.state[name].items() if key != AVERAGE}
+        device = self.parameters[name].device
+        state = {k: t.to(device, non_blocking=True, copy=True) for k, t in resting.items()}
+        self._move(name, state, gradient, rate, scale)
+        for key, tensor in state.items():
+            resting[key].copy_(tensor, non_blocking=True)
 
     def exact(self, name: str) -> Tensor:
         """The float32 weight of a parameter: its original where it has one, else itself."""
-        return self.state[name].get("original", self.parameters[name].data)
+        parameter = self.parameters[name].data
+        return self.state[name].get("original", parameter).to(parameter.device)
 
     def _move(
-        self, name: str, weights: Tensor, gradient: Tensor, rate: float, scale: float
+        self, name: str, state: Mapping[str, Tensor], gradient: Tensor, rate: float, scale: float
     ) -> None:
-        """Update `weights`, in float32, and the parameter where it is another tensor."""
-        state = self.state[name]
-        kernels.adamw_step(
-            weights, gradient, state["moment"], state["square"], **self._rates(name, rate, scale)
-        )
+        """Update a parameter and its state, which is on the same device."""
+        weights, moments = self._weights(name, state), (state["moment"], state["square"])
+        kernels.adamw_step(weights, gradient, *moments, **self._rates(name, rate, scale))
+
+    def _weights(self, name: str, state: Mapping[str, Tensor]) -> Tensor:
+        return state.get("original", self.parameters[name].data)
 
     def _rates(self, name: str, rate: float, scale: float) -> dict[str, Any]:
         return {
@@ -196,6 +210,12 @@ class AdamW:
             state[AVERAGE] = parameter.detach().to(torch.float32, copy=True)
         return state
 
+    def _at_rest(self, state: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A state where it lies between updates."""
+        if not self.is_offloaded:
+            return state
+        return {k: t if k == AVERAGE else t.cpu().pin_memory() for k, t in state.items()}
+
     def _new_moments(self, name: str) -> dict[str, Tensor]:
         parameter = self.parameters[name]
         return {
@@ -209,6 +229,8 @@ class AdamW:
 
     def tensors(self) -> dict[str, Tensor]:
         """The state by `<parameter>.<moment|square|scales|original|average>`, for a checkpoint."""
+        if self.is_offloaded:
+            torch.cuda.synchronize()  # what is on its way to the host
         return {
             f"{name}.{key}": t for name, state in self.state.items() for key, t in state.items()
         }
@@ -229,6 +251,10 @@ class AdamW:
             self.state[name][part].copy_(tensor)
 
 
+def _on_gpu(parameters: Mapping[str, nn.Parameter]) -> bool:
+    return any(p.is_cuda for p in parameters.values())
+
+
 class AdamW8bit(AdamW):
     """AdamW that remembers 2 bytes and a bit for a weight; see `ernie.kernels.adamw_8bit_step`."""
 
@@ -242,9 +268,9 @@ class AdamW8bit(AdamW):
         }
 
     def _move(
-        self, name: str, weights: Tensor, gradient: Tensor, rate: float, scale: float
+        self, name: str, state: Mapping[str, Tensor], gradient: Tensor, rate: float, scale: float
     ) -> None:
-        state = self.state[name]
+        weights = self._weights(name, state)
         moments = (state["moment"], state["square"], state["scales"])
         kernels.adamw_8bit_step(weights, gradient, *moments, **self._rates(name, rate, scale))
 
@@ -269,19 +295,19 @@ class Muon(AdamW):
         return {"moment": torch.zeros_like(self.parameters[name], dtype=torch.float32)}
 
     def _move(
-        self, name: str, weights: Tensor, gradient: Tensor, rate: float, scale: float
+        self, name: str, state: Mapping[str, Tensor], gradient: Tensor, rate: float, scale: float
     ) -> None:
         if not self._is_matrix(name):
-            super()._move(name, weights, gradient, rate, scale)
+            super()._move(name, state, gradient, rate, scale)
             return
-        moment, beta = self.state[name]["moment"], self.o.muon_momentum
+        weights, moment, beta = self._weights(name, state), state["moment"], self.o.muon_momentum
         gradient = gradient.float() * scale
         moment.lerp_(gradient, 1 - beta)
         matrices = gradient.lerp(moment, beta)
         step_size = 0.2 * math.sqrt(max(weights.shape[-2:]))
         weights.mul_(1 - rate * self.treatments[name].weight_decay)
         weights.sub_(orthogonal(matrices).view_as(weights), alpha=rate * step_size)
-        if "original" in self.state[name]:
+        if "original" in state:
             self.parameters[name].data.copy_(weights)
 
 

@@ -26,6 +26,7 @@ import dataclasses
 import math
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from ernie.config import ErnieConfig
@@ -34,8 +35,9 @@ from ernie.kernels.weights import quantized_bytes
 from ernie.model import ErnieModel
 from ernie.settings import ConfigError
 from ernie.vision.config import VisionConfig
-from erniekit.build import config_of, frozen_form, still, weights_dtype
+from erniekit.build import check_layers, config_of, frozen_form, still, weights_dtype
 from erniekit.config import Optimisation, Run
+from erniekit.config.model import TOWER
 from erniekit.lora import projections
 from erniekit.lora_targets import chosen
 from erniekit.parallel.replicated import owners_of
@@ -93,6 +95,8 @@ class Sizes:
     largest: Counter[int] = field(default_factory=Counter)  # trained elements of one tensor
     gathered: int = 0  # weights that lie whole beside this rank's shard of them
     trained: dict[str, int] = field(default_factory=dict)  # elements by name
+    visiting: int = 0  # the largest state of one tensor, on a GPU where the rest is not
+    pinned: int = 0  # all state where it lies in pinned blocks, which are powers of two
     num_params: int = 0
     num_trained: int = 0
 
@@ -109,6 +113,8 @@ class Plan:
     flops_per_step: float  # of one rank
     checkpoint_bytes: int
     final_bytes: int
+    offloaded_bytes: int  # of the optimizer's state, pinned in the memory of the host
+    copied_bytes: int  # what rank 0 writes from while a GPU trains on, in the memory of the host
 
     @property
     def peak(self) -> int:
@@ -118,37 +124,52 @@ class Plan:
 def plan(run: Run, device: str, degrees: Degrees = Degrees()) -> Plan:
     """The plan of a `resolved` run on a `device` ("cpu" or "cuda").
 
-    Raises ConfigError for a model that is not known or cannot be trained here.
+    Raises ConfigError for a model that is not known or cannot be trained here, and for layers that
+    it does not have.
     """
+    return planner(run, device, degrees)(run)
+
+
+def planner(run: Run, device: str, degrees: Degrees = Degrees()) -> Callable[[Run], Plan]:
+    """A function that plans runs that differ from `run` only in what they compute again."""
     config = config_of(run.model.model_name_or_path)
+    check_layers(run, config)
     sizes = sizes_of(config, run, device, degrees)
     batch = run.training.batch_size * run.data.max_seq_len
     trained = 4 * sizes.num_trained
     whole = sizes_of(config, run, device, dataclasses.replace(degrees, sharding=1))
     kept = trained if run.is_lora else whole.weights.total()
     saved = kept + whole.state.total() + whole.average.total()
-    # On a GPU the copy that is written lies in host memory, which is not planned.
-    has_copy = device == "cpu" and run.training.use_async_save
-    copy = saved * has_copy
-    parts, moment = max(
-        (
-            _peak(config, run, device, degrees, sizes, batch, copy, bank)
-            for bank in banks(config, run)
-        ),
-        key=lambda found: sum(found[0].values()),
-    )
+    copy = saved * run.training.use_async_save
+    on_gpu = device != "cpu"  # where the copy lies in the host's memory
+    is_offloaded = on_gpu and run.optimisation.offload_optim
+    if is_offloaded:
+        sizes.state.clear()
+    else:
+        sizes.visiting = 0
     tokens = batch * run.training.gradient_accumulation_steps
     final = trained if run.is_lora else 2 * sizes.num_params
-    return Plan(
-        parts,
-        moment,
-        sizes.num_params,
-        sizes.num_trained,
-        tokens * degrees.num_readers,
-        _flops(config, run, tokens) / (degrees.tensor * degrees.pipeline),
-        saved,
-        final * (2 if sizes.average else 1),
-    )
+
+    def planned(run: Run) -> Plan:
+        of_banks = (
+            _peak(config, run, device, degrees, sizes, batch, 0 if on_gpu else copy, bank)
+            for bank in banks(config, run)
+        )
+        parts, moment = max(of_banks, key=lambda found: sum(found[0].values()))
+        return Plan(
+            parts,
+            moment,
+            sizes.num_params,
+            sizes.num_trained,
+            tokens * degrees.num_readers,
+            _flops(config, run, tokens) / (degrees.tensor * degrees.pipeline),
+            saved,
+            final * (2 if sizes.average else 1),
+            round(sizes.pinned / degrees.pipeline) if is_offloaded else 0,
+            copy if on_gpu else 0,
+        )
+
+    return planned
 
 
 # --- what lives through a step ---
@@ -210,6 +231,8 @@ def _shard(sizes: Sizes, run: Run, shards: int) -> None:
         sizes.gathered = whole + (0 if run.is_lora else max(blocks))
         _scale(sizes.weights, share)
         _scale(sizes.sums, share)
+        sizes.visiting = math.ceil(sizes.visiting * share)
+    sizes.pinned = math.ceil(sizes.pinned * share)
     _scale(sizes.state, share)
 
 
@@ -248,19 +271,24 @@ def _add(
     is_long = float32_sum or (o.amp_master_grad and not is_short)
     if float32_sum or not o.optimizer_in_backward:  # else a gradient is gone when it is complete
         sizes.sums[layer] += count * (4 if is_long else 2)
-    sizes.state[layer] += _moment_bytes(o, count, is_matrix) + count * original
+    state = [*_moment_bytes(o, count, is_matrix), count * original]
+    sizes.state[layer] += sum(state)
+    sizes.visiting = max(sizes.visiting, sum(state))
+    sizes.pinned += sum(1 << (size - 1).bit_length() for size in state if size)
     if o.ema_decay:
         sizes.average[layer] += count * 4
     sizes.largest[layer] = max(sizes.largest[layer], count)
 
 
-def _moment_bytes(o: Optimisation, count: int, is_matrix: bool) -> int:
-    """What the optimizer remembers of a weight of `count` elements, besides its original."""
+def _moment_bytes(o: Optimisation, count: int, is_matrix: bool) -> tuple[int, ...]:
+    """Of each tensor that the optimizer remembers of a weight of `count` elements, besides its
+    original.
+    """
     if o.optim == "adamw_8bit":
-        return 2 * count + 2 * 4 * math.ceil(count / MOMENT_BLOCK)
+        return count, count, 2 * 4 * math.ceil(count / MOMENT_BLOCK)
     if o.optim == "muon" and is_matrix:
-        return 4 * count
-    return 2 * count * (2 if o.use_lowprecision_moment else 4)
+        return (4 * count,)
+    return (count * (2 if o.use_lowprecision_moment else 4),) * 2
 
 
 # --- activations ---
@@ -309,9 +337,7 @@ def layer_words(config: ErnieConfig, run: Run, layer: int, bank: int = 0) -> dic
 def kept_words(config: ErnieConfig, run: Run, layer: int, bank: int = 0) -> float:
     """Words per token of a bank kept of a block from the forward to the backward pass."""
     words = layer_words(config, run, layer, bank)
-    granularity = run.model.recompute_granularity if run.model.recompute else None
-    if layer in run.model.no_recompute_layers:
-        granularity = None
+    granularity = run.recomputed(layer)
     if layer == 0 and run.is_lora:  # nothing below is trained: its first norm keeps nothing
         remade = granularity != "full_attn" and not run.model.lora_dropout
         words["stream"] -= 1 + config.hidden_size * (not remade)
@@ -338,7 +364,7 @@ def picture_words(config: ErnieConfig, run: Run) -> float:
     if "freeze_vision" in run.model.freeze_config:
         return float(resampler)
     block = 6 * wide + vision.intermediate_size + vision.num_heads + 4
-    if run.model.recompute and run.model.recompute_granularity == "full":
+    if run.recomputed(TOWER) == "full":
         block = wide
     around = vision.patch_elements + wide + wide // vision.num_heads  # pixels, result, angles
     return float(resampler + patches * (vision.depth * block + around))
@@ -359,7 +385,7 @@ def _tower_backward(config: ErnieConfig, run: Run) -> tuple[float, float]:
         return 0.0, 0.0
     wide, inner = vision.embed_dim, vision.intermediate_size
     block = 2 * wide + 2 * inner
-    if run.model.recompute and run.model.recompute_granularity == "full":
+    if run.recomputed(TOWER) == "full":
         block += 7 * wide + inner + vision.num_heads + 4
     return kept, float(vision.spatial_merge_size**2 * block)
 
@@ -423,7 +449,8 @@ def _peak(
         "loss": chunk * vocabulary * word + unit * 3 * config.hidden_size,
         "gradients": sizes.sums[-1],
     }
-    update: dict[str, float] = {"gradients": sizes.sums.total()}
+    update: dict[str, float] = {"gradients": sizes.sums.total(), "temporaries": sizes.visiting}
+    visiting = sizes.visiting * run.optimisation.optimizer_in_backward
     moments: dict[str, dict[str, float]] = {"the loss": head, "the update": update}
     all_at_once = run.training.gradient_accumulation_steps > 1
     if all_at_once:
@@ -435,6 +462,7 @@ def _peak(
         moments[f"layer {n} backward"] = {
             "activations": sum(kept[: n + 1]) + unit * 2 * config.hidden_size,
             "temporaries": unit * _temporary_words(config, run, n, bank)
+            + visiting
             + word * sizes.largest[n]
             + is_fp8 * _rounded_bytes(rows, sizes.largest[n], device),
             "gradients": sizes.sums.total() if all_at_once else done,
@@ -495,16 +523,44 @@ def _flops(config: ErnieConfig, run: Run, tokens: int) -> float:
     """
     head = 2 * tokens * config.hidden_size * config.vocab_size
     forward = tokens * config.flops_per_token(run.data.max_seq_len // 2)
-    again = {"full": 1.0, "full_attn": 0.25, "mlp": 0.65}.get(run.model.recompute_granularity, 0)
-    share = 1 - len(run.model.no_recompute_layers) / config.num_hidden_layers
-    times = (2 if run.is_lora else 3) + again * share * run.model.recompute
-    stage, tower = run.stage, 0.0
+    again = tokens * sum(again_flops(config, run, n) for n in range(config.num_hidden_layers))
+    times = 2 if run.is_lora else 3
+    stage = run.stage
     if stage.reads_pictures and (vision := config.vision_config):
         is_frozen = run.is_lora or "freeze_vision" in run.model.freeze_config
-        tower = 2 * tokens * vision.spatial_merge_size**2 * vision.num_params
-        tower *= 1 if is_frozen else times
+        once = 2 * tokens * vision.spatial_merge_size**2 * vision.num_params
+        again += once * (1 if is_frozen else times)
+        again += tokens * tower_again_flops(config, run)
     if stage.has_reward_head:
-        return (forward - head) * times + tower
+        return (forward - head) * times + again
     reads_loss = "loss_type" in stage.settings
     times += stage.measures_step or (reads_loss and run.preferences.loss.uses_baselines)
-    return forward * times + head * (stage.sums_log_probs and not run.is_lora) + tower
+    return forward * times + head * (stage.sums_log_probs and not run.is_lora) + again
+
+
+def tower_again_flops(config: ErnieConfig, run: Run) -> float:
+    """As `again_flops` of the vision tower, per token of which all are images'."""
+    vision = config.vision_config
+    is_still = run.is_lora or "freeze_vision" in run.model.freeze_config
+    if vision is None or is_still or run.recomputed(TOWER) != "full":
+        return 0.0
+    block = 4 * vision.embed_dim + vision.intermediate_size
+    return 2.0 * vision.spatial_merge_size**2 * vision.depth * vision.embed_dim * block
+
+
+def again_flops(config: ErnieConfig, run: Run, layer: int) -> float:
+    """Operations per token of text that the backward pass of a layer does a second time.
+
+    The last product of what is recomputed is not among them: all that is asked for is there before
+    it. What routed experts give is asked for, for the gradient of their weights in the sum.
+    """
+    c, granularity = config, run.recomputed(layer)
+    attention = 2.0 * c.hidden_size * (c.q_size + 2 * c.kv_size)
+    attention += 4 * c.q_size * (run.data.max_seq_len // 2)
+    if c.is_moe_layer(layer):
+        rows = 3 * (c.moe_k or 0) * c.expert_sizes[0] + 2 * c.shared_size + c.experts_per_bank[0]
+    else:
+        rows = 2 * c.intermediate_size
+    mlp = 2.0 * c.hidden_size * rows
+    whole = attention + 2 * c.hidden_size * c.q_size + mlp
+    return {"full_attn": attention, "mlp": mlp, "full": whole}.get(granularity or "", 0.0)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,8 +25,9 @@ import torch
 from ernie.settings import ConfigError
 from erniekit import checkpoint, config, memory
 from erniekit.config import Run, resolved, run_from
-from erniekit.config.model import COMPUTE_TYPES
+from erniekit.config.model import AUTO, COMPUTE_TYPES
 from erniekit.config.stages import TRAINABLE
+from erniekit.fit import fitted, limit_of, memory_for
 from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.parallel.ranks import degrees as copies_and_shards
 from erniekit.plan import GIB, Degrees, Plan, plan
@@ -79,11 +79,10 @@ def run_plan(words: Sequence[str]) -> int:
     if not words:
         raise ConfigError("no settings were given; give a .yaml file, or key=value words")
     values, origin = config.read_values(words)
-    limit = _limit(values.pop("plan_memory_gib", None))
     run, degrees, notes = read_plannable(values, origin)
     device = _device(run)
-    run = resolved(run, device)
-    found, here = plan(run, device, degrees), machine(device, limit)
+    run = fitted(resolved(run, device), device, degrees)
+    found, here = plan(run, device, degrees), machine(run, device)
     fits = found.peak <= here.memory
     changes = [] if fits else changes_that_fit(run, device, degrees, here.memory)
     if as_json:
@@ -91,18 +90,6 @@ def run_plan(words: Sequence[str]) -> int:
     else:
         print(_table(run, found, here, degrees, changes, notes))
     return 0 if fits else 1
-
-
-def _limit(value: Any) -> int | None:
-    if value is None:
-        return None
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = 0.0
-    if not 0 < number < float("inf"):
-        raise ConfigError(f"plan_memory_gib={value} is not a size; give a number of GiB above 0")
-    return int(number * GIB)
 
 
 def read_plannable(values: dict[str, Any], origin: str) -> tuple[Run, Degrees, list[str]]:
@@ -177,18 +164,10 @@ def _device(run: Run) -> str:
     return wanted
 
 
-def memory_of(device: str) -> int:
-    """Bytes of this machine, or of its GPU; of an H100 of 80 GB where there is none."""
-    if device == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties(0).total_memory
-    return int(80e9)
-
-
-def machine(device: str, limit: int | None = None) -> Machine:
-    """This machine; a GPU that is not here is taken as an H100 of 80 GB. Takes under a second."""
-    total = limit or memory_of(device)
+def machine(run: Run, device: str) -> Machine:
+    """What a rank has of this machine; a GPU that is not here is taken as an H100 of 80 GB. Takes
+    under a second."""
+    total = memory_for(run, device)
     if device == "cpu":
         rate = _product_rate()
         told = f"CPU, products measured at {rate / 1e9:.0f} GFLOP/s, of which {CPU_SHARE:.0%}"
@@ -213,7 +192,7 @@ def _product_rate(size: int = 768, repeats: int = 5) -> float:
 # --- what makes it fit ---
 
 
-def _candidates(run: Run) -> list[tuple[dict[str, Any], str]]:
+def _candidates(run: Run, device: str, limit: int) -> list[tuple[dict[str, Any], str]]:
     """Single changes and what they cost, cheapest first."""
     model, training, o = run.model, run.training, run.optimisation
     found: list[tuple[dict[str, Any], str]] = []
@@ -223,16 +202,17 @@ def _candidates(run: Run) -> list[tuple[dict[str, Any], str]]:
         rows = training.batch_size * training.gradient_accumulation_steps
         split = {"batch_size": 1, "gradient_accumulation_steps": rows}
         found.append((split, "the same step in smaller passes"))
-    if not (model.recompute and model.recompute_granularity == "full"):
-        for part, cost in (
-            ("full_attn", "attention"),
-            ("mlp", "feed-forwards"),
-            ("full", "blocks"),
-        ):
-            again = {"recompute": True, "recompute_granularity": part}
-            found.append((again, f"{cost} are computed twice"))
+    lower = {"plan_memory_gib": limit * 100 // GIB / 100} if limit < limit_of(run, device) else {}
+    by_hand: dict[str, Any] = {"recompute_layers": ()} if model.recompute_layers else {}
+    if run.chooses_layers and lower:
+        found.append((lower, "more is computed twice"))
+    elif by_hand or not (model.recompute and model.recompute_granularity in ("full", AUTO)):
+        again = {"recompute": True, "recompute_granularity": AUTO} | by_hand | lower
+        found.append((again, "as much as has to be is computed twice"))
     if training.use_async_save and run.training.device != "gpu":
         found.append(({"use_async_save": False}, "training waits while a checkpoint is written"))
+    if device != "cpu" and not o.offload_optim:
+        found.append(({"offload_optim": True}, "its state goes to the GPU and back"))
     if not o.use_lowprecision_moment:
         found.append(({"use_lowprecision_moment": True}, "moments are rounded, without bias"))
     if o.amp_master_grad and not run.is_lora:
@@ -249,7 +229,7 @@ def _candidates(run: Run) -> list[tuple[dict[str, Any], str]]:
 
 def changes_that_fit(run: Run, device: str, degrees: Degrees, limit: int) -> list[Change]:
     """At most three changes that fit: single ones, then pairs; each cheapest first."""
-    singles = _candidates(run)
+    singles = _candidates(run, device, limit)
     groups = [[single] for single in singles]
     found: list[Change] = []
     for _ in range(2):
@@ -257,7 +237,8 @@ def changes_that_fit(run: Run, device: str, degrees: Degrees, limit: int) -> lis
             settings = {key: value for change, _ in group for key, value in change.items()}
             if any(change.settings.items() <= settings.items() for change in found):
                 continue  # more than what already fits
-            planned = plan(_changed(run, settings, device), device, degrees)
+            changed = fitted(_changed(run, settings, device), device, degrees)
+            planned = plan(changed, device, degrees)
             if planned.peak <= limit:
                 found.append(Change(settings, "; ".join(cost for _, cost in group), planned))
                 if len(found) == 3:
@@ -361,6 +342,9 @@ def _as_dict(
         "changes": [
             {"settings": c.settings, "cost": c.cost, "peak_bytes": c.plan.peak} for c in changes
         ],
+        "recompute_layers": list(run.chosen_layers or run.model.recompute_layers),
+        "offloaded_bytes": found.offloaded_bytes,
+        "copied_bytes": found.copied_bytes,
         "notes": notes,
     }
 
@@ -389,6 +373,12 @@ def _table(
         f"{' a rank' if ranks else ''}, {_duration(seconds)}{length} ({here.told})",
         _disk_line(run, found),
     ]
+    if run.chooses_layers:
+        lines.append(f"computed again: {', '.join(run.chosen_layers) or 'nothing'}")
+    if found.offloaded_bytes:
+        lines.append(f"the host's memory, for each rank: {_size(found.offloaded_bytes)} pinned")
+    if found.copied_bytes:
+        lines.append(f"the host's memory, for the copy to write: {_size(found.copied_bytes)}")
     if changes:
         lines.append("changes that make it fit, cheapest first:")
     elif found.peak > here.memory:
@@ -406,6 +396,8 @@ def _table(
 
 
 def _word(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -428,7 +420,7 @@ def record_error(run: Run, device: str, first_step: int = 1, ranks: Ranks = ALON
     if not steps:
         return
     degrees = Degrees(sharding=ranks.shards, copies=ranks.copies)
-    found, here = plan(run, device, degrees), machine(device)
+    found, here = plan(run, device, degrees), machine(run, device)
     measured = memory.peak_gib(torch.device(device))
     values = {
         "planned_peak_gib": found.peak / GIB,

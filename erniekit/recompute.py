@@ -13,37 +13,36 @@ either: it costs one pass over memory to make them again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from ernie import kernels
 from ernie.layers import MLP
 from ernie.model import Block, ErnieModel
-from ernie.recomputed import recomputed
+from ernie.recomputed import recomputed, saved_by
 from ernie.vision.vit import MLP as TowerMLP
 from ernie.vision.vit import VisionBlock
+from erniekit.config.model import TOWER
 
 T = TypeVar("T")
 
 _PARTS = {"full": "", "full_attn": "self_attn", "mlp": "mlp"}  # of a block; "" is all of it
 
 
-def recompute(
-    model: ErnieModel, granularity: str | None, except_layers: Collection[int] = ()
-) -> None:
+def recompute(model: ErnieModel, granularity_of: Callable[[int | str], str | None]) -> None:
     """Make the blocks of `model` recompute, in place; names of parameters stay as they are.
 
-    `granularity` None recomputes only what costs next to nothing, in every layer. The blocks of a
-    vision tower are recomputed whole, where blocks are.
+    `granularity_of` is asked for each layer by number and for the vision tower, whose blocks are
+    recomputed whole or not at all. None recomputes only what costs next to nothing.
     """
+    is_full = granularity_of(TOWER) == "full"
     for part in model.vision_model.modules() if model.vision_model is not None else ():
         if not isinstance(part, VisionBlock):
             continue
-        if granularity == "full":
+        if is_full:
             part.forward = partial(_again, part.forward)  # type: ignore[method-assign]
         else:
             part.mlp.forward = partial(_without_activation, part.mlp)  # type: ignore[method-assign]
@@ -51,7 +50,7 @@ def recompute(
             _forget_between(part.norm2, part.mlp)
     for number, block in enumerate(model.model.layers):
         assert isinstance(block, Block)
-        chosen = None if number in except_layers else granularity
+        chosen = granularity_of(number)
         if chosen in _PARTS:
             part = block.get_submodule(_PARTS[chosen])
             part.forward = partial(_again, part.forward)
@@ -129,5 +128,5 @@ def _forgetting(
         made = found if num_needed else None
         return found
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+    with saved_by(pack, unpack):
         return use(x)

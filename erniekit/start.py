@@ -197,6 +197,11 @@ def _tell(session: Session) -> None:
     if not any(isinstance(module, Router) for module in session.model.modules()):
         idle = effects.of_experts(changed(session.run))
         names += [f"{key} (a dense model)" for key in idle if key not in names]
+    if o.offload_optim and session.device == "cpu":
+        names.append("offload_optim (the optimizer's state is in the host's memory anyway)")
+    elif o.offload_optim:
+        num = snapshot.num_bytes(session.optimizer.tensors()) / 2**30
+        log.info("the optimizer's state, %.2f GiB a rank, lies in the host's memory", num)
     if names:
         log.info("settings without effect here: %s", ", ".join(names))
 

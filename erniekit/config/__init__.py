@@ -22,7 +22,7 @@ from erniekit.config import effects
 from erniekit.config.checks import validate
 from erniekit.config.data import Audit, Data, Pictures
 from erniekit.config.methods import Policy, Preferences
-from erniekit.config.model import Model
+from erniekit.config.model import AUTO, Model, parts_again
 from erniekit.config.services import Export, Generation, Reporting, Server
 from erniekit.config.stages import STAGES, Stage
 from erniekit.config.training import Optimisation, Parallel, Training
@@ -52,6 +52,7 @@ class Run:
     audit: Audit = field(default_factory=Audit)
     words: tuple[str, ...] = field(default=(), compare=False)  # of the command line
     without_effect: tuple[str, ...] = ()
+    chosen_layers: tuple[str, ...] = ()  # as recompute_layers, for granularity auto
 
     def flat(self) -> dict[str, Any]:
         """All keys and values, in the order of the groups: the content of `run.yaml`."""
@@ -73,6 +74,23 @@ class Run:
     def adds_to_base(self) -> bool:
         """Whether adapters add to their base, so that the base is the model without them."""
         return self.is_lora and not (self.model.use_dora or self.model.pissa)
+
+    @property
+    def chooses_layers(self) -> bool:
+        """Whether what is computed again is to be chosen (`erniekit.fit`)."""
+        return self.model.recompute and self.model.recompute_granularity == AUTO
+
+    def recomputed(self, part: int | str) -> str | None:
+        """What of a layer, by number, or of the `TOWER` is computed again: full, full_attn, mlp or
+        None.
+        """
+        model = self.model
+        if not model.recompute or part in model.no_recompute_layers:
+            return None
+        if words := self.chosen_layers or model.recompute_layers:
+            return parts_again(words).get(part)
+        everywhere = model.recompute_granularity
+        return everywhere if everywhere in ("full", "full_attn", "mlp") else None
 
     @property
     def stage(self) -> Stage:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from ernie.quant.scheme import FROZEN
 from ernie.settings import ConfigError, check_bounds, listed
 from erniekit.config.methods import SMOOTHING, Preferences
+from erniekit.config.model import AUTO, parts_again
 from erniekit.config.services import SINKS
 from erniekit.config.stages import FORMATS
 from erniekit.config.training import SCHEDULES
@@ -21,6 +22,7 @@ def validate(run: Run) -> None:
     """Checks that concern more than one key, and ranges; raises ConfigError."""
     for group in run.groups:
         check_bounds(group)
+    _check_recomputed(run)
     _check_services(run)
     for split in ("train", "eval", "text"):
         _check_sources(run, split)
@@ -49,6 +51,20 @@ def _check_evaluation(run: Run) -> None:
         raise ConfigError(
             f"evaluation_strategy={training.evaluation_strategy} has no data to evaluate on; give "
             "eval_dataset_path, or evaluation_strategy: no"
+        )
+
+
+def _check_recomputed(run: Run) -> None:
+    model = run.model
+    again = parts_again(model.recompute_layers)
+    if again and model.recompute_granularity == AUTO:
+        raise ConfigError(
+            f"recompute_granularity=auto chooses what recompute_layers={model.recompute_layers[0]} "
+            "says; give one of them"
+        )
+    if both := sorted(again.keys() & {*model.no_recompute_layers}, key=str):
+        raise ConfigError(
+            f"layer {both[0]} is in recompute_layers and in no_recompute_layers; give it in one"
         )
 
 

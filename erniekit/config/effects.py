@@ -36,6 +36,8 @@ HARMLESS = {
     "logging_steps", "save_steps", "save_strategy", "save_total_limit", "use_async_save",
     "load_best_model_at_end", "use_checkpoint", "report_to", "logging_dir", "disable_tqdm",
     "evaluation_strategy", "eval_steps", "max_evaluate_steps", "answer_steps", "num_answers",
+    "recompute", "recompute_granularity", "recompute_layers", "no_recompute_layers",
+    "offload_optim", "plan_memory_gib",
     *_keys(Parallel),
 }  # fmt: skip
 
@@ -84,7 +86,12 @@ ONLY_WHERE: tuple[tuple[Callable[[Run], bool], tuple[str, ...]], ...] = (
     (_follows("polynomial"), ("lr_end", "power")),
     (_follows("wsd"), ("decay_function",)),
     (lambda run: run.optimisation.optim == "muon", ("muon_momentum",)),
-    (lambda run: run.model.recompute, ("recompute_granularity", "no_recompute_layers")),
+    (
+        lambda run: run.model.recompute,
+        ("recompute_granularity", "recompute_layers", "no_recompute_layers"),
+    ),
+    (lambda run: not run.model.recompute_layers, ("recompute_granularity",)),
+    (lambda run: run.chooses_layers, ("plan_memory_gib",)),
     (lambda run: not run.stage.judges_answers, ("token_balance_loss",)),
     (lambda run: not run.is_lora, _BALANCE),
     (lambda run: run.model.num_nextn_predict_layers > 0, ("multi_token_pred_lambda",)),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from ernie.quant.scheme import FROZEN
-from ernie.settings import option
+from ernie.settings import ConfigError, option
 from erniekit.config.stages import STAGES
 
 COMPUTE_TYPES = ("bf16", "fp8", *FROZEN)
+TOWER = "tower"  # of vision, among the parts that are computed again
+AUTO = "auto"  # of recompute_granularity
+_PART_AGAIN = re.compile(r"(full|full_attn|mlp):(\d{1,3})(?:-(\d{1,3}))?|full:tower")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,8 +89,14 @@ class Model:
     recompute_granularity: str = option(
         "full",
         "What is computed again: whole blocks (full), the attention layer (full_attn), its "
-        "product (core_attn; never stored here, so free), or the feed-forward half (mlp).",
-        choices=("full", "full_attn", "core_attn", "mlp"),
+        "product (core_attn; never stored here, so free), the feed-forward half (mlp), or as much "
+        "as the run has to so that it fits plan_memory_gib by its plan (auto).",
+        choices=("full", "full_attn", "core_attn", "mlp", "auto"),
+    )
+    recompute_layers: tuple[str, ...] = option(
+        (),
+        "In place of recompute_granularity: what each layer computes again, as in "
+        "full_attn:0-7,full:8,full:tower (the vision tower).",
     )
     no_recompute_layers: tuple[int, ...] = option(
         (), "Layers that keep their activations.", least=0
@@ -152,3 +162,23 @@ class Model:
     multi_token_pred_lambda: float = option(
         0.3, "Weight of the multi-token-prediction loss.", least=0
     )
+
+
+def parts_again(words: tuple[str, ...]) -> dict[int | str, str]:
+    """What `recompute_layers` says of layers and the `TOWER`; ConfigError for what says nothing.
+
+    Attention and feed-forward of a layer are the whole of it.
+    """
+    found: dict[int | str, str] = {}
+    for word in words:
+        match = _PART_AGAIN.fullmatch(word)
+        what, first, last = match.groups() if match else (None, None, None)
+        layers = range(int(first or 0), int(last or first or 0) + 1)
+        if match is None or not layers:
+            raise ConfigError(
+                f"recompute_layers={word} is not known; give full, full_attn or mlp with layers, "
+                "as in mlp:0-7, or full:tower"
+            )
+        for part in layers if what else (TOWER,):
+            found[part] = what if what and found.get(part, what) == what else "full"
+    return found

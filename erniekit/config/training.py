@@ -30,6 +30,13 @@ class Training:
     )
     seed: int = option(42, "Seed of data order, new weights and rounding.", least=0)
     device: str = option("auto", "cpu, gpu (or cuda); auto takes a GPU where there is one.")
+    plan_memory_gib: float | None = option(
+        None,
+        "GiB of memory for a rank, which `erniekit plan` holds a run against and "
+        "recompute_granularity auto fills; none: this machine's, of which auto leaves a tenth.",
+        above=0,
+        most=1e6,
+    )
     batch_size: int = option(1, "Packed rows in one forward pass.", least=1)
     gradient_accumulation_steps: int = option(1, "Forward passes of one optimizer step.", least=1)
     num_train_epochs: float = option(1.0, "Passes over the data, where max_steps is -1.", above=0)
@@ -132,6 +139,11 @@ class Optimisation:
         False,
         "Update each weight, and free its gradient, the moment it is known; needs "
         "max_grad_norm: 0 and gradient_accumulation_steps: 1.",
+    )
+    offload_optim: bool = option(
+        False,
+        "Keep what the optimizer remembers (but averages) in the host's memory, and each weight's "
+        "on the GPU only for its update; also tensorwise_offload_optimizer. Nothing on a CPU.",
     )
     adam_beta1: float = option(0.9, "Decay of the mean of gradients.", least=0, below=1)
     adam_beta2: float = option(0.999, "Decay of the mean of squared gradients.", least=0, below=1)

@@ -269,7 +269,9 @@ def gathered_state(optimizer: AdamW, owners: Mapping[str, int], ranks: Ranks) ->
         if ranks.rank not in (0, owner):
             continue
         state = optimizer.state[name] if owner == ranks.rank else optimizer.new_state(name)
+        device = optimizer.parameters[name].device  # where ranks meet; the state may lie elsewhere
         for key, tensor in state.items():
+            tensor = tensor.to(device)
             if owner == ranks.rank != 0:
                 dist.send(tensor, 0)
             elif owner != 0:

@@ -133,13 +133,15 @@ class Sharded:
 
     def load_state(self, optimizer: AdamW, tensors: Mapping[str, Tensor], num_updates: int) -> None:
         """Take this rank's parts of the state of whole parameters that a checkpoint holds."""
-        parts = {k: _cut_like(t, self._home(k)) for k, t in tensors.items()}
+        parts = {k: _cut_like(t, self._home(k)).to(t.device) for k, t in tensors.items()}
         optimizer.load(parts, num_updates)
 
     def whole_state(self, optimizer: AdamW) -> dict[str, Tensor]:
         """On rank 0 the optimizer's state of whole parameters; all ranks must call it."""
-        parts = optimizer.tensors()
-        return self.whole({k: _as_part_of(self._home(k), t) for k, t in parts.items()})
+        found: dict[str, Tensor] = {}
+        for key, part in optimizer.tensors().items():  # one at a time on the device
+            found |= self.whole({key: _as_part_of(self._home(key), part)})
+        return found
 
     def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """On rank 0 the whole of tensors of the model, in the host's memory; all ranks must call
@@ -173,7 +175,7 @@ def _as_part_of(parameter: Tensor | None, part: Tensor) -> Tensor:
     if not isinstance(parameter, DTensor):
         return part
     return DTensor.from_local(
-        part, parameter.device_mesh, parameter.placements,
+        part.to(parameter.device), parameter.device_mesh, parameter.placements,
         run_check=False, shape=parameter.shape, stride=parameter.stride(),
     )  # fmt: skip
 

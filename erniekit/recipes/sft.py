@@ -25,7 +25,7 @@ from ernie.checkpoint.hub import resolve
 from ernie.model import ErnieModel
 from ernie.settings import ConfigError, listed
 from erniekit import checkpoint, losses, memory
-from erniekit.build import config_of, num_groups
+from erniekit.build import check_layers, config_of, num_groups
 from erniekit.config import Data, Pictures, Run, changed, resolved
 from erniekit.data.batch import Batch
 from erniekit.data.sources import DataError
@@ -33,10 +33,12 @@ from erniekit.data.stream import Stream, stream
 from erniekit.data.survey import Overlap, Survey, survey
 from erniekit.evaluate import eval_batches, evaluate
 from erniekit.final import finish
+from erniekit.fit import fitted, tell
 from erniekit.inputs import inputs_of, refuse_changes
 from erniekit.loop import Progress
 from erniekit.method import Method
 from erniekit.parallel.ranks import ALONE, Ranks
+from erniekit.plan import Degrees
 from erniekit.report.sinks import names_of
 from erniekit.session import go_through
 from erniekit.start import started
@@ -91,6 +93,8 @@ def train(run: Run, device: str, method: Method, ranks: Ranks) -> int:
     with checkpoint.locked(run.output) if ranks.is_first else contextlib.nullcontext():
         folder, state = _where_to_go_on(run, ranks)
         train_stream, eval_stream = _streams(run)
+        degrees = Degrees(sharding=ranks.shards, copies=ranks.copies)
+        run = fitted(run, device, degrees)
         inputs = _inputs(run, train_stream, folder, state) if ranks.is_first else {}
         found, overlap = 0, None
         if ranks.is_first and (found := _known_steps(run, state, ranks)):
@@ -100,6 +104,7 @@ def train(run: Run, device: str, method: Method, ranks: Ranks) -> int:
         num_steps = ranks.broadcast(found)
         log.info("settings that are not defaults (all are in %s/run.yaml):", run.output)
         log.info("%s", "\n".join(f"  {k}: {v}" for k, v in changed(run).items()))
+        tell(run, device, degrees)
         if ranks.is_first:
             _check_before(run, method)
         method.prepare(_batches_of(run, num_steps, state, train_stream, eval_stream, ranks))
@@ -127,12 +132,7 @@ def _check_before(run: Run, method: Method) -> None:
     built: packages that are not installed, layers and numbers of an evaluation that do not exist.
     """
     names_of(run)
-    if layers := run.model.no_recompute_layers:
-        last = config_of(str(resolve(run.model.model_name_or_path))).num_hidden_layers - 1
-        if max(layers) > last:
-            raise ConfigError(
-                f"no_recompute_layers={max(layers)} is not a layer of the model; give 0 to {last}"
-            )
+    check_layers(run, config_of(str(resolve(run.model.model_name_or_path))))
     known = [f"eval_{number}" for number in run.stage.evaluated]
     if run.training.metric_for_best_model and (metric := method.metric_of(run)) not in known:
         raise ConfigError(

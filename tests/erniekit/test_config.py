@@ -161,7 +161,7 @@ def test_example_keys_are_read_as_they_are_meant() -> None:
     assert run.is_lora and run.model.lora_rank == 32
     assert run.data.max_seq_len == 8192 and run.data.train_dataset_prob == (1.0,)
     assert run.optimisation.learning_rate == 1e-4 and run.optimisation.adam_beta2 == 0.95
-    assert "tensorwise_offload_optimizer" in run.without_effect
+    assert run.optimisation.offload_optim and "release_grads" in run.without_effect
     assert resolved(run, "cpu").model.lora_alpha == 64
 
 

@@ -131,7 +131,7 @@ def test_what_is_computed_again_is_dropped_again(granularity: str, has_pairs: bo
     for chosen in (None, granularity):
         model = model_of("tiny-moe", has_pairs=has_pairs)
         dropout = dropout_of(model, **(LORA if has_pairs else {}))
-        recompute(model, chosen)
+        recompute(model, lambda part, chosen=chosen: chosen)
         with dropout.during(STEP, BATCH):
             loss = loss_of(model)
             sides.append({"loss": loss.detach()} | gradients(model, loss))

@@ -111,16 +111,20 @@ FORMS = {
     "stage1": {"sharding": "stage1"},
     "stage2": {"sharding": "stage2"},
     "stage3": {"sharding": "stage3", "recompute": True},
+    "stage1-away": {"sharding": "stage1", "offload_optim": True},
+    "stage2-away": {"sharding": "stage2", "offload_optim": True},
 }
+WHOLE = ("none", "stage1", "stage2", "stage3")
 ALIKE = [
-    *((kind, form) for kind in ("dense-full", "moe-full", "moe-lora") for form in FORMS),
+    *((kind, form) for kind in ("dense-full", "moe-full", "moe-lora") for form in WHOLE),
+    ("dense-full", "stage2-away"),
     *(("dense-lora", form) for form in ("none", "stage3")),
     *(("moe-nan", form) for form in ("stage1", "stage3")),
     ("dense-muon", "stage1"),
     ("dense-drop", "stage3"),
     *(("dense-dpo", form) for form in ("none", "stage3")),
     ("moe-dpo", "stage3"),
-    *(("dense-mean", form) for form in ("none", "stage1", "stage3")),
+    *(("dense-mean", form) for form in ("none", "stage1", "stage3", "stage1-away")),
     ("moe-mean", "stage1"),
     *(("dense-kto", form) for form in ("none", "stage3")),
     *(("moe-rm", form) for form in ("stage1", "stage3")),
@@ -215,6 +219,15 @@ def test_two_ranks_equal_one_process(runs: Path, kind: str, form: str) -> None:
         assert all({"aux_loss", "mtp_loss"} <= r.keys() for r in records(theirs)[1:])
     assert_same_curve(records(ours), records(theirs))
     assert_alike(saved(ours), saved(theirs))
+
+
+@pytest.mark.ranks
+@pytest.mark.parametrize(("kind", "form"), [("dense-full", "stage2"), ("dense-mean", "stage1")])
+def test_state_that_lies_elsewhere_is_the_same(runs: Path, kind: str, form: str) -> None:
+    ours, theirs = saved(runs / f"{kind}-{form}-away"), saved(runs / f"{kind}-{form}")
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        assert torch.equal(ours[name], expected), f"{name} differs"
 
 
 @pytest.mark.ranks

@@ -21,6 +21,7 @@ from erniekit.build import lora_of, still, trained_parameters, weights_dtype
 from erniekit.cli import main
 from erniekit.config import Run, resolved, run_from
 from erniekit.dropout import add_dropout
+from erniekit.fit import fitted
 from erniekit.gradients import Gradients
 from erniekit.lora import add_lora
 from erniekit.optim import OPTIMIZERS, treatments
@@ -109,7 +110,7 @@ def test_kept_activations_equal_what_autograd_saves(
     run = planned(**FORMS[fine_tuning], lora_rank=3, stage=stage, **again)
     model = built(config, run)
     dropout = add_dropout(model, run)
-    recompute(model, granularity)
+    recompute(model, run.recomputed)
     tokens = 64
     ids_T, positions_T = torch.arange(tokens) % 199, torch.arange(tokens)
     batch = losses.Flat(ids_T, ids_T, positions_T, torch.tensor([0, tokens], dtype=torch.int32))
@@ -145,7 +146,7 @@ def test_kept_activations_of_images_equal_what_autograd_saves(granularity, words
     model = built(VL, run)
     for name in still(dict(model.named_parameters()), run):
         model.get_parameter(name).requires_grad_(False)
-    recompute(model, granularity)
+    recompute(model, run.recomputed)
     tokens, grid = 64, (1, 16, 16)
     ids_T, positions_T = torch.full((tokens,), VL.im_patch_id or 0), torch.arange(tokens)
     pixels_PC = torch.zeros((256, 588), dtype=torch.uint8)
@@ -166,7 +167,7 @@ def test_the_backward_pass_of_a_tower_holds_what_is_planned(granularity) -> None
     again = {"recompute": True, "recompute_granularity": granularity} if granularity else {}
     run = planned(fine_tuning="Full", stage="VL-SFT", **again)
     model = built(VL, run).requires_grad_(False)
-    recompute(model, granularity)
+    recompute(model, run.recomputed)
     tower = model.vision_model
     assert tower is not None
     tokens, grid = 1024, (1, 64, 64)
@@ -248,7 +249,7 @@ def test_each_suggested_change_fits_when_it_is_planned_itself() -> None:
     assert len(changes) == 3
     for change in changes:
         values = {k: v for k, v in run.flat().items() if v not in (None, [])}
-        own = planned(**{**values, **change.settings})
+        own = fitted(planned(**{**values, **change.settings}), "cpu", Degrees())
         assert plan(own, "cpu").peak == change.plan.peak <= limit, change.settings
 
 
@@ -373,9 +374,10 @@ def test_disk_is_that_of_a_checkpoint_where_the_data_says_how_many(settings, tol
     [
         ([], "no settings were given"),
         (["model_name_or_path=nowhere"], "neither a folder nor a model"),
-        ([f"model_name_or_path={RELEASED}", "plan_memory_gib=much"], "is not a size"),
+        ([f"model_name_or_path={RELEASED}", "plan_memory_gib=much"], "it takes float"),
         ([f"model_name_or_path={RELEASED}", "tensor_parallel_degree=x"], "is not a degree"),
         ([f"model_name_or_path={RELEASED}", "batch_sise=2"], "unknown key"),
+        ([f"model_name_or_path={RELEASED}", "no_recompute_layers=18"], "is not a layer of the"),
         (
             [
                 f"model_name_or_path={RELEASED}",

@@ -219,7 +219,7 @@ def test_published_files_are_read_and_planned(name: str) -> None:
     run, degrees, notes = read_plannable(values, name)
     assert degrees.tensor == values["tensor_parallel_degree"]
     assert degrees.pipeline == values["pipeline_parallel_degree"]
-    known = run.flat()
+    known = run.flat() | {"tensorwise_offload_optimizer": run.optimisation.offload_optim}
     assert run.training.use_async_save is (values.pop("unified_checkpoint_config") == "async_save")
     for key, value in values.items():
         if key in PLANNED_AS or key in DIVIDES or key in run.without_effect:
@@ -239,7 +239,7 @@ def test_published_files_about_pictures_are_read_and_planned(path: Path) -> None
     """As above, with the published degrees; what is not a setting is told to have no effect."""
     values = read_yaml(path) | {"tensor_parallel_degree": 4, "pipeline_parallel_degree": 2}
     run, degrees, notes = read_plannable(dict(values), path.name)
-    known = run.flat()
+    known = run.flat() | {"tensorwise_offload_optimizer": run.optimisation.offload_optim}
     assert known["packing"] is False and known["max_seq_len"] == values["pad_to_max_seqlen"]
     renamed = ("one_sample_in_one_seq", "pad_to_max_seqlen", "unified_checkpoint_config")
     for key, value in values.items():
