@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from erniekit import config, foreign
+from erniekit.cli import main
 from erniekit.report.scores import CALL_SCORES, SCORES
 from fastdeploy.config import EngineConfig
 
@@ -47,6 +48,19 @@ def test_commands_work_in_order(page: str, tmp_path: Path) -> None:
         )  # fmt: skip
         assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
     assert list(tmp_path.glob(PAGES[page]))
+
+
+def test_the_plan_in_the_text_is_the_one_that_is_printed(capsys) -> None:
+    """All but what was measured: the line of the step's time."""
+    command, told = re.search(
+        r"^\$ erniekit (.*)\n([^`]*)^```$", text_of("training"), re.M
+    ).groups()
+    assert main(command.split()) == 1
+    lines = [
+        [line for line in text.splitlines() if not line.startswith("a step:")]
+        for text in (capsys.readouterr().out, told)
+    ]
+    assert lines[0] == lines[1]
 
 
 @pytest.mark.parametrize("page", PAGES)
