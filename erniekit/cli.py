@@ -24,6 +24,7 @@ from erniekit.config import (
     Model,
     Optimisation,
     Parallel,
+    Pictures,
     Policy,
     Preferences,
     Reporting,
@@ -32,23 +33,29 @@ from erniekit.config import (
 )
 from erniekit.report import about
 
+TRAINING = (
+    Model, Data, Pictures, Preferences, Policy, Training, Optimisation, Parallel, Reporting,
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Verb:
     """`function` is "module:name" of a function of a `Run` or, for verbs with `usage`, of the
-    words that follow; `groups` are the settings its help shows.
+    words that follow; `groups` are the settings its help shows. One that `needs_words` means
+    nothing without any.
     """
 
     function: str
     groups: tuple[type, ...]
     help: str
     usage: str = ""
+    needs_words: bool = True
 
 
 VERBS = {
     "train": Verb(
         "erniekit.launch:run_training",
-        (Model, Data, Preferences, Policy, Training, Optimisation, Parallel, Reporting),
+        TRAINING,
         "Train a model; started again, it goes on where it was. SIGTERM and Ctrl-C finish the step "
         "and save first (exit status 0 and 130); a file SAVE in output_dir asks for a checkpoint "
         "after the step.",
@@ -64,7 +71,7 @@ VERBS = {
     ),
     "data": Verb(
         "erniekit.data.audit:run_data",
-        (Model, Data, Training, Audit),
+        (Model, Data, Pictures, Training, Audit),
         "Go through the data of a run: every unusable line with its place and reason, where each "
         "token goes, and what evaluation shares with training; exit status 2 above "
         "max_bad_data_share.",
@@ -97,7 +104,7 @@ VERBS = {
     ),
     "eval": Verb(
         "erniekit.recipes.evaluation:evaluate_run",
-        (Model, Data, Preferences, Policy, Training, Reporting),
+        (Model, Data, Pictures, Preferences, Policy, Training, Reporting),
         "Loss, perplexity, accuracy and answers on the evaluation data, and tasks of lm-eval; "
         "writes eval_results.json and eval_samples.jsonl.",
     ),
@@ -116,6 +123,7 @@ VERBS = {
         "erniekit.serve:run_chat",
         (Server, Generation),
         "Talk in the terminal to a running server; `clear` forgets, `exit` ends.",
+        needs_words=False,
     ),
     "import-gguf": Verb(
         "erniekit.convert:run_import_gguf",
@@ -184,7 +192,7 @@ def _called(verb: Verb, words: list[str]) -> int:
     module, _, function = verb.function.partition(":")
     if verb.usage:
         return getattr(importlib.import_module(module), function)(words)
-    if not words:
+    if verb.needs_words and not words:
         raise ConfigError("no settings were given; give a .yaml file, or key=value words")
     run = config.read_run(words)
     return getattr(importlib.import_module(module), function)(run)

@@ -393,6 +393,10 @@ def test_lean_precision_is_only_chosen_for_full_training_on_a_cpu() -> None:
     assert o.amp_master_grad and o.use_lowprecision_moment
 
 
+def test_every_setting_is_in_the_help_of_a_verb() -> None:
+    assert {group for verb in VERBS.values() for group in verb.groups} == set(config.GROUPS)
+
+
 @pytest.mark.parametrize("verb", [v for v in VERBS if VERBS[v].function])
 def test_help_of_every_verb_names_its_settings(verb: str, capsys) -> None:
     assert main([verb, "--help"]) == 0
