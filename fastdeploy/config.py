@@ -86,7 +86,7 @@ class EngineConfig:
     enable_chunked_prefill: bool = option(True, "Read long prompts in pieces, between other texts.")
     use_cudagraph: bool | None = option(
         None,
-        "Replay decode steps as recorded CUDA graphs; none: wherever there is one GPU.",
+        "Replay decode steps as recorded CUDA graphs; none: on a GPU with tensor_parallel_size 1.",
         aliases=("!enforce_eager",),
     )
     enable_logprob: bool = option(
@@ -118,7 +118,9 @@ class EngineConfig:
         None, "When they end, as JSON: strategy, window_size, threshold; given, it enables them."
     )
     speculative_config: dict | None = option(  # noqa: RUF009
-        None, 'Drafts, in JSON: {"method": "ngram", "num_speculative_tokens": 4}; or "mtp".'
+        None,
+        'Drafts, in JSON: {"method": "ngram", "num_speculative_tokens": 4}; method ngram or mtp, '
+        "1 to 5 tokens.",
     )
     enable_lora: bool = option(
         False, "Load LoRA adapters, also while others are being served.", group="Adapters"
@@ -239,7 +241,8 @@ class ServerConfig:
     )
     port: int = option(8000, "Port to listen on; 0 takes a free one.")
     served_model_name: list[str] | None = option(  # noqa: RUF009
-        None, "Names of the model in requests, checked if given; none: its folder's, any accepted."
+        None,
+        "Names of the model in requests, checked if given or with enable_lora; none: its folder's.",
     )
     lora_modules: list[str] | None = option(  # noqa: RUF009
         None, "Adapters to load at the start, NAME=FOLDER."

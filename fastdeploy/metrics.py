@@ -90,7 +90,11 @@ def _speculation(s: Stats) -> Iterator[Metric]:
     efficiency = (s.num_accepted_tokens + s.num_drafts) / max(most, 1)
     for name, text, value in (
         ("draft_acceptance_rate", "Share of draft tokens that were accepted.", rate),
-        ("efficiency", "Tokens of steps with drafts, of as many as could be.", efficiency),
+        (
+            "efficiency",
+            "Tokens gained in steps with drafts, as a share of the most possible.",
+            efficiency,
+        ),
     ):
         yield GaugeMetricFamily(f"fastdeploy:spec_decode_{name}", text, value)
     for name, text, value in (
@@ -109,7 +113,11 @@ def _pictures(s: Stats) -> Iterator[Metric]:
     )
     for name, text, value in (
         ("queries", "Pictures of prompts that had to be known to the model.", queries),
-        ("hits", "Of these, found in the memory for pictures.", s.num_picture_hits),
+        (
+            "hits",
+            "Pictures of prompts that were found in the memory for pictures.",
+            s.num_picture_hits,
+        ),
     ):
         yield CounterMetricFamily(f"fastdeploy:mm_cache_{name}", text, value)
 

@@ -97,6 +97,7 @@ class Request:
         self.arrival = 0  # number in the order of arrival; the scheduler gives it
         self.table = Table()
         self.adapter = adapter  # also once it is unloaded: a text is finished as it was begun
+        self.cache_salt = order.cache_salt
         self.cache_root = root_of(order.cache_salt, adapter.serial if adapter else 0)
         self.seat = -1  # while running: the row that is this request's in tensors of the runner
         self.metrics = RequestMetrics(arrival_time=time.monotonic())

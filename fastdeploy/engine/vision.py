@@ -124,22 +124,27 @@ def _name_of(span: Span) -> int:
     return -1 - int.from_bytes(digest, "little")
 
 
+Key = tuple[str | None, str]  # the salt of a request, and the digest of a picture
+
+
 class PictureRows:
     """Rows of pictures, the least recently used dropped first where they exceed `max_bytes`.
 
-    Those of a picture that is partly read stay in any case, until the rest of it is.
+    They are found, like cached blocks, only by requests of the salt that they were made for. Those
+    of a picture that is partly read stay in any case, until the rest of it is.
     """
 
     def __init__(self, max_bytes: int) -> None:
         self.max_bytes = max_bytes
-        self.rows_by_digest: OrderedDict[str, Tensor] = OrderedDict()
+        self.rows_by_key: OrderedDict[Key, Tensor] = OrderedDict()
         self.num_bytes = 0
         self.num_computed = 0  # pictures that went through the tower
         self.num_hits = 0  # pictures of requests that did not have to
 
     def embeds(self, parts: Sequence[ScheduledRequest], model: ErnieModel) -> Embeds | None:
         """What takes the places of placeholder tokens in the batch of `parts`, None for nothing."""
-        rows, places, half_read, first = [], [], set(), 0
+        rows, places, first = [], [], 0
+        half_read: set[Key] = set()
         for part in parts:
             layout, end = part.request.layout, part.start + part.num_tokens
             first, at = first + part.num_tokens, first
@@ -149,13 +154,14 @@ class PictureRows:
                 begin, stop = max(span.start, part.start), min(span.stop, end)
                 if begin >= stop:
                     continue
+                key = part.request.cache_salt, span.digest
                 is_first = begin == span.start or part.start == part.request.num_cached
-                self.num_hits += is_first and span.digest in self.rows_by_digest
-                rows_LD = self._rows(span, layout, model)
+                self.num_hits += is_first and key in self.rows_by_key
+                rows_LD = self._rows(key, span, layout, model)
                 rows.append(rows_LD[begin - span.start : stop - span.start])
                 places.append(np.arange(begin, stop) - part.start + at)
                 if stop < span.stop:
-                    half_read.add(span.digest)
+                    half_read.add(key)
         self._shrink(half_read)
         if not rows:
             return None
@@ -164,25 +170,25 @@ class PictureRows:
 
     def forget(self) -> None:
         """Drop all rows: those of other weights are others."""
-        self.rows_by_digest.clear()
+        self.rows_by_key.clear()
         self.num_bytes = 0
 
-    def _rows(self, span: Span, layout: Layout, model: ErnieModel) -> Tensor:
-        rows_LD = self.rows_by_digest.get(span.digest)
+    def _rows(self, key: Key, span: Span, layout: Layout, model: ErnieModel) -> Tensor:
+        rows_LD = self.rows_by_key.get(key)
         if rows_LD is None:
             assert layout.pixel_values is not None
             end = span.first_row + int(np.prod(span.grid))
             patches_PC = torch.as_tensor(layout.pixel_values[span.first_row : end])
             rows_LD = model.picture_rows(patches_PC.to(model.device), [span.grid])
-            self.rows_by_digest[span.digest] = rows_LD
+            self.rows_by_key[key] = rows_LD
             self.num_bytes += rows_LD.nbytes
             self.num_computed += 1
-        self.rows_by_digest.move_to_end(span.digest)
+        self.rows_by_key.move_to_end(key)
         return rows_LD
 
-    def _shrink(self, kept: set[str]) -> None:
-        for digest in [*self.rows_by_digest]:
+    def _shrink(self, kept: set[Key]) -> None:
+        for key in [*self.rows_by_key]:
             if self.num_bytes <= self.max_bytes:
                 return
-            if digest not in kept:
-                self.num_bytes -= self.rows_by_digest.pop(digest).nbytes
+            if key not in kept:
+                self.num_bytes -= self.rows_by_key.pop(key).nbytes

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from fastdeploy.server.app import Service
 
 # Folders and files: clients are told their names, not where they lie.
-PATHS = frozenset({"model", "tokenizer", "chat_template", "lora_root", "api_key_file"})
+PATHS = frozenset(
+    {"model", "tokenizer", "chat_template", "lora_root", "api_key_file", "allowed_local_media_path"}
+)
 
 
 class AbortRequest(BaseModel):

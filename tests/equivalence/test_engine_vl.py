@@ -39,6 +39,7 @@ from erniekit.lora import LoRA
 from fastdeploy.config import EngineConfig
 from fastdeploy.engine.core import Engine
 from fastdeploy.engine.loading import load, make_engine
+from fastdeploy.engine.request import Order
 from fastdeploy.errors import RequestError
 from fastdeploy.llm import LLM
 from fastdeploy.sampling import SamplingParams
@@ -215,6 +216,19 @@ def test_a_picture_whose_tokens_are_in_the_prefix_cache_is_not_computed() -> Non
     assert run(engine, [PROMPTS[0]]) == expected()[:1]
     assert engine.stats().num_hit_tokens == 24
     assert engine.pictures.num_computed == 1
+
+
+def test_what_was_made_of_a_picture_is_found_by_its_salt_alone() -> None:
+    """So no tenant learns, by timing, what pictures others have sent."""
+    engine = engine_of(enable_prefix_caching=False)
+    assert engine.pictures is not None
+    params = SamplingParams(temperature=0, max_tokens=1)
+    for number, (salt, num_computed) in enumerate([("a", 1), ("b", 2), (None, 3), ("b", 3)]):
+        engine.add(str(number), PROMPTS[0], params, Order(cache_salt=salt))
+        while engine.has_work:
+            engine.step()
+        assert engine.pictures.num_computed == num_computed
+    assert engine.pictures.num_hits == 1
 
 
 def test_pictures_with_other_pixels_share_no_block() -> None:

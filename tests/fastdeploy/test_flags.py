@@ -153,7 +153,7 @@ def test_the_commands_of_the_documentation_have_flags_that_exist() -> None:
     page = (ROOT / "docs" / "serving.md").read_text(encoding="utf-8").split("## Reference")[0]
     known = {name.split()[0] for flag in flags_of(KINDS) for name in (flag.long, *flag.spellings)}
     foreign = {"--stop-timeout", "--rm", "--create-home", "--no-cache-dir"}
-    foreign |= {"--no-install-recommends", "--config", "--model"}
+    foreign |= {"--no-install-recommends", "--config", "--model", "--no-web"}
     written = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page))
     assert len(written) > 20 and written <= known | foreign, written - known - foreign
     example = yaml.safe_load(re.search(r"```yaml\n(model:.*?)```", page, re.S)[1])
