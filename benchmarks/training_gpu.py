@@ -11,6 +11,8 @@ originals of the bfloat16 weights), on random weights and tokens made on the spo
     moe      a slice of ERNIE-4.5-21B-A3B: all widths, the dense layer and four MoE layers, two
              forward passes a step
     ..._fp8  the same with the products of the blocks in FP8, but for the gradients of weights
+    dense_offload    the optimizer's state in the host's memory (`offload_optim`)
+    dense_recompute  whole blocks computed again
 
 The peer is transformers on the rows of `dense` and `moe`: sdpa, bfloat16 weights, gradients and
 moments without originals, torch's fused AdamW, no clipping; two rows at a time, which is what fits.
@@ -64,9 +66,8 @@ class Case:
     config: ErnieConfig
     segments: tuple[int, ...]  # of one row
     rows: int  # of one step
-    optim: str = "adamw"
     parts: int = 1  # forward passes of one step
-    compute_type: str = "bf16"
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the run
     has_peer: bool = True
 
     @property
@@ -89,10 +90,18 @@ def cases(moe_layers: int, optim: str) -> dict[str, Case]:
     found = {
         "dense": Case(dense, (ROW,), 4),
         "packed": Case(dense, SEGMENTS, 4, has_peer=False),
-        "moe": Case(slice_, (ROW,), 4, optim, parts=2),
+        "moe": Case(slice_, (ROW,), 4, parts=2, settings={"optim": optim}),
     }
-    short = {"compute_type": "fp8", "has_peer": False}
-    return found | {f"{n}_fp8": dataclasses.replace(found[n], **short) for n in ("dense", "moe")}
+    forms = {
+        "dense_fp8": {"compute_type": "fp8", "quant_input_grad": True},
+        "moe_fp8": {"compute_type": "fp8", "quant_input_grad": True},
+        "dense_offload": {"offload_optim": True},
+        "dense_recompute": {"recompute": True},
+    }
+    for name, more in forms.items():
+        of = found[name.partition("_")[0]]
+        found[name] = dataclasses.replace(of, settings=of.settings | more, has_peer=False)
+    return found
 
 
 def batches(case: Case) -> Iterator[Batch]:
@@ -138,12 +147,12 @@ class Clock:
 
 def our_parts(case: Case, clock: Clock) -> Parts:
     """As `erniekit.start` and `erniekit.session` put them together."""
-    run = resolved(run_from({"fine_tuning": "Full", "optim": case.optim}), "cuda")
+    run = resolved(run_from({"fine_tuning": "Full"} | case.settings), "cuda")
     model = ErnieModel(case.config, device="meta").to_empty(device="cuda")
     model.init_weights(seed=0)
-    if case.compute_type == "fp8":
-        multiply_in_fp8(model, quant_input_grad=True)
-    recompute(model, lambda part: None)
+    if run.model.compute_type == "fp8":
+        multiply_in_fp8(model, quant_input_grad=run.model.quant_input_grad)
+    recompute(model, run.recomputed)
     trained = trained_parameters(model)
     embedding = model.model.embed_tokens
     dtype = torch.float32 if run.optimisation.amp_master_grad else torch.bfloat16
@@ -315,7 +324,7 @@ def attention(case: Case) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=QUESTION)
-    parser.add_argument("--cases", default="dense,packed,moe,dense_fp8,moe_fp8")
+    parser.add_argument("--cases", default="dense,packed,moe,dense_fp8,moe_fp8,dense_offload")
     parser.add_argument("--moe-layers", type=int, default=MOE_LAYERS)
     parser.add_argument("--optim", default="adamw", choices=("adamw", "adamw_8bit"), help="of moe")
     parser.add_argument("--order", default="fixed", choices=("fixed", "free"), help="of sums")
@@ -351,7 +360,7 @@ def main() -> None:
         "row": ROW, "segments": SEGMENTS, "steps": STEPS, "order": arguments.order,
         "gflop_per_token": {n: round(c.flop / c.tokens / 1e9, 3) for n, c in chosen.items()},
         "layers": {n: c.config.num_hidden_layers for n, c in chosen.items()},
-        "optim": {n: c.optim for n, c in chosen.items()},
+        "of the run": {n: c.settings for n, c in chosen.items()},
         "flop": "3 x forward, attention causal, nothing for recomputation",
     }  # fmt: skip
     write_record(
