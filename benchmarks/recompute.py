@@ -128,7 +128,7 @@ def report(results: dict[str, dict[str, float]], rounds: int) -> None:
     reading = (
         f"Whole blocks computed again save {saved:.2f} GB for {full:.0%} more time, where "
         f"gradient checkpointing in peft saves {their_saved:.2f} GB for {theirs:.0%}; `auto`, "
-        f"asked for half of it, saves {part:.2f} GB for {half:.0%}. So a step is "
+        f"asked for half of it, saves {part:.2f} GB for {half:.0%}. With whole blocks a step is "
         f"{results[PEFT_FULL]['seconds'] / results[FULL]['seconds']:.2f}x as fast as peft's in "
         f"{results[FULL]['memory_gb'] / results[PEFT_FULL]['memory_gb']:.0%} of its memory."
     )
