@@ -83,6 +83,21 @@ def smollm2_gguf() -> Path:
     return next(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
+def trained(words: Sequence[str], output: str | Path) -> list[dict[str, Any]]:
+    """Records of `erniekit train` with these words, which name `output`, in this process."""
+    from erniekit.cli import main
+
+    if status := main(["train", *words]):
+        raise SystemExit(status)
+    lines = (Path(output) / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def words_of(settings: Mapping[str, Any]) -> list[str]:
+    """Settings as words of a command."""
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
 def seconds_of(work: Callable[[], Any]) -> float:
     start = time.perf_counter()
     work()

@@ -22,7 +22,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
-from harness import ROOT, machine, runs_in_turn, smollm2_gguf, write_record
+from harness import ROOT, machine, runs_in_turn, smollm2_gguf, trained, write_record
 
 QUESTION = " ".join(__doc__.split("\n\n")[0].split())
 STEPS, ROWS, ROW, RANK = 30, 2, 256, 8
@@ -95,13 +95,9 @@ def numbered(losses: list[float]) -> dict[str, float]:
 
 
 def run_ours(folder: Path, settings: dict[str, object]) -> dict[str, float]:
-    from erniekit.cli import main
-
     with tempfile.TemporaryDirectory() as output:
-        if status := main(["train", *words_of(folder, settings, output)]):
-            raise SystemExit(status)
-        lines = (Path(output) / "metrics.jsonl").read_text().splitlines()
-    return numbered([json.loads(line)["loss"] for line in lines])
+        records = trained(words_of(folder, settings, output), output)
+    return numbered([record["loss"] for record in records])
 
 
 # --- the peer ---

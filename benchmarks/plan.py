@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
-from harness import machine, runs_in_turn, smollm2_gguf, write_record
+from harness import machine, runs_in_turn, smollm2_gguf, trained, words_of, write_record
 
 QUESTION = " ".join(__doc__.split("\n\n")[0].split())
 STEPS, ROW = 2, 1024
@@ -89,28 +89,22 @@ def prepare(folder: Path) -> None:
 
 
 def run_case(folder: Path, name: str) -> dict[str, float]:
-    from erniekit.cli import main as erniekit
     from erniekit.config import resolved, run_from
     from erniekit.fit import fitted
     from erniekit.plan import GIB, Degrees, plan
 
     network, changes = CASES[name]
     row = changes.get("max_seq_len", ROW)
+    settings = {
+        "model_name_or_path": folder / network,
+        "train_dataset_path": folder / f"train{row}.jsonl",
+        "max_seq_len": row,
+        "max_steps": STEPS,
+        "save_strategy": "no",
+        "do_eval": "false",
+    } | changes
     with tempfile.TemporaryDirectory() as output:
-        settings = {
-            "model_name_or_path": folder / network,
-            "train_dataset_path": folder / f"train{row}.jsonl",
-            "output_dir": output,
-            "max_seq_len": row,
-            "max_steps": STEPS,
-            "save_strategy": "no",
-            "do_eval": "false",
-        } | changes
-        status = erniekit(["train", *(f"{key}={value}" for key, value in settings.items())])
-        if status:
-            raise SystemExit(status)
-        lines = (Path(output) / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines]
+        records = trained(words_of({**settings, "output_dir": output}), output)
     run = resolved(run_from({k: str(v) for k, v in settings.items()}), "cpu")
     found = plan(fitted(run, "cpu", Degrees()), "cpu")
     measured = max(r["peak_memory_gib"] for r in records)

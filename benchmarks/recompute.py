@@ -12,12 +12,11 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
-import time
 from pathlib import Path
 from statistics import median
 
 import training
-from harness import peak_memory_gb, take_turns, write_record
+from harness import peak_memory_gb, take_turns, trained, words_of, write_record
 
 QUESTION = " ".join(__doc__.split("\n\n")[0].split())
 SAMPLES, STEPS = 4, 3
@@ -56,7 +55,6 @@ def planned(settings: dict[str, object]):
 
 
 def run_ours(folder: Path, side: str) -> dict[str, float]:
-    from erniekit.cli import main
     from erniekit.plan import GIB
 
     granularity = GRANULARITIES[side]
@@ -66,11 +64,7 @@ def run_ours(folder: Path, side: str) -> dict[str, float]:
         settings["plan_memory_gib"] = sum(ends) / 2 / GIB
     found, _ = planned(settings)
     with tempfile.TemporaryDirectory() as output:
-        words = [f"{key}={value}" for key, value in settings.items()]
-        if status := main(["train", *words, f"output_dir={output}"]):
-            raise SystemExit(status)
-        lines = (Path(output) / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines][1:]
+        records = trained(words_of({**settings, "output_dir": output}), output)[1:]
     return {
         "seconds": median(r["seconds"] for r in records),
         "memory_gb": max(r["peak_memory_gib"] for r in records) * GIB / 1e9,
@@ -89,18 +83,8 @@ def run_peft(folder: Path, side: str) -> dict[str, float]:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
     model = get_peft_model(model, training.peft_config())
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
-    generator = torch.Generator().manual_seed(0)
-    seconds = []
-    for _ in range(STEPS):
-        ids = torch.randint(10, 40_000, (SAMPLES, training.ROW), generator=generator)
-        start = time.perf_counter()
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        seconds.append(time.perf_counter() - start)
-    return {"seconds": median(seconds[1:]), "memory_gb": peak_memory_gb()}
+    seconds = training.seconds_of_steps(model, SAMPLES, STEPS)
+    return {"seconds": seconds, "memory_gb": peak_memory_gb()}
 
 
 def report(results: dict[str, dict[str, float]], rounds: int) -> None:

@@ -25,9 +25,19 @@ import tempfile
 import time
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import training_pairs as pairs
-from harness import ROOT, machine, peak_memory_gb, smollm2_gguf, take_turns, write_record
+from harness import (
+    ROOT,
+    machine,
+    peak_memory_gb,
+    smollm2_gguf,
+    take_turns,
+    trained,
+    words_of,
+    write_record,
+)
 
 QUESTION = " ".join(__doc__.split("\n\n")[0].split())
 ROWS, ROW, STEPS = 2, 512, 4
@@ -81,26 +91,19 @@ def prepare(folder: Path) -> None:
 
 
 def run_ours(folder: Path, side: str) -> dict[str, float]:
-    from erniekit.cli import main
-
+    settings = {
+        "model_name_or_path": folder / "model",
+        "train_dataset_path": folder / "train.jsonl",
+        "lora_rank": LORA_RANK,
+        "max_seq_len": ROW,
+        "batch_size": ROWS,
+        "max_steps": STEPS,
+        "save_strategy": "no",
+        "do_eval": "false",
+        **SETTINGS[side],
+    }
     with tempfile.TemporaryDirectory() as output:
-        settings = {
-            "model_name_or_path": folder / "model",
-            "train_dataset_path": folder / "train.jsonl",
-            "output_dir": output,
-            "lora_rank": LORA_RANK,
-            "max_seq_len": ROW,
-            "batch_size": ROWS,
-            "max_steps": STEPS,
-            "save_strategy": "no",
-            "do_eval": "false",
-            **SETTINGS[side],
-        }
-        status = main(["train", *(f"{key}={value}" for key, value in settings.items())])
-        if status:
-            raise SystemExit(status)
-        lines = (Path(output) / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines][1:]
+        records = trained(words_of({**settings, "output_dir": output}), output)[1:]
     return {
         "tokens_per_s": median(r["tokens_per_second"] for r in records),
         "tokens": median(r["num_tokens"] for r in records),
@@ -117,25 +120,30 @@ def run_transformers(folder: Path, side: str) -> dict[str, float]:
         from peft import get_peft_model
 
         model = get_peft_model(model, peft_config())
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=True)
+    seconds, tokens = seconds_of_steps(model, ROWS, STEPS, short=side == AUTOCAST), ROWS * ROW
+    return {"tokens_per_s": tokens / seconds, "tokens": tokens, "memory_gb": peak_memory_gb()}
+
+
+def seconds_of_steps(model: Any, num_rows: int, num_steps: int, *, short: bool = False) -> float:
+    """Of one step of the plainest loop around a model of transformers: the median, without the
+    first. `short` multiplies in bfloat16.
+    """
+    import torch
+
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
     generator = torch.Generator().manual_seed(0)
     seconds = []
-    for _ in range(STEPS):
-        ids = torch.randint(10, 40_000, (ROWS, ROW), generator=generator)
+    for _ in range(num_steps):
+        ids = torch.randint(10, 40_000, (num_rows, ROW), generator=generator)
         start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=side == AUTOCAST):
+        with torch.autocast("cpu", torch.bfloat16, enabled=short):
             loss = model(input_ids=ids, labels=ids).loss
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - start)
-    tokens = ROWS * ROW
-    return {
-        "tokens_per_s": tokens / median(seconds[1:]),
-        "tokens": tokens,
-        "memory_gb": peak_memory_gb(),
-    }
+    return median(seconds[1:])
 
 
 def peft_config():

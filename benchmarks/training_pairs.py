@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from harness import ROOT, peak_memory_gb
+from harness import ROOT, peak_memory_gb, trained, words_of
 
 PAIRS, PROMPT, ANSWER, STEPS = 2, 128, 192, 4
 LORA_RANK = 32
@@ -45,7 +45,6 @@ def prepare(folder: Path) -> None:
 
 
 def run_ours(folder: Path, side: str) -> dict[str, float]:
-    from erniekit.cli import main
     from erniekit.config import read_run, resolved
     from erniekit.data.stream import stream
     from erniekit.recipes import preference
@@ -68,17 +67,14 @@ def run_ours(folder: Path, side: str) -> dict[str, float]:
             "save_strategy": "no",
             "do_eval": "false",
         }
-        words = [f"{key}={value}" for key, value in settings.items()]
+        words = words_of(settings)
         run = resolved(read_run(words), "cpu")
         method = preference.method(run, "cpu")
         batches = stream(run, "train").batches(PAIRS)
         start = time.perf_counter()
         method.prepare(islice(batches, STEPS))
         reference_s = (time.perf_counter() - start) / (PAIRS * STEPS)
-        if status := main(["train", *words]):
-            raise SystemExit(status)
-        lines = (Path(output) / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines][1:]
+        records = trained(words, output)[1:]
     step_s = median(r["seconds"] for r in records)
     return {
         "pairs_per_s": 1 / (reference_s + step_s / PAIRS),

@@ -28,7 +28,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from harness import ROOT, machine, peak_memory_gb, take_turns, write_record
+from harness import ROOT, machine, peak_memory_gb, take_turns, trained, words_of, write_record
 
 from ernie.config import ErnieConfig
 from ernie.vision.config import VisionConfig
@@ -114,17 +114,13 @@ def settings(folder: Path, output: str) -> dict[str, object]:
 
 
 def run_ours(folder: Path, side: str) -> dict[str, float]:
-    from erniekit.cli import main
     from erniekit.config import resolved, run_from
     from erniekit.plan import plan
 
     with tempfile.TemporaryDirectory() as output:
         words = settings(folder, output) | SETTINGS[side]
         run = resolved(run_from({key: str(value) for key, value in words.items()}), "cpu")
-        if status := main(["train", *(f"{key}={value}" for key, value in words.items())]):
-            raise SystemExit(status)
-        lines = (Path(output) / "metrics.jsonl").read_text().splitlines()
-    records = [r for r in map(json.loads, lines) if "loss" in r]
+        records = [r for r in trained(words_of(words), output) if "loss" in r]
     return {
         "step_s": median(r["seconds"] for r in records[1:]),
         "tokens": median(r["num_tokens"] for r in records),

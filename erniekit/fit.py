@@ -16,11 +16,11 @@ import logging
 import os
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 
 import torch
 
 from ernie.config import ErnieConfig
+from ernie.host import cgroup_bytes, memory_bytes
 from erniekit.build import config_of
 from erniekit.config import Run
 from erniekit.config.model import TOWER, parts_again
@@ -39,29 +39,21 @@ log = logging.getLogger("erniekit")
 
 # Of this machine's memory, what `auto` takes a plan to be free to fill: it may be 10 % off.
 SHARE = 0.9
-_CGROUP = "/sys/fs/cgroup/memory.max"
 
 
 def memory_for(run: Run, device: str) -> int:
-    """Bytes for a rank: `plan_memory_gib`, or its share of this machine, or its GPU; an H100 of 80
-    GB where there is none.
+    """Bytes for a rank: `plan_memory_gib`, or its share of this machine (or of the container that
+    it is in), or its GPU; an H100 of 80 GB where there is none.
     """
     if run.training.plan_memory_gib:
         return int(run.training.plan_memory_gib * GIB)
     if device == "cpu":
         ranks = run.parallel.nproc_per_node or int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
-        return memory_of_host() // ranks
+        total, limit = memory_bytes(), cgroup_bytes("memory.max")
+        return (total if limit is None else min(total, limit)) // ranks
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory
     return int(80e9)
-
-
-def memory_of_host() -> int:
-    """Bytes of this machine, or of the container that this process is in."""
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    with suppress(OSError, ValueError), open(_CGROUP, encoding="ascii") as file:
-        return min(total, int(file.read()))  # ValueError: "max"
-    return total
 
 
 def limit_of(run: Run, device: str) -> int:

@@ -176,8 +176,7 @@ class AdamW:
 
     def exact(self, name: str) -> Tensor:
         """The float32 weight of a parameter: its original where it has one, else itself."""
-        parameter = self.parameters[name].data
-        return self.state[name].get("original", parameter).to(parameter.device)
+        return self._weights(name, self.state[name]).to(self.parameters[name].device)
 
     def _move(
         self, name: str, state: Mapping[str, Tensor], gradient: Tensor, rate: float, scale: float

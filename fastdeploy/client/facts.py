@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from ernie.host import memory_bytes
 from ernie.settings import ConfigError, option, required
 from fastdeploy.client.command import read
 
@@ -74,7 +75,7 @@ def environment() -> dict[str, str]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "processors": str(os.cpu_count()),
-        "memory": f"{os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES') / 2**30:.1f} GiB",
+        "memory": f"{memory_bytes() / 2**30:.1f} GiB",
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
     }
     found |= {name: _version(name) for name in PACKAGES}

@@ -6,7 +6,6 @@ T tokens of the flat batch, H query heads.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from ernie import kernels
 from ernie.config import ErnieConfig
+from ernie.host import cgroup_bytes, memory_bytes
 from ernie.model import ErnieModel
 from ernie.settings import ConfigError
 from fastdeploy.config import EngineConfig
@@ -178,7 +178,7 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = _host_free_bytes()
-    limit, used = (_cgroup_bytes(name) for name in ("memory.max", "memory.current"))
+    limit, used = (cgroup_bytes(name) for name in ("memory.max", "memory.current"))
     return free if limit is None or used is None else min(free, limit - used)
 
 
@@ -190,14 +190,4 @@ def _host_free_bytes() -> int:
                     return int(line.split()[1]) * 1024
     except FileNotFoundError:
         pass  # not Linux: half of what the machine has stands in for what is free
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-
-
-def _cgroup_bytes(name: str) -> int | None:
-    """A figure of this process's control group (version 2), None where there is no limit."""
-    try:
-        with open(f"/sys/fs/cgroup/{name}", encoding="ascii") as file:
-            text = file.read().strip()
-    except OSError:
-        return None
-    return int(text) if text.isdigit() else None
+    return memory_bytes() // 2
