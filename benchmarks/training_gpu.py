@@ -292,7 +292,8 @@ def attention(case: Case) -> None:
 
         return attend
 
-    sides = {"attend_packed": lambda: kernels.attend_packed(q, k, v, bounds, scale)}
+    lengths = tuple(bounds.diff().tolist())
+    sides = {"attend_packed": lambda: kernels.attend_packed(q, k, v, bounds, scale, lengths)}
     if case.segments == (ROW,):
         sides |= {
             f"torch {backend.name}": by_torch(backend)

@@ -14,7 +14,6 @@ import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -183,23 +182,27 @@ class AdamW:
     ) -> None:
         """Update a parameter and its state, which is on the same device."""
         weights, moments = self._weights(name, state), (state["moment"], state["square"])
-        kernels.adamw_step(weights, gradient, *moments, **self._rates(name, rate, scale))
+        update = self._update_of(name, rate, scale)
+        kernels.adamw_step(weights, gradient, *moments, update, self._short(name))
 
     def _weights(self, name: str, state: Mapping[str, Tensor]) -> Tensor:
         return state.get("original", self.parameters[name].data)
 
-    def _rates(self, name: str, rate: float, scale: float) -> dict[str, Any]:
-        return {
-            "learning_rate": rate,
-            "beta1": self.o.adam_beta1,
-            "beta2": self.o.adam_beta2,
-            "eps": self.o.adam_epsilon,
-            "weight_decay": self.treatments[name].weight_decay,
-            "step": self.num_updates,
-            "grad_scale": scale,
-            "seed": (self.seed * 1_000_003 + self._index[name]) & 0xFFFFFFFF,
-            "short_N": self.parameters[name].data if "original" in self.state[name] else None,
-        }
+    def _short(self, name: str) -> Tensor | None:
+        """The parameter, where what is updated is its original."""
+        return self.parameters[name].data if "original" in self.state[name] else None
+
+    def _update_of(self, name: str, rate: float, scale: float) -> kernels.AdamWUpdate:
+        return kernels.AdamWUpdate(
+            learning_rate=rate,
+            beta1=self.o.adam_beta1,
+            beta2=self.o.adam_beta2,
+            eps=self.o.adam_epsilon,
+            weight_decay=self.treatments[name].weight_decay,
+            step=self.num_updates,
+            grad_scale=scale,
+            seed=(self.seed * 1_000_003 + self._index[name]) & 0xFFFFFFFF,
+        )
 
     def new_state(self, name: str) -> dict[str, Tensor]:
         """What is remembered of a parameter before the first update."""
@@ -271,7 +274,8 @@ class AdamW8bit(AdamW):
     ) -> None:
         weights = self._weights(name, state)
         moments = (state["moment"], state["square"], state["scales"])
-        kernels.adamw_8bit_step(weights, gradient, *moments, **self._rates(name, rate, scale))
+        update = self._update_of(name, rate, scale)
+        kernels.adamw_8bit_step(weights, gradient, *moments, update, self._short(name))
 
 
 class Muon(AdamW):

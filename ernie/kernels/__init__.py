@@ -39,12 +39,13 @@ from ernie.kernels.dispatch import (
     pick,
     report,
 )
-from ernie.kernels.reference import cache_width
+from ernie.kernels.reference import AdamWUpdate, cache_width
 from ernie.kernels.weights import FP8Tensor, PackedWeight, QuantTensor
 
 Norm = tuple[Tensor, float]  # weight and eps of an RMS norm
 
 __all__ = [
+    "AdamWUpdate",
     "FP8Tensor",
     "Norm",
     "PackedWeight",
@@ -453,45 +454,24 @@ def adamw_step(
     gradient_N: Tensor,
     moment_N: Tensor,
     square_N: Tensor,
-    *,
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    grad_scale: float = 1.0,
-    seed: int = 0,
+    update: AdamWUpdate,
     short_N: Tensor | None = None,
 ) -> None:
     """One AdamW step with decoupled weight decay, in place, over one tensor of any shape taken as
     flat.
 
-    The parameter is float32; the gradient float32 or bfloat16, multiplied with `grad_scale` first
-    (for clipping); the running mean `moment` and mean square `square` both float32 or both
-    bfloat16. `step` counts from 1 and sets the bias corrections. Bfloat16 moments are rounded up or
-    down at random, with probabilities that make the mean exact, so that updates far below their
-    last bit still count; the random bits are a hash of (seed, step, element), so a resumed run
-    repeats them. Give each tensor its own seed. Every implementation gives the same bits.
+    The parameter is float32; the gradient float32 or bfloat16; the running mean `moment` and mean
+    square `square` both float32 or both bfloat16. Bfloat16 moments are rounded up or down at
+    random, with probabilities that make the mean exact, so that updates far below their last bit
+    still count; the random bits are a hash of (seed, step, element), so a resumed run repeats them.
+    Every implementation gives the same bits.
     `short`, if given, gets the new parameter in its own dtype (bfloat16, to nearest). Contiguous
     tensors. Not differentiable.
 
     Source: Loshchilov and Hutter, arXiv:1711.05101, algorithm 2.
     """
     pick("adamw_step", parameter_N.device)(
-        parameter_N,
-        gradient_N,
-        moment_N,
-        square_N,
-        learning_rate=learning_rate,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        step=step,
-        grad_scale=grad_scale,
-        seed=seed,
-        short_N=short_N,
+        parameter_N, gradient_N, moment_N, square_N, update, short_N
     )
 
 
@@ -501,15 +481,7 @@ def adamw_8bit_step(
     moment_N: Tensor,
     square_N: Tensor,
     scales_2B: Tensor,
-    *,
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    grad_scale: float = 1.0,
-    seed: int = 0,
+    update: AdamWUpdate,
     short_N: Tensor | None = None,
 ) -> None:
     """`adamw_step` whose moments take one byte a weight and 8 bytes for each 256 weights.
@@ -524,18 +496,5 @@ def adamw_8bit_step(
     Source: Dettmers et al., arXiv:2110.02861 (block-wise moments); linear codes of the root here.
     """
     pick("adamw_8bit_step", parameter_N.device)(
-        parameter_N,
-        gradient_N,
-        moment_N,
-        square_N,
-        scales_2B,
-        learning_rate=learning_rate,
-        beta1=beta1,
-        beta2=beta2,
-        eps=eps,
-        weight_decay=weight_decay,
-        step=step,
-        grad_scale=grad_scale,
-        seed=seed,
-        short_N=short_N,
+        parameter_N, gradient_N, moment_N, square_N, scales_2B, update, short_N
     )

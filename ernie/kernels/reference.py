@@ -7,6 +7,7 @@ Written to be read, and to run on any device; see `ernie.kernels` for shapes and
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -504,7 +505,7 @@ MOMENT_BLOCK = 256  # weights that share the scales of their 8-bit moments
 
 
 class AdamWConstants(NamedTuple):
-    """The factors of one AdamW step."""
+    """The factors of one AdamW step, as its kernels take them."""
 
     decay: float
     step_size: float
@@ -517,26 +518,40 @@ class AdamWConstants(NamedTuple):
     grad_scale: float
 
 
-def adamw_constants(
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    grad_scale: float,
-) -> AdamWConstants:
-    return AdamWConstants(
-        decay=1 - learning_rate * weight_decay,
-        step_size=learning_rate / (1 - beta1**step),
-        beta1=beta1,
-        rest1=1 - beta1,
-        beta2=beta2,
-        rest2=1 - beta2,
-        root_scale=(1 - beta2**step) ** -0.5,
-        eps=eps,
-        grad_scale=grad_scale,
-    )
+@dataclass(frozen=True)
+class AdamWUpdate:
+    """What one AdamW step does to a tensor; `step` counts from 1. Give each tensor its own seed."""
+
+    learning_rate: float
+    beta1: float
+    beta2: float
+    eps: float
+    weight_decay: float
+    step: int
+    grad_scale: float = 1.0  # of the gradient, before anything else (for clipping)
+    seed: int = 0  # of the random rounding of moments
+
+    @property
+    def constants(self) -> AdamWConstants:
+        return AdamWConstants(
+            decay=1 - self.learning_rate * self.weight_decay,
+            step_size=self.learning_rate / (1 - self.beta1**self.step),
+            beta1=self.beta1,
+            rest1=1 - self.beta1,
+            beta2=self.beta2,
+            rest2=1 - self.beta2,
+            root_scale=(1 - self.beta2**self.step) ** -0.5,
+            eps=self.eps,
+            grad_scale=self.grad_scale,
+        )
+
+    @property
+    def rounding_key(self) -> int:
+        """32 bits that mix seed and step. Source: the finaliser of SplitMix64."""
+        mixed = (self.seed << 32) + self.step * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        return (mixed ^ mixed >> 31) & 0xFFFFFFFF
 
 
 def float32_sum(total: Tensor, gradient: Tensor) -> Tensor:
@@ -548,29 +563,21 @@ def adamw_step(
     gradient_N: Tensor,
     moment_N: Tensor,
     square_N: Tensor,
-    *,
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    grad_scale: float = 1.0,
-    seed: int = 0,
+    update: AdamWUpdate,
     short_N: Tensor | None = None,
 ) -> None:
-    c = adamw_constants(learning_rate, beta1, beta2, eps, weight_decay, step, grad_scale)
+    c = update.constants
     # Each operation rounds to float32 by itself and in this order: the twins fuse none of them.
     gradient = gradient_N.float() * c.grad_scale
     moment = moment_N.float() * c.beta1 + gradient * c.rest1
     square = square_N.float() * c.beta2 + gradient * gradient * c.rest2
     root = square.double().sqrt().float()  # torch's float32 root may be off by a last bit
-    update = moment * c.step_size / (root * c.root_scale + c.eps)
-    parameter_N.copy_(parameter_N * c.decay - update)
+    change = moment * c.step_size / (root * c.root_scale + c.eps)
+    parameter_N.copy_(parameter_N * c.decay - change)
     if short_N is not None:
         short_N.copy_(parameter_N)
     if moment_N.dtype == torch.bfloat16:
-        bits = _rounding_bits(moment_N.numel(), rounding_key(seed, step)).view(moment_N.shape)
+        bits = _rounding_bits(moment_N.numel(), update.rounding_key).view(moment_N.shape)
         bits = bits.to(moment_N.device)
         moment = _rounded_at_random(moment, bits & 0xFFFF)
         square = _rounded_at_random(square, bits >> 16)
@@ -584,18 +591,10 @@ def adamw_8bit_step(
     moment_N: Tensor,
     square_N: Tensor,
     scales_2B: Tensor,
-    *,
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    grad_scale: float = 1.0,
-    seed: int = 0,
+    update: AdamWUpdate,
     short_N: Tensor | None = None,
 ) -> None:
-    c = adamw_constants(learning_rate, beta1, beta2, eps, weight_decay, step, grad_scale)
+    c = update.constants
     size, num_blocks = parameter_N.numel(), scales_2B.shape[1]
 
     def by_block(flat_N: Tensor) -> Tensor:
@@ -609,13 +608,13 @@ def adamw_8bit_step(
     root = by_block(square_N) * scales_2B[1, :, None]
     square = root * root * c.beta2 + gradient * gradient * c.rest2
     root = square.double().sqrt().float()
-    update = moment * c.step_size / (root * c.root_scale + c.eps)
-    flat_update = update.flatten()[:size].view(parameter_N.shape)
-    parameter_N.copy_(parameter_N * c.decay - flat_update)
+    change = moment * c.step_size / (root * c.root_scale + c.eps)
+    flat_change = change.flatten()[:size].view(parameter_N.shape)
+    parameter_N.copy_(parameter_N * c.decay - flat_change)
     if short_N is not None:
         short_N.copy_(parameter_N)
 
-    bits = _rounding_bits(num_blocks * MOMENT_BLOCK, rounding_key(seed, step)).view(moment.shape)
+    bits = _rounding_bits(num_blocks * MOMENT_BLOCK, update.rounding_key).view(moment.shape)
     bits = bits.to(moment.device)
     tops = moment.abs().amax(1, keepdim=True), root.amax(1, keepdim=True)
     # Tensors, because by a number torch divides on a GPU, and divides a number everywhere, by way
@@ -630,14 +629,6 @@ def adamw_8bit_step(
     moment_N.copy_(codes.flatten()[:size].view(moment_N.shape))
     square_N.copy_(roots.flatten()[:size].view(square_N.shape))
     scales_2B.copy_(torch.cat([top / most for top, most in zip(tops, mosts)], 1).T)
-
-
-def rounding_key(seed: int, step: int) -> int:
-    """32 bits that mix seed and step. Source: the finaliser of SplitMix64."""
-    mixed = (seed << 32) + step * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
-    mixed = (mixed ^ mixed >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-    mixed = (mixed ^ mixed >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-    return (mixed ^ mixed >> 31) & 0xFFFFFFFF
 
 
 def _rounding_bits(num_elements: int, key: int) -> Tensor:

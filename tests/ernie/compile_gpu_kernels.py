@@ -169,16 +169,15 @@ def experts_and_back(x: torch.Tensor, experts: int) -> None:
 
 def update() -> None:
     """Optimizer steps of a bfloat16 parameter."""
-    rates = {"learning_rate": 1e-3, "beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "weight_decay": 0.1}
-    rates |= {"step": 3, "seed": 5, "short_N": rand(4096)}
+    step = kernels.AdamWUpdate(1e-3, 0.9, 0.95, 1e-8, 0.1, step=3, seed=5)
     weights, scales = torch.ones(4096), torch.ones(2, 16)
     for moments in (torch.ones(4096), rand(4096)):
-        ops.adamw_step(weights, rand(4096), moments, moments, **rates)
+        ops.adamw_step(weights, rand(4096), moments, moments, step, rand(4096))
     codes = torch.zeros(4096, dtype=I8), torch.zeros(4096, dtype=torch.uint8)
     for weight in (rand(64, 2048), rand(2, 64, 2048).mT):
         ops.quantize_fp8(weight)
     ops.float32_sum(rand(4096), rand(4096).bfloat16())
-    ops.adamw_8bit_step(weights, rand(4096), *codes, scales, **rates)
+    ops.adamw_8bit_step(weights, rand(4096), *codes, scales, step, rand(4096))
 
 
 if __name__ == "__main__":

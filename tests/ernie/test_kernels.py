@@ -258,9 +258,8 @@ def test_adamw_equals_its_definition_bit_for_bit(gradient, moments, isa):
     for step in range(1, 6):
         grad = rand(10_007, dtype=gradient) * 0.01
         for module, (parameter, *state) in ((ops, ours), (reference, theirs)):
-            module.adamw_step(
-                parameter, grad, *state, **ADAMW, step=step, grad_scale=0.7, seed=12345
-            )
+            update = kernels.AdamWUpdate(**ADAMW, step=step, grad_scale=0.7, seed=12345)
+            module.adamw_step(parameter, grad, *state, update)
     for name, own, other in zip(("parameter", "moment", "square"), ours, theirs):
         assert torch.equal(own, other), f"{name}: {(own != other).sum()} of 10007 differ"
 
@@ -274,9 +273,8 @@ def test_adamw_of_8_bits_equals_its_definition_bit_for_bit(gradient, isa):
     for step in range(1, 6):
         grad = rand(10_007, dtype=gradient) * 0.01
         for module, (parameter, *state) in ((ops, ours), (reference, theirs)):
-            module.adamw_8bit_step(
-                parameter, grad, *state, **ADAMW, step=step, grad_scale=0.7, seed=12345
-            )
+            update = kernels.AdamWUpdate(**ADAMW, step=step, grad_scale=0.7, seed=12345)
+            module.adamw_8bit_step(parameter, grad, *state, update)
     for name, own, other in zip(("parameter", "moment", "square", "scales"), ours, theirs):
         assert torch.equal(own, other), f"{name}: {(own != other).sum()} of 10007 differ"
 
@@ -288,7 +286,8 @@ def test_moments_of_8_bits_are_within_their_bounds_and_right_on_average():
     state = [torch.zeros(size, dtype=torch.int8), torch.zeros(size, dtype=torch.uint8)]
     parameter, scales = torch.zeros(size), torch.zeros(2, size // 256)
     rates = {**ADAMW, "beta2": 0.999, "learning_rate": 0.0}
-    kernels.adamw_8bit_step(parameter, gradient, *state, scales, **rates, step=1, seed=3)
+    first = kernels.AdamWUpdate(**rates, step=1, seed=3)
+    kernels.adamw_8bit_step(parameter, gradient, *state, scales, first)
     for name, codes, scale, exact in zip(
         ("moment", "root"), state, scales, (gradient * 0.1, gradient * 0.001**0.5)
     ):
@@ -296,7 +295,8 @@ def test_moments_of_8_bits_are_within_their_bounds_and_right_on_average():
         worst = (gap.abs().amax(1) / scale).max().item()
         assert worst < 1.001, f"{name} is off by {worst:.4f} of its unit"
     for step in range(2, steps + 1):
-        kernels.adamw_8bit_step(parameter, gradient, *state, scales, **rates, step=step, seed=3)
+        update = kernels.AdamWUpdate(**rates, step=step, seed=3)
+        kernels.adamw_8bit_step(parameter, gradient, *state, scales, update)
     roots = (state[1].double().view(-1, 256) * scales[1, :, None]).flatten()
     ratio = float((roots**2).sum() / (gradient.double() ** 2 * (1 - 0.999**steps)).sum())
     assert abs(ratio - 1) < 0.02, f"mean square is {ratio:.4f} of the exact one"
@@ -310,7 +310,8 @@ def test_adamw_equals_torch():
     for step in range(1, 8):
         parameter.grad = rand(501)
         peer.step()
-        kernels.adamw_step(ours, parameter.grad, moment, square, **ADAMW, step=step)
+        update = kernels.AdamWUpdate(**ADAMW, step=step)
+        kernels.adamw_step(ours, parameter.grad, moment, square, update)
     torch.testing.assert_close(ours, parameter.detach(), rtol=1e-6, atol=1e-7)
 
 
@@ -322,7 +323,8 @@ def test_bfloat16_moments_follow_small_updates_on_average():
     moment, square = torch.zeros(size, dtype=BF16), torch.zeros(size, dtype=BF16)
     rates = {**ADAMW, "beta2": 0.999, "learning_rate": 0.0}
     for step in range(1, steps + 1):
-        kernels.adamw_step(parameter, gradient, moment, square, **rates, step=step, seed=3)
+        update = kernels.AdamWUpdate(**rates, step=step, seed=3)
+        kernels.adamw_step(parameter, gradient, moment, square, update)
     exact = 0.25 * (1 - 0.999**steps)
     mean = float(square.double().mean())
     assert abs(mean / exact - 1) < 2e-3, f"mean square {mean}, exact {exact}"

@@ -193,6 +193,8 @@ def test_graphs_need_one_gpu():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ["tiny-dense", "tiny-moe"])
-def test_recorded_decode_steps_choose_the_same_tokens(name):
-    recorded = tokens_of(engine_of(name, "cuda"))
-    assert recorded == tokens_of(engine_of(name, "cuda", use_cudagraph=False))
+@pytest.mark.parametrize("speculation", [None, {"method": "ngram", "num_speculative_tokens": 3}])
+def test_recorded_decode_steps_choose_the_same_tokens(name, speculation):
+    recorded = tokens_of(engine_of(name, "cuda", speculative_config=speculation))
+    plain = engine_of(name, "cuda", speculative_config=speculation, use_cudagraph=False)
+    assert recorded == tokens_of(plain)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ernie.kernels import reference
 from ernie.kernels.cpu.build import DTYPES, library
+from ernie.kernels.reference import AdamWUpdate
 
 NORM_BLOCK = 32  # rows whose gradients of the weight are added up in one place
 
@@ -85,23 +86,12 @@ def adamw_step(
     gradient_N: Tensor,
     moment_N: Tensor,
     square_N: Tensor,
-    *,
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    grad_scale: float = 1.0,
-    seed: int = 0,
+    update: AdamWUpdate,
     short_N: Tensor | None = None,
 ) -> None:
     tensors = (parameter_N, gradient_N, moment_N, square_N)
     assert parameter_N.dtype == torch.float32 and moment_N.dtype == square_N.dtype
     assert all(t.is_contiguous() and t.numel() == parameter_N.numel() for t in tensors)
-    constants = reference.adamw_constants(
-        learning_rate, beta1, beta2, eps, weight_decay, step, grad_scale
-    )
     library().ernie_adamw(
         parameter_N.data_ptr(),
         gradient_N.data_ptr(),
@@ -110,10 +100,10 @@ def adamw_step(
         square_N.data_ptr(),
         DTYPES[moment_N.dtype],
         parameter_N.numel(),
-        ctypes.addressof(update := Update(*constants, reference.rounding_key(seed, step))),
+        ctypes.addressof(passed := Update(*update.constants, update.rounding_key)),
         torch.get_num_threads(),
     )
-    del update  # it had to live until here
+    del passed  # it had to live until here
     if short_N is not None:
         short_N.copy_(parameter_N)
 
@@ -124,24 +114,13 @@ def adamw_8bit_step(
     moment_N: Tensor,
     square_N: Tensor,
     scales_2B: Tensor,
-    *,
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    grad_scale: float = 1.0,
-    seed: int = 0,
+    update: AdamWUpdate,
     short_N: Tensor | None = None,
 ) -> None:
     tensors = (parameter_N, gradient_N, moment_N, square_N)
     assert parameter_N.dtype == torch.float32 and scales_2B.is_contiguous()
     assert (moment_N.dtype, square_N.dtype) == (torch.int8, torch.uint8)
     assert all(t.is_contiguous() and t.numel() == parameter_N.numel() for t in tensors)
-    constants = reference.adamw_constants(
-        learning_rate, beta1, beta2, eps, weight_decay, step, grad_scale
-    )
     library().ernie_adamw_8bit(
         parameter_N.data_ptr(),
         gradient_N.data_ptr(),
@@ -150,10 +129,10 @@ def adamw_8bit_step(
         square_N.data_ptr(),
         scales_2B.data_ptr(),
         parameter_N.numel(),
-        ctypes.addressof(update := Update(*constants, reference.rounding_key(seed, step))),
+        ctypes.addressof(passed := Update(*update.constants, update.rounding_key)),
         torch.get_num_threads(),
     )
-    del update  # it had to live until here
+    del passed  # it had to live until here
     if short_N is not None:
         short_N.copy_(parameter_N)
 

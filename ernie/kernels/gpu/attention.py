@@ -143,9 +143,10 @@ def _attend_alike(
     length = len(q_THd) // num_segments
     missing = -length % LONG_STEP if causal and length >= LONG else 0
     q, k, v = (
-        F.pad(x.unflatten(0, (num_segments, length)).transpose(1, 2), (0, 0, 0, missing))
-        for x in (q_THd, k_TGd, v_TGd)
+        x.unflatten(0, (num_segments, length)).transpose(1, 2) for x in (q_THd, k_TGd, v_TGd)
     )
+    if missing:  # by nothing, `pad` copies
+        q, k, v = (F.pad(x, (0, 0, 0, missing)) for x in (q, k, v))
     is_grouped = q.shape[1] != k.shape[1]
     out = F.scaled_dot_product_attention(
         q, k, v, is_causal=causal, scale=scale, enable_gqa=is_grouped

@@ -74,9 +74,10 @@ def attend_packed(
     *,
     causal: bool = True,
 ) -> Tensor:
-    if q_THd.dtype not in (torch.bfloat16, torch.float16) or not len(q_THd):
+    version, varlen, _ = _parts()
+    fits = q_THd.dtype in (torch.bfloat16, torch.float16) and len(q_THd)
+    if version == 2 or not fits:  # torch has version 2 built in, and cuDNN's, which is faster
         return ops.attend_packed(q_THd, k_TGd, v_TGd, cu_seqlens_S1, scale, lengths, causal=causal)
-    _, varlen, _ = _parts()
     # Where the longest segment is not known here, a row's length is, and is no less.
     longest = max(lengths) if lengths else len(q_THd)
     return varlen(

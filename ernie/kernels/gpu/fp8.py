@@ -8,7 +8,7 @@
 The tensor cores take factors that run along the columns they sum over, so the weight is rounded
 twice, once as it lies and once across, which gives it other scales; both are made anew in each
 pass, as a copy of the large one would cost more memory than it saves time. What the tensor cores do
-not take (widths that are no multiple of 16, a GPU before Ada) is multiplied in float32.
+not take (widths that are no multiple of 16, another GPU) is multiplied in float32.
 
 Legend: T tokens, N rows sorted by expert, E experts, I and O input and output width, R rows and C
 columns of what is rounded.
@@ -29,6 +29,8 @@ from ernie.kernels.weights import FP8_LEAST, FP8_MAX, FP8Tensor
 from ernie.recomputed import Function, keep
 
 grouped_mm = getattr(torch, "_scaled_grouped_mm", None)  # None where torch has none
+HOPPER = (9, 0)  # the one that multiplies rows by experts with scales of rows
+BY_ROWS = ((8, 9), HOPPER, (10, 0))  # compute capabilities that multiply with scales of rows
 ALONG = (1, 1024)  # rows and columns at a time, where columns lie side by side
 ACROSS = (64, 64)  # where rows do
 
@@ -70,7 +72,8 @@ class _Product(Function):
     ) -> Tensor:
         ctx.quant_input_grad = quant_input_grad
         keep(ctx, x_NI, weight, ends_E)
-        return _multiplied(quantize_fp8(x_NI), quantize_fp8(weight), ends_E, x_NI.dtype)
+        factors = quantize_fp8(x_NI), quantize_fp8(weight)
+        return _multiplied(*factors, ends_E, x_NI.dtype, is_fast=True)
 
     @staticmethod
     def backward(ctx, grad_NO: Tensor):
@@ -94,32 +97,40 @@ class _Product(Function):
 
 
 def _multiplied(
-    x: FP8Tensor, weight: FP8Tensor, ends_E: Tensor | None, dtype: torch.dtype
+    x: FP8Tensor,
+    weight: FP8Tensor,
+    ends_E: Tensor | None,
+    dtype: torch.dtype,
+    *,
+    is_fast: bool = False,
 ) -> Tensor:
-    """`x @ weight.T` of dequantised factors, or of each expert's."""
+    """`x @ weight.T` of dequantised factors, or of each expert's. Fast, Hopper's tensor cores sum
+    with fewer bits than float32 has: as usual, gradients are not.
+    """
     is_taken = len(x.data) and dtype == torch.bfloat16 and _is_taken(weight.data)
     if ends_E is None:
         if not is_taken:
             return (x.dequantized() @ weight.dequantized().T).to(dtype)
         return torch._scaled_mm(
             x.data, weight.data.T, scale_a=x.scale[:, None], scale_b=weight.scale[None],
-            out_dtype=dtype, use_fast_accum=True,
+            out_dtype=dtype, use_fast_accum=is_fast,
         )  # fmt: skip
-    if is_taken and grouped_mm is not None and _capability(x.data.device) >= (9, 0):
+    if is_taken and grouped_mm is not None and _capability(x.data.device) == HOPPER:
         return grouped_mm(
             x.data, weight.data.mT, x.scale, weight.scale, offs=ends_E, out_dtype=dtype,
-            use_fast_accum=True,
+            use_fast_accum=is_fast,
         )  # fmt: skip
     counts = ends_E.diff(prepend=ends_E.new_zeros(1)).tolist()
     rows = map(FP8Tensor, x.data.split(counts), x.scale.split(counts))
     experts = map(FP8Tensor, weight.data, weight.scale)
-    return torch.cat([_multiplied(*pair, None, dtype) for pair in zip(rows, experts)])
+    pairs = zip(rows, experts)
+    return torch.cat([_multiplied(*pair, None, dtype, is_fast=is_fast) for pair in pairs])
 
 
 def _is_taken(weight: Tensor) -> bool:
     """Whether the tensor cores multiply with such a weight."""
     is_aligned = weight.shape[-1] % 16 == 0 and weight.shape[-2] % 16 == 0
-    return weight.is_cuda and is_aligned and _capability(weight.device) >= (8, 9)
+    return weight.is_cuda and is_aligned and _capability(weight.device) in BY_ROWS
 
 
 @cache

@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ernie.kernels import reference
-from ernie.kernels.reference import MOMENT_BLOCK, adamw_constants, rounding_key
+from ernie.kernels.reference import MOMENT_BLOCK, AdamWUpdate
 
 ELEMENTS = 1024  # of one program
 BLOCK = tl.constexpr(MOMENT_BLOCK)
@@ -41,22 +41,13 @@ def adamw_step(
     gradient_N: Tensor,
     moment_N: Tensor,
     square_N: Tensor,
-    *,
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    grad_scale: float = 1.0,
-    seed: int = 0,
+    update: AdamWUpdate,
     short_N: Tensor | None = None,
 ) -> None:
-    c = adamw_constants(learning_rate, beta1, beta2, eps, weight_decay, step, grad_scale)
     size = parameter_N.numel()
     _adamw[(triton.cdiv(size, ELEMENTS),)](
-        parameter_N, gradient_N.contiguous(), moment_N, square_N, short_N, size, *c,
-        _signed(rounding_key(seed, step)), ROUNDS=moment_N.dtype == torch.bfloat16, SIZE=ELEMENTS,
+        parameter_N, gradient_N.contiguous(), moment_N, square_N, short_N, size, *update.constants,
+        _signed(update.rounding_key), ROUNDS=moment_N.dtype == torch.bfloat16, SIZE=ELEMENTS,
         num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
@@ -67,23 +58,14 @@ def adamw_8bit_step(
     moment_N: Tensor,
     square_N: Tensor,
     scales_2B: Tensor,
-    *,
-    learning_rate: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    step: int,
-    grad_scale: float = 1.0,
-    seed: int = 0,
+    update: AdamWUpdate,
     short_N: Tensor | None = None,
 ) -> None:
-    c = adamw_constants(learning_rate, beta1, beta2, eps, weight_decay, step, grad_scale)
     num_blocks = scales_2B.shape[1]
     _adamw_8bit[(triton.cdiv(num_blocks, BLOCKS),)](
         parameter_N, gradient_N.contiguous(), moment_N, square_N, scales_2B, short_N,
-        parameter_N.numel(), num_blocks, *c, _signed(rounding_key(seed, step)), ROWS=BLOCKS,
-        num_warps=4, enable_fp_fusion=False,
+        parameter_N.numel(), num_blocks, *update.constants, _signed(update.rounding_key),
+        ROWS=BLOCKS, num_warps=4, enable_fp_fusion=False,
     )  # fmt: skip
 
 
