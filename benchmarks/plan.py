@@ -25,6 +25,10 @@ FULL = {"fine_tuning": "Full"}
 LORA = {"fine_tuning": "LoRA", "lora_rank": 16}
 AGAIN = {"recompute": "true"}
 AUTO = AGAIN | {"recompute_granularity": "auto"}
+UPO = {
+    "stage": "UPO", "reward": "exact", "prompts_per_round": 4, "num_generations": 8,
+    "max_completion_length": 256, "dynamic_sampling": "false", "num_mini_batches": 2,
+}  # fmt: skip
 FP8 = {"compute_type": "fp8", "quant_input_grad": "true"}
 
 # name: layers of which network, and what differs from a row of 1024 tokens a step.
@@ -52,6 +56,8 @@ CASES: dict[str, tuple[str, dict[str, object]]] = {
     ),
     "LoRA, rank 64, row of 2048": ("dense8", LORA | {"lora_rank": 64, "max_seq_len": 2048}),
     "LoRA, loss by 1024": ("dense8", LORA | {"loss_subbatch_seqlen": 1024}),
+    "UPO, full": ("dense4", FULL | UPO),
+    "UPO, LoRA": ("dense4", LORA | UPO),
     "MoE, full": ("moe3", FULL),
     "MoE, full, recompute": ("moe3", FULL | AGAIN),
     "MoE, full, FP8": ("moe3", FULL | FP8),

@@ -45,13 +45,13 @@ def settings_of(folder: Path, granularity: str | None) -> dict[str, object]:
 
 
 def planned(settings: dict[str, object]):
-    """The plan of a run on this machine's CPU, and what of its layers it computes again."""
+    """The plan of a run on this machine's CPU."""
     from erniekit.config import resolved, run_from
     from erniekit.fit import fitted
     from erniekit.plan import Degrees, plan
 
     run = fitted(resolved(run_from(settings), "cpu"), "cpu", Degrees())
-    return plan(run, "cpu"), run.model.recompute_layers
+    return plan(run, "cpu")
 
 
 def run_ours(folder: Path, side: str) -> dict[str, float]:
@@ -60,9 +60,9 @@ def run_ours(folder: Path, side: str) -> dict[str, float]:
     granularity = GRANULARITIES[side]
     settings = settings_of(folder, granularity)
     if granularity == "auto":
-        ends = [planned(settings_of(folder, end))[0].peak for end in (None, "full")]
+        ends = [planned(settings_of(folder, end)).peak for end in (None, "full")]
         settings["plan_memory_gib"] = sum(ends) / 2 / GIB
-    found, _ = planned(settings)
+    found = planned(settings)
     with tempfile.TemporaryDirectory() as output:
         records = trained(words_of({**settings, "output_dir": output}), output)[1:]
     return {

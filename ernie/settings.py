@@ -331,6 +331,15 @@ def read_overrides(words: Sequence[str]) -> dict[str, Any]:
     return values
 
 
+def as_word(value: Any) -> str:
+    """A value as `key=value` and `read_overrides` take it."""
+    if isinstance(value, (list, tuple)):
+        return ",".join(map(str, value))
+    if value is None:
+        return ""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def add_flags(parser: Any, kind: type) -> None:
     """Give an `argparse` parser one `--flag` per field of a dataclass; underscores become dashes.
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import ernie
 from ernie import kernels
-from ernie.checkpoint.hub import resolve
+from ernie.checkpoint.hub import already_here, resolve
 from ernie.config import ErnieConfig
 from ernie.kernels.weights import QuantTensor
 from ernie.layers import Linear
@@ -41,16 +41,22 @@ log = logging.getLogger("erniekit")
 
 
 def config_of(path_or_name: str) -> ErnieConfig:
-    """The network of a folder, or of a released model by its hub name; nothing is fetched."""
-    if Path(path_or_name).is_dir():
-        return ErnieConfig.from_folder(path_or_name)
+    """The network of a folder, of a hub repository that was fetched before, or of a released model
+    by its hub name; nothing is fetched.
+    """
+    folder = Path(path_or_name) if Path(path_or_name).is_dir() else already_here(path_or_name)
+    if folder is not None:
+        return ErnieConfig.from_folder(folder)
     name = path_or_name.rpartition("/")[2].removesuffix("-Paddle").removesuffix("-PT")
     if name in MODELS:
         return MODELS[name].config
     if name in TINY:
         return TINY[name]
     near = did_you_mean(name, MODELS)
-    raise ConfigError(f"{path_or_name!r} is neither a folder nor a model of the family{near}")
+    raise ConfigError(
+        f"{path_or_name!r} is no folder, was not fetched from the hub before, and is no model "
+        f"of the family{near}"
+    )
 
 
 def check_layers(run: Run, config: ErnieConfig) -> None:
@@ -60,13 +66,22 @@ def check_layers(run: Run, config: ErnieConfig) -> None:
         "no_recompute_layers": run.model.no_recompute_layers,
         "recompute_layers": [part for part in again if isinstance(part, int)],
     }
-    if TOWER in again and (config.vision_config is None or run.is_lora):
-        why = "the model has none" if config.vision_config is None else "LoRA does not train it"
+    if TOWER in again and (why := _why_no_tower_again(run, config)):
         raise ConfigError(f"recompute_layers=full:tower: {why}; leave it out")
     last = config.num_hidden_layers - 1
     for key, layers in numbered.items():
         if max(layers, default=0) > last:
             raise ConfigError(f"{key}={max(layers)} is not a layer of the model; give 0 to {last}")
+
+
+def _why_no_tower_again(run: Run, config: ErnieConfig) -> str | None:
+    if config.vision_config is None:
+        return "the model has none"
+    if not run.stage.reads_pictures:
+        return f"stage={run.model.stage} reads no pictures"
+    if run.is_lora or "freeze_vision" in run.model.freeze_config:
+        return f"{'LoRA' if run.is_lora else 'freeze_vision'} does not train it"
+    return None
 
 
 def weights_dtype(run: Run, device: str) -> torch.dtype:

@@ -23,8 +23,8 @@ from ernie.model import ErnieModel
 from erniekit.config import Run
 from erniekit.data.batch import Batch
 from erniekit.data.stream import Stream
-from erniekit.device_batch import to_device
-from erniekit.losses import ROUTER_LOSSES, Flat, Loss, hidden_of, score_targets
+from erniekit.device_batch import Flat, to_device
+from erniekit.losses import ROUTER_LOSSES, Loss, hidden_of, score_targets
 from erniekit.parallel.deal import shared
 from erniekit.parallel.ranks import ALONE, Ranks
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 
-from ernie.settings import ConfigError
+from ernie.settings import ConfigError, as_word
 from erniekit.checkpoint import DiskFull, checkpoints
 from erniekit.config import Run, resolved
 
@@ -69,7 +69,7 @@ def _advice(run: Run, device: str) -> str:
     if not changes:
         return f"{told} and no two settings take a tenth less: take a larger machine"
     less = (
-        f"{' '.join(f'{k}={str(v).lower()}' for k, v in change.settings.items())} "
+        f"{' '.join(f'{k}={as_word(v)}' for k, v in change.settings.items())} "
         f"({change.plan.peak / GIB:.2f} GiB; {change.cost})"
         for change in changes
     )

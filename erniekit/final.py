@@ -19,8 +19,6 @@ def finish(session: Session) -> int:
     the exit code of the process.
     """
     run, output, encoder = session.run, session.run.output, session.train_stream.encoder
-    if session.ranks.is_first:
-        record_error(run, session.device, session.first_step, session.ranks)
     session.gradients.release()
     _choose_weights(session)
     tensors = tensors_of(session)
@@ -33,6 +31,7 @@ def finish(session: Session) -> int:
         weights |= snapshot.part(tensors, snapshot.AVERAGE)
         folder = output / checkpoint.AVERAGE_FOLDER
         snapshot.write_model(run, session.model, encoder, weights, folder, rounded=True)
+    record_error(run, session.device, session.first_step, session.ranks)
     _tell(session)
     return 0
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-import os
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
@@ -24,6 +23,7 @@ from ernie.host import cgroup_bytes, memory_bytes
 from erniekit.build import config_of
 from erniekit.config import Run
 from erniekit.config.model import TOWER, parts_again
+from erniekit.launch import ranks_here
 from erniekit.plan import (
     GIB,
     Degrees,
@@ -48,9 +48,8 @@ def memory_for(run: Run, device: str) -> int:
     if run.training.plan_memory_gib:
         return int(run.training.plan_memory_gib * GIB)
     if device == "cpu":
-        ranks = run.parallel.nproc_per_node or int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
         total, limit = memory_bytes(), cgroup_bytes("memory.max")
-        return (total if limit is None else min(total, limit)) // ranks
+        return (total if limit is None else min(total, limit)) // (ranks_here(run) or 1)
     if torch.cuda.is_available():
         return torch.cuda.get_device_properties(0).total_memory
     return int(80e9)
@@ -92,7 +91,10 @@ def tell(run: Run, device: str, degrees: Degrees) -> None:
     words = ", ".join(run.chosen_layers) or "nothing"
     log.info("computed again: %s (%.2f GiB planned, of %.2f)", words, found, limit)
     if found > limit:
-        log.warning("nothing more can be computed again; `erniekit plan` says what takes less")
+        more = " of the layers outside no_recompute_layers" if run.model.no_recompute_layers else ""
+        log.warning(
+            "nothing more%s can be computed again; `erniekit plan` says what takes less", more
+        )
 
 
 def _order(config: ErnieConfig, run: Run) -> list[str]:

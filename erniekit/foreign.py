@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ernie.settings import ConfigError, did_you_mean
+from ernie.settings import ConfigError, as_word, coerce, did_you_mean
 
 # What happens instead, by key; the reason is for the reader of this table and of the docs.
 WITHOUT_EFFECT: dict[str, str] = {
@@ -204,7 +204,6 @@ RENAMED = {
     "zcc_save_ema_coef": "ema_decay",
     "enable_zero_cost_checkpoint": "use_async_save",
     "target_modules": "lora_target_modules",  # PEFT's
-    "tensorwise_offload_optimizer": "offload_optim",
 }
 
 _LATER = {
@@ -220,21 +219,30 @@ def renamed(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
     result = dict(values)
     for theirs, ours in RENAMED.items():
         if theirs in result:
-            if str(result.get(ours, result[theirs])).lower() != str(result[theirs]).lower():
+            given = result.pop(theirs)
+            if ours in result and as_word(result[ours]).lower() != as_word(given).lower():
                 raise ConfigError(f"{theirs} and {ours} in {origin} are one setting; give {ours}")
-            result[ours] = result.pop(theirs)
+            result[ours] = given
     given = result.pop("unified_checkpoint_config", None) or ()
     words = given.split() if isinstance(given, str) else list(given)
-    if str(result.pop("use_ortho_loss_callback", False)).lower() in ("true", "1", "yes"):
+    if _is_on(result, "use_ortho_loss_callback"):
         result.setdefault("moe_orthogonal_update", "decoupled_lr")
-    if str(result.pop("one_sample_in_one_seq", False)).lower() in ("true", "1", "yes"):
+    if _is_on(result, "one_sample_in_one_seq"):
         result.setdefault("packing", False)
+    if _is_on(result, "tensorwise_offload_optimizer"):  # a second way to do the same
+        result["offload_optim"] = True
     if size := result.pop("pad_to_max_seqlen", None):
         result.setdefault("max_seq_len", size)
     if "async_save" in words:
         result.setdefault("use_async_save", True)
         words.remove("async_save")
     return result | ({"unified_checkpoint_config": " ".join(words)} if words else {})
+
+
+def _is_on(values: dict[str, Any], key: str) -> bool:
+    """Whether a key says yes, which is taken out; ConfigError for what is no yes and no no."""
+    given = values.pop(key, None)
+    return given not in (None, "") and coerce(given, bool, key)
 
 
 def separate(

@@ -24,12 +24,12 @@ from torch import Tensor
 from ernie.model import ErnieModel
 from ernie.moe.router import Routing
 from erniekit.data.batch import Batch
-from erniekit.device_batch import to_device
+from erniekit.device_batch import Judged, to_device
 from erniekit.gradients import Gradients
 from erniekit.losses import Loss, Terms, with_terms
 from erniekit.parallel.deal import shared
 from erniekit.parallel.ranks import ALONE, Ranks
-from erniekit.preference import NO_TERMS, Judged, segment_log_probs
+from erniekit.preference import NO_TERMS, segment_log_probs
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ import tempfile
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ernie.settings import ConfigError
+from ernie.settings import ConfigError, as_word
 from erniekit.config import Run, read_run
 from erniekit.config.stages import TRAINABLE
 from erniekit.faults import told_in_a_sentence
@@ -60,6 +60,12 @@ def is_rank() -> bool:
     return has_agent or int(os.environ.get("WORLD_SIZE") or 1) > 1
 
 
+def ranks_here(run: Run) -> int:
+    """Processes on this machine: what the launcher says, else the run; 0 where neither does."""
+    told = os.environ.get("LOCAL_WORLD_SIZE") if is_rank() else None
+    return int(told or run.parallel.nproc_per_node or 0)
+
+
 def num_processes(run: Run, device: str) -> tuple[int, int]:
     """Machines, and processes on this one. Raises ConfigError for numbers that make no sense."""
     import torch
@@ -73,9 +79,7 @@ def num_processes(run: Run, device: str) -> tuple[int, int]:
             "torchrun or nproc_per_node=N, or unset it to train in one process"
         )
     num_gpus = torch.cuda.device_count()
-    here = run.parallel.nproc_per_node or (num_gpus if device == "cuda" else 1)
-    if is_rank():
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", here))
+    here = ranks_here(run) or (num_gpus if device == "cuda" else 1)
     if device == "cuda" and here > num_gpus:
         raise ConfigError(
             f"{here} processes of this machine need a GPU each, but {num_gpus} are visible; give "
@@ -193,13 +197,7 @@ def words_of(run: Run) -> list[str]:
     """Words for `erniekit train` that mean this run: its own, and what they do not say."""
     told = (read_run(run.words) if run.words else Run()).flat()
     more = {key: value for key, value in run.flat().items() if value != told[key]}
-    return [*run.words, *(f"{key}={_word(value)}" for key, value in more.items())]
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, list):
-        return ",".join(map(str, value))
-    return "" if value is None else str(value)
+    return [*run.words, *(f"{key}={as_word(value)}" for key, value in more.items())]
 
 
 def _told(error: ChildFailedError) -> int:

@@ -11,7 +11,7 @@ Legend: T tokens of the batch, N trained tokens, D hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,7 +24,7 @@ from ernie.chat import UNTRAINED
 from ernie.model import Embeds, ErnieModel
 from ernie.moe import balance
 from ernie.moe.router import Router, Routing
-from ernie.vision.grids import Grids
+from erniekit.device_batch import Flat, Seen
 from erniekit.gradients import Gradients
 
 if TYPE_CHECKING:
@@ -32,29 +32,6 @@ if TYPE_CHECKING:
 
 # Parts of a `Loss` that train the router.
 ROUTER_LOSSES = ("aux_loss", "z_loss", "orthogonal_loss")
-
-
-@dataclass(frozen=True)
-class Flat:
-    """A batch on the device of the model."""
-
-    token_ids_T: Tensor
-    labels_T: Tensor
-    positions_T: Tensor  # (3, T) of a multimodal model
-    cu_seqlens_S1: Tensor
-    lengths: tuple[int, ...] | None = None  # of the segments, where the host knows them
-    numbers: Mapping[str, Tensor] = field(default_factory=dict)  # what a method has of its own
-    pictures: Seen | None = None
-
-
-@dataclass(frozen=True)
-class Seen:
-    """The pictures of a batch of a multimodal model, on its device, as `ErnieModel` takes them."""
-
-    pixel_values_PC: Tensor
-    grids: Grids
-    places_L: Tensor
-    modality_T: Tensor
 
 
 @dataclass(frozen=True)
@@ -115,7 +92,9 @@ def next_token(
     if terms.multi_token:
         weighted = scale * terms.multi_token / len(model.model.mtp)
         trained["mtp_loss"] = _multi_token(model, batch, hidden_TD, weighted, chunk_size, gradients)
-    loss = with_terms(model, value, {}, routings, terms, share, trained=trained)
+    loss = with_terms(
+        model, value, {}, routings, terms, share, trained=trained, num_padding=batch.num_padding
+    )
     return replace(loss, num_right=num_right)
 
 
@@ -128,11 +107,12 @@ def with_terms(
     share: float,
     *,
     trained: dict[str, Tensor] | None = None,
+    num_padding: int = 0,
 ) -> Loss:
     """`value`, with the losses of the router and those of `trained` added to what is trained;
-    `reported` is recorded beside these.
+    `reported` is recorded beside these. How the last `num_padding` tokens were routed says nothing.
     """
-    routed = [routing for routing in routings if routing is not None]
+    routed = [routing.without_last(num_padding) for routing in routings if routing is not None]
     added = dict(trained or {})
     added |= {name: part * share for name, part in routing_terms(model, routed, terms).items()}
     total = value + torch.stack(list(added.values())).sum() if added else value

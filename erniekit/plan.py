@@ -11,6 +11,7 @@ largest of the moments of a step:
     tower      all sums, activations of the vision tower, temporaries of a block of it
     update     all sums, no activations
     loading    where a rank gives up weights that it has read
+    round      all sums, and the cache of the answers that are drawn (stage UPO)
 
 Rows are taken as full: the plan is for the longest batch, of pairs for one that is nearly all
 prompt, of a stage that reads pictures for the larger of one that is all text and one that is all
@@ -96,6 +97,7 @@ class Sizes:
     gathered: int = 0  # weights that lie whole beside this rank's shard of them
     trained: dict[str, int] = field(default_factory=dict)  # elements by name
     visiting: int = 0  # the largest state of one tensor, on a GPU where the rest is not
+    others: int = 0  # weights of models beside the trained one
     pinned: int = 0  # all state where it lies in pinned blocks, which are powers of two
     num_params: int = 0
     num_trained: int = 0
@@ -140,6 +142,7 @@ def planner(run: Run, device: str, degrees: Degrees = Degrees()) -> Callable[[Ru
     whole = sizes_of(config, run, device, dataclasses.replace(degrees, sharding=1))
     kept = trained if run.is_lora else whole.weights.total()
     saved = kept + whole.state.total() + whole.average.total()
+    sizes.others = _other_models(config, run, device, whole)
     copy = saved * run.training.use_async_save
     on_gpu = device != "cpu"  # where the copy lies in the host's memory
     is_offloaded = on_gpu and run.optimisation.offload_optim
@@ -289,6 +292,34 @@ def _moment_bytes(o: Optimisation, count: int, is_matrix: bool) -> tuple[int, ..
     if o.optim == "muon" and is_matrix:
         return (4 * count,)
     return (count * (2 if o.use_lowprecision_moment else 4),) * 2
+
+
+def _other_models(config: ErnieConfig, run: Run, device: str, whole: Sizes) -> int:
+    """Bytes of the models that stage UPO holds on each rank: a frozen reference, what answers are
+    drawn from, and a reward model.
+    """
+    if not run.stage.has_rollouts:
+        return 0
+    p, base = run.policy, 2 * whole.num_params
+    total = 0
+    if p.has_reference and not run.is_own_reference:
+        total += whole.weights.total()
+    if run.generates_apart and p.rollout_server is None:
+        total += base
+    if p.reward_model is not None and "model" in p.reward:
+        total += 2 * config_of(p.reward_model).num_params()
+    return total
+
+
+def _round(config: ErnieConfig, run: Run, word: int) -> dict[str, float]:
+    """Bytes while answers are drawn, as many at once and as long as they may be."""
+    p = run.policy
+    rows = min(p.rollout_max_seqs, p.prompts_per_round * p.num_generations)
+    rows = max(rows, p.num_generations)
+    prompt = run.data.max_seq_len - p.max_completion_length
+    tokens = rows * p.max_completion_length + math.ceil(rows / p.num_generations) * prompt
+    cached = 2 * config.num_hidden_layers * config.kv_size * word
+    return {"cache": tokens * cached, "temporaries": rows * config.vocab_size * (3 * word + 16)}
 
 
 # --- activations ---
@@ -488,18 +519,21 @@ def _peak(
         parts["optimizer"] = sizes.state.total() / degrees.pipeline
         parts["average"] = sizes.average.total() / degrees.pipeline
         parts["copy"] = copy / degrees.pipeline
+    if run.stage.has_rollouts and run.policy.rollout_server is None:
+        moments["the answers of a round"] = moments["the update"] | _round(config, run, word)
     if device == "cpu" and run.model.continue_training and sizes.gathered:
         # A rank reads the whole model before it gives up what is not its own.
         moments["loading"] = {"gathered": (degrees.sharding - 1) * sizes.weights.total()}
     moment = max(moments, key=lambda name: sum(moments[name].values()))
     resident = {
         "weights": sizes.weights.total() / degrees.pipeline,
+        "other models": sizes.others,
         **moments[moment],
         "process": _process_bytes(config, run, device),
     }
     names = (
-        "weights", "gathered", "gradients", "optimizer", "average", "copy", "activations",
-        "temporaries", "loss", "process",
+        "weights", "other models", "gathered", "gradients", "optimizer", "average", "copy",
+        "cache", "activations", "temporaries", "loss", "process",
     )  # fmt: skip
     return {name: round(resident.get(name, 0)) for name in names}, moment
 

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from ernie.settings import ConfigError
+from ernie.settings import ConfigError, as_word
 from erniekit import checkpoint, config, memory
 from erniekit.config import Run, resolved, run_from
 from erniekit.config.model import AUTO, COMPUTE_TYPES
@@ -118,14 +118,11 @@ def read_plannable(values: dict[str, Any], origin: str) -> tuple[Run, Degrees, l
         )
     if run.stage.has_rollouts:
         policy = run.policy
-        held = "the adapters are switched off for it"
-        if not run.adds_to_base or run.model.lora_path:
-            held = "a second model is held for it"
         answers = f"{policy.prompts_per_round} x {policy.num_generations} answers"
         notes.append(
             f"a round draws {answers} of at most {policy.max_completion_length} tokens, at most "
-            f"{max(policy.rollout_max_seqs, policy.num_generations)} at once; their time and "
-            f"cache, and the reference ({held}), are not counted"
+            f"{max(policy.rollout_max_seqs, policy.num_generations)} at once; that time is not "
+            "counted"
         )
     return run, degrees, notes
 
@@ -384,7 +381,7 @@ def _table(
     elif found.peak > here.memory:
         lines.append("no two settings make it fit; divide it over ranks, or take a smaller model")
     for c in changes:
-        words = " ".join(f"{key}={_word(value)}" for key, value in c.settings.items())
+        words = " ".join(f"{key}={as_word(value)}" for key, value in c.settings.items())
         saved = (found.peak - c.plan.peak) / GIB
         more = c.plan.flops_per_step / c.plan.tokens_per_step
         share = more / (found.flops_per_step / found.tokens_per_step) - 1
@@ -393,12 +390,6 @@ def _table(
             f"arithmetic a token; {c.cost}"
         )
     return "\n".join([*lines, *(f"note: {note}" for note in notes)])
-
-
-def _word(value: Any) -> str:
-    if isinstance(value, tuple):
-        return ",".join(value)
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _duration(seconds: float) -> str:

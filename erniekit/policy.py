@@ -26,8 +26,9 @@ from ernie.attention import shared_prompts
 from ernie.chat import UNTRAINED
 from ernie.model import ErnieModel
 from ernie.moe.router import Routing
+from erniekit.device_batch import Flat
 from erniekit.gradients import Gradients
-from erniekit.losses import Flat, Loss, Terms, with_terms
+from erniekit.losses import Loss, Terms, with_terms
 from erniekit.preference import label_log_probs
 
 _NO_TERMS = Terms()
@@ -64,7 +65,8 @@ def group_advantages(rewards_PG: Tensor, *, divides_by_std: bool) -> Tensor:
     if not divides_by_std:
         return centred_PG
     std_P1 = rewards_PG.std(1, correction=0, keepdim=True)
-    return torch.where(std_P1 > 0, centred_PG / std_P1.clamp(min=1e-12), 0.0)
+    differ_P1 = (rewards_PG != rewards_PG[:, :1]).any(1, keepdim=True)
+    return torch.where(differ_P1, centred_PG / std_P1.clamp(min=1e-12), 0.0)
 
 
 def normalised_by_domain(rewards_PG: Tensor, domain_P: Tensor) -> Tensor:

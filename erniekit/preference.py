@@ -11,8 +11,6 @@ P pairs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -20,11 +18,10 @@ from ernie.attention import Attend, packed_causal, shared_prompt
 from ernie.chat import UNTRAINED
 from ernie.model import ErnieModel
 from ernie.moe.router import Routing
+from erniekit.device_batch import Flat, Pairs
 from erniekit.gradients import Gradients
 from erniekit.losses import (
-    Flat,
     Loss,
-    Seen,
     Selected,
     Terms,
     add_product,
@@ -37,37 +34,6 @@ from erniekit.preference_losses import Objective, gains
 
 NO_TERMS = Terms()
 SIGMOID = Objective()
-
-
-@dataclass(frozen=True)
-class Judged:
-    """Judged answers on the device of the model, one segment each; `others` are segments with the
-    same prompts and answers to other ones. `keys` name them, in order.
-    """
-
-    answers: Flat
-    others: Flat
-    is_desirable_S: Tensor
-    keys: tuple[bytes, ...] = ()
-
-    @property
-    def token_ids_T(self) -> Tensor:
-        return self.answers.token_ids_T
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """A row of pairs on the device of the model; `pairs_P4` is that of `shared_prompt`, int64.
-
-    `keys` name the pairs, in order.
-    """
-
-    token_ids_T: Tensor
-    labels_T: Tensor
-    positions_T: Tensor
-    pairs_P4: Tensor
-    keys: tuple[bytes, ...] = ()
-    pictures: Seen | None = None
 
 
 def preference(

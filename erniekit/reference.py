@@ -34,8 +34,8 @@ from erniekit import checkpoint
 from erniekit.build import choose_products, read_model
 from erniekit.config import Run
 from erniekit.data.batch import Batch
-from erniekit.device_batch import to_device
-from erniekit.preference import Judged, Pairs, sequence_log_probs
+from erniekit.device_batch import Judged, Pairs, to_device
+from erniekit.preference import sequence_log_probs
 
 log = logging.getLogger("erniekit")
 
@@ -187,12 +187,14 @@ def _origin(run: Run, device: str) -> dict[str, Any]:
 
 
 def _weights_digest(folder: Path) -> str:
-    """Knows a folder's weights by the names, sizes, beginnings and ends of its files."""
+    """Knows a folder's weights by the names, sizes, times, beginnings and ends of its files. Those
+    written anew count as others: better to compute again than to compare with another model.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
+        size, written = path.stat().st_size, path.stat().st_mtime_ns
         with path.open("rb") as file:
-            digest.update(f"{path.name} {size} ".encode() + file.read(_ENDS))
+            digest.update(f"{path.name} {size} {written} ".encode() + file.read(_ENDS))
             file.seek(max(size - _ENDS, 0))
             digest.update(file.read())
     return digest.hexdigest()

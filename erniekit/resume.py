@@ -269,6 +269,8 @@ def _of_tensors(theirs: Path, ours: Path) -> str:
     import torch
     from safetensors import safe_open
 
+    from ernie.checkpoint.writer import as_bytes
+
     with safe_open(theirs, "pt") as old, safe_open(ours, "pt") as new:
         if missing := sorted(set(old.keys()) ^ set(new.keys())):
             return f"{missing[0]} is only in one of the two"
@@ -276,7 +278,7 @@ def _of_tensors(theirs: Path, ours: Path) -> str:
             before, now = old.get_tensor(name), new.get_tensor(name)
             if before.dtype != now.dtype or before.shape != now.shape:
                 return f"{name} is {now.dtype} {tuple(now.shape)} now"
-            bytes_before, bytes_now = (t.reshape(-1).view(torch.uint8) for t in (before, now))
+            bytes_before, bytes_now = (as_bytes(t) for t in (before, now))
             if torch.equal(bytes_before, bytes_now):
                 continue
             first = int((bytes_before != bytes_now).nonzero()[0]) // before.element_size()

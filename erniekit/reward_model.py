@@ -37,9 +37,10 @@ from ernie.moe.router import Routing
 from ernie.settings import ConfigError
 from ernie.vision.prompt import Inputs
 from erniekit import lora, lora_files
+from erniekit.device_batch import Pairs
 from erniekit.gradients import Gradients
 from erniekit.losses import Loss, Terms, hidden_of, with_terms
-from erniekit.preference import NO_TERMS, Pairs, told_of_pairs
+from erniekit.preference import NO_TERMS, told_of_pairs
 
 Dialogue = Sequence[int] | Inputs
 HEAD = "score.weight"

@@ -43,15 +43,14 @@ from erniekit.data.mix import Mix
 from erniekit.data.preference import PairSample
 from erniekit.data.sources import DataError
 from erniekit.data.stream import Stream
-from erniekit.device_batch import to_device
+from erniekit.device_batch import Flat, to_device
 from erniekit.groups import Cut, Group
 from erniekit.loop import Progress
 from erniekit.lora import pairs as lora_pairs
-from erniekit.losses import Flat
 from erniekit.metrics import Metrics
 from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.rewards import Rewards, Scored
-from erniekit.samplers import Sampler, has_adapters
+from erniekit.samplers import Sampler
 from erniekit.seeds import seed_of
 
 log = logging.getLogger("erniekit")
@@ -83,6 +82,13 @@ class Answered:
     @property
     def rewards(self) -> list[float]:
         return [s.reward for s in self.scored]
+
+
+def is_flat(rewards: Sequence[float], most: float) -> bool:
+    """Whether they are equal, or their deviation is at most so much: that of equal numbers may be
+    a rounding error above zero.
+    """
+    return len(set(rewards)) == 1 or float(np.std(rewards)) <= most
 
 
 def _as_values(answered: Answered) -> list[Any]:
@@ -131,7 +137,6 @@ class Rounds:
         by_answer = p.aggregation == "sequence"
         self.cut = Cut(p.num_iterations, p.num_mini_batches, accumulated, by_answer)
         self.left: list[Batch] = []  # of the round under way
-        self.needs_reference = p.kl_coef > 0 or p.upo_mu > 0
         self._reference: ErnieModel | None = None
 
     # --- what a checkpoint holds ---
@@ -219,8 +224,8 @@ class Rounds:
                 for at in places
             ]
             for answered in self.answer(model, tasks, seeds, sampling_of(self.run)):
-                is_flat = float(np.std(answered.rewards)) <= p.min_reward_std
-                (dropped if is_flat and p.dynamic_sampling else kept).append(answered)
+                is_dropped = p.dynamic_sampling and is_flat(answered.rewards, p.min_reward_std)
+                (dropped if is_dropped else kept).append(answered)
         return kept, dropped
 
     def answer(
@@ -360,7 +365,7 @@ class Rounds:
                     high=p.correction_high,
                 )
                 group.numbers |= {"old_N": values_N, "trust_N": trust_N.numpy()}
-        if self.needs_reference:
+        if p.has_reference:
             everything = found + pairs
             with self._as_reference(model) as reference:
                 for group, values_N in zip(everything, self._values(reference, everything)):
@@ -370,7 +375,7 @@ class Rounds:
     def _as_reference(self, model: ErnieModel) -> Iterator[ErnieModel]:
         """The model as training found it: with adapters off, or a frozen one of its own."""
         run = self.run
-        if has_adapters(model) and run.adds_to_base and not run.model.lora_path:
+        if run.is_own_reference:
             with _without_adapters(model):
                 yield model
             return

@@ -44,6 +44,8 @@ from erniekit.parallel.ranks import ALONE, Ranks
 
 WEIGHTS_FOLDER = "rollout_weights"
 TIMEOUT_S = 600.0
+# Said, for a server takes what is not said from the model's generation_config.json.
+NO_PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 class Sampler(Protocol):
@@ -75,8 +77,7 @@ class Own:
         assert model.tokenizer is not None
         adapter = None
         stops = sorted(stop_ids(model.tokenizer))
-        base_is_whole = self.run.model.compute_type == "bf16"  # as it is on disk
-        if has_adapters(model) and self.run.adds_to_base and base_is_whole:
+        if self.run.generates_apart:
             if self.base is None:
                 self.base = fuse(read_model(self.run, self.device))
             adapter, model = self._adapter(model), self.base
@@ -135,6 +136,7 @@ class Served:
                 "temperature": sampling.temperature,
                 "top_p": sampling.top_p,
                 **({"top_k": sampling.top_k} if sampling.top_k else {}),
+                **NO_PENALTIES,
                 "stop_token_ids": stops,
                 "logprobs": 0,
                 "return_token_ids": True,

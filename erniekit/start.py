@@ -200,7 +200,8 @@ def _tell(session: Session) -> None:
     if o.offload_optim and session.device == "cpu":
         names.append("offload_optim (the optimizer's state is in the host's memory anyway)")
     elif o.offload_optim:
-        num = snapshot.num_bytes(session.optimizer.tensors()) / 2**30
+        away = [t for t in session.optimizer.tensors().values() if not t.is_cuda]
+        num = sum(t.numel() * t.element_size() for t in away) / 2**30
         log.info("the optimizer's state, %.2f GiB a rank, lies in the host's memory", num)
     if names:
         log.info("settings without effect here: %s", ", ".join(names))

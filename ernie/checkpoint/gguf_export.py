@@ -37,6 +37,7 @@ from ernie.checkpoint.gguf_names import (
 from ernie.checkpoint.gguf_tokenizer import write_tokenizer
 from ernie.checkpoint.hub import resolve
 from ernie.checkpoint.layouts import MTP_MARK
+from ernie.checkpoint.writer import as_bytes
 from ernie.config import ErnieConfig
 from ernie.model import KEPT_FLOAT32, ErnieModel
 
@@ -180,12 +181,12 @@ class _Part:
 
         if self.kind.name not in _PLAIN:
             return quantize(rows.numpy(), self.kind)
-        plain = rows.to(_PLAIN[self.kind.name]).contiguous()
+        plain = rows.to(_PLAIN[self.kind.name])
         if not all(extreme.isfinite() for extreme in plain.aminmax()):
             raise CheckpointError(
                 f"a number of {self.name} is beyond what {self.kind.name} can hold; use bf16 or f32"
             )
-        return plain.view(-1).view(torch.uint8).numpy()
+        return as_bytes(plain).numpy()
 
 
 def _parts(name: str, shape: Sequence[int], dtype: str) -> list[_Part]:

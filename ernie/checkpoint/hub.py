@@ -34,6 +34,14 @@ def resolve(path_or_name: str | Path) -> Path:
     return _fetch(path_or_name)
 
 
+def already_here(name: str) -> Path | None:
+    """The local snapshot of a hub repository that was fetched before; nothing is fetched."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(name, "config.json") if _NAME.fullmatch(name) else None
+    return Path(found).parent if isinstance(found, str) else None
+
+
 def _fetch(name: str) -> Path:
     import httpx
     from huggingface_hub import snapshot_download

@@ -130,9 +130,15 @@ def _write_file(path: Path, part: Sequence[Planned], stream: Iterator[tuple[str,
         for tensor in part:
             name, value = next(stream)
             assert name == tensor.name and tuple(value.shape) == tensor.shape, (name, tensor)
-            raw = value.detach().to("cpu", tensor.dtype).contiguous().view(-1).view(torch.uint8)
             file.seek(8 + len(header) + places[name][0])
-            file.write(raw.numpy().data)
+            file.write(as_bytes(value.detach().to("cpu", tensor.dtype)).numpy().data)
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    """The elements of a tensor of any shape, in order, as uint8."""
+    x = x.contiguous()
+    # A single element is contiguous whatever its stride, which a view as bytes takes at its word.
+    return x.as_strided((x.numel(),), (1,)).view(torch.uint8)
 
 
 def _sync(path: Path) -> None:

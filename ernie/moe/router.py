@@ -16,7 +16,7 @@ Source: PaddleFormers `topk_gate`, transformers `Ernie4_5_MoeTopKRouter`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +42,20 @@ class Routing:
     def banks(self) -> tuple[Routing, ...]:
         """The decisions of all banks that had tokens to decide about, text first."""
         return (self,) if self.vision is None else (self, self.vision)
+
+    def without_last(self, count: int) -> Routing:
+        """The same without the last `count` text tokens."""
+        if not count:
+            return self
+        rows = slice(len(self.probs_TE) - count)
+        return replace(
+            self,
+            experts_TK=self.experts_TK[rows],
+            weights_TK=self.weights_TK[rows],
+            probs_TE=self.probs_TE[rows],
+            logits_TE=self.logits_TE[rows],
+            kept_TK=None if self.kept_TK is None else self.kept_TK[rows],
+        )
 
     @property
     def load_E(self) -> Tensor:

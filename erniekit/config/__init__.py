@@ -76,6 +76,16 @@ class Run:
         return self.is_lora and not (self.model.use_dora or self.model.pissa)
 
     @property
+    def is_own_reference(self) -> bool:
+        """Whether the model as training found it is the one that is trained, with adapters off."""
+        return self.adds_to_base and not self.model.lora_path
+
+    @property
+    def generates_apart(self) -> bool:
+        """Whether rollouts are drawn from the base in a form of its own, adapters beside it."""
+        return self.adds_to_base and self.model.compute_type == "bf16"
+
+    @property
     def chooses_layers(self) -> bool:
         """Whether what is computed again is to be chosen (`erniekit.fit`)."""
         return self.model.recompute and self.model.recompute_granularity == AUTO

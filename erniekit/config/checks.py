@@ -124,6 +124,11 @@ def _check_capacity(run: Run) -> None:
             f"moe_capacity={capacity:g} drops tokens of the answers that stage={run.model.stage} "
             "compares; leave it out"
         )
+    if capacity is not None and run.data.padding:
+        raise ConfigError(
+            f"moe_capacity={capacity:g} counts the tokens of a batch, and padding=True fills it "
+            "with some of no sample; give padding: false"
+        )
 
 
 def _check_multimodal(run: Run) -> None:

@@ -115,6 +115,18 @@ ONLY_WHERE: tuple[tuple[Callable[[Run], bool], tuple[str, ...]], ...] = (
         ("loss_aggregation",),
     ),
     (lambda run: run.policy.dynamic_sampling, ("min_reward_std", "max_refills")),
+    (lambda run: not run.stage.has_rollouts, ("packing",)),
+    (
+        lambda run: not (run.stage.has_rollouts and run.policy.curriculum_shares),
+        ("train_dataset_prob", "mix_strategy"),
+    ),
+    (
+        lambda run: not run.stage.has_rollouts or bool(run.policy.pair_dataset_path),
+        ("mask_out_eos_token", "max_prompt_len", "pair_dataset_type"),
+    ),
+    (lambda run: not run.stage.has_rollouts or run.policy.upo_mu > 0, ("beta",)),
+    (lambda run: not run.preferences.loss.uses_means, ("normalize_logps",)),
+    (lambda run: not run.model.rslora_plus, ("rslora", "lora_alpha", "lora_plus_scale")),
     (lambda run: run.policy.upo_mu > 0 and not run.policy.pair_dataset_path, ("pair_min_gap",)),
 )
 

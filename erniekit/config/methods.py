@@ -191,6 +191,10 @@ class Policy:
     )
 
     @property
+    def has_reference(self) -> bool:
+        return self.kl_coef > 0 or self.upo_mu > 0
+
+    @property
     def aggregation(self) -> str:
         """`loss_aggregation`, or what belongs to the loss: GSPO is published as a mean over answers
         (arXiv 2507.18071, eq. 5).

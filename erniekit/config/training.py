@@ -150,8 +150,8 @@ class Optimisation:
     adam_epsilon: float = option(1e-8, "Added to the root of the mean square.", above=0)
     hidden_dropout_prob: float = option(
         0.0,
-        "Share of the outputs of attention and feed-forward that is dropped while training: of the "
-        "top layer; less below in proportion, and none at the bottom.",
+        "Share of the outputs of attention and feed-forward that is dropped while training: layer "
+        "l of L (from 0) drops l / L of it.",
         least=0,
         below=1,
     )

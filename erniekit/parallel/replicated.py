@@ -95,6 +95,7 @@ class ReplicatedGradients(Gradients):
         self._bucket_by_name = {n: i for i, b in enumerate(self._buckets) for n in b.names}
         self._missing: list[int] | None = None  # parameters of each bucket yet to come
         self._sent: list[tuple[Bucket, Tensor, dist.Work]] = []
+        self._given: set[str] = set()  # the parameters in buckets that got a gradient here
 
     def expect_last(self) -> None:
         self._missing = [len(bucket.names) for bucket in self._buckets]
@@ -110,7 +111,10 @@ class ReplicatedGradients(Gradients):
     @torch.no_grad()
     def _send(self, bucket: Bucket) -> None:
         sums = []
-        for parameter in (self.parameters[name] for name in bucket.names):
+        for name in bucket.names:
+            parameter = self.parameters[name]
+            if id(parameter) in self._sums:
+                self._given.add(name)
             # A single gradient may still be shorter than its sum is to be.
             total = self.sum_of(parameter).to(self._dtypes[id(parameter)])
             sums.append(total.reshape(-1))
@@ -125,18 +129,23 @@ class ReplicatedGradients(Gradients):
 
     @torch.no_grad()
     def complete(self) -> None:
-        """Send what is left, and wait: sums of parameters without a gradient count as zeros."""
+        """Send what is left, and wait: where a parameter got no gradient its sum counts as zeros,
+        and where it got none on any rank there is no sum, as in one process.
+        """
         for bucket in self._buckets[len(self._sent) :]:
             self._send(bucket)
+        given = torch.tensor([name in self._given for name in self.parameters], dtype=torch.int32)
+        dist.all_reduce(given, dist.ReduceOp.MAX)
+        absent = {name for name, is_given in zip(self.parameters, given.tolist()) if not is_given}
         mine = self.ranks.rank % self.ranks.shards
         for bucket, flat, work in self._sent:
             work.wait()
             parts = flat.split([self.parameters[name].numel() for name in bucket.names])
             for name, part in zip(bucket.names, parts):
                 parameter = self.parameters[name]
-                if bucket.owner in (None, mine):
+                if bucket.owner in (None, mine) and name not in absent:
                     self._sums[id(parameter)] = part.view(parameter.shape)
-        self._sent, self._missing = [], None
+        self._sent, self._given, self._missing = [], set(), None
 
     @torch.no_grad()
     def norm(self) -> Tensor:

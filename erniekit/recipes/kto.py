@@ -15,12 +15,12 @@ from typing import Any
 from ernie.model import ErnieModel
 from erniekit.config import Run, resolved
 from erniekit.data.batch import Batch
+from erniekit.device_batch import Judged
 from erniekit.evaluate import evaluate_judged
 from erniekit.kto import Utility, judged_log_probs, kto, usual
 from erniekit.losses import Loss
 from erniekit.method import Method
 from erniekit.parallel.ranks import ALONE, Ranks
-from erniekit.preference import Judged
 from erniekit.recipes import sft
 from erniekit.reference import References, reference_of
 

@@ -21,13 +21,13 @@ from ernie.chat import UNTRAINED
 from ernie.model import ErnieModel
 from erniekit.config import Preferences, Run, resolved
 from erniekit.data.batch import Batch
-from erniekit.device_batch import to_device
+from erniekit.device_batch import Pairs, to_device
 from erniekit.evaluate import evaluate_judged
 from erniekit.losses import Loss
 from erniekit.method import Method
 from erniekit.parallel.deal import shared
 from erniekit.parallel.ranks import ALONE, Ranks
-from erniekit.preference import Pairs, answer_lengths, preference, sequence_log_probs
+from erniekit.preference import answer_lengths, preference, sequence_log_probs
 from erniekit.preference_losses import Objective, gains
 from erniekit.recipes import sft
 from erniekit.reference import References, reference_of

@@ -91,6 +91,7 @@ def train(run: Run, device: str, method: Method, ranks: Ranks) -> int:
     """Train a `resolved` run by a method; what every recipe shares. Rank 0 decides and writes."""
     memory.keep_large_tensors(torch.device(device))
     with checkpoint.locked(run.output) if ranks.is_first else contextlib.nullcontext():
+        resolve(run.model.model_name_or_path)  # fetched, if need be, before anything reads of it
         folder, state = _where_to_go_on(run, ranks)
         train_stream, eval_stream = _streams(run)
         degrees = Degrees(sharding=ranks.shards, copies=ranks.copies)
@@ -132,7 +133,7 @@ def _check_before(run: Run, method: Method) -> None:
     built: packages that are not installed, layers and numbers of an evaluation that do not exist.
     """
     names_of(run)
-    check_layers(run, config_of(str(resolve(run.model.model_name_or_path))))
+    check_layers(run, config_of(run.model.model_name_or_path))
     known = [f"eval_{number}" for number in run.stage.evaluated]
     if run.training.metric_for_best_model and (metric := method.metric_of(run)) not in known:
         raise ConfigError(

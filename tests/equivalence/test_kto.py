@@ -11,9 +11,8 @@ from erniekit.data.batch import Batch, batch_of
 from erniekit.data.dialogue import Sample
 from erniekit.data.judged import JudgedSample
 from erniekit.data.pack import Cursor
-from erniekit.device_batch import to_device
+from erniekit.device_batch import Judged, to_device
 from erniekit.kto import Utility, judged_log_probs, kto, usual
-from erniekit.preference import Judged
 from tests.equivalence.test_preference import agree, sequences
 from tests.helpers import hf_dense, hf_moe, saved
 

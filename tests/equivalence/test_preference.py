@@ -16,17 +16,12 @@ from erniekit.config.methods import LOSS_TYPES
 from erniekit.data.batch import batch_of
 from erniekit.data.pack import Cursor
 from erniekit.data.preference import PairSample
+from erniekit.device_batch import Pairs
 from erniekit.gradients import Gradients, SummedEmbedding
 from erniekit.loop import Parts, Progress, train
 from erniekit.lora import LoRA, add_lora
 from erniekit.optim import OPTIMIZERS, treatments
-from erniekit.preference import (
-    ChunkedLogProbs,
-    Pairs,
-    answer_lengths,
-    preference,
-    sequence_log_probs,
-)
+from erniekit.preference import ChunkedLogProbs, answer_lengths, preference, sequence_log_probs
 from erniekit.preference_losses import FORMULAS, Objective, gains, odds_ratio
 from tests.helpers import hf_dense, hf_moe, saved, some_ids
 

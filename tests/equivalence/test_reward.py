@@ -11,7 +11,7 @@ import torch
 import ernie
 from ernie.settings import ConfigError
 from erniekit import reward_model
-from erniekit.preference import Pairs
+from erniekit.device_batch import Pairs
 from erniekit.reward_model import HEAD, RewardModel, add_reward_head, bradley_terry
 from tests.equivalence.test_preference import agree, sequences
 from tests.helpers import hf_dense, hf_moe, saved

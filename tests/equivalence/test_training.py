@@ -20,7 +20,7 @@ from erniekit.config import Optimisation, Training
 from erniekit.data.batch import Batch, batch_of
 from erniekit.data.dialogue import Sample
 from erniekit.data.pack import Cursor
-from erniekit.device_batch import to_device
+from erniekit.device_batch import Flat, to_device
 from erniekit.gradients import Gradients, SummedEmbedding
 from erniekit.loop import Parts, Progress, train
 from erniekit.lora import LoRA, add_lora, merge_lora
@@ -43,13 +43,11 @@ def samples(lengths: list[int], seed: int = 0, vocab_size: int = 199) -> list[Sa
     return result
 
 
-def flat(rows: list[Sample]) -> losses.Flat:
+def flat(rows: list[Sample]) -> Flat:
     return to_device(batch_of([rows], Cursor()), CPU)
 
 
-def gradients_of(
-    model: ErnieModel, batches: list[losses.Flat], **options
-) -> dict[str, torch.Tensor]:
+def gradients_of(model: ErnieModel, batches: list[Flat], **options) -> dict[str, torch.Tensor]:
     """Gradient of every parameter of the mean loss over the trained tokens of all batches."""
     model.zero_grad(set_to_none=True)
     scale = 1 / sum(int((b.labels_T != UNTRAINED).sum()) for b in batches)

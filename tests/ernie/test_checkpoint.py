@@ -19,6 +19,7 @@ import ernie
 from ernie.checkpoint import convert
 from ernie.checkpoint.folder import CheckpointError, Stored, read_folder
 from ernie.checkpoint.layouts import LAYOUTS, PADDLE, PT_VL, layouts_of
+from ernie.checkpoint.writer import write_file
 from ernie.model import ErnieModel
 from ernie.models import MODELS, TINY
 from tests.helpers import hf_dense, hf_logits, hf_moe, hf_vl, saved, some_ids
@@ -191,6 +192,20 @@ def test_paddle_layout_against_one_written_by_hand(kind, root, tmp_path):
     assert bytes_by_name(tmp_path / "ours") == theirs
     written = json.loads((tmp_path / "ours" / "config.json").read_text())
     assert written["dtype"] == "bfloat16" and "torch_dtype" not in written
+
+
+def test_tensors_of_any_stride_are_written(tmp_path):
+    tensors = {
+        "one": torch.zeros((), dtype=torch.float64).expand(1),
+        "spread": torch.tensor([3.0, 4.0]).expand(3, 2),
+        "turned": torch.arange(6).view(2, 3).T,
+        "part": torch.arange(9.0)[4:6],
+        "none": torch.zeros(0, 3),
+    }
+    write_file(tmp_path / "x.safetensors", tensors)
+    found = load_file(tmp_path / "x.safetensors")
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
 def test_bits_of_bfloat16_in_unsigned_integers(tmp_path):

@@ -20,6 +20,7 @@ from erniekit import losses, plan_report
 from erniekit.build import lora_of, still, trained_parameters, weights_dtype
 from erniekit.cli import main
 from erniekit.config import Run, resolved, run_from
+from erniekit.device_batch import Flat, Seen
 from erniekit.dropout import add_dropout
 from erniekit.fit import fitted
 from erniekit.gradients import Gradients
@@ -113,7 +114,7 @@ def test_kept_activations_equal_what_autograd_saves(
     recompute(model, run.recomputed)
     tokens = 64
     ids_T, positions_T = torch.arange(tokens) % 199, torch.arange(tokens)
-    batch = losses.Flat(ids_T, ids_T, positions_T, torch.tensor([0, tokens], dtype=torch.int32))
+    batch = Flat(ids_T, ids_T, positions_T, torch.tensor([0, tokens], dtype=torch.int32))
     attend = losses.packed_causal(batch.cu_seqlens_S1)
     if stage != "SFT":
         attend = shared_prompt(torch.tensor([[0, tokens - 2, tokens - 1, tokens]]))
@@ -150,9 +151,9 @@ def test_kept_activations_of_images_equal_what_autograd_saves(granularity, words
     tokens, grid = 64, (1, 16, 16)
     ids_T, positions_T = torch.full((tokens,), VL.im_patch_id or 0), torch.arange(tokens)
     pixels_PC = torch.zeros((256, 588), dtype=torch.uint8)
-    seen = losses.Seen(pixels_PC, [grid], positions_T, torch.ones_like(positions_T))
+    seen = Seen(pixels_PC, [grid], positions_T, torch.ones_like(positions_T))
     bounds = torch.tensor([0, tokens], dtype=torch.int32)
-    batch = losses.Flat(ids_T, ids_T, positions_T.expand(3, -1), bounds, pictures=seen)
+    batch = Flat(ids_T, ids_T, positions_T.expand(3, -1), bounds, pictures=seen)
     counted = words_kept(model, lambda routings: losses.hidden_of(
         model, batch, losses.packed_causal(bounds), routings
     )) / tokens  # fmt: skip
@@ -373,7 +374,7 @@ def test_disk_is_that_of_a_checkpoint_where_the_data_says_how_many(settings, tol
     ("words", "told"),
     [
         ([], "no settings were given"),
-        (["model_name_or_path=nowhere"], "neither a folder nor a model"),
+        (["model_name_or_path=nowhere"], "is no folder, was not fetched"),
         ([f"model_name_or_path={RELEASED}", "plan_memory_gib=much"], "it takes float"),
         ([f"model_name_or_path={RELEASED}", "tensor_parallel_degree=x"], "is not a degree"),
         ([f"model_name_or_path={RELEASED}", "batch_sise=2"], "unknown key"),

@@ -15,9 +15,8 @@ from torch.nn.functional import logsigmoid
 import ernie
 from ernie.models import TINY
 from erniekit import groups
-from erniekit.device_batch import to_device
+from erniekit.device_batch import Flat, to_device
 from erniekit.groups import Cut, Group, best_and_worst, sampled_group
-from erniekit.losses import Flat
 from erniekit.policy import (
     TOLD,
     Objective,
@@ -28,6 +27,7 @@ from erniekit.policy import (
     policy,
     trust,
 )
+from erniekit.rounds import is_flat
 from tests.equivalence.test_preference import agree
 from tests.helpers import hf_dense, hf_moe, saved
 
@@ -162,6 +162,15 @@ def test_advantages_have_mean_0_and_deviation_1_where_answers_differ() -> None:
     assert found_PG[0, 0] == pytest.approx(3**0.5)
     centred_PG = group_advantages(rewards_PG, divides_by_std=False)
     assert torch.equal(centred_PG[2], torch.tensor([1.0, -1.0, 0.0, 0.0]))
+
+
+@pytest.mark.parametrize("count", [3, 7, 12, 16])
+def test_equal_rewards_are_equal_whatever_their_mean_rounds_to(count: int) -> None:
+    for reward in (0.1, 0.7, 1 / 3):
+        rewards_PG = torch.full((2, count), reward, dtype=torch.float64)
+        assert not group_advantages(rewards_PG, divides_by_std=True).any()
+        assert is_flat([reward] * count, 0.0)
+    assert not is_flat([0.1] * count + [0.2], 0.0) and is_flat([0.1] * count + [0.2], 0.1)
 
 
 def test_domains_are_normalised_apart() -> None:

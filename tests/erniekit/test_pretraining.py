@@ -25,7 +25,7 @@ from erniekit.data.indexed import Indexed, Writer, share
 from erniekit.data.sources import DataError, Text, open_source
 from erniekit.data.stream import Stream, stream
 from erniekit.data.text import TextEncoder, bytes_by_token
-from erniekit.device_batch import to_device
+from erniekit.device_batch import Flat, to_device
 from tests.erniekit.conftest import write_lines
 
 
@@ -205,16 +205,16 @@ def test_packed_documents_equal_separate_ones(words, tiny) -> None:
     (batch,) = islice(source.batches(3), 1)
     terms = losses.Terms(multi_token=0.3)
 
-    def summed(batches: list[losses.Flat]) -> tuple[float, dict[str, torch.Tensor]]:
+    def summed(batches: list[Flat]) -> tuple[float, dict[str, torch.Tensor]]:
         model.zero_grad(set_to_none=True)
         found = [losses.next_token(model, b, scale=1e-2, terms=terms) for b in batches]
         torch.stack([f.total for f in found]).sum().backward()
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         return sum(float(f.value) for f in found), {n: g.clone() for n, g in gradients.items()}
 
-    def alone(ids: list[int], labels: list[int]) -> losses.Flat:
+    def alone(ids: list[int], labels: list[int]) -> Flat:
         bounds = torch.tensor([0, len(ids)], dtype=torch.int32)
-        return losses.Flat(torch.tensor(ids), torch.tensor(labels), torch.arange(len(ids)), bounds)
+        return Flat(torch.tensor(ids), torch.tensor(labels), torch.arange(len(ids)), bounds)
 
     packed, gradients = summed([to_device(batch, torch.device("cpu"))])
     pieces = [alone(list(s.token_ids), list(s.labels)) for row in rows for s in row]

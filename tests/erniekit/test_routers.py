@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ from erniekit import losses, routing
 from erniekit.build import frozen
 from erniekit.cli import main
 from erniekit.config import Optimisation, run_from
+from erniekit.device_batch import Flat
 from erniekit.evaluate import in_eval_mode
 from erniekit.optim import treatments
 from erniekit.report import heat, story
@@ -31,13 +33,13 @@ from tests.helpers import MOE, hf_moe, saved, some_ids
 E, K = MOE["moe_num_experts"], MOE["moe_k"]
 
 
-def batch_of(lengths: list[int]) -> losses.Flat:
+def batch_of(lengths: list[int]) -> Flat:
     """Documents in one row, every token but the last input of each with a label."""
     ids = [some_ids(n + 1, MOE["vocab_size"], seed=n) for n in lengths]
     bounds = torch.tensor([0, *lengths]).cumsum(0).int()
     inputs, labels = (torch.tensor([i for d in ids for i in d[s : s + len(d) - 1]]) for s in (0, 1))
     positions = torch.cat([torch.arange(n) for n in lengths])
-    return losses.Flat(inputs, labels, positions, bounds)
+    return Flat(inputs, labels, positions, bounds)
 
 
 # --- the losses of a step, through transformers' own forward pass ---
@@ -101,6 +103,28 @@ def test_router_losses_and_gradients_equal_plain_ones(name: str, tmp_path: Path)
     for got, want in zip(torch.autograd.grad(loss.total, own), wanted, strict=True):
         gap = ((got - want).abs().max() / want.abs().max()).item()
         assert gap < 1e-3, f"off by {gap:.2e}, relative to the largest"
+
+
+@pytest.mark.parametrize("name", list(TERMS))
+def test_padding_says_nothing_about_routers(name: str, tmp_path: Path) -> None:
+    model = ernie.load(saved(hf_moe(), tmp_path), dtype=torch.float32)
+    full, missing = batch_of([23, 9]), 40
+    padded = replace(
+        full,
+        token_ids_T=F.pad(full.token_ids_T, (0, missing)),
+        labels_T=F.pad(full.labels_T, (0, missing), value=UNTRAINED),
+        positions_T=torch.cat([full.positions_T, torch.arange(missing)]),
+        cu_seqlens_S1=torch.cat([full.cu_seqlens_S1, torch.tensor([32 + missing]).int()]),
+        num_padding=missing,
+    )
+    own = [router.weight for router in losses.routers_of(model)]
+    found = []
+    for batch in (full, padded):
+        loss = losses.next_token(model, batch, scale=0.1, terms=TERMS[name])
+        numbers = [loss.value, *loss.parts.values(), *loss.entropies_L]
+        found.append([*numbers, *torch.autograd.grad(loss.total, own), *loss.loads_LE])
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 def test_multi_token_loss_of_packed_documents_equals_loops() -> None:

@@ -169,8 +169,12 @@ def test_async_save_is_also_a_word_of_erniekits_key() -> None:
     assert run_from({"zcc_save_ema_coef": 0.9}).optimisation.ema_decay == 0.9
     with pytest.raises(ConfigError, match="are one setting; give ema_decay"):
         run_from({"zcc_save_ema_coef": 0.9, "ema_decay": 0.8})
-    both = {"tensorwise_offload_optimizer": True, "offload_optim": "true"}  # as published files do
-    assert run_from(both).optimisation.offload_optim
+    for tensorwise, whole in ((True, "true"), (False, True), (1, False), ("", True)):
+        both = {"tensorwise_offload_optimizer": tensorwise, "offload_optim": whole}
+        assert run_from(both).optimisation.offload_optim
+    assert not run_from({"tensorwise_offload_optimizer": None}).optimisation.offload_optim
+    with pytest.raises(ConfigError, match="tensorwise_offload_optimizer='maybe' is a str"):
+        run_from({"tensorwise_offload_optimizer": "maybe"})
 
 
 def test_a_file_named_save_asks_for_a_checkpoint(

@@ -12,10 +12,12 @@ import torch
 import ernie
 from ernie.attention import packed_causal
 from ernie.model import ErnieModel
+from ernie.rollout import Sampling
 from ernie.settings import ConfigError
 from erniekit.build import build_model
 from erniekit.config import Run, resolved, run_from
-from erniekit.samplers import Served
+from erniekit.samplers import NO_PENALTIES, Served
+from fastdeploy.sampling import _RECOMMENDED
 
 IDS = [5, 6, 7, 8, 9, 10, 11]
 
@@ -118,6 +120,19 @@ def refusing(tmp_path: Path):
     server.shutdown()
     server.server_close()
     thread.join()
+
+
+def test_a_server_draws_as_the_run_says_and_not_as_the_model_recommends(
+    tiny, tmp_path: Path, monkeypatch
+) -> None:
+    model, jobs = trained(run := run_of(tiny("tiny-dense"), tmp_path / "out")), []
+    monkeypatch.setattr(Served, "update", lambda self, model: None)
+    monkeypatch.setattr(Served, "_answer", lambda self, job: jobs.append(job))
+    Served(run, "cpu")(model, [IDS], [[1, 2]], Sampling(4, temperature=0.7))
+    for job in jobs:
+        assert job.keys() >= set(_RECOMMENDED)
+        assert all(job[name] == value for name, value in NO_PENALTIES.items())
+    assert len(jobs) == 2
 
 
 @pytest.mark.parametrize("refused", [(), ("/v1/update_weights",), ("/v1/pause", "/v1/resume")])
