@@ -134,9 +134,9 @@ class ReplicatedGradients(Gradients):
         """
         for bucket in self._buckets[len(self._sent) :]:
             self._send(bucket)
-        given = torch.tensor([name in self._given for name in self.parameters], dtype=torch.int32)
-        dist.all_reduce(given, dist.ReduceOp.MAX)
-        absent = {name for name, is_given in zip(self.parameters, given.tolist()) if not is_given}
+        own = torch.tensor([name in self._given for name in self.parameters], dtype=torch.int64)
+        [counts] = self.ranks.all_reduce([own])
+        absent = {name for name, count in zip(self.parameters, counts.tolist()) if not count}
         mine = self.ranks.rank % self.ranks.shards
         for bucket, flat, work in self._sent:
             work.wait()

@@ -26,14 +26,16 @@ from erniekit.parallel import replicated, sharded
 from erniekit.parallel.forms import form_of
 from erniekit.parallel.ranks import ALONE, Ranks, degrees
 from erniekit.recipes import sft
-from tests.erniekit.conftest import judgements, preferences, write_lines
+from tests.erniekit.conftest import dialogues, judgements, preferences, write_lines
 from tests.helpers_train_ranks import NaNAt, ranks_train
+from tests.helpers_vision import png
 
 STEPS = 5
 
 
 def words(model: Path, data: Path, output: Path, **more: object) -> list[str]:
-    kind = {"DPO": "pairs-", "RM": "pairs-", "KTO": "judged-"}.get(str(more.get("stage")), "")
+    kinds = {"DPO": "pairs-", "RM": "pairs-", "KTO": "judged-", "VL-SFT": "shapes-"}
+    kind = kinds.get(str(more.get("stage")), "")
     values = {
         "model_name_or_path": model,
         "train_dataset_path": data / f"{kind}train.jsonl",
@@ -105,6 +107,19 @@ KINDS = {
     "dense-muon": ("tiny-dense", {"fine_tuning": "Full", "optim": "muon"}),
     "dense-mean": ("tiny-dense", {"fine_tuning": "Full", **MEAN}),
     "moe-mean": ("tiny-moe", {"fine_tuning": "LoRA", **MEAN}),
+    # From the third step on there are no pictures: parts of the model have no gradient.
+    "vl-full": (
+        "tiny-vl",
+        {
+            "fine_tuning": "Full",
+            "stage": "VL-SFT",
+            "max_seq_len": 160,
+            "max_pixels": 12544,
+            "min_pixels": 784,
+            "packing": False,
+            "random_shuffle": False,
+        },
+    ),
 }
 FORMS = {
     "none": {},
@@ -128,6 +143,7 @@ ALIKE = [
     ("moe-mean", "stage1"),
     *(("dense-kto", form) for form in ("none", "stage3")),
     *(("moe-rm", form) for form in ("stage1", "stage3")),
+    *(("vl-full", form) for form in ("none", "stage1")),
 ]
 # The second pass of step 3 in one process is the third one of rank 1.
 NAN_OF_ONE, NAN_OF_TWO = 6, [1, 3]
@@ -141,6 +157,10 @@ def runs(tiny, data: Path, tmp_path_factory) -> Path:
     write_lines(data / "pairs-eval.jsonl", preferences(9, salt="about "))
     write_lines(data / "judged-train.jsonl", judgements(40))
     write_lines(data / "judged-eval.jsonl", judgements(9, salt="about "))
+    (data / "shape.png").write_bytes(png((20, 90, 10), (90, 80)))
+    seen = {"query": "<image>What is it?", "response": "A colour.", "images": ["shape.png"]}
+    for split in ("train", "eval"):
+        write_lines(data / f"shapes-{split}.jsonl", [seen] * 4 + dialogues(8))
     for kind, (name, settings) in KINDS.items():
         options = {**settings, "gradient_accumulation_steps": 2}
         with pytest.MonkeyPatch.context() as patch:
@@ -361,7 +381,8 @@ def test_sums_travel_during_the_backward_pass(monkeypatch) -> None:
     sent: list[tuple[bool, int]] = []
 
     def all_reduce(flat: torch.Tensor, **_: object) -> SimpleNamespace:
-        sent.append((is_over, flat.numel()))
+        if flat.dtype == torch.float32:  # else it is how many ranks have each of them
+            sent.append((is_over, flat.numel()))
         return SimpleNamespace(wait=lambda: flat.mul_(2))
 
     monkeypatch.setattr(replicated.dist, "all_reduce", all_reduce)
