@@ -27,7 +27,7 @@ AGAIN = {"recompute": "true"}
 AUTO = AGAIN | {"recompute_granularity": "auto"}
 UPO = {
     "stage": "UPO", "reward": "exact", "prompts_per_round": 4, "num_generations": 8,
-    "max_completion_length": 256, "dynamic_sampling": "false", "num_mini_batches": 2,
+    "max_completion_length": 64, "dynamic_sampling": "false", "num_mini_batches": 2,
 }  # fmt: skip
 FP8 = {"compute_type": "fp8", "quant_input_grad": "true"}
 
@@ -92,6 +92,10 @@ def prepare(folder: Path) -> None:
         pieces = [tokenizer.decode(ids[i : i + size]) for i in range(0, 12 * size, size)]
         lines = [json.dumps({"src": ["Go on."], "tgt": [piece]}) for piece in pieces]
         (folder / f"train{row}.jsonl").write_text("\n".join(lines))
+    size = ROW - UPO["max_completion_length"] - 40
+    pieces = [tokenizer.decode(ids[i : i + size]) for i in range(0, 12 * size, size)]
+    lines = [json.dumps({"src": [piece], "tgt": ["Done."]}) for piece in pieces]
+    (folder / f"UPO{ROW}.jsonl").write_text("\n".join(lines))
 
 
 def run_case(folder: Path, name: str) -> dict[str, float]:
@@ -103,7 +107,7 @@ def run_case(folder: Path, name: str) -> dict[str, float]:
     row = changes.get("max_seq_len", ROW)
     settings = {
         "model_name_or_path": folder / network,
-        "train_dataset_path": folder / f"train{row}.jsonl",
+        "train_dataset_path": folder / f"{changes.get('stage', 'train')}{row}.jsonl",
         "max_seq_len": row,
         "max_steps": STEPS,
         "save_strategy": "no",

@@ -137,7 +137,7 @@ def planner(run: Run, device: str, degrees: Degrees = Degrees()) -> Callable[[Ru
     config = config_of(run.model.model_name_or_path)
     check_layers(run, config)
     sizes = sizes_of(config, run, device, degrees)
-    batch = run.training.batch_size * run.data.max_seq_len
+    batch = _batch_tokens(run)
     trained = 4 * sizes.num_trained
     whole = sizes_of(config, run, device, dataclasses.replace(degrees, sharding=1))
     kept = trained if run.is_lora else whole.weights.total()
@@ -294,13 +294,38 @@ def _moment_bytes(o: Optimisation, count: int, is_matrix: bool) -> tuple[int, ..
     return (count * (2 if o.use_lowprecision_moment else 4),) * 2
 
 
+def _batch_tokens(run: Run) -> int:
+    """Tokens of a batch that is full: of rows, or of prompts and their answers (stage UPO)."""
+    if not run.stage.has_rollouts:
+        return run.training.batch_size * run.data.max_seq_len
+    p = run.policy
+    batches = p.num_mini_batches * run.training.gradient_accumulation_steps
+    prompts = math.ceil(p.prompts_per_round / batches)
+    return prompts * (_prompt_tokens(run) + p.num_generations * p.max_completion_length)
+
+
+def _prompt_tokens(run: Run) -> int:
+    return run.data.max_seq_len - run.policy.max_completion_length
+
+
+def _laid_out(run: Run) -> float:
+    """How many tokens attention is given for one: more where answers share a prompt, of pairs that
+    are nearly all prompt two.
+    """
+    if run.stage.has_rollouts:
+        answers, length = run.policy.num_generations, run.policy.max_completion_length
+        prompt = _prompt_tokens(run)
+        return answers * (prompt + length) / (prompt + answers * length)
+    return 2.0 if run.stage.sample == "pair" else 1.0
+
+
 def _other_models(config: ErnieConfig, run: Run, device: str, whole: Sizes) -> int:
     """Bytes of the models that stage UPO holds on each rank: a frozen reference, what answers are
     drawn from, and a reward model.
     """
     if not run.stage.has_rollouts:
         return 0
-    p, base = run.policy, 2 * whole.num_params
+    p, base = run.policy, 2 * config.num_params()
     total = 0
     if p.has_reference and not run.is_own_reference:
         total += whole.weights.total()
@@ -316,8 +341,8 @@ def _round(config: ErnieConfig, run: Run, word: int) -> dict[str, float]:
     p = run.policy
     rows = min(p.rollout_max_seqs, p.prompts_per_round * p.num_generations)
     rows = max(rows, p.num_generations)
-    prompt = run.data.max_seq_len - p.max_completion_length
-    tokens = rows * p.max_completion_length + math.ceil(rows / p.num_generations) * prompt
+    prompts = math.ceil(rows / p.num_generations) * _prompt_tokens(run)
+    tokens = rows * p.max_completion_length + prompts
     cached = 2 * config.num_hidden_layers * config.kv_size * word
     return {"cache": tokens * cached, "temporaries": rows * config.vocab_size * (3 * word + 16)}
 
@@ -338,13 +363,13 @@ def layer_words(config: ErnieConfig, run: Run, layer: int, bank: int = 0) -> dic
     projection is taken to have an adapter.
     """
     c, rank = config, run.model.lora_rank * run.is_lora
-    is_paired = run.stage.sample == "pair"
+    laid = _laid_out(run)
     d, dora = c.hidden_size, run.model.use_dora * run.is_lora  # DoRA keeps what it rescales
     drop = run.is_lora * bool(run.model.lora_dropout)  # each adapter reads rows of its own
     attended = 2.0 * c.q_size + 2 * c.kv_size + c.num_attention_heads
-    # For pairs laid out with each prompt twice, and its result laid back; else an adapter that
-    # reads rows of its own does not read the result that is kept anyway.
-    attended = 2 * attended + c.q_size if is_paired else attended + drop * c.q_size
+    # With a prompt laid out once for each of its answers, the result is laid back; else an adapter
+    # that reads rows of its own does not read the result that is kept anyway.
+    attended = laid * attended + (1 if laid > 1 else drop) * c.q_size
     words = {
         "stream": 2.0 * (d + 1),  # the two inputs of norms, and their scales
         "attention_input": float(d),

@@ -13,11 +13,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ernie
-from ernie.attention import shared_prompt
+from ernie.attention import shared_prompt, shared_prompts
 from ernie.models import TINY
 from ernie.vision.config import VisionConfig
 from erniekit import losses, plan_report
-from erniekit.build import lora_of, still, trained_parameters, weights_dtype
+from erniekit.build import config_of, lora_of, still, trained_parameters, weights_dtype
 from erniekit.cli import main
 from erniekit.config import Run, resolved, run_from
 from erniekit.device_batch import Flat, Seen
@@ -102,13 +102,16 @@ def test_weights_sums_and_state_equal_real_ones(config, fine_tuning, low, stage,
 @pytest.mark.parametrize("config", [DENSE, MOE], ids=["dense", "moe"])
 @pytest.mark.parametrize("fine_tuning", FORMS)
 @pytest.mark.parametrize("granularity", [None, "full", "full_attn", "mlp"])
-@pytest.mark.parametrize("stage", ["SFT", "DPO", "RM"])
+@pytest.mark.parametrize("stage", ["SFT", "DPO", "RM", "UPO"])
 def test_kept_activations_equal_what_autograd_saves(
     config, fine_tuning, granularity, stage
 ) -> None:
-    """A pair is nearly all prompt, as it is planned for."""
-    again = {"recompute": True, "recompute_granularity": granularity} if granularity else {}
-    run = planned(**FORMS[fine_tuning], lora_rank=3, stage=stage, **again)
+    """A pair is nearly all prompt, as it is planned for; of answers there are three of 8 tokens."""
+    more = {"recompute": True, "recompute_granularity": granularity} if granularity else {}
+    if stage == "UPO":
+        more |= {"max_seq_len": 48, "max_completion_length": 8, "num_generations": 3}
+        more |= {"prompts_per_round": 1}
+    run = planned(**FORMS[fine_tuning], lora_rank=3, stage=stage, **more)
     model = built(config, run)
     dropout = add_dropout(model, run)
     recompute(model, run.recomputed)
@@ -116,7 +119,11 @@ def test_kept_activations_equal_what_autograd_saves(
     ids_T, positions_T = torch.arange(tokens) % 199, torch.arange(tokens)
     batch = Flat(ids_T, ids_T, positions_T, torch.tensor([0, tokens], dtype=torch.int32))
     attend = losses.packed_causal(batch.cu_seqlens_S1)
-    if stage != "SFT":
+    if stage == "UPO":
+        attend = shared_prompts([[0, 40, 48, 56, tokens]], torch.device("cpu"))
+        named = {"model_name_or_path": RELEASED, "device": "cpu"}
+        assert plan(planned(stage=stage, **more, **named), "cpu").tokens_per_step == tokens
+    elif stage != "SFT":
         attend = shared_prompt(torch.tensor([[0, tokens - 2, tokens - 1, tokens]]))
     with dropout.during(0, 0):
         counted = words_kept(
@@ -128,6 +135,22 @@ def test_kept_activations_equal_what_autograd_saves(
     assert formula == pytest.approx(counted, rel=0.1 if run.model.use_dora else 0.05), (
         f"{formula:.0f} planned, {counted:.0f} kept"
     )
+
+
+def test_models_beside_the_policy_are_planned() -> None:
+    """A reference of Full, the base that answers are drawn from of LoRA, and a reward model."""
+
+    def others(**more: object) -> int:
+        run = planned(model_name_or_path=RELEASED, stage="UPO", **more)
+        return plan(run, "cpu").parts["other models"]
+
+    of_bfloat16 = 2 * config_of(RELEASED).num_params()
+    assert others(fine_tuning="Full", kl_coef=0, upo_mu=0) == 0
+    assert others(fine_tuning="Full") == pytest.approx(2 * of_bfloat16, rel=0.01)
+    assert others(fine_tuning="LoRA") == of_bfloat16
+    assert others(fine_tuning="LoRA", rollout_server="http://127.0.0.1:1") == 0
+    scored = {"reward": "model", "reward_model": RELEASED, "rollout_server": "http://127.0.0.1:1"}
+    assert others(fine_tuning="LoRA", **scored) == of_bfloat16
 
 
 VL = dataclasses.replace(
