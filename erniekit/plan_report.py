@@ -11,6 +11,7 @@ processes, and all that `erniekit.plan` refuses.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import time
@@ -24,6 +25,7 @@ import torch
 
 from ernie.settings import ConfigError, as_word
 from erniekit import checkpoint, config, memory
+from erniekit.build import config_of
 from erniekit.config import Run, resolved, run_from
 from erniekit.config.model import AUTO, COMPUTE_TYPES
 from erniekit.config.stages import TRAINABLE
@@ -189,10 +191,13 @@ def _product_rate(size: int = 768, repeats: int = 5) -> float:
 # --- what makes it fit ---
 
 
-def _candidates(run: Run, device: str, limit: int) -> list[tuple[dict[str, Any], str]]:
-    """Single changes and what they cost, cheapest first."""
+_Candidate = tuple[dict[str, Any], str]  # settings, and what they cost
+
+
+def _exact_candidates(run: Run, device: str, limit: int) -> list[_Candidate]:
+    """Single changes that cost time and nothing else, cheapest first."""
     model, training, o = run.model, run.training, run.optimisation
-    found: list[tuple[dict[str, Any], str]] = []
+    found: list[_Candidate] = []
     if model.loss_subbatch_seqlen > 64:
         found.append(({"loss_subbatch_seqlen": 64}, "smaller products in the loss"))
     if training.batch_size > 1:
@@ -210,10 +215,24 @@ def _candidates(run: Run, device: str, limit: int) -> list[tuple[dict[str, Any],
         found.append(({"use_async_save": False}, "training waits while a checkpoint is written"))
     if device != "cpu" and not o.offload_optim:
         found.append(({"offload_optim": True}, "its state goes to the GPU and back"))
+    return found
+
+
+def _other_candidates(run: Run) -> list[_Candidate]:
+    """Single changes after which the result is another, the smallest difference first."""
+    o = run.optimisation
+    found: list[_Candidate] = []
     if not o.use_lowprecision_moment:
         found.append(({"use_lowprecision_moment": True}, "moments are rounded, without bias"))
     if o.amp_master_grad and not run.is_lora:
         found.append(({"amp_master_grad": False}, "sums of gradients are rounded"))
+    is_gathered = run.parallel.sharding in ("stage2", "stage3")  # as weights in few bits are not
+    if run.is_lora and run.model.compute_type == "bf16" and not is_gathered:
+        found.append(({"compute_type": "wint8"}, "frozen weights in 8 bits"))
+        if config_of(run.model.model_name_or_path).is_moe:
+            told = "frozen weights of experts in 4 bits, others in 8"
+            found.append(({"compute_type": "wint4/8"}, told))
+        found.append(({"compute_type": "nf4"}, "frozen weights in 4 bits"))
     above = "dialogues are cut to"
     if run.stage.sample == "pair":
         above = "pairs lose turns, or are left out, above"
@@ -225,27 +244,30 @@ def _candidates(run: Run, device: str, limit: int) -> list[tuple[dict[str, Any],
 
 
 def changes_that_fit(run: Run, device: str, degrees: Degrees, limit: int) -> list[Change]:
-    """At most three changes that fit: single ones, then pairs; each cheapest first."""
-    singles = _candidates(run, device, limit)
-    groups = [[single] for single in singles]
+    """At most three changes that fit: those that only cost time, then others; of both single ones,
+    then pairs; each cheapest first.
+    """
+    exact = _exact_candidates(run, device, limit)
     found: list[Change] = []
-    for _ in range(2):
-        for group in groups:
-            settings = {key: value for change, _ in group for key, value in change.items()}
-            if any(change.settings.items() <= settings.items() for change in found):
-                continue  # more than what already fits
-            changed = fitted(_changed(run, settings, device), device, degrees)
-            planned = plan(changed, device, degrees)
-            if planned.peak <= limit:
-                found.append(Change(settings, "; ".join(cost for _, cost in group), planned))
-                if len(found) == 3:
-                    return found
-        groups = [
-            [*group, single]
-            for group in groups
-            for single in singles[singles.index(group[-1]) + 1 :]
-            if not any(set(single[0]) & set(change) for change, _ in group)
-        ]
+    for candidates in (exact, exact + _other_candidates(run)):
+        for size in (1, 2):
+            for group in itertools.combinations(candidates, size):
+                settings = {key: value for change, _ in group for key, value in change.items()}
+                if len(settings) < sum(len(change) for change, _ in group):
+                    continue  # two values of one
+                if any(change.settings.items() <= settings.items() for change in found):
+                    continue  # more than what already fits
+                changed = fitted(_changed(run, settings, device), device, degrees)
+                planned = plan(changed, device, degrees)
+                is_less = all(
+                    planned.peak < other.plan.peak or settings.keys() != other.settings.keys()
+                    for other in found
+                )
+                if planned.peak <= limit and is_less:
+                    cost = "; ".join(cost for _, cost in group)
+                    found.append(Change(settings, cost, planned))
+                    if len(found) == 3:
+                        return found
     return found
 
 

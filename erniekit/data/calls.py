@@ -12,6 +12,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from erniekit.data.fields import kind_of
 from erniekit.data.sources import DataError
 
 
@@ -25,7 +26,7 @@ def read_tools(tools: Any) -> list[dict[str, Any]]:
     if tools is None:
         return []
     if not isinstance(tools, list):
-        raise DataError(f"tools is a {type(tools).__name__}; expected a list", at="tools")
+        raise DataError(f"tools is {kind_of(tools)}; expected a list", at="tools")
     found = [_read_tool(i, tool) for i, tool in enumerate(tools)]
     names = [_name(tool) for tool in found]
     for i, name in enumerate(names):

@@ -27,7 +27,7 @@ from ernie.chat.messages import checked_message
 from ernie.tokenizer import Tokenizer, TokenizerError
 from erniekit.data import sharegpt
 from erniekit.data.calls import Calls, read_tools
-from erniekit.data.fields import short, text_of, texts_of
+from erniekit.data.fields import kind_of, short, text_of, texts_of
 from erniekit.data.sources import DataError
 
 if TYPE_CHECKING:
@@ -89,7 +89,12 @@ class Dialogue:
 def read_dialogue(record: Any, kind: str) -> Dialogue:
     """The dialogue in a record of a format; raises DataError for one that cannot be used."""
     if not isinstance(record, dict):
-        raise DataError(f"a {type(record).__name__}; expected an object")
+        raise DataError(f"{kind_of(record)}; expected an object")
+    own = _OWN_KEYS.get("messages" if kind == "chatml" else kind)
+    if own and own not in record:
+        for other, key in _OWN_KEYS.items():
+            if key in record:
+                raise DataError(f"it has no {own} but {key}, as of the type {other}")
     return _READERS[kind](record)
 
 
@@ -97,7 +102,7 @@ def _from_erniekit(record: Mapping[str, Any]) -> Dialogue:
     questions, answers = texts_of(record, "src"), texts_of(record, "tgt")
     system = record.get("system")
     if system is not None and not isinstance(system, str):
-        raise DataError(f"system is a {type(system).__name__}; expected a string", at="system")
+        raise DataError(f"system is {kind_of(system)}; expected a string", at="system")
     if record.get("is_system") and not system:
         system, questions = questions[0], questions[1:]
     if len(questions) != len(answers):
@@ -123,12 +128,12 @@ def _from_alpaca(record: Mapping[str, Any]) -> Dialogue:
     instruction, answer = text_of(record, "instruction"), text_of(record, "output")
     for key in ("input", "system"):
         if not isinstance(value := record.get(key), (str, type(None))):
-            raise DataError(f"{key} is a {type(value).__name__}; expected a string", at=key)
+            raise DataError(f"{key} is {kind_of(value)}; expected a string", at=key)
     more = record.get("input")
     messages = opening(record.get("system"))
     history = record.get("history") or []
     if not isinstance(history, list):
-        raise DataError(f"history is a {type(history).__name__}; expected a list", at="history")
+        raise DataError(f"history is {kind_of(history)}; expected a list", at="history")
     for i, pair in enumerate(history):
         if not (
             isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
@@ -167,6 +172,7 @@ def checked_dialogue(
     are read; raises DataError.
     """
     declared = read_tools(tools)
+    messages = [_labelled(message, where) for message, where in zip(messages, places)]
     before, calls = None, Calls(declared)
     for i, (message, where) in enumerate(zip(messages, places)):
         try:
@@ -185,6 +191,20 @@ def checked_dialogue(
     return Dialogue(messages, declared or None)
 
 
+def _labelled(message: Any, where: str) -> Any:
+    """A message whose `weight`, as OpenAI's files for fine-tuning have it, is its `label`."""
+    if not isinstance(message, Mapping) or message.get("weight") is None:
+        return message
+    label = message.get("label", message["weight"])
+    if label != message["weight"]:
+        raise DataError(
+            f"{where} has the label {short(label)} and the weight {short(message['weight'])}; give "
+            "one of them",
+            at=where,
+        )
+    return {key: value for key, value in message.items() if key != "weight"} | {"label": label}
+
+
 def _out_of_order(message: Any, role: str, before: str | None, *, is_first: bool) -> str:
     """What is wrong with a message after one of role `before`; the empty string for nothing."""
     if role == "system" and not is_first:
@@ -198,6 +218,13 @@ def _out_of_order(message: Any, role: str, before: str | None, *, is_first: bool
     return ""
 
 
+# By which a record of a format is known from those of others.
+_OWN_KEYS = {
+    "erniekit": "src",
+    "alpaca": "instruction",
+    "messages": "messages",
+    "sharegpt": "conversations",
+}
 _READERS = {
     "erniekit": _from_erniekit,
     "alpaca": _from_alpaca,

@@ -34,7 +34,17 @@ def short(value: Any) -> str:
     return text if len(text) <= 40 else f"{text[:37]}..."
 
 
+_KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false"}
+
+
+def kind_of(value: Any) -> str:
+    """What a value of a record is, as JSON calls it."""
+    if value is None:
+        return "null"
+    return _KINDS.get(type(value), "a number")
+
+
 def _shown(value: Any) -> str:
     if value is None:
         return "missing"
-    return "empty" if value in ("", []) or isinstance(value, str) else f"a {type(value).__name__}"
+    return "empty" if value in ("", []) or isinstance(value, str) else kind_of(value)

@@ -27,6 +27,7 @@ import numpy as np
 from ernie.chat import UNTRAINED, ChatTemplate
 from ernie.tokenizer import Tokenizer
 from erniekit.data.dialogue import Dialogue, Encoder, Sample, read_dialogue
+from erniekit.data.fields import kind_of
 from erniekit.data.preference import continuation, first_trained, prompt_of, without_ends
 from erniekit.data.sources import DataError
 
@@ -79,7 +80,7 @@ def read_judgement(
     messages. Raises DataError for one that cannot be used.
     """
     if not isinstance(record, dict):
-        raise DataError(f"a {type(record).__name__}; expected an object")
+        raise DataError(f"{kind_of(record)}; expected an object")
     messages, num_prompt = _READERS[kind](record)
     dialogue = read({**record, "messages": messages}, "messages")
     messages = [

@@ -30,6 +30,7 @@ from typing import Any
 
 from ernie.chat.messages import MEDIA
 from erniekit.data.dialogue import Dialogue, checked_dialogue, read_dialogue
+from erniekit.data.fields import kind_of
 from erniekit.data.sources import DataError, Source
 
 FOLDER = "media_folder"  # key of a record: where its relative paths start
@@ -64,7 +65,7 @@ def read_pictured(record: Any, kind: str) -> Dialogue:
     used, or whose pictures are not there.
     """
     if not isinstance(record, dict):
-        raise DataError(f"a {type(record).__name__}; expected an object")
+        raise DataError(f"{kind_of(record)}; expected an object")
     places = Places(Path(record.get(FOLDER, ".")))
     if kind == "erniekit" and "text_info" in record:
         return _from_text_info(record, places)

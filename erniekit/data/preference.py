@@ -43,7 +43,7 @@ from erniekit.data.dialogue import (
     read_dialogue,
     without_oldest_turns,
 )
-from erniekit.data.fields import text_of, texts_of
+from erniekit.data.fields import kind_of, text_of, texts_of
 from erniekit.data.sources import DataError
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ def read_pair(record: Any, kind: str, read: Callable[[Any, str], Dialogue] = rea
     record of messages. Raises DataError for one that cannot be used.
     """
     if not isinstance(record, dict):
-        raise DataError(f"a {type(record).__name__}; expected an object")
+        raise DataError(f"{kind_of(record)}; expected an object")
     prompt, chosen, rejected = _READERS[kind](record)
     if chosen == rejected:
         raise DataError("both answers are the same; expected one that is preferred")
@@ -134,7 +134,7 @@ def prompt_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
         )
     system = record.get("system")
     if system is not None and not isinstance(system, str):
-        raise DataError(f"system is a {type(system).__name__}; expected a string")
+        raise DataError(f"system is {kind_of(system)}; expected a string")
     turns = [{"role": "user", "content": questions[0]}]
     for answer, question in zip(answers, questions[1:], strict=True):
         turns.append({"role": "assistant", "content": answer})
@@ -156,7 +156,7 @@ def _from_alpaca(record: Mapping[str, Any]) -> Parts:
     question = {"role": "user", "content": text_of(record, "question")}
     system = record.get("system")
     if system is not None and not isinstance(system, str):
-        raise DataError(f"system is a {type(system).__name__}; expected a string")
+        raise DataError(f"system is {kind_of(system)}; expected a string")
     chosen, rejected = (continuation(text_of(record, key)) for key in ("chosen", "rejected"))
     return [*opening(system), question], chosen, rejected
 

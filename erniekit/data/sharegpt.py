@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ernie.chat.sandbox import LEADING_THOUGHT
+from erniekit.data.fields import kind_of
 from erniekit.data.sources import DataError
 
 ROLES = {
@@ -36,7 +37,7 @@ def messages_of(record: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[s
             "no conversations; expected a list of objects with from and value", at="conversations"
         )
     if not isinstance(system, (str, type(None))):
-        raise DataError(f"system is a {type(system).__name__}; expected a string", at="system")
+        raise DataError(f"system is {kind_of(system)}; expected a string", at="system")
     opening = [{"role": "system", "content": system}] if system else []
     places = [f"conversations[{i}]" for i in range(len(turns))]
     messages = [_message(turn, where) for turn, where in zip(turns, places)]
@@ -52,7 +53,7 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
     value = turn.get("value")
     if not isinstance(value, str):
         raise DataError(
-            f"{where}.value is a {type(value).__name__}; expected a string", at=f"{where}.value"
+            f"{where}.value is {kind_of(value)}; expected a string", at=f"{where}.value"
         )
     label = {"label": turn["label"]} if "label" in turn else {}
     if speaker == "function_call":

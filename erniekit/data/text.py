@@ -22,7 +22,7 @@ import numpy as np
 from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer, TokenizerError
 from erniekit.data.dialogue import Dialogue, Encoder, Sample
-from erniekit.data.fields import texts_of
+from erniekit.data.fields import kind_of, texts_of
 from erniekit.data.sources import DataError
 
 
@@ -51,7 +51,7 @@ class TextEncoder(Encoder):
         elif isinstance(record, dict):
             samples = [self._sample(self.document(text)) for text in texts_of(record, "text")]
         else:
-            raise DataError(f"a {type(record).__name__}; expected an object with text")
+            raise DataError(f"{kind_of(record)}; expected an object with text")
         self.counts["tokens"] += sum(map(len, samples))
         self.counts["trained tokens"] += sum(map(len, samples))
         return samples

@@ -199,7 +199,7 @@ def test_faults_of_calls_say_why_and_where(messages, tools, words, at) -> None:
     [
         ({"from": "function_call", "value": "timer(1)"}, "not JSON", "conversations[1].value"),
         ({"from": "robot", "value": "x"}, "is from 'robot'", "conversations[1]"),
-        ({"from": "gpt", "value": 1}, "is a int", "conversations[1].value"),
+        ({"from": "gpt", "value": 1}, "is a number", "conversations[1].value"),
         ({"from": "function_call", "value": '{"name": "a"}'}, "'a', which", "conversations[1]"),
     ],
 )

@@ -105,11 +105,17 @@ def test_the_formats_say_the_same_dialogue() -> None:
         ("erniekit", [1], "a list; expected an object"),
         ("erniekit", {"src": ["a"]}, "tgt is missing"),
         ("erniekit", {"src": ["a"], "tgt": [" "]}, r"tgt\[0\] is empty"),
-        ("erniekit", {"src": ["a"], "tgt": [3]}, r"tgt\[0\] is a int"),
+        ("erniekit", {"src": ["a"], "tgt": [3]}, r"tgt\[0\] is a number"),
         ("erniekit", {"src": ["a", "b"], "tgt": ["c"]}, "2 src and 1 tgt"),
-        ("erniekit", {"src": ["a"], "tgt": ["c"], "system": 1}, "system is a int"),
+        ("erniekit", {"src": ["a"], "tgt": ["c"], "system": 1}, "system is a number"),
         ("erniekit", {"src": ["a"], "tgt": ["c"], "label": [1, 0]}, "expected a list of one"),
         ("alpaca", {"instruction": "a"}, "output is missing"),
+        ("erniekit", {"messages": []}, "it has no src but messages, as of the type messages"),
+        (
+            "messages",
+            {"conversations": []},
+            "no messages but conversations, as of the type sharegpt",
+        ),
         ("messages", {"messages": []}, "no messages"),
         ("messages", {"messages": [{"role": "system", "content": "s"}]}, "is not an answer"),
         ("messages", {"messages": [{"role": "user", "content": "s"}] * 2}, "in a row"),
@@ -133,6 +139,26 @@ def test_labels_are_shifted_once_and_only_answers_are_trained(encoder) -> None:
     assert trained[-1] == tokenizer.eos_id
     for i in range(len(sample) - 1):
         assert sample.labels[i] in (UNTRAINED, sample.token_ids[i + 1])
+
+
+def test_the_weight_of_an_answer_is_its_label(encoder) -> None:
+    def messages(**of_first: object) -> dict:
+        roles = ("user", "assistant") * 2
+        found = [{"role": role, "content": f"It is {i}."} for i, role in enumerate(roles)]
+        found[1] |= of_first
+        return {"messages": found}
+
+    labels = [
+        encoder().samples(read_dialogue(messages(**more), "messages"))[0].labels
+        for more in ({"label": 0}, {"weight": 0}, {"weight": 0, "label": 0}, {}, {"weight": 1})
+    ]
+    assert labels[0] == labels[1] == labels[2] != labels[3] == labels[4]
+    for more, told in (
+        ({"weight": 0, "label": 1}, "has the label 1 and the weight 0; give one"),
+        ({"weight": 0.5}, r"messages\[1\].label is 0.5; expected 0 or 1"),
+    ):
+        with pytest.raises(DataError, match=told):
+            read_dialogue(messages(**more), "messages")
 
 
 def test_too_long_dialogues_lose_their_oldest_whole_turns(encoder) -> None:

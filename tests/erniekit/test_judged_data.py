@@ -144,7 +144,7 @@ def test_bad_records_are_told_by_line_and_counted(encoder, tmp_path: Path, caplo
         found = survey(Stream(data, "train", encoder(128), seed=0), 100)
     assert (found.num_bad, found.num_samples) == (2, 5)
     assert f"{path}:6: label is 'yes'; expected true or false" in caplog.text
-    assert f"{path}:7: a int; expected an object" in caplog.text
+    assert f"{path}:7: a number; expected an object" in caplog.text
     alone = write_lines(tmp_path / "alone.jsonl", judgements(1))
     data = Data(train_dataset_path=(str(alone),), max_bad_data_share=0.5)
     with pytest.raises(DataError, match="no other prompt in the 100 records after it"):

@@ -265,12 +265,38 @@ class Kept:
     saved: torch.Tensor | tuple[object, ...]  # or what it is made of
 
 
-def test_each_suggested_change_fits_when_it_is_planned_itself() -> None:
-    run = planned(model_name_or_path=RELEASED, fine_tuning="Full", batch_size=4)
-    limit = 6 * GIB
+SMALLER_BATCH = "batch_size gradient_accumulation_steps"
+AGAIN = "recompute recompute_granularity plan_memory_gib"
+
+
+@pytest.mark.parametrize(
+    ("settings", "limit", "expected"),
+    [
+        (
+            {"fine_tuning": "Full", "batch_size": 4},
+            6,
+            [SMALLER_BATCH, AGAIN, "max_seq_len"],
+        ),
+        # What only costs time comes before what changes the result, two of it before one of that.
+        (
+            {"fine_tuning": "Full", "batch_size": 8, "max_seq_len": 8192},
+            8,
+            [f"{SMALLER_BATCH} {AGAIN}"],
+        ),
+        (
+            {"model_name_or_path": "baidu/ERNIE-4.5-21B-A3B-PT"},
+            26,
+            ["recompute recompute_granularity compute_type"] * 3,
+        ),
+    ],
+)
+def test_each_suggested_change_fits_when_it_is_planned_itself(settings, limit, expected) -> None:
+    run = planned(**{"model_name_or_path": RELEASED, "max_seq_len": 2048} | settings)
+    limit *= GIB
     assert plan(run, "cpu").peak > limit
     changes = plan_report.changes_that_fit(run, "cpu", Degrees(), limit)
     assert len(changes) == 3
+    assert [" ".join(change.settings) for change in changes][: len(expected)] == expected
     for change in changes:
         values = {k: v for k, v in run.flat().items() if v not in (None, [])}
         own = fitted(planned(**{**values, **change.settings}), "cpu", Degrees())

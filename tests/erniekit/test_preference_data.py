@@ -208,7 +208,7 @@ def test_bad_pairs_are_told_by_line_and_counted(encoder, tmp_path: Path, caplog)
         found = survey(stream, 100)
     assert (found.num_bad, found.num_samples) == (3, 5)
     assert f"{path}:6: sort is [2, 2]; expected the larger" in caplog.text
-    assert f"{path}:7: a int; expected an object" in caplog.text
+    assert f"{path}:7: a number; expected an object" in caplog.text
     assert f"{path}:8: its last turn and both answers have" in caplog.text
     strict = Data(train_dataset_path=(str(path),), max_seq_len=128, max_bad_data_share=0.3)
     with pytest.raises(DataError, match="3 of 8 records cannot be used"):

@@ -108,7 +108,7 @@ def test_a_document_is_its_tokens_and_the_end_all_but_the_first_trained(encoder)
     [
         ({"txt": "a"}, "text is missing"),
         ({"text": ["a", ""]}, r"text\[1\] is empty"),
-        ({"text": 3}, "text is a int"),
+        ({"text": 3}, "text is a number"),
         (["a"], "a list; expected an object"),
         ({"text": "a \ud800 b"}, "lone surrogate"),
         (np.array([3, 10**6]), "token 1000000 is not among"),
