@@ -10,6 +10,7 @@ empty, cut short); a record that cannot be used raises `DataError` when it is as
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import mmap
@@ -74,11 +75,14 @@ def open_source(path: str | Path) -> Source:
     if not path.is_file():
         raise ConfigError(f"there is no data file {path}; give the path of a .jsonl or .json file")
     file = _unpacked(path) if path.suffix == ".gz" else path.open("rb")
+    head = file.read(4096)
+    file.seek(0)
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise ConfigError(f"{path} is text in UTF-16; save it as UTF-8")
     if is_plain_text(path):
         return Text(path, file)
-    head = file.read(4096).removeprefix(_BOM).lstrip()
-    file.seek(0)
-    source: Source = Array(path, file) if head.startswith(b"[") else Lines(path, file)
+    is_array = head.removeprefix(_BOM).lstrip().startswith(b"[")
+    source: Source = Array(path, file) if is_array else Lines(path, file)
     if not len(source):
         raise ConfigError(f"{path} holds no records; it must hold one JSON object per line")
     return source

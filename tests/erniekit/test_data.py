@@ -127,6 +127,13 @@ def test_unusable_records_say_why(kind: str, record: object, words: str) -> None
         read_dialogue(record, kind)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_other_encodings_are_one_sentence(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text('{"src": ["a"], "tgt": ["b"]}', encoding="utf-16")
+    with pytest.raises(ConfigError, match=r"is text in UTF-16; save it as UTF-8"):
+        open_source(tmp_path / name)
+
+
 # --- samples ---
 
 
