@@ -84,10 +84,15 @@ def fitted(run: Run, device: str, degrees: Degrees) -> Run:
 
 
 def tell(run: Run, device: str, degrees: Degrees) -> None:
-    """Log what `auto` has chosen for a `fitted` run, and whether that is enough."""
-    if not run.chooses_layers:
-        return
+    """Log what `auto` has chosen for a `fitted` run, and whether a run is planned to fit."""
     found, limit = plan(run, device, degrees).peak / GIB, limit_of(run, device) / GIB
+    if not run.chooses_layers:
+        if found > (there := memory_for(run, device) / GIB):
+            log.warning(
+                "%.2f GiB are planned, and a rank has %.2f; `erniekit plan` says what takes less",
+                found, there,
+            )  # fmt: skip
+        return
     words = ", ".join(run.chosen_layers) or "nothing"
     log.info("computed again: %s (%.2f GiB planned, of %.2f)", words, found, limit)
     if found > limit:

@@ -212,6 +212,16 @@ def test_a_run_that_computes_again_is_the_same_run(
     assert curves["kept"] == curves["changed"] == curves["again"]
 
 
+def test_a_run_that_is_not_planned_to_fit_says_so(
+    tiny, data: Path, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    told = "GiB are planned, and a rank has 0.10; `erniekit plan` says what takes less"
+    for memory, is_told in ((100 << 30, False), (GIB // 10, True)):
+        monkeypatch.setattr("erniekit.fit.memory_bytes", lambda memory=memory: memory)
+        assert main(short(tiny("tiny-dense"), data, tmp_path / str(memory))) == 0
+        assert (told in capsys.readouterr().out) == is_told
+
+
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
