@@ -107,23 +107,25 @@ def to_resume(
     return folder, state
 
 
-def best(output: Path, metric: str, *, greater_is_better: bool) -> tuple[float, Path] | None:
-    """The value and folder of the checkpoint whose evaluation was best; the earliest of equals.
+def evaluated(output: Path, metric: str, *, greater_is_better: bool) -> list[tuple[float, Path]]:
+    """The values and folders of the checkpoints by their evaluation, the best one first; the
+    earliest of equals.
 
-    Checkpoints that were not evaluated, or whose state cannot be read, do not count.
+    Checkpoints that were not evaluated do not count; one whose state cannot be read is told.
     """
-    found = None
+    found = []
     for _, folder in checkpoints(output):
         try:
             state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
             value = float(state["evaluation"][metric])
-        except (OSError, ValueError, KeyError, TypeError):
+        except KeyError:
             continue
-        if math.isfinite(value) and (
-            found is None or (value > found[0] if greater_is_better else value < found[0])
-        ):
-            found = (value, folder)
-    return found
+        except (OSError, ValueError, TypeError):
+            log.warning("SKIPPED the damaged checkpoint %s: %s", folder, what_is_wrong(folder))
+            continue
+        if math.isfinite(value):
+            found.append((value, folder))
+    return sorted(found, key=lambda pair: pair[0], reverse=greater_is_better)
 
 
 def chosen(output: Path, which: str | None) -> Path | None:

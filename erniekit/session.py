@@ -264,7 +264,7 @@ def tensors_of(session: Session) -> dict[str, Tensor]:
 
 def _saved(session: Session, folder: Path) -> None:
     """A checkpoint is whole: see which is the best now, and drop the oldest ones."""
-    output, best = session.run.output, best_of(session)
+    output, best = session.run.output, next(iter(evaluated(session)), None)
     if best is not None:
         pointer = {"checkpoint": best[1].name, session.metric: best[0]}
         checkpoint.replace_text(output / checkpoint.BEST_FILE, json.dumps(pointer) + "\n")
@@ -274,9 +274,9 @@ def _saved(session: Session, folder: Path) -> None:
     log.info("saved %s", folder)
 
 
-def best_of(session: Session) -> tuple[float, Path] | None:
-    """The best checkpoint so far, with the number by which it is; None where none was evaluated."""
+def evaluated(session: Session) -> list[tuple[float, Path]]:
+    """The evaluated checkpoints so far, the best one first, with the numbers that say so."""
     greater = session.run.training.greater_is_better
     if greater is None:
         greater = not session.metric.endswith(("loss", "ppl"))
-    return checkpoint.best(session.run.output, session.metric, greater_is_better=greater)
+    return checkpoint.evaluated(session.run.output, session.metric, greater_is_better=greater)

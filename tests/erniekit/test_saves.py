@@ -231,6 +231,38 @@ def test_the_best_checkpoint_stays_and_can_be_the_final_model(
     assert "trainer_state.json has 2 bytes instead of" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_a_damaged_best_checkpoint_is_told_and_the_next_best_is_taken(
+    damage: str, tiny, data: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    losses = {0: 9.0, 2: 3.0, 4: 2.0, 6: 4.0}
+    real = session._evaluated
+    name = "adapter_model.safetensors"
+
+    def spoiling(running: session.Session, step: int) -> dict[str, float]:
+        path = tmp_path / "checkpoint-4" / name
+        if step == 6 and damage == "gone":
+            path.unlink()
+        elif step == 6:
+            whole = path.read_bytes()
+            path.write_bytes(whole[:-9] + (b"" if damage == "cut" else b"123456789"))
+        return real(running, step) | {"eval_loss": losses[step]}
+
+    monkeypatch.setattr(session, "_evaluated", spoiling)
+    more = {"save_total_limit": 3, "load_best_model_at_end": True}
+    assert main(quick(tiny("tiny-dense"), data, tmp_path, **more)) == 0
+    told = capsys.readouterr().out
+    assert f"SKIPPED the damaged checkpoint {tmp_path}/checkpoint-4" in told
+    assert f"the final model is that of {tmp_path}/checkpoint-2, eval_loss 3.0000" in told
+    ours, theirs = load_file(tmp_path / name), load_file(tmp_path / "checkpoint-2" / name)
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+    (tmp_path / "checkpoint-2" / name).unlink()  # only the last one is whole
+    assert main(quick(tiny("tiny-dense"), data, tmp_path, **more)) == 0
+    ours, theirs = load_file(tmp_path / name), load_file(tmp_path / "checkpoint-6" / name)
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
 def test_a_metric_that_no_evaluation_has_is_refused(tiny, data, tmp_path: Path, capsys) -> None:
     arguments = words(tiny("tiny-dense"), data, tmp_path, metric_for_best_model="bleu")
     assert main(arguments) == 2
