@@ -48,6 +48,9 @@ _MODEL_FILES = (
     "config.json", "adapter_config.json", "model*.safetensors", "model.safetensors.index.json",
     "adapter_model.safetensors", "reward_head/model.safetensors", *FILES,
 )  # fmt: skip
+# What tells the folder of a run, which writes one of these first; what it records as it goes on.
+_OF_A_RUN = ("run.yaml", "about.json", f"checkpoint-*/{_MARKER}")
+_RECORDS = (BEST_FILE, "metrics.jsonl", "answers.jsonl", "report.html")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -272,6 +275,17 @@ def replaced(output: Path) -> list[Path]:
     """Folders of models that a run removes or writes anew in the course of time."""
     made = [output / name for name in _RESULTS]
     return [output, *made, *(folder for _, folder in checkpoints(output))]
+
+
+def foreign(output: Path) -> list[str]:
+    """What a run would remove or write anew, in a folder that no run has written to; a run's own
+    folder has none.
+    """
+    if any(path for name in _OF_A_RUN for path in output.glob(name)):
+        return []
+    patterns = (*_MODEL_FILES, *_RESULTS, *_RECORDS)
+    found = {path.relative_to(output).as_posix() for name in patterns for path in output.glob(name)}
+    return sorted(found | {folder.name for _, folder in checkpoints(output)})
 
 
 def remove_all(output: Path) -> None:

@@ -27,6 +27,7 @@ from erniekit.build import num_groups
 from erniekit.config import Run
 from erniekit.data.batch import Batch
 from erniekit.data.prefetch import prefetched
+from erniekit.data.sources import DataError
 from erniekit.data.stream import Stream
 from erniekit.dropout import Dropout
 from erniekit.evaluate import eval_batches
@@ -75,6 +76,7 @@ class Session:
     first_step: int  # of this start, counted from 1
     signals: CaughtSignals = field(default_factory=CaughtSignals)
     is_stopped: bool = False  # by any rank
+    unsaved: dict[str, Any] | None = None  # the record of the last step, until a checkpoint has it
 
     @property
     def eval_every(self) -> int:
@@ -117,6 +119,10 @@ def go_through(session: Session) -> bool:
         try:
             with contextlib.closing(batches):
                 train(_parts(session), batches, session.progress, after_step)
+        except DataError:  # between two steps, and on all ranks alike
+            if session.unsaved is not None:
+                _save(session, saver, session.unsaved)
+            raise
         except TooManySkipped as error:
             if not session.ranks.is_first:
                 raise
@@ -200,9 +206,10 @@ def _after_step(session: Session, saver: Saver, record: dict[str, Any]) -> bool:
     step, ranks = record["step"], session.ranks
     is_last = step == session.num_steps
     saver.settle()
+    session.unsaved = record
     session.reporter.tell(record)
     if session.eval_every and (step % session.eval_every == 0 or is_last):
-        record = record | _evaluated(session, step)
+        session.unsaved = record = record | _evaluated(session, step)
     session.reporter.write(record)
     request = session.run.output / REQUEST_FILE
     # Rank 0 sees the request, and a signal comes to each in its own time: all do the same.
@@ -249,6 +256,7 @@ def _save(session: Session, saver: Saver, record: dict[str, Any]) -> None:
     if session.method.reference is not None:
         state["reference"] = session.method.reference.state()
     tensors = tensors_of(session)
+    session.unsaved = None
     if session.ranks.is_first:
         saver.save(session.progress.step, tensors, state)
     session.ranks.barrier()

@@ -46,6 +46,32 @@ def test_a_mistake_with_overwrite_loses_nothing(tiny, data: Path, tmp_path: Path
     assert checkpoint.has_model(tmp_path)
 
 
+def test_what_no_run_has_written_is_not_removed(tiny, data: Path, tmp_path: Path, capsys) -> None:
+    model = tiny("tiny-dense")
+    kept = ["config.json", "export/thesis.txt", "checkpoint-500/weights.bin", "metrics.jsonl"]
+    for name in kept:
+        path = tmp_path / name.partition(".")[0] / name
+        path.parent.mkdir(parents=True)
+        path.write_text("mine")
+        output = tmp_path / name.partition(".")[0]
+        for more in ({}, {"overwrite_output_dir": True}):
+            capsys.readouterr()
+            assert main(short(model, data, output, **more)) == 2
+            told = capsys.readouterr().err
+            assert f"({name.partition('/')[0]})" in told and told.count("\n") == 1, told
+            assert "give another output_dir" in told and path.read_text() == "mine"
+
+    output = tmp_path / "own"
+    output.mkdir()
+    (output / "notes.txt").write_text("mine")  # in nobody's way
+    assert main(short(model, data, output)) == 0
+    assert main(short(model, data, output, overwrite_output_dir=True, fine_tuning="Full")) == 0
+    assert (output / "notes.txt").read_text() == "mine"
+    (tmp_path / "moved").mkdir()
+    (output / "checkpoint-2").rename(tmp_path / "moved/checkpoint-2")  # a run's own, if alone
+    assert main(short(model, data, tmp_path / "moved", fine_tuning="Full")) == 0
+
+
 def test_a_start_that_goes_on_leaves_no_stale_model(
     tiny, data: Path, tmp_path: Path, capsys
 ) -> None:
