@@ -364,6 +364,11 @@ def _remove(folder: Path) -> None:
 _LEFT_OVER = ("checkpoint-*.partial", ".saving-*", ".merged-*", ".replay-*", ".*.partial")
 
 
+def is_passing(output: Path) -> bool:
+    """Whether a folder is there for a moment only, as that of a repetition."""
+    return any(output.match(pattern) for pattern in _LEFT_OVER)
+
+
 def _sweep(output: Path) -> None:
     """Remove what killed writers have left in a folder that this process holds."""
     for folder in (output, *(output / name for name in _RESULTS)):

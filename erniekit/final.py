@@ -10,7 +10,7 @@ import torch
 
 from erniekit import checkpoint, snapshot
 from erniekit.plan_report import record_error
-from erniekit.session import Session, evaluated, tensors_of
+from erniekit.session import Session, evaluated, tell_nothing_trained, tensors_of
 
 log = logging.getLogger("erniekit")
 
@@ -33,7 +33,8 @@ def finish(session: Session) -> int:
         folder = output / checkpoint.AVERAGE_FOLDER
         snapshot.write_model(run, session.model, encoder, weights, folder, rounded=True)
     record_error(run, session.device, session.first_step, session.ranks)
-    _tell(session)
+    if not checkpoint.is_passing(output):
+        _tell(session)
     return 0
 
 
@@ -88,3 +89,5 @@ def _tell(session: Session) -> None:
     log.info("finished: the %s is in %s", "adapter" if is_lora else "model", output)
     if is_lora:
         log.info("merge it into the base model with: erniekit export %s/run.yaml", output)
+    if session.first_step > session.num_steps:
+        tell_nothing_trained(session, f"a run of {session.num_steps}")

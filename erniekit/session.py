@@ -100,8 +100,8 @@ class Session:
 
 def go_through(session: Session) -> bool:
     """The steps that are left; True when the last one is done, False when it was stopped before."""
-    if _is_stopped(session):
-        log.info("stopped after step %d, as stop_after_step says", session.progress.step)
+    if _is_stopped(session) and session.progress.step < session.num_steps:
+        tell_nothing_trained(session, f"stop_after_step={session.run.training.stop_after_step}")
         return False
     if not session.progress.step:
         if session.eval_every:
@@ -129,6 +129,15 @@ def go_through(session: Session) -> bool:
             folder = debug.write_bundle(run, session.train_stream, error.last)
             raise TrainingError(f"{error}; what led to it is in {folder}") from None
     return not session.is_stopped or session.progress.step == session.num_steps
+
+
+def tell_nothing_trained(session: Session, asked: str) -> None:
+    """The last line of a start that asks for steps which have all been done."""
+    log.warning(
+        "nothing was trained in this start: the run has done %d steps, and %s was asked for; more "
+        "steps go on, overwrite_output_dir=true or another output_dir trains anew",
+        session.progress.step, asked,
+    )  # fmt: skip
 
 
 def _is_stopped(session: Session) -> bool:

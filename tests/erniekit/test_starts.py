@@ -134,6 +134,27 @@ def test_more_epochs_are_more_steps(tiny, data: Path, tmp_path: Path, capsys) ->
     assert 3 * num_steps - 2 <= curve(tmp_path)[-1][0] <= 3 * num_steps
 
 
+def test_a_start_that_trains_nothing_says_so_last(tiny, data: Path, tmp_path: Path, capsys) -> None:
+    model = tiny("tiny-dense")
+
+    def told(**more: object) -> list[str]:
+        assert main(short(model, data, tmp_path, **more)) == 0
+        return capsys.readouterr().out.splitlines()
+
+    assert not any("nothing was trained" in line for line in told(max_steps=6))
+    nothing = "nothing was trained in this start: the run has done 6 steps, and"
+    anew = "overwrite_output_dir=true or another output_dir trains anew"
+    lines = told(max_steps=6, learning_rate=1e-4)
+    assert f"{nothing} a run of 6 was asked for" in lines[-1] and anew in lines[-1]
+    assert any("all 6 steps are done" in line for line in lines)
+    lines = told(max_steps=4)
+    assert f"{nothing} a run of 4 was asked for" in lines[-1] and anew in lines[-1]
+    assert any("6 steps are done, of 4" in line for line in lines)
+    assert checkpoint.has_model(tmp_path)
+    assert f"{nothing} stop_after_step=3 was asked for" in told(max_steps=8, stop_after_step=3)[-1]
+    assert not any("nothing was trained" in line for line in told(max_steps=7))
+
+
 def test_what_killed_writers_left_is_removed(tiny, data: Path, tmp_path: Path) -> None:
     model = tiny("tiny-dense")
     assert main(short(model, data, tmp_path, ema_decay=0.9)) == 0
