@@ -66,9 +66,13 @@ def checkpoints(output: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-def newest_good(output: Path) -> Path | None:
-    """The newest checkpoint that is whole; damaged ones are named in warnings."""
-    for _, folder in reversed(checkpoints(output)):
+def newest_good(output: Path, last: int | None = None) -> Path | None:
+    """The newest checkpoint that is whole, of the steps up to `last`; damaged ones are named in
+    warnings.
+    """
+    for step, folder in reversed(checkpoints(output)):
+        if last is not None and step > last:
+            continue
         damage = what_is_wrong(folder)
         if not damage:
             return folder
@@ -340,19 +344,30 @@ def set_aside(output: Path, step: int) -> None:
     )  # fmt: skip
 
 
-def prune(output: Path, limit: int | None, kept: Path | None = None) -> None:
-    """Remove the oldest checkpoints beyond `limit`.
+def prune(output: Path, limit: int | None, kept: Path | None = None, first: int = 0) -> None:
+    """Remove the oldest checkpoints beyond `limit`, of those of the steps from `first` on. One that
+    cannot be removed is told.
 
     `kept` (the best one) is never removed; it is one of the `limit`, but the newest stays too.
     """
     if not limit or limit < 0:
         return
-    folders = [folder for _, folder in checkpoints(output)]
+    folders = [folder for step, folder in checkpoints(output) if step >= first]
     if kept in folders[:-limit]:
         folders.remove(kept)
         limit = max(limit - 1, 1)
     for folder in folders[:-limit]:
-        _remove(folder)
+        with _told(f"{folder} is one more than save_total_limit"):
+            _remove(folder)
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Warn where a removal fails that nothing depends on."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s, and cannot be removed: %s (%s)", what, error.strerror, error.filename)
 
 
 def _remove(folder: Path) -> None:
@@ -373,10 +388,11 @@ def _sweep(output: Path) -> None:
     """Remove what killed writers have left in a folder that this process holds."""
     for folder in (output, *(output / name for name in _RESULTS)):
         for path in (found for pattern in _LEFT_OVER for found in folder.glob(pattern)):
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif ".safetensors." in path.name:  # small files may be another verb's, just now
-                path.unlink()
+            with _told(f"{path} is left of a writer that was killed"):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif ".safetensors." in path.name:  # small files may be another verb's, just now
+                    path.unlink()
 
 
 @contextlib.contextmanager
@@ -390,7 +406,14 @@ def locked(output: Path) -> Iterator[None]:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output_dir {output} cannot be made: {error.strerror}") from None
-    with (output / ".lock").open("a+") as file:
+    try:
+        opened = (output / ".lock").open("a+")
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir {output} cannot be written to: {error.strerror} ({error.filename}); give "
+            "another one"
+        ) from None
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

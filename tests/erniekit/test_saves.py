@@ -197,6 +197,39 @@ def test_a_file_named_save_asks_for_a_checkpoint(
         assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [5, 7]
 
 
+def test_what_cannot_be_removed_is_told_and_training_goes_on(
+    tiny, data: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    real = checkpoint.shutil.rmtree
+
+    def refused(path: Path, **options: object) -> None:
+        if Path(path).name == "checkpoint-1.partial" and Path(path).exists():
+            raise PermissionError(13, "Permission denied", str(path))
+        real(path, **options)
+
+    (tmp_path / session.REQUEST_FILE).mkdir()
+    more = {"max_steps": 4, "save_steps": 4, "save_total_limit": 1, "evaluation_strategy": "no"}
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", refused)
+    assert main(quick(tiny("tiny-dense"), data, tmp_path, **more)) == 0
+    told = capsys.readouterr().out
+    assert told.count("SAVE has asked for a checkpoint and cannot be removed") == 1
+    assert "checkpoint-1 is one more than save_total_limit, and cannot be removed" in told
+    assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [4]
+
+    more["max_steps"] = 5  # what is left does not stop the next start
+    assert main(quick(tiny("tiny-dense"), data, tmp_path, **more)) == 0
+    assert "checkpoint-1.partial is left of a writer that was killed" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(
+    tiny, data: Path, tmp_path: Path, capsys
+) -> None:
+    (tmp_path / ".lock").mkdir()  # nobody can open it for writing, not even root
+    assert main(quick(tiny("tiny-dense"), data, tmp_path)) == 2
+    told = capsys.readouterr().err
+    assert f"output_dir {tmp_path} cannot be written to" in told and told.count("\n") == 1
+
+
 def test_the_best_checkpoint_stays_and_can_be_the_final_model(
     tiny, data: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
