@@ -48,6 +48,9 @@ _MODEL_FILES = (
     "config.json", "adapter_config.json", "model*.safetensors", "model.safetensors.index.json",
     "adapter_model.safetensors", "reward_head/model.safetensors", *FILES,
 )  # fmt: skip
+# What tells the folder of a run, which writes one of these first; what it records as it goes on.
+_OF_A_RUN = ("run.yaml", "about.json", f"checkpoint-*/{_MARKER}")
+_RECORDS = (BEST_FILE, "metrics.jsonl", "answers.jsonl", "report.html")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -63,9 +66,13 @@ def checkpoints(output: Path) -> list[tuple[int, Path]]:
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-def newest_good(output: Path) -> Path | None:
-    """The newest checkpoint that is whole; damaged ones are named in warnings."""
-    for _, folder in reversed(checkpoints(output)):
+def newest_good(output: Path, last: int | None = None) -> Path | None:
+    """The newest checkpoint that is whole, of the steps up to `last`; damaged ones are named in
+    warnings.
+    """
+    for step, folder in reversed(checkpoints(output)):
+        if last is not None and step > last:
+            continue
         damage = what_is_wrong(folder)
         if not damage:
             return folder
@@ -107,23 +114,25 @@ def to_resume(
     return folder, state
 
 
-def best(output: Path, metric: str, *, greater_is_better: bool) -> tuple[float, Path] | None:
-    """The value and folder of the checkpoint whose evaluation was best; the earliest of equals.
+def evaluated(output: Path, metric: str, *, greater_is_better: bool) -> list[tuple[float, Path]]:
+    """The values and folders of the checkpoints by their evaluation, the best one first; the
+    earliest of equals.
 
-    Checkpoints that were not evaluated, or whose state cannot be read, do not count.
+    Checkpoints that were not evaluated do not count; one whose state cannot be read is told.
     """
-    found = None
+    found = []
     for _, folder in checkpoints(output):
         try:
             state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
             value = float(state["evaluation"][metric])
-        except (OSError, ValueError, KeyError, TypeError):
+        except KeyError:
             continue
-        if math.isfinite(value) and (
-            found is None or (value > found[0] if greater_is_better else value < found[0])
-        ):
-            found = (value, folder)
-    return found
+        except (OSError, ValueError, TypeError):
+            log.warning("SKIPPED the damaged checkpoint %s: %s", folder, what_is_wrong(folder))
+            continue
+        if math.isfinite(value):
+            found.append((value, folder))
+    return sorted(found, key=lambda pair: pair[0], reverse=greater_is_better)
 
 
 def chosen(output: Path, which: str | None) -> Path | None:
@@ -272,6 +281,17 @@ def replaced(output: Path) -> list[Path]:
     return [output, *made, *(folder for _, folder in checkpoints(output))]
 
 
+def foreign(output: Path) -> list[str]:
+    """What a run would remove or write anew, in a folder that no run has written to; a run's own
+    folder has none.
+    """
+    if any(path for name in _OF_A_RUN for path in output.glob(name)):
+        return []
+    patterns = (*_MODEL_FILES, *_RESULTS, *_RECORDS)
+    found = {path.relative_to(output).as_posix() for name in patterns for path in output.glob(name)}
+    return sorted(found | {folder.name for _, folder in checkpoints(output)})
+
+
 def remove_all(output: Path) -> None:
     for _, folder in checkpoints(output):
         _remove(folder)
@@ -324,19 +344,30 @@ def set_aside(output: Path, step: int) -> None:
     )  # fmt: skip
 
 
-def prune(output: Path, limit: int | None, kept: Path | None = None) -> None:
-    """Remove the oldest checkpoints beyond `limit`.
+def prune(output: Path, limit: int | None, kept: Path | None = None, first: int = 0) -> None:
+    """Remove the oldest checkpoints beyond `limit`, of those of the steps from `first` on. One that
+    cannot be removed is told.
 
     `kept` (the best one) is never removed; it is one of the `limit`, but the newest stays too.
     """
     if not limit or limit < 0:
         return
-    folders = [folder for _, folder in checkpoints(output)]
+    folders = [folder for step, folder in checkpoints(output) if step >= first]
     if kept in folders[:-limit]:
         folders.remove(kept)
         limit = max(limit - 1, 1)
     for folder in folders[:-limit]:
-        _remove(folder)
+        with _told(f"{folder} is one more than save_total_limit"):
+            _remove(folder)
+
+
+@contextlib.contextmanager
+def _told(what: str) -> Iterator[None]:
+    """Warn where a removal fails that nothing depends on."""
+    try:
+        yield
+    except OSError as error:
+        log.warning("%s, and cannot be removed: %s (%s)", what, error.strerror, error.filename)
 
 
 def _remove(folder: Path) -> None:
@@ -348,14 +379,20 @@ def _remove(folder: Path) -> None:
 _LEFT_OVER = ("checkpoint-*.partial", ".saving-*", ".merged-*", ".replay-*", ".*.partial")
 
 
+def is_passing(output: Path) -> bool:
+    """Whether a folder is there for a moment only, as that of a repetition."""
+    return any(output.match(pattern) for pattern in _LEFT_OVER)
+
+
 def _sweep(output: Path) -> None:
     """Remove what killed writers have left in a folder that this process holds."""
     for folder in (output, *(output / name for name in _RESULTS)):
         for path in (found for pattern in _LEFT_OVER for found in folder.glob(pattern)):
-            if path.is_dir():
-                shutil.rmtree(path)
-            elif ".safetensors." in path.name:  # small files may be another verb's, just now
-                path.unlink()
+            with _told(f"{path} is left of a writer that was killed"):
+                if path.is_dir():
+                    shutil.rmtree(path)
+                elif ".safetensors." in path.name:  # small files may be another verb's, just now
+                    path.unlink()
 
 
 @contextlib.contextmanager
@@ -369,7 +406,14 @@ def locked(output: Path) -> Iterator[None]:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"output_dir {output} cannot be made: {error.strerror}") from None
-    with (output / ".lock").open("a+") as file:
+    try:
+        opened = (output / ".lock").open("a+")
+    except OSError as error:
+        raise ConfigError(
+            f"output_dir {output} cannot be written to: {error.strerror} ({error.filename}); give "
+            "another one"
+        ) from None
+    with opened as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

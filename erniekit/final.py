@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from erniekit import checkpoint, snapshot
 from erniekit.plan_report import record_error
-from erniekit.session import Session, best_of, tensors_of
+from erniekit.session import Session, evaluated, tell_nothing_trained, tensors_of
 
 log = logging.getLogger("erniekit")
 
@@ -32,21 +33,38 @@ def finish(session: Session) -> int:
         folder = output / checkpoint.AVERAGE_FOLDER
         snapshot.write_model(run, session.model, encoder, weights, folder, rounded=True)
     record_error(run, session.device, session.first_step, session.ranks)
-    _tell(session)
+    if not checkpoint.is_passing(output):
+        _tell(session)
     return 0
 
 
 def _choose_weights(session: Session) -> None:
     """Those of the best checkpoint where the run wants them, else those of the last step."""
     is_wanted, output = session.run.training.load_best_model_at_end, session.run.output
-    best = best_of(session) if is_wanted and session.ranks.is_first else None
-    # Rank 0 has seen its checkpoints become whole.
     value, name = session.ranks.broadcast(
-        [best[0], best[1].name] if best is not None else [0.0, ""]
+        _best_whole(session) if is_wanted and session.ranks.is_first else [0.0, ""]
     )
-    if name not in ("", f"checkpoint-{session.progress.step}"):
+    if name:
         log.info("the final model is that of %s, %s %.4f", output / name, session.metric, value)
         _take_weights(session, output / name)
+
+
+def _best_whole(session: Session) -> list[Any]:
+    """Value and name of the best checkpoint that is whole; damaged ones are told. 0 and the empty
+    string where that is the last step, whose weights are at hand, or where there is none.
+    """
+    for value, folder in evaluated(session):
+        if folder.name == f"checkpoint-{session.progress.step}":
+            return [0.0, ""]
+        damage = checkpoint.what_is_wrong(folder)
+        if not damage:
+            return [value, folder.name]
+        log.warning(
+            "SKIPPED the damaged checkpoint %s, %s %.4f, for the next best one: %s",
+            folder, session.metric, value, damage,
+        )  # fmt: skip
+    log.warning("no evaluated checkpoint is whole: the final model is that of the last step")
+    return [0.0, ""]
 
 
 @torch.no_grad()
@@ -71,3 +89,5 @@ def _tell(session: Session) -> None:
     log.info("finished: the %s is in %s", "adapter" if is_lora else "model", output)
     if is_lora:
         log.info("merge it into the base model with: erniekit export %s/run.yaml", output)
+    if session.first_step > session.num_steps:
+        tell_nothing_trained(session, f"a run of {session.num_steps}")

@@ -76,11 +76,17 @@ class Progress:
     cursor: Cursor = field(default_factory=Cursor)
     total_tokens: int = 0
     skipped_steps: int = 0
+    skipped_in_a_row: int = 0  # up to and with the last step
     norms: list[float] = field(default_factory=list)  # of recent steps, where spikes are looked for
     idle: list[list[int]] = field(default_factory=list)  # steps since an expert's last token
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+    @property
+    def last_taken(self) -> int:
+        """The last step that was not skipped."""
+        return self.step - self.skipped_in_a_row
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Progress:
@@ -144,9 +150,9 @@ def train(
         if skipped and progress.skipped_steps > parts.training.max_skipped_steps:
             after_step(record)
             raise TooManySkipped(
-                f"skipped steps: {progress.skipped_steps}, the last step {progress.step} (data "
-                f"position {progress.cursor.position}), because {skipped.reason}; lower "
-                "learning_rate, check the data, or raise max_skipped_steps",
+                f"skipped steps: {progress.skipped_steps}, the last step {progress.step}, because "
+                f"{skipped.reason}; lower learning_rate, check the data, or raise "
+                "max_skipped_steps",
                 skipped,
             )
         if after_step(record):
@@ -179,6 +185,7 @@ def _step(
     progress.cursor = window[-1].cursor
     progress.total_tokens += sum(batch.num_tokens for batch in window)
     progress.skipped_steps += bool(reason)
+    progress.skipped_in_a_row = progress.skipped_in_a_row + 1 if reason else 0
     numbers["learning_rate"] = learning_rate
     return _record(parts, window, progress, tally, numbers, reason), skipped
 

@@ -27,6 +27,7 @@ from erniekit.build import num_groups
 from erniekit.config import Run
 from erniekit.data.batch import Batch
 from erniekit.data.prefetch import prefetched
+from erniekit.data.sources import DataError
 from erniekit.data.stream import Stream
 from erniekit.dropout import Dropout
 from erniekit.evaluate import eval_batches
@@ -75,6 +76,8 @@ class Session:
     first_step: int  # of this start, counted from 1
     signals: CaughtSignals = field(default_factory=CaughtSignals)
     is_stopped: bool = False  # by any rank
+    hears_requests: bool = True  # of files
+    unsaved: dict[str, Any] | None = None  # the record of the last step, until a checkpoint has it
 
     @property
     def eval_every(self) -> int:
@@ -98,8 +101,8 @@ class Session:
 
 def go_through(session: Session) -> bool:
     """The steps that are left; True when the last one is done, False when it was stopped before."""
-    if _is_stopped(session):
-        log.info("stopped after step %d, as stop_after_step says", session.progress.step)
+    if _is_stopped(session) and session.progress.step < session.num_steps:
+        tell_nothing_trained(session, f"stop_after_step={session.run.training.stop_after_step}")
         return False
     if not session.progress.step:
         if session.eval_every:
@@ -113,16 +116,31 @@ def go_through(session: Session) -> bool:
         is_async=run.training.use_async_save,
     )
     after_step = partial(_after_step, session, saver)
-    with CaughtSignals() as session.signals, contextlib.closing(session.reporter), saver:
-        try:
-            with contextlib.closing(batches):
-                train(_parts(session), batches, session.progress, after_step)
-        except TooManySkipped as error:
-            if not session.ranks.is_first:
+    try:
+        with CaughtSignals() as session.signals, contextlib.closing(session.reporter), saver:
+            try:
+                with contextlib.closing(batches):
+                    train(_parts(session), batches, session.progress, after_step)
+            except DataError:  # between two steps, and on all ranks alike
+                if session.unsaved is not None:
+                    _save(session, saver, session.unsaved)
                 raise
-            folder = debug.write_bundle(run, session.train_stream, error.last)
-            raise TrainingError(f"{error}; what led to it is in {folder}") from None
+    except TooManySkipped as error:
+        if not session.ranks.is_first:
+            raise
+        folder = debug.write_bundle(run, session.train_stream, error.last)
+        way = _way_back(session)
+        raise TrainingError(f"{error}; what led to it is in {folder}; {way}") from None
     return not session.is_stopped or session.progress.step == session.num_steps
+
+
+def tell_nothing_trained(session: Session, asked: str) -> None:
+    """The last line of a start that asks for steps which have all been done."""
+    log.warning(
+        "nothing was trained in this start: the run has done %d steps, and %s was asked for; more "
+        "steps go on, overwrite_output_dir=true or another output_dir trains anew",
+        session.progress.step, asked,
+    )  # fmt: skip
 
 
 def _is_stopped(session: Session) -> bool:
@@ -141,6 +159,14 @@ def _batches(session: Session) -> Generator[Batch, None, None]:
         session.train_stream.batches(run.training.batch_size, session.progress.cursor),
         run.data.prefetch_factor * accumulated if run.data.dataloader_num_workers else 0,
     )
+
+
+def _way_back(session: Session) -> str:
+    """How to go on from before the skipped steps in a row, whose weights may be spoilt."""
+    folder = checkpoint.newest_good(session.run.output, session.progress.last_taken)
+    if folder is None:
+        return "no checkpoint is from before it: overwrite_output_dir=true starts anew"
+    return f"resume_from_checkpoint={folder}, or an earlier one, goes on from before it"
 
 
 def _parts(session: Session) -> Parts:
@@ -200,13 +226,15 @@ def _after_step(session: Session, saver: Saver, record: dict[str, Any]) -> bool:
     step, ranks = record["step"], session.ranks
     is_last = step == session.num_steps
     saver.settle()
+    session.unsaved = record
     session.reporter.tell(record)
     if session.eval_every and (step % session.eval_every == 0 or is_last):
-        record = record | _evaluated(session, step)
+        session.unsaved = record = record | _evaluated(session, step)
     session.reporter.write(record)
     request = session.run.output / REQUEST_FILE
     # Rank 0 sees the request, and a signal comes to each in its own time: all do the same.
-    is_asked = bool(ranks.all_reduce_max(ranks.is_first and request.exists()))
+    is_there = ranks.is_first and session.hears_requests and request.exists()
+    is_asked = bool(ranks.all_reduce_max(is_there))
     is_due = bool(session.save_every) and (is_last or step % session.save_every == 0)
     # Asked once: a signal may come at any moment.
     session.is_stopped = bool(ranks.all_reduce_max(_is_stopped(session)))
@@ -214,8 +242,21 @@ def _after_step(session: Session, saver: Saver, record: dict[str, Any]) -> bool:
         _save(session, saver, record)
     if is_asked and ranks.is_first:
         saver.settle(wait=True)
-        request.unlink(missing_ok=True)
+        _answer(session, request)
     return session.is_stopped
+
+
+def _answer(session: Session, request: Path) -> None:
+    """Take the request away; one that stays would ask after every step, and is heard no more."""
+    try:
+        request.unlink(missing_ok=True)
+    except OSError as error:
+        session.hears_requests = False
+        log.warning(
+            "%s has asked for a checkpoint and cannot be removed (%s): no other request is heard "
+            "in this start",
+            request, error.strerror,
+        )  # fmt: skip
 
 
 def _evaluated(session: Session, step: int) -> dict[str, float]:
@@ -249,6 +290,7 @@ def _save(session: Session, saver: Saver, record: dict[str, Any]) -> None:
     if session.method.reference is not None:
         state["reference"] = session.method.reference.state()
     tensors = tensors_of(session)
+    session.unsaved = None
     if session.ranks.is_first:
         saver.save(session.progress.step, tensors, state)
     session.ranks.barrier()
@@ -264,19 +306,21 @@ def tensors_of(session: Session) -> dict[str, Tensor]:
 
 def _saved(session: Session, folder: Path) -> None:
     """A checkpoint is whole: see which is the best now, and drop the oldest ones."""
-    output, best = session.run.output, best_of(session)
+    output, best = session.run.output, next(iter(evaluated(session)), None)
     if best is not None:
         pointer = {"checkpoint": best[1].name, session.metric: best[0]}
         checkpoint.replace_text(output / checkpoint.BEST_FILE, json.dumps(pointer) + "\n")
-    limit = session.run.training.save_total_limit
-    checkpoint.prune(output, limit, best[1] if best is not None else None)
+    limit, progress = session.run.training.save_total_limit, session.progress
+    # While steps are skipped, what was saved before them may be the last that is worth anything.
+    first = progress.last_taken + 1 if progress.skipped_in_a_row else 0
+    checkpoint.prune(output, limit, best[1] if best is not None else None, first)
     session.reporter.write_page()
     log.info("saved %s", folder)
 
 
-def best_of(session: Session) -> tuple[float, Path] | None:
-    """The best checkpoint so far, with the number by which it is; None where none was evaluated."""
+def evaluated(session: Session) -> list[tuple[float, Path]]:
+    """The evaluated checkpoints so far, the best one first, with the numbers that say so."""
     greater = session.run.training.greater_is_better
     if greater is None:
         greater = not session.metric.endswith(("loss", "ppl"))
-    return checkpoint.best(session.run.output, session.metric, greater_is_better=greater)
+    return checkpoint.evaluated(session.run.output, session.metric, greater_is_better=greater)

@@ -168,6 +168,12 @@ def _take_rest(folder: Path, state: dict[str, Any], method: Method) -> None:
         method.source.load(load_file(path))
 
 
+def _done(step: int, num_steps: int) -> str:
+    if step > num_steps:
+        return f"{step} steps are done, of {num_steps}"
+    return f"all {step} steps are done"
+
+
 def _tell(session: Session) -> None:
     num_all = sum(p.numel() for p in session.model.parameters())
     num_trained = sum(p.numel() for p in session.trained.values())
@@ -185,7 +191,7 @@ def _tell(session: Session) -> None:
         else "bfloat16"
         if o.use_lowprecision_moment
         else "float32",
-        f"steps {first} to {last}" if first <= last else f"all {last} steps are done",
+        f"steps {first} to {last}" if first <= last else _done(session.progress.step, last),
     )
     modules = sorted(set(report(session.device).values()))
     log.info("kernels: %s", ", ".join(modules))

@@ -76,8 +76,9 @@ class Faults:
         is_enough = at_end or self.read >= min(_ENOUGH, self.size)
         if is_enough and self.total > self.max_share * self.size:
             raise DataError(
-                f"{self.total} of {self.size} records cannot be used ({self.worst}); repair the "
-                f"data or raise max_bad_data_share={self.max_share}"
+                f"{self.total} of {self.size} records cannot be used{'' if at_end else ' so far'} "
+                f"({self.worst}); raise max_bad_data_share={self.max_share}, or repair the data, "
+                "with which a run that has begun goes on by ignore_changed_inputs=true"
             )
 
     @property

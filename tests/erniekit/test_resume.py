@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from ernie.settings import ConfigError
 from erniekit import checkpoint
 from erniekit.cli import main
+from tests.erniekit.conftest import dialogues, write_lines
 
 ROOT = Path(__file__).parents[2]
 
@@ -132,6 +133,32 @@ def test_resumed_at_7_and_13_equals_unbroken(
     )
     for key in ("rng", "progress", "num_updates"):
         assert ours[key] == theirs[key], key
+
+
+@pytest.mark.parametrize("use_async_save", [False, True])
+def test_bad_data_midway_saves_the_last_whole_step(
+    use_async_save: bool, tiny, tmp_path: Path, capsys
+) -> None:
+    output, file = tmp_path / "run", tmp_path / "train.jsonl"
+    good = dialogues(300)
+    write_lines(file, [*good, *[{"src": []}] * 100])
+    more = {"train_dataset_path": file, "evaluation_strategy": "no", "num_answers": 0}
+    more |= {"packing": "false", "batch_size": 16, "gradient_accumulation_steps": 1}
+    more |= {"random_shuffle": "false", "mix_strategy": "concat", "max_steps": 20}
+    more |= {"save_steps": 10, "use_async_save": use_async_save}
+    start = words(tiny("tiny-dense"), tmp_path, output, **more)
+    start.remove(f"eval_dataset_path={tmp_path / 'eval.jsonl'}")
+    assert main(start) == 2
+    told = capsys.readouterr().err
+    assert "9 of 400 records cannot be used so far" in told and told.count("\n") == 1
+    assert "max_bad_data_share=0.02" in told and "ignore_changed_inputs=true" in told
+    assert [step for step, _ in checkpoint.checkpoints(output)] == [10, 18]
+    assert [row[0] for row in curve(output)] == list(range(1, 19))
+
+    write_lines(file, [*good, *dialogues(100)])
+    assert main(start) == 2
+    assert main([*start, "ignore_changed_inputs=true"]) == 0
+    assert [row[0] for row in curve(output)] == list(range(1, 21))
 
 
 def test_going_back_sets_later_checkpoints_aside(tiny, data: Path, tmp_path: Path, capsys) -> None:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import ernie
-from erniekit import losses
+from erniekit import checkpoint, losses
 from erniekit.cli import main
 from erniekit.config import Training, run_from
 from erniekit.loop import Progress, _why_skip
@@ -124,6 +124,32 @@ def test_beyond_the_budget_a_bundle_tells_what_the_step_saw(
         load_file(tmp_path / f"checkpoint-{n}/adapter_model.safetensors") for n in (2, 4)
     )
     assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_what_was_saved_before_skipped_steps_stays_and_is_the_way_back(
+    spoil, tiny, data: Path, tmp_path: Path, capsys
+) -> None:
+    spoil(lambda call: 4 <= call <= 8, float("nan"))
+    more = {"max_skipped_steps": 4, "save_steps": 1, "save_total_limit": 2, "max_steps": 10}
+    assert main(plain(tiny("tiny-dense"), data, tmp_path, **more)) == 2
+    before = tmp_path / "checkpoint-3"
+    told = capsys.readouterr().err
+    assert f"resume_from_checkpoint={before}, or an earlier one" in told
+    assert "data position" not in told
+    assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [2, 3, 7, 8]
+    more |= {"resume_from_checkpoint": before, "learning_rate": 1e-3}
+    assert main(plain(tiny("tiny-dense"), data, tmp_path, **more)) == 0
+    assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [9, 10]
+    assert not any(record.get("skipped") for record in records(tmp_path))
+
+
+def test_steps_that_are_skipped_from_the_first_on_have_no_way_back(
+    spoil, tiny, data: Path, tmp_path: Path, capsys
+) -> None:
+    spoil(lambda call: True, float("nan"))
+    more = {"max_skipped_steps": 1, "save_steps": 1}
+    assert main(plain(tiny("tiny-dense"), data, tmp_path, **more)) == 2
+    assert "no checkpoint is from before it: overwrite_output_dir=true" in capsys.readouterr().err
 
 
 OUT_OF_MEMORY = """

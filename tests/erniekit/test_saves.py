@@ -197,6 +197,39 @@ def test_a_file_named_save_asks_for_a_checkpoint(
         assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [5, 7]
 
 
+def test_what_cannot_be_removed_is_told_and_training_goes_on(
+    tiny, data: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    real = checkpoint.shutil.rmtree
+
+    def refused(path: Path, **options: object) -> None:
+        if Path(path).name == "checkpoint-1.partial" and Path(path).exists():
+            raise PermissionError(13, "Permission denied", str(path))
+        real(path, **options)
+
+    (tmp_path / session.REQUEST_FILE).mkdir()
+    more = {"max_steps": 4, "save_steps": 4, "save_total_limit": 1, "evaluation_strategy": "no"}
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", refused)
+    assert main(quick(tiny("tiny-dense"), data, tmp_path, **more)) == 0
+    told = capsys.readouterr().out
+    assert told.count("SAVE has asked for a checkpoint and cannot be removed") == 1
+    assert "checkpoint-1 is one more than save_total_limit, and cannot be removed" in told
+    assert [step for step, _ in checkpoint.checkpoints(tmp_path)] == [4]
+
+    more["max_steps"] = 5  # what is left does not stop the next start
+    assert main(quick(tiny("tiny-dense"), data, tmp_path, **more)) == 0
+    assert "checkpoint-1.partial is left of a writer that was killed" in capsys.readouterr().out
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(
+    tiny, data: Path, tmp_path: Path, capsys
+) -> None:
+    (tmp_path / ".lock").mkdir()  # nobody can open it for writing, not even root
+    assert main(quick(tiny("tiny-dense"), data, tmp_path)) == 2
+    told = capsys.readouterr().err
+    assert f"output_dir {tmp_path} cannot be written to" in told and told.count("\n") == 1
+
+
 def test_the_best_checkpoint_stays_and_can_be_the_final_model(
     tiny, data: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
@@ -229,6 +262,38 @@ def test_the_best_checkpoint_stays_and_can_be_the_final_model(
     (best / "trainer_state.json").write_text("{}")
     assert main(["export", base, f"output_dir={tmp_path}", "use_checkpoint=best"]) == 2
     assert "trainer_state.json has 2 bytes instead of" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
+def test_a_damaged_best_checkpoint_is_told_and_the_next_best_is_taken(
+    damage: str, tiny, data: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    losses = {0: 9.0, 2: 3.0, 4: 2.0, 6: 4.0}
+    real = session._evaluated
+    name = "adapter_model.safetensors"
+
+    def spoiling(running: session.Session, step: int) -> dict[str, float]:
+        path = tmp_path / "checkpoint-4" / name
+        if step == 6 and damage == "gone":
+            path.unlink()
+        elif step == 6:
+            whole = path.read_bytes()
+            path.write_bytes(whole[:-9] + (b"" if damage == "cut" else b"123456789"))
+        return real(running, step) | {"eval_loss": losses[step]}
+
+    monkeypatch.setattr(session, "_evaluated", spoiling)
+    more = {"save_total_limit": 3, "load_best_model_at_end": True}
+    assert main(quick(tiny("tiny-dense"), data, tmp_path, **more)) == 0
+    told = capsys.readouterr().out
+    assert f"SKIPPED the damaged checkpoint {tmp_path}/checkpoint-4" in told
+    assert f"the final model is that of {tmp_path}/checkpoint-2, eval_loss 3.0000" in told
+    ours, theirs = load_file(tmp_path / name), load_file(tmp_path / "checkpoint-2" / name)
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+    (tmp_path / "checkpoint-2" / name).unlink()  # only the last one is whole
+    assert main(quick(tiny("tiny-dense"), data, tmp_path, **more)) == 0
+    ours, theirs = load_file(tmp_path / name), load_file(tmp_path / "checkpoint-6" / name)
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
 def test_a_metric_that_no_evaluation_has_is_refused(tiny, data, tmp_path: Path, capsys) -> None:

@@ -46,6 +46,32 @@ def test_a_mistake_with_overwrite_loses_nothing(tiny, data: Path, tmp_path: Path
     assert checkpoint.has_model(tmp_path)
 
 
+def test_what_no_run_has_written_is_not_removed(tiny, data: Path, tmp_path: Path, capsys) -> None:
+    model = tiny("tiny-dense")
+    kept = ["config.json", "export/thesis.txt", "checkpoint-500/weights.bin", "metrics.jsonl"]
+    for name in kept:
+        path = tmp_path / name.partition(".")[0] / name
+        path.parent.mkdir(parents=True)
+        path.write_text("mine")
+        output = tmp_path / name.partition(".")[0]
+        for more in ({}, {"overwrite_output_dir": True}):
+            capsys.readouterr()
+            assert main(short(model, data, output, **more)) == 2
+            told = capsys.readouterr().err
+            assert f" holds {name.partition('/')[0]}, which no" in told and told.count("\n") == 1, told
+            assert "give another output_dir" in told and path.read_text() == "mine"
+
+    output = tmp_path / "own"
+    output.mkdir()
+    (output / "notes.txt").write_text("mine")  # in nobody's way
+    assert main(short(model, data, output)) == 0
+    assert main(short(model, data, output, overwrite_output_dir=True, fine_tuning="Full")) == 0
+    assert (output / "notes.txt").read_text() == "mine"
+    (tmp_path / "moved").mkdir()
+    (output / "checkpoint-2").rename(tmp_path / "moved/checkpoint-2")  # a run's own, if alone
+    assert main(short(model, data, tmp_path / "moved", fine_tuning="Full")) == 0
+
+
 def test_a_start_that_goes_on_leaves_no_stale_model(
     tiny, data: Path, tmp_path: Path, capsys
 ) -> None:
@@ -106,6 +132,27 @@ def test_more_epochs_are_more_steps(tiny, data: Path, tmp_path: Path, capsys) ->
     assert main(["resume", str(tmp_path), "num_train_epochs=3"]) == 0
     assert "an epoch is" in capsys.readouterr().out
     assert 3 * num_steps - 2 <= curve(tmp_path)[-1][0] <= 3 * num_steps
+
+
+def test_a_start_that_trains_nothing_says_so_last(tiny, data: Path, tmp_path: Path, capsys) -> None:
+    model = tiny("tiny-dense")
+
+    def told(**more: object) -> list[str]:
+        assert main(short(model, data, tmp_path, **more)) == 0
+        return capsys.readouterr().out.splitlines()
+
+    assert not any("nothing was trained" in line for line in told(max_steps=6))
+    nothing = "nothing was trained in this start: the run has done 6 steps, and"
+    anew = "overwrite_output_dir=true or another output_dir trains anew"
+    lines = told(max_steps=6, learning_rate=1e-4)
+    assert f"{nothing} a run of 6 was asked for" in lines[-1] and anew in lines[-1]
+    assert any("all 6 steps are done" in line for line in lines)
+    lines = told(max_steps=4)
+    assert f"{nothing} a run of 4 was asked for" in lines[-1] and anew in lines[-1]
+    assert any("6 steps are done, of 4" in line for line in lines)
+    assert checkpoint.has_model(tmp_path)
+    assert f"{nothing} stop_after_step=3 was asked for" in told(max_steps=8, stop_after_step=3)[-1]
+    assert not any("nothing was trained" in line for line in told(max_steps=7))
 
 
 def test_what_killed_writers_left_is_removed(tiny, data: Path, tmp_path: Path) -> None:
