@@ -43,7 +43,7 @@ def trained(tiny, tmp_path: Path):
 def expected_logits(tiny, name: str, out: Path, kind: str) -> torch.Tensor:
     model = ernie.load(tiny(name), dtype=torch.float32)
     if kind == "LoRA":
-        put_in(model, out)
+        put_in(model, out, tiny(name))
     return model.logits(range(30))
 
 
@@ -114,7 +114,7 @@ def test_an_adapter_of_peft_is_read_here(tiny, tmp_path: Path) -> None:
     theirs = peft.get_peft_model(dense_base(tiny), config)
     theirs.save_pretrained(tmp_path)
     model = ernie.load(tiny("tiny-dense"), dtype=torch.float32)
-    put_in(model, tmp_path)
+    put_in(model, tmp_path, tiny("tiny-dense"))
     worst = (model.logits(range(30)) - logits_of(theirs)).abs().max().item()
     assert worst < 2e-4, f"logits are off by {worst:.1e}"
 
@@ -128,7 +128,7 @@ def test_gguf_holds_the_merged_weights(kind, trained, tiny) -> None:
     tensors = {t.name: t for t in gguf.GGUFReader(out / "export/model-f32.gguf").tensors}
     model = ernie.load(tiny("tiny-dense"), dtype=torch.float32)
     if kind == "LoRA":
-        put_in(model, out)
+        put_in(model, out, tiny("tiny-dense"))
         lora.merge_lora(model)
     ours = model.model.layers[1].mlp.down_proj.weight.detach()
     found = torch.from_numpy(tensors["blk.1.ffn_down.weight"].data.copy()).view_as(ours)

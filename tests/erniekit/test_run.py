@@ -83,7 +83,7 @@ def test_export_equals_base_plus_adapter(words, tiny, tmp_path: Path) -> None:
     assert main(["export", *words()]) == 0
     base, out = tiny("tiny-dense"), tmp_path / "out"
     adapted = ernie.load(base, dtype=torch.float32)
-    put_in(adapted, out)
+    put_in(adapted, out, base)
     merged = ernie.load(out / "export", dtype=torch.float32)
     worst = (adapted.logits(range(30)) - merged.logits(range(30))).abs().max().item()
     assert worst < 1e-4, f"merged logits are off by {worst:.2e}"
