@@ -94,6 +94,7 @@ class Settings:
     parameters: Sequence[str] = ()  # ends of names of stacked weights
     has_magnitude: bool = False  # DoRA
     is_principal: bool = False  # PiSSA
+    base: str = ""  # folder or hub name of the model it was trained beside; empty: not said
 
     def wants(self, module: str) -> bool:
         """Whether a module is named as one that has a pair."""
@@ -238,6 +239,7 @@ def read_settings(path: Path) -> Settings:
         parameters=parameters,
         has_magnitude=_checked(path, "use_dora", values.get("use_dora", False), _FLAG),
         is_principal=values.get("init_lora_weights") == "pissa",
+        base=str(values.get("base_model_name_or_path") or ""),
     )
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import ernie
 from ernie import kernels
-from ernie.checkpoint.hub import already_here, resolve
+from ernie.checkpoint.hub import NOT_SET, already_here, resolve
 from ernie.config import ErnieConfig
 from ernie.kernels.weights import QuantTensor
 from ernie.layers import Linear
@@ -35,7 +35,7 @@ from erniekit.config import Run
 from erniekit.config.model import TOWER, parts_again
 from erniekit.lora import TRAINED, Freeze, LoRA, Preparation, add_lora, weight_names
 from erniekit.recompute import recompute
-from erniekit.reward_model import fill_head, has_head, put_head
+from erniekit.reward_model import CONFIG_KEY, fill_head, has_head, mark, put_head
 
 log = logging.getLogger("erniekit")
 
@@ -44,6 +44,8 @@ def config_of(path_or_name: str) -> ErnieConfig:
     """The network of a folder, of a hub repository that was fetched before, or of a released model
     by its hub name; nothing is fetched.
     """
+    if not path_or_name:
+        raise ConfigError(NOT_SET)
     folder = Path(path_or_name) if Path(path_or_name).is_dir() else already_here(path_or_name)
     if folder is not None:
         return ErnieConfig.from_folder(folder)
@@ -108,8 +110,15 @@ def build_model(
     elif not run.is_lora:
         _choose_trained(model, run)
     if run.stage.has_reward_head:
-        folder = weights_from or Path(run.model.model_name_or_path)
+        folder = weights_from or resolve(run.model.model_name_or_path)
         put_head(model, folder, seed=run.training.seed)
+    elif CONFIG_KEY in model.config.extra:
+        log.warning(
+            "the reward head of %s is left out: stage=%s does not train it",
+            run.model.model_name_or_path,
+            run.model.stage,
+        )
+        mark(model, has_head=False)
     for router in model.modules():
         if isinstance(router, Router):
             router.capacity = run.model.moe_capacity
@@ -171,8 +180,6 @@ def _base_model(
     if run.is_lora and run.model.compute_type != "bf16":
         return _read_frozen(run, "cpu" if in_host_memory else device)
     source = weights_from or run.model.model_name_or_path
-    if not source:
-        raise ConfigError("model_name_or_path is not set; give a folder or a name on the hub")
     dtype = weights_dtype(run, device)
     device = "cpu" if in_host_memory else device
     if weights_from:
@@ -199,8 +206,6 @@ def _read_frozen(run: Run, device: str) -> ernie.ErnieModel:
     whose adapters are put beside them, as PiSSA needs the weights for its own.
     """
     path = run.model.model_name_or_path
-    if not path:
-        raise ConfigError("model_name_or_path is not set; give a folder or a name on the hub")
     if not run.model.continue_training:
         model = _new_model(run, device)
         add_lora(model, lora_of(run), seed=run.training.seed, freeze=freezer(run))
@@ -254,7 +259,8 @@ def lora_of(run: Run) -> LoRA:
 
 def load_adapter(model: ernie.ErnieModel, run: Run, folder: Path) -> None:
     """The trained parts of a model from a checkpoint, or from any adapter of the run's form."""
-    saved, tensors = lora_files.read_adapter(folder, model.config)
+    name = run.model.model_name_or_path
+    saved, tensors = lora_files.read_adapter(folder, model.config, name)
     wanted = lora_of(run)
     if saved != wanted:
         told = ", ".join(

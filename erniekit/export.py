@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import ernie
+from ernie.adapter_files import read_settings
 from ernie.chat import LOCK_FILE
 from ernie.checkpoint.gguf_export import export_gguf
 from ernie.checkpoint.hub import resolve
@@ -52,11 +53,13 @@ def export(run: Run) -> int:
         raise ConfigError(
             f"{folder} holds a whole model, of which there is no adapter; use another export_format"
         )
+    if form in ("gguf", "peft"):
+        reward_model.refuse_head(folder, form)
     target = run.output / "export"
     with checkpoint.locked(run.output):
         if form == "peft":
             target = target / "peft"  # a model may lie in the folder above
-            _write_peft(folder, run.model.model_name_or_path, target)
+            _write_peft(folder, _base(run, folder), target)
         elif form == "gguf":
             with _whole(run, folder, is_adapter=is_adapter) as source:
                 target = target / f"model-{run.export.gguf_dtype}.gguf"
@@ -91,23 +94,38 @@ def _trained(run: Run) -> Path:
     return folder
 
 
+def _base(run: Run, folder: Path) -> str:
+    """The model that an adapter is put on: the run's, else the folder that it was trained beside.
+
+    Raises ConfigError.
+    """
+    name = run.model.model_name_or_path
+    trained = read_settings(folder / lora_files.ADAPTER_CONFIG).base
+    if name or (trained and Path(trained).is_dir()):
+        return name or trained
+    told = f"trained beside {trained}, which is not here" if trained else "of an unnamed model"
+    raise ConfigError(
+        f"model_name_or_path is not set; the adapter in {folder} is {told}: give its base model"
+    )
+
+
 def _write_whole(
     run: Run, folder: Path, target: Path, layout: str | None, *, is_adapter: bool
 ) -> None:
     """The model of `folder` as a model folder; `layout` None: as the base (or itself) has it."""
-    base = resolve(run.model.model_name_or_path) if is_adapter else folder
+    name = _base(run, folder) if is_adapter else str(folder)
+    base = resolve(name)
     model = ernie.load(base, dtype=None)
     samples = []
     if is_adapter:
-        lora_files.put_in(model, folder)
+        lora_files.put_in(model, folder, name)
         samples = merge_check.samples(model)
         lora.merge_lora(model)
     if not run.export.copy_tokenizer:
         model.tokenizer = None
     _remove_small_files(base, target)
-    if reward_model.has_head(folder):
-        reward_model.mark(model)
-        reward_model.write_head(target, reward_model.read_head(folder))
+    reward_model.mark(model, has_head=reward_model.has_head(folder))
+    reward_model.copy_head(folder, target)
     size = int(run.export.max_shard_size * 1e9)
     ernie.save(model, target, layout=layout or model.layout, max_shard_bytes=size)
     if is_adapter:
@@ -149,7 +167,7 @@ def _whole(run: Run, folder: Path, *, is_adapter: bool) -> Iterator[Path]:
 
 def _write_peft(folder: Path, name: str, target: Path) -> None:
     base = ernie.load(name, dtype=None)
-    form, tensors = lora_files.read_adapter(folder, base.config)
+    form, tensors = lora_files.read_adapter(folder, base.config, name)
     text, files = lora_files.peft_form(base, form, tensors, name, str(folder))
     target.mkdir(parents=True, exist_ok=True)
     (target / LOCK_FILE).unlink(missing_ok=True)  # of an earlier export

@@ -11,6 +11,7 @@ Reading takes all of these forms (`ernie.adapter_files`).
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,8 @@ from ernie.model import ErnieModel
 from ernie.settings import ConfigError
 from erniekit.lora import TRAINED, LoRA, add_lora, pairs, principal, projections
 from erniekit.lora_targets import shortest
+
+log = logging.getLogger("erniekit")
 
 ADAPTER_CONFIG, ADAPTER_FILE = SETTINGS, WEIGHTS
 _PREFIX = "base_model.model."
@@ -103,13 +106,24 @@ def form_of(settings: Settings) -> LoRA:
     )
 
 
-def read_adapter(folder: Path, config: ErnieConfig) -> tuple[LoRA, dict[str, Tensor]]:
-    """An adapter for a model of `config`: what it is like, its weights being the targets, and its
-    float32 tensors by parameter.
+def read_adapter(
+    folder: Path, config: ErnieConfig, base: str | Path
+) -> tuple[LoRA, dict[str, Tensor]]:
+    """An adapter for the model `base` of `config`: what it is like, its weights being the targets,
+    and its float32 tensors by parameter.
 
-    Raises ConfigError or CheckpointError.
+    Warns where it was trained beside another model: shapes alone do not tell models apart, and a
+    folder may have been moved. Raises ConfigError or CheckpointError.
     """
     settings, tensors = read_tensors(folder, config)
+    if settings.base and Path(settings.base).resolve() != Path(base).resolve():
+        log.warning(
+            "the adapter in %s was trained beside %s and is put on %s: unless that is the same "
+            "model in another place, what comes out is of no use",
+            folder,
+            settings.base,
+            base,
+        )
     weights = sorted({name.rpartition(".")[0] for name in tensors})
     return replace(form_of(settings), targets=tuple(weights)), tensors
 
@@ -158,12 +172,13 @@ def beside_the_base(
     return lora.doubled(), found
 
 
-def put_in(base: ErnieModel, folder: Path) -> None:
-    """The adapter of a folder beside a whole plain model, in place: ready to compute or to merge.
+def put_in(base: ErnieModel, folder: Path, name: str | Path) -> None:
+    """The adapter of a folder beside a whole plain model, which lies in (or is called) `name`, in
+    place: ready to compute or to merge.
 
     Raises ConfigError or CheckpointError.
     """
-    form, tensors = beside_the_base(base, *read_adapter(folder, base.config))
+    form, tensors = beside_the_base(base, *read_adapter(folder, base.config, name))
     add_lora(base, form, seed=0)
     load_adapter(base, tensors, str(folder / ADAPTER_FILE))
 

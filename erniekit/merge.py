@@ -17,8 +17,9 @@ Source: Wortsman et al., "Model soups", 2022; Shoemake, "Animating rotation with
 1985; Yadav et al., "TIES-Merging", 2023; Yu et al., "Language models are super Mario", 2023; with
 the conventions of mergekit (Goddard et al., 2024) for weights and normalisation.
 
-Refused: networks that differ in anything but names, quantised folders, and settings that the method
-does not read.
+Reward models are merged with their heads. Refused: networks that differ in anything but names,
+other tokenizers, heads in some sources only, quantised folders, settings that the method does not
+read, and what `erniekit.convert` refuses of targets.
 """
 
 from __future__ import annotations
@@ -34,11 +35,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ernie.chat.lock import tokenizer_hash
 from ernie.checkpoint.hub import resolve
 from ernie.checkpoint.io import open_weights, write
 from ernie.config import ErnieConfig
 from ernie.model import ErnieModel
 from ernie.settings import ConfigError, check_bounds, fill, option, read_overrides
+from erniekit import reward_model
+from erniekit.convert import Target, written
 from erniekit.export import copy_kept_files
 
 log = logging.getLogger("erniekit")
@@ -83,16 +87,18 @@ def run_merge(words: Sequence[str]) -> int:
     if len(paths) < 3:
         raise ConfigError(f"{len(paths)} paths were given; give two sources or more, and a target")
     given = read_overrides([word for word in words if "=" in word])
-    (options,) = fill([Merge], given, "the command line")
-    for key in given.keys() - {"method", "layout", "dtype", *METHODS[options.method]}:
+    options, place = fill([Merge, Target], given, "the command line")
+    for key in given.keys() - {"method", "layout", "dtype", "overwrite", *METHODS[options.method]}:
         readers = ", ".join(name for name, keys in METHODS.items() if key in keys)
         raise ConfigError(f"method={options.method} does not read {key}; {readers} does")
-    merge([*paths[:-1]], paths[-1], options)
+    merge([*paths[:-1]], paths[-1], options, overwrite=place.overwrite)
     log.info("merged %d models (%s) into %s", len(paths) - 1, options.method, paths[-1])
     return 0
 
 
-def merge(sources: Sequence[str | Path], target: str | Path, options: Merge) -> None:
+def merge(
+    sources: Sequence[str | Path], target: str | Path, options: Merge, *, overwrite: bool = False
+) -> None:
     """Write the mix of `sources` (folders or hub names) as the model folder `target`.
 
     Tokenizer, configuration and small files are those of the base, else of the first source.
@@ -100,13 +106,16 @@ def merge(sources: Sequence[str | Path], target: str | Path, options: Merge) -> 
     """
     options = _checked(options, len(sources))
     folders = [resolve(source) for source in [*sources, *filter(None, [options.base])]]
-    if Path(target).resolve() in [folder.resolve() for folder in folders]:
-        raise ConfigError(f"{target} is one of the models to merge; give another folder")
-    if Path(target).exists() and not Path(target).is_dir():
-        raise ConfigError(f"{target} is a file; give a folder")
+    with written("merge", Path(target), folders, overwrite=overwrite) as folder:
+        _merge(folders, folder, options)
+
+
+def _merge(folders: Sequence[Path], target: Path, options: Merge) -> None:
+    """The mix of models of which the last is the base, where the method has one."""
     opened = [open_weights(folder) for folder in folders]
     for folder, (model, _) in zip(folders[1:], opened[1:]):
-        _check_same(opened[0][0].config, model.config, folders[0], folder)
+        _check_same(opened[0][0], model, folders[0], folder)
+    heads = _heads(folders)
     first, leading = opened[0][0], opened[-1 if options.base else 0][0]
     stored = first.model.embed_tokens.weight.dtype
     dtype = getattr(torch, options.dtype) if options.dtype else stored
@@ -121,7 +130,28 @@ def merge(sources: Sequence[str | Path], target: str | Path, options: Merge) -> 
         tokenizer=leading.tokenizer,
         generation_config=leading.generation_config,
     )
-    copy_kept_files(folders[-1 if options.base else 0], Path(target))
+    copy_kept_files(folders[-1 if options.base else 0], target)
+    if heads:
+        reward_model.write_head(target, mix_of(heads, options, reward_model.HEAD))
+
+
+def _heads(folders: Sequence[Path]) -> list[Tensor]:
+    """The reward heads of all models, or none."""
+    without = [folder for folder in folders if not reward_model.has_head(folder)]
+    if without and len(without) < len(folders):
+        other = next(folder for folder in folders if folder not in without)
+        raise ConfigError(
+            f"{other} is a reward model and {without[0]} is none; merge reward models with each "
+            "other, and without base= where it has no head"
+        )
+    heads = [] if without else [reward_model.read_head(folder) for folder in folders]
+    for folder, head_1D in zip(folders, heads):
+        if head_1D.shape != heads[0].shape:
+            raise ConfigError(
+                f"the reward head in {folder} is {tuple(head_1D.shape)}, that in {folders[0]} "
+                f"{tuple(heads[0].shape)}; one of them belongs to another model"
+            )
+    return heads
 
 
 def _checked(options: Merge, count: int) -> Merge:
@@ -144,15 +174,21 @@ def _checked(options: Merge, count: int) -> Merge:
     return dataclasses.replace(options, weights=weights, normalize=normalize)
 
 
-def _check_same(one: ErnieConfig, other: ErnieConfig, folder: Path, other_folder: Path) -> None:
-    """Everything that shapes the network or its vocabulary must be the same."""
+def _check_same(one: ErnieModel, other: ErnieModel, folder: Path, other_folder: Path) -> None:
+    """Everything that shapes the network must be the same, and what its token ids mean."""
     for f in dataclasses.fields(ErnieConfig):
-        values = getattr(one, f.name), getattr(other, f.name)
+        values = getattr(one.config, f.name), getattr(other.config, f.name)
         if f.name not in ("extra", "max_position_embeddings") and values[0] != values[1]:
             raise ConfigError(
                 f"{f.name} is {values[0]} in {folder} and {values[1]} in {other_folder}; only "
                 "models of one shape can be merged"
             )
+    hashes = {tokenizer_hash(m.tokenizer) for m in (one, other) if m.tokenizer is not None}
+    if len(hashes) > 1:
+        raise ConfigError(
+            f"{folder} and {other_folder} have different tokenizers, so their rows of the "
+            "vocabulary stand for different tokens; merge models that share one"
+        )
 
 
 def _next(mixed: Iterator[tuple[str, Tensor]], name: str) -> Tensor:

@@ -8,7 +8,8 @@ the network changes. In a folder it lies beside the weights, which still load as
     config.json                    "reward_head": "reward_head/model.safetensors"
     reward_head/model.safetensors  "score.weight" (1, D); beside an adapter too
 
-Refused by `load`: a folder without a head, and one whose head is of another width.
+Refused: by `load` a folder without a head, and one whose head is of another width; by every reader
+a `config.json` that names a head which is not there.
 
 Legend: T tokens of the batch, D hidden size, P pairs, S sequences.
 """
@@ -16,7 +17,6 @@ Legend: T tokens of the batch, D hidden size, P pairs, S sequences.
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -29,8 +29,11 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid
 
 import ernie
+from ernie.adapter_files import read_settings
 from ernie.attention import packed_causal, shared_prompt
+from ernie.checkpoint.errors import CheckpointError
 from ernie.checkpoint.writer import write_file
+from ernie.config import ErnieConfig
 from ernie.layers import Linear
 from ernie.model import Embeds, ErnieModel, Prompt
 from ernie.moe.router import Routing
@@ -66,15 +69,22 @@ def add_reward_head(model: ErnieModel, *, seed: int) -> None:
 
 
 def put_head(model: ErnieModel, folder: Path, *, seed: int) -> None:
-    """Give a model the head of a folder, or a new one where the folder has none, in place."""
+    """Give a model the head of a folder, or a new one to train where it has none, in place."""
     add_reward_head(model, seed=seed)
     if has_head(folder):
         fill_head(model, folder)
 
 
-def mark(model: ErnieModel) -> None:
-    """Have the configuration of a model say where its head lies."""
-    extra = {**model.config.extra, CONFIG_KEY: HEAD_FILE}
+def take_head(model: ErnieModel, folder: Path) -> None:
+    """Give a model the head of a folder, in place; raises ConfigError where it has none."""
+    add_reward_head(model, seed=0)
+    fill_head(model, folder)
+
+
+def mark(model: ErnieModel, *, has_head: bool = True) -> None:
+    """Have the configuration of a model say where its head lies, or that it has none."""
+    extra = {k: v for k, v in model.config.extra.items() if k != CONFIG_KEY}
+    extra |= {CONFIG_KEY: HEAD_FILE} if has_head else {}
     model.config = dataclasses.replace(model.config, extra=extra)
 
 
@@ -131,8 +141,34 @@ def write_head(folder: Path, head_1D: Tensor) -> None:
     write_file(path, {HEAD: head_1D})
 
 
+def copy_head(source: Path, target: Path) -> None:
+    """The head of a folder, where it has one, beside weights that were made of its own."""
+    if has_head(source):
+        write_head(target, read_head(source))
+
+
 def has_head(folder: Path) -> bool:
-    return (folder / HEAD_FILE).is_file()
+    """Whether a folder holds a head. Raises CheckpointError where its config.json names one that is
+    not there.
+    """
+    if (folder / HEAD_FILE).is_file():
+        return True
+    config = folder / "config.json"
+    if config.is_file() and CONFIG_KEY in ErnieConfig.from_folder(folder).extra:
+        raise CheckpointError(
+            f"{config} names a reward head, but {HEAD_FILE} is not there; copy it from the model "
+            f"that this one was made of, or take {CONFIG_KEY} out of config.json"
+        )
+    return False
+
+
+def refuse_head(folder: Path, form: str) -> None:
+    """Raise ConfigError for a reward model that is to become files without a place for its head."""
+    if has_head(folder):
+        raise ConfigError(
+            f"{folder} is a reward model, and {form} has no place for its head; use erniekit "
+            "export with export_format=pt, paddle or transformers, which take it along"
+        )
 
 
 def read_head(folder: Path) -> Tensor:
@@ -229,15 +265,13 @@ def load(
     """
     folder = Path(folder)
     read_head(folder)
-    base = folder
+    base: str | Path = folder
     is_adapter = (folder / lora_files.ADAPTER_CONFIG).is_file()
     if is_adapter:
-        values = json.loads((folder / lora_files.ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        base = values["base_model_name_or_path"]
+        base = read_settings(folder / lora_files.ADAPTER_CONFIG).base
     model = ernie.load(base, dtype=dtype, device=device)
     if is_adapter:
-        lora_files.put_in(model, folder)
+        lora_files.put_in(model, folder, base)
         lora.merge_lora(model)
-    add_reward_head(model, seed=0)
-    fill_head(model, folder)
+    take_head(model, folder)
     return RewardModel(model.requires_grad_(False).eval())

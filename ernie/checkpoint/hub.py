@@ -11,14 +11,17 @@ from pathlib import Path
 from ernie.checkpoint.errors import CheckpointError
 
 PATTERNS = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "*.txt")
+NOT_SET = "model_name_or_path is not set; give the folder of a model or its name on the hub"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 def resolve(path_or_name: str | Path) -> Path:
     """The folder itself, or the local snapshot of a hub repository, fetched if needed.
 
-    Raises CheckpointError when there is neither.
+    Raises CheckpointError when there is neither, and where none is named.
     """
+    if path_or_name == "":
+        raise CheckpointError(NOT_SET)
     folder = Path(path_or_name)
     if folder.is_dir():
         return folder

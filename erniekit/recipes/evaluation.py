@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import ernie
+from ernie.checkpoint.hub import resolve
 from ernie.settings import ConfigError
 from erniekit import checkpoint, lora_files
 from erniekit.build import build_model, load_adapter, read_model
@@ -28,7 +29,7 @@ from erniekit.report import story
 from erniekit.report.answers import answers, prompts
 from erniekit.report.scores import mean_scores
 from erniekit.report.story import RESULTS_FILE, SAMPLES_FILE
-from erniekit.reward_model import put_head
+from erniekit.reward_model import take_head
 
 log = logging.getLogger("erniekit")
 
@@ -88,11 +89,10 @@ def _on_data(run: Run, method: Method, model: ernie.ErnieModel, what: str | Path
 
 def _model(run: Run, device: str, folder: Path | None) -> tuple[ernie.ErnieModel, str | Path]:
     if folder is not None and (folder / lora_files.ADAPTER_CONFIG).is_file():
-        model = build_model(run, device).eval()
+        model = build_model(run, device)
         load_adapter(model, run, folder)
-        return model, folder
-    what = folder or Path(run.model.model_name_or_path)
-    model = read_model(run, device) if folder is None else ernie.load(folder, device=device)
-    if run.stage.has_reward_head:
-        put_head(model, what, seed=run.training.seed)
+    else:
+        model = read_model(run, device) if folder is None else ernie.load(folder, device=device)
+    if run.stage.has_reward_head:  # a new one would answer by chance
+        take_head(model, folder or resolve(run.model.model_name_or_path))
     return model.eval(), folder or run.model.model_name_or_path

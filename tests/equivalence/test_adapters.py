@@ -238,7 +238,7 @@ def test_tokens_of_other_forms_equal_the_merged_models(
     assert expected != answers("tiny-moe")[2]["base"]
     folder = helpers_lora.save(wrapped, FORMS[form], tmp_path / "own")
     if as_peft:
-        lora, tensors = lora_files.read_adapter(folder, base.config)
+        lora, tensors = lora_files.read_adapter(folder, base.config, "base")
         if form == "shared experts":
             with pytest.raises(ConfigError, match="which PEFT takes for pairs of the routed"):
                 lora_files.peft_form(base, lora, tensors, "a base", "here")

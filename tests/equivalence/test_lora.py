@@ -53,7 +53,7 @@ def of_peft(form: LoRA, folder: Path) -> tuple[peft.PeftModel, ErnieModel]:
     wrapped.save_pretrained(folder / "adapter")
     add_lora(base, form, seed=0)
     if not form.is_principal:  # whose start is the base's own, but for signs of its vectors
-        found, tensors = lora_files.read_adapter(folder / "adapter", base.config)
+        found, tensors = lora_files.read_adapter(folder / "adapter", base.config, "base")
         assert found == form
         lora_files.load_adapter(base, tensors, "the file")
     return wrapped, base
@@ -266,7 +266,7 @@ def test_experts_of_peft_are_read_and_written(which: list[str], tmp_path: Path) 
     ids = [(5 * i) % 199 for i in range(20)]
     with torch.no_grad():
         wanted = wrapped(torch.tensor([ids])).logits[0]
-    form, tensors = lora_files.read_adapter(tmp_path / "theirs", base.config)
+    form, tensors = lora_files.read_adapter(tmp_path / "theirs", base.config, "base")
     add_lora(base, form, seed=0)
     lora_files.load_adapter(base, tensors, "the file")
     gap, moved = (float((m.logits(ids) - wanted).abs().max()) for m in (base, plain))
@@ -307,7 +307,7 @@ def test_pairs_of_multimodal_models_are_read_and_written(
     wrapped.save_pretrained(tmp_path / "theirs")
     with torch.no_grad():
         wanted = wrapped(**case.inputs).logits[0]
-    form, tensors = lora_files.read_adapter(tmp_path / "theirs", base.config)
+    form, tensors = lora_files.read_adapter(tmp_path / "theirs", base.config, "base")
     add_lora(base, form, seed=0)
     lora_files.load_adapter(base, tensors, "the file")
     found = (m.logits(case.ids, **case.pictures) for m in (base, plain))

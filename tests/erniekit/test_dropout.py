@@ -164,7 +164,7 @@ def test_adapters_drop_as_those_of_peft(tmp_path: Path) -> None:
         if "lora_B" in name:
             parameter.data.normal_(std=0.2)
     wrapped.save_pretrained(tmp_path / "adapter")
-    form, tensors = lora_files.read_adapter(tmp_path / "adapter", ours.config)
+    form, tensors = lora_files.read_adapter(tmp_path / "adapter", ours.config, "base")
     add_lora(ours, form, seed=0)
     lora_files.load_adapter(ours, tensors, "the file")
     dropout = dropout_of(ours, **LORA, hidden_dropout_prob=0, attention_probs_dropout_prob=0)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import ernie
-from erniekit import lora
+from erniekit import lora, reward_model
 from erniekit.cli import main
 from erniekit.lora import LoRA
 from erniekit.lora_files import put_in
@@ -43,7 +43,7 @@ def trained(tiny, tmp_path: Path):
 def expected_logits(tiny, name: str, out: Path, kind: str) -> torch.Tensor:
     model = ernie.load(tiny(name), dtype=torch.float32)
     if kind == "LoRA":
-        put_in(model, out)
+        put_in(model, out, tiny(name))
     return model.logits(range(30))
 
 
@@ -114,7 +114,7 @@ def test_an_adapter_of_peft_is_read_here(tiny, tmp_path: Path) -> None:
     theirs = peft.get_peft_model(dense_base(tiny), config)
     theirs.save_pretrained(tmp_path)
     model = ernie.load(tiny("tiny-dense"), dtype=torch.float32)
-    put_in(model, tmp_path)
+    put_in(model, tmp_path, tiny("tiny-dense"))
     worst = (model.logits(range(30)) - logits_of(theirs)).abs().max().item()
     assert worst < 2e-4, f"logits are off by {worst:.1e}"
 
@@ -128,7 +128,7 @@ def test_gguf_holds_the_merged_weights(kind, trained, tiny) -> None:
     tensors = {t.name: t for t in gguf.GGUFReader(out / "export/model-f32.gguf").tensors}
     model = ernie.load(tiny("tiny-dense"), dtype=torch.float32)
     if kind == "LoRA":
-        put_in(model, out)
+        put_in(model, out, tiny("tiny-dense"))
         lora.merge_lora(model)
     ours = model.model.layers[1].mlp.down_proj.weight.detach()
     found = torch.from_numpy(tensors["blk.1.ffn_down.weight"].data.copy()).view_as(ours)
@@ -183,3 +183,30 @@ def test_another_export_leaves_no_small_file_behind(trained, tiny, tmp_path: Pat
     assert main(["export", *words, "copy_tokenizer=false"]) == 0
     assert not list((out / "export").glob("*token*"))
     assert ernie.load(out / "export").tokenizer is None
+
+
+def test_the_base_of_an_adapter_is_found_or_told(trained, tiny, tmp_path: Path, capsys) -> None:
+    out, words = trained("tiny-dense", "LoRA")
+    assert main(["export", words[0]]) == 2
+    assert "model_name_or_path is not set; the adapter in" in capsys.readouterr().err
+    assert main(["export", *words]) == 0
+    told = f"was trained beside a base and is put on {tiny('tiny-dense')}"
+    assert told in capsys.readouterr().out, "the adapter says `a base`"
+
+    values = json.loads((out / "adapter_config.json").read_text())
+    values["base_model_name_or_path"] = str(tiny("tiny-dense"))
+    (out / "adapter_config.json").write_text(json.dumps(values))
+    for given in (words, words[:1]):
+        shutil.rmtree(out / "export")
+        assert main(["export", *given]) == 0
+        assert "was trained beside" not in capsys.readouterr().out
+        assert (out / "export/config.json").is_file()
+
+
+@pytest.mark.parametrize(("form", "kind"), [("gguf", "Full"), ("gguf", "LoRA"), ("peft", "LoRA")])
+def test_forms_without_a_place_for_a_reward_head_refuse_it(form, kind, trained, capsys) -> None:
+    out, words = trained("tiny-dense", kind)
+    reward_model.write_head(out, torch.ones(1, 64))
+    assert main(["export", f"export_format={form}", *words]) == 2
+    assert f"is a reward model, and {form} has no place for its head" in capsys.readouterr().err
+    assert not (out / "export").exists()

@@ -178,7 +178,7 @@ def words(tiny, data: Path, out: Path, name: str = "tiny-moe", **settings: objec
 
 
 def adapter_of(folder: Path, model: ErnieModel) -> dict[str, Tensor]:
-    return lora_files.read_adapter(folder, model.config)[1]
+    return lora_files.read_adapter(folder, model.config, "base")[1]
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -200,7 +200,7 @@ def test_a_resumed_run_is_the_unbroken_one(form: str, tiny, data: Path, tmp_path
     for name, tensor in adapter_of(tmp_path / "again", model).items():
         assert torch.equal(tensor, wanted[name]), f"{name} did not start from lora_path"
     assert main(["export", *words(tiny, data, whole)]) == 0
-    put_in(model, whole)
+    put_in(model, whole, tiny("tiny-moe"))
     merged = ernie.load(whole / "export", dtype=None).logits(range(20))
     gap = float((merged - model.logits(range(20))).abs().max())
     assert gap < 1e-3, f"the export is off by {gap:.1e}"

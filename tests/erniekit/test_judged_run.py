@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import ernie
+from ernie.checkpoint.errors import CheckpointError
 from ernie.tokenizer import Tokenizer
 from erniekit import checkpoint, reward_model
 from erniekit.cli import main
@@ -115,6 +116,31 @@ def test_a_reward_model_ranks_held_out_answers_and_loads(
         assert main(["export", *words("RM", **more)]) == 0
         again = torch.tensor(reward_model.load(output / "export")(whole)).view(-1, 2)
         assert float((again - found).abs().max()) < 0.02 * float(found.abs().max())
+
+
+def test_a_reward_head_is_neither_made_up_nor_named_where_it_is_not(
+    words, tiny, tmp_path: Path, capsys
+) -> None:
+    assert main(["eval", *words("RM")]) == 2
+    assert "tiny-dense holds no reward_head/model.safetensors" in capsys.readouterr().err
+
+    model, scored = ernie.load(tiny("tiny-dense"), dtype=None), tmp_path / "scored"
+    reward_model.mark(model)
+    ernie.save(model, scored)
+    for verb in ("eval", "train"):
+        assert main([verb, *words("RM", model_name_or_path=scored, fine_tuning="Full")]) == 2
+        assert "config.json names a reward head, but" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match="names a reward head"):
+        reward_model.load(scored)
+
+    # A stage without one leaves it out and says so.
+    reward_model.write_head(scored, torch.ones(1, model.config.hidden_size))
+    assert main(["eval", *words("RM", model_name_or_path=scored)]) == 0
+    more = {"model_name_or_path": scored, "fine_tuning": "Full", "max_steps": 1}
+    assert main(["train", *words("KTO", **more)]) == 0
+    assert "is left out: stage=KTO does not train it" in capsys.readouterr().out
+    assert "reward_head" not in (tmp_path / "out/config.json").read_text()
+    assert not reward_model.has_head(tmp_path / "out")
 
 
 @pytest.mark.parametrize("stage", ["KTO", "RM"])

@@ -13,6 +13,7 @@ from torch import Tensor
 import ernie
 from erniekit.cli import main
 from erniekit.merge import Merge, mix_of
+from tests.helpers_tokenizer import byte_level_folder
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +159,9 @@ def test_layout_and_dtype_are_chosen_and_files_are_kept(models, tmp_path: Path) 
             "t=nan is not a number; give one",
         ),
         (["{one}", "{two}", "{file}"], "is a file; give a folder"),
-        (["{one}", "{two}", "{one}"], "one of the models to merge"),
+        (["{one}", "{two}", "{one}"], "is read and cannot be the target too"),
+        (["{one}", "{two}", "{base}"], "base holds a model; give another one, or overwrite=true"),
+        (["{one}", "{other_words}", "{target}"], "have different tokenizers"),
         (["{one}", "{dense}", "{target}"], "only models of one shape"),
         (["{one}", "{two}/no", "{target}"], "there is no folder"),
         (["{one}", "{quantised}", "{target}"], "is quantised; give the model"),
@@ -170,6 +173,11 @@ def test_what_cannot_be_merged_is_refused(
     places = {**models, "dense": tiny("tiny-dense"), "target": tmp_path / "mix"}
     places["file"] = tmp_path / "file"
     places["file"].write_text("x")
+    if "{other_words}" in words:
+        other = ernie.load(models["two"], dtype=None)
+        other.tokenizer = ernie.Tokenizer.from_folder(byte_level_folder(tmp_path / "words"))
+        places["other_words"] = tmp_path / "other_words"
+        ernie.save(other, places["other_words"])
     if "{quantised}" in words:
         places["quantised"] = tmp_path / "quantised"
         assert main(["quantize", str(models["one"]), str(places["quantised"])]) == 0

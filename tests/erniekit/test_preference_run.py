@@ -134,7 +134,7 @@ def test_references_of_lora_and_full_agree_with_adapters_off(words, tiny, tmp_pa
     assert values["Full"].keys() == values["LoRA"].keys() and len(values["LoRA"]) == 49
     run = run_from(dict(w.split("=") for w in words(model_name_or_path=base)))
     plain, model = (ernie.load(base, dtype=torch.bfloat16) for _ in range(2))
-    put_in(model, outputs["LoRA"])
+    put_in(model, outputs["LoRA"], base)
     for batch in eval_batches(run, stream(run, "eval")):
         pairs = to_device(batch, model.device)
         assert isinstance(pairs, Pairs)

@@ -78,12 +78,19 @@ def test_multimodal_models_have_a_stage_of_their_own(words, tiny, capsys) -> Non
     assert "reads pictures too; use stage: VL-SFT, which takes records of text" in error
 
 
+@pytest.mark.parametrize("verb", ["train", "eval", "data", "plan"])
+def test_a_model_that_is_not_named_is_asked_for(verb: str, words, capsys) -> None:
+    given = [w for w in words() if not w.startswith("model_name_or_path")]
+    assert main([verb, *given]) == 2
+    assert "model_name_or_path is not set; give the folder" in capsys.readouterr().err
+
+
 def test_export_equals_base_plus_adapter(words, tiny, tmp_path: Path) -> None:
     assert main(["train", *words(lora_rank=4, rslora="true")]) == 0
     assert main(["export", *words()]) == 0
     base, out = tiny("tiny-dense"), tmp_path / "out"
     adapted = ernie.load(base, dtype=torch.float32)
-    put_in(adapted, out)
+    put_in(adapted, out, base)
     merged = ernie.load(out / "export", dtype=torch.float32)
     worst = (adapted.logits(range(30)) - merged.logits(range(30))).abs().max().item()
     assert worst < 1e-4, f"merged logits are off by {worst:.2e}"
