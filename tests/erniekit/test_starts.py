@@ -58,7 +58,8 @@ def test_what_no_run_has_written_is_not_removed(tiny, data: Path, tmp_path: Path
             capsys.readouterr()
             assert main(short(model, data, output, **more)) == 2
             told = capsys.readouterr().err
-            assert f" holds {name.partition('/')[0]}, which no" in told and told.count("\n") == 1, told
+            assert f" holds {name.partition('/')[0]}, which no" in told, told
+            assert told.count("\n") == 1, told
             assert "give another output_dir" in told and path.read_text() == "mine"
 
     output = tmp_path / "own"
