@@ -181,8 +181,13 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         if not _is_ours(error):
             raise
-        print(f"erniekit {name}: {error}", file=sys.stderr)
-        return getattr(error, "exit_status", 2)
+        return _told(name, error)
+    except OSError as error:
+        from erniekit.faults import of_system
+
+        if (told := of_system(error)) is None:
+            raise
+        return _told(name, told)
     except KeyboardInterrupt:
         print(f"\nerniekit {name}: stopped", file=sys.stderr)
         return 130
@@ -196,6 +201,11 @@ def _called(verb: Verb, words: list[str]) -> int:
         raise ConfigError("no settings were given; give a .yaml file, or key=value words")
     run = config.read_run(words)
     return getattr(importlib.import_module(module), function)(run)
+
+
+def _told(name: str, error: ValueError) -> int:
+    print(f"erniekit {name}: {error}", file=sys.stderr)
+    return getattr(error, "exit_status", 2)
 
 
 def _is_ours(error: ValueError) -> bool:
