@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import errno
+import io
+import json
 import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from erniekit import serve
 from erniekit.cli import main
+from erniekit.config import run_from
 from tests.helpers_faults import forked_runs
 
 
@@ -63,3 +71,65 @@ def test_a_full_disk_ends_every_verb_with_3(tiny, tmp_path: Path) -> None:
             ended = runs.run([name, *words], tmp_path, at=3, fault="full")
             assert ended.status == 3 and "Traceback" not in ended.told, ended.told
             assert "No space left on device; make room and start again" in ended.told
+
+
+@contextmanager
+def scripted(*replies: str) -> Iterator[tuple[int, list[list[str]]]]:
+    """The port of a server of these replies, one a request, and what it was asked: `loading`,
+    `broken` off in the middle, `failed` there, or an answer.
+    """
+    left, asked = list(replies), []
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            asked.append([message["content"] for message in body["messages"]])
+            reply = left.pop(0)
+            if reply == "loading":
+                error = {"error": {"message": "the model\nis loading", "code": 503}}
+                self.answer(503, "application/json", json.dumps(error))
+                return
+            events = [{"choices": [{"index": 0, "delta": {"content": reply}}]}]
+            if reply == "failed":
+                events.append({"error": {"message": "the engine is gone"}})
+            lines = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+            self.answer(200, "text/event-stream", lines, missing=9 * (reply == "broken"))
+
+        def answer(self, status: int, kind: str, text: str, missing: int = 0) -> None:
+            self.send_response(status)
+            self.send_header("Content-Type", kind)
+            self.send_header("Content-Length", str(len(text) + missing))
+            self.end_headers()
+            self.wfile.write(text.encode())
+            self.close_connection = True
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port, asked
+        server.shutdown()
+
+
+def test_a_dialogue_goes_on_after_what_the_server_refuses(monkeypatch, capsys) -> None:
+    typed = b"a\nb\nc\nd\n\xff\ne\n"
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(typed), encoding="utf-8"))
+    with scripted("loading", "one", "broken", "failed", "two") as (port, asked):
+        assert main(["chat", f"port={port}"]) == 0
+    refused, *broken, unsent = [line for line in capsys.readouterr().err.splitlines() if line]
+    assert refused == "the server refused: the model is loading"
+    assert broken[0].startswith("the server broke off (") and broken[0].endswith("when it is back")
+    assert broken[1:] == ["the server broke off: the engine is gone"]
+    assert unsent.startswith("not sent, for it is not UTF-8 text")
+    assert asked == [["a"], ["b"], ["b", "one", "c"], ["b", "one", "d"], ["b", "one", "e"]]
+
+
+def test_commands_to_copy_are_quoted(tmp_path: Path) -> None:
+    folder = tmp_path / "with space"
+    folder.mkdir()
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"erniekit export \S+=BASE 'output_dir=.*'"):
+        serve.served_model(run_from({"output_dir": str(folder)}))
