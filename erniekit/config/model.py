@@ -20,7 +20,7 @@ class Model:
     """Which model, and what of it is trained."""
 
     model_name_or_path: str = option(
-        "", "Folder of a saved model (-PT or -Paddle layout), or its name on the hub."
+        "", "Folder of a saved model (-PT or -Paddle layout), or its name on the hub.", path=True
     )
     stage: str = option("SFT", "What kind of training.", choices=tuple(STAGES))
     fine_tuning: str = option(
@@ -31,7 +31,7 @@ class Model:
     lora_alpha: float = option(
         -1, "Adapter scale is alpha / rank; -1: 2 x rank (4 with rslora).", above=0, also=-1
     )
-    lora_path: str | None = option(None, "Folder of an adapter to start from.")
+    lora_path: str | None = option(None, "Folder of an adapter to start from.", path=True)
     rslora: bool = option(False, "Scale adapters by alpha / sqrt(rank); for rank 64 and above.")
     lora_target_modules: tuple[str, ...] = option(
         (),

@@ -140,6 +140,26 @@ def test_relative_paths_are_those_of_the_working_folder(tmp_path: Path, monkeypa
     assert read_run(["configs/run.yaml"]).output.resolve() == tmp_path / "out"
 
 
+def test_the_users_folder_may_be_written_as_in_a_shell(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "run.yaml"
+    file.write_text("output_dir: ~/out\ntrain_dataset_path: [~/a.jsonl, b~.jsonl]")
+    lists = ["train_dataset_type=erniekit,erniekit", "train_dataset_prob=1,1"]
+    run = read_run([str(file), *lists, "model_name_or_path=~/m", "answer_pattern=~/x"])
+    assert run.output == tmp_path / "out" and run.model.model_name_or_path == f"{tmp_path}/m"
+    assert run.data.train_dataset_path == (f"{tmp_path}/a.jsonl", "b~.jsonl")
+    assert run.policy.answer_pattern == "~/x"  # no path
+    found = run_from({"stage": "PT", "input_dir": "0.4 ~/a 0.6 b"}).data.files("train")
+    assert found == [("indexed", f"{tmp_path}/a", 0.4), ("indexed", "b", 0.6)]
+
+
+def test_every_setting_that_names_a_path_is_one() -> None:
+    fields = [f for kind in config.GROUPS for f in dataclasses.fields(kind)]
+    named = {f.name for f in fields if re.search(r"(_path|_dir|_checkpoint)$", f.name)}
+    paths = {f.name for f in fields if f.metadata["path"]}
+    assert named - paths == {"input_dir", "overwrite_output_dir"}  # paths with weights; no path
+
+
 def test_words_win_over_the_file_and_the_last_word_wins(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("seed: 1\nmax_steps: 5")
