@@ -168,8 +168,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"erniekit {about.version()}")
         return 0
     if name not in VERBS:
-        print(f"erniekit: there is no command {name!r}{did_you_mean(name, VERBS)}", file=sys.stderr)
         print(usage(), file=sys.stderr)
+        near = did_you_mean(name, VERBS)
+        print(f"\nerniekit: there is no command {name!r}{near}", file=sys.stderr)
         return 2
     verb = VERBS[name]
     if {"-h", "--help"} & set(words):

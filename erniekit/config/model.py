@@ -27,7 +27,7 @@ class Model:
         "LoRA", "Train small adapters beside frozen weights, or all.", choices=("LoRA", "Full")
     )
     lora: bool | None = option(None, "Older spelling of fine_tuning: true is LoRA, false Full.")
-    lora_rank: int = option(8, "Rank of the adapters.", least=1)
+    lora_rank: int = option(8, "Rank of the adapters.", least=1, most=8192)
     lora_alpha: float = option(
         -1, "Adapter scale is alpha / rank; -1: 2 x rank (4 with rslora).", above=0, also=-1
     )

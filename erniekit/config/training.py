@@ -30,7 +30,7 @@ class Training:
     do_eval: bool = option(
         True, "Evaluate while training, where evaluation_strategy says when (false: never)."
     )
-    seed: int = option(42, "Seed of data order, new weights and rounding.", least=0)
+    seed: int = option(42, "Seed of data order, new weights and rounding.", least=0, most=2**32 - 1)
     device: str = option("auto", "cpu, gpu (or cuda); auto takes a GPU where there is one.")
     plan_memory_gib: float | None = option(
         None,

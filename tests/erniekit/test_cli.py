@@ -6,6 +6,8 @@ import errno
 import io
 import json
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +20,8 @@ from erniekit import serve
 from erniekit.cli import main
 from erniekit.config import run_from
 from tests.helpers_faults import forked_runs
+
+ROOT = Path(__file__).parents[2]
 
 
 def refused(number: int, path: str | None = "some/file") -> OSError:
@@ -133,3 +137,20 @@ def test_commands_to_copy_are_quoted(tmp_path: Path) -> None:
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match=r"erniekit export \S+=BASE 'output_dir=.*'"):
         serve.served_model(run_from({"output_dir": str(folder)}))
+
+
+@pytest.mark.parametrize("package", ["erniekit", "fastdeploy"])
+def test_a_package_is_a_command_that_ctrl_c_ends_quietly(package: str) -> None:
+    command = [sys.executable, "-m", package]
+    done = subprocess.run([*command, "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "usage: " in done.stdout
+    code = (  # the first import of the command line is where Ctrl-C arrives
+        "import importlib.abc, runpy, sys\n"
+        "class Interrupted(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, path, target=None):\n"
+        f"        if name == '{package}.cli': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+        f"runpy.run_module('{package}', run_name='__main__', alter_sys=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr == ""

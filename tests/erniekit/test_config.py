@@ -274,15 +274,35 @@ def test_every_key_of_the_table_is_a_setting() -> None:
     assert keys <= {*OWN}, keys - {*OWN}
 
 
+def test_names_of_other_trainers_are_told_with_a_setting() -> None:
+    assert {*foreign.ELSEWHERE.values()} <= {*OWN}, {*foreign.ELSEWHERE.values()} - {*OWN}
+
+
+def test_a_key_is_told_with_where_it_was_given(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("max_steps: 1")
+    assert main(["train", str(path), "learning_rat=1"]) == 2
+    assert "unknown key 'learning_rat' in the command line;" in capsys.readouterr().err
+    path.write_text("learning_rat: 1")
+    assert main(["train", str(path), "max_steps=1"]) == 2
+    assert f"unknown key 'learning_rat' in {path};" in capsys.readouterr().err
+
+
 def test_tables_of_keys_do_not_overlap() -> None:
-    names = [*OWN, *foreign.WITHOUT_EFFECT, *foreign.NEUTRAL]
+    names = [*OWN, *foreign.WITHOUT_EFFECT, *foreign.NEUTRAL, *foreign.RENAMED, *foreign.ELSEWHERE]
     assert len(names) == len(set(names)), sorted(n for n in names if names.count(n) > 1)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["learning_rat=1"], "did you mean 'learning_rate'"),
+        (["learning_rat=1"], "'learning_rat' in the command line; did you mean 'learning_rate'"),
+        (["gradient_checkpointing=1"], "in the command line; it is called 'recompute' here"),
+        (["per_device_train_batch_size=1"], "it is called 'batch_size' here"),
+        (["num_epochs=1"], "it is called 'num_train_epochs' here"),
+        (["optim=ADAMW"], "optim='ADAMW' is not known; use one of adamw, adamw_custom"),
+        (["seed=99999999999999999999999"], "is too large; give 0 to 4294967295"),
+        (["lora_rank=1000000"], "lora_rank=1000000 is too large; give 1 to 8192"),
         (["tensor_parallel_degree=2"], "tensor_parallel_degree=2 is not available yet"),
         (["moe_use_aux_free=false"], "is not a setting here; give moe_use_aux_free_update_coef: 0"),
         (
@@ -437,7 +457,8 @@ def test_help_does_not_import_torch() -> None:
 
 def test_unknown_commands_are_refused_with_a_suggestion(capsys) -> None:
     assert main(["trian"]) == 2
-    assert "did you mean 'train'" in capsys.readouterr().err
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "erniekit: there is no command 'trian'; did you mean 'train'?"
 
 
 # --- schedules and groups ---
