@@ -15,6 +15,7 @@ import dataclasses
 import difflib
 import json
 import math
+import os
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -42,13 +43,15 @@ def option(
     also: float | None = None,
     group: str = "",
     aliases: Sequence[str] = (),
+    path: bool = False,
 ) -> Any:
     """A dataclass field with its default and its help text. `choices` limits the values. A number
     is `least` to `most`, or `above` and `below` others; `also` is one more that it may be.
     `check_bounds` reads these.
 
     `group` is the heading that help texts put over this field and those after it; `aliases` are
-    other names of its flag, with a `!` before one that means the opposite.
+    other names of its flag, with a `!` before one that means the opposite. Of a `path`, or a list
+    of them, `~` at the front is the user's folder.
     """
     metadata = {
         "help": help,
@@ -60,15 +63,16 @@ def option(
         "also": also,
         "group": group,
         "aliases": tuple(aliases),
+        "path": path,
     }
     if isinstance(default, (list, dict)):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def required(help: str, *, group: str = "") -> Any:
+def required(help: str, *, group: str = "", path: bool = False) -> Any:
     """A dataclass field that has no default."""
-    return dataclasses.field(metadata={"help": help, "choices": (), "group": group})
+    return dataclasses.field(metadata={"help": help, "choices": (), "group": group, "path": path})
 
 
 def fill(kinds: Sequence[type], values: Mapping[str, Any], origin: str) -> list[Any]:
@@ -85,9 +89,7 @@ def fill(kinds: Sequence[type], values: Mapping[str, Any], origin: str) -> list[
     for kind in kinds:
         fields = dataclasses.fields(kind)
         given = {
-            f.name: coerce(
-                values[f.name], types_by_key[f.name], f.name, f.metadata.get("choices", ())
-            )
+            f.name: _read(values[f.name], types_by_key[f.name], f)
             for f in fields
             if f.name in values
         }
@@ -99,6 +101,15 @@ def fill(kinds: Sequence[type], values: Mapping[str, Any], origin: str) -> list[
                 )
         instances.append(kind(**given))
     return instances
+
+
+def _read(value: Any, hint: Any, f: dataclasses.Field) -> Any:
+    found = coerce(value, hint, f.name, f.metadata.get("choices", ()))
+    if not f.metadata.get("path"):
+        return found
+    if isinstance(found, (list, tuple)):
+        return type(found)(map(os.path.expanduser, found))
+    return os.path.expanduser(found) if isinstance(found, str) else found
 
 
 def check_bounds(settings: Any) -> None:

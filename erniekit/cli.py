@@ -100,7 +100,7 @@ VERBS = {
         "Mix models of one shape into a new one, tensor by tensor; sources and target are folders.",
         "SOURCE SOURCE [...] FOLDER [method=linear|slerp|ties|dare|dare_ties] [weights=0.5,0.5] "
         "[base=FOLDER] [density=0.5] [scale=1] [t=0.5] [normalize=true|false] [seed=0] "
-        "[layout=pt|paddle|transformers] [dtype=bfloat16|float16|float32]",
+        "[layout=pt|paddle|transformers] [dtype=bfloat16|float16|float32] [overwrite=false]",
     ),
     "eval": Verb(
         "erniekit.recipes.evaluation:evaluate_run",
@@ -129,26 +129,26 @@ VERBS = {
         "erniekit.convert:run_import_gguf",
         (),
         "Turn a GGUF file of a Llama-shaped network into a model folder.",
-        "model.gguf FOLDER [layout=pt] [dtype=bfloat16]",
+        "model.gguf FOLDER [layout=pt] [dtype=bfloat16] [overwrite=false]",
     ),
     "export-gguf": Verb(
         "erniekit.convert:run_export_gguf",
         (),
         "Turn a model folder into a GGUF file, which llama.cpp loads; dense and MoE.",
-        "MODEL FILE.gguf [dtype=f16|bf16|f32|q8_0|q4_0]",
+        "MODEL FILE.gguf [dtype=f16|bf16|f32|q8_0|q4_0] [overwrite=false]",
     ),
     "quantize": Verb(
         "erniekit.convert:run_quantize",
         (),
         "Write a model with weights of 8 or 4 bits, ready to serve.",
-        "FOLDER QUANTISED_FOLDER [quantization=wint8|wint4|wint4_all]",
+        "FOLDER QUANTISED_FOLDER [quantization=wint8|wint4|wint4_all] [overwrite=false]",
     ),
     "upcycle": Verb(
         "erniekit.convert:run_upcycle",
         (),
         "Turn a dense model into a mixture of experts that computes the same at first.",
         "DENSE_FOLDER FOLDER [num_experts=8] [top_k=2] [num_shared_experts=2] "
-        "[first_moe_layer=1] [seed=0] [layout=pt]",
+        "[first_moe_layer=1] [seed=0] [layout=pt] [overwrite=false]",
     ),
     "version": Verb("", (), "Print the version."),
     "help": Verb("", (), "Print this text."),
@@ -168,8 +168,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"erniekit {about.version()}")
         return 0
     if name not in VERBS:
-        print(f"erniekit: there is no command {name!r}{did_you_mean(name, VERBS)}", file=sys.stderr)
         print(usage(), file=sys.stderr)
+        near = did_you_mean(name, VERBS)
+        print(f"\nerniekit: there is no command {name!r}{near}", file=sys.stderr)
         return 2
     verb = VERBS[name]
     if {"-h", "--help"} & set(words):
@@ -181,8 +182,13 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError as error:
         if not _is_ours(error):
             raise
-        print(f"erniekit {name}: {error}", file=sys.stderr)
-        return getattr(error, "exit_status", 2)
+        return _told(name, error)
+    except OSError as error:
+        from erniekit.faults import of_system
+
+        if (told := of_system(error)) is None:
+            raise
+        return _told(name, told)
     except KeyboardInterrupt:
         print(f"\nerniekit {name}: stopped", file=sys.stderr)
         return 130
@@ -196,6 +202,11 @@ def _called(verb: Verb, words: list[str]) -> int:
         raise ConfigError("no settings were given; give a .yaml file, or key=value words")
     run = config.read_run(words)
     return getattr(importlib.import_module(module), function)(run)
+
+
+def _told(name: str, error: ValueError) -> int:
+    print(f"erniekit {name}: {error}", file=sys.stderr)
+    return getattr(error, "exit_status", 2)
 
 
 def _is_ours(error: ValueError) -> bool:

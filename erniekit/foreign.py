@@ -1,10 +1,11 @@
 """ERNIEKit's keys that are not settings here: accepted without effect, or refused by name.
 
-Two tables. `WITHOUT_EFFECT`: keys that steer PaddlePaddle (its fused kernels, launch, memory pools,
+`WITHOUT_EFFECT`: keys that steer PaddlePaddle (its fused kernels, launch, memory pools,
 file formats) or that describe what always happens here; any value is accepted and the run reports
 them in one line. `NEUTRAL`: keys of features that are not here yet; they are accepted at the values
 that switch the feature off, and refused otherwise in a sentence that says so; `INSTEAD` has what
-to give in their place.
+to give in their place. `ELSEWHERE` are names that other trainers have for settings here: told, not
+taken, for their values may mean something else.
 """
 
 from __future__ import annotations
@@ -206,12 +207,54 @@ RENAMED = {
     "target_modules": "lora_target_modules",  # PEFT's
 }
 
-_LATER = {
-    "optim": ("adamw", "adamw_custom", "adamw_8bit", "muon"),
+# Keys of ERNIEKit's that `renamed` turns into values of others.
+_TURNED = (
+    "use_ortho_loss_callback", "one_sample_in_one_seq", "tensorwise_offload_optimizer",
+    "pad_to_max_seqlen",
+)  # fmt: skip
+
+# Names of transformers, TRL, LLaMA-Factory and PEFT, and what they are called here.
+ELSEWHERE = {
+    "gradient_checkpointing": "recompute",
+    "per_device_train_batch_size": "batch_size",
+    "per_device_eval_batch_size": "batch_size",
+    "micro_batch_size": "batch_size",
+    "train_batch_size": "batch_size",
+    "num_epochs": "num_train_epochs",
+    "epochs": "num_train_epochs",
+    "lr": "learning_rate",
+    "optimizer": "optim",
+    "num_warmup_steps": "warmup_steps",
+    "eval_strategy": "evaluation_strategy",
+    "max_length": "max_seq_len",
+    "max_seq_length": "max_seq_len",
+    "model_max_length": "max_seq_len",
+    "cutoff_len": "max_seq_len",
+    "max_prompt_length": "max_prompt_len",
+    "model": "model_name_or_path",
+    "model_path": "model_name_or_path",
+    "model_name": "model_name_or_path",
+    "adapter_name_or_path": "lora_path",
+    "dataset": "train_dataset_path",
+    "train_file": "train_dataset_path",
+    "eval_dataset": "eval_dataset_path",
+    "validation_file": "eval_dataset_path",
+    "finetuning_type": "fine_tuning",
+    "use_peft": "fine_tuning",
+    "lora_r": "lora_rank",
+    "r": "lora_rank",
+    "lora_target": "lora_target_modules",
+    "use_rslora": "rslora",
+    "pref_beta": "beta",
+    "pref_loss": "loss_type",
+    "template": "chat_template",
+    "dataloader_prefetch_factor": "prefetch_factor",
+    "preprocessing_workers": "preprocessing_num_workers",
+    "nproc": "nproc_per_node",
 }
 
 
-def renamed(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
+def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     """The values under the names that settings have here; async_save is a word of another key.
 
     Raises ConfigError where two names of one setting have two values.
@@ -221,7 +264,7 @@ def renamed(values: Mapping[str, Any], origin: str) -> dict[str, Any]:
         if theirs in result:
             given = result.pop(theirs)
             if ours in result and as_word(result[ours]).lower() != as_word(given).lower():
-                raise ConfigError(f"{theirs} and {ours} in {origin} are one setting; give {ours}")
+                raise ConfigError(f"{theirs} and {ours} are one setting; give {ours}")
             result[ours] = given
     given = result.pop("unified_checkpoint_config", None) or ()
     words = given.split() if isinstance(given, str) else list(given)
@@ -245,6 +288,18 @@ def _is_on(values: dict[str, Any], key: str) -> bool:
     return given not in (None, "") and coerce(given, bool, key)
 
 
+def refuse_unknown(keys: Collection[str], own: Collection[str], origin: str) -> None:
+    """Raise ConfigError for the first key that is neither a setting nor in a table here."""
+    known = {*own, *WITHOUT_EFFECT, *NEUTRAL, *RENAMED, *_TURNED}
+    for key in keys:
+        if key in known:
+            continue
+        near = did_you_mean(key, sorted(known))
+        if key in ELSEWHERE:
+            near = f"; it is called {ELSEWHERE[key]!r} here"
+        raise ConfigError(f"unknown key {key!r} in {origin}{near}")
+
+
 def separate(
     values: Mapping[str, Any], own: Collection[str], origin: str
 ) -> tuple[dict[str, Any], list[str]]:
@@ -252,27 +307,20 @@ def separate(
 
     Raises ConfigError for unknown keys and for features that are not here.
     """
+    refuse_unknown(values, own, origin)
     kept: dict[str, Any] = {}
     without_effect: list[str] = []
     for key, value in values.items():
-        if key in _LATER and str(value) not in _LATER[key]:
-            raise ConfigError(f"{key}={value} is not available yet; use {' or '.join(_LATER[key])}")
         if key in own:
             if value is not None:
                 kept[key] = value
         elif key in WITHOUT_EFFECT:
             without_effect.append(key)
-        elif key in NEUTRAL:
-            if not _is_off(value, NEUTRAL[key]):
-                usable = " or ".join(map(str, NEUTRAL[key])) or "nothing"
-                if key in INSTEAD:
-                    raise ConfigError(f"{key}={value} is not a setting here; give {INSTEAD[key]}")
-                raise ConfigError(
-                    f"{key}={value} is not available yet; leave it out or at {usable}"
-                )
-        else:
-            near = did_you_mean(key, (*own, *WITHOUT_EFFECT, *NEUTRAL))
-            raise ConfigError(f"unknown key {key!r} in {origin}{near}")
+        elif not _is_off(value, NEUTRAL[key]):
+            usable = " or ".join(map(str, NEUTRAL[key])) or "nothing"
+            if key in INSTEAD:
+                raise ConfigError(f"{key}={value} is not a setting here; give {INSTEAD[key]}")
+            raise ConfigError(f"{key}={value} is not available yet; leave it out or at {usable}")
     return kept, without_effect
 
 

@@ -12,14 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from datasets.exceptions import DatasetsError
 from lm_eval import simple_evaluate, utils
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
+from lm_eval.api.task import Task
 from lm_eval.models.utils import normalize_gen_kwargs
-from lm_eval.tasks import TaskManager
+from lm_eval.tasks import TaskManager, get_task_dict
 
 from ernie.attention import packed_causal
 from ernie.chat import stop_ids
@@ -170,32 +173,68 @@ def _ends(inputs: Sequence[tuple[int, ...]]) -> list[int]:
     return [total := total + len(ids) for ids in inputs]
 
 
-def run_tasks(
-    model: ErnieModel, reporting: Reporting, chunk_size: int
-) -> dict[str, dict[str, float]]:
-    """The metrics of each task of `lm_eval_tasks`, by name.
+def known_tasks(reporting: Reporting) -> TaskManager:
+    """Where `lm_eval_tasks` are found, all of them whole.
 
-    Raises ConfigError for a task that is not known, or whose data cannot be had.
+    Raises ConfigError for a task that is not known, whose data cannot be had, or is less than the
+    examples that are asked for.
     """
     names, own = list(reporting.lm_eval_tasks), reporting.lm_eval_task_path
+    if own is not None and not Path(own).is_dir():
+        raise ConfigError(f"lm_eval_task_path={own} is no folder; give one that holds task files")
     manager = TaskManager(include_path=own, include_defaults=own is None)
     for name in names:
         if name not in manager.all_tasks:
             raise ConfigError(
                 f"lm_eval_tasks: there is no task {name!r}{did_you_mean(name, manager.all_tasks)}"
             )
-    try:
-        found = simple_evaluate(
-            LanguageModel(model, chunk_size),
-            tasks=names,
-            num_fewshot=reporting.lm_eval_num_fewshot,
-            limit=reporting.lm_eval_limit,
-            task_manager=manager,
-            bootstrap_iters=0,
-            log_samples=False,
+        try:
+            tasks = list(_leaves(get_task_dict([name], manager)))
+        except (OSError, DatasetsError) as error:  # a file or the network is missing
+            told = " ".join(str(error).split())
+            raise ConfigError(f"the data of {name} cannot be had: {told}") from error
+        for task in tasks:
+            _check_examples(task, reporting.lm_eval_num_fewshot)
+    return manager
+
+
+def _leaves(tasks: dict[Any, Any]) -> Iterator[Task]:
+    """The tasks of groups and their groups."""
+    for task in tasks.values():
+        if isinstance(task, dict):
+            yield from _leaves(task)
+        else:
+            yield task
+
+
+def _check_examples(task: Task, wanted: int | None) -> None:
+    given = task.get_config("num_fewshot")
+    wanted = given if wanted is None or given == 0 else wanted  # as lm-eval decides
+    if not wanted or task.OUTPUT_TYPE == "loglikelihood_rolling":
+        return
+    # A question is not an example of itself.
+    is_asked = task.config.fewshot_split == task.config.test_split
+    found = len(list(task.fewshot_docs() or ())) - is_asked
+    if wanted > found:
+        raise ConfigError(
+            f"lm_eval_num_fewshot={wanted} is more than the {max(found, 0)} examples that "
+            f"{task.config.task} has; give fewer"
         )
-    except OSError as error:  # datasets raises kinds of it where a file or the network is missing
-        raise ConfigError(f"the data of {', '.join(names)} cannot be had: {error}") from error
+
+
+def run_tasks(
+    model: ErnieModel, reporting: Reporting, chunk_size: int, manager: TaskManager
+) -> dict[str, dict[str, float]]:
+    """The metrics of each task of `lm_eval_tasks`, by name; `manager` is that of `known_tasks`."""
+    found = simple_evaluate(
+        LanguageModel(model, chunk_size),
+        tasks=list(reporting.lm_eval_tasks),
+        num_fewshot=reporting.lm_eval_num_fewshot,
+        limit=reporting.lm_eval_limit,
+        task_manager=manager,
+        bootstrap_iters=0,
+        log_samples=False,
+    )
     assert found is not None
     return {
         task: {

@@ -5,7 +5,9 @@ Nothing of fastdeploy is imported; both sides only share the OpenAI API.
 
 from __future__ import annotations
 
+import io
 import logging
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ log = logging.getLogger("erniekit")
 def run_server(run: Run) -> int:
     """Serve until Ctrl-C or SIGTERM, which end the child too; returns the child's exit status."""
     command = server_command(run)
-    log.info("%s", " ".join(command))
+    log.info("%s", shlex.join(command))
     child = subprocess.Popen(command)
     # Ctrl-C reaches the child by itself (same terminal); a polite kill is passed on.
     before = signal.signal(signal.SIGTERM, lambda *_: child.terminate())
@@ -62,10 +64,12 @@ def served_model(run: Run) -> str:
         return str(export)
     folder = checkpoint.chosen(output, which)
     if folder is not None and (folder / "adapter_config.json").is_file():
-        words = f" use_checkpoint={which}; then leave use_checkpoint out" if which else ""
+        words = ["erniekit", "export", "model_name_or_path=BASE", f"output_dir={output}"]
+        words += [f"use_checkpoint={which}"] if which else []
         raise ConfigError(
             f"{folder} holds a LoRA adapter, which cannot be served by itself; merge it first: "
-            f"erniekit export model_name_or_path=BASE output_dir={output}{words}"
+            + shlex.join(words)
+            + ("; then leave use_checkpoint out" if which else "")
         )
     if folder is None and not run.model.model_name_or_path:
         raise ConfigError(f"{output} holds no model and model_name_or_path is not set; give one")
@@ -73,7 +77,10 @@ def served_model(run: Run) -> str:
 
 
 def run_chat(run: Run) -> int:
-    """A dialogue in the terminal; returns the exit code."""
+    """A dialogue in the terminal; returns the exit code.
+
+    What the server refuses, or does not end, is told in a line; the dialogue goes on without it.
+    """
     try:
         import openai
     except ImportError:
@@ -84,6 +91,8 @@ def run_chat(run: Run) -> int:
     address = f"http://{run.server.host}:{run.server.port}/v1"
     client = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
     print(f"talking to {address}; `clear` forgets the dialogue, `exit` ends", flush=True)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # told below, in place of a lost line
     history: list[dict[str, str]] = []
     while True:
         try:
@@ -95,14 +104,25 @@ def run_chat(run: Run) -> int:
             return 0
         if question == "clear":
             history.clear()
+        elif any("\ud800" <= character <= "\udfff" for character in question):
+            print("not sent, for it is not UTF-8 text; write it as UTF-8", file=sys.stderr)
         elif question:
-            history.append({"role": "user", "content": question})
-            answer = _ask(client, history, run.generation, address)
+            asked = {"role": "user", "content": question}
+            try:
+                answer = _ask(client, [*history, asked], run.generation, address)
+            except _NoAnswer as error:
+                print(error, file=sys.stderr)
+                continue
             # Only the answer is remembered: thoughts are not part of the dialogue.
-            history.append({"role": "assistant", "content": answer})
+            history += [asked, {"role": "assistant", "content": answer}]
+
+
+class _NoAnswer(Exception):
+    """A server that is there has refused, or has broken off; the message is a line."""
 
 
 def _ask(client: Any, history: list[dict[str, str]], g: Generation, address: str) -> str:
+    import httpx
     import openai
 
     extra = {
@@ -124,12 +144,24 @@ def _ask(client: Any, history: list[dict[str, str]], g: Generation, address: str
             stream=True,
             extra_body=extra,
         )
-        return _shown(stream, at_once=g.stream)
     except openai.APIConnectionError:
         raise ConfigError(f"no server answers at {address}; start one: erniekit server") from None
     except openai.APIStatusError as error:
-        history.pop()
-        raise ConfigError(f"the server refused: {error.message}") from None
+        raise _NoAnswer(f"the server refused: {_message_of(error)}") from None
+    try:
+        return _shown(stream, at_once=g.stream)
+    except (openai.APIConnectionError, httpx.HTTPError) as error:
+        reason = str(error) or type(error).__name__
+        raise _NoAnswer(f"\nthe server broke off ({reason}); ask again when it is back") from None
+    except openai.APIError as error:
+        raise _NoAnswer(f"\nthe server broke off: {_message_of(error)}") from None
+
+
+def _message_of(error: Any) -> str:
+    """What the server itself says in an error, in a line."""
+    body = error.body
+    told = body.get("message") if isinstance(body, dict) else None
+    return " ".join(str(told or error.message).split())
 
 
 def _shown(stream: Any, *, at_once: bool) -> str:

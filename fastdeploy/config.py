@@ -24,9 +24,11 @@ USUAL_MODEL_LEN = 2048
 class EngineConfig:
     """The model and how it is run."""
 
-    model: str = required("Folder of the model, or its name on the hub.", group="Model")
+    model: str = required("Folder of the model, or its name on the hub.", group="Model", path=True)
     tokenizer: str | None = option(None, "Folder of the tokenizer, if not the model's own.")
-    chat_template: str | None = option(None, "Chat template: Jinja text, or the path of a file.")
+    chat_template: str | None = option(
+        None, "Chat template: Jinja text, or the path of a file.", path=True
+    )
     ignore_training_template: bool = option(
         False,
         "Serve a model although its chat template or tokenizer is not the one that its "
@@ -279,7 +281,7 @@ class ServerConfig:
         None, "Bearer keys that are let in; better in FD_API_KEY or a file.", group="Access"
     )
     api_key_file: str | None = option(
-        None, "File with more keys, one a line; lines that begin with # are comments."
+        None, "File with more keys, one a line; lines that begin with # are comments.", path=True
     )
     insecure_allow_no_key: bool = option(
         False, "Listen beyond loopback without a key: whoever reaches the port may use it."
@@ -330,7 +332,7 @@ class ServerConfig:
         None, "Networks that they may reach although they are not public, such as 10.1.0.0/16."
     )
     allowed_local_media_path: str | None = option(
-        None, "Folder below which requests may name files; none: they may name none."
+        None, "Folder below which requests may name files; none: they may name none.", path=True
     )
     media_fetch_timeout: float = option(20, "Seconds for one fetch, redirects and body included.")
     max_image_mib: int = option(32, "Size of an image file at most, in MiB.", least=1)

@@ -31,6 +31,7 @@ GROUPS = (
     Model, Data, Pictures, Preferences, Policy, Training, Optimisation, Generation, Server, Export,
     Reporting, Parallel, Audit,
 )  # fmt: skip
+_OWN = {f.name for kind in GROUPS for f in dataclasses.fields(kind)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,7 +123,10 @@ def read_run(words: Sequence[str]) -> Run:
 
 
 def read_values(words: Sequence[str]) -> tuple[dict[str, Any], str]:
-    """The flat, unchecked values of such words, and where they come from."""
+    """The flat, unchecked values of such words, and where they come from.
+
+    Raises ConfigError for an unknown key among the words themselves.
+    """
     words = list(words)
     values: dict[str, Any] = {}
     origin = "the command line"
@@ -131,15 +135,16 @@ def read_values(words: Sequence[str]) -> tuple[dict[str, Any], str]:
         if Path(origin).suffix not in (".yaml", ".yml", ".json"):
             raise ConfigError(f"{origin!r} is not a .yaml, .yml or .json file of settings")
         values = read_yaml(origin)
-    return values | read_overrides(_undashed(words)), origin
+    given = read_overrides(_undashed(words))
+    foreign.refuse_unknown(given, _OWN, "the command line")
+    return values | given, origin
 
 
 def run_from(values: Mapping[str, Any], origin: str = "the settings") -> Run:
     """A checked `Run` from a flat mapping of ERNIEKit's keys."""
-    own = {f.name for kind in GROUPS for f in dataclasses.fields(kind)}
     values = {key: _respelt(key, value) for key, value in values.items()}
-    values = foreign.renamed(values, origin)
-    kept, without_effect = foreign.separate(values, own, origin)
+    values = foreign.renamed(values)
+    kept, without_effect = foreign.separate(values, _OWN, origin)
     lora = kept.get("lora")
     groups = fill(GROUPS, kept, origin)
     if groups[0].lora is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from ernie.settings import ConfigError, option
@@ -20,6 +21,7 @@ class Data:
         (),
         "Training files (.jsonl, .json, .gz, and .txt for stage PT); comma list. Of reasoning_gym "
         "a task and its settings, as in chain_sum?size=2000&seed=1&max_terms=2.",
+        path=True,
     )
     train_dataset_prob: tuple[float, ...] = option(
         (1.0,),
@@ -29,7 +31,7 @@ class Data:
     eval_dataset_type: tuple[str, ...] = option(
         ("erniekit",), "Format of each evaluation file; comma list."
     )
-    eval_dataset_path: tuple[str, ...] = option((), "Evaluation files; comma list.")
+    eval_dataset_path: tuple[str, ...] = option((), "Evaluation files; comma list.", path=True)
     eval_dataset_prob: tuple[float, ...] = option(
         (1.0,), "Weight of each evaluation file; 0 leaves it out, others are read whole.", least=0
     )
@@ -47,7 +49,7 @@ class Data:
         ("erniekit",), "Format of each file of text alone for stage VL-SFT; comma list."
     )
     text_dataset_path: tuple[str, ...] = option(
-        (), "Files of text alone that are mixed in (stage VL-SFT); comma list."
+        (), "Files of text alone that are mixed in (stage VL-SFT); comma list.", path=True
     )
     text_dataset_prob: tuple[float, ...] = option(
         (1.0,), "Weight of each of them in their share.", least=0
@@ -143,7 +145,7 @@ class Data:
                 f"input_dir={self.input_dir!r} is not a list of weights and prefixes; write it as "
                 "in 0.4 data/part0 0.6 data/part1"
             ) from None
-        return [("indexed", prefix, weight) for weight, prefix in pairs]
+        return [("indexed", os.path.expanduser(prefix), weight) for weight, prefix in pairs]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,12 +182,15 @@ class Audit:
         0, "Samples to show, in the order of training, packed into rows; 0: none.", least=0
     )
     sample: str | None = option(
-        None, "File and line of a record to show, as in data/train.jsonl:17; with what is cut off."
+        None,
+        "File and line of a record to show, as in data/train.jsonl:17; with what is cut off.",
+        path=True,
     )
     dataset_output_dir: str | None = option(
         None,
         "Folder for the documents of the files (stage PT) as token ids, each file a prefix for "
         "input_dir.",
+        path=True,
     )
     preprocessing_num_workers: int | None = option(
         None, "Processes that go through the files; none: one for each processor.", least=1

@@ -100,10 +100,11 @@ class Policy:
         ("record",),
         "What scores an answer: exact, number, regex, format, reasoning_gym, record (the rule that "
         "each record names), model (reward_model), or path/to/file.py:function; comma list.",
+        path=True,
     )
     reward_weights: tuple[float, ...] = option((1.0,), "Weight of each reward in the sum.")
     reward_model: str | None = option(
-        None, "Folder of a trained reward model, for the reward named model."
+        None, "Folder of a trained reward model, for the reward named model.", path=True
     )
     answer_pattern: str | None = option(
         None,
@@ -175,7 +176,9 @@ class Policy:
         ("erniekit",), "Format of each file of pairs; comma list."
     )
     pair_dataset_path: tuple[str, ...] = option(
-        (), "Files of pairs, as for DPO, that take the place of the groups' own (offline UPO)."
+        (),
+        "Files of pairs, as for DPO, that take the place of the groups' own (offline UPO).",
+        path=True,
     )
     dynamic_sampling: bool = option(
         True, "Leave out prompts whose answers all have the same reward; they are counted."

@@ -20,18 +20,18 @@ class Model:
     """Which model, and what of it is trained."""
 
     model_name_or_path: str = option(
-        "", "Folder of a saved model (-PT or -Paddle layout), or its name on the hub."
+        "", "Folder of a saved model (-PT or -Paddle layout), or its name on the hub.", path=True
     )
     stage: str = option("SFT", "What kind of training.", choices=tuple(STAGES))
     fine_tuning: str = option(
         "LoRA", "Train small adapters beside frozen weights, or all.", choices=("LoRA", "Full")
     )
     lora: bool | None = option(None, "Older spelling of fine_tuning: true is LoRA, false Full.")
-    lora_rank: int = option(8, "Rank of the adapters.", least=1)
+    lora_rank: int = option(8, "Rank of the adapters.", least=1, most=8192)
     lora_alpha: float = option(
         -1, "Adapter scale is alpha / rank; -1: 2 x rank (4 with rslora).", above=0, also=-1
     )
-    lora_path: str | None = option(None, "Folder of an adapter to start from.")
+    lora_path: str | None = option(None, "Folder of an adapter to start from.", path=True)
     rslora: bool = option(False, "Scale adapters by alpha / sqrt(rank); for rank 64 and above.")
     lora_target_modules: tuple[str, ...] = option(
         (),

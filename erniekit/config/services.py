@@ -66,7 +66,7 @@ class Reporting:
         "all: those that are installed; comma list.",
     )
     logging_dir: str | None = option(
-        None, "Folder of what report_to writes; none: output_dir/logs."
+        None, "Folder of what report_to writes; none: output_dir/logs.", path=True
     )
     disable_tqdm: bool = option(
         False, "Print a line a step on a terminal too, where there is a progress bar otherwise."
@@ -90,6 +90,7 @@ class Reporting:
         None,
         "Folder of task files, which takes the place of lm-eval's own tasks; what the files name "
         "(data, Python functions) is used.",
+        path=True,
     )
     lm_eval_num_fewshot: int | None = option(
         None, "Examples before a question; none: the task's.", least=0

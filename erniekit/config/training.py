@@ -12,13 +12,15 @@ class Training:
     """Length of the run, and what happens when."""
 
     output_dir: str | None = option(
-        "./output", "Folder of checkpoints, metrics and the final model; none only to serve."
+        "./output",
+        "Folder of checkpoints, metrics and the final model; none only to serve.",
+        path=True,
     )
     overwrite_output_dir: bool = option(
         False, "Start anew and remove earlier checkpoints; otherwise the newest is resumed."
     )
     resume_from_checkpoint: str | None = option(
-        None, "Checkpoint folder to resume instead of the newest one of output_dir."
+        None, "Checkpoint folder to resume instead of the newest one of output_dir.", path=True
     )
     ignore_changed_inputs: bool = option(
         False,
@@ -28,7 +30,7 @@ class Training:
     do_eval: bool = option(
         True, "Evaluate while training, where evaluation_strategy says when (false: never)."
     )
-    seed: int = option(42, "Seed of data order, new weights and rounding.", least=0)
+    seed: int = option(42, "Seed of data order, new weights and rounding.", least=0, most=2**32 - 1)
     device: str = option("auto", "cpu, gpu (or cuda); auto takes a GPU where there is one.")
     plan_memory_gib: float | None = option(
         None,
@@ -80,6 +82,7 @@ class Training:
         None,
         "What eval, export and server take of output_dir: best, newest, ema (averaged weights of "
         "the final model) or a folder; none: the final model, else the newest checkpoint.",
+        path=True,
     )
     stop_after_step: int | None = option(
         None,

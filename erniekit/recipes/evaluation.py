@@ -2,7 +2,8 @@
 
 Writes eval_results.json (loss, perplexity, token accuracy, or loss and rewards of pairs; mean
 scores of the answers, metrics of lm-eval's tasks) and eval_samples.jsonl (each prompt, its
-reference and the model's answer), and brings the report.html of a run up to date.
+reference and the model's answer), and brings the report.html of a run up to date. Results of the
+same model that this evaluation does not find anew stay.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def evaluate_run(run: Run) -> int:
     if run.reporting.lm_eval_tasks and importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("lm_eval_tasks needs the package lm-eval; pip install lm-eval")
     refuse_ranks("eval")
+    manager = _task_manager(run)
     device = device_of(run)
     run = resolved(run, device)
     folder = checkpoint.chosen(run.output, run.training.use_checkpoint)
@@ -49,19 +51,48 @@ def evaluate_run(run: Run) -> int:
         method.prepare(eval_batches(run, stream(run, "eval")))
     model, what = _model(run, device, folder)
     run.output.mkdir(parents=True, exist_ok=True)
+    before = _results_of(run.output / RESULTS_FILE, str(what))
     results: dict[str, Any] = {"model": str(what), "time": time.strftime("%Y-%m-%d %H:%M:%S %z")}
     if run.data.files("eval"):
         results |= _on_data(run, method, model, what)
+        results |= {"lm_eval": before["lm_eval"]} if "lm_eval" in before else {}
+        _write(run, results)
     if run.reporting.lm_eval_tasks:
         from erniekit.lm_eval_model import run_tasks
 
-        results["lm_eval"] = run_tasks(model, run.reporting, run.model.loss_subbatch_seqlen)
-        for task, values in results["lm_eval"].items():
+        found = run_tasks(model, run.reporting, run.model.loss_subbatch_seqlen, manager)
+        for task, values in found.items():
             log.info("%s | %s", task, " | ".join(f"{k} {v:.4f}" for k, v in values.items()))
-    checkpoint.replace_text(run.output / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
+        results = before | results
+        _write(run, results | {"lm_eval": before.get("lm_eval", {}) | found})
     if (run.output / METRICS_FILE).is_file():
         story.write(run.output)
     return 0
+
+
+def _task_manager(run: Run) -> Any:
+    """What finds the tasks of lm-eval, which are there and have their data; None without any."""
+    if not run.reporting.lm_eval_tasks:
+        return None
+    from erniekit.lm_eval_model import known_tasks
+
+    return known_tasks(run.reporting)
+
+
+def _results_of(path: Path, model: str) -> dict[str, Any]:
+    """What an earlier evaluation of the model has found."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
+    if not isinstance(found, dict) or found.get("model") != model:
+        log.warning("%s is not of %s; it is replaced", path, model)
+        return {}
+    return found
+
+
+def _write(run: Run, results: dict[str, Any]) -> None:
+    checkpoint.replace_text(run.output / RESULTS_FILE, json.dumps(results, indent=2) + "\n")
 
 
 def _on_data(run: Run, method: Method, model: ernie.ErnieModel, what: str | Path) -> dict[str, Any]:

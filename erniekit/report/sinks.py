@@ -101,13 +101,19 @@ _SINKS: dict[str, Callable[[Run, Path, int], Sink]] = {
 def open_sinks(run: Run, step: int) -> list[Sink]:
     """Those of `report_to`, each in a folder of its own, for a run that begins after `step`.
 
-    Raises ConfigError for one whose package is not installed.
+    Raises ConfigError for one whose package is not installed, or whose folder cannot be made.
     """
     root = Path(run.reporting.logging_dir or run.output / "logs")
     sinks: list[Sink] = []
     for name in names_of(run):
         folder = root / name
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"report_to={name} cannot make the folder {folder} ({error.strerror}); give "
+                "another logging_dir"
+            ) from None
         sinks.append(_SINKS[name](run, folder, step))
     return sinks
 

@@ -140,6 +140,26 @@ def test_relative_paths_are_those_of_the_working_folder(tmp_path: Path, monkeypa
     assert read_run(["configs/run.yaml"]).output.resolve() == tmp_path / "out"
 
 
+def test_the_users_folder_may_be_written_as_in_a_shell(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "run.yaml"
+    file.write_text("output_dir: ~/out\ntrain_dataset_path: [~/a.jsonl, b~.jsonl]")
+    lists = ["train_dataset_type=erniekit,erniekit", "train_dataset_prob=1,1"]
+    run = read_run([str(file), *lists, "model_name_or_path=~/m", "answer_pattern=~/x"])
+    assert run.output == tmp_path / "out" and run.model.model_name_or_path == f"{tmp_path}/m"
+    assert run.data.train_dataset_path == (f"{tmp_path}/a.jsonl", "b~.jsonl")
+    assert run.policy.answer_pattern == "~/x"  # no path
+    found = run_from({"stage": "PT", "input_dir": "0.4 ~/a 0.6 b"}).data.files("train")
+    assert found == [("indexed", f"{tmp_path}/a", 0.4), ("indexed", "b", 0.6)]
+
+
+def test_every_setting_that_names_a_path_is_one() -> None:
+    fields = [f for kind in config.GROUPS for f in dataclasses.fields(kind)]
+    named = {f.name for f in fields if re.search(r"(_path|_dir|_checkpoint)$", f.name)}
+    paths = {f.name for f in fields if f.metadata["path"]}
+    assert named - paths == {"input_dir", "overwrite_output_dir"}  # paths with weights; no path
+
+
 def test_words_win_over_the_file_and_the_last_word_wins(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("seed: 1\nmax_steps: 5")
@@ -254,15 +274,35 @@ def test_every_key_of_the_table_is_a_setting() -> None:
     assert keys <= {*OWN}, keys - {*OWN}
 
 
+def test_names_of_other_trainers_are_told_with_a_setting() -> None:
+    assert {*foreign.ELSEWHERE.values()} <= {*OWN}, {*foreign.ELSEWHERE.values()} - {*OWN}
+
+
+def test_a_key_is_told_with_where_it_was_given(tmp_path: Path, capsys) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("max_steps: 1")
+    assert main(["train", str(path), "learning_rat=1"]) == 2
+    assert "unknown key 'learning_rat' in the command line;" in capsys.readouterr().err
+    path.write_text("learning_rat: 1")
+    assert main(["train", str(path), "max_steps=1"]) == 2
+    assert f"unknown key 'learning_rat' in {path};" in capsys.readouterr().err
+
+
 def test_tables_of_keys_do_not_overlap() -> None:
-    names = [*OWN, *foreign.WITHOUT_EFFECT, *foreign.NEUTRAL]
+    names = [*OWN, *foreign.WITHOUT_EFFECT, *foreign.NEUTRAL, *foreign.RENAMED, *foreign.ELSEWHERE]
     assert len(names) == len(set(names)), sorted(n for n in names if names.count(n) > 1)
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["learning_rat=1"], "did you mean 'learning_rate'"),
+        (["learning_rat=1"], "'learning_rat' in the command line; did you mean 'learning_rate'"),
+        (["gradient_checkpointing=1"], "in the command line; it is called 'recompute' here"),
+        (["per_device_train_batch_size=1"], "it is called 'batch_size' here"),
+        (["num_epochs=1"], "it is called 'num_train_epochs' here"),
+        (["optim=ADAMW"], "optim='ADAMW' is not known; use one of adamw, adamw_custom"),
+        (["seed=99999999999999999999999"], "is too large; give 0 to 4294967295"),
+        (["lora_rank=1000000"], "lora_rank=1000000 is too large; give 1 to 8192"),
         (["tensor_parallel_degree=2"], "tensor_parallel_degree=2 is not available yet"),
         (["moe_use_aux_free=false"], "is not a setting here; give moe_use_aux_free_update_coef: 0"),
         (
@@ -417,7 +457,8 @@ def test_help_does_not_import_torch() -> None:
 
 def test_unknown_commands_are_refused_with_a_suggestion(capsys) -> None:
     assert main(["trian"]) == 2
-    assert "did you mean 'train'" in capsys.readouterr().err
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == "erniekit: there is no command 'trian'; did you mean 'train'?"
 
 
 # --- schedules and groups ---

@@ -140,8 +140,47 @@ def test_eval_runs_tasks_of_ones_own(tiny, theirs, model, tmp_path: Path, capsys
     results = json.loads((tmp_path / "out/eval_results.json").read_text())
     assert results["lm_eval"]["python_docs"]["acc"] == pytest.approx(right / 9)
 
+    held_out = [f"eval_dataset_path={ROOT / 'examples/data/sft-eval.jsonl'}", "num_answers=0",
+                "max_seq_len=512", "max_evaluate_steps=1"]  # fmt: skip
+    alone = [word for word in arguments if not word.startswith("lm_eval")]
+    assert main([*alone, *held_out]) == 0
+    kept = json.loads((tmp_path / "out/eval_results.json").read_text())
+    assert kept["eval_loss"] > 0 and kept["lm_eval"] == results["lm_eval"]
+    assert main([*arguments, "lm_eval_limit=3"]) == 0
+    merged = json.loads((tmp_path / "out/eval_results.json").read_text())
+    assert merged["eval_loss"] == kept["eval_loss"] and merged["time"] >= kept["time"]
+
+    capsys.readouterr()
+    before = (tmp_path / "out/eval_results.json").read_bytes()
+
+    def refused(told: str, *words: str) -> None:
+        assert main([*arguments, *held_out, *words]) == 2
+        shown = capsys.readouterr()
+        assert told in shown.err and "Traceback" not in shown.err, shown.err
+        assert "evaluated" not in shown.out  # nothing is computed first
+
+    assert main([*arguments, "lm_eval_num_fewshot=9", "lm_eval_limit=1"]) == 0
+    (tmp_path / "out/eval_results.json").write_bytes(before)
+    capsys.readouterr()
+    refused("=10 is more than the 9 examples that python_docs has", "lm_eval_num_fewshot=10")
+    refused(f"lm_eval_task_path={data} is no folder", f"lm_eval_task_path={data}")
+    refused("there is no task 'python_doc'; did you mean 'python_docs'?",
+            "lm_eval_tasks=python_doc")  # fmt: skip
     data.unlink()
-    assert main(arguments) == 2
-    assert "the data of python_docs cannot be had" in capsys.readouterr().err
-    assert main([*arguments, "lm_eval_tasks=python_doc"]) == 2
-    assert "there is no task 'python_doc'; did you mean 'python_docs'?" in capsys.readouterr().err
+    refused("the data of python_docs cannot be had")
+    assert (tmp_path / "out/eval_results.json").read_bytes() == before
+
+
+def test_what_was_found_is_written_before_lm_eval_runs(tiny, tmp_path: Path, monkeypatch) -> None:
+    def broken(*_: object) -> None:
+        raise RuntimeError("a defect")
+
+    monkeypatch.setattr(lm_eval_model, "known_tasks", lambda reporting: None)
+    monkeypatch.setattr(lm_eval_model, "run_tasks", broken)
+    with pytest.raises(RuntimeError, match="a defect"):
+        main([
+            "eval", f"model_name_or_path={tiny('tiny-dense')}", f"output_dir={tmp_path}",
+            f"eval_dataset_path={ROOT / 'examples/data/sft-eval.jsonl'}", "num_answers=0",
+            "max_seq_len=512", "max_evaluate_steps=1", "lm_eval_tasks=x", "fine_tuning=Full",
+        ])  # fmt: skip
+    assert json.loads((tmp_path / "eval_results.json").read_text())["eval_loss"] > 0

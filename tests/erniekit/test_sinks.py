@@ -115,6 +115,13 @@ def test_missing_package_is_named_before_anything_is_trained(
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    run = run_from({"report_to": "tensorboard", "logging_dir": str(tmp_path / "file")})
+    with pytest.raises(ConfigError, match=r"Not a directory\); give another logging_dir"):
+        sinks.open_sinks(run, 0)
+
+
 def test_all_means_those_that_are_installed(tmp_path: Path, monkeypatch) -> None:
     found = {"wandb", "swanlab"}
     spec = lambda name: SimpleNamespace() if name in found else None  # noqa: E731
