@@ -84,7 +84,17 @@ def fitted(run: Run, device: str, degrees: Degrees) -> Run:
 
 
 def tell(run: Run, device: str, degrees: Degrees) -> None:
-    """Log what `auto` has chosen for a `fitted` run, and whether a run is planned to fit."""
+    """Log what `auto` has chosen for a `fitted` run, whether a run is planned to fit, and that rows
+    are longer than what the model was made for.
+    """
+    longest = config_of(run.model.model_name_or_path).max_position_embeddings
+    if run.data.max_seq_len > longest:
+        log.warning(
+            "max_seq_len=%d is more than the %d positions of the model (max_position_embeddings): "
+            "texts longer than that are beyond what it was made for",
+            run.data.max_seq_len,
+            longest,
+        )
     found, limit = plan(run, device, degrees).peak / GIB, limit_of(run, device) / GIB
     if not run.chooses_layers:
         if found > (there := memory_for(run, device) / GIB):

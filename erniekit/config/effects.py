@@ -29,6 +29,9 @@ def _keys(group: type) -> tuple[str, ...]:
     return tuple(field.name for field in dataclasses.fields(group))
 
 
+# Those that divide what several processes hold; known when their number is.
+OF_RANKS = ("sharding",)
+
 # Changing these between two starts of a run changes nothing that has been computed.
 HARMLESS = {
     "output_dir", "overwrite_output_dir", "resume_from_checkpoint", "max_steps", "stop_after_step",
@@ -59,6 +62,12 @@ def _follows(*schedules: str) -> Callable[[Run], bool]:
     return lambda run: run.optimisation.lr_scheduler_type.partition(":")[0] in schedules
 
 
+def _counts_epochs(run: Run) -> bool:
+    training = run.training
+    every = {training.save_strategy, training.evaluation_strategy if _evaluates(run) else "no"}
+    return training.max_steps == -1 or "epoch" in every
+
+
 def _evaluates(run: Run) -> bool:
     training = run.training
     return training.do_eval and training.evaluation_strategy != "no"
@@ -76,6 +85,7 @@ ONLY_WHERE: tuple[tuple[Callable[[Run], bool], tuple[str, ...]], ...] = (
         ("eval_steps",),
     ),
     (lambda run: run.training.save_strategy == "steps", ("save_steps",)),
+    (_counts_epochs, ("num_train_epochs",)),
     (lambda run: run.training.max_grad_spike > 0, ("grad_spike_window",)),
     (lambda run: run.data.dataloader_num_workers > 0, ("prefetch_factor",)),
     (lambda run: not _follows("constant")(run), ("warmup_steps", "warmup_ratio")),
@@ -140,6 +150,11 @@ def without_effect(run: Run, given: Mapping[str, Any]) -> list[str]:
 def of_experts(given: Mapping[str, Any]) -> list[str]:
     """The keys among those with another value than the default that do nothing in a dense model."""
     return [key for key in given if key in OF_EXPERTS and not _is_off(key, given[key])]
+
+
+def of_ranks(given: Mapping[str, Any]) -> list[str]:
+    """The keys among those with another value than the default that do nothing in one process."""
+    return [key for key in given if key in OF_RANKS]
 
 
 def _is_off(key: str, value: Any) -> bool:

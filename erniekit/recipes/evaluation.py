@@ -51,8 +51,9 @@ def evaluate_run(run: Run) -> int:
         method.prepare(eval_batches(run, stream(run, "eval")))
     model, what = _model(run, device, folder)
     run.output.mkdir(parents=True, exist_ok=True)
-    before = _results_of(run.output / RESULTS_FILE, str(what))
-    results: dict[str, Any] = {"model": str(what), "time": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+    of_model = {"model": str(what), "weights_ns": _written_ns(what)}
+    before = _results_of(run.output / RESULTS_FILE, of_model)
+    results: dict[str, Any] = {**of_model, "time": time.strftime("%Y-%m-%d %H:%M:%S %z")}
     if run.data.files("eval"):
         results |= _on_data(run, method, model, what)
         results |= {"lm_eval": before["lm_eval"]} if "lm_eval" in before else {}
@@ -79,14 +80,21 @@ def _task_manager(run: Run) -> Any:
     return known_tasks(run.reporting)
 
 
-def _results_of(path: Path, model: str) -> dict[str, Any]:
-    """What an earlier evaluation of the model has found."""
+def _written_ns(model: str | Path) -> int | None:
+    """When the weights of a folder were written, by which they are known from others there."""
+    return max(
+        (path.stat().st_mtime_ns for path in Path(model).glob("*.safetensors")), default=None
+    )
+
+
+def _results_of(path: Path, of_model: dict[str, Any]) -> dict[str, Any]:
+    """What an earlier evaluation of the same weights has found."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
         return {}
-    if not isinstance(found, dict) or found.get("model") != model:
-        log.warning("%s is not of %s; it is replaced", path, model)
+    if not isinstance(found, dict) or any(found.get(k) != v for k, v in of_model.items()):
+        log.warning("%s is not of %s as it is now; it is replaced", path, of_model["model"])
         return {}
     return found
 

@@ -223,6 +223,8 @@ IDLE = [
     (FULL, {"eval_steps": 9, "max_evaluate_steps": 1, "metric_for_best_model": "ppl"}, EVALUATED),
     (EVALUATED | {"evaluation_strategy": "epoch"}, {"eval_steps": 9}, EVALUATED),
     ({"save_strategy": "epoch"}, {"save_steps": 9}, {}),
+    ({"max_steps": 3}, {"num_train_epochs": 2}, {}),
+    ({"max_steps": 3}, {"num_train_epochs": 2}, {"max_steps": 3, "save_strategy": "epoch"}),
     ({}, {"prefetch_factor": 9}, {"dataloader_num_workers": 1}),
     ({"lr_scheduler_type": "constant"}, {"warmup_steps": 3, "min_lr": 1e-9, "decay_steps": 9}, {}),
     ({"warmup_steps": 3}, {"warmup_ratio": 0.1}, {}),

@@ -4,6 +4,7 @@ taken for what the run has made.
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -202,6 +203,16 @@ def test_changed_inputs_are_noticed(tiny, data: Path, tmp_path: Path, capsys) ->
     assert "where it is the same model in another place" in capsys.readouterr().err
     words_ = [f"model_name_or_path={moved}", "max_steps=5", "ignore_changed_inputs=true"]
     assert main(["resume", str(output), *words_]) == 0
+
+
+def test_a_start_tells_what_settings_do_not_do(tiny, data: Path, tmp_path: Path, capsys) -> None:
+    more = {"max_steps": 1, "warmup_steps": 77, "max_seq_len": 600, "sharding": "stage1"}
+    assert main(short(tiny("tiny-dense"), data, tmp_path, **more, num_train_epochs=3)) == 0
+    told = capsys.readouterr().out
+    (idle,) = re.findall("without effect here: (.*)", told)
+    assert {"num_train_epochs", "sharding (one process)"} <= {*idle.split(", ")}
+    assert told.count("warning: max_seq_len=600 is more than the 512 positions of the model") == 1
+    assert told.count("warning: the warm-up of 77 steps does not end within the 1 of the run") == 1
 
 
 def test_files_that_the_stage_does_not_read_are_not_looked_at(
