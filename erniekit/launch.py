@@ -149,7 +149,7 @@ def _run_agent(run: Run, device: str, num_nodes: int, num_here: int) -> int:
     As in ERNIEKit, every machine runs the same command with the same NNODES, MASTER_ADDR and
     MASTER_PORT, and ranks go by order of arrival.
     """
-    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -164,6 +164,7 @@ def _run_agent(run: Run, device: str, num_nodes: int, num_here: int) -> int:
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE_S))
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     port = os.environ.get("MASTER_PORT", "8080" if num_nodes > 1 else "0")
+    statuses = tempfile.mkdtemp(prefix="erniekit-")
     config = LaunchConfig(
         min_nodes=num_nodes,
         max_nodes=num_nodes,
@@ -173,12 +174,12 @@ def _run_agent(run: Run, device: str, num_nodes: int, num_here: int) -> int:
         rdzv_configs={"join_timeout": run.parallel.ddp_timeout},
         run_id="erniekit",
         max_restarts=0,
+        logs_specs=DefaultLogsSpecs(log_dir=statuses),  # else in a folder that is not removed
         local_addr=address if address in ("127.0.0.1", "localhost") else None,
     )
     # It logs what `_told` says in one sentence.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     command = ["-m", process.__name__, "train", *words_of(run)]
-    statuses = tempfile.mkdtemp(prefix="erniekit-")
     os.environ[process.FOLDER_VARIABLE] = statuses  # the ranks have it from here
     try:
         elastic_launch(config, sys.executable)(*command)

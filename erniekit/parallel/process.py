@@ -19,7 +19,7 @@ def status_of_all(folder: Path, number: signal.Signals, num_ranks: int) -> int:
 
     A lack or a mistake comes first, then a rank that the signal ended before it could save.
     """
-    found = [int(path.read_text(encoding="utf-8")) for path in folder.iterdir()]
+    found = [int(path.read_text(encoding="utf-8")) for path in folder.iterdir() if path.is_file()]
     for status in (3, 2):
         if status in found:
             return status

@@ -203,4 +203,5 @@ def _explained(watch: Watch) -> Iterator[None]:
 def _is_of_group(error: Exception) -> bool:
     """Whether an exchange between ranks failed; gloo's errors have no class of their own."""
     kinds = (dist.DistBackendError, dist.DistNetworkError, dist.DistStoreError)
-    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    is_gloo = any(words in str(error) for words in ("gloo", "pair closure"))
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and is_gloo)

@@ -134,17 +134,19 @@ class ReplicatedGradients(Gradients):
         """
         for bucket in self._buckets[len(self._sent) :]:
             self._send(bucket)
-        own = torch.tensor([name in self._given for name in self.parameters], dtype=torch.int64)
-        [counts] = self.ranks.all_reduce([own])
-        absent = {name for name, count in zip(self.parameters, counts.tolist()) if not count}
         mine = self.ranks.rank % self.ranks.shards
         for bucket, flat, work in self._sent:
             work.wait()
             parts = flat.split([self.parameters[name].numel() for name in bucket.names])
             for name, part in zip(bucket.names, parts):
                 parameter = self.parameters[name]
-                if bucket.owner in (None, mine) and name not in absent:
+                if bucket.owner in (None, mine):
                     self._sums[id(parameter)] = part.view(parameter.shape)
+        own = torch.tensor([name in self._given for name in self.parameters], dtype=torch.int64)
+        [counts] = self.ranks.all_reduce([own])
+        for parameter, count in zip(self.parameters.values(), counts.tolist()):
+            if not count:
+                self._sums.pop(id(parameter), None)
         self._sent, self._given, self._missing = [], set(), None
 
     @torch.no_grad()

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers_ranks import EVEN, two_ranks
 
 from ernie import kernels
+from ernie.attention import packed_causal
 from ernie.fused import fuse, shallow_copy
 from ernie.generate import generate
 from ernie.kernels.cpu import products
@@ -171,16 +172,39 @@ def random_model(name: str) -> ErnieModel:
 
 
 @cache
+def quantized_model(name: str, quantization: str | None) -> ErnieModel:
+    """`random_model(name)`, with weights of integers if wanted."""
+    model = random_model(name)
+    if quantization is None:
+        return model
+    return fuse(shallow_copy(model), read_scheme(quantization, has_experts=model.config.is_moe))
+
+
+@cache
 def expected_answers(
     name: str, cache_dtype: str = "float32", quantization: str | None = None
 ) -> list[list[int]]:
-    """The plain generator's answers of `random_model(name)`, with weights of integers if wanted."""
-    model = random_model(name)
-    if quantization is not None:
-        scheme = read_scheme(quantization, has_experts=model.config.is_moe)
-        model = fuse(shallow_copy(model), scheme)
+    """The plain generator's answers."""
+    model = quantized_model(name, quantization)
     settings = {"max_tokens": NUM_NEW, "cache_dtype": getattr(torch, cache_dtype)}
     return [list(generate(model, p, **settings)) for p in PROMPTS]
+
+
+# Of logits that are some units apart: products with integer weights round activations to 8 bits,
+# where a last bit of a sum, which depends on how many rows there are, may decide.
+TIE = 0.03
+
+
+@torch.no_grad()
+def gap_of(name: str, kind: str, prompt: list[int], one: list[int], other: list[int]) -> float:
+    """By how much the logits of the first two tokens differ that two answers do not share."""
+    at = first_difference(one, other)
+    ids = torch.tensor([*prompt, *one[:at]])
+    bounds = torch.tensor([0, len(ids)], dtype=torch.int32)
+    model = quantized_model(name, kind)
+    hidden_TD = model.hidden(ids, torch.arange(len(ids)), packed_causal(bounds))
+    logits_V = model.head(hidden_TD[-1:])[0]
+    return abs(float(logits_V[one[at]] - logits_V[other[at]]))
 
 
 def run(engine: Engine, prompts: Sequence[list[int]], row: Row) -> list[list[int]]:
@@ -216,7 +240,13 @@ def check(row: Row, name: str, ranks: Ranks | None = None, part: ErnieModel | No
     for _ in range(row.rounds):
         answers = run(engine, PROMPTS, row)
         for i, (answer, wanted) in enumerate(zip(answers, expected)):
-            assert answer == wanted, f"prompt {i} differs at {first_difference(answer, wanted)}"
+            if answer == wanted:
+                continue
+            told = f"prompt {i} differs at {first_difference(answer, wanted)}"
+            kind = settings.get("quantization")
+            assert kind is not None, told
+            gap = gap_of(name, kind, PROMPTS[i], answer, wanted)
+            assert gap < TIE, f"{told}, by {gap:.3f}"
     stats = engine.stats()
     assert stats.num_free_blocks == stats.num_blocks, f"blocks are held by nobody: {stats}"
     assert row.hits is None or (stats.num_hit_tokens > 0) == row.hits, f"{stats}"
