@@ -7,7 +7,6 @@ them with torchrun's agent, waits, and says how they ended.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib
 import logging
 import os
@@ -21,7 +20,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from ernie.settings import ConfigError, as_word
-from erniekit.config import Run, changed, effects, read_run
+from erniekit.config import Run, read_run
 from erniekit.config.stages import TRAINABLE
 from erniekit.faults import told_in_a_sentence
 
@@ -41,9 +40,6 @@ def run_training(run: Run) -> int:
         return evaluation.evaluate_run(run)
     recipe, device = recipe_of(run), device_of(run)
     num_nodes, num_here = num_processes(run, device)
-    if int(os.environ.get("WORLD_SIZE") or 1) * num_nodes * num_here == 1:
-        idle = tuple(f"{key} (one process)" for key in effects.of_ranks(changed(run)))
-        run = dataclasses.replace(run, without_effect=run.without_effect + idle)
     if is_rank() or num_nodes * num_here == 1:
         return told_in_a_sentence(partial(_run_rank, run, device, recipe), run, device)
     return _run_agent(run, device, num_nodes, num_here)

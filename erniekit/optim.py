@@ -10,8 +10,6 @@ original that is updated in its place, so that no update is too small to count.
 
 from __future__ import annotations
 
-import functools
-import logging
 import math
 import re
 from collections.abc import Collection, Mapping
@@ -24,8 +22,6 @@ from ernie import kernels
 from ernie.kernels.reference import MOMENT_BLOCK
 from ernie.settings import ConfigError
 from erniekit.config import Optimisation
-
-log = logging.getLogger("erniekit")
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 _TOWER_BLOCK = re.compile(r"^vision_model\.blocks\.(\d+)\.")
@@ -69,16 +65,8 @@ def _decayed(step: int, num_steps: int, o: Optimisation) -> float:
     return o.min_lr + (o.learning_rate - o.min_lr) * share
 
 
-@functools.cache  # so that a run is told once
 def warmup_steps(num_steps: int, o: Optimisation) -> int:
-    """Steps of the warm-up; a warning where it does not end within the run."""
-    found = o.warmup_steps or math.ceil(o.warmup_ratio * num_steps)
-    if found >= num_steps and o.lr_scheduler_type != "constant":
-        log.warning(
-            "the warm-up of %d steps does not end within the %d of the run: learning_rate %g is "
-            "never reached", found, num_steps, o.learning_rate,
-        )  # fmt: skip
-    return found
+    return o.warmup_steps or math.ceil(o.warmup_ratio * num_steps)
 
 
 MAGNITUDE = "lora_magnitude_vector"  # of a row, also where they are stacked by expert

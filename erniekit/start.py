@@ -26,7 +26,7 @@ from erniekit.data.stream import Stream
 from erniekit.dropout import Dropout, add_dropout
 from erniekit.loop import Progress
 from erniekit.method import Method
-from erniekit.optim import OPTIMIZERS, AdamW, treatments
+from erniekit.optim import OPTIMIZERS, AdamW, treatments, warmup_steps
 from erniekit.parallel.forms import form_of
 from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.report.reporter import Reporter
@@ -199,10 +199,17 @@ def _tell(session: Session) -> None:
         log.info("products: %s", session.run.model.cpu_products)
     if session.eval_stream is not None and not session.eval_every:
         log.info("no evaluation while training (evaluation_strategy: no)")
+    if (warmup := warmup_steps(last, o)) >= last and o.lr_scheduler_type != "constant":
+        log.warning(
+            "the warm-up of %d steps does not end within the %d of the run: learning_rate %g is "
+            "never reached", warmup, last, o.learning_rate,
+        )  # fmt: skip
     names = list(session.run.without_effect)
     if not any(isinstance(module, Router) for module in session.model.modules()):
         idle = effects.of_experts(changed(session.run))
         names += [f"{key} (a dense model)" for key in idle if key not in names]
+    if session.ranks.size == 1:
+        names += [f"{key} (one process)" for key in effects.of_ranks(changed(session.run))]
     if o.offload_optim and session.device == "cpu":
         names.append("offload_optim (the optimizer's state is in the host's memory anyway)")
     elif o.offload_optim:
