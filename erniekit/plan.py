@@ -29,6 +29,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from ernie.config import ErnieConfig
 from ernie.kernels.reference import MOMENT_BLOCK
@@ -42,7 +43,7 @@ from erniekit.config.model import TOWER
 from erniekit.lora import projections
 from erniekit.lora_targets import chosen
 from erniekit.parallel.replicated import owners_of
-from erniekit.reward_model import HEAD, add_reward_head
+from erniekit.reward_model import HEAD, add_reward_head, base_of
 
 GIB = 2**30
 _LAYER = re.compile(r"^model\.layers\.(\d+)\.")
@@ -332,7 +333,7 @@ def _other_models(config: ErnieConfig, run: Run, device: str, whole: Sizes) -> i
     if run.generates_apart and p.rollout_server is None:
         total += base
     if p.reward_model is not None and "model" in p.reward:
-        total += 2 * config_of(p.reward_model).num_params()
+        total += 2 * config_of(str(base_of(Path(p.reward_model)))).num_params()
     return total
 
 

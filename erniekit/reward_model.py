@@ -255,6 +255,12 @@ def _ids_and_pictures(dialogue: Dialogue) -> tuple[Any, ...]:
     return (dialogue,)
 
 
+def base_of(folder: Path) -> str | Path:
+    """Where the weights beside a head are: the base that an adapter names, or the folder itself."""
+    settings = folder / lora_files.ADAPTER_CONFIG
+    return read_settings(settings).base if settings.is_file() else folder
+
+
 def load(
     folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: torch.device | str = "cpu"
 ) -> RewardModel:
@@ -265,12 +271,9 @@ def load(
     """
     folder = Path(folder)
     read_head(folder)
-    base: str | Path = folder
-    is_adapter = (folder / lora_files.ADAPTER_CONFIG).is_file()
-    if is_adapter:
-        base = read_settings(folder / lora_files.ADAPTER_CONFIG).base
+    base = base_of(folder)
     model = ernie.load(base, dtype=dtype, device=device)
-    if is_adapter:
+    if base != folder:
         lora_files.put_in(model, folder, base)
         lora.merge_lora(model)
     take_head(model, folder)
