@@ -302,8 +302,8 @@ def _choose_trained(model: ernie.ErnieModel, run: Run) -> None:
     depth, wanted = len(model.model.mtp), run.model.num_nextn_predict_layers
     if wanted not in (0, depth):
         raise ConfigError(
-            f"num_nextn_predict_layers={wanted}, but the model has {depth} such blocks; give 0 or "
-            f"{depth}"
+            f"num_nextn_predict_layers={wanted}, but the model has {depth} such blocks; give 0"
+            + (f" or {depth}" if depth else "")
         )
     model.model.mtp.requires_grad_(bool(wanted))
     for name in still(dict(model.named_parameters()), run):

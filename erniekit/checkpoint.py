@@ -136,8 +136,8 @@ def evaluated(output: Path, metric: str, *, greater_is_better: bool) -> list[tup
 
 
 def chosen(output: Path, which: str | None) -> Path | None:
-    """What to take of a run: `best`, `newest`, `ema` or a folder; None: the final model, else the
-    newest checkpoint, else None.
+    """What to take of a run: `best`, `newest`, `ema` or a folder, its name alone where it is one of
+    the run; None: the final model, else the newest checkpoint, else None.
 
     Raises ConfigError where what is named is not there or damaged.
     """
@@ -148,7 +148,8 @@ def chosen(output: Path, which: str | None) -> Path | None:
     elif which == "best":
         folder = _best_by_pointer(output)
     else:
-        folder = output / AVERAGE_FOLDER if which == AVERAGE_FOLDER else Path(which)
+        is_ours = Path(which).name == which and has_model(output / which)
+        folder = output / which if is_ours or which == AVERAGE_FOLDER else Path(which)
     if folder is None or not has_model(folder):
         raise ConfigError(
             f"use_checkpoint={which}, but {folder or output} holds no such model or adapter; give "

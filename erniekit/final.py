@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,7 @@ def _tell(session: Session) -> None:
         )
     log.info("finished: the %s is in %s", "adapter" if is_lora else "model", output)
     if is_lora:
-        log.info("merge it into the base model with: erniekit export %s/run.yaml", output)
+        settings = shlex.quote(f"{output}/run.yaml")
+        log.info("merge it into the base model with: erniekit export %s", settings)
     if session.first_step > session.num_steps:
         tell_nothing_trained(session, f"a run of {session.num_steps}")

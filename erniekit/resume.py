@@ -29,7 +29,7 @@ from typing import Any
 
 from ernie.settings import ConfigError, read_overrides, read_yaml
 from erniekit import checkpoint, launch
-from erniekit.config import Run, effects, run_from
+from erniekit.config import Run, effects, read_values, run_from
 from erniekit.metrics import METRICS_FILE
 from erniekit.report import about
 
@@ -53,12 +53,10 @@ def run_resume(words: Sequence[str]) -> int:
         raise ConfigError(f"{output} has no run.yaml; give the output_dir of a training run")
     if is_verifying:
         return verify(output, **_verify_options(overrides))
+    values, _ = read_values([str(settings), *words[1:]])
     once = {"resume_from_checkpoint": None, "stop_after_step": None, "ignore_changed_inputs": False}
     run = run_from(
-        read_yaml(settings)
-        | once
-        | overrides
-        | {"output_dir": str(output), "overwrite_output_dir": False},
+        values | once | overrides | {"output_dir": str(output), "overwrite_output_dir": False},
         str(settings),
     )
     told = (str(settings), *words[1:])
@@ -134,7 +132,9 @@ def _start(
     """The checkpoint to begin with, and its step; damaged ones are not passed over."""
     known = checkpoint.checkpoints(output)
     if wanted is not None:
-        known = [(s, f) for s, f in known if f.resolve() == wanted.resolve()]
+        known = [
+            (s, f) for s, f in known if f.name == str(wanted) or f.resolve() == wanted.resolve()
+        ]
         if not known:
             raise ConfigError(f"checkpoint={wanted} is not a checkpoint of {output}")
     for step, folder in reversed(known):

@@ -81,7 +81,8 @@ class Training:
     use_checkpoint: str | None = option(
         None,
         "What eval, export and server take of output_dir: best, newest, ema (averaged weights of "
-        "the final model) or a folder; none: the final model, else the newest checkpoint.",
+        "the final model), checkpoint-40 or another folder; none: the final model, else the newest "
+        "checkpoint.",
         path=True,
     )
     stop_after_step: int | None = option(

@@ -249,6 +249,7 @@ def test_the_best_checkpoint_stays_and_can_be_the_final_model(
         assert all(torch.equal(ours[k], theirs[k]) for k in theirs), part
 
     assert checkpoint.chosen(tmp_path, "best") == best
+    assert checkpoint.chosen(tmp_path, "checkpoint-4") == best
     assert checkpoint.chosen(tmp_path, "ema") == tmp_path / "ema"
     assert checkpoint.chosen(tmp_path, None) == tmp_path
     assert checkpoint.chosen(tmp_path, "newest") == tmp_path / "checkpoint-10"

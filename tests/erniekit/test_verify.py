@@ -155,6 +155,7 @@ def test_a_changed_record_fails(copied: Path) -> None:
         (["{run}", "--verify", "step=2"], "--verify has no 'step'"),
         (["{run}", "--verify", "steps=no"], "is not a number of steps"),
         (["{run}", "--verify", "checkpoint={run}/checkpoint-9"], "is not a checkpoint of"),
+        (["{run}", "max_step=3"], "unknown key 'max_step' in the command line"),
         (["{run}", "--verify", "checkpoint={run}/checkpoint-8"], "nothing to compare with"),
     ],
 )
@@ -186,8 +187,7 @@ def test_a_run_that_was_made_longer_is_certified(tiny, data: Path, tmp_path: Pat
     start = words(tiny("tiny-dense"), data, output, max_steps=6, stop_after_step=2, **more)
     assert main(start) == 0
     assert main(["resume", str(output), "max_steps=8"]) == 0
-    first = f"checkpoint={output}/checkpoint-2"
-    assert main(["resume", "--verify", str(output), first]) == 0
+    assert main(["resume", "--verify", str(output), "checkpoint=checkpoint-2"]) == 0
 
 
 def test_a_damaged_record_is_a_sentence(copied: Path, capsys) -> None:
