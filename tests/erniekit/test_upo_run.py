@@ -112,11 +112,13 @@ def test_adapters_answer_as_they_stand(name, words, tiny, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("compute_type", ["bf16", "wint8", "wint4/8", "nf4"])
-def test_the_reference_of_lora_is_its_base(compute_type, words, monkeypatch) -> None:
-    """No second model is held, whatever the bits of the base."""
+def test_the_reference_of_lora_is_its_base(compute_type, words, monkeypatch, capsys) -> None:
+    """No second model is held, whatever the bits of the base; but answers may be drawn from one."""
     monkeypatch.setattr(rounds, "read_model", lambda *_: pytest.fail("a second model was read"))
     more = {"fine_tuning": "LoRA", "compute_type": compute_type, "learning_rate": 2e-2}
     assert main(["train", *words(**more)]) == 0
+    assert main(["plan", *words(**more)]) == 0
+    assert ("other models" in capsys.readouterr().out) == (compute_type == "bf16")
 
 
 @pytest.mark.parametrize("fine_tuning", ["Full", "LoRA"])
