@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
 from ernie.checkpoint.hub import resolve
@@ -120,7 +120,7 @@ class Stream:
         )
         num_records = sum(len(self.sources[number]) for number in self.mix.drawn)
         self.faults = Faults(data.max_bad_data_share, num_records)
-        self.on_read: Callable[[Any], None] | None = None  # is given each sample of the batches
+        self.on_read: Callable[[Sample], None] | None = None  # is given each sample, before rows
 
     @cached_property
     def epoch_size(self) -> int:
@@ -152,6 +152,8 @@ class Stream:
             for part, sample in enumerate(found):
                 if part < skipped:
                     continue
+                if self.on_read is not None:
+                    self.on_read(sample)
                 drawn = Drawn(position, part, sample)
                 is_first = position == start.position and part == start.part
                 yield drawn.piece(start.offset, len(drawn)) if is_first else drawn
@@ -210,9 +212,6 @@ class Stream:
         fixed_size = batch_size * self.data.max_seq_len if self.data.padding else 0
         rows = self.rows(start, end)
         while group := list(islice(rows, batch_size)):
-            if self.on_read is not None:
-                for sample in chain.from_iterable(row for row, _ in group):
-                    self.on_read(sample)
             yield batch_of([row for row, _ in group], group[-1][1], fixed_size=fixed_size)
 
 

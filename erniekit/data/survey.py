@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from erniekit.data.dialogue import Sample
+from erniekit.data.pack import START, Drawn
 from erniekit.data.sources import DataError
 from erniekit.data.stream import Stream
 
@@ -59,14 +61,19 @@ def survey(stream: Stream, max_records: int) -> Survey:
     """
     epoch_size = stream.epoch_size
     num_read = min(epoch_size, max_records)
-    digests, num_samples, num_rows, num_tokens, num_trained = set(), 0, 0, 0, 0
-    for row, _ in stream.rows(end=num_read):
-        num_rows += 1
-        num_samples += len(row)
-        for sample in row:
-            num_tokens += len(sample)
-            num_trained += sample.num_trained
-            digests.add(_digest(sample))
+    digests: set[bytes] = set()
+    num_samples = num_tokens = num_trained = 0
+
+    def counted() -> Iterator[Drawn]:  # whole, before a row cuts a document
+        nonlocal num_samples, num_tokens, num_trained
+        for drawn in stream.samples(START, num_read):
+            num_samples += 1
+            num_tokens += len(drawn)
+            num_trained += drawn.sample.num_trained
+            digests.add(_digest(drawn.sample))
+            yield drawn
+
+    num_rows = sum(1 for _ in stream.packed(counted()))
     if not num_rows:
         raise DataError(f"none of the {num_read} records can be trained on; see the warnings above")
     scale = epoch_size / num_read

@@ -379,6 +379,32 @@ def test_pre_training_from_scratch_learns_and_measures_bits(words, tiny, tmp_pat
     assert results["eval_bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-4)
 
 
+@pytest.mark.parametrize("steps", [-1, 60])
+def test_whole_documents_overlap_not_the_ends_that_rows_cut_off(
+    steps: int, words, tmp_path: Path, capsys
+) -> None:
+    """Documents with beginnings of their own, which end alike behind where rows cut them."""
+    documents = [f"{i} " * 12 + "It is sunny, my friend. " * 4 for i in range(40)]
+    write_lines(tmp_path / "train.jsonl", [{"text": text} for text in documents[:38]])
+    held_out = [{"text": text} for text in documents[36:]]
+    write_lines(tmp_path / "apart.jsonl", held_out[2:])
+    write_lines(tmp_path / "both.jsonl", held_out)
+    more = {
+        "train_dataset_path": tmp_path / "train.jsonl",
+        "max_seq_len": 32,
+        "max_steps": steps,
+        "num_train_epochs": 1,
+        "evaluation_strategy": "no",
+        "do_eval": "true",
+    }
+    for name, is_told in (("apart", False), ("both", True)):
+        out = {"output_dir": tmp_path / name, "eval_dataset_path": tmp_path / f"{name}.jsonl"}
+        assert main(["train", *words(**more, **out)]) == 0
+        told = "".join(capsys.readouterr())
+        assert ("also in the training data" in told) == is_told
+        assert ("2 of 4 evaluation samples" in told) == is_told
+
+
 def test_bytes_of_tokens_add_up_to_those_of_the_text(encoder) -> None:
     sizes = bytes_by_token(encoder.tokenizer)
     text = "It is sunny, my friend. 你好, naïve </s> \n\n\t 1234"
