@@ -23,6 +23,7 @@ from erniekit.average import Average
 from erniekit.build import build_model, load_adapter, trained_parameters
 from erniekit.config import Run, changed, effects, to_yaml
 from erniekit.data.stream import Stream
+from erniekit.data.unread import of_first_records
 from erniekit.dropout import Dropout, add_dropout
 from erniekit.loop import Progress
 from erniekit.method import Method
@@ -218,6 +219,10 @@ def _tell(session: Session) -> None:
         log.info("the optimizer's state, %.2f GiB a rank, lies in the host's memory", num)
     if names:
         log.info("settings without effect here: %s", ", ".join(names))
+    if not session.run.stage.has_rollouts:  # rewards may read any key
+        streams = filter(None, (session.train_stream, session.eval_stream))
+        if unread := [key for stream in streams for key in of_first_records(stream)]:
+            log.warning("keys of records that are not read: %s", ", ".join(unread))
 
 
 def _compare_settings(

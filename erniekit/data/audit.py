@@ -45,9 +45,11 @@ class Split:
     name: str
     stream: Stream
     faults: Faults
+    has_rewards: bool = False  # which may read any key of a record
     samples: Samples = field(default_factory=Samples)
     accounts: list[Account] = field(default_factory=list)
     reasons: list[Counter[str]] = field(default_factory=list)
+    unread: list[Counter[str]] = field(default_factory=list)
     cut_away: list[str] = field(default_factory=list)  # places
 
     def place(self, sample: int) -> str:
@@ -77,7 +79,8 @@ def run_data(run: Run) -> int:
         return offline.write(streams, folder, run.audit.preprocessing_num_workers)
     folder = _made(run.output / FOLDER)
     splits = [
-        Split(name, s, Faults(s.faults.max_share, s.faults.size)) for name, s in streams.items()
+        Split(name, s, Faults(s.faults.max_share, s.faults.size), run.stage.has_rollouts)
+        for name, s in streams.items()
     ]
     with Chunks(streams, run.audit.preprocessing_num_workers) as chunks:
         taken: set[str] = set()
@@ -110,9 +113,11 @@ def _read(split: Split, chunks: Chunks, folder: Path, taken: set[str]) -> None:
         account, reasons = Account(str(source.path), num_records=len(source)), Counter[str]()
         split.accounts.append(account)
         split.reasons.append(reasons)
+        split.unread.append(unread := Counter[str]())
         with _Quarantine(bad, source) as quarantine:
             for chunk in chunks.of(split.name, number, read_chunk):
                 split.samples.extend(chunk.samples)
+                unread.update({} if split.has_rewards else chunk.unread)
                 account.tokens["truncated"] += chunk.num_truncated
                 account.tokens["dropped"] += chunk.num_dropped
                 account.num_unusable += len(chunk.faults)
@@ -177,8 +182,12 @@ def _found(run: Run, splits: Sequence[Split]) -> dict[str, Any]:
         near_empty = (split.samples.column("trained") <= ledger.NEAR_EMPTY).nonzero()[0]
         found[split.name] = {
             "files": [
-                {**account.as_dict(), "reasons": dict(reasons.most_common())}
-                for account, reasons in zip(split.accounts, split.reasons)
+                {
+                    **account.as_dict(),
+                    "reasons": dict(reasons.most_common()),
+                    "unread_keys": dict(unread.most_common()),
+                }
+                for account, reasons, unread in zip(split.accounts, split.reasons, split.unread)
             ],
             "all": ledger.total(split.accounts).as_dict(),
             "cut_away": split.cut_away[:_KEPT_PLACES],
@@ -210,6 +219,10 @@ def _tell(splits: Sequence[Split], found: dict[str, Any]) -> None:
             _warn(
                 split.name, count, "records are not drawn in the first epoch, by the file weights"
             )
+        for account, kind, unread in zip(split.accounts, split.stream.kinds, split.unread):
+            for key, count in unread.most_common(_SHOWN_PLACES):
+                where = f"records of {account.path} have the key {key!r}"
+                _warn(split.name, count, f"{where}, which the type {kind} does not read")
         what = "samples have no trained token left after cutting; they are not trained"
         _warn(split.name, len(split.cut_away), what, split.cut_away)
         what = f"samples train at most {ledger.NEAR_EMPTY} tokens"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from erniekit.data.dialogue import CutAway
 from erniekit.data.ledger import Samples
 from erniekit.data.sources import DataError
 from erniekit.data.stream import Stream, kind_of
+from erniekit.data.unread import unread
 from erniekit.data.wholes import num_left_out, num_tokens
 
 SIZE = 1000  # records
@@ -44,6 +46,7 @@ class Chunk:
 
     samples: Samples = field(default_factory=Samples)
     faults: list[Fault] = field(default_factory=list)
+    unread: Counter[str] = field(default_factory=Counter)  # keys that records have for nothing
     num_truncated: int = 0
     num_dropped: int = 0
 
@@ -65,6 +68,7 @@ def read_chunk(stream: Stream, number: int, start: int) -> Chunk:
             is_cut_away = isinstance(error, CutAway)
             chunk.faults.append(Fault(index, column, str(error), kind_of(error), is_cut_away))
             continue
+        chunk.unread.update(unread(stream.encoder, record, kind))
         for sample in samples:
             if is_drawn:
                 chunk.num_truncated += sample.num_cut
