@@ -25,9 +25,10 @@ import logging
 import math
 import os
 import re
+import shlex
 import shutil
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,13 @@ _MODEL_FILES = (
     "config.json", "adapter_config.json", "model*.safetensors", "model.safetensors.index.json",
     "adapter_model.safetensors", "reward_head/model.safetensors", *FILES,
 )  # fmt: skip
-# What tells the folder of a run, which writes one of these first; what it records as it goes on.
-_OF_A_RUN = ("run.yaml", "about.json", f"checkpoint-*/{_MARKER}")
-_RECORDS = (BEST_FILE, "metrics.jsonl", "answers.jsonl", "report.html")
+# What tells the folder of a run, which writes the first of them before it trains.
+_OF_A_RUN = ("about.json", f"checkpoint-*/{_MARKER}")
+# What it writes beside the model, and what an evaluation does.
+_RECORDS = (
+    BEST_FILE, "run.yaml", "metrics.jsonl", "answers.jsonl", "rollouts.jsonl", "report.html",
+)  # fmt: skip
+_EVALUATION = ("held_out.jsonl", "eval_samples.jsonl", "eval_results.json")
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
@@ -207,8 +212,8 @@ def save(
     free = shutil.disk_usage(output).free
     if free < num_bytes:
         raise DiskFull(
-            f"a checkpoint in {output} needs {num_bytes:,} bytes and {free:,} are free; make room "
-            "and start again: training goes on from the last checkpoint"
+            f"a checkpoint in {output} needs {num_bytes:,} bytes and {free:,} are free; make room, "
+            f"and erniekit resume {shlex.quote(str(output))} goes on from the last one"
         )
     try:
         partial.mkdir()
@@ -221,7 +226,8 @@ def save(
             raise
         raise DiskFull(
             f"the disk of {output} ran full while a checkpoint of {num_bytes:,} bytes was "
-            "written; earlier ones are intact: make room and start again"
+            f"written; make room, and erniekit resume {shlex.quote(str(output))} goes on from the "
+            "last one, which is intact"
         ) from None
     if final.exists():  # a damaged one of the same step
         shutil.rmtree(final)
@@ -293,8 +299,23 @@ def foreign(output: Path) -> list[str]:
     return sorted(found | {folder.name for _, folder in checkpoints(output)})
 
 
+def refuse_as_input(output: Path, paths: Iterable[str]) -> None:
+    """Raises ConfigError where one of the `paths` that are read is a file that is written."""
+    written = {(output / name).resolve() for name in (*_RECORDS, *_EVALUATION)}
+    for path in paths:
+        if Path(path).resolve() in written:
+            raise ConfigError(
+                f"{path} is to be read, and is a file that is written anew in output_dir={output}; "
+                "move it, or give another output_dir"
+            )
+
+
 def remove_all(output: Path) -> None:
-    for _, folder in checkpoints(output):
+    """Remove the checkpoints of an earlier run, and say which."""
+    if found := checkpoints(output):
+        names = ", ".join(folder.name for _, folder in found)
+        log.warning("overwrite_output_dir: removed from %s: %s", output, names)
+    for _, folder in found:
         _remove(folder)
     (output / BEST_FILE).unlink(missing_ok=True)
 

@@ -56,9 +56,9 @@ VERBS = {
     "train": Verb(
         "erniekit.launch:run_training",
         TRAINING,
-        "Train a model; started again, it goes on where it was. SIGTERM and Ctrl-C finish the step "
-        "and save first (exit status 0 and 130); a file SAVE in output_dir asks for a checkpoint "
-        "after the step.",
+        "Train a model; started again, it goes on where it was (not with overwrite_output_dir). "
+        "SIGTERM and Ctrl-C finish the step and save first (exit status 0 and 130); a file SAVE in "
+        "output_dir asks for a checkpoint after the step.",
     ),
     "resume": Verb(
         "erniekit.resume:run_resume",

@@ -54,7 +54,7 @@ def told_in_a_sentence(work: Callable[[], int], run: Run, device: str) -> int:
             raise
         raise DiskFull(
             f"the disk of {run.output} is full ({error.filename or 'while writing'}); checkpoints "
-            "that were whole still are: make room and start again, training goes on from the last"
+            f"that were whole still are: make room, and {run.way_on} goes on from the last"
         ) from None
     # Out of the handler, so that the frames of the step, and their tensors, are gone by now.
     raise OutOfMemory(f"out of memory ({what}); {_advice(run, device)}{_last_checkpoint(run)}")
@@ -108,4 +108,4 @@ def _advice(run: Run, device: str) -> str:
 
 def _last_checkpoint(run: Run) -> str:
     found = checkpoints(run.output)
-    return f"; training goes on from {found[-1][1]}" if found else ""
+    return f"; {run.way_on} goes on from {found[-1][1]}" if found else ""

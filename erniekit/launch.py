@@ -132,7 +132,7 @@ def _run_rank(run: Run, device: str, recipe: ModuleType) -> int:
         for name in ("erniekit", "ernie"):
             logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        with joined(run.parallel, device) as ranks:
+        with joined(run.parallel, device, run.way_on) as ranks:
             return recipe.run(run, device, ranks)
     except RankError as error:
         print(f"erniekit train, rank {os.environ['RANK']}: {error}", file=sys.stderr)
@@ -189,7 +189,7 @@ def _run_agent(run: Run, device: str, num_nodes: int, num_here: int) -> int:
             "command on each of them, with the same values"
         ) from None
     except ChildFailedError as error:
-        return _told(error)
+        return _told(run, error)
     finally:
         shutil.rmtree(statuses)
 
@@ -201,7 +201,7 @@ def words_of(run: Run) -> list[str]:
     return [*run.words, *(f"{key}={as_word(value)}" for key, value in more.items())]
 
 
-def _told(error: ChildFailedError) -> int:
+def _told(run: Run, error: ChildFailedError) -> int:
     """Say which rank ended first, where it could not say so itself; returns its exit code."""
     start = min(failure.timestamp for failure in error.failures.values())
     early = [f for f in error.failures.items() if f[1].timestamp <= start + SAME_TIME_S]
@@ -212,7 +212,7 @@ def _told(error: ChildFailedError) -> int:
     if first.exitcode < 0:
         ended = f"was ended by {first.signal_name()}"
     print(
-        f"erniekit train: rank {rank} {ended}; all ranks stopped, and the same command goes on "
+        f"erniekit train: rank {rank} {ended}; all ranks stopped, and {run.way_on} goes on "
         "from the last checkpoint",
         file=sys.stderr,
     )

@@ -81,6 +81,8 @@ def started(
         num_steps=num_steps,
         is_silent=not ranks.is_first,
     )
+    if ranks.is_first:  # after about.json, by which the folder is known as that of a run
+        checkpoint.replace_text(run.output / "run.yaml", to_yaml(run))
     session = Session(
         run=run,
         device=device,
@@ -116,7 +118,6 @@ def _take_over(run: Run, resumed: Path | None, step: int, num_steps: int) -> Non
     checkpoint.set_aside(run.output, step if is_here else 0)
     if step < min(num_steps, run.training.stop_after_step or num_steps):
         checkpoint.remove_results(run.output)
-    checkpoint.replace_text(run.output / "run.yaml", to_yaml(run))
 
 
 def _model(

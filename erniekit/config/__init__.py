@@ -11,6 +11,7 @@ Imports no torch: `erniekit --help` must answer at once.
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,6 +113,19 @@ class Run:
         if self.training.output_dir is None:
             raise ConfigError("output_dir is none; give a folder")
         return Path(self.training.output_dir)
+
+    @property
+    def data_paths(self) -> list[str]:
+        """Files that records are read from, and what is made in place of a file (reasoning_gym)."""
+        files = [*self.data.files("train"), *self.data.files("eval")]
+        return [*(path for _, path, _ in files), *self.policy.pair_dataset_path]
+
+    @property
+    def way_on(self) -> str:
+        """What to start so that the run, once it was ended, goes on from its last checkpoint."""
+        if self.training.overwrite_output_dir:
+            return f"erniekit resume {shlex.quote(str(self.output))}"
+        return "the same command"
 
 
 def read_run(words: Sequence[str]) -> Run:

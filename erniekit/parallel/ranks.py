@@ -150,11 +150,11 @@ def degrees(parallel: Parallel, size: int) -> tuple[int, int]:
 
 
 @contextlib.contextmanager
-def joined(parallel: Parallel, device: str) -> Iterator[Ranks]:
+def joined(parallel: Parallel, device: str, way_on: str = "the same command") -> Iterator[Ranks]:
     """This process as one of those that torchrun's variables tell of; `ALONE` without them.
 
-    Within, the loss of another rank becomes a RankError. Raises ConfigError for degrees that do
-    not fit the number of processes.
+    Within, the loss of another rank becomes a RankError, which says by which `way_on` to go on.
+    Raises ConfigError for degrees that do not fit the number of processes.
     """
     size = int(os.environ.get("WORLD_SIZE") or 1)
     copies, shards = degrees(parallel, size)
@@ -172,7 +172,7 @@ def joined(parallel: Parallel, device: str) -> Iterator[Ranks]:
         world_size=size,
         timeout=patience,
     )
-    watch = Watch(store, rank, size, parallel.ddp_timeout)
+    watch = Watch(store, rank, size, parallel.ddp_timeout, way_on)
     try:
         mesh = init_device_mesh(device, (copies, shards), mesh_dim_names=("replicate", "shard"))
         with watch, _explained(watch):
@@ -197,7 +197,7 @@ def _explained(watch: Watch) -> Iterator[None]:
             raise
         found = watch.missing()
         watch.leave(f"stopped because {found}")
-        raise RankError(f"{found}; all ranks stop, and the same command goes on") from error
+        raise RankError(f"{found}; all ranks stop, and {watch.way_on} goes on") from error
 
 
 def _is_of_group(error: Exception) -> bool:

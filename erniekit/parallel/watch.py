@@ -28,12 +28,20 @@ WAITS = "an exchange"
 class Watch:
     """A thread that shows that rank `rank` of `size` lives, and that sees whether the others do.
 
-    `patience_s` is how long one may be silent. The thread ends with the `with` block.
+    `patience_s` is how long one may be silent; `way_on` is told where it was longer. The thread
+    ends with the `with` block.
     """
 
-    def __init__(self, store: dist.Store, rank: int, size: int, patience_s: float) -> None:
+    def __init__(
+        self,
+        store: dist.Store,
+        rank: int,
+        size: int,
+        patience_s: float,
+        way_on: str = "the same command",
+    ) -> None:
         self.rank, self.size, self.patience_s = rank, size, patience_s
-        self.step = 0
+        self.way_on, self.step = way_on, 0
         # A connection of its own, as others wait in theirs; unknown to torch's stubs.
         self._store: dist.Store = store.clone()  # type: ignore[attr-defined]
         self._seen: dict[int, tuple[bytes, float]] = {}  # sign of a rank, and when it was new
@@ -86,7 +94,9 @@ class Watch:
             if silent := self._silent(self.patience_s):
                 told = ", ".join(f"rank {r} {what}" for r, what in sorted(silent.items()))
                 self.leave(f"stopped because {told}")
-                log.error("rank %d: %s; all ranks stop, the same command goes on", self.rank, told)
+                log.error(
+                    "rank %d: %s; all ranks stop, and %s goes on", self.rank, told, self.way_on
+                )
                 logging.shutdown()
                 os._exit(EXIT_CODE)
 

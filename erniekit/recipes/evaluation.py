@@ -42,6 +42,7 @@ def evaluate_run(run: Run) -> int:
     if run.reporting.lm_eval_tasks and importlib.util.find_spec("lm_eval") is None:
         raise ConfigError("lm_eval_tasks needs the package lm-eval; pip install lm-eval")
     refuse_ranks("eval")
+    checkpoint.refuse_as_input(run.output, run.data_paths)
     manager = _task_manager(run)
     device = device_of(run)
     run = resolved(run, device)

@@ -169,7 +169,9 @@ def _inputs(
 
 
 def _refuse_removal(run: Run) -> None:
-    """Raises ConfigError where training would remove what it begins with, or what no run made."""
+    """Raises ConfigError where training would remove what it begins with or reads, or what no run
+    made.
+    """
     training, model = run.training, run.model
     given = {"model_name_or_path": model.model_name_or_path, "lora_path": model.lora_path}
     if training.overwrite_output_dir:
@@ -181,6 +183,7 @@ def _refuse_removal(run: Run) -> None:
                 f"{key}={value} is what training into output_dir={run.output} replaces; give "
                 "another output_dir"
             )
+    checkpoint.refuse_as_input(run.output, run.data_paths)
     if found := checkpoint.foreign(run.output):
         raise ConfigError(
             f"output_dir={run.output} holds {listed(found, 'and')}, which no training run has "

@@ -189,13 +189,15 @@ def test_ranks_are_started_with_the_settings_of_the_run(tmp_path: Path) -> None:
 
 
 def test_the_cause_of_an_end_is_told(capsys) -> None:
+    run = run_from({"output_dir": "out"})
+
     def told(*ends: tuple[int, int]) -> tuple[int, str]:
         """Of (exit code, second of its end) by rank."""
         failures = {
             rank: SimpleNamespace(exitcode=code, timestamp=at, signal_name=lambda: "SIGKILL")
             for rank, (code, at) in enumerate(ends)
         }
-        code = launch._told(SimpleNamespace(failures=failures))  # type: ignore[arg-type]
+        code = launch._told(run, SimpleNamespace(failures=failures))  # type: ignore[arg-type]
         return code, capsys.readouterr().err.partition(";")[0]
 
     assert told((1, 11), (-9, 10)) == (1, "erniekit train: rank 1 was ended by SIGKILL")

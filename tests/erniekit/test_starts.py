@@ -47,9 +47,58 @@ def test_a_mistake_with_overwrite_loses_nothing(tiny, data: Path, tmp_path: Path
     assert checkpoint.has_model(tmp_path)
 
 
+def test_settings_of_the_users_own_do_not_make_a_folder_that_of_a_run(
+    tiny, data: Path, tmp_path: Path, capsys
+) -> None:
+    output = tmp_path / "mine"
+    shutil.copytree(tiny("tiny-moe"), output)
+    own = output / "run.yaml"
+    own.write_text(f"output_dir: {output}  # and a remark")
+    before = {path: path.read_bytes() for path in output.iterdir()}
+    words = short(tiny("tiny-dense"), data, output)
+    assert main([words[0], str(own), *words[1:]]) == 2
+    told = capsys.readouterr().err
+    assert ", run.yaml, " in told and "which no training run has written" in told
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_data_that_would_be_written_over_is_refused(
+    tiny, data: Path, tmp_path: Path, capsys
+) -> None:
+    output = tmp_path / "out"
+    assert main(short(tiny("tiny-dense"), data, output)) == 0
+    for verb in ("train", "eval"):
+        for name in ("rollouts", "held_out", "eval_samples", "metrics"):
+            path = output / f"{name}.jsonl"
+            path.write_bytes((data / "eval.jsonl").read_bytes())
+            for key in ("train_dataset_path", "eval_dataset_path"):
+                capsys.readouterr()
+                words = short(tiny("tiny-dense"), data, output, **{key: path}, max_steps=4)
+                assert main([verb, *words[1:]]) == 2, (verb, name, key)
+                assert f"{path} is to be read" in capsys.readouterr().err
+            assert path.read_bytes() == (data / "eval.jsonl").read_bytes()
+
+
+def test_what_is_removed_on_request_is_told(tiny, data: Path, tmp_path: Path, capsys) -> None:
+    words = short(tiny("tiny-dense"), data, tmp_path, save_steps=1)
+    assert main(words) == 0
+    found = [path.name for _, path in checkpoint.checkpoints(tmp_path)]
+    capsys.readouterr()
+    assert main([*words, "overwrite_output_dir=true"]) == 0
+    told = f"overwrite_output_dir: removed from {tmp_path}: {', '.join(found)}"
+    assert len(found) > 1 and told in "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize("is_anew", [True, False])
+def test_the_way_on_does_not_start_anew(is_anew: bool) -> None:
+    run = run_from({"output_dir": "my out", "overwrite_output_dir": is_anew})
+    assert run.way_on == ("erniekit resume 'my out'" if is_anew else "the same command")
+
+
 def test_what_no_run_has_written_is_not_removed(tiny, data: Path, tmp_path: Path, capsys) -> None:
     model = tiny("tiny-dense")
     kept = ["config.json", "export/thesis.txt", "checkpoint-500/weights.bin", "metrics.jsonl"]
+    kept += ["run.yaml", "rollouts.jsonl"]
     for name in kept:
         path = tmp_path / name.partition(".")[0] / name
         path.parent.mkdir(parents=True)
