@@ -1,7 +1,7 @@
-# make demo    a real model: imported, fine-tuned, merged, served and asked (about five minutes)
+# make demo    a real model: imported, fine-tuned, merged, served and asked (under ten minutes)
 # make demo-vl a small multimodal model, trained here, is asked about pictures (a minute)
 # make test    the default tests            make check   format, lint, types (under 30 s)
-# make bench   the benchmarks; each writes its record under benchmarks/results
+# make bench   the main speed benchmarks; each writes its record under benchmarks/results
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

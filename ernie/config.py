@@ -320,15 +320,19 @@ _ARCHITECTURES = {
 
 
 def _unpack_rope(raw: dict[str, Any], origin: str) -> None:
-    """transformers 5 nests `rope_theta`; older files have `rope_scaling`. Only the default kind
-    exists.
+    """transformers 5 nests `rope_theta`; older files have `rope_scaling`, which it adds to that.
+    Only the default kind exists.
     """
-    nested = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    kind = nested.get("rope_type", nested.get("type", "default"))
-    if kind != "default":
-        raise ConfigError(
-            f"{origin}: rotary scaling {kind!r} is not supported; the family uses 'default'"
-        )
+    nested: dict[str, Any] = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        given = raw.get(key) or {}
+        kind = given.get("rope_type", given.get("type", "default"))
+        if kind != "default" or given.get("factor", 1) != 1:
+            raise ConfigError(
+                f"{origin}: {key}={given} is not supported; the family's rotary scaling is "
+                "'default', without a factor"
+            )
+        nested |= given
     if "rope_theta" in nested:
         raw["rope_theta"] = nested["rope_theta"]
     if "mrope_section" in nested:

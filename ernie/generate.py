@@ -92,6 +92,7 @@ def choose(logits_V: Tensor, temperature: float, top_p: float, generator: torch.
     if temperature == 0:
         return int(logits_V.argmax())
     probs_V, order_V = (logits_V / temperature).softmax(-1).sort(descending=True, stable=True)
-    outside = probs_V.cumsum(0) - probs_V >= top_p  # the first token is always inside
+    outside = probs_V.cumsum(0) - probs_V >= top_p
+    outside[0] = False
     probs_V = probs_V.masked_fill(outside, 0.0)
     return int(order_V[probs_V.multinomial(1, generator=generator)])

@@ -266,5 +266,7 @@ def _kept(probs_RV: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
     if top_p < 1:
         mass_R1 = kept_RK.sum(-1, keepdim=True) if top_k else 1.0
         before_RK = kept_RK.cumsum(-1) - kept_RK
-        kept_RK = kept_RK.masked_fill(before_RK >= top_p * mass_R1, 0.0)
+        outside_RK = before_RK >= top_p * mass_R1
+        outside_RK[:, 0] = False
+        kept_RK = kept_RK.masked_fill(outside_RK, 0.0)
     return kept_RK, order_RK

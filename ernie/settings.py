@@ -257,9 +257,18 @@ def _scalar(value: Any, hint: Any, key: str) -> Any:
     raise _mismatch(key, value, hint)
 
 
+_TAKEN = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text",
+    dict: "an object",
+}
+
+
 def _mismatch(key: str, value: Any, hint: Any) -> ConfigError:
-    name = getattr(hint, "__name__", str(hint))
-    return ConfigError(f"{key}={value!r} is a {type(value).__name__}; it takes {name}")
+    wanted = _TAKEN.get(hint, getattr(hint, "__name__", str(hint)))
+    return ConfigError(f"{key}={value!r} is not {wanted}; give one")
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

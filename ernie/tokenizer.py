@@ -24,9 +24,10 @@ from ernie.vocabulary import Vocabulary, read_sentencepiece, read_tokenizers
 
 __all__ = ["FILES", "Detokenizer", "Tokenizer", "TokenizerError"]
 
-# What travels with a tokenizer; generation_config.json holds the ids that end an answer,
-# training_template.json (`ernie.chat.lock`) what a model was trained with, and the last four how
-# pictures become part of a prompt (`ernie.vision.settings`).
+MORE_TEMPLATES = "additional_chat_templates"  # the folder of those beside chat_template.jinja
+# What travels with a tokenizer, as patterns; generation_config.json holds the ids that end an
+# answer, training_template.json (`ernie.chat.lock`) what a model was trained with, and the last
+# four how pictures become part of a prompt (`ernie.vision.settings`).
 FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -34,6 +35,7 @@ FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
+    f"{MORE_TEMPLATES}/*.jinja",
     "chat_template.json",
     "generation_config.json",
     "training_template.json",
@@ -101,7 +103,7 @@ class Tokenizer:
             if (folder / name).is_file()
         ]
         vocabulary = max(candidates, key=lambda v: len(v.id_by_token))  # the first of equals
-        files = [folder / name for name in FILES if (folder / name).is_file()]
+        files = [path for name in FILES for path in sorted(folder.glob(name)) if path.is_file()]
         return cls(vocabulary, declared, files)
 
     def encode(self, text: str, *, allow_special: bool = False) -> list[int]:
@@ -168,8 +170,9 @@ class Tokenizer:
         folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
         for source in self.files:
-            target = folder / source.name
+            target = folder / source.relative_to(self.files[0].parent)
             if source.resolve() != target.resolve():
+                target.parent.mkdir(exist_ok=True)
                 shutil.copyfile(source, target)
 
     def _encode_plain(self, text: str) -> list[int]:

@@ -117,7 +117,8 @@ VERBS = {
     "server": Verb(
         "erniekit.serve:run_server",
         (Model, Training, Server),
-        "Serve the newest checkpoint of output_dir, or the model, over the OpenAI API.",
+        "Serve what training left in output_dir (what was exported, else the final model, else the "
+        "newest checkpoint), or model_name_or_path, over the OpenAI API.",
     ),
     "chat": Verb(
         "erniekit.serve:run_chat",

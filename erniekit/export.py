@@ -138,7 +138,8 @@ def _remove_small_files(base: Path, target: Path) -> None:
     """Those of an earlier export, which the new one may not have."""
     if base.resolve() != target.resolve():
         for name in (*FILES, reward_model.HEAD_FILE):
-            (target / name).unlink(missing_ok=True)
+            for path in target.glob(name):
+                path.unlink()
 
 
 def copy_lock(source: Path, target: Path) -> None:

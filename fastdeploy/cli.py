@@ -78,7 +78,9 @@ def serve(argv: Sequence[str], program: str) -> int:
             "msgspec",
         ):
             raise
-        message = f"the server needs {error.name}; install the extra: pip install ernie-open[serve]"
+        message = (
+            f"the server needs {error.name}; install the extra: pip install 'ernie-open[serve]'"
+        )
     except ValueError as error:
         if type(error) is ValueError:
             raise  # what a user can cause has a class of its own: this is a defect of ours

@@ -11,7 +11,7 @@ from typing import Any
 
 from ernie.chat.messages import ChatError, Dialogue, Segment, written_differently
 from ernie.chat.sandbox import JinjaTemplate, StandIns
-from ernie.tokenizer import Tokenizer
+from ernie.tokenizer import MORE_TEMPLATES, Tokenizer
 
 # How templates write the place of a picture. The first are those of the original processor, the
 # others tokens.
@@ -33,12 +33,14 @@ def folder_sources(folder: Path) -> tuple[dict[str, str], str]:
     """Templates by name ("default", "tool_use") and where they were found."""
     path = folder / "chat_template.jinja"
     if path.is_file():
-        return {"default": path.read_text("utf-8")}, str(path)
+        others = sorted((folder / MORE_TEMPLATES).glob("*.jinja"))
+        more = {other.stem: other.read_text("utf-8") for other in others}
+        return {**more, "default": path.read_text("utf-8")}, str(path)
     value = None
     for name in ("chat_template.json", "tokenizer_config.json"):
         path = folder / name
         where = f"the chat_template of {path}"
-        if path.is_file() and (value := json.loads(path.read_text("utf-8")).get("chat_template")):
+        if path.is_file() and (value := _object(path).get("chat_template")):
             break
     if not value:
         return {}, where
@@ -49,6 +51,16 @@ def folder_sources(folder: Path) -> tuple[dict[str, str], str]:
         if isinstance(sources.get("default"), str):
             return sources, where
     raise ChatError(f"{where} is neither a string nor a list of named ones with a 'default'")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ChatError(f"{path} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ChatError(f"{path} is not a JSON object")
+    return found
 
 
 class JinjaSegments:

@@ -96,7 +96,7 @@ def _read(folder: Path) -> tuple[ErnieConfig, dict[str, Stored]]:
         (config.vision_config, "a vision tower"),
         (config.use_bias, "use_bias=true"),
         (config.is_moe and config.moe_layer_interval != 1, "moe_layer_interval above 1"),
-        (config.is_moe and experts_end not in (-1, last), "dense layers after the MoE layers"),
+        (config.is_moe and -1 < experts_end < last, "dense layers after the MoE layers"),
     ):
         if wrong:
             raise CheckpointError(

@@ -1,6 +1,7 @@
 """Names on the hub, `baidu/ERNIE-4.5-0.3B-PT`, turned into a folder on this machine.
 
-Only weights in safetensors, JSON, tokenizers and templates are fetched: never code, never pickles.
+Only weights in safetensors, JSON, tokenizers, templates and fonts are fetched: never code, never
+pickles.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from pathlib import Path
 
 from ernie.checkpoint.errors import CheckpointError
 
-PATTERNS = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "*.txt")
+PATTERNS = ("*.safetensors", "*.json", "tokenizer.model", "*.jinja", "*.txt", "*.ttf")
 NOT_SET = "model_name_or_path is not set; give the folder of a model or its name on the hub"
 _NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 

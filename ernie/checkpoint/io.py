@@ -59,7 +59,8 @@ def load(
 
         assert keep_integers or not swap_block, "blocks are swapped before they are dequantised"
         tokenizer = _tokenizer(folder, config)
-        model = read_quantized(folder, config, device, swap_block)
+        plain = None if keep_integers else dtype
+        model = read_quantized(folder, config, device, swap_block, plain)
         if not keep_integers:
             dequantize(model, dtype or model.model.embed_tokens.weight.dtype)
         model.tokenizer, model.generation_config = tokenizer, _generation_config(folder)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from ernie import kernels
 from ernie.checkpoint import io
 from ernie.checkpoint.folder import CheckpointError, read_folder
+from ernie.checkpoint.hub import resolve
 from ernie.checkpoint.layouts import QUANTIZED, QUANTIZED_VL, SCALES, Layout
 from ernie.config import ErnieConfig
 from ernie.kernels.weights import GROUP_SIZE, QuantTensor
@@ -38,9 +39,9 @@ def write_quantized(source: str | Path, target: str | Path, quantization: str) -
     `quantization` is a name or a JSON object, see `ernie.quant.scheme`. Raises ConfigError for
     another one, CheckpointError for a source that is quantised already.
     """
-    model = io.load(source, dtype=None)
-    if "quantization_config" in model.config.extra:
+    if "quantization_config" in ErnieConfig.from_folder(resolve(source)).extra:
         raise CheckpointError(f"{source} is quantised already; give the model it was made from")
+    model = io.load(source, dtype=None)
     scheme = read_scheme(quantization, has_experts=model.config.is_moe)
     if scheme is None:
         raise CheckpointError("quantization=none leaves nothing to do; name a scheme")
@@ -68,14 +69,14 @@ def read_quantized(
     config: ErnieConfig,
     device: torch.device | str = "cpu",
     swap_block: Callable[[nn.Module], nn.Module] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> ErnieModel:
-    """A model in whose plain blocks QuantTensors stand for quantised weights.
-
-    `swap_block` is that of `ernie.load`.
+    """A model in whose plain blocks QuantTensors stand for quantised weights; the others are in
+    `dtype`, or as the embedding is stored. `swap_block` is that of `ernie.load`.
     """
     scheme = scheme_of(config, folder)
     tensors = read_folder(folder)
-    dtype = io.stored_dtype(tensors)
+    dtype = dtype or io.stored_dtype(tensors)
     model = ErnieModel(config, dtype=dtype, device="meta")
     template = _template(config, scheme, dtype)
     _, weights = io.stored_weights(folder, tensors, template, device, [_layout(config)])
@@ -106,13 +107,17 @@ def _joined(
 
 
 def dequantize(model: ErnieModel, dtype: torch.dtype) -> ErnieModel:
-    """Plain parameters in place of the QuantTensors of `model`, in `dtype`."""
+    """Plain parameters in place of the QuantTensors of `model`, in `dtype`; its config is then that
+    of a plain model.
+    """
     for name in [name for name, _ in _integers(model)]:
         home, _, leaf = name.rpartition(".")
         module = model.get_submodule(home)
         weight = getattr(module, leaf)
         delattr(module, leaf)
         setattr(module, leaf, nn.Parameter(weight.dequantized(dtype)))
+    extra = {k: v for k, v in model.config.extra.items() if k != "quantization_config"}
+    model.config = dataclasses.replace(model.config, extra=extra)
     return model
 
 

@@ -126,7 +126,7 @@ class Router(nn.Module):
         chosen_TK, kept_TK = _Chosen.apply(probs_TE, experts_TK), None
         if self.capacity is not None and self.training:
             num_tokens, num_experts = probs_TE.shape
-            most = int(self.capacity * num_tokens // num_experts)
+            most = max(int(self.capacity * num_tokens // num_experts), 1)
             kept_TK = within_capacity(experts_TK, num_experts, most)
             chosen_TK = chosen_TK * kept_TK
         weights_TK = chosen_TK / chosen_TK.sum(-1, keepdim=True).clamp(min=self.norm_min)

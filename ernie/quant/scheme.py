@@ -19,12 +19,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ernie.settings import ConfigError
 
 BITS_BY_TYPE = {"wint8": 8, "wint4": 4, "none": None}
+_FIELD_BY_TYPE = {
+    "dense_quant_type": "dense",
+    "moe_quant_type": "experts",
+    "image_moe_quant_type": "vision_experts",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +78,8 @@ def read_scheme(given: str | Mapping[str, Any] | None, *, has_experts: bool) -> 
     if given is None or given in ("none", ""):
         return None
     if isinstance(given, str) and not given.lstrip().startswith("{"):
-        if given == "wint4" and not has_experts:
-            given = "wint4_all"
-        if given not in SCHEMES:
-            raise ConfigError(
-                f"quantization={given!r} is not known; use one of {', '.join(SCHEMES)}"
-            )
-        return SCHEMES[given]
-    return _from_object(_as_object(given))
+        return _named(given, has_experts)
+    return _from_object(_as_object(given), has_experts)
 
 
 def _as_object(given: str | Mapping[str, Any]) -> Mapping[str, Any]:
@@ -92,32 +91,40 @@ def _as_object(given: str | Mapping[str, Any]) -> Mapping[str, Any]:
         raise ConfigError(f"quantization={given!r} is not a JSON object: {error}") from None
 
 
-def _from_object(given: Mapping[str, Any]) -> Scheme:
+def _from_object(given: Mapping[str, Any], has_experts: bool) -> Scheme:
     known = {
         "quantization", "dense_quant_type", "moe_quant_type", "kv_cache_quant_type",
         "image_moe_quant_type", "is_quantized", "is_permuted", "is_channel_wise", "has_zero_point",
     }  # fmt: skip
     if unknown := sorted(set(given) - known):
         raise ConfigError(f"quantization has {unknown}; it takes {', '.join(sorted(known))}")
-    name = given.get("quantization")
-    if name != "mix_quant":
-        return _named(name)
-    dense, experts = (_bits(given, key) for key in ("dense_quant_type", "moe_quant_type"))
     cache = given.get("kv_cache_quant_type")
     if cache not in (None, "int8"):
         raise ConfigError(
             f"kv_cache_quant_type={cache!r} is not available; use int8 or leave it out"
         )
+    name = given.get("quantization")
+    if name != "mix_quant":
+        scheme = _named(name, has_experts)
+        for key, field in _FIELD_BY_TYPE.items():
+            if key in given and _bits(given, key) != (bits := getattr(scheme, field)):
+                raise ConfigError(
+                    f"quantization={name} has {bits} bits for what {key}={given[key]} is about; "
+                    "leave one of them out, or use mix_quant"
+                )
+        return replace(scheme, kv_cache=cache)
+    dense, experts = (_bits(given, key) for key in ("dense_quant_type", "moe_quant_type"))
     vision = _bits(given, "image_moe_quant_type") if "image_moe_quant_type" in given else experts
     return Scheme("mix_quant", dense, experts, vision, 8 if dense else None, cache)
 
 
-def _named(name: Any) -> Scheme:
+def _named(name: Any, has_experts: bool) -> Scheme:
     if name not in SCHEMES:
         raise ConfigError(
-            f"quantization={name!r} is not available; use mix_quant or one of {', '.join(SCHEMES)}"
+            f"quantization={name!r} is not known; use one of {', '.join(SCHEMES)}, or an object "
+            "with mix_quant"
         )
-    return SCHEMES[name]
+    return SCHEMES["wint4_all" if name == "wint4" and not has_experts else name]
 
 
 def _bits(given: Mapping[str, Any], key: str) -> int | None:

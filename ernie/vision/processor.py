@@ -230,9 +230,22 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
+def _of_8_bits(image: Image.Image) -> Image.Image:
+    """The upper bytes of grey integers of 16 bits, as which Pillow also opens those of 9 to 15;
+    other numbers as they are, where they are in the range of 8 bits.
+    """
+    pixels = np.asarray(image)
+    low, high = pixels.min(), pixels.max()
+    has_16 = image.mode != "F" and (image.mode != "I" or high > 255)
+    is_unit = image.mode == "F" and 0 < high <= 1
+    if not 0 <= low <= high < (1 << 16 if has_16 else 256) or is_unit:
+        raise MediaError(f"the picture has pixels from {low} to {high}; give it in 8 or 16 bits")
+    return Image.fromarray((pixels >> 8 if has_16 else pixels).astype(np.uint8))
+
+
 def _over_white(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.mode in ("F", "I") or image.mode.startswith("I;16"):
+        image = _of_8_bits(image)
     if image.has_transparency_data:
         layer = image if image.mode == "RGBA" else image.convert("RGBA")
         if layer.getchannel("A").getextrema() != (255, 255):

@@ -60,6 +60,10 @@ def tokenizer(argv: Sequence[str]) -> int:
 
 
 def collect_env(argv: Sequence[str]) -> int:
+    """Print versions, processor, memory and GPUs, as a report of a fault should have them."""
+    if argv and argv[0] in ("-h", "--help"):
+        sys.stdout.write("usage: fastdeploy collect-env\n\n" + f"{collect_env.__doc__}\n")
+        return 0
     if argv:
         raise ConfigError(f"collect-env takes no flags; it was given {argv[0]!r}")
     for name, value in environment().items():

@@ -50,7 +50,7 @@ class Tracing:
             exporter = exporter_of(config)
         except ModuleNotFoundError as error:
             raise ConfigError(
-                f"traces_enable needs {error.name}; install the extra: pip install ernie-open[otel]"
+                f"traces_enable needs {error.name}; pip install 'ernie-open[otel]'"
             ) from None
         provider = TracerProvider(resource=Resource({"service.name": config.service_name}))
         provider.add_span_processor(

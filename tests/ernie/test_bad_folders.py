@@ -15,12 +15,14 @@ import httpx
 import pytest
 import torch
 from huggingface_hub import errors
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 import ernie
 from ernie.checkpoint import hub
 from ernie.checkpoint.folder import INDEX, CheckpointError
 from ernie.settings import ConfigError
+from ernie.tokenizer import FILES
 from tests.helpers import hf_dense, hf_moe, saved
 
 SHARD = "model-00002-of-0000"
@@ -412,3 +414,9 @@ def test_hub_name_is_fetched_without_code_or_pickles(monkeypatch, folders):
     (name, patterns), *rest = calls
     assert name == "baidu/ERNIE-4.5-0.3B-PT" and not rest
     assert not any(Path("x.py").match(p) or Path("x.bin").match(p) for p in patterns)
+    wanted = [
+        *(name.replace("*", "tool_use") for name in FILES),
+        "config.json",
+        "model-00001-of-00002.safetensors",
+    ]
+    assert set(filter_repo_objects(wanted, allow_patterns=patterns)) == set(wanted)

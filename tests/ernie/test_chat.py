@@ -22,6 +22,7 @@ from ernie.chat import (
     sandbox,
     stop_ids,
 )
+from ernie.chat.folder import folder_sources
 from ernie.tokenizer import Tokenizer
 from tests import helpers_tokenizer as helpers
 
@@ -327,6 +328,30 @@ def test_template_that_leaves_its_own_prompt_cannot_be_trained(folders, tmp_path
     template, tokenizer = ChatTemplate.for_folder(path), Tokenizer.from_folder(path)
     with pytest.raises(ChatError, match=r"messages\[2\] as a continuation"):
         template.encode(tokenizer, DIALOGUE[:3], add_generation_prompt=False)
+
+
+def test_named_templates_of_a_folder_are_those_of_its_list(folders, tmp_path) -> None:
+    """As today's transformers write them, and as they stood in tokenizer_config.json."""
+    default = "{% for m in messages %}{{ m.content }}{% endfor %}{{ tools }}"
+    named = {"default": default, "tool_use": default.replace("tools", "'T'")}
+    path = jinja_folder(tmp_path / "a", default, folders("sentencepiece"))
+    more = path / "additional_chat_templates"
+    more.mkdir()
+    (more / "tool_use.jinja").write_text(named["tool_use"])
+    tokenizer = Tokenizer.from_folder(path)
+    tokenizer.save(tmp_path / "b")
+    for folder in (path, tmp_path / "b"):
+        assert folder_sources(folder)[0] == named
+        template = ChatTemplate.for_folder(folder)
+        assert rendered(template, [{"role": "user", "content": "hi"}], tools=[TOOL]) == "hiT"
+
+
+def test_a_template_file_that_is_no_json_is_named(folders, tmp_path) -> None:
+    path = jinja_folder(tmp_path, "", folders("sentencepiece"))
+    (path / "chat_template.jinja").unlink()
+    (path / "chat_template.json").write_text("{")
+    with pytest.raises(ChatError, match=r"chat_template\.json is not JSON"):
+        ChatTemplate.for_folder(path)
 
 
 def test_template_of_another_model_is_refused_with_the_tokens_of_both(tmp_path) -> None:

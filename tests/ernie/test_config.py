@@ -60,7 +60,12 @@ def test_config_json_round_trip_is_the_identity(name: str, tmp_path) -> None:
         ({"model_type": "llama"}, "model_type 'llama'"),
         ({"num_key_value_heads": 4}, "num_key_value_heads=4 does not divide"),
         ({"hidden_act": "gelu"}, "hidden_act='gelu'"),
-        ({"rope_scaling": {"rope_type": "yarn"}}, "rotary scaling 'yarn'"),
+        ({"rope_scaling": {"rope_type": "yarn"}}, "rotary scaling is 'default'"),
+        (
+            {"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "yarn"}},
+            "rope_scaling={'type': 'yarn'} is not supported",
+        ),
+        ({"rope_scaling": {"factor": 2.0}}, "rope_scaling={'factor': 2.0} is not supported"),
         ({"moe_k": 9, "moe_num_experts": 8, "moe_intermediate_size": 4}, "moe_k=9"),
         ({"hidden_size": None}, "lacks hidden_size"),
     ],

@@ -188,6 +188,16 @@ def test_dense_layers_after_experts_are_refused(tmp_path):
         export_gguf(tmp_path / "a", tmp_path / "a.gguf")
 
 
+def test_an_end_of_the_experts_behind_the_last_layer_is_that_layer(tmp_path):
+    files = []
+    for end in (EXPERTS["moe_layer_end_index"], 30):
+        saved(hf_moe(1, **{**EXPERTS, "moe_layer_end_index": end}), tmp_path / str(end))
+        export_gguf(tmp_path / str(end), tmp_path / f"{end}.gguf")
+        files.append(contents(tmp_path / f"{end}.gguf")[1])
+    assert files[0].keys() == files[1].keys()
+    assert all((files[0][name].data == files[1][name].data).all() for name in files[0])
+
+
 def test_number_that_float16_cannot_hold(tmp_path):
     model = hf_dense(1, **SIZES)
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = 7e4

@@ -178,6 +178,23 @@ def test_16_bit_grey_keeps_its_upper_byte() -> None:
             np.testing.assert_array_equal(seen[..., 0], values >> 8, err_msg=f"{image.mode} {form}")
 
 
+@pytest.mark.parametrize("most", [65535, 4095, 1023])
+def test_grey_files_of_more_than_8_bits_keep_their_upper_byte(most: int) -> None:
+    values = np.linspace(0, most, 64 * 64).astype(">u2").reshape(64, 64)
+    seen = np.asarray(opened(b"P5\n64 64\n%d\n" % most + values.tobytes()))
+    wanted = values.astype(np.int64) * 65535 // most >> 8
+    assert np.abs(seen[..., 0] - wanted).max() <= 1 and seen.max() == 255
+
+
+@pytest.mark.parametrize(
+    "values",
+    [np.linspace(0, 1, 4096, dtype=np.float32), np.arange(4096, dtype=np.int32) * 1000 - 9],
+)
+def test_grey_numbers_of_no_known_range_are_refused(values: np.ndarray) -> None:
+    with pytest.raises(MediaError, match=r"pixels from .* give it in 8 or 16 bits"):
+        opened(encoded(Image.fromarray(values.reshape(64, 64)), "TIFF"))
+
+
 def test_the_first_frame_of_an_animation_is_read() -> None:
     frames = [Image.new("RGB", (32, 32), color) for color in ("red", "lime", "blue")]
     for form in ("GIF", "WEBP", "PNG", "TIFF"):

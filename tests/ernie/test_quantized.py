@@ -65,6 +65,19 @@ def test_load_without_integers_gives_their_values(plain_folder: Path) -> None:
         assert torch.equal(value, original), name
 
 
+def test_what_is_made_of_the_values_is_a_plain_model(plain_folder: Path) -> None:
+    folder, again = plain_folder.parent / "quantised", plain_folder.parent / "again"
+    write_quantized(plain_folder, folder, "wint8")
+    with pytest.raises(CheckpointError, match="is quantised already"):
+        write_quantized(folder, again, "wint4")
+    model = ernie.load(folder, dtype=torch.float32)
+    kept = {name for name, p in model.named_parameters() if p.dtype != torch.float32}
+    assert not kept
+    ernie.save(model, again)
+    assert torch.equal(ernie.load(again, dtype=torch.float32).logits(IDS), model.logits(IDS))
+    assert "quantization_config" not in json.loads((again / "config.json").read_text())
+
+
 def test_quantised_folder_in_the_engine(plain_folder: Path) -> None:
     folder = plain_folder.parent / "quantised"
     write_quantized(plain_folder, folder, "wint8")
@@ -147,7 +160,9 @@ def test_folder_of_another_program_is_refused(plain_folder: Path) -> None:
     [
         ("int3", "int3.* is not known; use one of wint8"),
         ("{", "is not a JSON object"),
-        ('{"quantization": "w4a8"}', "w4a8.* is not available"),
+        ('{"quantization": "w4a8"}', "w4a8.* is not known"),
+        ('{"quantization": "wint8", "moe_quant_type": "wint4"}', "wint8 has 8 bits.*=wint4"),
+        ('{"quantization": "wint8", "kv_cache_quant_type": "fp4"}', "kv_cache_quant_type='fp4'"),
         ('{"quantization": "mix_quant", "dense_quant_type": "fp8"}', "dense_quant_type='fp8'"),
         ('{"quantization": "mix_quant", "bits": 4}', "bits"),
     ],
@@ -160,3 +175,12 @@ def test_unknown_schemes_are_refused_in_a_sentence(given: str, says: str) -> Non
 def test_wint4_means_experts_only_where_there_are_experts() -> None:
     assert read_scheme("wint4", has_experts=True) == SCHEMES["wint4"]
     assert read_scheme("wint4", has_experts=False) == SCHEMES["wint4_all"]
+    for has_experts in (True, False):
+        named = read_scheme("wint4", has_experts=has_experts)
+        assert read_scheme('{"quantization": "wint4"}', has_experts=has_experts) == named
+
+
+def test_a_named_scheme_takes_a_form_of_the_cache() -> None:
+    given = '{"quantization": "wint4", "moe_quant_type": "wint4", "kv_cache_quant_type": "int8"}'
+    wanted = dataclasses.replace(SCHEMES["wint4"], kv_cache="int8")
+    assert read_scheme(given, has_experts=True) == wanted

@@ -9,6 +9,7 @@ import torch
 
 import ernie
 from ernie.fused import fuse, shallow_copy
+from ernie.generate import choose as choose_one
 from ernie.generate import generate
 from ernie.models import TINY
 from ernie.rollout import Sampling, choose, rollout
@@ -70,6 +71,17 @@ def test_draws_have_the_probabilities_that_were_asked_for(sampling: Sampling) ->
     assert (shares_V - wanted_V).abs().max() < 1e-3
     own_R = logits_V.log_softmax(-1)[tokens_R]  # not those of the draw
     assert (log_probs_R - own_R).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("top_k", [0, 5])
+def test_the_likeliest_token_is_never_outside(top_k: int) -> None:
+    logits_RV = torch.randn(4, 3000, generator=torch.Generator().manual_seed(1))
+    uniform_R = torch.tensor([0.0, 0.3, 0.6, 0.99], dtype=torch.float64)
+    best_R = logits_RV.argmax(-1)
+    tokens_R, _ = choose(logits_RV, uniform_R, Sampling(1, top_p=0.0, top_k=top_k))
+    assert torch.equal(tokens_R, best_R)
+    one = choose_one(logits_RV[0], 1.0, 0.0, torch.Generator().manual_seed(2))
+    assert one == int(best_R[0])
 
 
 def test_top_p_sorts_the_vocabulary_where_the_likeliest_are_not_enough() -> None:

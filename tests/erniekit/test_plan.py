@@ -424,7 +424,10 @@ def test_disk_is_that_of_a_checkpoint_where_the_data_says_how_many(settings, tol
     [
         ([], "no settings were given"),
         (["model_name_or_path=nowhere"], "is no folder, was not fetched"),
-        ([f"model_name_or_path={RELEASED}", "plan_memory_gib=much"], "it takes float"),
+        (
+            [f"model_name_or_path={RELEASED}", "plan_memory_gib=much"],
+            "plan_memory_gib='much' is not a number",
+        ),
         ([f"model_name_or_path={RELEASED}", "tensor_parallel_degree=x"], "is not a degree"),
         ([f"model_name_or_path={RELEASED}", "batch_sise=2"], "unknown key"),
         ([f"model_name_or_path={RELEASED}", "no_recompute_layers=18"], "is not a layer of the"),

@@ -349,6 +349,16 @@ def test_choices_over_capacity_are_those_of_the_slow_twin(capacity: int) -> None
     assert counts.max() <= capacity
 
 
+def test_every_expert_takes_a_token_however_few_there_are() -> None:
+    moe = ErnieModel(TINY["tiny-moe"]).model.layers[-1].mlp.train()
+    for parameter in moe.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    moe.gate.capacity = 1.0
+    for num_tokens in (1, 3):
+        _, routing = moe(torch.randn(num_tokens, TINY["tiny-moe"].hidden_size))
+        assert routing.kept_TK.any(0).any() and routing.weights_TK.sum() > 0.5
+
+
 def routed(router: Router, x: torch.Tensor, bias: torch.Tensor) -> tuple[Routing, torch.Tensor]:
     """Ours, and weights of the choices by the formula."""
     found = router(x, bias)

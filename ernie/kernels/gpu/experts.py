@@ -66,7 +66,7 @@ def moe(
         out_ND = row_products(h_NM, down, experts=pairs)
     else:
         order_N, place_N, ends_E = sorted_by_expert(pairs, gate_up.shape[0])
-        if _is_grouped(y_TD, gate_up, len(pairs)):
+        if _is_grouped(y_TD, gate_up, down, len(pairs)):
             place = place_N
             rows_ND = y_TD[order_N // top_k]
             out_ND = _grouped_mlp(rows_ND, gate_up, down, ends_E)
@@ -89,12 +89,14 @@ def router_logits(y_TD: Tensor, router_ED: Tensor) -> Tensor:
     return row_products(y_TD, weight, out_dtype=torch.float32)
 
 
-def _is_grouped(y_TD: Tensor, weight: PackedWeight, num_pairs: int) -> bool:
-    """Whether torch's grouped product takes these rows, and gains by it."""
+def _is_grouped(y_TD: Tensor, gate_up: PackedWeight, down: PackedWeight, num_pairs: int) -> bool:
+    """Whether torch's grouped product takes these rows and these weights, and gains by it."""
     if is_batch_invariant():
         return False
-    enough = GROUPED_ROWS if "weight" in weight.tensors else MANY_ROWS
-    return num_pairs >= enough * weight.shape[0] and _takes_grouped(y_TD, weight.shape[1:])
+    enough = GROUPED_ROWS if "weight" in gate_up.tensors else MANY_ROWS
+    return num_pairs >= enough * gate_up.shape[0] and all(
+        _takes_grouped(y_TD, weight.shape[1:]) for weight in (gate_up, down)
+    )
 
 
 def _grouped_mlp(x_ND: Tensor, gate_up: PackedWeight, down: PackedWeight, ends_E: Tensor) -> Tensor:

@@ -52,7 +52,7 @@ MODULE_BY_OPERATION = {
 def available() -> str:
     """Empty when the kernels can be compiled here, else why not."""
     if importlib.util.find_spec("triton") is None:
-        return "the package triton is missing; pip install ernie-open[gpu]"
+        return "the package triton is missing; pip install 'ernie-open[gpu]'"
     return ""
 
 
