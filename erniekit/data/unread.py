@@ -19,18 +19,18 @@ Keys = Mapping[str, Collection[str]]  # by format
 _DIALOGUE: Keys = {
     "erniekit": {"src", "tgt", "system", "is_system", "label"},
     "alpaca": {"instruction", "input", "output", "history", "system"},
-    "messages": {"messages", "tools"},
+    "messages": {"messages", "system", "tools"},
     "sharegpt": {"conversations", "system", "tools"},
 }
 _PAIR: Keys = {
     "erniekit": {"src", "tgt", "system", "response", "sort", "tools"},
-    "alpaca": {"question", "chosen", "rejected", "system", "tools"},
-    "messages": {"prompt", "chosen", "rejected", "tools"},
+    "alpaca": {"question", "input", "chosen", "rejected", "history", "system", "tools"},
+    "messages": {"prompt", "chosen", "rejected", "system", "tools"},
 }
 _ANSWER: Keys = {
     "erniekit": {"src", "tgt", "system", "response", "label", "kto_tag", "tools"},
     "alpaca": {*_DIALOGUE["alpaca"], "label", "kto_tag", "tools"},
-    "messages": {"messages", "prompt", "completion", "label", "kto_tag", "tools"},
+    "messages": {"messages", "prompt", "completion", "label", "kto_tag", "system", "tools"},
 }
 _DOCUMENT: Keys = {"erniekit": {"text"}, "pretrain": {"text"}}
 _READ: dict[type[Encoder], Keys] = {

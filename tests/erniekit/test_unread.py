@@ -26,7 +26,7 @@ FULL = [
     ("SFT", "erniekit", {**WRITTEN, "system": "s", "label": [1]}),
     ("SFT", "erniekit", {"src": ["s", "Is it?"], "tgt": ["Yes."], "is_system": 1}),
     ("SFT", "alpaca", ASKED),
-    ("SFT", "messages", {"messages": [USER, GOOD], "tools": []}),
+    ("SFT", "messages", {"messages": [USER, GOOD], "system": "s", "tools": []}),
     ("SFT", "chatml", {"messages": [USER, GOOD], "tools": []}),
     (
         "SFT",
@@ -43,8 +43,17 @@ FULL = [
         {"src": ["a", "b"], "tgt": ["c"], "system": "s", "response": ["d", "e"], "sort": [1, 0],
          "tools": []},
     ),
-    ("RM", "alpaca", {"question": "a", "chosen": "b", "rejected": "c", "system": "s", "tools": []}),
-    ("DPO", "messages", {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "tools": []}),
+    (
+        "RM",
+        "alpaca",
+        {"question": "a", "input": "b", "chosen": "c", "rejected": "d", "history": [["e", "f"]],
+         "system": "s", "tools": []},
+    ),
+    (
+        "DPO",
+        "messages",
+        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "system": "s", "tools": []},
+    ),
     (
         "KTO",
         "erniekit",
@@ -52,7 +61,7 @@ FULL = [
          "tools": []},
     ),
     ("KTO", "alpaca", {**ASKED, "kto_tag": True, "tools": []}),
-    ("KTO", "messages", {"messages": [USER, GOOD], "label": True, "tools": []}),
+    ("KTO", "messages", {"messages": [USER, GOOD], "label": True, "system": "s", "tools": []}),
     ("KTO", "messages", {"prompt": "a", "completion": "b", "kto_tag": False, "tools": []}),
     ("PT", "pretrain", {"text": "It is sunny."}),
 ]  # fmt: skip
