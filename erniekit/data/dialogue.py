@@ -221,7 +221,7 @@ def checked_dialogue(
     if before != "assistant":
         raise DataError(
             "the last message is not an answer; nothing follows it to be trained",
-            at=places[-1] if places else None,
+            at=places[-1] if places else "",
         )
     return Dialogue(messages, declared or None)
 

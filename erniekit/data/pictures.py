@@ -75,9 +75,8 @@ def read_pictured(record: Any, kind: str) -> Dialogue:
         raise DataError(f"{kind_of(record)}; expected an object")
     places = Places(Path(record.get(FOLDER, ".")))
     found = _written(record, kind, places)
-    if "query" in record or "messages" in record:
-        found = replace(found, messages=_tagged(found.messages, record, places))
-    return checked_dialogue(record, found, READS)
+    messages = _tagged(found.messages, record, places)
+    return checked_dialogue(record, replace(found, messages=messages), READS)
 
 
 @dataclass(frozen=True)
@@ -267,8 +266,6 @@ def _tagged(messages: list[Any], record: Mapping[str, Any], places: Places) -> l
         found = found if isinstance(found, list) else [found]
         waiting[kind] = [places.part(kind, v, f"{kind}s[{i}]") for i, v in enumerate(found)]
     has_pictures = any(waiting.values())
-    if not has_pictures:
-        return messages
     asked = [part for message in messages for part in _asked(message)]
     tags = [tag for part in asked for tag in _TAG.findall(_text(part))]
     front: list[dict[str, Any]] = []
@@ -282,6 +279,8 @@ def _tagged(messages: list[Any], record: Mapping[str, Any], places: Places) -> l
             )
         front += waiting[kind][:missing]
         waiting[kind] = waiting[kind][missing:]
+    if not has_pictures:
+        return messages
     result = []
     for message in messages:
         if parts := _asked(message):

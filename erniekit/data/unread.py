@@ -39,7 +39,7 @@ _READ: dict[type[Encoder], Keys] = {
     JudgedEncoder: _ANSWER,
     TextEncoder: _DOCUMENT,
 }
-_PICTURES = {FOLDER, *(f"{kind}s" for kind in KINDS)}
+_PICTURES = {FOLDER, *(f"{kind}s" for kind in KINDS)}  # the folder is put there by the source
 # Of dialogues of type erniekit that have pictures, by the key that tells the two forms apart.
 _PICTURED = {
     "text_info": {"text_info", "order", "is_system", "system", "tools"}
@@ -74,10 +74,7 @@ def _of_pictures(encoder: Encoder, record: Mapping[str, Any], kind: str) -> Iter
     """What is read where the model reads pictures."""
     if encoder.reader is None:
         return
-    yield FOLDER  # put there by the source
-    if type(encoder) is not Encoder or kind == "messages":
-        yield from _PICTURES
-    elif kind == "erniekit":
+    yield from _PICTURES
+    if type(encoder) is Encoder and kind == "erniekit":
         own = next((key for key in _PICTURED if key in record), "src")
         yield from _PICTURED.get(own, ())
-        yield from _PICTURES if own == "query" else ()
