@@ -29,7 +29,9 @@ Reward = Callable[[Record, str], float]
 # Token ids of dialogues up to the end of an answer, to one number each: what a reward model gives.
 Scorer = Callable[[Sequence[Sequence[int]]], list[float]]
 
-_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
+# A sign directly after a digit or a dot is that of a range, as in 10-12.
+_NUMBER = re.compile(r"(?:(?<![\d.])[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
+_MINUS = "\u2212"  # as models of formulas write it
 
 
 def exact(record: Record, answer: str) -> float:
@@ -202,7 +204,7 @@ def _told(error: Exception) -> str:
 
 
 def _last_number(text: str) -> Decimal | None:
-    found = _NUMBER.findall(text)
+    found = _NUMBER.findall(text.replace(_MINUS, "-"))
     try:
         return Decimal(found[-1].replace(",", "")) if found else None
     except InvalidOperation:

@@ -2,13 +2,15 @@
 
     erniekit  {"src": [question, ...], "tgt": [answer, ...], "system"?, "label"?: [0/1, ...]}
     alpaca    {"instruction", "input"?, "output", "history"?: [[question, answer], ...], "system"?}
-    messages  {"messages": [{"role", "content", "label"?, "tool_calls"?}, ...], "tools"?}
+    messages  {"messages": [{"role", "content", "label"?, "tool_calls"?}, ...], "system"?, "tools"?}
     sharegpt  {"conversations": [{"from", "value"}, ...], "system"?, "tools"?}
 
 Each becomes chat messages, and `ernie.chat` writes both these and a server's prompts, so that what
-is trained is what is served. A dialogue that is longer than a row loses its *oldest whole turns*
-(the system message stays); one whose last turn does not fit is left out. Nothing is cut inside a
-turn. `chatml` is another name of `messages`. Whatever cannot be used raises `DataError`.
+is trained is what is served. `system` is the first message; one that is blank is left out, and a
+question or an answer that is blank is a fault. A dialogue that is longer than a row loses its
+*oldest whole turns* (the system message stays); one whose last turn does not fit is left out.
+Nothing is cut inside a turn. `chatml` is another name of `messages`. Whatever cannot be used raises
+`DataError`.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from ernie.chat.messages import checked_message
 from ernie.tokenizer import Tokenizer, TokenizerError
 from erniekit.data import sharegpt
 from erniekit.data.calls import Calls, read_tools
-from erniekit.data.fields import kind_of, short, text_of, texts_of
+from erniekit.data.fields import is_blank, kind_of, short, text_of, texts_of
 from erniekit.data.sources import DataError
 
 if TYPE_CHECKING:
@@ -86,10 +88,24 @@ class Dialogue:
     tools: list[dict[str, Any]] | None = None
 
 
+@dataclass(frozen=True)
+class Written:
+    """Messages as a record has them, where in it each stands, and its tools."""
+
+    messages: list[Any]
+    places: list[str]
+    tools: Any = None
+
+
 def read_dialogue(record: Any, kind: str) -> Dialogue:
     """The dialogue in a record of a format; raises DataError for one that cannot be used."""
     if not isinstance(record, dict):
         raise DataError(f"{kind_of(record)}; expected an object")
+    return checked_dialogue(record, written(record, kind))
+
+
+def written(record: Mapping[str, Any], kind: str) -> Written:
+    """What a record of a format holds beside `system`; raises DataError."""
     own = _OWN_KEYS.get("messages" if kind == "chatml" else kind)
     if own and own not in record:
         for other, key in _OWN_KEYS.items():
@@ -98,13 +114,12 @@ def read_dialogue(record: Any, kind: str) -> Dialogue:
     return _READERS[kind](record)
 
 
-def _from_erniekit(record: Mapping[str, Any]) -> Dialogue:
+def _from_erniekit(record: Mapping[str, Any]) -> Written:
     questions, answers = texts_of(record, "src"), texts_of(record, "tgt")
-    system = record.get("system")
-    if system is not None and not isinstance(system, str):
-        raise DataError(f"system is {kind_of(system)}; expected a string", at="system")
-    if record.get("is_system") and not system:
-        system, questions = questions[0], questions[1:]
+    num_first = int(first_is_system(record))
+    messages = [{"role": "system", "content": text} for text in questions[:num_first]]
+    places = [f"src[{i}]" for i in range(num_first)]
+    questions = questions[num_first:]
     if len(questions) != len(answers):
         raise DataError(
             f"{len(questions)} src and {len(answers)} tgt; expected one answer each", at="tgt"
@@ -117,23 +132,43 @@ def _from_erniekit(record: Mapping[str, Any]) -> Dialogue:
     for i, label in enumerate(labels):
         if label not in (0, 1):
             raise DataError(f"label[{i}] is {short(label)}; expected 0 or 1", at=f"label[{i}]")
-    messages = opening(system)
-    for question, answer, label in zip(questions, answers, labels):
+    for i, (question, answer, label) in enumerate(zip(questions, answers, labels)):
         messages.append({"role": "user", "content": question})
         messages.append({"role": "assistant", "content": answer, "label": label})
-    return Dialogue(messages)
+        places += [f"src[{i + num_first}]", f"tgt[{i}]"]
+    return Written(messages, places)
 
 
-def _from_alpaca(record: Mapping[str, Any]) -> Dialogue:
-    instruction, answer = text_of(record, "instruction"), text_of(record, "output")
-    for key in ("input", "system"):
-        if not isinstance(value := record.get(key), (str, type(None))):
-            raise DataError(f"{key} is {kind_of(value)}; expected a string", at=key)
-    more = record.get("input")
-    messages = opening(record.get("system"))
+def first_is_system(record: Mapping[str, Any]) -> bool:
+    """Whether the first text of a record is that of the system, which it does not give apart."""
+    system = record.get("system")
+    return bool(record.get("is_system")) and (system is None or is_blank(system))
+
+
+def _from_alpaca(record: Mapping[str, Any]) -> Written:
+    asked, answer = alpaca_prompt(record, "instruction"), text_of(record, "output")
+    messages = [*asked.messages, {"role": "assistant", "content": answer}]
+    return Written(messages, [*asked.places, "output"])
+
+
+def alpaca_prompt(record: Mapping[str, Any], question: str) -> Written:
+    """The turns of `history`, and the question of that key with its `input`; raises DataError."""
+    text, more = text_of(record, question), record.get("input")
+    if not isinstance(more, (str, type(None))):
+        raise DataError(f"input is {kind_of(more)}; expected a string", at="input")
+    earlier = history_of(record)
+    if more and not is_blank(more):
+        text = f"{text}\n{more}"
+    messages = [*earlier.messages, {"role": "user", "content": text}]
+    return Written(messages, [*earlier.places, question])
+
+
+def history_of(record: Mapping[str, Any]) -> Written:
+    """The turns of `history`, a list of [question, answer]; raises DataError."""
     history = record.get("history") or []
     if not isinstance(history, list):
         raise DataError(f"history is {kind_of(history)}; expected a list", at="history")
+    messages, places = [], []
     for i, pair in enumerate(history):
         if not (
             isinstance(pair, list) and len(pair) == 2 and all(isinstance(t, str) for t in pair)
@@ -141,37 +176,32 @@ def _from_alpaca(record: Mapping[str, Any]) -> Dialogue:
             raise DataError(f"history[{i}] is not a pair [question, answer]", at=f"history[{i}]")
         messages.append({"role": "user", "content": pair[0]})
         messages.append({"role": "assistant", "content": pair[1]})
-    question = f"{instruction}\n{more}" if more else instruction
-    messages.append({"role": "user", "content": question})
-    messages.append({"role": "assistant", "content": answer})
-    return Dialogue(messages)
+        places += [f"history[{i}][0]", f"history[{i}][1]"]
+    return Written(messages, places)
 
 
-def _from_messages(record: Mapping[str, Any]) -> Dialogue:
+def _from_messages(record: Mapping[str, Any]) -> Written:
     messages = record.get("messages")
     if not isinstance(messages, list) or not messages:
         raise DataError(
             "no messages; expected a list of objects with role and content", at="messages"
         )
     places = [f"messages[{i}]" for i in range(len(messages))]
-    return checked_dialogue(messages, record.get("tools"), places)
+    return Written(messages, places, record.get("tools"))
 
 
-def _from_sharegpt(record: Mapping[str, Any]) -> Dialogue:
-    messages, places = sharegpt.messages_of(record)
-    return checked_dialogue(messages, record.get("tools"), places)
+def _from_sharegpt(record: Mapping[str, Any]) -> Written:
+    return Written(*sharegpt.messages_of(record), record.get("tools"))
 
 
 def checked_dialogue(
-    messages: list[dict[str, Any]],
-    tools: Any,
-    places: Sequence[str],
-    reads: Collection[str] = (),
+    record: Mapping[str, Any], found: Written, reads: Collection[str] = ()
 ) -> Dialogue:
-    """A dialogue of messages that stand at `places` of a record, with pictures of the kinds that
-    are read; raises DataError.
+    """The dialogue of a record in which messages were found, with pictures of the kinds that are
+    read; raises DataError.
     """
-    declared = read_tools(tools)
+    declared = read_tools(found.tools)
+    messages, places = _opened(found.messages, found.places, record.get("system"))
     messages = [_labelled(message, where) for message, where in zip(messages, places)]
     before, calls = None, Calls(declared)
     for i, (message, where) in enumerate(zip(messages, places)):
@@ -180,15 +210,39 @@ def checked_dialogue(
         except ChatError as error:
             raise DataError(str(error), at=where) from None
         role = checked["role"]
-        fault = _out_of_order(message, role, before, is_first=i == 0) or calls.fault(checked)
+        fault = (
+            _out_of_order(role, before, is_first=i == 0)
+            or _nothing_said(checked)
+            or calls.fault(checked)
+        )
         if fault:
             raise DataError(f"{where} {fault}", at=where)
         before = role
     if before != "assistant":
         raise DataError(
-            "the last message is not an answer; nothing follows it to be trained", at=places[-1]
+            "the last message is not an answer; nothing follows it to be trained",
+            at=places[-1] if places else "",
         )
     return Dialogue(messages, declared or None)
+
+
+def _opened(messages: list[Any], places: list[str], system: Any) -> tuple[list[Any], list[str]]:
+    """Messages and their places, the first those of the record's system text; one that is blank is
+    left out. Raises DataError.
+    """
+    if not isinstance(system, (str, type(None))):
+        raise DataError(f"system is {kind_of(system)}; expected a string", at="system")
+    first = messages[0] if messages and isinstance(messages[0], Mapping) else {}
+    if first.get("role") == "system" and is_blank(first.get("content")):
+        messages, places, first = messages[1:], places[1:], {}
+    if system is None or is_blank(system):
+        return messages, places
+    if first.get("role") == "system":
+        raise DataError(
+            f"system is given, and {places[0]} is of the system too; expected one of them",
+            at="system",
+        )
+    return [{"role": "system", "content": system}, *messages], ["system", *places]
 
 
 def _labelled(message: Any, where: str) -> Any:
@@ -205,7 +259,7 @@ def _labelled(message: Any, where: str) -> Any:
     return {key: value for key, value in message.items() if key != "weight"} | {"label": label}
 
 
-def _out_of_order(message: Any, role: str, before: str | None, *, is_first: bool) -> str:
+def _out_of_order(role: str, before: str | None, *, is_first: bool) -> str:
     """What is wrong with a message after one of role `before`; the empty string for nothing."""
     if role == "system" and not is_first:
         return "is of the system; it may only come first"
@@ -213,8 +267,18 @@ def _out_of_order(message: Any, role: str, before: str | None, *, is_first: bool
         return "is a second user message in a row"
     if role == "assistant" and before in (None, "system", "assistant"):
         return "is an answer without a question"
-    if role == "assistant" and not (message.get("content") or message.get("tool_calls")):
-        return "is an empty answer"
+    return ""
+
+
+def _nothing_said(checked: Mapping[str, Any]) -> str:
+    """The fault of a question or an answer that is blank; the empty string for none."""
+    if not is_blank(checked["content"]):
+        return ""
+    if checked["role"] == "user":
+        return "is an empty question; expected text"
+    says_more = checked.get("tool_calls") or not is_blank(checked.get("reasoning_content", ""))
+    if checked["role"] == "assistant" and not says_more:
+        return "is an empty answer; expected text"
     return ""
 
 
@@ -233,11 +297,6 @@ _READERS = {
     "sharegpt": _from_sharegpt,
     "reasoning_gym": _from_messages,
 }
-
-
-def opening(system: str | None) -> list[dict[str, Any]]:
-    """The message of the system that a dialogue begins with; none where there is no text."""
-    return [{"role": "system", "content": system}] if system else []
 
 
 class Encoder:

@@ -28,6 +28,16 @@ def texts_of(record: Mapping[str, Any], key: str) -> list[str]:
     return texts
 
 
+def is_blank(content: Any) -> bool:
+    """Whether the content of a message, text or parts, is there and says and shows nothing."""
+    if isinstance(content, list):
+        return all(
+            isinstance(part, Mapping) and part.get("type") == "text" and is_blank(part.get("text"))
+            for part in content
+        )
+    return isinstance(content, str) and not content.strip()
+
+
 def short(value: Any) -> str:
     """A value as it is written, or the beginning of it."""
     text = repr(value)

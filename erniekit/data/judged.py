@@ -3,8 +3,9 @@
     erniekit  {"src": [question, ...], "tgt": [earlier answer, ...], "response": answer, "label":
               true, "system"?}      a response may be a list answer, question, answer, ...
     alpaca    {"instruction", "input"?, "output", "history"?, "system"?, "kto_tag": true}
-    messages  {"messages": [message, ..., answer], "label": true, "tools"?}
-              {"prompt": [message, ...], "completion": [message, ...], "label": true}
+    messages  {"messages": [message, ..., answer], "label": true, "system"?, "tools"?}
+              {"prompt": [message, ...], "completion": [message, ...], "label": true, "system"?,
+              "tools"?}
 
 Without tables to tell them apart these are also the formats of LLaMA-Factory's `kto_en_demo`
 (messages; `kto_tag` and `label` are two names of one key) and of TRL (prompt and completion; both
@@ -26,7 +27,7 @@ import numpy as np
 
 from ernie.chat import UNTRAINED, ChatTemplate
 from ernie.tokenizer import Tokenizer
-from erniekit.data.dialogue import Dialogue, Encoder, Sample, read_dialogue
+from erniekit.data.dialogue import Dialogue, Encoder, Sample, read_dialogue, written
 from erniekit.data.fields import kind_of
 from erniekit.data.preference import continuation, first_trained, prompt_of, without_ends
 from erniekit.data.sources import DataError
@@ -81,8 +82,9 @@ def read_judgement(
     """
     if not isinstance(record, dict):
         raise DataError(f"{kind_of(record)}; expected an object")
-    messages, num_prompt = _READERS[kind](record)
+    messages, num_judged = _READERS[kind](record)
     dialogue = read({**record, "messages": messages}, "messages")
+    num_prompt = len(dialogue.messages) - num_judged
     messages = [
         {**m, "label": int(i >= num_prompt)} if m.get("role") == "assistant" else m
         for i, m in enumerate(dialogue.messages)
@@ -101,25 +103,24 @@ def _label(record: Mapping[str, Any]) -> bool:
     return value
 
 
-Turns = tuple[list[dict[str, Any]], int]  # messages, and how many of them are the prompt
+Turns = tuple[list[dict[str, Any]], int]  # messages, and how many of the last ones are judged
 
 
 def _from_erniekit(record: Mapping[str, Any]) -> Turns:
-    prompt = prompt_of(record)
-    return prompt + continuation(record.get("response")), len(prompt)
+    answer = continuation(record.get("response"))
+    return prompt_of(record) + answer, len(answer)
 
 
 def _from_alpaca(record: Mapping[str, Any]) -> Turns:
-    messages = read_dialogue(record, "alpaca").messages
-    return messages, len(messages) - 1
+    return written(record, "alpaca").messages, 1
 
 
 def _from_messages(record: Mapping[str, Any]) -> Turns:
     if "messages" in record:
-        messages = record["messages"]
-        return messages, len(messages) - 1 if isinstance(messages, list) else 0
+        return record["messages"], 1
     prompt = _messages(record, "prompt", "user")
-    return prompt + _messages(record, "completion", "assistant"), len(prompt)
+    answer = _messages(record, "completion", "assistant")
+    return prompt + answer, len(answer)
 
 
 def _messages(record: Mapping[str, Any], key: str, role: str) -> list[dict[str, Any]]:

@@ -1,17 +1,17 @@
-"""Records with pictures to dialogues: those of stage VL-SFT, and the messages of judged answers.
+"""Records of a model that reads pictures, to dialogues: of every format, with those pictures.
 
     published  {"text_info": [{"text", "tag": "mask" or "no_mask"}, ...], "order"?, "is_system"?,
                 "image_info"?: [{"image_url", "matched_text_index"}, ...], "video_info"?: [same],
                 "system"?, "tools"?}
     query      {"query", "response", "images"?, "videos"?, "history"?: [[query, response], ...],
                 "system"?}
-    messages   {"messages": [...], "images"?, "videos"?, "tools"?}
+    any other  as in `erniekit.data.dialogue`, with "images"? and "videos"?
 
 The first two are of type `erniekit`, told apart by their keys. A picture of the published format
 stands before the text of its index; `order`, a list of [type, index], says it outright. `<image>`
-and `<video>` in a query or message are the places of `images` and `videos`; those without a place
-stand in front. Messages may have the parts of `ernie.vision.prompt` instead. Any other record is
-one of text alone (`erniekit.data.dialogue`).
+and `<video>` in a question, of any format, are the places of `images` and `videos`; those without a
+place stand in front, and a place without one is a fault. Messages may have the parts of
+`ernie.vision.prompt` instead.
 
 A picture is a URL, a path (from the folder of the data file, else from the working folder), or
 base64; a clip may be a list of frames. A file that is not there is refused here, one that cannot be
@@ -23,13 +23,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 from ernie.chat.messages import MEDIA
-from erniekit.data.dialogue import Dialogue, checked_dialogue, read_dialogue
+from erniekit.data.dialogue import (
+    Dialogue,
+    Written,
+    checked_dialogue,
+    first_is_system,
+    history_of,
+    written,
+)
 from erniekit.data.fields import kind_of
 from erniekit.data.sources import DataError, Source
 
@@ -67,13 +74,9 @@ def read_pictured(record: Any, kind: str) -> Dialogue:
     if not isinstance(record, dict):
         raise DataError(f"{kind_of(record)}; expected an object")
     places = Places(Path(record.get(FOLDER, ".")))
-    if kind == "erniekit" and "text_info" in record:
-        return _from_text_info(record, places)
-    if kind == "erniekit" and "query" in record:
-        return _from_query(record, places)
-    if kind in ("messages", "chatml"):
-        return _from_messages(record, places)
-    return read_dialogue(record, kind)
+    found = _written(record, kind, places)
+    messages = _tagged(found.messages, record, places)
+    return checked_dialogue(record, replace(found, messages=messages), READS)
 
 
 @dataclass(frozen=True)
@@ -105,25 +108,40 @@ class Places:
         raise DataError(f"{at}: there is no file {value!r:.200}; give a path or a URL", at=at)
 
 
-def _from_text_info(record: Mapping[str, Any], places: Places) -> Dialogue:
+def _written(record: Mapping[str, Any], kind: str, places: Places) -> Written:
+    if kind == "erniekit" and "text_info" in record:
+        return _from_text_info(record, places)
+    if kind == "erniekit" and "query" in record:
+        return _from_query(record)
+    found = written(record, kind)
+    messages = [
+        {**m, "content": _located(m["content"], places, f"{at}.content")}
+        if isinstance(m, Mapping) and isinstance(m.get("content"), list)
+        else m
+        for m, at in zip(found.messages, found.places)
+    ]
+    return replace(found, messages=messages)
+
+
+def _from_text_info(record: Mapping[str, Any], places: Places) -> Written:
     messages: list[dict[str, Any]] = []
     where: list[str] = []
     parts: list[dict[str, Any]] = []  # of the question that is being read
+    asked = ""  # where the last of them stands
 
     def put(at: str, role: str, content: Any, **more: Any) -> None:
         messages.append({"role": role, "content": content, **more})
         where.append(at)
 
-    system, items = record.get("system"), _items_of(record)
-    if system:
-        put("system", "system", system)
-    elif record.get("is_system") and items and items[0][0] == "text":
+    items = _items_of(record)
+    if first_is_system(record) and items and items[0][0] == "text":
         _, entry, at = items.pop(0)
         put(at, "system", entry["text"])
     for kind, entry, at in items:
         if kind != "text":
             key = "image_url" if "image_url" in entry else f"{kind}_url"
             parts.append(places.part(kind, entry.get(key), f"{at}.{key}"))
+            asked = at
         elif entry.get("tool_response") is not None:
             result = entry["tool_response"]
             text = result if isinstance(result, str) else json.dumps(result, ensure_ascii=False)
@@ -131,9 +149,10 @@ def _from_text_info(record: Mapping[str, Any], places: Places) -> Dialogue:
             parts = []
         elif entry["tag"] == "mask":
             parts.append({"type": "text", "text": entry["text"]})
+            asked = at
         else:
             if parts:
-                put(at, "user", parts)
+                put(asked, "user", parts)
                 parts = []
             calls = entry.get("tool_calls")
             put(at, "assistant", entry["text"], **({"tool_calls": calls} if calls else {}))
@@ -143,7 +162,7 @@ def _from_text_info(record: Mapping[str, Any], places: Places) -> Dialogue:
             "no_mask",
             at=items[-1][2],
         )
-    return checked_dialogue(messages, record.get("tools"), where, READS)
+    return Written(messages, where, record.get("tools"))
 
 
 def _items_of(record: Mapping[str, Any]) -> list[tuple[str, dict[str, Any], str]]:
@@ -210,39 +229,14 @@ def _given_order(order: Any, entries: Mapping[str, Sequence[Any]]) -> list[tuple
     return given
 
 
-def _from_query(record: Mapping[str, Any], places: Places) -> Dialogue:
-    history = record.get("history") or []
-    if not isinstance(history, list) or not all(
-        isinstance(h, list) and len(h) == 2 for h in history
-    ):
-        raise DataError("history is not a list of [query, response]", at="history")
-    turns = [*history, [record["query"], record.get("response")]]
-    messages = [{"role": "system", "content": s} for s in [record.get("system")] if s]
-    where = ["system"] * len(messages)
-    for i, (query, response) in enumerate(turns):
-        is_last = i == len(history)
-        messages += [
-            {"role": "user", "content": query},
-            {"role": "assistant", "content": response},
-        ]
-        where += ["query", "response"] if is_last else [f"history[{i}][0]", f"history[{i}][1]"]
-    return checked_dialogue(_tagged(messages, record, places), record.get("tools"), where, READS)
-
-
-def _from_messages(record: Mapping[str, Any], places: Places) -> Dialogue:
-    messages = record.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise DataError(
-            "no messages; expected a list of objects with role and content", at="messages"
-        )
-    where = [f"messages[{i}]" for i in range(len(messages))]
+def _from_query(record: Mapping[str, Any]) -> Written:
+    earlier = history_of(record)
     messages = [
-        {**m, "content": _located(m["content"], places, f"{at}.content")}
-        if isinstance(m, Mapping) and isinstance(m.get("content"), list)
-        else m
-        for m, at in zip(messages, where)
+        *earlier.messages,
+        {"role": "user", "content": record["query"]},
+        {"role": "assistant", "content": record.get("response")},
     ]
-    return checked_dialogue(_tagged(messages, record, places), record.get("tools"), where, READS)
+    return Written(messages, [*earlier.places, "query", "response"], record.get("tools"))
 
 
 def _located(content: list[Any], places: Places, at: str) -> list[Any]:
@@ -262,45 +256,64 @@ def _located(content: list[Any], places: Places, at: str) -> list[Any]:
     return parts
 
 
-def _tagged(messages: list[Any], record: Mapping[str, Any], places: Places) -> list[dict[str, Any]]:
+def _tagged(messages: list[Any], record: Mapping[str, Any], places: Places) -> list[Any]:
     """Messages with the pictures of `images` and `videos` in the places of their tags; those that
-    have none stand in front of the first question.
+    have none stand in front of the first question. Raises DataError for a place without a picture.
     """
     waiting: dict[str, list[dict[str, Any]]] = {}
     for kind in KINDS:
         found = record.get(f"{kind}s") or []
         found = found if isinstance(found, list) else [found]
         waiting[kind] = [places.part(kind, v, f"{kind}s[{i}]") for i, v in enumerate(found)]
-    if not any(waiting.values()):
-        return messages
-    users = [m for m in messages if isinstance(m, Mapping) and m.get("role") == "user"]
-    texts = "".join(m["content"] for m in users if isinstance(m.get("content"), str))
+    has_pictures = any(waiting.values())
+    asked = [part for message in messages for part in _asked(message)]
+    tags = [tag for part in asked for tag in _TAG.findall(_text(part))]
     front: list[dict[str, Any]] = []
     for kind in KINDS:
-        missing = len(waiting[kind]) - texts.count(f"<{kind}>")
+        missing = len(waiting[kind]) - tags.count(kind)
         if missing < 0:
             raise DataError(
-                f"{texts.count(f'<{kind}>')} places <{kind}> and {len(waiting[kind])} {kind}s; "
+                f"{tags.count(kind)} places <{kind}> and {len(waiting[kind])} {kind}s; "
                 "expected a picture for each place",
                 at=f"{kind}s",
             )
         front += waiting[kind][:missing]
         waiting[kind] = waiting[kind][missing:]
+    if not has_pictures:
+        return messages
     result = []
     for message in messages:
-        if isinstance(message, Mapping) and message.get("role") == "user":
-            content = message.get("content")
-            parts = list(_parts(content, waiting)) if isinstance(content, str) else content
-            if isinstance(parts, list):
-                message, front = {**message, "content": [*front, *parts]}, []
+        if parts := _asked(message):
+            content = [*front, *_placed(parts, waiting)]
+            message, front = {**message, "content": content}, []
         result.append(message)
     return result
 
 
-def _parts(text: str, waiting: Mapping[str, list[dict[str, Any]]]) -> Iterator[dict[str, Any]]:
-    """The text between tags, and a picture for each tag."""
-    for i, piece in enumerate(_TAG.split(text)):
-        if i % 2:
-            yield waiting[piece].pop(0)
-        elif piece:
-            yield {"type": "text", "text": piece}
+def _asked(message: Any) -> list[Any]:
+    """The parts of a question; none of any other message."""
+    if not isinstance(message, Mapping) or message.get("role") != "user":
+        return []
+    content = message.get("content")
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}]
+    return content if isinstance(content, list) else []
+
+
+def _text(part: Any) -> str:
+    """That of a part of text; the empty string of any other."""
+    text = part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else ""
+    return text if isinstance(text, str) else ""
+
+
+def _placed(parts: list[Any], waiting: Mapping[str, list[dict[str, Any]]]) -> Iterator[Any]:
+    """The parts, and a picture for each tag in their texts."""
+    for part in parts:
+        if not (text := _text(part)):
+            yield part
+            continue
+        for i, piece in enumerate(_TAG.split(text)):
+            if i % 2:
+                yield waiting[piece].pop(0)
+            elif piece:
+                yield {"type": "text", "text": piece}

@@ -3,9 +3,9 @@
     erniekit  {"src": [question, ...], "tgt": [earlier answer, ...], "response": [a, b], "sort":
               [1, 0], "system"?}      the larger of `sort` is preferred; a response is a text, or a
               list answer, question, answer, ...
-    alpaca    {"question", "chosen", "rejected", "system"?}
+    alpaca    {"question", "input"?, "chosen", "rejected", "history"?, "system"?}
     messages  {"prompt": [message, ...], "chosen": [message, ...], "rejected": [message, ...],
-              "tools"?}      without "prompt" it is what both dialogues begin with
+              "system"?, "tools"?}      without "prompt" it is what both dialogues begin with
 
 A pair becomes one stretch of tokens in which the prompt stands once:
 
@@ -39,7 +39,7 @@ from erniekit.data.dialogue import (
     Dialogue,
     Encoder,
     Sample,
-    opening,
+    alpaca_prompt,
     read_dialogue,
     without_oldest_turns,
 )
@@ -104,7 +104,8 @@ def read_pair(record: Any, kind: str, read: Callable[[Any, str], Dialogue] = rea
     first, second = (
         read({**record, "messages": prompt + answer}, "messages") for answer in (chosen, rejected)
     )
-    return Pair(first.messages, second.messages, len(prompt), first.tools)
+    num_prompt = len(first.messages) - len(chosen)
+    return Pair(first.messages, second.messages, num_prompt, first.tools)
 
 
 Parts = tuple[list[dict[str, Any]], list[dict[str, Any]], list[dict[str, Any]]]
@@ -125,21 +126,18 @@ def _from_erniekit(record: Mapping[str, Any]) -> Parts:
 
 
 def prompt_of(record: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The messages of `system`, `src` and `tgt`, a question last; raises DataError."""
+    """The messages of `src` and `tgt`, a question last; raises DataError."""
     questions = texts_of(record, "src")
     answers = texts_of(record, "tgt") if record.get("tgt") else []
     if len(questions) != len(answers) + 1:
         raise DataError(
             f"{len(questions)} src and {len(answers)} tgt; expected one question more than answers"
         )
-    system = record.get("system")
-    if system is not None and not isinstance(system, str):
-        raise DataError(f"system is {kind_of(system)}; expected a string")
     turns = [{"role": "user", "content": questions[0]}]
     for answer, question in zip(answers, questions[1:], strict=True):
         turns.append({"role": "assistant", "content": answer})
         turns.append({"role": "user", "content": question})
-    return opening(system) + turns
+    return turns
 
 
 def continuation(response: Any) -> list[dict[str, Any]]:
@@ -153,12 +151,9 @@ def continuation(response: Any) -> list[dict[str, Any]]:
 
 
 def _from_alpaca(record: Mapping[str, Any]) -> Parts:
-    question = {"role": "user", "content": text_of(record, "question")}
-    system = record.get("system")
-    if system is not None and not isinstance(system, str):
-        raise DataError(f"system is {kind_of(system)}; expected a string")
+    prompt = alpaca_prompt(record, "question").messages
     chosen, rejected = (continuation(text_of(record, key)) for key in ("chosen", "rejected"))
-    return [*opening(system), question], chosen, rejected
+    return prompt, chosen, rejected
 
 
 def _from_messages(record: Mapping[str, Any]) -> Parts:

@@ -31,17 +31,13 @@ ROLES = {
 
 def messages_of(record: Mapping[str, Any]) -> tuple[list[dict[str, Any]], list[str]]:
     """Messages, and where in the record each stands; raises DataError."""
-    turns, system = record.get("conversations"), record.get("system")
+    turns = record.get("conversations")
     if not isinstance(turns, list) or not turns:
         raise DataError(
             "no conversations; expected a list of objects with from and value", at="conversations"
         )
-    if not isinstance(system, (str, type(None))):
-        raise DataError(f"system is {kind_of(system)}; expected a string", at="system")
-    opening = [{"role": "system", "content": system}] if system else []
     places = [f"conversations[{i}]" for i in range(len(turns))]
-    messages = [_message(turn, where) for turn, where in zip(turns, places)]
-    return opening + messages, ["system"] * len(opening) + places
+    return [_message(turn, where) for turn, where in zip(turns, places)], places
 
 
 def _message(turn: Any, where: str) -> dict[str, Any]:

@@ -19,18 +19,18 @@ Keys = Mapping[str, Collection[str]]  # by format
 _DIALOGUE: Keys = {
     "erniekit": {"src", "tgt", "system", "is_system", "label"},
     "alpaca": {"instruction", "input", "output", "history", "system"},
-    "messages": {"messages", "tools"},
+    "messages": {"messages", "system", "tools"},
     "sharegpt": {"conversations", "system", "tools"},
 }
 _PAIR: Keys = {
     "erniekit": {"src", "tgt", "system", "response", "sort", "tools"},
-    "alpaca": {"question", "chosen", "rejected", "system", "tools"},
-    "messages": {"prompt", "chosen", "rejected", "tools"},
+    "alpaca": {"question", "input", "chosen", "rejected", "history", "system", "tools"},
+    "messages": {"prompt", "chosen", "rejected", "system", "tools"},
 }
 _ANSWER: Keys = {
     "erniekit": {"src", "tgt", "system", "response", "label", "kto_tag", "tools"},
     "alpaca": {*_DIALOGUE["alpaca"], "label", "kto_tag", "tools"},
-    "messages": {"messages", "prompt", "completion", "label", "kto_tag", "tools"},
+    "messages": {"messages", "prompt", "completion", "label", "kto_tag", "system", "tools"},
 }
 _DOCUMENT: Keys = {"erniekit": {"text"}, "pretrain": {"text"}}
 _READ: dict[type[Encoder], Keys] = {
@@ -39,7 +39,7 @@ _READ: dict[type[Encoder], Keys] = {
     JudgedEncoder: _ANSWER,
     TextEncoder: _DOCUMENT,
 }
-_PICTURES = {FOLDER, *(f"{kind}s" for kind in KINDS)}
+_PICTURES = {FOLDER, *(f"{kind}s" for kind in KINDS)}  # the folder is put there by the source
 # Of dialogues of type erniekit that have pictures, by the key that tells the two forms apart.
 _PICTURED = {
     "text_info": {"text_info", "order", "is_system", "system", "tools"}
@@ -74,10 +74,7 @@ def _of_pictures(encoder: Encoder, record: Mapping[str, Any], kind: str) -> Iter
     """What is read where the model reads pictures."""
     if encoder.reader is None:
         return
-    yield FOLDER  # put there by the source
-    if type(encoder) is not Encoder or kind == "messages":
-        yield from _PICTURES
-    elif kind == "erniekit":
+    yield from _PICTURES
+    if type(encoder) is Encoder and kind == "erniekit":
         own = next((key for key in _PICTURED if key in record), "src")
         yield from _PICTURED.get(own, ())
-        yield from _PICTURES if own == "query" else ()

@@ -93,10 +93,54 @@ def test_the_formats_say_the_same_dialogue() -> None:
         ]
 
     assert plain(erniekit, "erniekit") == plain(alpaca, "alpaca") == messages
-    assert plain({"messages": messages}, "messages") == messages
+    conversations = [
+        {"from": {"user": "human", "assistant": "gpt"}.get(m["role"], "system"),
+         "value": m["content"]}
+        for m in messages
+    ]  # fmt: skip
+    for key, kind, said in (
+        ("messages", "messages", messages),
+        ("conversations", "sharegpt", conversations),
+    ):
+        assert plain({key: said}, kind) == messages
+        assert plain({key: said[1:], "system": "s"}, kind) == messages
     assert [m.get("label") for m in read_dialogue(erniekit, "erniekit").messages] == [
         None, None, 0, None, 1,
     ]  # fmt: skip
+
+
+def said(question: object, answer: object, **before: object) -> dict:
+    """A record of one turn, after messages of roles."""
+    turn = {**before, "user": question, "assistant": answer}
+    return {"messages": [{"role": role, "content": text} for role, text in turn.items()]}
+
+
+def test_a_blank_system_text_is_none_in_every_format(encoder) -> None:
+    turn = [{"from": "human", "value": "a?"}, {"from": "gpt", "value": "b."}]
+    (wanted,) = encoder().read({"src": ["a?"], "tgt": ["b."]}, "erniekit")
+    for blank in ("", " \n"):
+        records: list[tuple[str, dict]] = [
+            ("erniekit", {"src": ["a?"], "tgt": ["b."], "system": blank}),
+            ("alpaca", {"instruction": "a?", "output": "b.", "input": blank, "system": blank}),
+            ("messages", {**said("a?", "b."), "system": blank}),
+            ("messages", said("a?", "b.", system=blank)),
+            ("messages", said("a?", "b.", system=[{"type": "text", "text": blank}])),
+            ("sharegpt", {"conversations": turn, "system": blank}),
+            ("sharegpt", {"conversations": [{"from": "system", "value": blank}, *turn]}),
+        ]
+        for kind, record in records:
+            assert encoder().read(record, kind) == [wanted], (kind, record)
+    dialogue = read_dialogue({**said("a?", "b.", system=" "), "system": "s"}, "messages")
+    assert dialogue == read_dialogue(said("a?", "b.", system="s"), "messages")
+
+
+def test_an_answer_without_text_may_be_a_thought() -> None:
+    record = said("a?", "")
+    record["messages"][1]["reasoning_content"] = "Hm."
+    assert read_dialogue(record, "messages").messages == record["messages"]
+    record["messages"][1]["reasoning_content"] = " "
+    with pytest.raises(DataError, match=r"messages\[1\] is an empty answer; expected text"):
+        read_dialogue(record, "messages")
 
 
 @pytest.mark.parametrize(
@@ -110,6 +154,14 @@ def test_the_formats_say_the_same_dialogue() -> None:
         ("erniekit", {"src": ["a"], "tgt": ["c"], "system": 1}, "system is a number"),
         ("erniekit", {"src": ["a"], "tgt": ["c"], "label": [1, 0]}, "expected a list of one"),
         ("alpaca", {"instruction": "a"}, "output is missing"),
+        ("alpaca", {"instruction": "a", "output": "b", "history": ["ab"]}, "not a pair"),
+        *(
+            ("alpaca", {"instruction": "a", "output": "b", "history": [pair]}, words)
+            for pair, words in (
+                (["c", ""], r"history\[0\]\[1\] is an empty answer; expected text"),
+                ([" ", "d"], r"history\[0\]\[0\] is an empty question; expected text"),
+            )
+        ),
         ("erniekit", {"messages": []}, "it has no src but messages, as of the type messages"),
         (
             "messages",
@@ -120,6 +172,26 @@ def test_the_formats_say_the_same_dialogue() -> None:
         ("messages", {"messages": [{"role": "system", "content": "s"}]}, "is not an answer"),
         ("messages", {"messages": [{"role": "user", "content": "s"}] * 2}, "in a row"),
         ("messages", {"messages": [{"role": "assistant", "content": "s"}]}, "without a question"),
+        ("messages", {"messages": [{"role": "system", "content": ""}]}, "is not an answer"),
+        ("messages", said(" ", "b"), r"messages\[0\] is an empty question"),
+        ("messages", said([], "b"), r"messages\[0\] is an empty question"),
+        ("messages", said("a", "\n\t"), r"messages\[1\] is an empty answer"),
+        (
+            "messages",
+            said("a", [{"type": "text", "text": " "}]),
+            r"messages\[1\] is an empty answer",
+        ),
+        ("messages", {**said("a", "b"), "system": ["s"]}, "system is a list; expected a string"),
+        (
+            "messages",
+            {**said("a", "b", system="s"), "system": "s"},
+            r"system is given, and messages\[0\] is of the system too; expected one of them",
+        ),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "  "}]},
+            r"conversations\[1\] is an empty answer",
+        ),
     ],
 )
 def test_unusable_records_say_why(kind: str, record: object, words: str) -> None:

@@ -59,6 +59,20 @@ def test_formats_give_the_same_judgement(kind: str, record: dict) -> None:
     assert not read_judgement({**record, key: False}, kind).is_desirable
 
 
+def test_system_text_stands_before_what_is_judged_in_every_format() -> None:
+    system = {"role": "system", "content": "s"}
+    wanted = Judgement(Dialogue([system, USER, {**GOOD, "label": 1}]), True)
+    for kind, record in (
+        ("erniekit", ERNIEKIT),
+        ("alpaca", {"instruction": "q", "output": "good", "label": True}),
+        ("messages", {"messages": [USER, GOOD], "label": True}),
+        ("messages", {"prompt": "q", "completion": "good", "label": True}),
+    ):
+        assert read_judgement({**record, "system": "s"}, kind) == wanted, record
+    blank = {"messages": [{**system, "content": ""}, USER, GOOD], "label": True}
+    assert read_judgement(blank, "messages").dialogue.messages == wanted.dialogue.messages[1:]
+
+
 @pytest.mark.parametrize(
     ("kind", "record", "told"),
     [
@@ -71,6 +85,11 @@ def test_formats_give_the_same_judgement(kind: str, record: dict) -> None:
         ("messages", {"prompt": 7, "completion": "a", "label": True}, "prompt is neither text nor"),
         ("messages", {"prompt": "q", "label": True}, "completion is neither text nor"),
         ("messages", {"messages": [USER], "label": True}, "the last message is not an answer"),
+        (
+            "messages",
+            {"messages": [USER, {**GOOD, "content": " "}], "label": True},
+            r"messages\[1\] is an empty answer; expected text",
+        ),
         ("messages", [], "a list; expected an object"),
     ],
 )

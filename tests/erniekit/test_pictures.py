@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,15 +16,28 @@ from ernie.tokenizer import Tokenizer
 from ernie.vision.positions import positions_of
 from erniekit.cli import main
 from erniekit.config import run_from
-from erniekit.data.dialogue import Sample
+from erniekit.data.dialogue import Sample, read_dialogue
+from erniekit.data.judged import Judgement, read_judgement
 from erniekit.data.pack import START
 from erniekit.data.pictures import read_pictured
+from erniekit.data.preference import Pair, read_pair
 from erniekit.data.sources import DataError
 from erniekit.data.stream import Stream, stream
 from tests.erniekit.conftest import write_lines
 from tests.helpers_vision import grey_clip, png
 
+NO_IMAGE = "1 places <image> and 0 images; expected a picture for each place"
+USER = {"role": "user", "content": "<image>A?"}
+ANSWER, OTHER = ({"role": "assistant", "content": text} for text in ("B.", "C."))
 SMALL = {"min_pixels": 784, "max_pixels": 3136, "video_min_pixels": 784, "video_max_pixels": 784}
+
+
+def pair(record: dict, kind: str) -> Pair:
+    return read_pair(record, kind, read_pictured)
+
+
+def judgement(record: dict, kind: str) -> Judgement:
+    return read_judgement(record, kind, read_pictured)
 
 
 @pytest.fixture(scope="module")
@@ -111,6 +125,40 @@ def forms(media: Path) -> dict[str, tuple[str, dict]]:
                     },
                     answer,
                 ]
+            },
+        ),
+        "text with images": (
+            "erniekit",
+            published("<image>Alike?", "No.", image_info=[image(red)], images=[blue]),
+        ),
+        "src": ("erniekit", {"src": ["Alike?"], "tgt": ["No."], "images": [red, blue]}),
+        "src with tags": (
+            "erniekit",
+            {"src": ["<image><image>Alike?"], "tgt": ["No."], "images": [red, blue]},
+        ),
+        "alpaca": (
+            "alpaca",
+            {"instruction": "<image><image>Alike?", "output": "No.", "images": [red, blue]},
+        ),
+        "sharegpt": (
+            "sharegpt",
+            {
+                "conversations": [
+                    {"from": "human", "value": "<image><image>Alike?"},
+                    {"from": "gpt", "value": "No."},
+                ],
+                "images": [red, blue],
+            },
+        ),
+        "parts with tags": (
+            "messages",
+            {
+                "messages": [
+                    {"role": "user", "content": [{"type": "text", "text": "<image>"},
+                                                 {"type": "image", "image": blue}, part]},
+                    answer,
+                ],
+                "images": [red],
             },
         ),
         "messages with tags": (
@@ -223,6 +271,15 @@ def test_text_is_mixed_in_by_modality_ratio(opened, media: Path) -> None:
         ),
         ({"query": "A?", "response": "", "images": ["red.png"]}, "is an empty answer"),
         ({"query": "<image><image>A?", "response": "B.", "images": ["red.png"]}, "2 places"),
+        ({"query": "<image>A?", "response": "B.", "image": "red.png"}, NO_IMAGE),
+        ({"src": ["<image>A?"], "tgt": ["B."]}, NO_IMAGE),
+        (published("<image>A?", "B.", image_info=[image("red.png")]), NO_IMAGE),
+        ({"src": ["A?", "<video>A?"], "tgt": ["B.", "C."], "images": ["red.png"]},
+         "1 places <video> and 0 videos; expected a picture for each place"),
+        ({"text_info": []}, "the last message is not an answer"),
+        (published(" ", "B."), "text_info[0] is an empty question; expected text"),
+        ({"query": "A?", "response": "B.", "history": [["C?", " "]], "images": ["red.png"]},
+         "history[0][1] is an empty answer; expected text"),
     ],
 )  # fmt: skip
 def test_bad_records_are_refused_in_a_sentence(opened, record: dict, told: str) -> None:
@@ -230,6 +287,42 @@ def test_bad_records_are_refused_in_a_sentence(opened, record: dict, told: str) 
     with pytest.raises(DataError) as error:
         records.read(0, 0)
     assert told in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "record", "read"),
+    [
+        ("alpaca", {"instruction": "<image>A?", "output": "B."}, read_pictured),
+        (
+            "sharegpt",
+            {"conversations": [{"from": "human", "value": "A <image>?"},
+                               {"from": "gpt", "value": "B."}]},
+            read_pictured,
+        ),
+        ("messages", {"messages": [USER, ANSWER]}, read_pictured),
+        ("messages", {"prompt": [USER], "chosen": [ANSWER], "rejected": [OTHER]}, pair),
+        ("alpaca", {"question": "<image>A?", "chosen": "B.", "rejected": "C."}, pair),
+        ("messages", {"prompt": [USER], "completion": [ANSWER], "label": True}, judgement),
+        ("erniekit", {"src": ["<image>A?"], "response": "B.", "label": True}, judgement),
+    ],
+)  # fmt: skip
+def test_a_place_without_a_picture_is_refused_in_every_format(
+    kind: str, record: dict, read: Callable[[dict, str], object], media: Path
+) -> None:
+    with pytest.raises(DataError, match=NO_IMAGE):
+        read({**record, "image": "red.png"}, kind)
+    read({**record, "images": [str(media / "red.png")]}, kind)
+
+
+def test_a_question_may_be_a_picture_alone(media: Path) -> None:
+    record = {"query": "<image>", "response": "Red.", "images": [str(media / "red.png")]}
+    ((part,),) = [m["content"] for m in read_pictured(record, "erniekit").messages[:1]]
+    assert part == {"type": "image", "image": str((media / "red.png").resolve())}
+
+
+def test_a_model_of_text_reads_places_as_text() -> None:
+    record = {"src": ["<image>A?"], "tgt": ["B."], "images": ["none.png"]}
+    assert read_dialogue(record, "erniekit").messages[0]["content"] == "<image>A?"
 
 
 def test_relative_paths_start_at_the_data_file(media: Path) -> None:

@@ -75,6 +75,33 @@ def test_formats_give_the_same_pair() -> None:
     assert read_pair(messages, "messages") == read_pair(whole, "chatml") == pair
 
 
+def test_formats_give_the_same_pair_after_system_text_and_earlier_turns() -> None:
+    system, first, answer, user, good, bad = (
+        {"role": role, "content": text}
+        for role, text in (
+            ("system", "s"), ("user", "p"), ("assistant", "a"), ("user", "q\nmore"),
+            ("assistant", "good"), ("assistant", "bad"),
+        )
+    )  # fmt: skip
+    prompt, beside = [first, answer, user], {"system": "s"}
+    erniekit = {**ERNIEKIT, "src": ["p", "q\nmore"], "tgt": ["a"]}
+    alpaca = {"question": "q", "input": "more", "chosen": "good", "rejected": "bad"}
+    sides = {"chosen": [good], "rejected": [bad]}
+    before = [system, first, {**answer, "label": 0}, user]
+    wanted = Pair([*before, good], [*before, bad], len(before))
+    for kind, record in (
+        ("erniekit", erniekit | beside),
+        ("alpaca", alpaca | beside | {"history": [["p", "a"]]}),
+        ("messages", {"prompt": prompt, **sides, **beside}),
+        ("messages", {"prompt": [system, *prompt], **sides}),
+        ("messages", {"chosen": [*prompt, good], "rejected": [*prompt, bad], **beside}),
+    ):
+        assert read_pair(record, kind) == wanted, record
+    blank = {"role": "system", "content": " "}
+    without = read_pair({"prompt": [blank, *prompt], **sides}, "messages")
+    assert without == Pair(wanted.chosen[1:], wanted.rejected[1:], len(prompt))
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
@@ -99,6 +126,23 @@ def test_a_record_that_cannot_be_used_is_one_sentence(change: dict, told: str) -
         ({"prompt": "q", "chosen": [{}], "rejected": [{}]}, "prompt is not a list of messages"),
         ({"chosen": [{"role": "user", "content": "q"}]}, "rejected is not a list of messages"),
         ({"chosen": [{"role": "user"}], "rejected": [{"role": "tool"}]}, "no beginning in common"),
+        (
+            {
+                "prompt": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}],
+                "chosen": [{"role": "assistant", "content": "a"}],
+                "rejected": [{"role": "assistant", "content": "b"}],
+                "system": "s",
+            },
+            "is of the system too; expected one of them",
+        ),
+        (
+            {
+                "prompt": [{"role": "user", "content": "q"}],
+                "chosen": [{"role": "assistant", "content": "a"}],
+                "rejected": [{"role": "assistant", "content": " "}],
+            },
+            "is an empty answer; expected text",
+        ),
     ],
 )
 def test_messages_that_cannot_be_used_are_one_sentence(record: dict, told: str) -> None:

@@ -26,6 +26,11 @@ def score(text: str, record: dict, **settings) -> float:
         ("exact", {"answer": "New  York"}, " new york\n", "New York City"),
         ("number", {"answer": "it is 1,200"}, "so 3 x 400 is 1200.0", "1200 or 1201"),
         ("number", {"answer": "-7"}, "x = -7", "x = 7"),
+        ("number", {"answer": "-5"}, "x = \u22125", "x = 5"),
+        ("number", {"answer": "\u22125"}, "x = -5", "x = 5"),
+        ("number", {"answer": "12"}, "it takes 10-12", "it takes -12"),
+        ("number", {"answer": "12"}, "from 10.-12", "from 10, -12"),
+        ("number", {"answer": ".5"}, "1-.5", "1 + -.5"),
         ("regex", {"answer": "", "pattern": r"[ab]+"}, "abba", "abbac"),
     ],
 )

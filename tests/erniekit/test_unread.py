@@ -26,7 +26,7 @@ FULL = [
     ("SFT", "erniekit", {**WRITTEN, "system": "s", "label": [1]}),
     ("SFT", "erniekit", {"src": ["s", "Is it?"], "tgt": ["Yes."], "is_system": 1}),
     ("SFT", "alpaca", ASKED),
-    ("SFT", "messages", {"messages": [USER, GOOD], "tools": []}),
+    ("SFT", "messages", {"messages": [USER, GOOD], "system": "s", "tools": []}),
     ("SFT", "chatml", {"messages": [USER, GOOD], "tools": []}),
     (
         "SFT",
@@ -43,8 +43,17 @@ FULL = [
         {"src": ["a", "b"], "tgt": ["c"], "system": "s", "response": ["d", "e"], "sort": [1, 0],
          "tools": []},
     ),
-    ("RM", "alpaca", {"question": "a", "chosen": "b", "rejected": "c", "system": "s", "tools": []}),
-    ("DPO", "messages", {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "tools": []}),
+    (
+        "RM",
+        "alpaca",
+        {"question": "a", "input": "b", "chosen": "c", "rejected": "d", "history": [["e", "f"]],
+         "system": "s", "tools": []},
+    ),
+    (
+        "DPO",
+        "messages",
+        {"prompt": [USER], "chosen": [GOOD], "rejected": [BAD], "system": "s", "tools": []},
+    ),
     (
         "KTO",
         "erniekit",
@@ -52,7 +61,7 @@ FULL = [
          "tools": []},
     ),
     ("KTO", "alpaca", {**ASKED, "kto_tag": True, "tools": []}),
-    ("KTO", "messages", {"messages": [USER, GOOD], "label": True, "tools": []}),
+    ("KTO", "messages", {"messages": [USER, GOOD], "label": True, "system": "s", "tools": []}),
     ("KTO", "messages", {"prompt": "a", "completion": "b", "kto_tag": False, "tools": []}),
     ("PT", "pretrain", {"text": "It is sunny."}),
 ]  # fmt: skip
@@ -62,7 +71,8 @@ PICTURED = [
         "VL-SFT",
         "erniekit",
         {"text_info": TEXT, "image_info": [{"image_url": "a.png", "matched_text_index": 0}],
-         "order": [["image", 0], ["text", 0], ["text", 1]], "system": "s", "tools": []},
+         "order": [["image", 0], ["text", 0], ["text", 1]], "images": ["a.png"], "system": "s",
+         "tools": []},
     ),
     (
         "VL-SFT",
@@ -71,7 +81,14 @@ PICTURED = [
          "tools": []},
     ),
     ("VL-SFT", "messages", {"messages": [USER, GOOD], "images": ["a.png"], "tools": []}),
-    ("VL-SFT", "erniekit", WRITTEN),
+    ("VL-SFT", "erniekit", {**WRITTEN, "images": ["a.png"]}),
+    ("VL-SFT", "alpaca", {**ASKED, "images": ["a.png"]}),
+    (
+        "VL-SFT",
+        "sharegpt",
+        {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+         "images": ["a.png"]},
+    ),
     (
         "DPO",
         "alpaca",
@@ -125,16 +142,14 @@ def test_keys_that_change_a_sample_are_read_and_all_others_told(
 
 
 @pytest.mark.parametrize(
-    ("model", "stage", "kind", "record"),
+    ("stage", "kind", "record"),
     [
-        ("tiny-dense", "SFT", "messages", {"messages": [USER, GOOD]}),
-        ("tiny-dense", "DPO", "alpaca", {"question": "a", "chosen": "b", "rejected": "c"}),
-        ("tiny-vl", "VL-SFT", "erniekit", WRITTEN),
-        ("tiny-vl", "VL-SFT", "alpaca", ASKED),
+        ("SFT", "messages", {"messages": [USER, GOOD]}),
+        ("DPO", "alpaca", {"question": "a", "chosen": "b", "rejected": "c"}),
     ],
 )
-def test_pictures_that_are_not_looked_at_are_told(model, stage, kind, record, opened) -> None:
-    found = opened(stage, kind, [{**record, "images": ["a.png"]}], model)
+def test_pictures_that_are_not_looked_at_are_told(stage, kind, record, opened) -> None:
+    found = opened(stage, kind, [{**record, "images": ["a.png"]}], "tiny-dense")
     assert not isinstance(result(found), str)
     assert unread(found.encoder, found.sources[0][0], kind) == {"images"}
 
