@@ -205,7 +205,7 @@ def _tell(session: Session) -> None:
             "the warm-up of %d steps does not end within the %d of the run: learning_rate %g is "
             "never reached", warmup, last, o.learning_rate,
         )  # fmt: skip
-    names = list(session.run.without_effect)
+    names = [effects.told(session.run, key) for key in session.run.without_effect]
     if not any(isinstance(module, Router) for module in session.model.modules()):
         idle = effects.of_experts(changed(session.run))
         names += [f"{key} (a dense model)" for key in idle if key not in names]
