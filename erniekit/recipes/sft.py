@@ -98,7 +98,7 @@ def train(run: Run, device: str, method: Method, ranks: Ranks) -> int:
         run = fitted(run, device, degrees)
         inputs = _inputs(run, train_stream, folder, state) if ranks.is_first else {}
         found, overlap = 0, None
-        if ranks.is_first and (found := _known_steps(run, state, ranks)):
+        if ranks.is_first and (found := _known_steps(run, state, method, ranks)):
             overlap = _watched(run, train_stream, eval_stream)
         elif ranks.is_first:
             found = _num_steps(run, train_stream, eval_stream, ranks)
@@ -218,12 +218,14 @@ def _streams(run: Run) -> tuple[Stream, Stream | None]:
     return train_stream, stream(run, "eval", tokenizer) if has_eval else None
 
 
-def _known_steps(run: Run, state: dict[str, Any], ranks: Ranks) -> int:
-    """Steps of the whole run: given, or remembered while nothing that they follow from has changed;
-    else 0.
+def _known_steps(run: Run, state: dict[str, Any], method: Method, ranks: Ranks) -> int:
+    """Steps of the whole run: given, counted by the method, or remembered while nothing that they
+    follow from has changed; else 0.
     """
     if run.training.max_steps > 0:
         return run.training.max_steps
+    if method.count_steps is not None:
+        return method.count_steps()
     length = _length_of(run.flat(), ranks.size)
     if state and _length_of(state["settings"], state.get("ranks", 1)) == length:
         return state["num_steps"]

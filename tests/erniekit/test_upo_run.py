@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from ernie.chat import LOCK_FILE
 from ernie.rollout import Answer
+from ernie.settings import read_yaml
 from erniekit import checkpoint, rounds
 from erniekit.cli import main
 from erniekit.recipes import upo
@@ -278,6 +279,17 @@ def test_without_max_steps_every_prompt_is_asked_once(words, tmp_path: Path) -> 
     assert [r["step"] for r in records(tmp_path / "out")] == list(range(1, 7))
     rollouts = [json.loads(line) for line in (tmp_path / "out/rollouts.jsonl").open()]
     assert len({r["where"] for r in rollouts}) == len(rollouts) == 30
+
+
+def test_more_epochs_are_more_steps(words, tmp_path: Path, capsys) -> None:
+    more = {"max_steps": -1, "prompts_per_round": 10, "save_strategy": "steps"}
+    assert main(["train", *words(**more)]) == 0
+    assert read_yaml(tmp_path / "out/run.yaml")["max_steps"] == -1
+    assert main(["resume", str(tmp_path / "out")]) == 0
+    assert "all 3 steps are done" in capsys.readouterr().out
+    assert main(["resume", str(tmp_path / "out"), "num_train_epochs=2"]) == 0
+    assert [r["step"] for r in records(tmp_path / "out")] == list(range(1, 7))
+    assert main(["resume", "--verify", str(tmp_path / "out"), "checkpoint=checkpoint-3"]) == 0
 
 
 @pytest.mark.parametrize(
