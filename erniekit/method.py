@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class BatchSource(Protocol):
     """Where batches come from that are made by the model as it is, instead of read from files.
 
-    `tensors` are the batches that are left at this moment, for a checkpoint.
+    `tensors` are the batches that are left at this moment, for a checkpoint; `load` takes them over
+    with its trainer_state.json.
     """
 
     def batches(
@@ -30,7 +31,7 @@ class BatchSource(Protocol):
 
     def tensors(self) -> dict[str, Tensor]: ...
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None: ...
+    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)

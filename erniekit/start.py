@@ -166,7 +166,7 @@ def _take_rest(folder: Path, state: dict[str, Any], method: Method) -> None:
         method.reference.load_state(state.get("reference", {}))
     path = folder / checkpoint.BATCHES_FILE
     if method.source is not None and path.is_file():
-        method.source.load(load_file(path))
+        method.source.load(load_file(path), state)
 
 
 def _done(step: int, num_steps: int) -> str:

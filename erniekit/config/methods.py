@@ -199,6 +199,13 @@ class Policy:
         return self.kl_coef > 0 or self.upo_mu > 0
 
     @property
+    def correction(self) -> tuple[str, float, float]:
+        """`rollout_correction` with its bounds, 0 for those that it does not have."""
+        kind = self.rollout_correction
+        low = self.correction_low * (kind == "icepop")
+        return kind, low, self.correction_high * (kind != "none")
+
+    @property
     def aggregation(self) -> str:
         """`loss_aggregation`, or what belongs to the loss: GSPO is published as a mean over answers
         (arXiv 2507.18071, eq. 5).
