@@ -210,9 +210,8 @@ def _measured(session: Session, window: list[Batch]) -> dict[str, Any]:
 
 
 def _batches_ahead(session: Session, num_steps: int) -> Iterator[Batch]:
-    """Those of the next steps, and those of an evaluation."""
+    """Those of the next steps, as if the run had no end, and those of an evaluation."""
     training = session.run.training
-    num_steps = min(num_steps, session.num_steps - session.progress.step)
     count = num_steps * training.gradient_accumulation_steps * session.ranks.size
     again = session.train_stream.again()
     yield from islice(again.batches(training.batch_size, session.progress.cursor), count)

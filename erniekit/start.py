@@ -160,10 +160,8 @@ def _load_state(folder: Path, state: dict[str, Any], optimizer: AdamW, form: For
 
 
 def _take_rest(folder: Path, state: dict[str, Any], method: Method) -> None:
-    """Random state, and what the method keeps, of a checkpoint."""
+    """Random state, and batches that are left, of a checkpoint."""
     torch.set_rng_state(torch.tensor(state["rng"], dtype=torch.uint8))
-    if method.reference is not None:
-        method.reference.load_state(state.get("reference", {}))
     path = folder / checkpoint.BATCHES_FILE
     if method.source is not None and path.is_file():
         method.source.load(load_file(path), state)
