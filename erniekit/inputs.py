@@ -1,8 +1,9 @@
 """What a run reads, by its content: so that a resumed run goes on with what it began with.
 
-The place in the data that a checkpoint has is one in these files. Of each its size and a digest are
-kept: of all bytes up to 64 MiB, above that of 64 stretches of 1 MiB, the first and the last of the
-file and others evenly between. A change elsewhere in a large file that keeps its size is not seen.
+The place in the data that a checkpoint has is one in these files, and its adapter belongs to this
+base. Of each file its size and a digest are kept: of all bytes up to 64 MiB, above that of 64
+stretches of 1 MiB, the first and the last of the file and others evenly between. A change elsewhere
+in a large file that keeps its size is not seen.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 
 from ernie.chat import ChatTemplate
 from ernie.chat.lock import template_hash, tokenizer_hash
+from ernie.checkpoint.hub import resolve
 from ernie.settings import ConfigError
 from ernie.tokenizer import Tokenizer
 from erniekit.config import Run
@@ -23,11 +25,14 @@ _NUM_STRETCHES = 64
 
 
 def inputs_of(run: Run, tokenizer: Tokenizer, template: ChatTemplate | None) -> dict[str, Any]:
-    """Digests of the training files, the tokenizer and the chat template, for a checkpoint."""
+    """Digests of the training files, the tokenizer, the chat template and the base of an adapter,
+    for a checkpoint.
+    """
     return {
         "data": [[str(path), *_digest(path)] for path in _files(run)],
         "tokenizer": tokenizer_hash(tokenizer),
         "template": template_hash(template, tokenizer) if template is not None else None,
+        "base": _base(run),
     }
 
 
@@ -44,17 +49,42 @@ def refuse_changes(before: dict[str, Any], now: dict[str, Any], folder: Path) ->
     for key, name in (("tokenizer", "tokenizer"), ("template", "chat template")):
         if before.get(key, now[key]) != now[key]:
             changes.append(f"the {name} has the digest {now[key]} and had {before[key]}")
+    changes += _base_changes(before.get("base"), now.get("base"))
     if changes:
         raise ConfigError(
-            f"{folder} was made with other data or templates ({'; '.join(changes)}): bring them "
-            "back, or give another output_dir, or ignore_changed_inputs=true to go on at the same "
-            "place of the new ones"
+            f"{folder} was made with other data, templates or weights ({'; '.join(changes)}): "
+            "bring them back, or give another output_dir, or ignore_changed_inputs=true to go on "
+            "with the new ones, at the same place of the data"
         )
+
+
+def _base_changes(before: list[Any] | None, now: list[Any] | None) -> list[str]:
+    """What has changed of the base model, where both know of one."""
+    if not before or not now:
+        return []
+    files, others = ({name: values for name, *values in base} for base in (before, now))
+    if files.keys() != others.keys():
+        return [f"the base model has {', '.join(others)} and had {', '.join(files)}"]
+    return [
+        f"{name} of the base model has {_told(others[name])} and had {_told(values)}"
+        for name, values in files.items()
+        if others[name] != values
+    ]
 
 
 def _told(values: list[Any]) -> str:
     size, digest = values
     return f"{size:,} bytes with the digest {digest}"
+
+
+def _base(run: Run) -> list[Any] | None:
+    """The files of the weights that adapters stand beside; None for full training, whose
+    checkpoints have all weights.
+    """
+    if not run.is_lora:
+        return None
+    folder = resolve(run.model.model_name_or_path)
+    return [[path.name, *_digest(path)] for path in sorted(folder.glob("*.safetensors"))]
 
 
 def _files(run: Run) -> list[Path]:
