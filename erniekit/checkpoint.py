@@ -119,9 +119,11 @@ def to_resume(
     return folder, state
 
 
-def evaluated(output: Path, metric: str, *, greater_is_better: bool) -> list[tuple[float, Path]]:
-    """The values and folders of the checkpoints by their evaluation, the best one first; the
-    earliest of equals.
+def evaluated(
+    output: Path, metric: str, *, greater_is_better: bool
+) -> tuple[list[tuple[float, Path]], list[Path]]:
+    """The values and folders of the checkpoints that were evaluated as the newest one was, the best
+    one first, the earliest of equals; and those that were evaluated on something else.
 
     Checkpoints that were not evaluated do not count; one whose state cannot be read is told.
     """
@@ -130,14 +132,19 @@ def evaluated(output: Path, metric: str, *, greater_is_better: bool) -> list[tup
         try:
             state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
             value = float(state["evaluation"][metric])
+            on = state.get("inputs", {}).get("evaluation")
         except KeyError:
             continue
         except (OSError, ValueError, TypeError):
             log.warning("SKIPPED the damaged checkpoint %s: %s", folder, what_is_wrong(folder))
             continue
-        if math.isfinite(value):
-            found.append((value, folder))
-    return sorted(found, key=lambda pair: pair[0], reverse=greater_is_better)
+        found.append((value, folder, on))
+    newest = found[-1][2] if found else None
+    alike = [
+        (value, folder) for value, folder, on in found if on == newest and math.isfinite(value)
+    ]
+    others = [folder for _, folder, on in found if on != newest]
+    return sorted(alike, key=lambda pair: pair[0], reverse=greater_is_better), others
 
 
 def chosen(output: Path, which: str | None) -> Path | None:

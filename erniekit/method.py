@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class BatchSource(Protocol):
     """Where batches come from that are made by the model as it is, instead of read from files.
 
-    `tensors` are the batches that are left at this moment, for a checkpoint.
+    `tensors` are the batches that are left at this moment, for a checkpoint; `load` takes them over
+    with its trainer_state.json.
     """
 
     def batches(
@@ -30,7 +31,7 @@ class BatchSource(Protocol):
 
     def tensors(self) -> dict[str, Tensor]: ...
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None: ...
+    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,8 @@ class Method:
     `loss(model, batch, scale=, share=, gradients=, **measured)`, where `measure(model, window,
     ranks)` gives what the loss must know of all batches of a step before the first of them;
     `evaluate(model, batches, ranks=)` gives numbers for `metrics.eval_line`. A `reference` that
-    moves along is told when to.
+    moves along is told when to. `count_steps` gives the steps of a run without max_steps, where
+    they do not follow from packed rows.
     """
 
     loss: Callable[..., Loss]
@@ -50,6 +52,7 @@ class Method:
     measure: Callable[..., dict[str, Any]] = lambda model, window, ranks: {}
     reference: References | None = None
     source: BatchSource | None = None  # in the place of the training stream's own batches
+    count_steps: Callable[[], int] | None = None
     metric: str = "eval_loss"  # by which the best checkpoint is best, unless the run names one
 
     def metric_of(self, run: Run) -> str:

@@ -10,8 +10,10 @@ held. A pair is known by its tokens (`PairSample.key`), so a file serves every r
 Numbers are written with all digits: a resumed run reads the very same ones.
 
 With `ref_model_update_steps` the model becomes its own reference every so many steps: it is then
-asked about the pairs of the steps up to the next time, so that still no second model is held. Those
-numbers are part of a checkpoint's state, and not of the file.
+asked about the pairs of the steps up to the next time, those after the end of the run too, so that
+still no second model is held and the run can be made longer. Those numbers are part of a
+checkpoint's state, and not of the file; a run that goes on with more or other pairs is refused
+until the next time.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -50,6 +53,13 @@ def reference_of(references: References | None, batch: Pairs | Judged) -> Tensor
         return references.of(batch)
     device = batch.token_ids_T.device
     return torch.zeros(len(batch.keys), 2, dtype=torch.float64, device=device)
+
+
+def next_move(every: int, step: int) -> int:
+    """The first step, this one or a later one, after which a reference moves; it never does after
+    none.
+    """
+    return max(math.ceil(step / every), 1) * every
 
 
 class References:
@@ -93,6 +103,10 @@ class References:
         if state:
             self.is_moved = True
             self.values = {bytes.fromhex(key): (c, r) for key, (c, r) in state.items()}
+
+    def lacks(self, batches: Iterable[Batch]) -> bool:
+        """Whether any key of these batches is unknown."""
+        return any(key not in self.values for batch in batches for key in batch.keys)
 
     @torch.no_grad()
     def _asked(self, model: ErnieModel, batch: Batch) -> dict[bytes, tuple[float, float]]:

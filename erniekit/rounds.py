@@ -34,10 +34,10 @@ from torch import Tensor
 from ernie.chat import ChatError, changes, stop_ids
 from ernie.model import ErnieModel
 from ernie.rollout import Answer, Sampling
-from ernie.settings import ConfigError
+from ernie.settings import ConfigError, field_types
 from erniekit import groups, policy
 from erniekit.build import build_model, load_adapter, read_model
-from erniekit.config import Run
+from erniekit.config import Policy, Run
 from erniekit.data.batch import Batch
 from erniekit.data.mix import Mix
 from erniekit.data.preference import PairSample
@@ -146,17 +146,28 @@ class Rounds:
             return {}
         return groups.to_tensors(self.left) | {_CUT: torch.tensor(self.cut.batches_per_step)}
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raises ConfigError where the rest of a round was cut for other steps than this run's."""
+    def load(self, tensors: Mapping[str, Tensor], state: Mapping[str, Any]) -> None:
+        """Take over the rest of a round; raises ConfigError where it was made for other settings
+        than this run's.
+        """
         left = dict(tensors)
         before, now = int(left.pop(_CUT)), self.cut.batches_per_step
-        if before != now:
-            raise ConfigError(
-                f"the checkpoint is within a round whose steps have {before} batches; this run's "
-                f"have {now} (gradient_accumulation_steps x processes): give the same, or go on "
-                "from a checkpoint at the end of a round"
-            )
         self.left = groups.from_tensors(left)
+        told = ""
+        if before != now:
+            told = (
+                f"whose steps have {before} batches; this run's have {now} "
+                "(gradient_accumulation_steps x processes)"
+            )
+        elif changed := _changed(_policy_of(state["settings"], self.run.policy), self.run.policy):
+            told = f"whose batches were made for other settings ({', '.join(changed)})"
+        if told:
+            end = state["progress"]["step"] + len(self.left) // before
+            raise ConfigError(
+                f"the checkpoint is within a round {told}: give the same up to step {end} "
+                f"(stop_after_step={end}), where the round ends, or go on from a checkpoint at the "
+                "end of a round"
+            )
 
     # --- batches ---
 
@@ -420,6 +431,28 @@ class Rounds:
             ends = np.cumsum([group.num_labels for group in part])
             found += np.split(values_N, ends[:-1])
         return found
+
+
+def _policy_of(settings: Mapping[str, Any], now: Policy) -> Policy:
+    """That of a checkpoint's settings; what they do not know is as it is now."""
+    known = {key: settings[key] for key in field_types(Policy) if key in settings}
+    return dataclasses.replace(now, **known)
+
+
+def _changed(before: Policy, now: Policy) -> list[str]:
+    """The settings for which batches that were made by those `before` are not what is asked now.
+
+    What they hold and the loss does not read is no change.
+    """
+    keys = ["advantage_std", "normalize_rewards"]
+    if before.aggregation != now.aggregation:
+        keys += ["policy_loss", "loss_aggregation"]
+    if before.correction != now.correction:
+        keys += ["rollout_correction", "correction_low", "correction_high"]
+    if (before.has_reference, before.upo_mu > 0) < (now.has_reference, now.upo_mu > 0):
+        keys += ["kl_coef", "upo_mu"]
+    values = [(key, getattr(before, key), getattr(now, key)) for key in keys]
+    return [f"{key} {old} -> {new}" for key, old, new in values if old != new]
 
 
 @contextlib.contextmanager

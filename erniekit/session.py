@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ernie.model import ErnieModel
-from ernie.settings import ConfigError
+from ernie.settings import ConfigError, listed
 from erniekit import checkpoint, debug, metrics, snapshot
 from erniekit.average import Average
 from erniekit.build import num_groups
@@ -78,6 +78,7 @@ class Session:
     is_stopped: bool = False  # by any rank
     hears_requests: bool = True  # of files
     unsaved: dict[str, Any] | None = None  # the record of the last step, until a checkpoint has it
+    told_apart: set[str] = field(default_factory=set)  # checkpoints of another evaluation
 
     @property
     def eval_every(self) -> int:
@@ -210,9 +211,8 @@ def _measured(session: Session, window: list[Batch]) -> dict[str, Any]:
 
 
 def _batches_ahead(session: Session, num_steps: int) -> Iterator[Batch]:
-    """Those of the next steps, and those of an evaluation."""
+    """Those of the next steps, as if the run had no end, and those of an evaluation."""
     training = session.run.training
-    num_steps = min(num_steps, session.num_steps - session.progress.step)
     count = num_steps * training.gradient_accumulation_steps * session.ranks.size
     again = session.train_stream.again()
     yield from islice(again.batches(training.batch_size, session.progress.cursor), count)
@@ -319,8 +319,18 @@ def _saved(session: Session, folder: Path) -> None:
 
 
 def evaluated(session: Session) -> list[tuple[float, Path]]:
-    """The evaluated checkpoints so far, the best one first, with the numbers that say so."""
+    """The checkpoints so far that were evaluated on the same, the best one first, with the numbers
+    that say so; others are told, once.
+    """
     greater = session.run.training.greater_is_better
     if greater is None:
         greater = not session.metric.endswith(("loss", "ppl"))
-    return checkpoint.evaluated(session.run.output, session.metric, greater_is_better=greater)
+    output = session.run.output
+    found, others = checkpoint.evaluated(output, session.metric, greater_is_better=greater)
+    if names := [folder.name for folder in others if folder.name not in session.told_apart]:
+        session.told_apart |= {*names}
+        log.warning(
+            "%s evaluated on other records than the newest checkpoint: not compared with it",
+            f"{listed(names, 'and')} {'were' if len(names) > 1 else 'was'}",
+        )
+    return found

@@ -161,13 +161,11 @@ def _load_state(folder: Path, state: dict[str, Any], optimizer: AdamW, form: For
 
 
 def _take_rest(folder: Path, state: dict[str, Any], method: Method) -> None:
-    """Random state, and what the method keeps, of a checkpoint."""
+    """Random state, and batches that are left, of a checkpoint."""
     torch.set_rng_state(torch.tensor(state["rng"], dtype=torch.uint8))
-    if method.reference is not None:
-        method.reference.load_state(state.get("reference", {}))
     path = folder / checkpoint.BATCHES_FILE
     if method.source is not None and path.is_file():
-        method.source.load(load_file(path))
+        method.source.load(load_file(path), state)
 
 
 def _done(step: int, num_steps: int) -> str:
@@ -206,7 +204,7 @@ def _tell(session: Session) -> None:
             "the warm-up of %d steps does not end within the %d of the run: learning_rate %g is "
             "never reached", warmup, last, o.learning_rate,
         )  # fmt: skip
-    names = list(session.run.without_effect)
+    names = [effects.told(session.run, key) for key in session.run.without_effect]
     if not any(isinstance(module, Router) for module in session.model.modules()):
         idle = effects.of_experts(changed(session.run))
         names += [f"{key} (a dense model)" for key in idle if key not in names]

@@ -53,6 +53,11 @@ def _compares_with(loss_type: str) -> Callable[[Run], bool]:
     return lambda run: run.preferences.loss_type == loss_type
 
 
+def _has_beta(run: Run) -> bool:
+    """Not so of a loss on pairs that only scales the recorded rewards by it."""
+    return not _uses("loss_type")(run) or run.preferences.loss.uses_beta
+
+
 def _drops(run: Run) -> bool:
     o = run.optimisation
     return bool(o.hidden_dropout_prob or o.attention_probs_dropout_prob)
@@ -135,6 +140,7 @@ ONLY_WHERE: tuple[tuple[Callable[[Run], bool], tuple[str, ...]], ...] = (
         ("mask_out_eos_token", "max_prompt_len", "pair_dataset_type"),
     ),
     (lambda run: not run.stage.has_rollouts or run.policy.upo_mu > 0, ("beta",)),
+    (_has_beta, ("beta",)),
     (lambda run: not run.preferences.loss.uses_means, ("normalize_logps",)),
     (lambda run: not run.model.rslora_plus, ("rslora", "lora_alpha", "lora_plus_scale")),
     (lambda run: run.policy.upo_mu > 0 and not run.policy.pair_dataset_path, ("pair_min_gap",)),
@@ -145,6 +151,14 @@ def without_effect(run: Run, given: Mapping[str, Any]) -> list[str]:
     """The keys among those with another value than the default that do nothing in the run."""
     unused = {key for is_used, keys in ONLY_WHERE if not is_used(run) for key in keys}
     return [key for key in given if key in unused and not _is_off(key, given[key])]
+
+
+def told(run: Run, key: str) -> str:
+    """A key without effect, with what has the effect instead where another key does."""
+    if key == "beta" and not _has_beta(run):
+        loss = f"the loss of {run.preferences.loss_type}, whose weight is pref_loss_ratio"
+        return f"beta (on {loss}; it scales recorded rewards)"
+    return key
 
 
 def of_experts(given: Mapping[str, Any]) -> list[str]:

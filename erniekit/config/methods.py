@@ -12,6 +12,7 @@ class LossType:
     """What is true of a loss on pairs; its formula is in `erniekit.preference_losses`."""
 
     uses_reference: bool = True
+    uses_beta: bool = True
     uses_means: bool = False  # of tokens; sums otherwise
     uses_baselines: bool = False  # of the whole step, a forward pass more
     smooths_labels: bool = False
@@ -29,8 +30,8 @@ LOSS_TYPES = {
     "dpop": LossType(settings=("dpop_lambda",)),
     "sppo_hard": LossType(),
     "nca_pair": LossType(),
-    "or": LossType(uses_reference=False, uses_means=True),
-    "orpo": LossType(uses_reference=False, uses_means=True, has_sft=True),
+    "or": LossType(uses_reference=False, uses_beta=False, uses_means=True),
+    "orpo": LossType(uses_reference=False, uses_beta=False, uses_means=True, has_sft=True),
     "kto_pair": LossType(uses_baselines=True),
     "robust": LossType(smooths_labels=True),
 }
@@ -196,6 +197,13 @@ class Policy:
     @property
     def has_reference(self) -> bool:
         return self.kl_coef > 0 or self.upo_mu > 0
+
+    @property
+    def correction(self) -> tuple[str, float, float]:
+        """`rollout_correction` with its bounds, 0 for those that it does not have."""
+        kind = self.rollout_correction
+        low = self.correction_low * (kind == "icepop")
+        return kind, low, self.correction_high * (kind != "none")
 
     @property
     def aggregation(self) -> str:

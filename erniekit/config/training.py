@@ -24,7 +24,8 @@ class Training:
     )
     ignore_changed_inputs: bool = option(
         False,
-        "Resume although training files, tokenizer, template or model_name_or_path are others.",
+        "Resume although training files, tokenizer, template, model_name_or_path or the base of an "
+        "adapter are others.",
     )
     do_train: bool = option(True, "Train (false: only evaluate).")
     do_eval: bool = option(

@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import logging
 import math
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -39,6 +39,7 @@ from erniekit.loop import Progress
 from erniekit.method import Method
 from erniekit.parallel.ranks import ALONE, Ranks
 from erniekit.plan import Degrees
+from erniekit.reference import next_move
 from erniekit.report.sinks import names_of
 from erniekit.session import go_through
 from erniekit.start import started
@@ -51,6 +52,13 @@ _LENGTH_KEYS = {
 } - {"dataloader_num_workers", "prefetch_factor", "max_bad_data_share", "padding"}
 _LENGTH_KEYS |= {field.name for field in dataclasses.fields(Pictures)}
 _LENGTH_KEYS |= {"max_steps", "num_train_epochs", "max_prompt_len", "seed"}
+# Of all settings, those by which a run asks its reference about other answers or more of them.
+_ASKED_KEYS = [
+    *sorted(_LENGTH_KEYS - {"num_train_epochs", "max_steps"}),
+    "batch_size", "gradient_accumulation_steps", "mask_out_eos_token", "ref_model_update_steps",
+    "do_eval", "evaluation_strategy", "max_evaluate_steps", "eval_dataset_path",
+    "eval_dataset_type", "eval_dataset_prob",
+]  # fmt: skip
 
 
 def run(run: Run, device: str, ranks: Ranks = ALONE) -> int:
@@ -98,7 +106,7 @@ def train(run: Run, device: str, method: Method, ranks: Ranks) -> int:
         run = fitted(run, device, degrees)
         inputs = _inputs(run, train_stream, folder, state) if ranks.is_first else {}
         found, overlap = 0, None
-        if ranks.is_first and (found := _known_steps(run, state, ranks)):
+        if ranks.is_first and (found := _known_steps(run, state, method, ranks)):
             overlap = _watched(run, train_stream, eval_stream)
         elif ranks.is_first:
             found = _num_steps(run, train_stream, eval_stream, ranks)
@@ -108,7 +116,9 @@ def train(run: Run, device: str, method: Method, ranks: Ranks) -> int:
         tell(run, device, degrees)
         if ranks.is_first:
             _check_before(run, method)
-        method.prepare(_batches_of(run, num_steps, state, train_stream, eval_stream, ranks))
+        ahead = _batches_of(run, num_steps, state, train_stream, eval_stream, ranks)
+        if not _takes_reference(run, method, state, ahead, ranks):
+            method.prepare(ahead)
         session = started(
             run,
             device,
@@ -199,16 +209,59 @@ def _batches_of(
     eval_stream: Stream | None,
     ranks: Ranks,
 ) -> Iterator[Batch]:
-    """Every batch that this start of the run will go through, those of evaluation last."""
+    """Every batch that this start of the run will go through before its reference moves, those of
+    evaluation last.
+    """
     progress = Progress.from_dict(state["progress"]) if state else Progress()
     size = run.training.batch_size
     last = min(num_steps, run.training.stop_after_step or num_steps)
     if (every := run.preferences.ref_model_update_steps) > 0:  # later ones are asked on the way
-        last = min(last, every)
+        last = min(last, next_move(every, progress.step))
+        if last == progress.step:
+            return
     num_left = (last - progress.step) * run.training.gradient_accumulation_steps * ranks.size
     yield from islice(train_stream.batches(size, progress.cursor), max(num_left, 0))
     if eval_stream is not None and run.training.evaluation_strategy != "no":
         yield from eval_batches(run, eval_stream)
+
+
+def _takes_reference(
+    run: Run, method: Method, state: dict[str, Any], ahead: Iterable[Batch], ranks: Ranks
+) -> bool:
+    """Whether the checkpoint has a reference that has moved; raises ConfigError where it knows less
+    than the batches ahead ask for.
+    """
+    if method.reference is None:
+        return False
+    method.reference.load_state(state.get("reference", {}))
+    if not method.reference.is_moved:
+        return False
+    if method.reference.lacks(ahead):
+        raise ConfigError(_told_of_reference(run, state, ranks.size))
+    return True
+
+
+def _told_of_reference(run: Run, state: dict[str, Any], num_ranks: int) -> str:
+    """What a moved reference does not know because of which settings, and what would be right."""
+    now = run.flat()
+    before = now | state["settings"]
+    changed = [f"{k} {before[k]} -> {now[k]}" for k in _ASKED_KEYS if before[k] != now[k]]
+    if (ranks := state.get("ranks", 1)) != num_ranks:
+        changed.append(f"{ranks} -> {num_ranks} processes")
+    key, step = "ref_model_update_steps", state["progress"]["step"]
+    what = ", ".join(changed) or "more steps, or other data"
+    told = (
+        f"the checkpoint of step {step} has the numbers of a reference that has moved up to its "
+        f"next move, and this run asks for others ({what}): give "
+    )
+    if now[key] <= 0:
+        return f"{told}{key}={before[key]}, as before"
+    both = math.lcm(max(before[key], 1), now[key])
+    move = next_move(both, step)
+    return (
+        f"{told}the same up to step {move} (stop_after_step={move}), where it moves, or go on from "
+        f"a checkpoint of a multiple of {both} steps"
+    )
 
 
 def _streams(run: Run) -> tuple[Stream, Stream | None]:
@@ -221,12 +274,14 @@ def _streams(run: Run) -> tuple[Stream, Stream | None]:
     return train_stream, stream(run, "eval", tokenizer) if has_eval else None
 
 
-def _known_steps(run: Run, state: dict[str, Any], ranks: Ranks) -> int:
-    """Steps of the whole run: given, or remembered while nothing that they follow from has changed;
-    else 0.
+def _known_steps(run: Run, state: dict[str, Any], method: Method, ranks: Ranks) -> int:
+    """Steps of the whole run: given, counted by the method, or remembered while nothing that they
+    follow from has changed; else 0.
     """
     if run.training.max_steps > 0:
         return run.training.max_steps
+    if method.count_steps is not None:
+        return method.count_steps()
     length = _length_of(run.flat(), ranks.size)
     if state and _length_of(state["settings"], state.get("ranks", 1)) == length:
         return state["num_steps"]

@@ -49,7 +49,7 @@ log = logging.getLogger("erniekit")
 def run(run: Run, device: str, ranks: Ranks = ALONE) -> int:
     """Train as `run` says; returns the exit code of the process."""
     check_ranks(run, ranks)
-    run = _with_steps(resolved(run, device))
+    run = resolved(run, device)
     if ranks.is_first and run.data.files("train") and run.data.files("eval"):
         _compare(run)
     return sft.train(run, device, method(run, device, ranks=ranks), ranks)
@@ -85,14 +85,16 @@ def method(run: Run, device: str, *, is_kept: bool = True, ranks: Ranks = ALONE)
         terms=sft.terms(run),
         chunk_size=run.model.loss_subbatch_seqlen,
     )
-    own, source = Own(run, device), None
+    own, source, count_steps = Own(run, device), None, None
     evaluate = partial(
         evaluate_rewards, run=run, held_out=cache(lambda: _held_out(run, own, rewards, ranks))
     )
     if run.data.train_dataset_path:
         sampler = Served(run, device, ranks) if p.rollout_server else own
-        source = Rounds(run, device, sampler, rewards, stream(run, "train"), _pairs(run), ranks)
-    return Method(loss, evaluate, source=source, metric="eval_reward")
+        prompts = stream(run, "train")
+        source = Rounds(run, device, sampler, rewards, prompts, _pairs(run), ranks)
+        count_steps = partial(_num_steps, run, prompts)
+    return Method(loss, evaluate, source=source, metric="eval_reward", count_steps=count_steps)
 
 
 def _scorer(run: Run, device: str) -> Scorer | None:
@@ -125,16 +127,14 @@ def _pairs(run: Run) -> Stream | None:
     return stream(dataclasses.replace(run, data=data, model=model), "train")
 
 
-def _with_steps(run: Run) -> Run:
-    """The run with its number of steps: that of the rounds in which every prompt is asked once."""
-    if run.training.max_steps > 0 or not run.data.train_dataset_path:
-        return run
+def _num_steps(run: Run, prompts: Stream) -> int:
+    """Steps of the rounds in which every prompt is asked as often as there are epochs."""
     p = run.policy
-    prompts = stream(run, "train").epoch_size * run.training.num_train_epochs
-    num_rounds = max(math.ceil(prompts / p.prompts_per_round), 1)
+    num_prompts = prompts.epoch_size * run.training.num_train_epochs
+    num_rounds = max(math.ceil(num_prompts / p.prompts_per_round), 1)
     num_steps = num_rounds * p.num_iterations * p.num_mini_batches
     log.info("%d rounds of %d prompts: %d steps", num_rounds, p.prompts_per_round, num_steps)
-    return dataclasses.replace(run, training=dataclasses.replace(run.training, max_steps=num_steps))
+    return num_steps
 
 
 def _compare(run: Run) -> None:

@@ -243,6 +243,8 @@ IDLE = [
     (UPO | {"dynamic_sampling": False}, {"max_refills": 2, "min_reward_std": 0.1}, UPO),
     (UPO | {"upo_mu": 0}, {"pair_min_gap": 0.5}, UPO),
     (UPO | {"pair_dataset_path": "y.jsonl"}, {"pair_min_gap": 0.5}, UPO),
+    ({"stage": "DPO", "loss_type": "or"}, {"beta": 0.3}, {"stage": "DPO", "loss_type": "ipo"}),
+    ({"stage": "DPO", "loss_type": "orpo"}, {"beta": 0.3}, {"stage": "KTO"}),
 ]  # fmt: skip
 
 

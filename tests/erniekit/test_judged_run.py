@@ -16,6 +16,7 @@ from erniekit import checkpoint, reward_model
 from erniekit.cli import main
 from erniekit.config import run_from
 from erniekit.data.stream import stream
+from erniekit.recipes import sft
 from erniekit.reference import REFERENCE_FILE
 from tests.erniekit.conftest import judgements, preferences, write_lines
 from tests.erniekit.test_run import records
@@ -29,7 +30,8 @@ def words(tiny, tmp_path: Path):
     """A function from stage and settings to the words of a short run of a tiny dense model."""
     for name, count, salt in (("train", 40, ""), ("eval", 10, "about ")):
         write_lines(tmp_path / f"KTO-{name}.jsonl", judgements(count, salt=salt))
-        write_lines(tmp_path / f"RM-{name}.jsonl", preferences(count, salt=salt))
+        for stage in ("RM", "DPO"):
+            write_lines(tmp_path / f"{stage}-{name}.jsonl", preferences(count, salt=salt))
 
     def make(stage: str, **more: object) -> list[str]:
         values = {
@@ -182,6 +184,97 @@ def test_a_reference_that_moves_is_the_model_at_its_last_move(words, tmp_path: P
     for step, record in found.items():
         gained = max(abs(record.get(f"rewards_{n}", 0.0)) for n in ("chosen", "rejected"))
         assert (gained < 1e-5) == (step % 4 == 1), f"step {step}: {gained}"
+
+
+@pytest.fixture
+def moving(words):
+    """A function from settings to the words of a run whose reference moves every 4 steps."""
+
+    def make(stage: str, **more: object) -> list[str]:
+        values = {
+            "ref_model_update_steps": 4, "fine_tuning": "Full", "packing": "false",
+            "save_strategy": "steps", "save_steps": 20, "num_answers": 0, "max_seq_len": 128,
+            "lr_scheduler_type": "constant", "eval_steps": 1,
+        }  # fmt: skip
+        return ["train", *words(stage, **values | more)]
+
+    return make
+
+
+@pytest.mark.parametrize("stage", ["KTO", "DPO"])
+def test_a_run_that_is_made_longer_equals_one_that_was_so_from_the_start(
+    stage: str, moving, tmp_path: Path
+) -> None:
+    """Made longer within an interval of a reference that has moved, twice in the same one."""
+    unbroken, longer = tmp_path / "unbroken", tmp_path / "longer"
+    assert main(moving(stage, output_dir=unbroken, max_steps=9)) == 0
+    for last in (5, 6, 9):
+        assert main(moving(stage, output_dir=longer, max_steps=last)) == 0
+    assert curve(longer) == curve(unbroken)
+    ours, theirs = (load_file(output / "model.safetensors") for output in (longer, unbroken))
+    assert all((ours[key] == tensor).all() for key, tensor in theirs.items())
+    states = [
+        json.loads((output / "checkpoint-9" / checkpoint.STATE_FILE).read_text())
+        for output in (longer, unbroken)
+    ]
+    assert states[0]["reference"] == states[1]["reference"] != {}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "told"),
+    [
+        ({}, {"gradient_accumulation_steps": 2}, "gradient_accumulation_steps 1 -> 2"),
+        (
+            {"evaluation_strategy": "no"},
+            {"evaluation_strategy": "steps"},
+            "evaluation_strategy no -> steps",
+        ),
+    ],
+)
+def test_what_a_moved_reference_does_not_know_is_refused_until_it_moves(
+    before: dict, now: dict, told: str, moving, capsys
+) -> None:
+    assert main(moving("KTO", stop_after_step=5, **before)) == 0
+    capsys.readouterr()
+    assert main(moving("KTO", **before | now)) == 2
+    error = capsys.readouterr().err
+    assert f"({told})" in error and "stop_after_step=8" in error and error.count("\n") == 1
+    assert main(moving("KTO", stop_after_step=8, **before)) == 0
+    assert main(moving("KTO", **before | now)) == 0
+
+
+def test_what_changed_of_the_steps_is_named_with_the_next_move(moving) -> None:
+    run = run_from(dict(word.split("=") for word in moving("KTO", batch_size=2)[1:]))
+    settings = run.flat() | {"batch_size": 1, "ref_model_update_steps": 6}
+    state = {"settings": settings, "ranks": 1, "progress": {"step": 13}}
+    told = sft._told_of_reference(run, state, 2)
+    assert "(batch_size 1 -> 2, ref_model_update_steps 6 -> 4, 1 -> 2 processes)" in told
+    assert "step 24 (stop_after_step=24)" in told and "a multiple of 12 steps" in told
+
+
+def test_a_reference_that_has_moved_goes_on_moving(moving, tmp_path: Path, capsys) -> None:
+    assert main(moving("KTO", stop_after_step=5)) == 0
+    capsys.readouterr()
+    for steps in (-1, 10):
+        assert main(moving("KTO", ref_model_update_steps=steps)) == 2
+        error = capsys.readouterr().err
+        assert f"(ref_model_update_steps 4 -> {steps})" in error and error.count("\n") == 1
+        assert ("give ref_model_update_steps=4" in error) == (steps == -1)
+        assert ("stop_after_step=20" in error) == (steps == 10)
+    # What is known of it lasts to the end of these.
+    assert main(moving("KTO", ref_model_update_steps=-1, max_steps=7)) == 0
+    assert main(moving("KTO", ref_model_update_steps=7, max_steps=9)) == 0
+
+
+def test_a_reference_begins_to_move_at_the_next_multiple(moving, tmp_path: Path) -> None:
+    """One that has not moved is asked about all steps up to there."""
+    more = {"evaluation_strategy": "no", "ref_model_update_steps": -1}
+    assert main(moving("KTO", max_steps=5, **more)) == 0
+    assert main(moving("KTO", max_steps=9, **more | {"ref_model_update_steps": 4})) == 0
+    found = {r["step"]: r for r in records(tmp_path / "out")}
+    for step, record in found.items():
+        gained = max(abs(record.get(f"rewards_{n}", 0.0)) for n in ("chosen", "rejected"))
+        assert (gained < 1e-5) == (step in (1, 9)), f"step {step}: {gained}"
 
 
 @pytest.mark.parametrize("stage", ["KTO", "RM"])

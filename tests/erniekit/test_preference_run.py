@@ -302,6 +302,21 @@ def test_a_loss_of_two_parts_is_their_weighted_sum(loss_type: str, words, tmp_pa
     assert held_out[0] == pytest.approx(held_out[1], rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.parametrize("loss_type", ["orpo", "or", "ipo"])
+def test_a_beta_that_the_loss_does_not_have_is_told_with_what_weighs_it(
+    loss_type: str, words, tmp_path: Path, capsys
+) -> None:
+    losses = []
+    for beta in (0.1, 0.4):
+        more = {"output_dir": tmp_path / str(beta), "loss_type": loss_type, "beta": beta}
+        assert main(["train", *words(max_steps=1, evaluation_strategy="no", **more)]) == 0
+        losses.append(records(tmp_path / str(beta))[0]["loss"])
+        advice = f"beta (on the loss of {loss_type}, whose weight is pref_loss_ratio; it scales"
+        is_told = advice in capsys.readouterr().out
+        assert is_told == (beta == 0.4 and loss_type != "ipo")
+    assert (losses[0] == losses[1]) == (loss_type != "ipo")
+
+
 def test_every_key_reaches_the_objective() -> None:
     keys = {
         "loss_type": "dpop", "beta": 0.2, "pref_loss_ratio": 0.4, "sft_loss_ratio": 0.6,

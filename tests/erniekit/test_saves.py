@@ -267,6 +267,58 @@ def test_the_best_checkpoint_stays_and_can_be_the_final_model(
     assert "trainer_state.json has 2 bytes instead of" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("what", ["max_evaluate_steps", "records", "place"])
+def test_the_best_is_one_of_those_evaluated_on_the_same(
+    what: str, tiny, data: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    losses = {0: 9.0, 2: 1.0, 4: 2.0, 6: 4.0, 8: 3.0}
+    real, output = session._evaluated, tmp_path / "out"
+    monkeypatch.setattr(session, "_evaluated", lambda s, n: real(s, n) | {"eval_loss": losses[n]})
+    file = Path(shutil.copy(data / "eval.jsonl", tmp_path / "eval.jsonl"))
+    more = {"save_steps": 2, "eval_steps": 2, "load_best_model_at_end": True}
+    more |= {"eval_dataset_path": file}
+    assert main(words(tiny("tiny-dense"), data, output, **more, max_steps=4)) == 0
+    assert json.loads((output / "best.json").read_text())["checkpoint"] == "checkpoint-2"
+    if what == "max_evaluate_steps":
+        more["max_evaluate_steps"] = 1
+    elif what == "records":
+        file.write_text(file.read_text().replace("It is", "It iz", 1))
+    else:
+        more["eval_dataset_path"] = file.rename(tmp_path / "moved.jsonl")
+    capsys.readouterr()
+    assert main(words(tiny("tiny-dense"), data, output, **more, max_steps=8)) == 0
+    told = capsys.readouterr().out
+    is_same = what == "place"
+    best = "checkpoint-2" if is_same else "checkpoint-8"
+    assert json.loads((output / "best.json").read_text())["checkpoint"] == best
+    assert told.count("checkpoint-2 and checkpoint-4 were evaluated on other") == (not is_same)
+    ours, theirs = (
+        load_file(folder / "adapter_model.safetensors") for folder in (output, output / best)
+    )
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_checkpoints_that_do_not_say_what_they_were_evaluated_on_are_compared_alone(
+    tmp_path: Path,
+) -> None:
+    def write(step: int, loss: float, inputs: dict) -> Path:
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        state = {"evaluation": {"eval_loss": loss}, "inputs": inputs}
+        (folder / checkpoint.STATE_FILE).write_text(json.dumps(state))
+        return folder
+
+    def found() -> tuple[list, list]:
+        return checkpoint.evaluated(tmp_path, "eval_loss", greater_is_better=False)
+
+    old = [write(1, 2.0, {}), write(2, 1.0, {})]
+    assert found() == ([(1.0, old[1]), (2.0, old[0])], [])
+    new = [write(3, 5.0, {"evaluation": {"batches": -1}})]
+    assert found() == ([(5.0, new[0])], old)
+    new.append(write(4, 4.0, {"evaluation": {"batches": -1}}))
+    assert found() == ([(4.0, new[1]), (5.0, new[0])], old)
+
+
 @pytest.mark.parametrize("damage", ["flipped", "cut", "gone"])
 def test_a_damaged_best_checkpoint_is_told_and_the_next_best_is_taken(
     damage: str, tiny, data: Path, tmp_path: Path, monkeypatch, capsys

@@ -4,16 +4,20 @@ taken for what the run has made.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+import ernie
 from ernie.settings import ConfigError
 from erniekit import checkpoint, inputs, lora_files, serve
 from erniekit.cli import main
 from erniekit.config import run_from
+from erniekit.inputs import refuse_changes
 from tests.erniekit.conftest import preferences, write_lines
 from tests.erniekit.test_resume import curve, words
 
@@ -252,6 +256,47 @@ def test_changed_inputs_are_noticed(tiny, data: Path, tmp_path: Path, capsys) ->
     assert "where it is the same model in another place" in capsys.readouterr().err
     words_ = [f"model_name_or_path={moved}", "max_steps=5", "ignore_changed_inputs=true"]
     assert main(["resume", str(output), *words_]) == 0
+
+
+def test_a_base_whose_weights_have_changed_is_noticed(
+    tiny, data: Path, tmp_path: Path, capsys
+) -> None:
+    base = Path(shutil.copytree(tiny("tiny-dense"), tmp_path / "base"))
+    output = tmp_path / "run"
+    assert main(short(base, data, output, max_steps=2)) == 0
+    for path in base.iterdir():
+        os.utime(path, (1, 1))
+    assert main(short(base, data, output, max_steps=3)) == 0
+
+    model = ernie.load(base, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[1].self_attn.q_proj.weight += 0.5
+    ernie.save(model, base)
+    capsys.readouterr()
+    assert main(short(base, data, output, max_steps=4)) == 2
+    error = capsys.readouterr().err
+    assert "model.safetensors of the base model has" in error and error.count("\n") == 1
+    assert "ignore_changed_inputs=true" in error
+    assert main(short(base, data, output, max_steps=4, ignore_changed_inputs=True)) == 0
+
+
+def test_a_checkpoint_says_of_the_base_what_it_knows() -> None:
+    """One of an earlier version nothing; full training has the weights in the checkpoint itself."""
+    now = {"data": [], "tokenizer": "a", "template": None, "base": [["model.safetensors", 9, "b"]]}
+    refuse_changes({k: v for k, v in now.items() if k != "base"}, now, Path("checkpoint-1"))
+    refuse_changes(now, now | {"base": None}, Path("checkpoint-1"))
+    refuse_changes(now | {"base": None}, now, Path("checkpoint-1"))
+    more = now | {"base": [["model-1.safetensors", 9, "b"]]}
+    with pytest.raises(ConfigError, match=r"has model\.safetensors and had model-1"):
+        refuse_changes(more, now, Path("checkpoint-1"))
+
+
+def test_full_training_goes_on_without_its_base(tiny, data: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(tiny("tiny-dense"), tmp_path / "base"))
+    more = {"fine_tuning": "Full"}
+    assert main(short(base, data, tmp_path / "run", max_steps=2, **more)) == 0
+    (base / "model.safetensors").write_bytes(b"")
+    assert main(short(base, data, tmp_path / "run", max_steps=3, **more)) == 0
 
 
 def test_a_start_tells_what_settings_do_not_do(tiny, data: Path, tmp_path: Path, capsys) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from ernie.chat import LOCK_FILE
 from ernie.rollout import Answer
+from ernie.settings import read_yaml
 from erniekit import checkpoint, rounds
 from erniekit.cli import main
 from erniekit.recipes import upo
@@ -150,6 +151,32 @@ def test_killed_within_a_round_equals_unbroken(fine_tuning: str, words, tmp_path
     assert (unbroken / "checkpoint-9" / checkpoint.BATCHES_FILE).is_file()
 
 
+def test_what_a_round_was_not_made_for_waits_for_the_next(words, tmp_path: Path, capsys) -> None:
+    more = {"num_iterations": 2, "num_mini_batches": 2, "save_strategy": "steps"}
+    more |= {"kl_coef": 0, "upo_mu": 0}
+    assert main(["train", *words(stop_after_step=2, **more)]) == 0
+    capsys.readouterr()
+    for key, was, value in (
+        ("kl_coef", 0.0, 0.5), ("upo_mu", 0.0, 0.5), ("advantage_std", True, False),
+        ("loss_aggregation", None, "sequence"), ("rollout_correction", "none", "truncated"),
+    ):  # fmt: skip
+        assert main(["train", *words(**more | {key: value})]) == 2
+        error = capsys.readouterr().err
+        assert f"for other settings ({key} {was} -> {value})" in error
+        assert "stop_after_step=4" in error and error.count("\n") == 1
+    assert main(["train", *words(stop_after_step=4, **more)]) == 0
+    assert main(["train", *words(**more | {"kl_coef": 0.5, "upo_mu": 0.5})]) == 0
+    last = records(tmp_path / "out")[-1]
+    assert last["step"] == 6 and 0 < last["pair_loss"] < 2 and last["kl"] < 1
+
+
+def test_settings_that_leave_the_batches_of_a_round_as_they_are_may_change(words) -> None:
+    more = {"num_iterations": 2, "num_mini_batches": 2, "save_strategy": "steps"}
+    assert main(["train", *words(stop_after_step=2, kl_coef=0.1, **more)]) == 0
+    less = {"kl_coef": 0.2, "upo_mu": 0, "clip_low": 0.1, "correction_low": 0.9}
+    assert main(["train", *words(**more | less)]) == 0
+
+
 @pytest.mark.parametrize(("fine_tuning", "within"), [("Full", 1e-4), ("LoRA", 0.05)])
 def test_a_reward_model_scores_answers_as_its_own_evaluation_does(
     fine_tuning: str, within: float, words, tmp_path: Path, monkeypatch, capsys
@@ -278,6 +305,17 @@ def test_without_max_steps_every_prompt_is_asked_once(words, tmp_path: Path) -> 
     assert [r["step"] for r in records(tmp_path / "out")] == list(range(1, 7))
     rollouts = [json.loads(line) for line in (tmp_path / "out/rollouts.jsonl").open()]
     assert len({r["where"] for r in rollouts}) == len(rollouts) == 30
+
+
+def test_more_epochs_are_more_steps(words, tmp_path: Path, capsys) -> None:
+    more = {"max_steps": -1, "prompts_per_round": 10, "save_strategy": "steps"}
+    assert main(["train", *words(**more)]) == 0
+    assert read_yaml(tmp_path / "out/run.yaml")["max_steps"] == -1
+    assert main(["resume", str(tmp_path / "out")]) == 0
+    assert "all 3 steps are done" in capsys.readouterr().out
+    assert main(["resume", str(tmp_path / "out"), "num_train_epochs=2"]) == 0
+    assert [r["step"] for r in records(tmp_path / "out")] == list(range(1, 7))
+    assert main(["resume", "--verify", str(tmp_path / "out"), "checkpoint=checkpoint-3"]) == 0
 
 
 @pytest.mark.parametrize(
