@@ -1,7 +1,7 @@
-"""Fill the generated parts of README.md and docs: tables of the newest records, the tree.
+"""Fill the generated parts of README.md and docs: tables of the newest records, the trees.
 
     python docs/readme.py            write them
-    python docs/readme.py --check    exit with 1 when the README says something else
+    python docs/readme.py --check    exit with 1 when a page says something else
 
 So no number there is typed by hand, and the tree is the real one: an entry's words are the
 first sentence of its module. A test runs the check.
@@ -69,11 +69,11 @@ def tree(package: str) -> str:
 
 
 def shortened(line: str) -> str:
-    """At most WIDTH characters, cut where the sentence has a joint."""
+    """At most WIDTH characters, cut where the sentence has a joint, which dots tell."""
     if len(line) <= WIDTH:
         return line
     joint = max(line.rfind(mark, 40, WIDTH) for mark in (", ", ": "))
-    return line[: joint if joint > 0 else line.rfind(" ", 0, WIDTH)]
+    return line[: joint if joint > 0 else line.rfind(" ", 0, WIDTH)] + " ..."
 
 
 def _order(path: Path) -> tuple:
