@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from importlib import import_module
+from importlib import import_module, metadata
 
 from ernie.settings import did_you_mean
 from fastdeploy.config import EngineConfig, ServerConfig
@@ -35,12 +35,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         return serve(words[1:], program="fastdeploy serve")
     if words and words[0] in COMMANDS:
         return client(words[0], words[1:])
+    if words in (["version"], ["--version"]):
+        sys.stdout.write(f"fastdeploy {version()}\n")
+        return 0
     asked = words in ([], ["--help"], ["-h"], ["help"])
     if not asked:
         suggestion = did_you_mean(words[0], [*COMMANDS, "help"])
         sys.stderr.write(f"fastdeploy: unknown command {words[0]!r}{suggestion}\n")
     (sys.stdout if asked else sys.stderr).write(USAGE)
     return 0 if asked else 2
+
+
+def version() -> str:
+    """Of this project, as installed."""
+    try:
+        return metadata.version("ernie-open")
+    except metadata.PackageNotFoundError:
+        return "unknown (not installed)"
 
 
 def client(name: str, argv: Sequence[str]) -> int:

@@ -298,7 +298,7 @@ def _pictures(record: Mapping[str, Any]) -> str:
 
 
 def _column(record: Mapping[str, Any]) -> tuple[str, Any, str]:
-    cut = ", cut" if record.get("is_cut") else ""
+    cut = ", cut at max_answer_tokens" if record.get("is_cut") else ""
     head = "before training" if record["step"] == 0 else f"after step {record['step']:,}"
     return head, record.get("answer"), f"f1 {record.get('f1', 0):.2f}{cut}"
 

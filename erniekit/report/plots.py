@@ -51,10 +51,11 @@ def plot(lines: Sequence[Line], marks: Sequence[float] = ()) -> str:
         f'<svg viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" role="img" '
         f'data-x="{x_edges[0]!r} {x_edges[1]!r}" data-y="{y_edges[0]!r} {y_edges[1]!r}">'
     ]
+    y_step = y_ticks[1] - y_ticks[0] if len(y_ticks) > 1 else 0.0
     for y in y_ticks:
         _, v = at(x_edges[0], y)
         parts.append(f'<path class="grid" d="M{_LEFT:g} {v:.2f}H{_RIGHT:g}"/>')
-        parts.append(f'<text x="{_LEFT - 6:g}" y="{v + 4:.2f}" class="y">{short(y)}</text>')
+        parts.append(f'<text x="{_LEFT - 6:g}" y="{v + 4:.2f}" class="y">{short(y, y_step)}</text>')
     for x in x_ticks:
         u, _ = at(x, y_edges[0])
         parts.append(f'<text x="{u:.2f}" y="{_BOTTOM + 18:g}" class="x">{short(x)}</text>')
@@ -141,13 +142,19 @@ def _axis(low: float, high: float, *, whole: bool = False) -> tuple[list[float],
     return ticks, (low, high)
 
 
-def short(value: float) -> str:
-    """A number for an axis: 1.5k, 20M, 3e-05."""
-    size = abs(value)
+def short(value: float, step: float = 0.0) -> str:
+    """A number for an axis: 1.5k, 20M, 3e-05; with all figures that tell it from its neighbours, a
+    `step` away.
+    """
+    size, figures = abs(value), 4
+    if 0 < step < size:
+        figures = max(figures, math.ceil(math.log10(size / step)) + 2)
     for unit, name in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= unit:
-            return f"{value / (1e3 if name == 'k' else unit):.4g}{name}"
-    return f"{value:.4g}" if size >= 1e-3 or size < 1e-12 else f"{value:.3g}".replace("e-0", "e-")
+            return f"{value / (1e3 if name == 'k' else unit):.{figures}g}{name}"
+    if size >= 1e-3 or size < 1e-12:
+        return f"{value:.{figures}g}"
+    return f"{value:.{figures - 1}g}".replace("e-0", "e-")
 
 
 def exact(value: float) -> str:

@@ -353,3 +353,12 @@ def test_loss_without_a_number_is_not_drawn_as_one(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
     assert len(curves(page_of(tmp_path))["loss"]) == 1
     assert torch.is_grad_enabled(), "answers and evaluation leave gradients on"
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(1.1012, 1.1021), (0, 3), (12_000, 12_004), (1e-4, 3e-3)]
+)
+def test_labels_of_an_axis_differ(low: float, high: float) -> None:
+    svg = plots.plot([plots.Line("a", [(0, low), (1, high)], "c0")])
+    labels = re.findall(r'class="y">([^<]*)<', svg)
+    assert len(labels) > 1 and len(set(labels)) == len(labels)

@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+from importlib import metadata
 
 import httpx
 import pytest
@@ -80,6 +81,15 @@ def test_a_port_that_is_taken(capsys, folder) -> None:
         port = str(taken.getsockname()[1])
         assert cli.main(["serve", "--model", str(folder), "--port", port]) == 2
     assert f"cannot listen on 127.0.0.1 port {port}" in capsys.readouterr().err
+
+
+def test_the_version_is_that_of_the_project(capsys) -> None:
+    for words in (["--version"], ["version"]):
+        assert cli.main(words) == 0
+        assert capsys.readouterr().out == f"fastdeploy {cli.version()}\n"
+    assert cli.version() == metadata.version("ernie-open")
+    assert cli.main(["collect-env", "--help"]) == 0
+    assert "usage: fastdeploy collect-env" in capsys.readouterr().out
 
 
 def test_an_unknown_command_is_told_the_known_one(capsys) -> None:
