@@ -110,6 +110,7 @@ class Follower:
     """Who listens to a response that goes on without them."""
 
     def __init__(self) -> None:
+        self.is_streamed = False
         self.given_up = asyncio.Event()  # never: events are kept in any case
 
     def close(self) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
+import threading
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +17,10 @@ from starlette.testclient import TestClient
 
 from fastdeploy import LLM, SamplingParams
 from fastdeploy.config import EngineConfig, ServerConfig
+from fastdeploy.errors import RequestError
+from fastdeploy.outputs import CompletionOutput
+from fastdeploy.server import engine as server_engine
+from fastdeploy.server.engine import Answer, Piece
 
 SETTINGS = {"max_model_len": 64, "block_size": 8, "dtype": "float32"}
 
@@ -102,6 +109,44 @@ def test_events_of_several_tokens_say_the_same(folder: Path) -> None:
     assert sorted(counts) == [3, 3, 4, 4, 4, 4]
     times = [event["choices"][0]["arrival_time"] for event in grouped]
     assert times == sorted(times) and times[0] > 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_step_may_bring_more_than_a_client_may_leave_unread(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    monkeypatch.setattr(server_engine, "MAX_UNREAD_BYTES", 600)
+    body = {"prompt": [9, 8, 7], "max_tokens": 3, "ignore_eos": True, "n": 8, "stream": stream}
+    config = EngineConfig(model=str(folder), **SETTINGS)
+    with app_client(config, ServerConfig(timeout=15)) as session:
+        answer = session.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.text.count('"finish_reason":"length"') == 8
+
+
+def test_only_a_stream_that_is_left_unread_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_engine, "MAX_UNREAD_BYTES", 600)
+
+    async def left_after(num_steps: int, *, is_streamed: bool) -> list[str]:
+        """What is read of an answer whose first piece was read before these steps."""
+        engine: Any = SimpleNamespace(forget=lambda answer: None)
+        answer = Answer(engine, [[1]], 1)
+        answer.is_streamed = is_streamed
+        pieces = answer.pieces()
+        for number in range(num_steps + 1):
+            answer.begin_step()
+            answer.put(Piece(0, CompletionOutput(0, str(number)), 0, None))
+            if number == 0:
+                await anext(pieces)
+        if not answer.given_up.is_set():
+            answer.put(Piece(0, CompletionOutput(0, "end", finish_reason="stop"), 0, None))
+        return [piece.completion.text async for piece in pieces]
+
+    read = asyncio.run(left_after(9, is_streamed=False))
+    assert read == [*map(str, range(1, 10)), "end"]
+    assert asyncio.run(left_after(3, is_streamed=True)) == ["1", "2", "3", "end"]
+    with pytest.raises(RequestError, match="left more than 600 bytes of the answer unread"):
+        asyncio.run(left_after(5, is_streamed=True))
 
 
 def test_a_begun_answer_is_continued(folder: Path) -> None:
