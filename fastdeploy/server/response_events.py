@@ -59,7 +59,7 @@ class ResponseWriter:
             logprobs = (choice.get("logprobs") or {}).get("content") or []
             if delta.get("reasoning_content"):
                 yield from self._text("reasoning", delta["reasoning_content"], [])
-            elif delta.get("content") or (logprobs and not delta.get("tool_calls")):
+            if delta.get("content") or (logprobs and not delta.get("tool_calls")):
                 yield from self._text("message", delta.get("content") or "", logprobs)
             for call in delta.get("tool_calls") or ():
                 yield from self._call(call)

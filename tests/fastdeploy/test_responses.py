@@ -246,8 +246,8 @@ def test_thoughts_text_and_calls_are_items_of_their_own() -> None:
     async def chunks() -> AsyncIterator[dict[str, Any]]:
         yield chunk(role="assistant", content="")
         yield chunk(reasoning_content="Hm")
-        yield chunk(reasoning_content="m.")
-        yield chunk(content="I look.")
+        yield chunk(reasoning_content="m.", content="I ")
+        yield chunk(content="look.")
         yield chunk(tool_calls=[call(0, "", id="a", name="f")])
         yield chunk(tool_calls=[call(0, '{"x"')])
         yield chunk(tool_calls=[call(0, ": 1}"), call(1, "{}", id="b", name="g")])
@@ -264,7 +264,8 @@ def test_thoughts_text_and_calls_are_items_of_their_own() -> None:
     assert last.type == "response.completed" and last.response.status == "completed"
     kinds = [item.type for item in last.response.output]
     assert kinds == ["reasoning", "message", "function_call", "function_call"]
-    assert last.response.output[0].content[0].text == "Hmm."
+    texts = [item.content[0].text for item in last.response.output[:2]]
+    assert texts == ["Hmm.", "I look."]
     calls = [(c.call_id, c.name, c.arguments) for c in last.response.output[2:]]
     assert calls == [("a", "f", '{"x": 1}'), ("b", "g", "{}")]
     assert {item.status for item in last.response.output} == {"completed"}
