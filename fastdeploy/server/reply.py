@@ -186,13 +186,19 @@ class Reply(ABC):
 
 async def _grouped(pieces: AsyncIterator[Piece], size: int) -> AsyncIterator[Piece]:
     """The pieces, those of a choice joined until they have `size` tokens."""
-    held: dict[int, list[CompletionOutput]] = {}
+    held: dict[int, list[Piece]] = {}
     async for piece in pieces:
         group = held.setdefault(piece.choice, [])
-        group.append(piece.completion)
-        num_tokens = sum(len(completion.token_ids) for completion in group)
+        group.append(piece)
+        num_tokens = sum(len(one.completion.token_ids) for one in group)
         if num_tokens >= size or piece.completion.finish_reason is not None:
-            yield replace(piece, completion=CompletionOutput.joined(held.pop(piece.choice)))
+            yield _joined(held.pop(piece.choice))
+
+
+def _joined(pieces: list[Piece]) -> Piece:
+    """The consecutive pieces of one choice as one; the first has what is said of the prompt."""
+    completion = CompletionOutput.joined([piece.completion for piece in pieces])
+    return replace(pieces[-1], completion=completion, prompt_logprobs=pieces[0].prompt_logprobs)
 
 
 def given_id(prefix: str, request_id: str | None) -> str:

@@ -111,6 +111,23 @@ def test_events_of_several_tokens_say_the_same(folder: Path) -> None:
     assert times == sorted(times) and times[0] > 0
 
 
+def test_events_of_several_tokens_keep_the_scores_of_an_echo(folder: Path) -> None:
+    body = {"prompt": [9, 8, 7], "max_tokens": 6, "temperature": 0, "ignore_eos": True}
+    body |= {"stream": True, "echo": True, "logprobs": 1}
+    config = EngineConfig(model=str(folder), enable_logprob=True, **SETTINGS)
+    with app_client(config) as session:
+        answers = [
+            session.post("/v1/completions", json=body | {"max_streaming_response_tokens": size})
+            for size in (1, 4)
+        ]
+    columns = [[event["choices"][0]["logprobs"] for event in events_of(one)] for one in answers]
+    single, grouped = (
+        [value for column in some for value in column["token_logprobs"]] for some in columns
+    )
+    assert (len(columns[1]), len(single)) == (2, 3 + 6)
+    assert grouped[0] is None and grouped[1:] == pytest.approx(single[1:], abs=1e-4)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_step_may_bring_more_than_a_client_may_leave_unread(
     folder: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
