@@ -90,7 +90,10 @@ class ResponseWriter:
         yield from self._open(item)
         item["content"].append(part)
         yield self._event(
-            "response.content_part.added", **self._place(), content_index=0, part=dict(part)
+            "response.content_part.added",
+            **self._place(),
+            content_index=0,
+            part=copy.deepcopy(part),
         )
 
     def _call(self, call: dict[str, Any]) -> Iterator[Event]:

@@ -148,11 +148,15 @@ async def _and_then(
     owner: str,
     stored: Stored,
 ) -> AsyncIterator[dict[str, Any]]:
-    """The events, and before the last one goes out the response is stored as it then is."""
+    """The events, and before the last one goes out the response is stored as it then is; one that
+    is written in the background is there already, and counted anew when all its events are.
+    """
     async for event in events:
-        if stored.has_ended:
+        if stored.has_ended and stored.job is None:
             store.put(owner, stored)
         yield event
+    if stored.job is not None:
+        store.put(owner, stored)
 
 
 def _page(items: list[Item], query: dict[str, str]) -> dict[str, Any]:

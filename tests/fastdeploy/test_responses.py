@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -157,6 +158,32 @@ def test_a_background_response_is_polled_followed_and_cancelled(client: OpenAI) 
     client.responses.delete(deleted.id)
     with pytest.raises(openai.NotFoundError):
         client.responses.retrieve(deleted.id)
+
+
+def test_the_events_of_a_background_response_stay_as_they_were_and_count(
+    stranger: OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    include: list[Any] = ["message.output_text.logprobs"]
+
+    def written() -> tuple[str, list[Any]]:
+        response = create(
+            stranger, input=HELLO, max_output_tokens=30, background=True, include=include
+        )
+        stream = stranger.responses.retrieve(response.id, stream=True)
+        return response.id, [event.to_dict() for event in stream]
+
+    name, events = written()
+    (added,) = (event for event in events if event["type"] == "response.content_part.added")
+    assert (added["part"]["text"], added["part"]["logprobs"]) == ("", [])
+    again = [event.to_dict() for event in stranger.responses.retrieve(name, stream=True)]
+    assert again == events
+    size, of_events = len(json.dumps(events[-1]["response"])), len(json.dumps(events))
+    assert of_events > size
+    monkeypatch.setattr(response_store, "MAX_BYTES", 2 * size + of_events + 2000)
+    second, _ = written()
+    stranger.responses.retrieve(second)
+    with pytest.raises(openai.NotFoundError):
+        stranger.responses.retrieve(name)
 
 
 def test_truncation_leaves_out_the_oldest_turns(client: OpenAI, llm: LLM) -> None:
