@@ -167,6 +167,12 @@ class Service:
                     f"completion_token_ids continues one answer, there are {len(prompts)} prompts",
                     param="completion_token_ids",
                 )
+            if params.guided_decoding is not None:
+                raise RequestError(
+                    f"completion_token_ids begins an answer, and {field} holds it to a form from "
+                    "its beginning on; leave out one of them",
+                    param="completion_token_ids",
+                )
             prompts = [[*prompts[0], *body.completion_token_ids]]
         if params.guided_decoding is not None:
             checked = await self.grammars.checked(params.guided_decoding, field)

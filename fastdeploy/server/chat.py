@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ernie.chat import ChatTemplate
+from ernie.tokenizer import Detokenizer
 from ernie.vision.prompt import Inputs, Processor
 from fastdeploy.engine.language import Language
 from fastdeploy.engine.prompt import chat_inputs, chat_prompt
@@ -66,11 +67,13 @@ def chat_order(
     prompt = found.token_ids if isinstance(found, Inputs) else found
     wanted = Syntax(syntax.thoughts, bool(use.tools))
     ids = {language.tokenizer.id_of(tag) for tag in wanted.tags}
+    shown = language.tokenizer.special_ids & ids
     reading = Reading(
         wanted,
         in_thought=wanted.begins_in_thought(language.tokenizer.decode(prompt[-_TAIL:])),
+        begun=Detokenizer(language.tokenizer, shown=shown).push(body.completion_token_ids or ()),
         parallel=use.parallel,
-        shown=language.tokenizer.special_ids & ids,
+        shown=shown,
         is_held=use.is_held,
     )
     return ChatOrder(prompt, params, reading, pictures)

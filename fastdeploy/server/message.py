@@ -21,12 +21,15 @@ class Reading:
 
     syntax: Syntax = field(default_factory=Syntax)
     in_thought: bool = False  # the prompt ends in the middle of a thought
+    begun: str = ""  # what the request has begun the answers with
     parallel: bool = True  # False: the first call is made, later ones are left out
     shown: frozenset[int] = frozenset()  # special tokens that the parser has to see
     is_held: bool = False  # a grammar holds each call to its form
 
     def parser(self) -> Parser:
-        return Parser(self.syntax, in_thought=self.in_thought, is_held=self.is_held)
+        return Parser(
+            self.syntax, in_thought=self.in_thought, is_held=self.is_held, begun=self.begun
+        )
 
 
 @dataclass(slots=True)

@@ -206,6 +206,26 @@ def test_parts_do_not_depend_on_any_cut(case: Case) -> None:
             assert segments_of(case, cut(text, i, j)) == whole, cut(text, i, j)
 
 
+@pytest.mark.parametrize("case", CORPUS, ids=lambda case: case.name)
+def test_an_answer_goes_on_as_what_its_beginning_has_opened(case: Case) -> None:
+    """From any place on, each character is of the kind that it is of in the whole answer."""
+
+    def kinds(segments: list[Segment]) -> list[str]:
+        return [segment.kind for segment in segments for _ in segment.text]
+
+    text = case.text
+    whole = segments_of(case, [text])
+    for i in range(len(text) + 1):
+        parser = Parser(case.syntax, in_thought=case.in_thought, begun=text[:i])
+        segments = [*(one for c in text[i:] for one in parser.push(c)), *parser.finish()]
+        assert "".join(segment.text for segment in segments) == text[i:]
+        assert kinds(segments) == kinds(whole)[i:], text[i:]
+        ends = [len("".join(s.text for s in whole[: n + 1])) for n in range(len(whole))]
+        calls = [call for s, end in zip(whole, ends) if end > i for call in s.calls]
+        made = [call for segment in segments for call in segment.calls]
+        assert made == calls or i in ends, text[i:]
+
+
 ALPHABET = ["<think>", "</think>", "<response>", "</response>", "<tool_call>", "</tool_call>"]
 ALPHABET += ["\n", " ", "a", "<", "</tool_c", '{"name": "f"}', '{"name": "f", "arguments": {"x": "']
 ALPHABET += ['"}}', '"', "\\", "é"]
