@@ -201,7 +201,8 @@ class ServerEngine:
         self.language, self.config = language, language.config
         self.max_concurrency = max_concurrency
         self.on_end = on_end
-        self.adapters = adapters or {}  # loaded ones: a new process gets them as well
+        # Loaded ones: a new process gets them as well, and says which it could still load.
+        self.adapters = adapters or {}
         self.answers: set[Answer] = set()
         self.answer_by_id: dict[str, Answer] = {}
         self.num_submitted = 0
@@ -365,7 +366,7 @@ class ServerEngine:
 
     def _start_message(self) -> Start:
         config = msgspec.json.encode(asdict(self.config)).decode()
-        return Start(config, self.adapters, self.paused)
+        return Start(config, self.adapters, self.paused, self.supervisor.was_ready)
 
     def _receive(self, message: FromEngine) -> None:
         match message:
@@ -382,6 +383,7 @@ class ServerEngine:
                 self._reject(message)
             case Ready():
                 self.ready = message
+                self.adapters = {name: self.adapters[name] for name in message.adapters}
 
     def _finish(self, done: Done) -> None:
         waiting = self.commands.get(done.number)
