@@ -100,7 +100,7 @@ class Service:
             step_timeout_s=config.engine_step_timeout,
             spawn=spawn,
         )
-        self.limits = Limits(config, self.engine.stats)
+        self.limits = Limits(config, self.engine.num_waiting)
         self.metrics.watch(self.engine.stats)
         template = self.loaded.template
         tags = template.tags if template else ()
@@ -227,6 +227,7 @@ class Service:
 
         Raises RequestError, 409 for a `request_id` that is at work already.
         """
+        self.limits.admit()  # others may have come while it was read
         self.limits.check_tokens(prompts, params, self.loaded.config.max_model_len)
         adapter = self._adapter(body.model)
         owner, name = self.owner(request), given_id(prefix, body.request_id)

@@ -253,6 +253,14 @@ class ServerEngine:
     def stats(self) -> Stats:
         return self.latest_stats
 
+    def num_waiting(self) -> int:
+        """Texts that wait, with those of which the engine has said nothing yet: as long as none
+        waits there, they take the places that are left.
+        """
+        stats = self.latest_stats
+        places = stats.num_running if stats.num_waiting else self.config.max_num_seqs
+        return max(len(self.answer_by_id) - places, 0)
+
     def submit(
         self,
         prompts: Sequence[Sequence[int]],

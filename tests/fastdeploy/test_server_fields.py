@@ -12,11 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers_server import app_client
+from helpers_server import app_client, wait_until
 from starlette.testclient import TestClient
 
 from fastdeploy import LLM, SamplingParams
 from fastdeploy.config import EngineConfig, ServerConfig
+from fastdeploy.engine.core import Engine
 from fastdeploy.errors import RequestError
 from fastdeploy.outputs import CompletionOutput
 from fastdeploy.server import engine as server_engine
@@ -164,6 +165,33 @@ def test_only_a_stream_that_is_left_unread_is_given_up(monkeypatch: pytest.Monke
     assert asyncio.run(left_after(3, is_streamed=True)) == ["1", "2", "3", "end"]
     with pytest.raises(RequestError, match="left more than 600 bytes of the answer unread"):
         asyncio.run(left_after(5, is_streamed=True))
+
+
+def test_a_burst_waits_up_to_the_limit_before_the_engine_has_said_a_word(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, may_go_on = Engine.step, threading.Event()
+
+    def held(engine: Engine) -> Any:
+        may_go_on.wait()
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", held)
+    config = EngineConfig(model=str(folder), max_num_seqs=1, **SETTINGS)
+    statuses: list[int] = []
+    with app_client(config, ServerConfig(max_num_waiting=4)) as session:
+        body = {"prompt": [9, 8, 7], "max_tokens": 2}
+        ask = lambda: statuses.append(session.post("/v1/completions", json=body).status_code)  # noqa: E731
+        threads = [threading.Thread(target=ask) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        try:
+            wait_until(lambda: len(statuses) >= 7, patience_s=20)
+        finally:
+            may_go_on.set()
+            for thread in threads:
+                thread.join()
+    assert sorted(statuses) == [200] * 5 + [429] * 7, "one has the place, four wait"
 
 
 def test_a_begun_answer_is_continued(folder: Path) -> None:
