@@ -29,6 +29,7 @@ from fastdeploy.engine.blocks import root_of
 from fastdeploy.engine.core import Engine
 from fastdeploy.engine.language import Language
 from fastdeploy.errors import RequestError
+from fastdeploy.server import pooling
 from fastdeploy.server.app import create_app
 from fastdeploy.server.engine import Answer, ServerEngine
 from fastdeploy.server.supervisor import State
@@ -269,6 +270,27 @@ def test_a_wrong_adapter_leaves_the_server_as_it_was(
         assert answer.status_code == 400
         assert completion(session, folder.name).status_code == 200
         assert len(session.get("/v1/models").json()["data"]) == 1
+
+
+def test_a_pooled_request_is_finished_with_an_adapter_that_is_unloaded_meanwhile(
+    folder: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collected = pooling.collected
+
+    with client(folder, lora_modules=[f"a={adapters / 'one'}"]) as session:
+        body = {"model": "a", "input": "Hello"}
+        before = session.post("/v1/embeddings", json=body).json()
+        engine: ServerEngine = session.app.state.service.engine  # type: ignore[attr-defined]
+
+        async def unloading(answer: Answer) -> list[list[float]]:
+            await engine.unload_adapter("a")
+            return await collected(answer)
+
+        monkeypatch.setattr(pooling, "collected", unloading)
+        answer = session.post("/v1/embeddings", json=body)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["model"] == "a" and answer.json()["data"] == before["data"]
+        assert session.post("/v1/embeddings", json=body).status_code == 404
 
 
 def test_an_engine_that_is_started_again_leaves_out_an_adapter_that_is_gone(
