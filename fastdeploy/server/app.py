@@ -66,7 +66,7 @@ from fastdeploy.server.protocol import (
     read_json,
     validated,
 )
-from fastdeploy.server.reply import Context, Reply, error_body, given_id
+from fastdeploy.server.reply import Context, Reply, error_body, given_id, larger
 from fastdeploy.server.responses import add_responses
 from fastdeploy.server.stream import Disconnected, EventStream, while_connected
 from fastdeploy.server.supervisor import Child, spawn
@@ -160,7 +160,7 @@ class Service:
             assert isinstance(body, CompletionRequest)
             prompts, reading = completion_prompts(body, self.tokenizer), Reading()
             if body.echo and params.logprobs is not None:
-                params.prompt_logprobs = params.logprobs
+                params.prompt_logprobs = larger(params.prompt_logprobs, params.logprobs)
         if body.completion_token_ids:
             if len(prompts) > 1:
                 raise RequestError(

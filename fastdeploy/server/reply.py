@@ -154,9 +154,10 @@ class Reply(ABC):
 
     def scores(self, choice: int) -> dict[str, Any]:
         fields: dict[str, Any] = {}
-        if self.body.prompt_logprobs is not None:
+        count = self.body.prompt_logprobs
+        if count is not None:
             fields["prompt_logprobs"] = [
-                entry and {token: asdict(value) for token, value in entry.items()}
+                entry and {token: asdict(value) for token, value in narrowed(entry, count).items()}
                 for entry in self.prompt_logprobs[choice // self.context.n]
             ]
         return fields
@@ -208,5 +209,21 @@ def given_id(prefix: str, request_id: str | None) -> str:
 
 
 def likeliest(entry: TokenLogprobs, count: int) -> list[tuple[int, Logprob]]:
-    """The `count` likeliest tokens of an entry, likeliest first."""
-    return sorted(entry.items(), key=lambda item: -item[1].logprob)[:count]
+    """The `count` likeliest tokens of an entry (-1: all), likeliest first."""
+    ranked = sorted(entry.items(), key=lambda item: -item[1].logprob)
+    return ranked if count == -1 else ranked[:count]
+
+
+def larger(count: int | None, other: int | None) -> int | None:
+    """The larger number of likeliest tokens: -1 is all, None is no log-probabilities at all."""
+    given = [one for one in (count, other) if one is not None]
+    return -1 if -1 in given else max(given, default=None)
+
+
+def narrowed(entry: TokenLogprobs, count: int) -> TokenLogprobs:
+    """An entry of more as one that was asked for with `count`: the token itself, and so many of the
+    likeliest.
+    """
+    own = next(iter(entry))
+    kept = (item for item in entry.items() if item[0] == own or item[1].rank <= count)
+    return entry if count == -1 else dict(kept)

@@ -15,9 +15,11 @@ import pytest
 from helpers_server import app_client, wait_until
 from starlette.testclient import TestClient
 
+from ernie.tokenizer import Detokenizer
 from fastdeploy import LLM, SamplingParams
 from fastdeploy.config import EngineConfig, ServerConfig
 from fastdeploy.engine.core import Engine
+from fastdeploy.engine.language import Language
 from fastdeploy.errors import RequestError
 from fastdeploy.outputs import CompletionOutput
 from fastdeploy.server import engine as server_engine
@@ -251,3 +253,46 @@ def test_logprobs_by_id(folder: Path) -> None:
         chat |= {"include_logprobs_decode_token": False}
         answer = session.post("/v1/chat/completions", json=chat).json()["choices"][0]
         assert [t["token"] for t in answer["logprobs"]["content"]] == choice["logprobs"]["tokens"]
+
+
+def test_all_log_probabilities_are_all_and_each_view_has_its_own_number(folder: Path) -> None:
+    config = EngineConfig(model=str(folder), enable_logprob=True, max_logprobs=-1, **SETTINGS)
+    body = {"prompt": [9, 10, 11], "max_tokens": 2, "temperature": 0}
+    body |= {"include_logprobs_decode_token": False}
+
+    with app_client(config) as session:
+
+        def choice(**fields: object) -> Any:
+            answer = session.post("/v1/completions", json=body | fields)
+            assert answer.status_code == 200, answer.text
+            return answer.json()["choices"][0]
+
+        size = session.app.state.service.engine.ready.vocab_size  # type: ignore[attr-defined]
+        assert {len(top) for top in choice(logprobs=-1)["logprobs"]["top_logprobs"]} == {size}
+        for shown, scored in ((1, 5), (5, 1), (-1, 2), (2, -1), (1, 0)):
+            both = choice(echo=True, logprobs=shown, prompt_logprobs=scored)
+            assert both["logprobs"] == choice(echo=True, logprobs=shown)["logprobs"]
+            assert both["prompt_logprobs"] == choice(prompt_logprobs=scored)["prompt_logprobs"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_offsets_count_a_character_once_whatever_spells_it(folder: Path, stream: bool) -> None:
+    config = EngineConfig(model=str(folder), enable_logprob=True, **SETTINGS)
+    text = "a\u00e9\U0001f600b\u9f98c"
+    tokenizer = Language.read(config).tokenizer
+    assert tokenizer is not None
+    bias = {str(token): -100.0 for token in tokenizer.special_ids}
+    body = {"prompt": text, "echo": True, "logprobs": 0, "logit_bias": bias, "stream": stream}
+    with app_client(config) as session:
+        answer = session.post("/v1/completions", json=body | {"max_tokens": 30, "seed": 3})
+        events = events_of(answer) if stream else [answer.json()]
+    choices = [event["choices"][0] for event in events if event["choices"]]
+    offsets = [i for choice in choices for i in choice["logprobs"]["text_offset"]]
+    ids = tokenizer.encode(text)
+    assert len(ids) > len(text), "some characters are spelled by several tokens"
+    complete = Detokenizer(tokenizer, skip_special=False)
+    lengths = [len(complete.push([token])) for token in ids]
+    assert offsets[: len(ids)] == [sum(lengths[:i]) for i in range(len(ids))]
+    assert offsets[len(ids)] == len(text)
+    whole = "".join(choice["text"] for choice in choices)
+    assert len(text) + 20 < offsets[-1] <= len(whole)
