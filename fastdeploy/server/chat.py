@@ -15,7 +15,7 @@ from fastdeploy.errors import RequestError
 from fastdeploy.outputs import CompletionOutput, Logprob, TokenLogprobs
 from fastdeploy.sampling import SamplingParams
 from fastdeploy.server.engine import Piece
-from fastdeploy.server.message import Message, Reading, Said
+from fastdeploy.server.message import Message, Reading, ReasoningTokens, Said
 from fastdeploy.server.parsers import Syntax
 from fastdeploy.server.pictures import PromptPictures
 from fastdeploy.server.protocol import ChatRequest
@@ -182,6 +182,8 @@ class ChatReply(Reply):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.messages = [Message(self.context.reading) for _ in self.num_generated]
+        reading, tokenizer = self.context.reading, self.context.tokenizer
+        self.reasoning = [ReasoningTokens(reading, tokenizer) for _ in self.num_generated]
         self.new = Said()  # in the newest piece
 
     def first_choices(self) -> list[dict[str, Any]]:
@@ -219,12 +221,13 @@ class ChatReply(Reply):
     def usage(self) -> dict[str, Any]:
         usage = super().usage()
         if self.context.reading.syntax.thoughts is not None:
-            thoughts = sum(message.num_reasoning_tokens for message in self.messages)
+            thoughts = sum(one.num for one in self.reasoning)
             usage["completion_tokens_details"] = {"reasoning_tokens": thoughts}
         return usage
 
     def _take(self, piece: Piece) -> None:
         super()._take(piece)
+        self.reasoning[piece.choice].push(piece.completion.token_ids)
         self.new = self.messages[piece.choice].push(piece.completion)
 
     def _event(self, index: int, delta: dict[str, Any], reason: str | None) -> dict[str, Any]:
