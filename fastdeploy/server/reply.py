@@ -66,6 +66,7 @@ class Reply(ABC):
             "model": context.model,
         }
         self.began = time.monotonic()
+        self.error: RequestError | None = None  # that has ended the events
         self.num_generated = [0] * answer.num_choices  # tokens of each sample
         self.num_cached = [0] * len(answer.prompts)
         self.prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}  # by prompt
@@ -104,7 +105,8 @@ class Reply(ABC):
                     delta["arrival_time"] = round(time.monotonic() - self.began, 6)
                     usage = {"usage": self.usage()} if running_usage else empty_usage
                     yield {**self.head, "choices": [delta], **usage}
-        except RequestError as error:  # the engine has stopped, and headers are sent already
+        except RequestError as error:  # headers may be sent already
+            self.error = error
             yield error_body(str(error), error.status, error.param)
             return
         if with_usage:

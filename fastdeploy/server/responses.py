@@ -68,8 +68,8 @@ def add_responses(app: FastAPI, service: Service) -> None:
             await while_connected(request.receive, drained(events))
         finally:
             reply.answer.close()
-        if response["status"] == "failed":
-            raise RequestError(response["error"]["message"], status=503)
+        if reply.error is not None:
+            raise reply.error
         return JSONResponse(response)
 
     @app.get("/v1/responses/{response_id}")

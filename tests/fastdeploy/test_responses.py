@@ -20,6 +20,7 @@ from fastdeploy import LLM
 from fastdeploy.config import EngineConfig, ServerConfig
 from fastdeploy.errors import RequestError
 from fastdeploy.server import response_store
+from fastdeploy.server.engine import Answer, Piece
 from fastdeploy.server.response_events import ResponseWriter
 from fastdeploy.server.response_items import as_items, as_messages
 from fastdeploy.server.response_store import ResponseStore, Stored
@@ -241,6 +242,28 @@ def test_a_mistake_is_a_400_that_names_it(
     answer = http.post("/v1/responses", json=body, headers={"authorization": "Bearer one"})
     assert answer.status_code == 400, answer.text
     assert answer.json()["error"]["param"] == param, answer.text
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("chat/completions", {"messages": HELLO}),
+        ("responses", {"input": HELLO}),
+        ("messages", {"messages": HELLO, "max_tokens": 9}),
+    ],
+)
+def test_a_mistake_that_shows_in_the_answer_is_a_400_in_every_form(
+    http: TestClient, monkeypatch: pytest.MonkeyPatch, path: str, fields: dict[str, Any]
+) -> None:
+    async def stuck(answer: Answer) -> AsyncIterator[Piece]:
+        raise RequestError("the bans leave no token")
+        yield
+
+    monkeypatch.setattr(Answer, "pieces", stuck)
+    headers = {"authorization": "Bearer one"}
+    answer = http.post(f"/v1/{path}", json=fields, headers=headers)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["type"] == "invalid_request_error"
 
 
 def test_items_become_the_messages_of_a_chat() -> None:
