@@ -36,7 +36,7 @@ class Gated:
         self.stats = make_stats()
         self.metrics = Metrics(ORIGINAL)
         self.observer = Observer(self.config, self.metrics)
-        self.limits = Limits(self.config, lambda: self.stats)
+        self.limits = Limits(self.config, lambda: self.stats.num_waiting)
         self.release = asyncio.Event()
         self.app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
         guard(self.app, self.config, self.limits, self.observer, frozenset({"/health"}))

@@ -185,6 +185,8 @@ class Engine:
     def step(self) -> list[TokenOutput]:
         """Compute one batch and return what became known in it. Raises RequestError while the
         engine rests.
+
+        After any other error nothing is cached any more, and open requests are computed again.
         """
         if not self.news:
             self._refuse_while_resting()
@@ -192,6 +194,14 @@ class Engine:
         if self.news or not self.scheduler.has_work:
             outputs, self.news = self.news, []
             return outputs
+        try:
+            return self._compute()
+        except BaseException:  # Ctrl-C too
+            self._start_over()  # blocks have names, and nobody knows what was written to them
+            raise
+
+    def _compute(self) -> list[TokenOutput]:
+        """One batch, from the decision to the reports."""
         schedule = self.scheduler.schedule()
         masks = self.masks.begin(schedule.parts)
         logits_RV = self.runner.run(schedule)
@@ -321,6 +331,7 @@ class Engine:
         return model
 
     def _start_over(self) -> None:
+        """Have every open request computed anew, and nothing found in the caches."""
         self.scheduler.preempt_all()
         self.blocks.forget()
         if self.pictures is not None:

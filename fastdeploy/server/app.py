@@ -66,7 +66,7 @@ from fastdeploy.server.protocol import (
     read_json,
     validated,
 )
-from fastdeploy.server.reply import Context, Reply, error_body, given_id
+from fastdeploy.server.reply import Context, Reply, error_body, given_id, larger
 from fastdeploy.server.responses import add_responses
 from fastdeploy.server.stream import Disconnected, EventStream, while_connected
 from fastdeploy.server.supervisor import Child, spawn
@@ -100,7 +100,7 @@ class Service:
             step_timeout_s=config.engine_step_timeout,
             spawn=spawn,
         )
-        self.limits = Limits(config, self.engine.stats)
+        self.limits = Limits(config, self.engine.num_waiting)
         self.metrics.watch(self.engine.stats)
         template = self.loaded.template
         tags = template.tags if template else ()
@@ -160,11 +160,17 @@ class Service:
             assert isinstance(body, CompletionRequest)
             prompts, reading = completion_prompts(body, self.tokenizer), Reading()
             if body.echo and params.logprobs is not None:
-                params.prompt_logprobs = params.logprobs
+                params.prompt_logprobs = larger(params.prompt_logprobs, params.logprobs)
         if body.completion_token_ids:
             if len(prompts) > 1:
                 raise RequestError(
                     f"completion_token_ids continues one answer, there are {len(prompts)} prompts",
+                    param="completion_token_ids",
+                )
+            if params.guided_decoding is not None:
+                raise RequestError(
+                    f"completion_token_ids begins an answer, and {field} holds it to a form from "
+                    "its beginning on; leave out one of them",
                     param="completion_token_ids",
                 )
             prompts = [[*prompts[0], *body.completion_token_ids]]
@@ -221,6 +227,7 @@ class Service:
 
         Raises RequestError, 409 for a `request_id` that is at work already.
         """
+        self.limits.admit()  # others may have come while it was read
         self.limits.check_tokens(prompts, params, self.loaded.config.max_model_len)
         adapter = self._adapter(body.model)
         owner, name = self.owner(request), given_id(prefix, body.request_id)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ernie.chat import ChatTemplate
+from ernie.tokenizer import Detokenizer
 from ernie.vision.prompt import Inputs, Processor
 from fastdeploy.engine.language import Language
 from fastdeploy.engine.prompt import chat_inputs, chat_prompt
@@ -14,7 +15,7 @@ from fastdeploy.errors import RequestError
 from fastdeploy.outputs import CompletionOutput, Logprob, TokenLogprobs
 from fastdeploy.sampling import SamplingParams
 from fastdeploy.server.engine import Piece
-from fastdeploy.server.message import Message, Reading, Said
+from fastdeploy.server.message import Message, Reading, ReasoningTokens, Said
 from fastdeploy.server.parsers import Syntax
 from fastdeploy.server.pictures import PromptPictures
 from fastdeploy.server.protocol import ChatRequest
@@ -66,11 +67,13 @@ def chat_order(
     prompt = found.token_ids if isinstance(found, Inputs) else found
     wanted = Syntax(syntax.thoughts, bool(use.tools))
     ids = {language.tokenizer.id_of(tag) for tag in wanted.tags}
+    shown = language.tokenizer.special_ids & ids
     reading = Reading(
         wanted,
         in_thought=wanted.begins_in_thought(language.tokenizer.decode(prompt[-_TAIL:])),
+        begun=Detokenizer(language.tokenizer, shown=shown).push(body.completion_token_ids or ()),
         parallel=use.parallel,
-        shown=language.tokenizer.special_ids & ids,
+        shown=shown,
         is_held=use.is_held,
     )
     return ChatOrder(prompt, params, reading, pictures)
@@ -179,6 +182,8 @@ class ChatReply(Reply):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.messages = [Message(self.context.reading) for _ in self.num_generated]
+        reading, tokenizer = self.context.reading, self.context.tokenizer
+        self.reasoning = [ReasoningTokens(reading, tokenizer) for _ in self.num_generated]
         self.new = Said()  # in the newest piece
 
     def first_choices(self) -> list[dict[str, Any]]:
@@ -216,12 +221,13 @@ class ChatReply(Reply):
     def usage(self) -> dict[str, Any]:
         usage = super().usage()
         if self.context.reading.syntax.thoughts is not None:
-            thoughts = sum(message.num_reasoning_tokens for message in self.messages)
+            thoughts = sum(one.num for one in self.reasoning)
             usage["completion_tokens_details"] = {"reasoning_tokens": thoughts}
         return usage
 
     def _take(self, piece: Piece) -> None:
         super()._take(piece)
+        self.reasoning[piece.choice].push(piece.completion.token_ids)
         self.new = self.messages[piece.choice].push(piece.completion)
 
     def _event(self, index: int, delta: dict[str, Any], reason: str | None) -> dict[str, Any]:

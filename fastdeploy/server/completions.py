@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from ernie.tokenizer import Tokenizer
+from ernie.tokenizer import Detokenizer, Tokenizer
 from fastdeploy.errors import RequestError
 from fastdeploy.outputs import CompletionOutput, TokenLogprobs
 from fastdeploy.server.engine import Piece
@@ -35,7 +35,7 @@ class CompletionReply(Reply):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self.begun: set[int] = set()  # choices of a stream whose echo has been sent
-        self.offsets = [0] * len(self.num_generated)  # characters of each choice described so far
+        self.lengths = [Length(self.context.tokenizer) for _ in self.num_generated]
 
     def delta(self, piece: Piece) -> dict[str, Any] | None:
         begins = bool(self.body.echo) and piece.choice not in self.begun
@@ -52,14 +52,15 @@ class CompletionReply(Reply):
         prompt = self.answer.prompts[number] if echo else []
         logprobs = None
         if completion.logprobs is not None:
-            logprobs = Described(self.offsets[index], self.name_of)
+            logprobs = Described(self.lengths[index], self.name_of)
             for token, entry in zip(prompt, self.prompt_logprobs[number] if echo else ()):
                 text = self.context.tokenizer.decode([token])
                 logprobs.add(token, text, entry, self.context.num_top)
+            if echo:
+                self.lengths[index].end()
             for entry in completion.logprobs:
                 token, own = next(iter(entry.items()))
                 logprobs.add(token, own.decoded_token or "", entry, self.context.num_top)
-            self.offsets[index] = logprobs.offset
         return {
             "index": index,
             "text": (self.context.tokenizer.decode(prompt) if echo else "") + completion.text,
@@ -70,11 +71,27 @@ class CompletionReply(Reply):
         }
 
 
+class Length:
+    """Characters of a text so far; one that several tokens spell counts when the last has come."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.detokenizer = Detokenizer(tokenizer, skip_special=False)
+        self.num = 0
+
+    def add(self, token: int) -> None:
+        self.num += len(self.detokenizer.push([token]))
+
+    def end(self) -> None:
+        """What follows spells no more of what has not been completed."""
+        self.num += len(self.detokenizer.flush())
+
+
 class Described:
     """Log-probabilities in OpenAI's older form: four columns with an entry for each token."""
 
-    def __init__(self, offset: int, name_of: Callable[[int, str | None], str]) -> None:
-        self.offset = offset
+    def __init__(self, length: Length, name_of: Callable[[int, str | None], str]) -> None:
+        """`length` is that of the text before, and grows."""
+        self.length = length
         self.name_of = name_of
         self.columns: dict[str, list[Any]] = {
             "tokens": [],
@@ -89,6 +106,6 @@ class Described:
         best = None if entry is None else likeliest(entry, num_top)
         top = best and {self.name_of(i, value.decoded_token): value.logprob for i, value in best}
         name = self.name_of(token, text)
-        for column, value in zip(self.columns.values(), (name, own, top, self.offset)):
+        for column, value in zip(self.columns.values(), (name, own, top, self.length.num)):
             column.append(value)
-        self.offset += len(text)
+        self.length.add(token)

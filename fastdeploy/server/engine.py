@@ -50,7 +50,7 @@ log = logging.getLogger("fastdeploy")
 
 SECONDS_BETWEEN_LINES = 5.0
 MAX_SAMPLES_PER_REQUEST = 1024  # prompts times samples of each
-MAX_UNREAD_BYTES = 2**20  # of an answer that its client is too slow to read
+MAX_UNREAD_BYTES = 2**20  # of a stream that its client is too slow to read, the newest step apart
 
 
 NO_STATS = Stats(**dict.fromkeys(Stats.__dataclass_fields__, 0))  # before the first beat
@@ -118,6 +118,8 @@ class Answer:
         self.waiter: asyncio.Future[None] | None = None  # done when there is something to read
         self.arrival = time.monotonic()
         self.num_unread_bytes = 0  # of pieces in the queue, see MAX_UNREAD_BYTES
+        self.num_newest_bytes = 0  # of pieces that the newest step has brought
+        self.is_streamed = False  # each piece goes to its client, who may be slow
         self.given_up = asyncio.Event()  # its client does not read
         self.origin = ORIGIN.get()
         self.id, self.owner = "", ""  # as clients call it, and whose it is
@@ -125,13 +127,20 @@ class Answer:
     async def pieces(self) -> AsyncIterator[Piece]:
         """Every piece of every choice; ends when all choices have ended.
 
-        Raises EngineStopped, and RequestError for a request that cannot be served to its end.
+        Raises EngineStopped, and RequestError for a request that cannot be served to its end, or
+        that was given up.
         """
         num_open = self.num_choices  # not len(samples): some may have ended before we listen
         while num_open:
             while not self.queue:
+                if self.given_up.is_set():
+                    raise RequestError(
+                        f"the client has left more than {MAX_UNREAD_BYTES} bytes of the answer "
+                        "unread; read a stream as it comes"
+                    )
                 self.waiter = asyncio.get_running_loop().create_future()
                 await self.waiter
+                self.waiter = None
             piece = self.queue.popleft()
             if isinstance(piece, RequestError):
                 raise piece
@@ -141,13 +150,22 @@ class Answer:
             num_open -= piece.completion.finish_reason is not None
             yield piece
 
-    def put(self, piece: Piece) -> None:
-        """Add news; an answer that nobody reads is given up, and whoever sends it is told."""
-        self.num_unread_bytes += piece.num_bytes
-        self._append(piece)
-        if self.num_unread_bytes > MAX_UNREAD_BYTES:
+    def begin_step(self) -> None:
+        """News of another step are about to be put. A stream that leaves too much unread of the
+        steps before the newest is given up, and whoever sends it is told.
+        """
+        num_bytes = self.num_unread_bytes - self.num_newest_bytes
+        self.num_newest_bytes = 0
+        has_run = self.waiter is None or not self.waiter.done()  # whoever reads, since it was woken
+        if self.is_streamed and has_run and num_bytes > MAX_UNREAD_BYTES:
             self.given_up.set()
             self.close()
+
+    def put(self, piece: Piece) -> None:
+        """Add news."""
+        self.num_unread_bytes += piece.num_bytes
+        self.num_newest_bytes += piece.num_bytes
+        self._append(piece)
 
     def fail(self, error: RequestError) -> None:
         """End it with an error."""
@@ -183,7 +201,8 @@ class ServerEngine:
         self.language, self.config = language, language.config
         self.max_concurrency = max_concurrency
         self.on_end = on_end
-        self.adapters = adapters or {}  # loaded ones: a new process gets them as well
+        # Loaded ones: a new process gets them as well, and says which it could still load.
+        self.adapters = adapters or {}
         self.answers: set[Answer] = set()
         self.answer_by_id: dict[str, Answer] = {}
         self.num_submitted = 0
@@ -233,6 +252,14 @@ class ServerEngine:
 
     def stats(self) -> Stats:
         return self.latest_stats
+
+    def num_waiting(self) -> int:
+        """Texts that wait, with those of which the engine has said nothing yet: as long as none
+        waits there, they take the places that are left.
+        """
+        stats = self.latest_stats
+        places = stats.num_running if stats.num_waiting else self.config.max_num_seqs
+        return max(len(self.answer_by_id) - places, 0)
 
     def submit(
         self,
@@ -347,12 +374,14 @@ class ServerEngine:
 
     def _start_message(self) -> Start:
         config = msgspec.json.encode(asdict(self.config)).decode()
-        return Start(config, self.adapters, self.paused)
+        return Start(config, self.adapters, self.paused, self.supervisor.was_ready)
 
     def _receive(self, message: FromEngine) -> None:
         match message:
             case Outputs():
                 self.latest_stats = message.stats
+                for answer in list(self.answers):
+                    answer.begin_step()
                 self._deliver(message.outputs)
             case Beat():
                 self.latest_stats = message.stats or self.latest_stats
@@ -362,6 +391,7 @@ class ServerEngine:
                 self._reject(message)
             case Ready():
                 self.ready = message
+                self.adapters = {name: self.adapters[name] for name in message.adapters}
 
     def _finish(self, done: Done) -> None:
         waiting = self.commands.get(done.number)

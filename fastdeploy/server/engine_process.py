@@ -119,8 +119,7 @@ class EngineProcess:
             loaded = load(EngineConfig(**json.loads(start.config)))
             engine = loaded.engine
             for name, folder in start.adapters.items():
-                engine.adapters.check_name(name)
-                engine.load_adapter(name, engine.adapters.read(folder))
+                _load_adapter(engine, name, folder, may_fail=start.is_restart)
         except ValueError as error:
             if type(error) is ValueError:
                 raise  # what a user can cause has a class of its own
@@ -131,7 +130,10 @@ class EngineProcess:
         self.loaded = loaded
         thinks = engine.think_tags is not None
         num_blocks, eos_ids = len(engine.blocks.blocks), sorted(engine.eos_ids)
-        self.link.send(Ready(engine.vocab_size, num_blocks, thinks, eos_ids, loaded.defaults))
+        names = list(engine.adapters.by_name)
+        self.link.send(
+            Ready(engine.vocab_size, num_blocks, thinks, eos_ids, loaded.defaults, names)
+        )
         self._say_beat()
         return True
 
@@ -231,6 +233,16 @@ class EngineProcess:
         began = self.step_began
         step_s = 0.0 if began is None else time.monotonic() - began
         self.link.send(Beat(step_s, self.loaded.engine.stats() if self.loaded else None))
+
+
+def _load_adapter(engine: Engine, name: str, folder: str, *, may_fail: bool) -> None:
+    try:
+        engine.adapters.check_name(name)
+        engine.load_adapter(name, engine.adapters.read(folder))
+    except (ValueError, OSError) as error:
+        if not may_fail or type(error) is ValueError:
+            raise
+        log.error("the adapter %r is left out, as it cannot be loaded again: %s", name, error)
 
 
 def _offer(engine: Engine, adapter: Slices, *, name: str, folder: str) -> None:

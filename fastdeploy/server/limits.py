@@ -24,7 +24,6 @@ from fastdeploy.server.messages_events import error_at
 from fastdeploy.server.reply import error_body
 
 if TYPE_CHECKING:
-    from fastdeploy.outputs import Stats
     from fastdeploy.sampling import SamplingParams
 
 WINDOW_S = 60.0  # how far back the rate looks
@@ -53,10 +52,10 @@ class Pace:
 
 
 class Limits:
-    """`stats` gives the engine's figures."""
+    """`num_waiting` gives the texts that wait for the engine."""
 
-    def __init__(self, config: ServerConfig, stats: Callable[[], Stats]) -> None:
-        self.config, self.stats = config, stats
+    def __init__(self, config: ServerConfig, num_waiting: Callable[[], int]) -> None:
+        self.config, self.num_waiting = config, num_waiting
         self.pace = Pace()
         self.num_by_key: dict[str, int] = {}  # requests in work, of keys that have any
 
@@ -65,11 +64,11 @@ class Limits:
         rate = self.pace.per_second()
         if rate is None:
             return FIRST_GUESS_S
-        return max(1, min(LONGEST_S, math.ceil((self.stats().num_waiting + 1) / rate)))
+        return max(1, min(LONGEST_S, math.ceil((self.num_waiting() + 1) / rate)))
 
     def admit(self) -> None:
         """Raise RequestError where the queue is too long for one more request."""
-        waiting = self.stats().num_waiting
+        waiting = self.num_waiting()
         most = self.config.max_num_waiting
         if most is not None and waiting >= most:
             raise RequestError(
@@ -87,9 +86,11 @@ class Limits:
     def check_tokens(
         self, prompts: Sequence[Sequence[int]], params: SamplingParams, max_model_len: int
     ) -> None:
-        """Raise RequestError for a request that asks for too many tokens in all its texts."""
+        """Raise RequestError for a request that asks for too many tokens in all its texts; one that
+        is pooled asks for none.
+        """
         most = self.config.max_tokens_per_request
-        if most is None:
+        if most is None or params.pooling is not None:
             return
         room = sum(
             min(params.max_tokens or max_model_len, max(max_model_len - len(prompt_ids), 0))

@@ -45,6 +45,7 @@ class Start(Message):
     config: str
     adapters: dict[str, str]  # name -> folder
     paused: bool
+    is_restart: bool = False  # a process before this one had the adapters: what is gone is left out
 
 
 class Add(Message):
@@ -83,6 +84,7 @@ class Ready(Message):
     thinks: bool
     eos_ids: list[int]
     defaults: dict[str, float]  # sampling settings that the model's folder recommends
+    adapters: list[str]  # names of those that are loaded
 
 
 class Refused(Message):

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ernie.chat.calls import Call
+from ernie.tokenizer import Detokenizer, Tokenizer
 from fastdeploy.outputs import CompletionOutput, TokenLogprobs
 from fastdeploy.server.parsers import Parser, Segment, Syntax
 
@@ -21,12 +22,15 @@ class Reading:
 
     syntax: Syntax = field(default_factory=Syntax)
     in_thought: bool = False  # the prompt ends in the middle of a thought
+    begun: str = ""  # what the request has begun the answers with
     parallel: bool = True  # False: the first call is made, later ones are left out
     shown: frozenset[int] = frozenset()  # special tokens that the parser has to see
     is_held: bool = False  # a grammar holds each call to its form
 
     def parser(self) -> Parser:
-        return Parser(self.syntax, in_thought=self.in_thought, is_held=self.is_held)
+        return Parser(
+            self.syntax, in_thought=self.in_thought, is_held=self.is_held, begun=self.begun
+        )
 
 
 @dataclass(slots=True)
@@ -67,16 +71,12 @@ class Message:
         self.said = Said()
         self.texts: list[str] = []  # as the model wrote them
         self.call_ids: list[str] = []
-        self.num_reasoning_tokens = 0
         self.num_begun = 0  # calls, those that are left out too
         self.tokens = _ContentTokens()
 
     def push(self, piece: CompletionOutput) -> Said:
         self.texts.append(piece.text)
-        was_thought = self.parser.state == "reasoning"
         segments = self.parser.push(piece.text)
-        if was_thought and self.parser.state == "reasoning":
-            self.num_reasoning_tokens += len(piece.token_ids)
         if piece.finish_reason is not None:
             segments += self.parser.finish()
         new = Said()
@@ -158,6 +158,29 @@ class Message:
             function = {"name": call.name, "arguments": call.arguments}
             described.append({"id": self.call_ids[-1], "type": "function", "function": function})
         return described
+
+
+class ReasoningTokens:
+    """Counts the tokens of an answer's thoughts, one by one: neither how many come in a piece nor
+    what a stop string holds back of their text makes a difference.
+    """
+
+    def __init__(self, reading: Reading, tokenizer: Tokenizer) -> None:
+        self.num = 0
+        self.detokenizer = Detokenizer(tokenizer, shown=reading.shown)
+        # None where no more thoughts can come.
+        self.parser = reading.parser() if reading.syntax.thoughts is not None else None
+
+    def push(self, token_ids: Iterable[int]) -> None:
+        for token in token_ids:
+            if self.parser is None:
+                return
+            was_thought = self.parser.state == "reasoning"
+            self.parser.push(self.detokenizer.push([token]))
+            is_thought = self.parser.state == "reasoning"
+            self.num += was_thought and is_thought
+            if not is_thought and not self.parser.is_fresh:
+                self.parser = None
 
 
 class _ContentTokens:

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from fastdeploy.errors import RequestError
 from fastdeploy.server.chat import ChatReply
 from fastdeploy.server.messages_events import PATH, MessageWriter, empty_message
 from fastdeploy.server.messages_request import CountRequest, MessagesRequest, chat_of
@@ -42,8 +41,8 @@ def add_messages(app: FastAPI, service: Service) -> None:
             await while_connected(request.receive, drained(events))
         finally:
             reply.answer.close()
-        if writer.error is not None:
-            raise RequestError(writer.error["message"], status=503)
+        if reply.error is not None:
+            raise reply.error
         return JSONResponse(message)
 
     @app.post(f"{PATH}/count_tokens")

@@ -126,7 +126,17 @@ class Segment:
 class Parser:
     """One answer. `push` and `finish` give the segments that are certain by then."""
 
-    def __init__(self, syntax: Syntax, *, in_thought: bool = False, is_held: bool = False) -> None:
+    def __init__(
+        self,
+        syntax: Syntax,
+        *,
+        in_thought: bool = False,
+        is_held: bool = False,
+        begun: str = "",
+    ) -> None:
+        """`begun` is text that the answer begins with, and which is in no segment; what it opens
+        goes on, and a call that it begins is made when it ends.
+        """
         self.syntax, self.is_held = syntax, is_held
         self.tags = syntax.tags
         self.state = "reasoning" if in_thought else "content"
@@ -138,18 +148,38 @@ class Parser:
         self.scan = CallScan()
         self.braces = Braces()
         self.has_cut_call = False  # it ended in the middle of one that had begun to stream
+        self.num_begun = 0  # characters of `held` that are those of `begun`
+        self.push(begun)
+        self.num_begun = len(self.held)
 
     def push(self, text: str) -> list[Segment]:
         if not self.tags:
             return [Segment("content", text)] if text else []
+        return self._without_begun(self._push(text))
+
+    def finish(self) -> list[Segment]:
+        """The rest, once no more text comes."""
+        return self._without_begun(self._finish())
+
+    def _without_begun(self, segments: list[Segment]) -> list[Segment]:
+        new = []
+        for segment in segments:
+            num = min(self.num_begun, len(segment.text))
+            self.num_begun -= num
+            if num:
+                segment = Segment(segment.kind, segment.text[num:], segment.calls)
+            if segment.text or segment.calls:
+                new.append(segment)
+        return new
+
+    def _push(self, text: str) -> list[Segment]:
         self.held += text
         segments: list[Segment] = []
         while self._step(segments):
             pass
         return segments
 
-    def finish(self) -> list[Segment]:
-        """The rest, once no more text comes."""
+    def _finish(self) -> list[Segment]:
         text, self.held = self.held, ""
         kind = self.state
         if kind == "arguments":

@@ -142,6 +142,7 @@ async def pooled(
                 param="truncate_prompt_tokens",
             )
         prompts = [ids[-longest:] for ids in prompts]
+    name = service.name_of(body)  # now: its adapter may be unloaded meanwhile
     answer = service.submit(request, body, prompts, SamplingParams(pooling=body.pooling), prefix)
     try:
         vectors = await while_connected(request.receive, collected(answer))
@@ -152,7 +153,7 @@ async def pooled(
         {
             "id": answer.id,
             "created": int(time.time()),
-            "model": service.name_of(body),
+            "model": name,
             **answer_of(vectors),
             "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
         }

@@ -66,6 +66,7 @@ class Reply(ABC):
             "model": context.model,
         }
         self.began = time.monotonic()
+        self.error: RequestError | None = None  # that has ended the events
         self.num_generated = [0] * answer.num_choices  # tokens of each sample
         self.num_cached = [0] * len(answer.prompts)
         self.prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}  # by prompt
@@ -104,7 +105,8 @@ class Reply(ABC):
                     delta["arrival_time"] = round(time.monotonic() - self.began, 6)
                     usage = {"usage": self.usage()} if running_usage else empty_usage
                     yield {**self.head, "choices": [delta], **usage}
-        except RequestError as error:  # the engine has stopped, and headers are sent already
+        except RequestError as error:  # headers may be sent already
+            self.error = error
             yield error_body(str(error), error.status, error.param)
             return
         if with_usage:
@@ -154,9 +156,10 @@ class Reply(ABC):
 
     def scores(self, choice: int) -> dict[str, Any]:
         fields: dict[str, Any] = {}
-        if self.body.prompt_logprobs is not None:
+        count = self.body.prompt_logprobs
+        if count is not None:
             fields["prompt_logprobs"] = [
-                entry and {token: asdict(value) for token, value in entry.items()}
+                entry and {token: asdict(value) for token, value in narrowed(entry, count).items()}
                 for entry in self.prompt_logprobs[choice // self.context.n]
             ]
         return fields
@@ -186,13 +189,19 @@ class Reply(ABC):
 
 async def _grouped(pieces: AsyncIterator[Piece], size: int) -> AsyncIterator[Piece]:
     """The pieces, those of a choice joined until they have `size` tokens."""
-    held: dict[int, list[CompletionOutput]] = {}
+    held: dict[int, list[Piece]] = {}
     async for piece in pieces:
         group = held.setdefault(piece.choice, [])
-        group.append(piece.completion)
-        num_tokens = sum(len(completion.token_ids) for completion in group)
+        group.append(piece)
+        num_tokens = sum(len(one.completion.token_ids) for one in group)
         if num_tokens >= size or piece.completion.finish_reason is not None:
-            yield replace(piece, completion=CompletionOutput.joined(held.pop(piece.choice)))
+            yield _joined(held.pop(piece.choice))
+
+
+def _joined(pieces: list[Piece]) -> Piece:
+    """The consecutive pieces of one choice as one; the first has what is said of the prompt."""
+    completion = CompletionOutput.joined([piece.completion for piece in pieces])
+    return replace(pieces[-1], completion=completion, prompt_logprobs=pieces[0].prompt_logprobs)
 
 
 def given_id(prefix: str, request_id: str | None) -> str:
@@ -202,5 +211,21 @@ def given_id(prefix: str, request_id: str | None) -> str:
 
 
 def likeliest(entry: TokenLogprobs, count: int) -> list[tuple[int, Logprob]]:
-    """The `count` likeliest tokens of an entry, likeliest first."""
-    return sorted(entry.items(), key=lambda item: -item[1].logprob)[:count]
+    """The `count` likeliest tokens of an entry (-1: all), likeliest first."""
+    ranked = sorted(entry.items(), key=lambda item: -item[1].logprob)
+    return ranked if count == -1 else ranked[:count]
+
+
+def larger(count: int | None, other: int | None) -> int | None:
+    """The larger number of likeliest tokens: -1 is all, None is no log-probabilities at all."""
+    given = [one for one in (count, other) if one is not None]
+    return -1 if -1 in given else max(given, default=None)
+
+
+def narrowed(entry: TokenLogprobs, count: int) -> TokenLogprobs:
+    """An entry of more as one that was asked for with `count`: the token itself, and so many of the
+    likeliest.
+    """
+    own = next(iter(entry))
+    kept = (item for item in entry.items() if item[0] == own or item[1].rank <= count)
+    return entry if count == -1 else dict(kept)

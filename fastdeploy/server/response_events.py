@@ -59,7 +59,7 @@ class ResponseWriter:
             logprobs = (choice.get("logprobs") or {}).get("content") or []
             if delta.get("reasoning_content"):
                 yield from self._text("reasoning", delta["reasoning_content"], [])
-            elif delta.get("content") or (logprobs and not delta.get("tool_calls")):
+            if delta.get("content") or (logprobs and not delta.get("tool_calls")):
                 yield from self._text("message", delta.get("content") or "", logprobs)
             for call in delta.get("tool_calls") or ():
                 yield from self._call(call)
@@ -90,7 +90,10 @@ class ResponseWriter:
         yield from self._open(item)
         item["content"].append(part)
         yield self._event(
-            "response.content_part.added", **self._place(), content_index=0, part=dict(part)
+            "response.content_part.added",
+            **self._place(),
+            content_index=0,
+            part=copy.deepcopy(part),
         )
 
     def _call(self, call: dict[str, Any]) -> Iterator[Event]:

@@ -85,7 +85,8 @@ class Stored:
 
 
 class Shelf:
-    """The responses of one key, and how many bytes of JSON they take.
+    """The responses of one key, and how many bytes of JSON they take, with the events of those
+    that were written in the background and have ended.
 
     Responses that follow each other share items, the same objects: these count once, and for as
     long as one of them is here.
@@ -100,7 +101,9 @@ class Shelf:
 
     def put(self, stored: Stored) -> None:
         name = stored.response["id"]
-        things = [stored.response | {"output": []}, *stored.conversation]
+        things: list[Any] = [stored.response | {"output": []}, *stored.conversation]
+        if stored.job is not None and stored.has_ended:
+            things.append(tuple(stored.job.events))
         for thing in things:
             self.num_holders[id(thing)] += 1
             if id(thing) not in self.size_by_thing:

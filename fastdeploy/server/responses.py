@@ -68,8 +68,8 @@ def add_responses(app: FastAPI, service: Service) -> None:
             await while_connected(request.receive, drained(events))
         finally:
             reply.answer.close()
-        if response["status"] == "failed":
-            raise RequestError(response["error"]["message"], status=503)
+        if reply.error is not None:
+            raise reply.error
         return JSONResponse(response)
 
     @app.get("/v1/responses/{response_id}")
@@ -110,6 +110,7 @@ class Follower:
     """Who listens to a response that goes on without them."""
 
     def __init__(self) -> None:
+        self.is_streamed = False
         self.given_up = asyncio.Event()  # never: events are kept in any case
 
     def close(self) -> None:
@@ -147,11 +148,15 @@ async def _and_then(
     owner: str,
     stored: Stored,
 ) -> AsyncIterator[dict[str, Any]]:
-    """The events, and before the last one goes out the response is stored as it then is."""
+    """The events, and before the last one goes out the response is stored as it then is; one that
+    is written in the background is there already, and counted anew when all its events are.
+    """
     async for event in events:
-        if stored.has_ended:
+        if stored.has_ended and stored.job is None:
             store.put(owner, stored)
         yield event
+    if stored.job is not None:
+        store.put(owner, stored)
 
 
 def _page(items: list[Item], query: dict[str, str]) -> dict[str, Any]:

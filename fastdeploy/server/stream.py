@@ -30,6 +30,7 @@ class Connection(Protocol):
 class Source(Protocol):
     """What a stream needs of an Answer."""
 
+    is_streamed: bool
     given_up: asyncio.Event
 
     def close(self) -> None: ...
@@ -81,6 +82,7 @@ class EventStream(Response):
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-cache"})
         del self.headers["content-length"]
         self.events, self.source, self.last = events, source, last
+        source.is_streamed = True
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         connection: Connection | None = scope.get("state", {}).get("connection")

@@ -230,6 +230,7 @@ def test_the_queue_has_an_end_and_a_length_in_seconds(monkeypatch) -> None:
         ([[1] * 10, [1] * 10], {"max_tokens": 60}, 120),
         ([[1] * 10], {"max_tokens": None}, 90),
         ([[1] * 95], {"max_tokens": 50, "n": 7}, 35),
+        ([[1] * 95], {"pooling": "mean"}, 1),
     ],
 )
 def test_the_quota_counts_every_text_of_a_request(prompts, params, asked) -> None:

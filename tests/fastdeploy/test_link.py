@@ -48,13 +48,13 @@ OUTPUT = TokenOutput(
 )  # fmt: skip
 ORDER = Order(2**59 - 1, 0, -1, '["key", null]', [[1], [2, 3]])
 TO_ENGINE: list[Message] = [
-    Start('{"model": "x"}', {"a": "/b"}, True),
+    Start('{"model": "x"}', {"a": "/b"}, True, True),
     Add(["1", "2"], [5, 6], PARAMS, ORDER, "a"),
     Abort(["1"]),
     Command(3, "sleep", {"level": 2}),
 ]
 FROM_ENGINE: list[Message] = [
-    Ready(10, 20, True, [2], {"temperature": 0.5}),
+    Ready(10, 20, True, [2], {"temperature": 0.5}, ["a"]),
     Refused("no"),
     Outputs([OUTPUT, OUTPUT], STATS),
     Rejected(["1"], Problem("no", "prompt", 404)),

@@ -255,6 +255,30 @@ def test_the_second_time_a_prompt_comes_from_the_cache(llm: LLM) -> None:
     assert first.outputs.token_ids == second.outputs.token_ids
 
 
+@pytest.mark.parametrize("place", ["runner.run", "pooler"])
+def test_an_interrupted_step_leaves_nothing_wrong_in_the_cache(llm: LLM, place: str) -> None:
+    prompts, params = [[60 + i % 30 for i in range(40)], list(range(20, 60))], GREEDY
+    llm.reset_prefix_cache()
+    expected = [out.outputs.token_ids for out in llm.generate(prompts, params)]
+    llm.reset_prefix_cache()
+    stream = llm.generate(prompts[:1], params, stream=True)
+    first = next(stream)[0]
+    assert first is not None
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    owner = llm.engine.runner if place == "runner.run" else llm.engine
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(owner, place.rpartition(".")[2], interrupted)
+        llm.generate(prompts[1], params)
+    llm.engine.scheduler.check()
+    (again,) = llm.generate(prompts[1], params)
+    assert (again.num_cached_tokens, again.outputs.token_ids) == (0, expected[1])
+    rest = merged([[first], *stream])[0]
+    assert rest.outputs.token_ids == expected[0], "what was open has gone on"
+
+
 def test_max_tokens_is_lowered_to_what_fits(llm: LLM) -> None:
     ids = [5] * 250
     for most in (None, 100, 2**31):

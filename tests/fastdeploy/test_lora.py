@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 import helpers_lora
 import pytest
 import torch
-from helpers_server import app_client, spawn_thread
+from helpers_server import app_client, spawn_thread, wait_until
 from safetensors.torch import load_file
 from starlette.testclient import TestClient
 from torch import Tensor
@@ -25,10 +26,13 @@ from erniekit.lora import LoRA
 from fastdeploy import LLM, SamplingParams
 from fastdeploy.config import EngineConfig, ServerConfig
 from fastdeploy.engine.blocks import root_of
+from fastdeploy.engine.core import Engine
 from fastdeploy.engine.language import Language
 from fastdeploy.errors import RequestError
+from fastdeploy.server import pooling
 from fastdeploy.server.app import create_app
 from fastdeploy.server.engine import Answer, ServerEngine
+from fastdeploy.server.supervisor import State
 
 PAIR = LoRA(4, 8.0)
 PROMPT = [(7 * i + 3) % 97 for i in range(30)]
@@ -266,6 +270,62 @@ def test_a_wrong_adapter_leaves_the_server_as_it_was(
         assert answer.status_code == 400
         assert completion(session, folder.name).status_code == 200
         assert len(session.get("/v1/models").json()["data"]) == 1
+
+
+def test_a_pooled_request_is_finished_with_an_adapter_that_is_unloaded_meanwhile(
+    folder: Path, adapters: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collected = pooling.collected
+
+    with client(folder, lora_modules=[f"a={adapters / 'one'}"]) as session:
+        body = {"model": "a", "input": "Hello"}
+        before = session.post("/v1/embeddings", json=body).json()
+        engine: ServerEngine = session.app.state.service.engine  # type: ignore[attr-defined]
+
+        async def unloading(answer: Answer) -> list[list[float]]:
+            await engine.unload_adapter("a")
+            return await collected(answer)
+
+        monkeypatch.setattr(pooling, "collected", unloading)
+        answer = session.post("/v1/embeddings", json=body)
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["model"] == "a" and answer.json()["data"] == before["data"]
+        assert session.post("/v1/embeddings", json=body).status_code == 404
+
+
+def test_an_engine_that_is_started_again_leaves_out_an_adapter_that_is_gone(
+    folder: Path, adapters: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog
+) -> None:
+    for name in "ab":
+        shutil.copytree(adapters / "one", tmp_path / name)
+    step, fails = Engine.step, [True]
+
+    def broken(engine: Engine) -> Any:
+        if fails:
+            fails.clear()
+            raise ArithmeticError
+        return step(engine)
+
+    modules = [f"{name}={tmp_path / name}" for name in "ab"]
+    with client(folder, lora_modules=modules) as session:
+        before = completion(session, "b").json()["choices"]
+        shutil.rmtree(tmp_path / "a")
+        with monkeypatch.context() as patched:
+            patched.setattr(Engine, "step", broken)
+            assert completion(session, "b").status_code == 503
+        wait_until(lambda: session.get("/ready").status_code == 200, patience_s=20)
+        assert completion(session, "a").status_code == 404
+        assert completion(session, "b").json()["choices"] == before
+        names = [card["id"] for card in session.get("/v1/models").json()["data"]]
+        assert names == [folder.name, "b"]
+    assert "the adapter 'a' is left out" in caplog.text
+    app = create_app(
+        EngineConfig(model=str(folder), **SETTINGS),
+        ServerConfig(lora_modules=modules),
+        spawn_thread,
+    )
+    with TestClient(app) as session:  # the first start of all has what was asked for, or fails
+        wait_until(lambda: app.state.service.engine.supervisor.state is State.FAILED)
 
 
 def test_without_the_flag_there_is_no_such_route(folder: Path, adapters: Path) -> None:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import helpers_tokenizer
 import pytest
@@ -19,6 +23,8 @@ from fastdeploy.engine.request import TokenOutput
 from fastdeploy.engine.text import Sample
 from fastdeploy.outputs import CompletionOutput, Logprob, RequestMetrics
 from fastdeploy.sampling import SamplingParams
+from fastdeploy.server.chat import ChatReply
+from fastdeploy.server.engine import Piece
 from fastdeploy.server.message import Message, Reading, Said
 from fastdeploy.server.parsers import (
     REASONING_PARSERS,
@@ -29,6 +35,8 @@ from fastdeploy.server.parsers import (
     find_syntax,
     merged,
 )
+from fastdeploy.server.protocol import ChatRequest
+from fastdeploy.server.reply import Context
 
 PLAIN, CALLS = Syntax(), Syntax(has_calls=True)
 X1 = Syntax(REASONING_PARSERS["ernie-x1"], has_calls=True)
@@ -206,6 +214,26 @@ def test_parts_do_not_depend_on_any_cut(case: Case) -> None:
             assert segments_of(case, cut(text, i, j)) == whole, cut(text, i, j)
 
 
+@pytest.mark.parametrize("case", CORPUS, ids=lambda case: case.name)
+def test_an_answer_goes_on_as_what_its_beginning_has_opened(case: Case) -> None:
+    """From any place on, each character is of the kind that it is of in the whole answer."""
+
+    def kinds(segments: list[Segment]) -> list[str]:
+        return [segment.kind for segment in segments for _ in segment.text]
+
+    text = case.text
+    whole = segments_of(case, [text])
+    for i in range(len(text) + 1):
+        parser = Parser(case.syntax, in_thought=case.in_thought, begun=text[:i])
+        segments = [*(one for c in text[i:] for one in parser.push(c)), *parser.finish()]
+        assert "".join(segment.text for segment in segments) == text[i:]
+        assert kinds(segments) == kinds(whole)[i:], text[i:]
+        ends = [len("".join(s.text for s in whole[: n + 1])) for n in range(len(whole))]
+        calls = [call for s, end in zip(whole, ends) if end > i for call in s.calls]
+        made = [call for segment in segments for call in segment.calls]
+        assert made == calls or i in ends, text[i:]
+
+
 ALPHABET = ["<think>", "</think>", "<response>", "</response>", "<tool_call>", "</tool_call>"]
 ALPHABET += ["\n", " ", "a", "<", "</tool_c", '{"name": "f"}', '{"name": "f", "arguments": {"x": "']
 ALPHABET += ['"}}', '"', "\\", "é"]
@@ -242,9 +270,11 @@ def tokenizers(tmp_path_factory: pytest.TempPathFactory) -> list[ernie.Tokenizer
     return [ernie.Tokenizer.from_folder(folder) for folder in (special, plain)]
 
 
-def pieces_of(tokenizer: ernie.Tokenizer, ids: list[int], reading: Reading, reason: str):
+def pieces_of(
+    tokenizer: ernie.Tokenizer, ids: list[int], reading: Reading, reason: str, **options: Any
+):
     """Token by token through the server's own path from tokens to text, with log-probabilities."""
-    sample = Sample(0, SamplingParams(logprobs=0), tokenizer, reading.shown)
+    sample = Sample(0, SamplingParams(logprobs=0, **options), tokenizer, reading.shown)
     for i, token in enumerate(ids):
         end = reason if i == len(ids) - 1 else None
         entry = {token: Logprob(-1.0, 1)}
@@ -403,14 +433,34 @@ def test_without_parallel_calls_only_the_first_is_made(pieces: int) -> None:
     assert not message.diverges()
 
 
-def test_reasoning_tokens_are_those_before_the_closing_tag(tokenizers) -> None:
-    tokenizer = tokenizers[0]
-    ids = tokenizer.encode("One two\n</think>\n\nYes", allow_special=True)
+@pytest.mark.parametrize("size", [1, 3, 100])
+def test_reasoning_tokens_are_those_before_the_closing_tag(tokenizers, size: int) -> None:
+    """However many come in an event, and though a stop string holds back the tag for a while."""
     case = thinking("", "")
-    message = Message(reading_of(case, tokenizer))
-    for piece in pieces_of(tokenizer, ids, message.reading, "length"):
-        message.push(piece)
-    assert message.num_reasoning_tokens == ids.index(tokenizer.id_of("</think>"))
+    for tokenizer in tokenizers:
+        text = "One two\n</think>\n\nYes, <think> so"
+        ids = tokenizer.encode(text, allow_special=True)
+        closed = next(i for i in range(len(ids)) if "</think>" in tokenizer.decode(ids[: i + 1]))
+        reading = reading_of(case, tokenizer)
+        answer = SimpleNamespace(id="a", num_choices=1, num_samples=1, prompts=[[1]])
+        answer.num_picture_tokens = {}
+        pieces = pieces_of(tokenizer, ids, reading, "length", stop=["</think>\n\nNo"])
+
+        async def read(pieces=pieces) -> AsyncIterator[Piece]:
+            for piece in pieces:
+                yield Piece(0, piece, 0, None)
+
+        answer.pieces = read
+        options = {"include_usage": True}
+        body = ChatRequest(stream=True, stream_options=options, max_streaming_response_tokens=size)
+        context = Context("m", tokenizer, 0, 1, lambda: None, reading)
+        reply = ChatReply(body, answer, context)
+
+        async def last(reply=reply) -> dict[str, Any]:
+            return [event async for event in reply.events()][-1]
+
+        details = asyncio.run(last())["usage"]["completion_tokens_details"]
+        assert details == {"reasoning_tokens": closed}
 
 
 def test_a_parser_that_depends_on_cuts_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fastdeploy import LLM
 from fastdeploy.config import EngineConfig, ServerConfig
 from fastdeploy.errors import RequestError
 from fastdeploy.server import response_store
+from fastdeploy.server.engine import Answer, Piece
 from fastdeploy.server.response_events import ResponseWriter
 from fastdeploy.server.response_items import as_items, as_messages
 from fastdeploy.server.response_store import ResponseStore, Stored
@@ -159,6 +161,32 @@ def test_a_background_response_is_polled_followed_and_cancelled(client: OpenAI) 
         client.responses.retrieve(deleted.id)
 
 
+def test_the_events_of_a_background_response_stay_as_they_were_and_count(
+    stranger: OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    include: list[Any] = ["message.output_text.logprobs"]
+
+    def written() -> tuple[str, list[Any]]:
+        response = create(
+            stranger, input=HELLO, max_output_tokens=30, background=True, include=include
+        )
+        stream = stranger.responses.retrieve(response.id, stream=True)
+        return response.id, [event.to_dict() for event in stream]
+
+    name, events = written()
+    (added,) = (event for event in events if event["type"] == "response.content_part.added")
+    assert (added["part"]["text"], added["part"]["logprobs"]) == ("", [])
+    again = [event.to_dict() for event in stranger.responses.retrieve(name, stream=True)]
+    assert again == events
+    size, of_events = len(json.dumps(events[-1]["response"])), len(json.dumps(events))
+    assert of_events > size
+    monkeypatch.setattr(response_store, "MAX_BYTES", 2 * size + of_events + 2000)
+    second, _ = written()
+    stranger.responses.retrieve(second)
+    with pytest.raises(openai.NotFoundError):
+        stranger.responses.retrieve(name)
+
+
 def test_truncation_leaves_out_the_oldest_turns(client: OpenAI, llm: LLM) -> None:
     turns: list[Any] = []
     for i in range(40):
@@ -216,6 +244,28 @@ def test_a_mistake_is_a_400_that_names_it(
     assert answer.json()["error"]["param"] == param, answer.text
 
 
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        ("chat/completions", {"messages": HELLO}),
+        ("responses", {"input": HELLO}),
+        ("messages", {"messages": HELLO, "max_tokens": 9}),
+    ],
+)
+def test_a_mistake_that_shows_in_the_answer_is_a_400_in_every_form(
+    http: TestClient, monkeypatch: pytest.MonkeyPatch, path: str, fields: dict[str, Any]
+) -> None:
+    async def stuck(answer: Answer) -> AsyncIterator[Piece]:
+        raise RequestError("the bans leave no token")
+        yield
+
+    monkeypatch.setattr(Answer, "pieces", stuck)
+    headers = {"authorization": "Bearer one"}
+    answer = http.post(f"/v1/{path}", json=fields, headers=headers)
+    assert answer.status_code == 400, answer.text
+    assert answer.json()["error"]["type"] == "invalid_request_error"
+
+
 def test_items_become_the_messages_of_a_chat() -> None:
     items: list[Any] = [
         {"role": "developer", "content": "Use tools."},
@@ -246,8 +296,8 @@ def test_thoughts_text_and_calls_are_items_of_their_own() -> None:
     async def chunks() -> AsyncIterator[dict[str, Any]]:
         yield chunk(role="assistant", content="")
         yield chunk(reasoning_content="Hm")
-        yield chunk(reasoning_content="m.")
-        yield chunk(content="I look.")
+        yield chunk(reasoning_content="m.", content="I ")
+        yield chunk(content="look.")
         yield chunk(tool_calls=[call(0, "", id="a", name="f")])
         yield chunk(tool_calls=[call(0, '{"x"')])
         yield chunk(tool_calls=[call(0, ": 1}"), call(1, "{}", id="b", name="g")])
@@ -264,7 +314,8 @@ def test_thoughts_text_and_calls_are_items_of_their_own() -> None:
     assert last.type == "response.completed" and last.response.status == "completed"
     kinds = [item.type for item in last.response.output]
     assert kinds == ["reasoning", "message", "function_call", "function_call"]
-    assert last.response.output[0].content[0].text == "Hmm."
+    texts = [item.content[0].text for item in last.response.output[:2]]
+    assert texts == ["Hmm.", "I look."]
     calls = [(c.call_id, c.name, c.arguments) for c in last.response.output[2:]]
     assert calls == [("a", "f", '{"x": 1}'), ("b", "g", "{}")]
     assert {item.status for item in last.response.output} == {"completed"}

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
+import threading
 from contextlib import AbstractContextManager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from helpers_server import app_client
+from helpers_server import app_client, wait_until
 from starlette.testclient import TestClient
 
+from ernie.tokenizer import Detokenizer
 from fastdeploy import LLM, SamplingParams
 from fastdeploy.config import EngineConfig, ServerConfig
+from fastdeploy.engine.core import Engine
+from fastdeploy.engine.language import Language
+from fastdeploy.errors import RequestError
+from fastdeploy.outputs import CompletionOutput
+from fastdeploy.server import engine as server_engine
+from fastdeploy.server.engine import Answer, Piece
 
 SETTINGS = {"max_model_len": 64, "block_size": 8, "dtype": "float32"}
 
@@ -104,6 +114,88 @@ def test_events_of_several_tokens_say_the_same(folder: Path) -> None:
     assert times == sorted(times) and times[0] > 0
 
 
+def test_events_of_several_tokens_keep_the_scores_of_an_echo(folder: Path) -> None:
+    body = {"prompt": [9, 8, 7], "max_tokens": 6, "temperature": 0, "ignore_eos": True}
+    body |= {"stream": True, "echo": True, "logprobs": 1}
+    config = EngineConfig(model=str(folder), enable_logprob=True, **SETTINGS)
+    with app_client(config) as session:
+        answers = [
+            session.post("/v1/completions", json=body | {"max_streaming_response_tokens": size})
+            for size in (1, 4)
+        ]
+    columns = [[event["choices"][0]["logprobs"] for event in events_of(one)] for one in answers]
+    single, grouped = (
+        [value for column in some for value in column["token_logprobs"]] for some in columns
+    )
+    assert (len(columns[1]), len(single)) == (2, 3 + 6)
+    assert grouped[0] is None and grouped[1:] == pytest.approx(single[1:], abs=1e-4)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_step_may_bring_more_than_a_client_may_leave_unread(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    monkeypatch.setattr(server_engine, "MAX_UNREAD_BYTES", 600)
+    body = {"prompt": [9, 8, 7], "max_tokens": 3, "ignore_eos": True, "n": 8, "stream": stream}
+    config = EngineConfig(model=str(folder), **SETTINGS)
+    with app_client(config, ServerConfig(timeout=15)) as session:
+        answer = session.post("/v1/completions", json=body)
+    assert answer.status_code == 200, answer.text
+    assert answer.text.count('"finish_reason":"length"') == 8
+
+
+def test_only_a_stream_that_is_left_unread_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_engine, "MAX_UNREAD_BYTES", 600)
+
+    async def left_after(num_steps: int, *, is_streamed: bool) -> list[str]:
+        """What is read of an answer whose first piece was read before these steps."""
+        engine: Any = SimpleNamespace(forget=lambda answer: None)
+        answer = Answer(engine, [[1]], 1)
+        answer.is_streamed = is_streamed
+        pieces = answer.pieces()
+        for number in range(num_steps + 1):
+            answer.begin_step()
+            answer.put(Piece(0, CompletionOutput(0, str(number)), 0, None))
+            if number == 0:
+                await anext(pieces)
+        if not answer.given_up.is_set():
+            answer.put(Piece(0, CompletionOutput(0, "end", finish_reason="stop"), 0, None))
+        return [piece.completion.text async for piece in pieces]
+
+    read = asyncio.run(left_after(9, is_streamed=False))
+    assert read == [*map(str, range(1, 10)), "end"]
+    assert asyncio.run(left_after(3, is_streamed=True)) == ["1", "2", "3", "end"]
+    with pytest.raises(RequestError, match="left more than 600 bytes of the answer unread"):
+        asyncio.run(left_after(5, is_streamed=True))
+
+
+def test_a_burst_waits_up_to_the_limit_before_the_engine_has_said_a_word(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, may_go_on = Engine.step, threading.Event()
+
+    def held(engine: Engine) -> Any:
+        may_go_on.wait()
+        return step(engine)
+
+    monkeypatch.setattr(Engine, "step", held)
+    config = EngineConfig(model=str(folder), max_num_seqs=1, **SETTINGS)
+    statuses: list[int] = []
+    with app_client(config, ServerConfig(max_num_waiting=4)) as session:
+        body = {"prompt": [9, 8, 7], "max_tokens": 2}
+        ask = lambda: statuses.append(session.post("/v1/completions", json=body).status_code)  # noqa: E731
+        threads = [threading.Thread(target=ask) for _ in range(12)]
+        for thread in threads:
+            thread.start()
+        try:
+            wait_until(lambda: len(statuses) >= 7, patience_s=20)
+        finally:
+            may_go_on.set()
+            for thread in threads:
+                thread.join()
+    assert sorted(statuses) == [200] * 5 + [429] * 7, "one has the place, four wait"
+
+
 def test_a_begun_answer_is_continued(folder: Path) -> None:
     body = {"messages": [{"role": "user", "content": "Hello"}], "temperature": 0}
     body |= {"ignore_eos": True, "return_token_ids": True, "max_tokens": 8}
@@ -161,3 +253,46 @@ def test_logprobs_by_id(folder: Path) -> None:
         chat |= {"include_logprobs_decode_token": False}
         answer = session.post("/v1/chat/completions", json=chat).json()["choices"][0]
         assert [t["token"] for t in answer["logprobs"]["content"]] == choice["logprobs"]["tokens"]
+
+
+def test_all_log_probabilities_are_all_and_each_view_has_its_own_number(folder: Path) -> None:
+    config = EngineConfig(model=str(folder), enable_logprob=True, max_logprobs=-1, **SETTINGS)
+    body = {"prompt": [9, 10, 11], "max_tokens": 2, "temperature": 0}
+    body |= {"include_logprobs_decode_token": False}
+
+    with app_client(config) as session:
+
+        def choice(**fields: object) -> Any:
+            answer = session.post("/v1/completions", json=body | fields)
+            assert answer.status_code == 200, answer.text
+            return answer.json()["choices"][0]
+
+        size = session.app.state.service.engine.ready.vocab_size  # type: ignore[attr-defined]
+        assert {len(top) for top in choice(logprobs=-1)["logprobs"]["top_logprobs"]} == {size}
+        for shown, scored in ((1, 5), (5, 1), (-1, 2), (2, -1), (1, 0)):
+            both = choice(echo=True, logprobs=shown, prompt_logprobs=scored)
+            assert both["logprobs"] == choice(echo=True, logprobs=shown)["logprobs"]
+            assert both["prompt_logprobs"] == choice(prompt_logprobs=scored)["prompt_logprobs"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_offsets_count_a_character_once_whatever_spells_it(folder: Path, stream: bool) -> None:
+    config = EngineConfig(model=str(folder), enable_logprob=True, **SETTINGS)
+    text = "a\u00e9\U0001f600b\u9f98c"
+    tokenizer = Language.read(config).tokenizer
+    assert tokenizer is not None
+    bias = {str(token): -100.0 for token in tokenizer.special_ids}
+    body = {"prompt": text, "echo": True, "logprobs": 0, "logit_bias": bias, "stream": stream}
+    with app_client(config) as session:
+        answer = session.post("/v1/completions", json=body | {"max_tokens": 30, "seed": 3})
+        events = events_of(answer) if stream else [answer.json()]
+    choices = [event["choices"][0] for event in events if event["choices"]]
+    offsets = [i for choice in choices for i in choice["logprobs"]["text_offset"]]
+    ids = tokenizer.encode(text)
+    assert len(ids) > len(text), "some characters are spelled by several tokens"
+    complete = Detokenizer(tokenizer, skip_special=False)
+    lengths = [len(complete.push([token])) for token in ids]
+    assert offsets[: len(ids)] == [sum(lengths[:i]) for i in range(len(ids))]
+    assert offsets[len(ids)] == len(text)
+    whole = "".join(choice["text"] for choice in choices)
+    assert len(text) + 20 < offsets[-1] <= len(whole)

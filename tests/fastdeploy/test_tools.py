@@ -278,6 +278,25 @@ def test_reasoning_tokens_are_counted_alike(client: OpenAI) -> None:
     assert short.completion_tokens_details.reasoning_tokens == 4
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_begun_answer_goes_on_where_it_was(client: OpenAI, scripted: Path, stream: bool) -> None:
+    whole = ask(client, HELLO, extra_body={"return_token_ids": True}).choices[0].message
+    ids = whole.completion_token_ids
+    tokenizer = Tokenizer.from_folder(scripted)
+    for mark, thought, content in (
+        ("The user says", "\n\nhello.", "Nice to\n\nmeet you."),
+        ("Nice to", "", "\n\nmeet you."),
+    ):
+        begun = next(ids[:i] for i in range(len(ids)) if mark in tokenizer.decode(ids[:i]))
+        body = {"completion_token_ids": begun}
+        if stream:
+            got = streamed(client, HELLO, extra_body=body)
+            assert (got["reasoning_content"], got["content"]) == (thought, content)
+        else:
+            message = ask(client, HELLO, extra_body=body).choices[0].message
+            assert (message.reasoning_content or "", message.content) == (thought, content)
+
+
 def test_logprobs_list_the_tokens_of_the_content(client: OpenAI) -> None:
     choice = ask(client, HELLO, logprobs=True, top_logprobs=1).choices[0]
     spelled = b"".join(bytes(token.bytes) for token in choice.logprobs.content).decode()
@@ -371,6 +390,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "tool_choice",
     ),
     ({"tool_choice": "required"}, "tool_choice"),
+    (
+        {"tools": [tool()], "tool_choice": "required", "completion_token_ids": [5]},
+        "completion_token_ids",
+    ),
+    ({"guided_regex": "ab", "completion_token_ids": [5]}, "completion_token_ids"),
     ({"functions": [{"name": "f"}]}, "functions"),
     ({"function_call": {"name": "f"}}, "function_call"),
     ({"messages": [*HELLO, {"role": "tool", "content": "x"}]}, "messages"),
