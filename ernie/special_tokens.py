@@ -6,11 +6,12 @@ produce: the special ones, and the tags by which the chat templates mark thought
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from ernie.json_files import read_object
 
 # Tags the templates of the family write. Files often mark them as ordinary (so that decoding shows
 # them), yet a user who types one must not open or close a thought or a tool call.
@@ -54,11 +55,11 @@ class Declared:
         """tokenizer_config.json wins over special_tokens_map.json, which is the older way."""
         declared = cls()
         for name in ("tokenizer_config.json", "special_tokens_map.json"):
-            declared._take_special(read_json(folder / name), name)
-        for token, i in read_json(folder / "added_tokens.json").items():
+            declared._take_special(read_object(folder / name, TokenizerError), name)
+        for token, i in read_object(folder / "added_tokens.json", TokenizerError).items():
             declared._take_id(token, i, folder / "added_tokens.json")
         config_path = folder / "tokenizer_config.json"
-        config = read_json(config_path)
+        config = read_object(config_path, TokenizerError)
         for key, entry in config.get("added_tokens_decoder", {}).items():
             declared._take_id(entry["content"], int(key), config_path)
             declared.take_flags(entry)
@@ -122,21 +123,8 @@ def _content(value: str | dict[str, Any]) -> str:
 
 
 def _generation_eos_ids(path: Path) -> frozenset[int]:
-    value = read_json(path).get("eos_token_id")
+    value = read_object(path, TokenizerError).get("eos_token_id")
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and i >= 0 for i in values):
         raise TokenizerError(f"{path}: eos_token_id is {value!r}; expected an id or a list of ids")
     return frozenset(values)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty if there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise TokenizerError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} holds a JSON {type(value).__name__}; expected an object")
-    return value

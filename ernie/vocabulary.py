@@ -18,7 +18,8 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
-from ernie.special_tokens import Declared, TokenizerError, is_tag, read_json
+from ernie.json_files import read_object
+from ernie.special_tokens import Declared, TokenizerError, is_tag
 
 _KNOWN_DECODERS = {"ByteLevel", "Replace", "Metaspace", "ByteFallback", "Fuse", "Strip", "Sequence"}
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")
@@ -41,7 +42,7 @@ def read_tokenizers(path: Path, declared: Declared) -> Vocabulary:
     Besides the list of added tokens, they go from the vocabulary and the merges too, where a
     conversion from SentencePiece can have left a way to merge one out of plain characters.
     """
-    spec = read_json(path)
+    spec = read_object(path, TokenizerError)
     model = spec.get("model") or {}
     vocab: dict[str, int] = model.get("vocab") or {}
     if model.get("type", "BPE") != "BPE" or not isinstance(vocab, dict) or not vocab:

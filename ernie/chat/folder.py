@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from itertools import pairwise
@@ -11,6 +10,7 @@ from typing import Any
 
 from ernie.chat.messages import ChatError, Dialogue, Segment, written_differently
 from ernie.chat.sandbox import JinjaTemplate, StandIns
+from ernie.json_files import read_object
 from ernie.tokenizer import MORE_TEMPLATES, Tokenizer
 
 # How templates write the place of a picture. The first are those of the original processor, the
@@ -40,7 +40,7 @@ def folder_sources(folder: Path) -> tuple[dict[str, str], str]:
     for name in ("chat_template.json", "tokenizer_config.json"):
         path = folder / name
         where = f"the chat_template of {path}"
-        if path.is_file() and (value := _object(path).get("chat_template")):
+        if value := read_object(path, ChatError).get("chat_template"):
             break
     if not value:
         return {}, where
@@ -51,16 +51,6 @@ def folder_sources(folder: Path) -> tuple[dict[str, str], str]:
         if isinstance(sources.get("default"), str):
             return sources, where
     raise ChatError(f"{where} is neither a string nor a list of named ones with a 'default'")
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ChatError(f"{path} is not JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise ChatError(f"{path} is not a JSON object")
-    return found
 
 
 class JinjaSegments:

@@ -8,13 +8,13 @@ model; a folder that says otherwise is refused.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ernie.json_files import read_object
 from ernie.vision.sources import MediaError
 
 SAMPLES = ("leading", "middle", "rand")
@@ -117,7 +117,7 @@ class VisionSettings:
         """
         folder = Path(path)
         whole, image, video = (
-            _object(folder / name)
+            read_object(folder / name, MediaError)
             for name in (
                 "processor_config.json",
                 "preprocessor_config.json",
@@ -193,15 +193,3 @@ def _are_close(value: Any, wanted: Any) -> bool:
         return isinstance(value, (int, float)) and math.isclose(value, wanted, rel_tol=1e-5)
     same_length = isinstance(value, (list, tuple)) and len(value) == len(wanted)
     return same_length and all(_are_close(a, b) for a, b in zip(value, wanted))
-
-
-def _object(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise MediaError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise MediaError(f"{path} holds {type(value).__name__}; expected an object")
-    return value
