@@ -121,5 +121,5 @@ def test_what_is_wrong_with_the_settings_is_said_at_the_start(monkeypatch) -> No
     with pytest.raises(ConfigError, match="NAME=VALUE"):
         tracing.Tracing.of(ServerConfig(**settings))
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    with pytest.raises(ConfigError, match=r"pip install ernie-open\[otel\]"):
+    with pytest.raises(ConfigError, match=r"pip install 'ernie-open\[otel\]'"):
         tracing.Tracing.of(ServerConfig(traces_enable=True))
