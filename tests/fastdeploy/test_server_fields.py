@@ -23,6 +23,7 @@ from fastdeploy.engine.language import Language
 from fastdeploy.errors import RequestError
 from fastdeploy.outputs import CompletionOutput
 from fastdeploy.server import engine as server_engine
+from fastdeploy.server import reply
 from fastdeploy.server.engine import Answer, Piece
 
 SETTINGS = {"max_model_len": 64, "block_size": 8, "dtype": "float32"}
@@ -296,3 +297,23 @@ def test_offsets_count_a_character_once_whatever_spells_it(folder: Path, stream:
     assert offsets[len(ids)] == len(text)
     whole = "".join(choice["text"] for choice in choices)
     assert len(text) + 20 < offsets[-1] <= len(whole)
+
+
+def test_the_prompt_is_described_once_however_many_choices_it_has(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described: list[int] = []
+
+    def counting(entry: Any, count: int) -> Any:
+        described.append(count)
+        return entry
+
+    monkeypatch.setattr(reply, "narrowed", counting)
+    config = EngineConfig(model=str(folder), enable_logprob=True, **SETTINGS)
+    body = {"prompt": [[9, 10, 11], [9, 12]], "max_tokens": 1, "n": 3, "prompt_logprobs": 2}
+    with app_client(config) as session:
+        choices = session.post("/v1/completions", json=body).json()["choices"]
+    assert len(described) == 2 + 1, "each token but the first of each prompt"
+    scores = [choice["prompt_logprobs"] for choice in choices]
+    assert scores[:3] == [scores[0]] * 3 and scores[3:] == [scores[3]] * 3
+    assert [len(one) for one in scores] == [3, 3, 3, 2, 2, 2]
