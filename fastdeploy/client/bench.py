@@ -87,6 +87,7 @@ class ServeBench:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        percentiles_of(self.metric_percentiles)
         if not self.request_rate > 0:
             raise ConfigError(f"request_rate={self.request_rate}; it takes more than 0, or inf")
         if unknown := set(self.metrics) - {"ttft", "tpot", "itl", "e2el"}:
@@ -100,7 +101,7 @@ class ServeBench:
 
     @property
     def percentiles(self) -> list[float]:
-        return [float(p) for p in self.metric_percentiles.split(",")]
+        return percentiles_of(self.metric_percentiles)
 
     def talks(self, count: int, seed: int) -> list[Talk]:
         """Raises ConfigError."""
@@ -119,6 +120,19 @@ class ServeBench:
             return random_talks(count, self.num_turns, lengths, seed)
         text = shipped_text() if self.dataset_path is None else _text_of(Path(self.dataset_path))
         return text_talks(text, count, self.num_turns, lengths, seed)
+
+
+def percentiles_of(text: str) -> list[float]:
+    """Raises ConfigError for what is no list of them."""
+    try:
+        found = [float(p) for p in text.split(",")]
+    except ValueError:
+        found = [math.nan]
+    if not all(0 <= p <= 100 for p in found):
+        raise ConfigError(
+            f"metric_percentiles={text!r}; it takes numbers from 0 to 100, separated by commas"
+        )
+    return found
 
 
 @dataclass(slots=True)
