@@ -363,8 +363,26 @@ def server_means(before: dict[str, float], after: dict[str, float]) -> dict[str,
     return means
 
 
+# What the rows of the table are, for who reads one for the first time.
+LEGEND = {
+    "ttft": "time to first token: from the request to the first text of its answer",
+    "tpot": "time per output token: of an answer after its first, on average",
+    "itl": "inter-token latency: between two events of a stream with text",
+    "e2el": "end-to-end latency: from the request to the last text of its answer",
+    "s_decode": "tokens a second of an answer after its first",
+    "input_len": "tokens of a prompt that were found in the cache",
+    "s_input_len": "all tokens of a prompt",
+    "output_len": "tokens of an answer",
+    "s_queue": "mean wait for a place, as the server measured it",
+    "s_ttft": "mean from that place to the first token, as the server measured it",
+    "s_itl": "mean of a token after the first, as the server measured it",
+    "s_e2el": "mean from that place to the last token, as the server measured it",
+}
+COLUMNS = "p99: 99 % of the values are at most this; median: half of them; std: how far they spread"
+
+
 def table(result: dict[str, Any], metrics: list[str], percentiles: list[float]) -> str:
-    """The figures for a reader."""
+    """The figures for a reader, and what they are."""
     lines = [
         f"{result['completed']} requests in {result['duration']:.2f} s, {result['failed']} failed",
         f"{'requests a second':<28}{result['request_throughput']:>12.2f}",
@@ -383,6 +401,9 @@ def table(result: dict[str, Any], metrics: list[str], percentiles: list[float]) 
     for short in SERVER_TIMES:
         if f"mean_{short}_ms" in result:
             lines.append(f"{short + ' ms':<16}{result[f'mean_{short}_ms']:>10.2f}")
+    shown = [name for name in LEGEND if {f"mean_{name}", f"mean_{name}_ms"} & result.keys()]
+    if shown:
+        lines += ["", COLUMNS, *(f"{name:<16}{LEGEND[name]}" for name in shown)]
     return "\n".join(lines) + "\n"
 
 

@@ -165,7 +165,13 @@ def test_a_run_on_the_real_server(server: Server, tmp_path: Path, capsys) -> Non
     assert found["mean_s_ttft_ms"] < found["mean_ttft_ms"]
     assert found["mean_s_e2el_ms"] < found["mean_e2el_ms"] * 1.05
     assert found["mean_input_len"] > 0, "second turns hit the prefix cache"
-    assert "ttft ms" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "ttft ms" in shown
+    rows, _, legend = shown.partition("\np99: ")
+    explained = {line.split()[0] for line in legend.splitlines()[1:]}
+    assert explained == {"ttft", "tpot", "itl", "e2el", "s_decode"} | {
+        line.split()[0] for line in rows.splitlines() if line.startswith(("s_", "in", "output_"))
+    }
 
 
 def test_failures_are_counted_and_named(server: Server, capsys) -> None:
