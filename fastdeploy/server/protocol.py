@@ -67,6 +67,7 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     include_usage: bool = True
     continuous_usage_stats: bool = False
+    include_obfuscation: bool | None = None  # there is none
 
 
 class Addressed(BaseModel):
