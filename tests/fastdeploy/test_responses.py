@@ -135,6 +135,15 @@ def test_what_belongs_to_another_key_does_not_exist(client: OpenAI, stranger: Op
         client.responses.retrieve(unstored.id)
 
 
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "f"}, "banana"])
+def test_a_choice_of_tools_that_are_not_there_is_refused(client: OpenAI, choice: Any) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        create(client, input="x", max_output_tokens=1, tool_choice=choice)
+    assert caught.value.param == "tool_choice"
+    for choice in ("auto", "none"):
+        create(client, input="x", max_output_tokens=1, tool_choice=choice)
+
+
 def test_a_background_response_is_polled_followed_and_cancelled(client: OpenAI) -> None:
     fields: dict[str, Any] = {"input": "Hello", "background": True}
     endless = {"extra_body": {"ignore_eos": True}}
