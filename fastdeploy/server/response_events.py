@@ -38,10 +38,10 @@ class ResponseWriter:
 
     async def events(self, chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[Event]:
         """Everything from the first event to the last one."""
+        yield self._event("response.created", response=self._snapshot())
         if self.response["background"]:
             yield self._event("response.queued", response=self._snapshot())
         self.response["status"] = "in_progress"
-        yield self._event("response.created", response=self._snapshot())
         yield self._event("response.in_progress", response=self._snapshot())
         async for chunk in chunks:
             for event in self._push(chunk):
