@@ -59,7 +59,8 @@ class ResponseWriter:
             logprobs = (choice.get("logprobs") or {}).get("content") or []
             if delta.get("reasoning_content"):
                 yield from self._text("reasoning", delta["reasoning_content"], [])
-            if delta.get("content") or (logprobs and not delta.get("tool_calls")):
+            goes_on = self.item is not None and self.item["type"] == "message"
+            if delta.get("content") or (logprobs and (goes_on or not delta.get("tool_calls"))):
                 yield from self._text("message", delta.get("content") or "", logprobs)
             for call in delta.get("tool_calls") or ():
                 yield from self._call(call)

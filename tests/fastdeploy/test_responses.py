@@ -340,6 +340,30 @@ def test_thoughts_text_and_calls_are_items_of_their_own() -> None:
     assert deltas == ['{"x"', ": 1}", "{}"]
 
 
+def test_the_last_token_before_a_call_keeps_its_log_probability() -> None:
+    """It wrote a line break too, and so is certain only when the call is."""
+
+    def chunk(token: str, **delta: Any) -> dict[str, Any]:
+        content = [{"token": token, "logprob": -1.0, "bytes": [], "top_logprobs": []}]
+        choice = {"delta": delta, "finish_reason": None, "logprobs": {"content": content}}
+        return {"choices": [choice]}
+
+    call = {"index": 0, "id": "a", "function": {"name": "f", "arguments": "{}"}}
+
+    async def events() -> list[Any]:
+        async def chunks() -> AsyncIterator[dict[str, Any]]:
+            yield chunk("Look", content="Look.")
+            yield chunk(".\n", tool_calls=[call])
+
+        return [event async for event in writer.events(chunks())]
+
+    writer = ResponseWriter({"output": [], "background": False})
+    last = asyncio.run(events())[-1]["response"]
+    assert [item["type"] for item in last["output"]] == ["message", "function_call"]
+    (part,) = last["output"][0]["content"]
+    assert [one["token"] for one in part["logprobs"]] == ["Look", ".\n"]
+
+
 def test_the_store_forgets_the_oldest_that_have_ended(monkeypatch) -> None:
     monkeypatch.setattr(response_store, "MAX_RESPONSES", 3)
     monkeypatch.setattr(response_store, "MAX_BYTES", 1000)
