@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
 import json
 
@@ -79,6 +80,31 @@ def test_a_stream_that_is_left_gives_everything_back(llm: LLM) -> None:
     next(stream)
     assert llm.engine.stats().num_running == 3
     stream.close()  # the fixture looks at what is left
+
+
+@pytest.mark.parametrize("place", ["runner.run", "pooler"])
+def test_a_stream_that_is_collected_during_a_step_harms_no_other_call(llm: LLM, place: str) -> None:
+    expected = llm.generate("Prices rose", GREEDY)[0].outputs.token_ids
+    owner, name = (llm.engine.runner, "run") if place == "runner.run" else (llm.engine, place)
+    work = getattr(owner, name)
+
+    def collecting(*arguments: object) -> object:
+        gc.collect()
+        return work(*arguments)
+
+    gc.disable()
+    try:
+        holder: dict[str, object] = {"stream": llm.generate([PROMPT] * 2, GREEDY, stream=True)}
+        holder["itself"] = holder
+        next(holder["stream"])
+        del holder
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(owner, name, collecting)
+            (out,) = llm.generate("Prices rose", GREEDY)
+    finally:
+        gc.enable()
+    assert out.outputs.token_ids == expected
+    assert not llm.engine.requests
 
 
 def test_what_an_output_says_of_its_times_adds_up(llm: LLM) -> None:
