@@ -305,6 +305,23 @@ def test_an_interrupted_step_leaves_nothing_wrong_in_the_cache(llm: LLM, place: 
     assert rest.outputs.token_ids == expected[0], "what was open has gone on"
 
 
+@pytest.mark.parametrize("most", [2, 24])
+def test_tokens_of_a_step_whose_drafts_fail_are_told_by_the_next(llm: LLM, most: int) -> None:
+    params = dataclasses.replace(GREEDY, max_tokens=most)
+    expected = llm.generate(PROMPT, params)[0].outputs
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    stream = llm.generate(PROMPT, params, stream=True)
+    first = next(stream)
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(llm.engine, "drafter", interrupted)
+        llm.generate("Prices rose", GREEDY)
+    assert len(llm.engine.news) == 1
+    assert merged([first, *stream])[0].outputs == expected
+
+
 def test_max_tokens_is_lowered_to_what_fits(llm: LLM) -> None:
     ids = [5] * 250
     for most in (None, 100, 2**31):
