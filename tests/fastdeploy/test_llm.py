@@ -305,6 +305,23 @@ def test_an_interrupted_step_leaves_nothing_wrong_in_the_cache(llm: LLM, place: 
     assert rest.outputs.token_ids == expected[0], "what was open has gone on"
 
 
+def test_penalties_count_no_token_of_an_interrupted_step(llm: LLM) -> None:
+    params = dataclasses.replace(GREEDY, frequency_penalty=1.0, repetition_penalty=1.2)
+    expected = llm.generate(PROMPT, params)[0].outputs
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    stream = llm.generate(PROMPT, params, stream=True)
+    pieces = [next(stream)]
+    for _ in range(3):
+        with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(llm.engine, "pooler", interrupted)
+            llm.generate("Prices rose", GREEDY)
+        pieces.append(next(stream))
+    assert merged([*pieces, *stream])[0].outputs == expected
+
+
 @pytest.mark.parametrize("most", [2, 24])
 def test_tokens_of_a_step_whose_drafts_fail_are_told_by_the_next(llm: LLM, most: int) -> None:
     params = dataclasses.replace(GREEDY, max_tokens=most)
