@@ -120,7 +120,7 @@ async def run(batch: Batch, lines: list[tuple[str, Any]], address: str) -> int:
         sys.stderr.write(f"{part} has {done} of {len(lines)} answers; going on\n")
     client = Client(address, batch.api_key)
     queue = iter(missing)
-    with part.open("a", encoding="utf-8") as file:
+    with part.open("a", encoding="utf-8", errors="backslashreplace") as file:  # as JSON escapes
 
         async def work() -> None:
             for name, entry in queue:  # shared: each takes the next

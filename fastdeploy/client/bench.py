@@ -87,6 +87,7 @@ class ServeBench:
 
     def __post_init__(self) -> None:
         check_bounds(self)
+        percentiles_of(self.metric_percentiles)
         if not self.request_rate > 0:
             raise ConfigError(f"request_rate={self.request_rate}; it takes more than 0, or inf")
         if unknown := set(self.metrics) - {"ttft", "tpot", "itl", "e2el"}:
@@ -100,7 +101,7 @@ class ServeBench:
 
     @property
     def percentiles(self) -> list[float]:
-        return [float(p) for p in self.metric_percentiles.split(",")]
+        return percentiles_of(self.metric_percentiles)
 
     def talks(self, count: int, seed: int) -> list[Talk]:
         """Raises ConfigError."""
@@ -119,6 +120,19 @@ class ServeBench:
             return random_talks(count, self.num_turns, lengths, seed)
         text = shipped_text() if self.dataset_path is None else _text_of(Path(self.dataset_path))
         return text_talks(text, count, self.num_turns, lengths, seed)
+
+
+def percentiles_of(text: str) -> list[float]:
+    """Raises ConfigError for what is no list of them."""
+    try:
+        found = [float(p) for p in text.split(",")]
+    except ValueError:
+        found = [math.nan]
+    if not all(0 <= p <= 100 for p in found):
+        raise ConfigError(
+            f"metric_percentiles={text!r}; it takes numbers from 0 to 100, separated by commas"
+        )
+    return found
 
 
 @dataclass(slots=True)
@@ -349,8 +363,26 @@ def server_means(before: dict[str, float], after: dict[str, float]) -> dict[str,
     return means
 
 
+# What the rows of the table are, for who reads one for the first time.
+LEGEND = {
+    "ttft": "time to first token: from the request to the first text of its answer",
+    "tpot": "time per output token: of an answer after its first, on average",
+    "itl": "inter-token latency: between two events of a stream with text",
+    "e2el": "end-to-end latency: from the request to the last text of its answer",
+    "s_decode": "tokens a second of an answer after its first",
+    "input_len": "tokens of a prompt that were found in the cache",
+    "s_input_len": "all tokens of a prompt",
+    "output_len": "tokens of an answer",
+    "s_queue": "mean wait for a place, as the server measured it",
+    "s_ttft": "mean from that place to the first token, as the server measured it",
+    "s_itl": "mean of a token after the first, as the server measured it",
+    "s_e2el": "mean from that place to the last token, as the server measured it",
+}
+COLUMNS = "p99: 99 % of the values are at most this; median: half of them; std: how far they spread"
+
+
 def table(result: dict[str, Any], metrics: list[str], percentiles: list[float]) -> str:
-    """The figures for a reader."""
+    """The figures for a reader, and what they are."""
     lines = [
         f"{result['completed']} requests in {result['duration']:.2f} s, {result['failed']} failed",
         f"{'requests a second':<28}{result['request_throughput']:>12.2f}",
@@ -369,6 +401,9 @@ def table(result: dict[str, Any], metrics: list[str], percentiles: list[float]) 
     for short in SERVER_TIMES:
         if f"mean_{short}_ms" in result:
             lines.append(f"{short + ' ms':<16}{result[f'mean_{short}_ms']:>10.2f}")
+    shown = [name for name in LEGEND if {f"mean_{name}", f"mean_{name}_ms"} & result.keys()]
+    if shown:
+        lines += ["", COLUMNS, *(f"{name:<16}{LEGEND[name]}" for name in shown)]
     return "\n".join(lines) + "\n"
 
 

@@ -124,7 +124,8 @@ class Client:
 
     async def _ask(self, method: str, path: str, body: Any) -> tuple[_Head, _Connection]:
         """Send a request and read the head of a good answer."""
-        content = b"" if body is None else json.dumps(body, ensure_ascii=False).encode()
+        sent = "" if body is None else json.dumps(body, ensure_ascii=False)
+        content = sent.encode(errors="backslashreplace")  # half characters as JSON escapes them
         kind = "Content-Type: application/json\r\n" if body is not None else ""
         request = f"{method} {self.prefix}{path} HTTP/1.1\r\n{self.fixed}{kind}"
         message = f"{request}Content-Length: {len(content)}\r\n\r\n".encode() + content

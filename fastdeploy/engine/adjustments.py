@@ -45,10 +45,15 @@ class Notes:
         self.banned = torch.tensor(sorted(request.banned_ids), dtype=torch.int64)
         self.runs = request.banned_runs
         self.stops = torch.tensor(sorted(request.stop_ids), dtype=torch.int64)
-        for token in request.token_ids[request.num_prompt :]:
-            self.add(token)
+        self.num_read = request.num_prompt  # tokens of the text that are in the notes
 
-    def add(self, token: int) -> None:
+    def _follow(self, token_ids: Sequence[int]) -> None:
+        """Take note of the tokens that have become known since the last call."""
+        for token in token_ids[self.num_read :]:
+            self._add(token)
+        self.num_read = len(token_ids)
+
+    def _add(self, token: int) -> None:
         slot = self.slot_by_token.setdefault(token, len(self.slot_by_token))
         self.seen[slot] = token
         self.generated[slot] += 1
@@ -60,11 +65,12 @@ class Notes:
         of the flat logits, and of those after each draft as if it and the ones before it had been
         generated.
         """
+        self._follow(request.token_ids)
         num_seen = len(self.slot_by_token)
         ends = [*request.token_ids[request.num_prompt :], *draft_ids] if self.runs else []
         for i in range(len(draft_ids) + 1):
             if i:
-                self.add(draft_ids[i - 1])
+                self._add(draft_ids[i - 1])
             begin = first_place + i * lists.vocab_size
             self._write_row(lists, begin, may_stop=request.may_stop(i))
             banned = self._run_ends(ends[: request.num_output + i])

@@ -24,6 +24,7 @@ Legend: R rows of the step's logits, r rows with a mask, V vocabulary, W words o
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass
@@ -72,6 +73,11 @@ class Constraint:
         self.is_open = tags is not None and tags.leave_open(prompt_ids)  # within a thought
         self.banned_ends, self.ends = tuple(banned_ends), tuple(ends)
         self.most_s = self.balance_s = most_s
+        self.is_left = False  # work on it was left behind: nobody may touch it any more
+        # Of the answer's tokens, by their numbers: those that the matcher has, and the newest
+        # one of the thought.
+        self.consumed: list[int] = []
+        self.last_thought = 0
 
     @property
     def is_complete(self) -> bool:
@@ -79,11 +85,17 @@ class Constraint:
         return not self.is_open and self.matcher.is_accepting()
 
     def fill(
-        self, masks_nW: np.ndarray, draft_ids: Sequence[int], forced: Sequence[int | None]
+        self,
+        masks_nW: np.ndarray,
+        draft_ids: Sequence[int],
+        num_output: int,
+        forced: Sequence[int | None],
     ) -> None:
-        """Set the bits of the tokens that may follow the known ones, and those that may follow
-        each draft; rows are given with all bits set. `forced`: see `Request.forced_ids`.
+        """Set the bits of the tokens that may follow the known ones, of which `num_output` are the
+        answer's, and those that may follow each draft; rows are given with all bits set. `forced`:
+        see `Request.forced_ids`.
         """
+        self._return_to(num_output)
         num_consumed, is_open = 0, self.is_open
         for i, mask_W in enumerate(masks_nW):
             if is_open:
@@ -112,9 +124,11 @@ class Constraint:
         for count, (token, must) in enumerate(zip(tokens, forced), num_output + 1):
             if self.is_open:
                 self.is_open = self._stays_open(token)
+                self.last_thought = count
             elif must is None:
                 if not self.matcher.try_consume_tokens([token]):
                     return End(count, "error", why_stuck(self.matcher))
+                self.consumed.append(count)
                 if self.matcher.is_stopped():
                     return End(count, "complete")
         return None
@@ -122,6 +136,16 @@ class Constraint:
     def pay(self, seconds: float) -> None:
         """Take what its work has cost off the balance."""
         self.balance_s = min(self.balance_s - seconds + REFILL_S, self.most_s)
+
+    def _return_to(self, num_output: int) -> None:
+        """Forget tokens that it was moved on by and that did not become known: their step has
+        failed.
+        """
+        num_kept = bisect_right(self.consumed, num_output)
+        if num_kept < len(self.consumed):
+            self.matcher.rollback(len(self.consumed) - num_kept)
+            del self.consumed[num_kept:]
+        self.is_open |= self.last_thought > num_output
 
     def _fill(self, mask_W: np.ndarray) -> None:
         self.matcher.unsafe_compute_mask_ptr(mask_W.ctypes.data, mask_W.nbytes)
@@ -154,6 +178,7 @@ class Held:
         token.
         """
         if result is None:
+            self.constraint.is_left = True
             self.request.end = End(self.request.num_output + 1, "error", TOO_SLOW)
         else:
             self.constraint.pay(result.seconds)
@@ -172,7 +197,11 @@ class Filled:
             [
                 Job(
                     partial(
-                        one.constraint.fill, self.masks_rW[one.rows], one.draft_ids, one.forced
+                        one.constraint.fill,
+                        self.masks_rW[one.rows],
+                        one.draft_ids,
+                        one.request.num_output,
+                        one.forced,
                     ),
                     one.constraint.balance_s,
                 )
@@ -195,7 +224,7 @@ class Filled:
 
     def take(self, tokens_by_request: Mapping[Request, Sequence[int]]) -> None:
         """Move the constraints on by what was chosen."""
-        going = [one for one in self.held if one.request.end is None]
+        going = [one for one in self.held if not one.constraint.is_left]
         jobs = [
             Job(
                 partial(
@@ -232,7 +261,7 @@ class Masks:
             if part.chooses:
                 end = row + len(part.draft_ids) + 1
                 request, constraint = part.request, part.request.constraint
-                if constraint is not None:
+                if constraint is not None and not constraint.is_left:
                     place = slice(len(rows), len(rows) + end - row)
                     forced = request.forced_ids(part.draft_ids)
                     held.append(Held(request, constraint, part.draft_ids, forced, place))

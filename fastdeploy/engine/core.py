@@ -88,7 +88,9 @@ class Engine:
         self.grammars, self.masks = grammars, Masks(self.vocab_size)
         most_s = config.guided_decoding_max_stall_ms / 1000
         self.compiling = Compiling(grammars, think_tags, self.eos_ids, most_s)
-        self.news: list[TokenOutput] = []  # aborts that the next step reports
+        self.news: list[TokenOutput] = []  # what the next step reports before it computes anything
+        self.is_stepping = False
+        self.late_aborts: list[str] = []  # of requests, for the end of the step
         self.paused = self.asleep = False
         self.host_copy: HostCopy | None = None
         self.seeds = random.Random(config.seed)
@@ -166,7 +168,14 @@ class Engine:
         return self.seeds.getrandbits(59)
 
     def abort(self, request_id: str) -> None:
-        """Forget a request and free what it holds; nothing happens if it has ended already."""
+        """Forget a request and free what it holds; nothing happens if it has ended already.
+
+        Within a step it waits for the end of it: Python may close a stream that nobody holds any
+        more at any time, also in the midst of the engine's work.
+        """
+        if self.is_stepping:
+            self.late_aborts.append(request_id)
+            return
         request = self.requests.pop(request_id, None)
         if request is not None and not self.compiling.forget(request):
             self.scheduler.finish(request)
@@ -188,12 +197,21 @@ class Engine:
 
         After any other error nothing is cached any more, and open requests are computed again.
         """
+        self.is_stepping = True
+        try:
+            return self._step()
+        finally:
+            self.is_stepping = False
+            late, self.late_aborts = self.late_aborts, []
+            for request_id in late:
+                self.abort(request_id)
+
+    def _step(self) -> list[TokenOutput]:
         if not self.news:
             self._refuse_while_resting()
             self._queue_compiled()
         if self.news or not self.scheduler.has_work:
-            outputs, self.news = self.news, []
-            return outputs
+            return self._told()
         try:
             return self._compute()
         except BaseException:  # Ctrl-C too
@@ -210,13 +228,18 @@ class Engine:
         tokens = [[choice.token for choice in some] for some in choices]
         pooled = self.pooler(schedule.parts)
         grown = self.scheduler.update(schedule, tokens)
+        # The tokens are known now and are told in any case: by the next step if this one fails.
+        self.news = self._report(grown, choices) + self._report_pooled(pooled)
         if self.drafter is not None:
             with on(self.device):
                 self.drafter(schedule)
-        reports = self._report(grown, choices) + self._report_pooled(pooled)
         if self.adapters.leaving:
             self.adapters.let_go()
-        return reports
+        return self._told()
+
+    def _told(self) -> list[TokenOutput]:
+        outputs, self.news = self.news, []
+        return outputs
 
     def _queue_compiled(self) -> None:
         if not self.compiling.futures:

@@ -118,7 +118,7 @@ class Request:
         self.constraint: Constraint | None = None  # given before it is queued, if it has a form
         self.end: End | None = None  # once it is known
         self.early_stop = early_stop
-        self.num_sure = 0  # newest tokens in a row of which the model was sure
+        self.last_unsure = 0  # number of the newest token of which the model was not sure
         self.repeats_at: int | None = None  # generated tokens, and the text ends
         stops = frozenset(params.stop_token_ids or ())
         self.stop_ids = stops if params.ignore_eos else stops | frozenset(eos_ids)
@@ -186,14 +186,16 @@ class Request:
         return self.thinking.forced(self.token_ids, draft_ids)
 
     def watch(self, logprobs: Sequence[float | None]) -> None:
-        """Take note of how likely the tokens were that are going to be known, for early stops."""
+        """Take note of how likely the tokens were that are going to be known, for early stops. They
+        may be watched again, where the step that chose them has failed.
+        """
         early_stop = self.early_stop
         assert early_stop is not None, "nobody wants to know"
         for num_output, logprob in enumerate(logprobs, self.num_output + 1):
             assert logprob is not None, "see `wants_logprob`"
-            is_sure = logprob > math.log(early_stop.threshold)
-            self.num_sure = self.num_sure + 1 if is_sure else 0
-            is_over = self.num_sure >= early_stop.window_size
+            if logprob <= math.log(early_stop.threshold):
+                self.last_unsure = num_output
+            is_over = num_output - self.last_unsure >= early_stop.window_size
             if is_over and num_output >= self.params.min_tokens:
                 self.repeats_at = num_output
                 return

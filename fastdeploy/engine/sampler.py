@@ -146,10 +146,6 @@ class Sampler:
                 num_kept += 1
             accepted.append(choices[row : row + num_kept])
             row += len(part.draft_ids) + 1
-            notes = part.request.sampler_notes
-            if notes is not None:
-                for choice in accepted[-1]:
-                    notes.add(choice.token)
             if part.request.early_stop is not None:
                 part.request.watch([choice.logprob for choice in accepted[-1]])
         return accepted

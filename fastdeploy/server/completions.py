@@ -103,9 +103,16 @@ class Described:
     def add(self, token: int, text: str, entry: TokenLogprobs | None, num_top: int) -> None:
         """One token; `entry` is None for the first one of an echoed prompt."""
         own = None if entry is None else next(iter(entry.values())).logprob
-        best = None if entry is None else likeliest(entry, num_top)
-        top = best and {self.name_of(i, value.decoded_token): value.logprob for i, value in best}
+        top = None if entry is None else self._top(entry, num_top)
         name = self.name_of(token, text)
         for column, value in zip(self.columns.values(), (name, own, top, self.length.num)):
             column.append(value)
         self.length.add(token)
+
+    def _top(self, entry: TokenLogprobs, num_top: int) -> dict[str, float]:
+        """The likeliest tokens and the token itself by name; of equal ones the likeliest counts."""
+        own = next(iter(entry.items()))
+        top: dict[str, float] = {}
+        for token, value in (*likeliest(entry, num_top), own):
+            top.setdefault(self.name_of(token, value.decoded_token), value.logprob)
+        return top

@@ -67,6 +67,7 @@ class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid")
     include_usage: bool = True
     continuous_usage_stats: bool = False
+    include_obfuscation: bool | None = None  # there is none
 
 
 class Addressed(BaseModel):
@@ -227,7 +228,8 @@ Kind = TypeVar("Kind", bound=BaseModel)
 def read_json(body: bytes) -> dict[str, Any]:
     """A JSON object. Refuses what JSON does not have (NaN, Infinity) and what cannot be text."""
     try:
-        value = json.loads(body, parse_constant=_refuse_constant, parse_float=_finite)
+        text = body.decode("utf-8-sig")  # which has no half characters but as escapes
+        value = json.loads(text, parse_constant=_refuse_constant, parse_float=_finite)
         if b"\\u" in body:
             json.dumps(value, ensure_ascii=False).encode()  # fails on half a surrogate pair
     except RecursionError:

@@ -70,6 +70,7 @@ class Reply(ABC):
         self.num_generated = [0] * answer.num_choices  # tokens of each sample
         self.num_cached = [0] * len(answer.prompts)
         self.prompt_logprobs: dict[int, list[TokenLogprobs | None]] = {}  # by prompt
+        self.described: dict[int, list[Any]] = {}  # the same as its choices have it
 
     async def whole(self) -> dict[str, Any]:
         pieces: list[list[CompletionOutput]] = [[] for _ in self.num_generated]
@@ -155,14 +156,15 @@ class Reply(ABC):
         }
 
     def scores(self, choice: int) -> dict[str, Any]:
-        fields: dict[str, Any] = {}
-        count = self.body.prompt_logprobs
-        if count is not None:
-            fields["prompt_logprobs"] = [
+        count, prompt = self.body.prompt_logprobs, choice // self.context.n
+        if count is None:
+            return {}
+        if prompt not in self.described:
+            self.described[prompt] = [
                 entry and {token: asdict(value) for token, value in narrowed(entry, count).items()}
-                for entry in self.prompt_logprobs[choice // self.context.n]
+                for entry in self.prompt_logprobs[prompt]
             ]
-        return fields
+        return {"prompt_logprobs": self.described[prompt]}
 
     def name_of(self, token: int, text: str | None) -> str:
         """How log-probabilities call a token."""

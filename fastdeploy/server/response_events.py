@@ -38,10 +38,10 @@ class ResponseWriter:
 
     async def events(self, chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[Event]:
         """Everything from the first event to the last one."""
+        yield self._event("response.created", response=self._snapshot())
         if self.response["background"]:
             yield self._event("response.queued", response=self._snapshot())
         self.response["status"] = "in_progress"
-        yield self._event("response.created", response=self._snapshot())
         yield self._event("response.in_progress", response=self._snapshot())
         async for chunk in chunks:
             for event in self._push(chunk):
@@ -59,7 +59,8 @@ class ResponseWriter:
             logprobs = (choice.get("logprobs") or {}).get("content") or []
             if delta.get("reasoning_content"):
                 yield from self._text("reasoning", delta["reasoning_content"], [])
-            if delta.get("content") or (logprobs and not delta.get("tool_calls")):
+            goes_on = self.item is not None and self.item["type"] == "message"
+            if delta.get("content") or (logprobs and (goes_on or not delta.get("tool_calls"))):
                 yield from self._text("message", delta.get("content") or "", logprobs)
             for call in delta.get("tool_calls") or ():
                 yield from self._call(call)

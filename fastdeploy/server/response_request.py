@@ -150,13 +150,13 @@ def _chat(body: ResponseRequest, messages: list[dict[str, Any]]) -> ChatRequest:
         "max_completion_tokens": body.max_output_tokens,
         "temperature": body.temperature,
         "top_p": body.top_p,
+        "tool_choice": _tool_choice(body.tool_choice),
     }
     if body.top_logprobs or LOGPROBS in (body.include or ()):
         values |= {"logprobs": True, "top_logprobs": body.top_logprobs}
     if body.tools:
         values |= {"tools": [_tool(tool) for tool in body.tools]}
         values |= {"parallel_tool_calls": body.parallel_tool_calls}
-        values |= {"tool_choice": _tool_choice(body.tool_choice)}
     if body.text is not None and body.text.format is not None:
         values["response_format"] = _response_format(body.text.format)
     if body.text is not None and body.text.verbosity is not None:

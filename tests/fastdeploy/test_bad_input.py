@@ -157,6 +157,15 @@ def test_half_a_character_is_refused(http: TestClient, path: str, half: str) -> 
         assert "surrogate" in error_of(http.post(path, content=body))["message"]
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-32"])
+def test_half_a_character_in_bytes_is_refused(http: TestClient, encoding: str) -> None:
+    for path, field in ((TEXT, "prompt"), ("/v1/responses", "input")):
+        text = f'{{"{field}": "a", "stop": "\ud800", "instructions": "\ud800"}}'
+        body = text.encode(encoding, "surrogatepass")
+        assert "not UTF-8" in error_of(http.post(path, content=body))["message"]
+    assert http.post("/tokenize", content='\ufeff{"prompt": "a"}'.encode()).status_code == 200
+
+
 def test_a_million_emoji_are_refused_for_their_length(http: TestClient) -> None:
     error = error_of(http.post(TEXT, json={"prompt": "\U0001f600" * 10**6}))
     assert error["param"] == "prompt" and "max_model_len" in error["message"]

@@ -165,7 +165,13 @@ def test_a_run_on_the_real_server(server: Server, tmp_path: Path, capsys) -> Non
     assert found["mean_s_ttft_ms"] < found["mean_ttft_ms"]
     assert found["mean_s_e2el_ms"] < found["mean_e2el_ms"] * 1.05
     assert found["mean_input_len"] > 0, "second turns hit the prefix cache"
-    assert "ttft ms" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "ttft ms" in shown
+    rows, _, legend = shown.partition("\np99: ")
+    explained = {line.split()[0] for line in legend.splitlines()[1:]}
+    assert explained == {"ttft", "tpot", "itl", "e2el", "s_decode"} | {
+        line.split()[0] for line in rows.splitlines() if line.startswith(("s_", "in", "output_"))
+    }
 
 
 def test_failures_are_counted_and_named(server: Server, capsys) -> None:
@@ -182,6 +188,9 @@ def test_failures_are_counted_and_named(server: Server, capsys) -> None:
         (["--request-rate", "0"], "request_rate=0.0"),
         (["--num-prompts", "0"], "num_prompts=0"),
         (["--percentile-metrics", "ttft,foo"], "'foo'"),
+        (["--metric-percentiles", "50,p99"], "metric_percentiles='50,p99'"),
+        (["--metric-percentiles", "101"], "from 0 to 100"),
+        (["--metric-percentiles", "nan"], "from 0 to 100"),
         (["--base-url", "localhost:8000"], "is no address"),
         (["--base-url", "http://127.0.0.1:1"], "no server answers"),
         (["--random-range-ratio", "1"], "random_range_ratio=1.0"),

@@ -425,6 +425,35 @@ def test_thoughts_are_free_and_the_form_begins_behind_them(tmp_path: Path) -> No
     assert tokenizer.decode(one.token_ids) in choices
 
 
+@pytest.mark.parametrize("thinks", [False, True])
+def test_an_interrupted_step_moves_no_form_on(tmp_path: Path, thinks: bool) -> None:
+    folder = helpers_tokenizer.sentencepiece_folder(tmp_path / "thinker", thinking=True)
+    tokenizer = Tokenizer.from_folder(folder)
+    config = dataclasses.replace(TINY["tiny-dense"], vocab_size=tokenizer.vocab_size)
+    model = ErnieModel(config, dtype=torch.float32)
+    model.init_weights(seed=3, std=0.3)
+    model.tokenizer = tokenizer
+    llm = LLM(model, dtype="float32", max_model_len=128, block_size=8)
+    start = tokenizer.id_of("<think>")
+    prompt = [*tokenizer.encode("Hello!"), *([start] if thinks else [])]
+    params = held(regex="[a-c]{6}(yes|no)[x-z]{5}", reasoning_max_tokens=3)
+    (expected,) = llm.generate(prompt, params)[0].outputs
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    pooler, tokens, reason = llm.engine.pooler, [], None
+    for (piece,) in llm.generate(prompt, params, stream=True):
+        tokens += piece.outputs[0].token_ids
+        reason = piece.outputs[0].finish_reason
+        llm.engine.pooler = interrupted
+        if reason is None:
+            with pytest.raises(KeyboardInterrupt):
+                llm.generate("Hello!", held(max_tokens=1, regex="a"))
+        llm.engine.pooler = pooler
+    assert (tokens, reason) == (expected.token_ids, "stop")
+
+
 def test_switched_off_or_not_installed_is_said(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib
 import json
 
@@ -79,6 +80,31 @@ def test_a_stream_that_is_left_gives_everything_back(llm: LLM) -> None:
     next(stream)
     assert llm.engine.stats().num_running == 3
     stream.close()  # the fixture looks at what is left
+
+
+@pytest.mark.parametrize("place", ["runner.run", "pooler"])
+def test_a_stream_that_is_collected_during_a_step_harms_no_other_call(llm: LLM, place: str) -> None:
+    expected = llm.generate("Prices rose", GREEDY)[0].outputs.token_ids
+    owner, name = (llm.engine.runner, "run") if place == "runner.run" else (llm.engine, place)
+    work = getattr(owner, name)
+
+    def collecting(*arguments: object) -> object:
+        gc.collect()
+        return work(*arguments)
+
+    gc.disable()
+    try:
+        holder: dict[str, object] = {"stream": llm.generate([PROMPT] * 2, GREEDY, stream=True)}
+        holder["itself"] = holder
+        next(holder["stream"])
+        del holder
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(owner, name, collecting)
+            (out,) = llm.generate("Prices rose", GREEDY)
+    finally:
+        gc.enable()
+    assert out.outputs.token_ids == expected
+    assert not llm.engine.requests
 
 
 def test_what_an_output_says_of_its_times_adds_up(llm: LLM) -> None:
@@ -277,6 +303,40 @@ def test_an_interrupted_step_leaves_nothing_wrong_in_the_cache(llm: LLM, place: 
     assert (again.num_cached_tokens, again.outputs.token_ids) == (0, expected[1])
     rest = merged([[first], *stream])[0]
     assert rest.outputs.token_ids == expected[0], "what was open has gone on"
+
+
+def test_penalties_count_no_token_of_an_interrupted_step(llm: LLM) -> None:
+    params = dataclasses.replace(GREEDY, frequency_penalty=1.0, repetition_penalty=1.2)
+    expected = llm.generate(PROMPT, params)[0].outputs
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    stream = llm.generate(PROMPT, params, stream=True)
+    pieces = [next(stream)]
+    for _ in range(3):
+        with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+            patched.setattr(llm.engine, "pooler", interrupted)
+            llm.generate("Prices rose", GREEDY)
+        pieces.append(next(stream))
+    assert merged([*pieces, *stream])[0].outputs == expected
+
+
+@pytest.mark.parametrize("most", [2, 24])
+def test_tokens_of_a_step_whose_drafts_fail_are_told_by_the_next(llm: LLM, most: int) -> None:
+    params = dataclasses.replace(GREEDY, max_tokens=most)
+    expected = llm.generate(PROMPT, params)[0].outputs
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    stream = llm.generate(PROMPT, params, stream=True)
+    first = next(stream)
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(llm.engine, "drafter", interrupted)
+        llm.generate("Prices rose", GREEDY)
+    assert len(llm.engine.news) == 1
+    assert merged([first, *stream])[0].outputs == expected
 
 
 def test_max_tokens_is_lowered_to_what_fits(llm: LLM) -> None:

@@ -37,6 +37,17 @@ def test_chat_with_samples_and_logprobs(client: OpenAI) -> None:
     assert all(len(t.top_logprobs) == 2 for c in answer.choices for t in c.logprobs.content)
 
 
+def test_all_stream_options_of_the_client_are_taken(client: OpenAI) -> None:
+    options: Any = {"include_usage": True, "include_obfuscation": False}
+    fields: dict[str, Any] = {"model": "m", "max_tokens": 2, "stream": True}
+    fields["stream_options"] = options
+    for stream in (
+        client.chat.completions.create(messages=HELLO, **fields),
+        client.completions.create(prompt="Hello", **fields),
+    ):
+        assert list(stream)[-1].usage is not None
+
+
 def test_the_stream_helper_puts_the_answer_together(client: OpenAI) -> None:
     settings: dict[str, Any] = {"model": "m", "messages": HELLO, "max_tokens": 9, "temperature": 0}
     text = client.chat.completions.create(**settings).choices[0].message.content

@@ -98,6 +98,23 @@ def test_a_text_that_repeats_itself_is_ended(folder, threshold: float) -> None:
     assert one.text == llm.tokenizer.decode(one.token_ids, skip_special=True)
 
 
+def test_tokens_of_an_interrupted_step_count_once_for_an_early_stop(folder) -> None:
+    config = {"window_size": 5, "threshold": 1e-9}
+    llm = LLM(str(folder), dtype="float32", max_model_len=64, early_stop_config=config)
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    stream = llm.generate(PROMPT, GREEDY, stream=True)
+    (first,) = next(stream)
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(llm.engine, "pooler", interrupted)
+        llm.generate("a", GREEDY)
+    for (piece,) in stream:
+        first.add(piece)
+    assert (len(first.outputs.token_ids), first.outputs.stop_reason) == (5, "repetition")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -135,17 +135,34 @@ def test_what_belongs_to_another_key_does_not_exist(client: OpenAI, stranger: Op
         client.responses.retrieve(unstored.id)
 
 
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "f"}, "banana"])
+def test_a_choice_of_tools_that_are_not_there_is_refused(client: OpenAI, choice: Any) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        create(client, input="x", max_output_tokens=1, tool_choice=choice)
+    assert caught.value.param == "tool_choice"
+    for choice in ("auto", "none"):
+        create(client, input="x", max_output_tokens=1, tool_choice=choice)
+
+
 def test_a_background_response_is_polled_followed_and_cancelled(client: OpenAI) -> None:
     fields: dict[str, Any] = {"input": "Hello", "background": True}
     endless = {"extra_body": {"ignore_eos": True}}
     queued = strictly(create(client, **fields, max_output_tokens=6, **endless))
     assert queued.status in ("queued", "in_progress") and queued.background
     events = list(client.responses.retrieve(queued.id, stream=True))
-    assert events[0].type == "response.queued" and events[-1].type == "response.incomplete"
+    assert [event.type.partition(".")[2] for event in events[:3]] == [
+        *("created", "queued", "in_progress")
+    ]
+    assert events[0].response.status == events[1].response.status == "queued"
+    assert events[2].response.status == "in_progress"
+    assert events[-1].type == "response.incomplete"
     rest = list(client.responses.retrieve(queued.id, stream=True, starting_after=3))
     assert [e.sequence_number for e in rest] == list(range(4, len(events)))
     done = client.responses.retrieve(queued.id)
     assert done.status == "incomplete" and done.usage.output_tokens == 6
+    with client.responses.stream(model="m", input="Hello", background=True) as stream:
+        *_, last = stream  # the client's helper wants the order of OpenAI
+    assert last.response.status in ("completed", "incomplete")
     running = create(client, **fields, **endless)
     for _ in range(2):  # the second time it is as it was
         cancelled = strictly(client.responses.cancel(running.id))
@@ -321,6 +338,30 @@ def test_thoughts_text_and_calls_are_items_of_their_own() -> None:
     assert {item.status for item in last.response.output} == {"completed"}
     deltas = [e.delta for e in events if e.type == "response.function_call_arguments.delta"]
     assert deltas == ['{"x"', ": 1}", "{}"]
+
+
+def test_the_last_token_before_a_call_keeps_its_log_probability() -> None:
+    """It wrote a line break too, and so is certain only when the call is."""
+
+    def chunk(token: str, **delta: Any) -> dict[str, Any]:
+        content = [{"token": token, "logprob": -1.0, "bytes": [], "top_logprobs": []}]
+        choice = {"delta": delta, "finish_reason": None, "logprobs": {"content": content}}
+        return {"choices": [choice]}
+
+    call = {"index": 0, "id": "a", "function": {"name": "f", "arguments": "{}"}}
+
+    async def events() -> list[Any]:
+        async def chunks() -> AsyncIterator[dict[str, Any]]:
+            yield chunk("Look", content="Look.")
+            yield chunk(".\n", tool_calls=[call])
+
+        return [event async for event in writer.events(chunks())]
+
+    writer = ResponseWriter({"output": [], "background": False})
+    last = asyncio.run(events())[-1]["response"]
+    assert [item["type"] for item in last["output"]] == ["message", "function_call"]
+    (part,) = last["output"][0]["content"]
+    assert [one["token"] for one in part["logprobs"]] == ["Look", ".\n"]
 
 
 def test_the_store_forgets_the_oldest_that_have_ended(monkeypatch) -> None:

@@ -76,6 +76,21 @@ def test_every_line_is_answered_good_or_bad(server: Server, tmp_path: Path) -> N
     assert not list(tmp_path.glob("*.part"))
 
 
+def test_half_a_character_fails_its_line_alone(server: Server, tmp_path: Path) -> None:
+    lines = [line("good"), line("half", "\ud83d"), line("half \ud83d")]
+    source, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+    command = ["run-batch", "-i", str(source), "-o", str(output), "--base-url", server.url]
+    assert cli.main(command) == 1
+    found = {name: answer["response"] for name, answer in answers(output).items()}
+    assert {name: response["status_code"] for name, response in found.items()} == {
+        "good": 200,
+        "half": 400,
+        "half \ud83d": 200,
+    }
+    assert "surrogate" in found["half"]["body"]["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

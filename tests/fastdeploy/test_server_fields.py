@@ -21,8 +21,10 @@ from fastdeploy.config import EngineConfig, ServerConfig
 from fastdeploy.engine.core import Engine
 from fastdeploy.engine.language import Language
 from fastdeploy.errors import RequestError
-from fastdeploy.outputs import CompletionOutput
+from fastdeploy.outputs import CompletionOutput, Logprob
 from fastdeploy.server import engine as server_engine
+from fastdeploy.server import reply
+from fastdeploy.server.completions import Described, Length
 from fastdeploy.server.engine import Answer, Piece
 
 SETTINGS = {"max_model_len": 64, "block_size": 8, "dtype": "float32"}
@@ -296,3 +298,50 @@ def test_offsets_count_a_character_once_whatever_spells_it(folder: Path, stream:
     assert offsets[len(ids)] == len(text)
     whole = "".join(choice["text"] for choice in choices)
     assert len(text) + 20 < offsets[-1] <= len(whole)
+
+
+def test_the_prompt_is_described_once_however_many_choices_it_has(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    described: list[int] = []
+
+    def counting(entry: Any, count: int) -> Any:
+        described.append(count)
+        return entry
+
+    monkeypatch.setattr(reply, "narrowed", counting)
+    config = EngineConfig(model=str(folder), enable_logprob=True, **SETTINGS)
+    body = {"prompt": [[9, 10, 11], [9, 12]], "max_tokens": 1, "n": 3, "prompt_logprobs": 2}
+    with app_client(config) as session:
+        choices = session.post("/v1/completions", json=body).json()["choices"]
+    assert len(described) == 2 + 1, "each token but the first of each prompt"
+    scores = [choice["prompt_logprobs"] for choice in choices]
+    assert scores[:3] == [scores[0]] * 3 and scores[3:] == [scores[3]] * 3
+    assert [len(one) for one in scores] == [3, 3, 3, 2, 2, 2]
+
+
+def test_the_older_form_of_logprobs_always_lists_the_token_itself(folder: Path) -> None:
+    config = EngineConfig(model=str(folder), enable_logprob=True, **SETTINGS)
+    body = {"prompt": [9, 10, 11], "max_tokens": 8, "seed": 1, "echo": True}
+    with app_client(config) as session:
+        for count in (0, 2):
+            answer = session.post("/v1/completions", json=body | {"logprobs": count}).json()
+            columns = answer["choices"][0]["logprobs"]
+            rows = zip(columns["tokens"], columns["token_logprobs"], columns["top_logprobs"])
+            assert next(rows)[1:] == (None, None)
+            for token, own, top in rows:
+                assert top[token] >= own and 1 <= len(top) <= count + 1
+
+
+def test_of_tokens_with_equal_texts_the_likeliest_is_listed(folder: Path) -> None:
+    tokenizer = Language.read(EngineConfig(model=str(folder), **SETTINGS)).tokenizer
+    assert tokenizer is not None
+    entry = {9: Logprob(-3.0, 3, "x"), 10: Logprob(-1.0, 1, "x"), 11: Logprob(-2.0, 2, "y")}
+    for names, expected in (
+        (lambda _, text: text, {"x": -1.0, "y": -2.0}),
+        (lambda token, _: f"token_id:{token}", {f"token_id:{i}": entry[i].logprob for i in entry}),
+    ):
+        described = Described(Length(tokenizer), names)
+        described.add(9, "x", entry, 2)
+        assert described.columns["top_logprobs"] == [expected]
+        assert described.columns["token_logprobs"] == [-3.0]
