@@ -161,6 +161,8 @@ class LLM:
         the "last" one, cut to its first `dimensions` numbers and then scaled to length 1. See
         `fastdeploy.vectors` for what these are worth.
         """
+        if pooling is None:
+            raise RequestError("pooling=None; use mean or last", param="pooling")
         params = SamplingParams(pooling=pooling)
         items = [self._item(prompt) for prompt in _as_list(prompts)]
         for item, name in zip(items, _loras_of(lora, len(items))):
@@ -382,9 +384,12 @@ class _Call:
         piece = pieces[position]
         if piece is None:
             piece = pieces[position] = self._piece(position, output.metrics, output.num_cached)
-        if piece.outputs and piece.outputs[-1].index == completion.index:  # of the same step
-            completion = CompletionOutput.joined([piece.outputs.pop(), completion])
-        piece.outputs.append(completion)
+        of_sample = [i for i, one in enumerate(piece.outputs) if one.index == completion.index]
+        if of_sample:  # earlier tokens, of this step or of those that another call has run
+            (i,) = of_sample
+            piece.outputs[i] = CompletionOutput.joined([piece.outputs[i], completion])
+        else:
+            piece.outputs.append(completion)
         piece.finished = self.num_open[position] == 0
         if output.error is not None:
             piece.error_code, piece.error_msg = 400, output.error

@@ -12,6 +12,7 @@ import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import Any
 
 from fastdeploy.errors import RequestError
@@ -154,6 +155,10 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         self.stop = [self.stop] if isinstance(self.stop, str) else self.stop
+        for name in INTEGERS:
+            setattr(self, name, plain_id(getattr(self, name)))
+        for name in NUMBERS:
+            setattr(self, name, _plain_number(getattr(self, name)))
         for name in TOKEN_LISTS:
             values = getattr(self, name)
             if isinstance(values, list | tuple):
@@ -178,7 +183,11 @@ class SamplingParams:
                 param="logit_bias",
             )
         try:
-            taken = {int(k): float(v) for k, v in (bias or {}).items()}
+            # Text: what JSON has made of ids.
+            taken = {
+                int(token) if isinstance(token, str) else plain_id(token): float(value)
+                for token, value in (bias or {}).items()
+            }
         except (AttributeError, TypeError, ValueError):
             raise TypeError("logit_bias must map token ids to numbers") from None
         self.logit_bias, self.logits_processors_args = taken or self.logit_bias, None
@@ -295,6 +304,11 @@ def plain_id(value: Any) -> Any:
         return operator.index(value)
     except TypeError:
         return value
+
+
+def _plain_number(value: Any) -> Any:
+    """A real number of any library as Python's; what is none as it is, for the checks to refuse."""
+    return float(value) if isinstance(value, Real) and not isinstance(value, int) else value
 
 
 def _may_be_none(name: str) -> bool:

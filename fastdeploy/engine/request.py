@@ -283,6 +283,13 @@ def check_params(
             "use max_tokens, which bounds the whole answer",
             param="reasoning_max_tokens",
         )
+    most = params.response_max_tokens
+    if most is not None and params.min_tokens > most and not thinks:
+        raise RequestError(
+            f"min_tokens={params.min_tokens} is more than response_max_tokens={most}, and this "
+            "model has no thoughts that would count too",
+            param="min_tokens",
+        )
     for name in ("logprobs", "prompt_logprobs"):
         wanted = getattr(params, name)
         if wanted is None:

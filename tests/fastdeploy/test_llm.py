@@ -75,6 +75,18 @@ def test_a_stream_concatenates_to_the_whole(llm: LLM) -> None:
         assert b.finished
 
 
+def test_samples_that_come_while_another_call_runs_are_one_output_each(llm: LLM) -> None:
+    params = dataclasses.replace(GREEDY, n=2, temperature=1.0, seed=3)
+    (whole,) = llm.generate(PROMPT, params)
+    stream = llm.generate(PROMPT, params, stream=True)
+    pieces = [next(stream)]
+    llm.generate("Prices rose", GREEDY)
+    for piece in stream:
+        assert [one.index for one in piece[0].outputs] in ([0, 1], [0], [1])
+        pieces.append(piece)
+    assert merged(pieces)[0].outputs == whole.outputs
+
+
 def test_a_stream_that_is_left_gives_everything_back(llm: LLM) -> None:
     stream = llm.generate([PROMPT] * 3, GREEDY, stream=True)
     next(stream)
@@ -436,6 +448,7 @@ def test_a_stop_string_that_is_a_special_token_ends_the_text(
         ("x", {"logprobs": -1}, "logprobs=-1 is more than max_logprobs=20"),
         ("x", {"stop_token_ids": [10**6]}, "stop_token_ids has token 1000000"),
         ("x", {"logit_bias": {10**6: 1.0}}, "logit_bias has token 1000000"),
+        ("x", {"min_tokens": 6, "response_max_tokens": 2}, "more than response_max_tokens=2"),
         ({"prompt": "x", "multimodal_data": {"image": [1]}}, {}, "reads text only"),
     ],
 )

@@ -110,3 +110,5 @@ def test_vectors_are_cut_and_then_scaled(llm: LLM) -> None:
         llm.generate("Hello", SamplingParams(pooling="last"))
     with pytest.raises(RequestError, match="use mean or last"):
         llm.embed("Hello", pooling="max")
+    with pytest.raises(RequestError, match="pooling=None; use mean or last"):
+        llm.embed("Hello", pooling=None)

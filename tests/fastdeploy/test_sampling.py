@@ -31,7 +31,9 @@ REFUSED: list[tuple[str, Any]] = [
     *[("stop_token_ids", v) for v in ([-1], [1.5], ["1"], [True], [np.True_], [np.float32(1)], 5)],
     *[("bad_words", v) for v in ([""], [1])],
     *[("bad_words_token_ids", v) for v in ([-1], ["a"])],
-    *[("logit_bias", v) for v in ({-1: 0}, {1: 101}, {1: NAN}, {"a": 1}, [1])],
+    *[("logit_bias", v) for v in ({-1: 0}, {1: 101}, {1: NAN}, {"a": 1}, {5.7: 1}, [1])],
+    *[("seed", v) for v in (np.float32(1), np.True_, np.int64(-1))],
+    *[("temperature", v) for v in (np.float32(-1), np.float64(NAN), np.True_)],
     ("logits_processors_args", {"thinking_budget": 5}),
     *[("best_of", v) for v in (0, 129, 1.5, True)],
     *[("reasoning_max_tokens", v) for v in (0, -1, 1.5, "9")],
@@ -53,6 +55,8 @@ ACCEPTED: list[tuple[str, Any]] = [
     *[("logit_bias", v) for v in ({}, {3: -100}, {3: 100.0}, {np.int64(3): 1}, None)],
     *[("stop_token_ids", v) for v in ([3], [np.int64(3)], [np.uint8(3), 4], [], None)],
     ("bad_words_token_ids", [np.int32(3)]),
+    *[("seed", v) for v in (np.int64(3), np.uint8(3))],
+    *[("temperature", v) for v in (np.float32(0.5), np.float64(0.5), np.int64(1))],
 ]
 
 
@@ -68,7 +72,8 @@ def test_a_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
 def test_a_value_in_range_is_kept(name: str, value: Any) -> None:
     kept = getattr(SamplingParams(**{name: value}), name)
     assert kept == ([value] if name == "stop" and isinstance(value, str) else value)
-    assert not isinstance(kept, list | dict) or {type(one) for one in kept} <= {int, str}
+    parts = kept if isinstance(kept, list | dict) else [kept]
+    assert {type(one) for one in parts} <= {int, float, str, type(None)}
 
 
 @pytest.mark.parametrize(
@@ -97,6 +102,9 @@ def test_logit_bias_of_processor_arguments_is_converted_or_a_type_error() -> Non
     assert none.logit_bias == {1: 1}
     with pytest.raises(TypeError):
         SamplingParams(logits_processors_args={"logit_bias": {"x": 1}})
+    for no_token in (5.7, True, -1):
+        with pytest.raises(RequestError, match="which is not a token id"):
+            SamplingParams(logits_processors_args={"logit_bias": {no_token: 1}})
 
 
 def test_guided_decoding_takes_one_field_of_the_right_type() -> None:
