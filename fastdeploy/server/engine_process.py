@@ -103,7 +103,7 @@ class EngineProcess:
                 if self.engine.has_work:
                     self._step()
             return 0
-        except BrokenPipeError:
+        except (BrokenPipeError, ConnectionResetError):
             return 0  # the API process has gone
         except Exception:
             # Nothing can be trusted after this: the API process starts another one.

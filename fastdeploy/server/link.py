@@ -181,11 +181,14 @@ class EngineEnd:
 
     def receive(self) -> ToEngine | None:
         """The next message, waiting for it; None when the other side is gone."""
-        head = self.file.read(_LENGTH.size)
-        if len(head) < _LENGTH.size:
+        try:
+            head = self.file.read(_LENGTH.size)
+            if len(head) < _LENGTH.size:
+                return None
+            length = length_of(head)
+            content = self.file.read(length)
+        except ConnectionResetError:  # it went without reading all that was sent to it
             return None
-        length = length_of(head)
-        content = self.file.read(length)
         return _to_engine.decode(content) if len(content) == length else None
 
 

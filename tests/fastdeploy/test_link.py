@@ -106,6 +106,20 @@ def test_a_frame_that_is_too_long_is_refused_before_it_is_read() -> None:
         length_of(struct.pack("<I", MAX_FRAME_BYTES + 1))
 
 
+def test_a_side_that_goes_without_having_read_has_gone() -> None:
+    """Linux tells the other side of a reset then, and not of an end."""
+    ours, theirs = socket.socketpair()
+    engine = EngineEnd(theirs)
+    engine.send(Beat(0.0, None))
+    ours.close()
+    assert engine.receive() is None
+    ours, theirs = socket.socketpair()
+    process = EngineProcess(EngineEnd(theirs))
+    process.link.send(Beat(0.0, None))
+    ours.close()
+    assert process.run() == 0
+
+
 def test_an_integer_beyond_64_bits_is_the_users() -> None:
     add = Add(["1"], [5], SamplingParams(), Order(10**30), None)
     with pytest.raises(RequestError, match="more than 64 bits"):
