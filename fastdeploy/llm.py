@@ -384,12 +384,12 @@ class _Call:
         piece = pieces[position]
         if piece is None:
             piece = pieces[position] = self._piece(position, output.metrics, output.num_cached)
-        of_sample = [i for i, one in enumerate(piece.outputs) if one.index == completion.index]
-        if of_sample:  # earlier tokens, of this step or of those that another call has run
-            (i,) = of_sample
-            piece.outputs[i] = CompletionOutput.joined([piece.outputs[i], completion])
-        else:
+        places = (i for i, one in enumerate(piece.outputs) if one.index == completion.index)
+        place = next(places, None)
+        if place is None:
             piece.outputs.append(completion)
+        else:  # its earlier tokens, of this step or of those that another call has run
+            piece.outputs[place] = CompletionOutput.joined([piece.outputs[place], completion])
         piece.finished = self.num_open[position] == 0
         if output.error is not None:
             piece.error_code, piece.error_msg = 400, output.error
