@@ -68,9 +68,9 @@ class Client:
         """Raises ServerError."""
         return await self._whole("GET", path, None)
 
-    async def post(self, path: str, body: Any) -> Any:
-        """The JSON of the answer. Raises ServerError."""
-        return json.loads(await self._whole("POST", path, body))
+    async def post(self, path: str, body: Any) -> dict[str, Any]:
+        """The JSON object of the answer. Raises ServerError, also for an answer that is none."""
+        return self._object(await self._whole("POST", path, body))
 
     async def stream(self, path: str, body: Any) -> AsyncGenerator[tuple[float, Event], None]:
         """Events and when each arrived, as `time.perf_counter()` says it.
@@ -92,9 +92,9 @@ class Client:
                                 pass
                             is_read = True
                             return
-                        event = json.loads(data)
+                        event = self._object(data)
                         if "error" in event:
-                            raise ServerError(event["error"]["message"], 500)
+                            raise ServerError(_message(data), 500)
                         yield arrived, event
             raise ServerError("the connection was lost in the middle of the answer")
         finally:
@@ -105,12 +105,26 @@ class Client:
 
     async def model(self) -> str:
         """The name of the first model served. Raises ServerError."""
-        return json.loads(await self.get("/v1/models"))["data"][0]["id"]
+        listed = self._object(await self.get("/v1/models"))
+        try:
+            return listed["data"][0]["id"]
+        except (LookupError, TypeError):
+            raise ServerError(f"{self.name}/v1/models lists no models; is it a server?") from None
 
     async def close(self) -> None:
         for connection in self.idle:
             connection.writer.close()
         self.idle.clear()
+
+    def _object(self, content: bytes) -> dict[str, Any]:
+        try:
+            found = json.loads(content)
+        except (ValueError, RecursionError):
+            found = None
+        if not isinstance(found, dict):
+            said = content[:200].decode(errors="replace")
+            raise ServerError(f"{self.name} answered what is no JSON object: {said!r}")
+        return found
 
     async def _whole(self, method: str, path: str, body: Any) -> bytes:
         head, connection = await self._ask(method, path, body)

@@ -152,6 +152,29 @@ def test_passing_failures_are_tried_again_and_few_at_once(tmp_path: Path) -> Non
     assert echoes == {str(i): str(i) for i in range(30)}
 
 
+@pytest.mark.parametrize("content", ["<html>Busy</html>", "", "[1]"])
+def test_an_answer_that_is_no_json_object_fails_its_line_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: str
+) -> None:
+    upstream = Faulty([])
+    plain = upstream.app()
+
+    @plain.middleware("http")
+    async def _(request: Request, call_next: Any) -> Response:
+        body = await request.body()
+        return Response(content) if b'"1"' in body else await call_next(request)
+
+    source = written(tmp_path / "in.jsonl", [line(str(i), str(i)) for i in range(3)])
+    output = tmp_path / "out.jsonl"
+    with running(plain) as url:
+        batch = Batch(input_file=str(source), output_file=str(output), base_url=url, max_tries=1)
+        assert asyncio.run(run(batch, read_lines(source), url)) == 1
+    found = answers(output)
+    assert found["1"]["error"]["code"] == "no_answer"
+    assert "no JSON object" in found["1"]["error"]["message"]
+    assert {found[name]["response"]["body"]["echo"] for name in ("0", "2")} == {"0", "2"}
+
+
 def test_it_goes_on_where_it_was_interrupted(tmp_path: Path) -> None:
     upstream = Faulty([])
     entries = [line(str(i), str(i)) for i in range(10)]
