@@ -48,6 +48,7 @@ MAX_REASON = 300  # characters of the library's own words in an error
 PREFIX = "guided decoding: "  # of errors, until a server knows the field
 HEADER = re.compile(r"^\s*%llguidance\b.*$", re.MULTILINE)
 TEXT = r"TEXT: /(.|\n)*/"
+_IN_REGEX = {"/": r"\/", "\n": r"\n", "\\\n": r"\n"}  # what Lark's form of one cannot hold
 TOO_SLOW = (
     PREFIX + "the answer's form takes more time than guided_decoding_max_stall_ms allows; write it "
     "with fewer ways to read the same text"
@@ -218,21 +219,29 @@ def grammar_of(
     Its header switches off that text which is certain is only allowed in the tokens into which the
     tokenizer would cut it: all tokens that the form allows compete, with the model's odds.
     """
-    from llguidance import LLMatcher
-
     kind, text = guided.kind, guided.text
-    if kind == "regex":
-        lark = json.loads(LLMatcher.grammar_from_regex(text))["grammars"][0]["lark_grammar"]
-    elif kind == "choice":
-        lark = "start: " + " | ".join(map(_quoted, json.loads(text)))
-    elif kind == "grammar":
+    if kind == "grammar":
         lark = lark_of(text)
     elif kind == "structural_tag":
-        lark = _lark_of_tags(_object(kind, text), tokenizer, any_whitespace)
+        lark = _lark_of_tags(checked_tags(guided), tokenizer, any_whitespace)
     else:
-        schema = {"type": "object"} if kind == "json_object" else _object(kind, text)
-        lark = "start: " + _lark_of_schema(schema, any_whitespace)
+        lark = f"start: {expansion_of(guided, any_whitespace=any_whitespace)}"
     return lark if HEADER.search(lark) else f'%llguidance {{"no_forcing": true}}\n{lark}'
+
+
+def expansion_of(guided: GuidedDecodingParams, *, any_whitespace: bool = True) -> str:
+    """A form that is neither a grammar nor a structural tag as what a rule of Lark expands to.
+
+    Raises RequestError.
+    """
+    kind, text = guided.kind, guided.text
+    if kind == "regex":
+        escaped = re.sub(r"\\.|/|\n", lambda m: _IN_REGEX.get(m[0], m[0]), text, flags=re.DOTALL)
+        return f"/{escaped}/"
+    if kind == "choice":
+        return " | ".join(map(_quoted, json.loads(text)))
+    schema = {"type": "object"} if kind == "json_object" else _object(kind, text)
+    return _lark_of_schema(schema, any_whitespace)
 
 
 def lark_of(text: str) -> str:
@@ -267,18 +276,28 @@ def _lark_of_schema(schema: dict[str, Any], any_whitespace: bool) -> str:
     return f"%json {json.dumps({**schema, 'x-guidance': options})}"
 
 
-def _lark_of_tags(given: Mapping[str, Any], tokenizer: Tokenizer, any_whitespace: bool) -> str:
-    """Free text in which each trigger begins a tag: `begin`, JSON of its schema, `end`.
+def checked_tags(guided: GuidedDecodingParams) -> dict[str, Any]:
+    """A structural tag as an object whose `structures` and `triggers` are lists.
 
-    Source: the legacy form of structural tags, {"structures": [{"begin", "schema", "end"}],
-    "triggers": [...]}, in which `begin` starts with one of the triggers.
+    Raises RequestError.
     """
+    given = _object(guided.kind, guided.text)
     structures, triggers = given.get("structures"), given.get("triggers")
     if not (isinstance(structures, list) and structures and isinstance(triggers, list)):
         raise _refused(
             'structural_tag must have "structures", a list of objects with "begin", "schema" and '
             '"end", and "triggers", a list of texts'
         )
+    return given
+
+
+def _lark_of_tags(given: Mapping[str, Any], tokenizer: Tokenizer, any_whitespace: bool) -> str:
+    """Free text in which each trigger begins a tag: `begin`, JSON of its schema, `end`.
+
+    Source: the legacy form of structural tags, {"structures": [{"begin", "schema", "end"}],
+    "triggers": [...]}, in which `begin` starts with one of the triggers.
+    """
+    structures, triggers = given["structures"], given["triggers"]
     rules = [f"start: ({' | '.join(f'tag_{i}' for i in range(len(structures)))})* rest"]
     rules += ["rest: TEXT", TEXT]
     for i, one in enumerate(structures):

@@ -15,12 +15,13 @@ from fastdeploy.errors import RequestError
 from fastdeploy.outputs import CompletionOutput, Logprob, TokenLogprobs
 from fastdeploy.sampling import SamplingParams
 from fastdeploy.server.engine import Piece
+from fastdeploy.server.grammars import told_of
 from fastdeploy.server.message import Message, Reading, ReasoningTokens, Said
 from fastdeploy.server.parsers import Syntax
 from fastdeploy.server.pictures import PromptPictures
 from fastdeploy.server.protocol import ChatRequest
 from fastdeploy.server.reply import Reply, likeliest
-from fastdeploy.server.tools import ToolUse, check_history, constrained, tool_use
+from fastdeploy.server.tools import ToolUse, check_history, constraint_for, tool_use
 
 log = logging.getLogger("fastdeploy")
 
@@ -61,22 +62,31 @@ def chat_order(
             param="tools",
         )
     params = _with_effort(params, body, syntax)
-    params = constrained(params, body.tool_choice, use, language.tokenizer)
     found = _prompt(body, use, language, trusts, processor)
     pictures = PromptPictures.of(found) if isinstance(found, Inputs) else None
     prompt = found.token_ids if isinstance(found, Inputs) else found
     wanted = Syntax(syntax.thoughts, bool(use.tools))
+    in_thought = wanted.begins_in_thought(language.tokenizer.decode(prompt[-_TAIL:]))
+    field, asked = body.form() or ("tools", None)
+    with told_of(field):
+        form = constraint_for(
+            use,
+            asked,
+            language.tokenizer,
+            follows_thought=in_thought,
+            any_whitespace=not language.config.guided_decoding_disable_any_whitespace,
+        )
     ids = {language.tokenizer.id_of(tag) for tag in wanted.tags}
     shown = language.tokenizer.special_ids & ids
     reading = Reading(
         wanted,
-        in_thought=wanted.begins_in_thought(language.tokenizer.decode(prompt[-_TAIL:])),
+        in_thought=in_thought,
         begun=Detokenizer(language.tokenizer, shown=shown).push(body.completion_token_ids or ()),
         parallel=use.parallel,
         shown=shown,
-        is_held=use.is_held,
+        is_held=bool(use.tools) and form is not None,
     )
-    return ChatOrder(prompt, params, reading, pictures)
+    return ChatOrder(prompt, replace(params, guided_decoding=form), reading, pictures)
 
 
 def _prompt(
@@ -188,7 +198,8 @@ class ChatReply(Reply):
 
     def first_choices(self) -> list[dict[str, Any]]:
         role = {"role": "assistant", "content": ""}
-        return [self._event(i, role, None) for i in range(len(self.num_generated))]
+        choices = range(len(self.num_generated))
+        return [self._event(i, role | self.prompt_tokens(i), None) for i in choices]
 
     def delta(self, piece: Piece) -> dict[str, Any] | None:
         completion, message, new = piece.completion, self.messages[piece.choice], self.new
@@ -199,7 +210,7 @@ class ChatReply(Reply):
         if not (delta or new.logprobs or completion.finish_reason or self.body.return_token_ids):
             return None
         reason = message.finish_reason(completion.finish_reason)
-        delta |= self.tokens(piece.choice, completion)
+        delta |= self.answer_tokens(completion)
         event = self._event(piece.choice, delta, reason)
         event["logprobs"] = self._logprobs(new.logprobs) if new.logprobs else None
         if completion.stop_reason is not None:
@@ -209,9 +220,10 @@ class ChatReply(Reply):
     def choice(self, index: int, completion: CompletionOutput) -> dict[str, Any]:
         message = self.messages[completion.index]
         wanted = completion.logprobs is not None
+        tokens = self.prompt_tokens(index) | self.answer_tokens(completion)
         return {
             "index": index,
-            "message": message.whole() | self.tokens(index, completion),
+            "message": message.whole() | tokens,
             "logprobs": self._logprobs(message.said.logprobs) if wanted else None,
             "finish_reason": message.finish_reason(completion.finish_reason),
             "stop_reason": completion.stop_reason,

@@ -34,21 +34,22 @@ class CompletionReply(Reply):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.begun: set[int] = set()  # choices of a stream whose echo has been sent
+        self.begun: set[int] = set()  # choices of a stream that have an event
         self.lengths = [Length(self.context.tokenizer) for _ in self.num_generated]
 
     def delta(self, piece: Piece) -> dict[str, Any] | None:
-        begins = bool(self.body.echo) and piece.choice not in self.begun
-        self.begun.add(piece.choice)
-        if not begins and not self.has_news(piece.completion):
+        begins = piece.choice not in self.begun
+        if not (begins and self.body.echo) and not self.has_news(piece.completion):
             return None
-        return self._choice(piece.choice, piece.completion, echo=begins)
+        self.begun.add(piece.choice)
+        return self._choice(piece.choice, piece.completion, begins=begins)
 
     def choice(self, index: int, completion: CompletionOutput) -> dict[str, Any]:
-        return self._choice(index, completion, echo=bool(self.body.echo))
+        return self._choice(index, completion, begins=True)
 
-    def _choice(self, index: int, completion: CompletionOutput, *, echo: bool) -> dict[str, Any]:
-        number = index // self.context.n
+    def _choice(self, index: int, completion: CompletionOutput, *, begins: bool) -> dict[str, Any]:
+        """`begins`: it is the whole choice, or the first event of it."""
+        number, echo = index // self.context.n, begins and bool(self.body.echo)
         prompt = self.answer.prompts[number] if echo else []
         logprobs = None
         if completion.logprobs is not None:
@@ -67,7 +68,9 @@ class CompletionReply(Reply):
             "logprobs": logprobs and logprobs.columns,
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
-            **self.extras(index, completion),
+            **(self.prompt_tokens(index) if begins else {}),
+            **self.answer_tokens(completion),
+            **self.scores(index),
         }
 
 

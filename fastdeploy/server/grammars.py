@@ -12,7 +12,8 @@ import json
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from fastdeploy.engine.grammar import PREFIX, Grammars
@@ -45,14 +46,11 @@ class GrammarCheck:
         that it came in.
         """
         self.grammars = self.grammars or self.make()
-        try:
+        with told_of(field):
             self.grammars.check_size(guided)
             verdict = await self._verdict(guided)
             if verdict["error"] is not None:
                 raise RequestError(verdict["error"])
-        except RequestError as error:
-            message = f"{field}: {str(error).removeprefix(PREFIX)}"
-            raise RequestError(message, param=field, status=error.status) from None
         if verdict["grammar"] is not None:
             return dataclasses.replace(guided, grammar=verdict["grammar"])
         return guided
@@ -127,6 +125,18 @@ class GrammarCheck:
             env=os.environ | {"PYTHONPATH": path},
             limit=MAX_LINE_BYTES,
         )
+
+
+@contextmanager
+def told_of(field: str) -> Iterator[None]:
+    """Have errors about a form name the field of the request that it came in."""
+    try:
+        yield
+    except RequestError as error:
+        if error.param not in (None, "guided_decoding"):
+            raise
+        message = f"{field}: {str(error).removeprefix(PREFIX)}"
+        raise RequestError(message, param=field, status=error.status) from None
 
 
 def _num_characters(key: tuple[str, str], verdict: dict[str, Any]) -> int:

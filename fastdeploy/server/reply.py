@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ _KIND_BY_STATUS = {
     401: ("authentication_error", "invalid_api_key"),
     403: ("permission_error", "forbidden"),
     404: ("invalid_request_error", "not_found"),
+    413: ("invalid_request_error", "request_too_large"),
     429: ("rate_limit_error", "rate_limit_exceeded"),
     500: ("server_error", "internal_error"),
     503: ("server_error", "unavailable"),
@@ -138,22 +139,22 @@ class Reply(ABC):
             },
         }
 
-    def extras(self, choice: int, completion: CompletionOutput) -> dict[str, Any]:
-        """Fields of a choice that `return_token_ids` and `prompt_logprobs` ask for."""
-        return {**self.tokens(choice, completion), **self.scores(choice)}
+    def prompt_tokens(self, choice: int) -> dict[str, Any]:
+        """Where `return_token_ids` asks for them: the ids of a choice's prompt, and what they
+        spell, control tokens included. A stream has them in the first event of the choice.
+        """
+        prompt = self.answer.prompts[choice // self.context.n]
+        return self._tokens("prompt", prompt)
 
-    def tokens(self, choice: int, completion: CompletionOutput) -> dict[str, Any]:
-        """The ids of prompt and answer, and what they spell, control tokens included."""
+    def answer_tokens(self, completion: CompletionOutput) -> dict[str, Any]:
+        """The same of an answer, or of what is new in it."""
+        return self._tokens("completion", completion.token_ids)
+
+    def _tokens(self, of: str, ids: Sequence[int]) -> dict[str, Any]:
         if not self.body.return_token_ids:
             return {}
-        prompt = self.answer.prompts[choice // self.context.n]
-        decode = self.context.tokenizer.decode
-        return {
-            "prompt_token_ids": list(prompt),
-            "completion_token_ids": completion.token_ids,
-            "prompt_tokens": decode(prompt),
-            "completion_tokens": decode(completion.token_ids),
-        }
+        spelled = self.context.tokenizer.decode(ids)
+        return {f"{of}_token_ids": list(ids), f"{of}_tokens": spelled}
 
     def scores(self, choice: int) -> dict[str, Any]:
         count, prompt = self.body.prompt_logprobs, choice // self.context.n

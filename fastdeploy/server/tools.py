@@ -9,13 +9,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from ernie.chat.calls import CALL, END_CALL
 from ernie.tokenizer import Tokenizer
+from fastdeploy.engine.grammar import checked_tags, expansion_of
 from fastdeploy.errors import RequestError
-from fastdeploy.sampling import GuidedDecodingParams, SamplingParams
+from fastdeploy.sampling import GuidedDecodingParams
 
 MAX_TOOLS = 128
 MAX_DEPTH = 64  # of a schema
@@ -45,16 +46,13 @@ class ToolUse:
     tools: tuple[dict[str, Any], ...]  # none if they may not be called
     mode: str = "auto"  # or required: at least one call
     parallel: bool = True
+    named: str | None = None  # the only one that may be called
 
-    @property
-    def names(self) -> list[str]:
-        return [tool["function"]["name"] for tool in self.tools]
-
-    @property
-    def is_held(self) -> bool:
-        """Whether a grammar holds each call to its form."""
-        is_strict = any(tool["function"].get("strict") for tool in self.tools)
-        return self.mode == "required" or is_strict
+    def arguments(self, tool: Mapping[str, Any]) -> dict[str, Any]:
+        """The schema that its arguments are held to where a grammar holds calls."""
+        function = tool["function"]
+        is_free = self.mode != "required" and not function.get("strict")
+        return {"type": "object"} if is_free else function.get("parameters") or {"type": "object"}
 
 
 def tool_use(tools: Any, choice: Any, parallel: bool | None) -> ToolUse:
@@ -63,9 +61,9 @@ def tool_use(tools: Any, choice: Any, parallel: bool | None) -> ToolUse:
     A named function leaves the others out of the constraint, but all stay in the prompt.
     """
     checked = tuple(_checked_tools(tools or []))
-    mode = "auto" if choice is None else choice
+    mode, named = "auto" if choice is None else choice, None
     if isinstance(mode, Mapping):
-        _check_named(mode, checked)
+        named = _named(mode, checked)
         mode = "required"
     if mode not in ("none", "auto", "required"):
         raise RequestError(
@@ -75,55 +73,87 @@ def tool_use(tools: Any, choice: Any, parallel: bool | None) -> ToolUse:
         )
     if mode == "required" and not checked:
         raise RequestError("tool_choice asks for a call; send tools as well", param="tool_choice")
-    return ToolUse(() if mode == "none" else checked, mode, parallel is not False)
+    return ToolUse(() if mode == "none" else checked, mode, parallel is not False, named)
 
 
-def constraint_for(choice: Any, use: ToolUse, tokenizer: Tokenizer) -> GuidedDecodingParams | None:
+def constraint_for(
+    use: ToolUse,
+    form: GuidedDecodingParams | None,
+    tokenizer: Tokenizer,
+    *,
+    follows_thought: bool = False,
+    any_whitespace: bool = True,
+) -> GuidedDecodingParams | None:
     """The form that an answer (after its thoughts) has to have, None for any.
 
-    Where a call is required the answer is calls and nothing else, in a grammar of llguidance's
-    Lark. Where it is not, the arguments of a tool that is `strict` follow its schema once a call of
-    it has begun.
+    `form` is what an answer has to have that calls nothing: where a call is required there is no
+    such answer. Where it is not, an answer is of that form or all calls; without one, or where it
+    leaves room for text, calls are tags in a text. The arguments of a tool that is `strict` follow
+    its schema. Raises RequestError for a form that leaves no room for calls.
+
+    `follows_thought`: newlines may stand before the answer. `any_whitespace`: see `Grammars`.
     """
+    is_strict = any(tool["function"].get("strict") for tool in use.tools)
+    if not use.tools or (use.mode == "auto" and not is_strict and form is None):
+        return form
     if use.mode == "required":
-        named = choice["function"]["name"] if isinstance(choice, Mapping) else None
-        bodies = [_call_schema(t) for t in use.tools if named in (None, t["function"]["name"])]
-        more = " (newlines call)*" if use.parallel and named is None else ""
-        lines = (
-            f"start: newlines call{more}",
-            r'newlines: ("\n" "\n"?)?',
-            rf'call: {_symbol(CALL, tokenizer)} "\n" body "\n" {_symbol(END_CALL, tokenizer)}',
-            f"body: %json {json.dumps({'anyOf': bodies, 'x-guidance': _AS_TRAINED})}",
-        )
-        return GuidedDecodingParams(grammar="\n".join(lines))
-    if not use.is_held:
-        return None
-    structures = [
-        {
-            "begin": f'{CALL}\n{{"name": {json.dumps(name)}, "arguments": ',
-            "schema": _arguments(tool) if tool["function"].get("strict") else {"type": "object"},
-            "end": f"}}\n{END_CALL}",
-        }
-        for name, tool in zip(use.names, use.tools)
-    ]
-    tag = {"type": "structural_tag", "structures": structures, "triggers": [CALL]}
-    return GuidedDecodingParams(structural_tag=json.dumps(tag))
-
-
-def constrained(
-    params: SamplingParams, choice: Any, use: ToolUse, tokenizer: Tokenizer
-) -> SamplingParams:
-    """`params` bound to what the choice of tools asks for. Raises RequestError."""
-    constraint = constraint_for(choice, use, tokenizer)
-    if constraint is None:
-        return params
-    what = "tool_choice=required" if use.mode == "required" else "a strict tool"
-    if params.guided_decoding is not None:
+        if form is not None:
+            raise RequestError(
+                "tool_choice=required and another form of the answer are asked for; leave out one "
+                "of the two",
+                param="tool_choice",
+            )
+        return _lark(use, f"newlines {_calls(use)}", tokenizer)
+    if form is None or form.kind == "structural_tag":
+        return _tags(use, form)
+    if form.kind == "grammar":
         raise RequestError(
-            f"{what} and another form of the answer are asked for; leave out one of the two",
+            "a grammar for the whole answer has no room for calls of tools; leave out tools, or "
+            "send tool_choice=none",
             param="tool_choice",
         )
-    return replace(params, guided_decoding=constraint)
+    rule = f"form: {expansion_of(form, any_whitespace=any_whitespace)}"
+    lead = "newlines " if follows_thought else ""
+    return _lark(use, f"{lead}(form | {_calls(use)})", tokenizer, rule)
+
+
+def _lark(use: ToolUse, start: str, tokenizer: Tokenizer, *rules: str) -> GuidedDecodingParams:
+    """A grammar in llguidance's Lark whose `start` may speak of `newlines` and a `call`."""
+    names = {use.named} if use.named else {tool["function"]["name"] for tool in use.tools}
+    bodies = [_call_schema(t, use) for t in use.tools if t["function"]["name"] in names]
+    lines = (
+        f"start: {start}",
+        r'newlines: ("\n" "\n"?)?',
+        rf'call: {_symbol(CALL, tokenizer)} "\n" body "\n" {_symbol(END_CALL, tokenizer)}',
+        f"body: %json {json.dumps({'anyOf': bodies, 'x-guidance': _AS_TRAINED})}",
+        *rules,
+    )
+    return GuidedDecodingParams(grammar="\n".join(lines))
+
+
+def _calls(use: ToolUse) -> str:
+    """One call, or several; as in the training data, newlines may stand behind the last."""
+    return "call (newlines call)* newlines" if use.parallel and use.named is None else "call"
+
+
+def _tags(use: ToolUse, form: GuidedDecodingParams | None) -> GuidedDecodingParams:
+    """A text in which calls are tags, beside those of `form`."""
+    structures = [
+        {
+            "begin": f'{CALL}\n{{"name": {json.dumps(tool["function"]["name"])}, "arguments": ',
+            "schema": use.arguments(tool),
+            "end": f"}}\n{END_CALL}",
+        }
+        for tool in use.tools
+    ]
+    tag: dict[str, Any] = {"type": "structural_tag", "structures": [], "triggers": []}
+    if form is not None:
+        tag = checked_tags(form)
+    tag |= {
+        "structures": [*tag["structures"], *structures],
+        "triggers": [*tag["triggers"], CALL],
+    }
+    return GuidedDecodingParams(structural_tag=json.dumps(tag))
 
 
 def check_history(messages: Sequence[Mapping[str, Any]]) -> None:
@@ -162,24 +192,20 @@ def _symbol(tag: str, tokenizer: Tokenizer) -> str:
     return json.dumps(tag) if token is None else f"<[{token}]>"
 
 
-def _call_schema(tool: Mapping[str, Any]) -> dict[str, Any]:
+def _call_schema(tool: Mapping[str, Any], use: ToolUse) -> dict[str, Any]:
     """JSON Schema of the object between the tags."""
     return {
         "type": "object",
         "properties": {
             "name": {"const": tool["function"]["name"]},
-            "arguments": _arguments(tool),
+            "arguments": use.arguments(tool),
         },
         "required": ["name", "arguments"],
         "additionalProperties": False,
     }
 
 
-def _arguments(tool: Mapping[str, Any]) -> dict[str, Any]:
-    return tool["function"].get("parameters") or {"type": "object"}
-
-
-def _check_named(choice: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> None:
+def _named(choice: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) -> str:
     function = choice.get("function")
     name = function.get("name") if isinstance(function, Mapping) else None
     if choice.get("type") != "function" or not isinstance(name, str):
@@ -191,6 +217,7 @@ def _check_named(choice: Mapping[str, Any], tools: Sequence[Mapping[str, Any]]) 
         raise RequestError(
             f"tool_choice names {name[:64]!r}, which is not among the tools", param="tool_choice"
         )
+    return name
 
 
 def _checked_tools(tools: Sequence[Any]) -> list[dict[str, Any]]:

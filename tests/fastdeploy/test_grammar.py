@@ -22,7 +22,7 @@ from ernie.model import ErnieModel
 from ernie.models import TINY
 from ernie.settings import ConfigError
 from fastdeploy import LLM, GuidedDecodingParams, SamplingParams
-from fastdeploy.engine.grammar import Grammars
+from fastdeploy.engine.grammar import Grammars, expansion_of
 from fastdeploy.engine.timed import Job, TimedThread
 from fastdeploy.errors import RequestError
 
@@ -182,6 +182,17 @@ def test_answers_match_the_regex(llm: LLM, pattern: str) -> None:
     for one in said(llm, held(regex=pattern, n=6, max_tokens=80)):
         whole = re.fullmatch(pattern, one.text)
         assert whole and one.finish_reason == "stop", one
+
+
+@given(st.text(alphabet="ab/\\\n[]", max_size=12))
+def test_a_regex_is_escaped_as_the_library_does_it(text: str) -> None:
+    from llguidance import LLMatcher
+
+    backslashes = len(text) - len(text.rstrip("\\"))
+    assume(backslashes % 2 == 0)  # the library leaves out half an escape at the end
+    (grammar,) = json.loads(LLMatcher.grammar_from_regex(text))["grammars"]
+    ours = expansion_of(GuidedDecodingParams(regex=text))
+    assert f"start: {ours}" == grammar["lark_grammar"]
 
 
 @pytest.mark.parametrize("number", [2**53, -(2**53), 2**60, 2**63 - 1024, 1024 - 2**63, 2**63 - 1])

@@ -116,6 +116,28 @@ def test_events_of_several_tokens_say_the_same(folder: Path) -> None:
     assert times == sorted(times) and times[0] > 0
 
 
+@pytest.mark.parametrize("echo", [False, True])
+def test_a_stream_has_the_ids_of_a_prompt_once(folder: Path, echo: bool) -> None:
+    settings = {"max_tokens": 5, "temperature": 0, "ignore_eos": True, "n": 2}
+    settings |= {"return_token_ids": True}
+    asked = {"prompt": [[9, 8, 7], [5, 6]], "echo": echo, **settings}
+    chat = {"prompt_token_ids": [9, 8, 7], **settings}
+    names = ("prompt_token_ids", "completion_token_ids")
+    with client(folder, None) as session:
+        for path, body, part in (("completions", asked, None), ("chat/completions", chat, "delta")):
+            whole = session.post(f"/v1/{path}", json=body).json()["choices"]
+            events = events_of(session.post(f"/v1/{path}", json=body | {"stream": True}))
+            new = [event["choices"][0] for event in events]
+            for choice in whole:
+                mine = [one for one in new if one["index"] == choice["index"]]
+                said = [one[part] if part else one for one in mine]
+                prompts, ids = ([one[name] for one in said if name in one] for name in names)
+                expected = choice["message"] if part else choice
+                assert prompts == [expected["prompt_token_ids"]] and "prompt_tokens" in said[0]
+                assert [i for one in ids for i in one] == expected["completion_token_ids"]
+                assert len(ids) == 5
+
+
 def test_events_of_several_tokens_keep_the_scores_of_an_echo(folder: Path) -> None:
     body = {"prompt": [9, 8, 7], "max_tokens": 6, "temperature": 0, "ignore_eos": True}
     body |= {"stream": True, "echo": True, "logprobs": 1}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from ernie.tokenizer import Tokenizer
 from fastdeploy.config import EngineConfig, ServerConfig
 from fastdeploy.errors import RequestError
 from fastdeploy.flags import read_config
+from fastdeploy.sampling import GuidedDecodingParams
 from fastdeploy.server.tools import check_history, constraint_for, tool_use
 
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
@@ -68,6 +69,7 @@ SCRIPT = [
         [tool()],
     ),
     Line([user("Paris?")], "I look.\n</think>\n\n" + written("Paris"), [tool(strict=True)]),
+    Line([user("Form?")], 'Hm.\n</think>\n\n{"city": "Rome"}', [tool()]),
     Line([user("Broken?")], f"Hm.\n</think>\n\n{BROKEN}\n", [tool()]),
     Line(HISTORY, "So.\n</think>\n\n<response>\nIt is sunny.\n</response>\n", [tool()]),
 ]
@@ -215,6 +217,30 @@ def test_a_strict_tool_streams_its_arguments_where_the_model_decides(client: Ope
     assert "".join(p.function.arguments for p in parts) == call.function.arguments
     assert not any(c.choices[0].delta.content for c in chunks) and whole.message.content is None
     assert chunks[-1].choices[0].finish_reason == whole.finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize("form", ["json_object", "json_schema"])
+def test_a_tool_can_be_called_where_an_answer_without_calls_is_json(
+    client: OpenAI, form: str
+) -> None:
+    described = {"name": "city", "schema": CITY | {"additionalProperties": False}}
+    options: dict[str, Any] = {"response_format": {"type": form}, "tools": [tool()]}
+    if form == "json_schema":
+        options["response_format"]["json_schema"] = described
+    called = ask(client, [user("Paris?")], **options).choices[0]
+    assert called.finish_reason == "tool_calls" and called.message.content is None, called
+    (call,) = called.message.tool_calls
+    assert (call.function.name, call.function.arguments) == ("weather", '{"city": "Paris"}')
+    said = ask(client, [user("Form?")], **options).choices[0]
+    assert (said.finish_reason, said.message.tool_calls) == ("stop", None)
+    assert said.message.content == '{"city": "Rome"}' and said.message.reasoning_content == "Hm."
+    for question, whole in (("Paris?", called), ("Form?", said)):
+        choices = [c.choices[0] for c in ask(client, [user(question)], **options, stream=True)]
+        assert "".join(c.delta.content or "" for c in choices) == (whole.message.content or "")
+        parts = [p.function.arguments for c in choices for p in c.delta.tool_calls or ()]
+        expected = [one.function.arguments for one in whole.message.tool_calls or ()]
+        assert "".join(parts) == "".join(expected)
+        assert choices[-1].finish_reason == whole.finish_reason
 
 
 def test_the_clients_stream_helper_understands_the_calls(client: OpenAI) -> None:
@@ -395,6 +421,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
         "completion_token_ids",
     ),
     ({"guided_regex": "ab", "completion_token_ids": [5]}, "completion_token_ids"),
+    ({"tools": [tool()], "guided_grammar": 'start: "a"'}, "tool_choice"),
+    ({"tools": [tool()], "tool_choice": "required", "guided_regex": "a"}, "tool_choice"),
+    ({"tools": [tool()], "guided_json": "{"}, "guided_json"),
+    ({"tools": [tool()], "structural_tag": "{}"}, "structural_tag"),
     ({"functions": [{"name": "f"}]}, "functions"),
     ({"function_call": {"name": "f"}}, "function_call"),
     ({"messages": [*HELLO, {"role": "tool", "content": "x"}]}, "messages"),
@@ -489,13 +519,9 @@ GRAMMARS = {
 }
 
 
-@pytest.mark.parametrize("case", GRAMMARS.values(), ids=GRAMMARS)
-def test_a_required_call_is_a_grammar_that_takes_just_that(case: tuple, plain: Tokenizer) -> None:
-    """Judged by llguidance's own reading of the grammar, byte by byte."""
+def taker(constraint: GuidedDecodingParams | None) -> Callable[[str], bool]:
+    """Whether a grammar takes a whole text, as llguidance reads it byte by byte."""
     llguidance = pytest.importorskip("llguidance")
-    choice, parallel, names, several = case
-    tools = [tool(), tool("now", {"type": "object", "additionalProperties": False})]
-    constraint = constraint_for(choice, tool_use(tools, choice, parallel), plain)
     assert constraint is not None and constraint.grammar is not None
     tokenizer = llguidance.LLTokenizer("byte")
     grammar = llguidance.LLMatcher.grammar_from_lark(constraint.grammar)
@@ -505,13 +531,21 @@ def test_a_required_call_is_a_grammar_that_takes_just_that(case: tuple, plain: T
         ids = tokenizer.tokenize_str(text)
         return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
 
+    return takes
+
+
+@pytest.mark.parametrize("case", GRAMMARS.values(), ids=GRAMMARS)
+def test_a_required_call_is_a_grammar_that_takes_just_that(case: tuple, plain: Tokenizer) -> None:
+    choice, parallel, names, several = case
+    tools = [tool(), tool("now", {"type": "object", "additionalProperties": False})]
+    takes = taker(constraint_for(tool_use(tools, choice, parallel), None, plain))
     weather, now = (
         written("Paris").rstrip(),
         '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>',
     )
     assert takes(now) and takes("\n\n" + now)
     assert takes(weather) == ("weather" in names)
-    assert takes(now + "\n" + now) == several
+    assert takes(now + "\n" + now) == takes(now + "\n") == several
     for wrong in ("", "now", now.replace("{}", '{"x": 1}'), now.replace("now", "then"), now[:-1]):
         assert not takes(wrong), wrong
     assert not takes(weather.replace('"Paris"', "3"))
@@ -521,20 +555,65 @@ def test_tags_that_are_tokens_are_tokens_in_the_grammar(plain: Tokenizer) -> Non
     ids = {"<tool_call>": 7, "</tool_call>": 8}
     plain = copy.copy(plain)
     plain._id_by_token = plain._id_by_token | ids
-    constraint = constraint_for("required", tool_use([tool()], "required", None), plain)
+    constraint = constraint_for(tool_use([tool()], "required", None), None, plain)
     assert 'call: <[7]> "\\n" body "\\n" <[8]>' in constraint.grammar
 
 
 def test_only_strict_tools_bind_an_answer_that_need_not_call(plain: Tokenizer) -> None:
-    assert constraint_for(None, tool_use([tool()], None, None), plain) is None
-    assert constraint_for("none", tool_use([tool(strict=True)], "none", None), plain) is None
+    assert constraint_for(tool_use([tool()], None, None), None, plain) is None
+    assert constraint_for(tool_use([tool(strict=True)], "none", None), None, plain) is None
     use = tool_use([tool(strict=True), tool("now")], None, None)
-    constraint = constraint_for(None, use, plain)
+    constraint = constraint_for(use, None, plain)
     assert constraint is not None and constraint.structural_tag is not None
     tag = json.loads(constraint.structural_tag)
     first, second = tag["structures"]
     assert written("Paris").startswith(first["begin"]) and tag["triggers"] == ["<tool_call>"]
     assert (first["schema"], second["schema"]) == (CITY, {"type": "object"})
+
+
+FORMS = {
+    "a schema": ({"json": CITY}, '{"city": "Rome"}', '{"town": "Rome"}'),
+    "any object": ({"json_object": True}, '{"a":1}', "[1]"),
+    "a choice": ({"choice": ["a/b", 'say "x"']}, 'say "x"', "a"),
+    "a pattern": ({"regex": r"a/[b/]\/\d"}, "a///3", "a/3"),
+}
+
+
+@pytest.mark.parametrize("case", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("follows_thought", [False, True])
+def test_an_answer_is_calls_or_of_the_form_beside_tools(
+    case: tuple, follows_thought: bool, plain: Tokenizer
+) -> None:
+    fields, right, wrong = case
+    form = GuidedDecodingParams(**fields)
+    tools = [tool(), tool("now", strict=True)]
+
+    def takes(text: str, parallel: bool = True) -> bool:
+        use = tool_use(tools, "auto", parallel)
+        return taker(constraint_for(use, form, plain, follows_thought=follows_thought))(text)
+
+    call = written("Paris").rstrip()
+    assert takes(right) and takes(call) and takes(f"{call}\n{call}\n")
+    assert not takes(wrong) and not takes("") and not takes(right + call)
+    assert takes("\n\n" + right) == takes("\n\n" + call) == follows_thought
+    assert takes(call, parallel=False) and not takes(f"{call}\n{call}", parallel=False)
+    loose = call.replace('"city": "Paris"', '"town": 3')
+    assert takes(loose) and not takes(loose.replace("weather", "now")), "the strict one is held"
+    unbound = tool_use(tools, "none", None)
+    assert constraint_for(unbound, form, plain) is form
+
+
+def test_calls_are_tags_beside_the_tags_of_a_request(plain: Tokenizer) -> None:
+    own = {"begin": "<a>", "schema": CITY, "end": "</a>"}
+    asked = {"structures": [own], "triggers": ["<a"]}
+    use = tool_use([tool()], None, None)
+    constraint = constraint_for(use, GuidedDecodingParams(structural_tag=asked), plain)
+    assert constraint is not None and constraint.structural_tag is not None
+    tag = json.loads(constraint.structural_tag)
+    assert tag["structures"][0] == own and tag["triggers"] == ["<a", "<tool_call>"]
+    assert written("Paris").startswith(tag["structures"][1]["begin"])
+    with pytest.raises(RequestError, match="must have"):
+        constraint_for(use, GuidedDecodingParams(structural_tag={"triggers": []}), plain)
 
 
 def test_results_belong_to_the_calls_before_them() -> None:
