@@ -21,7 +21,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.routing import Match
+from starlette.routing import Match, Route
 
 from ernie.chat import ChatError
 from ernie.chat.messages import pictures_of
@@ -384,6 +384,9 @@ def create_app(
     async def metrics() -> Response:
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
+    for route in app.routes:
+        if isinstance(route, Route) and route.methods and "GET" in route.methods:
+            route.methods.add("HEAD")  # probes ask so; nothing but the head is sent
     return app
 
 
@@ -408,7 +411,7 @@ def _add_error_handlers(app: FastAPI, limits: Limits) -> None:
             headers["connection"] = "close"  # or what is left of the body would come in
         if status == 500 and (origin := ORIGIN.get()):  # it is answered outside of all else
             headers["x-request-id"] = origin.request_id
-        said = error_at(request.url.path, error_body(message, status, param), status)
+        said = error_at(request.url.path, error_body(message, status, param))
         return JSONResponse(said, status, headers=headers)
 
     @app.exception_handler(RequestError)

@@ -124,7 +124,7 @@ class Gate:
             if error.status == 429:
                 wait_s = self.wrong_keys.wait_s(_address(scope)) or self.limits.retry_after_s()
                 headers["retry-after"] = str(math.ceil(wait_s))
-            body = error_at(scope["path"], error_body(str(error), error.status), error.status)
+            body = error_at(scope["path"], error_body(str(error), error.status))
             await JSONResponse(body, error.status, headers=headers)(scope, receive, send)
 
     def _tenant(self, scope: Scope) -> str | None:

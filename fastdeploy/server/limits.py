@@ -152,7 +152,7 @@ class Deadline:
             if not limit.expired():
                 raise
             text = f"the request took longer than timeout={self.seconds:g} seconds; ask for less"
-            body = error_at(scope["path"], error_body(text, 504), 504)
+            body = error_at(scope["path"], error_body(text, 504))
             if kind is None:
                 await JSONResponse(body, 504)(scope, receive, send)
             elif kind.startswith(b"text/event-stream"):

@@ -19,7 +19,7 @@ Event = dict[str, Any]
 _FIELD = {"text": "text", "thinking": "thinking"}  # of a block, and of its deltas
 # An abort from outside cuts an answer as well; the form has no word of its own for it.
 _STOP = {"tool_calls": "tool_use", "length": "max_tokens", "abort": "max_tokens"}
-_KIND_BY_STATUS = {404: "not_found_error", 413: "request_too_large"}
+_KIND_BY_CODE = {"not_found": "not_found_error", "request_too_large": "request_too_large"}
 PATH = "/v1/messages"
 
 
@@ -48,15 +48,15 @@ def usage_of(usage: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def error_at(path: str, body: dict[str, Any], status: int) -> dict[str, Any]:
+def error_at(path: str, body: dict[str, Any]) -> dict[str, Any]:
     """An error (see `reply.error_body`) in the words of the route that it is about."""
-    return error_of(body, status) if path.startswith(PATH) else body
+    return error_of(body["error"]) if path.startswith(PATH) else body
 
 
-def error_of(body: dict[str, Any], status: int) -> dict[str, Any]:
+def error_of(error: dict[str, Any]) -> dict[str, Any]:
     """An error of ours in the form's words."""
-    kind = _KIND_BY_STATUS.get(status) or ("api_error" if status >= 500 else body["error"]["type"])
-    return {"type": "error", "error": {**body["error"], "type": kind}}
+    kind = "api_error" if error["type"] == "server_error" else error["type"]
+    return {"type": "error", "error": {**error, "type": _KIND_BY_CODE.get(error["code"], kind)}}
 
 
 class MessageWriter:
@@ -135,7 +135,7 @@ class MessageWriter:
 
     def _end(self) -> Iterator[Event]:
         if self.error is not None:
-            yield error_of({"error": self.error}, 503)
+            yield error_of(self.error)
             return
         yield from self._close()
         delta = {name: self.message[name] for name in ("stop_reason", "stop_sequence")}

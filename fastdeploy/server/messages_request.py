@@ -91,7 +91,8 @@ def _messages(body: CountRequest, reads: Collection[str]) -> list[Message]:
     """`reads` are the kinds of pictures that the model reads."""
     messages: list[Message] = []
     if body.system:
-        messages.append({"role": "system", "content": _content(body.system, "system", ())})
+        system = _content(body.system, "system", ())
+        messages.append({"role": "system", "content": system, "sent_as": "system"})
     for i, message in enumerate(body.messages):
         where, content = f"messages[{i}]", message.get("content")
         if isinstance(content, str):
@@ -102,6 +103,7 @@ def _messages(body: CountRequest, reads: Collection[str]) -> list[Message]:
             messages += _asked(content, f"{where}.content", reads)
         elif message.get("role") == "assistant":
             messages.append(_answered(content, f"{where}.content"))
+            messages[-1]["sent_as"] = where
         else:
             role = str(message.get("role"))[:64]
             _refuse(where, f"has the role {role!r}; use user or assistant, and the field system")
@@ -115,7 +117,7 @@ def _asked(blocks: list[Any], where: str, reads: Collection[str]) -> list[Messag
 
     def end() -> None:
         if said:
-            messages.append({"role": "user", "content": joined(said)})
+            messages.append({"role": "user", "content": joined(said), "sent_as": where})
             said.clear()
 
     for i, block in enumerate(blocks):
@@ -125,7 +127,7 @@ def _asked(blocks: list[Any], where: str, reads: Collection[str]) -> list[Messag
         else:
             said.append(_part(block, f"{where}[{i}]", reads, "tool_result"))
     end()
-    return messages or [{"role": "user", "content": ""}]
+    return messages or [{"role": "user", "content": "", "sent_as": where}]
 
 
 def _result(block: dict[str, Any], where: str, reads: Collection[str]) -> Message:
@@ -133,7 +135,7 @@ def _result(block: dict[str, Any], where: str, reads: Collection[str]) -> Messag
     content = _content(block.get("content") or "", f"{where}.content", reads)
     if block.get("is_error"):
         content = _failed(content)
-    return {"role": "tool", "tool_call_id": name, "content": content}
+    return {"role": "tool", "tool_call_id": name, "content": content, "sent_as": where}
 
 
 def _failed(content: str | list[Part]) -> str | list[Part]:
@@ -179,7 +181,7 @@ def _answered(blocks: list[Any], where: str) -> Message:
 
 def _beginning(message: Message, service: Service) -> list[int]:
     """The tokens of an answer that the request has begun."""
-    if service.syntax.thoughts is not None or message.keys() - {"role", "content"}:
+    if service.syntax.thoughts is not None or message.keys() - {"role", "content", "sent_as"}:
         _refuse(
             "messages",
             "ends with an assistant message; only an answer of a model that does not think, in "

@@ -189,7 +189,7 @@ def document(app: FastAPI, open_paths: frozenset[str], *, needs_key: bool) -> Sc
     )
     for route in app.routes:
         if isinstance(route, APIRoute) and route.include_in_schema:
-            for method in sorted(route.methods or ()):
+            for method in sorted((route.methods or set()) - {"HEAD"}):  # GET without a body
                 path = route.path_format
                 row = ROWS[f"{method} {path}"]
                 operation = _operation(row, path, needs_key and path not in open_paths)

@@ -24,7 +24,7 @@ from fastdeploy.server.protocol import ChatRequest
 Part = dict[str, Any]
 
 DETAILS = ("auto", "low", "high", "original")  # of the OpenAI API; they change nothing here
-_PLACE = re.compile(r"messages\[\d+\]\.content\[\d+\]")
+_PLACE = re.compile(r"messages\[(\d+)\](?:\.content\[(\d+)\])?")
 _MEDIA_TYPE = re.compile(r"image/[a-z0-9.+-]{1,64}")
 
 
@@ -78,21 +78,20 @@ def joined(parts: Sequence[Part]) -> str | list[Part]:
 
 @contextmanager
 def told_as_sent(chat: ChatRequest, field: str) -> Iterator[None]:
-    """Have errors about the pictures of a chat, whose messages may change meanwhile, name the place
-    in the request that it is made of, in whose `field` they stand.
+    """Have errors about the messages of a chat, which may change meanwhile, name the place in the
+    request that it is made of, in whose `field` they stand. Messages and pictures carry it as
+    `sent_as`.
     """
+
     try:
         yield
-    except (ChatError, MediaError) as error:
-        sent_as = {
-            f"messages[{i}].content[{n}]": part.get("sent_as")
-            for i, message in enumerate(chat.messages or ())
-            if isinstance(message["content"], list)
-            for n, part in enumerate(message["content"])
-        }
-        place = _PLACE.match(told := str(error))
-        if place is not None and sent_as.get(place[0]):
-            told = sent_as[place[0]] + told[place.end() :]
+    except (ChatError, MediaError, RequestError) as error:
+        if isinstance(error, RequestError) and error.param != "messages":
+            raise
+        if (place := _PLACE.match(told := str(error))) and chat.messages:
+            message, n = chat.messages[int(place[1])], place[2]
+            sent = message if n is None else message["content"][int(n)]
+            told = sent.get("sent_as", place[0]) + told[place.end() :]
         raise RequestError(told, param=field) from None
 
 

@@ -56,11 +56,13 @@ def as_messages(
     reads: Collection[str] = (),
 ) -> list[Message]:
     """`reads` are the kinds of pictures that the model reads; the first `num_old` items are those
-    of the responses before. Raises RequestError naming the item at fault.
+    of the responses before. Raises RequestError naming the item at fault; later errors can name it
+    by the `sent_as` of its message, which is that of its first item.
     """
     messages: list[Message] = []
     if instructions:
-        messages.append({"role": "system", "content": instructions})
+        system = {"role": "system", "content": instructions, "sent_as": "instructions"}
+        messages.append(system)
     for i, item in enumerate(items):
         where = f"input[{i - num_old}]" if i >= num_old else f"item {i} of the responses before"
         _add(messages, item, where, reads)
@@ -68,7 +70,7 @@ def as_messages(
 
 
 def _add(messages: list[Message], item: Item, where: str, reads: Collection[str]) -> None:
-    kind = item["type"]
+    num_before, kind = len(messages), item["type"]
     if kind == "message":
         role = {"developer": "system"}.get(item.get("role", ""), item.get("role"))
         if role not in ("system", "user", "assistant"):
@@ -96,6 +98,8 @@ def _add(messages: list[Message], item: Item, where: str, reads: Collection[str]
             f"{where} is of type {str(kind)[:64]!r}; this server reads message, reasoning, "
             "function_call and function_call_output"
         )
+    for message in messages[num_before:]:
+        message["sent_as"] = where
 
 
 def _add_call(messages: list[Message], item: Item, where: str) -> None:

@@ -14,7 +14,8 @@ from helpers_server import app_client
 from starlette.testclient import TestClient
 
 from fastdeploy.config import EngineConfig, ServerConfig
-from fastdeploy.server.messages_events import MessageWriter, empty_message
+from fastdeploy.server.messages_events import MessageWriter, empty_message, error_at
+from fastdeploy.server.reply import error_body
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello!"}]
 KEY = {"x-api-key": "one", "anthropic-version": "2023-06-01"}
@@ -130,7 +131,12 @@ MISTAKES: list[tuple[dict[str, Any], str, str]] = [
     (block("document"), "messages", "'document'"),
     (block("redacted_thinking", "assistant", data=""), "messages", "'redacted_thinking'"),
     (block("text"), "messages", "messages[0].content[0].text is missing"),
-    (block("tool_result", tool_use_id="a"), "messages", "no assistant message with tool_calls"),
+    (block("tool_result", tool_use_id="a"), "messages", "messages[0].content[0] is the result"),
+    (
+        {"system": "x", "messages": [*HELLO, *block("tool_result", tool_use_id="a")["messages"]]},
+        "messages",
+        f"messages[{len(HELLO)}].content[0] is the result",
+    ),
     ({"system": [{"type": "image"}]}, "system", "'image'"),
     ({"tools": [{"type": "web_search_20250305", "name": "w"}]}, "tools", "none of its own"),
     (
@@ -216,5 +222,25 @@ def test_thoughts_text_and_calls_are_blocks_of_their_own() -> None:
 
 
 def test_a_lost_engine_is_the_last_event() -> None:
-    _, events = written([chunk(content="Hel"), {"error": {"message": "gone", "type": "x"}}])
-    assert events[-1] == {"type": "error", "error": {"type": "api_error", "message": "gone"}}
+    _, events = written([chunk(content="Hel"), error_body("gone", 503)])
+    assert events[-1]["type"] == "error"
+    assert (events[-1]["error"]["type"], events[-1]["error"]["message"]) == ("api_error", "gone")
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [
+        (400, "invalid_request_error"),
+        (404, "not_found_error"),
+        (413, "request_too_large"),
+        (429, "rate_limit_error"),
+        (500, "api_error"),
+        (504, "api_error"),
+    ],
+)
+def test_an_error_in_a_stream_has_the_kind_of_a_whole_answers(status: int, kind: str) -> None:
+    body = error_body("gone", status)
+    _, events = written([chunk(content="Hel"), body])
+    assert events[-1]["error"]["type"] == kind
+    assert error_at("/v1/messages", body) == events[-1]
+    assert error_at("/v1/chat/completions", body) == body

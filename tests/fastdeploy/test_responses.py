@@ -261,6 +261,17 @@ def test_a_mistake_is_a_400_that_names_it(
     assert answer.json()["error"]["param"] == param, answer.text
 
 
+def test_an_error_about_the_chat_names_the_item_that_was_sent(http: TestClient) -> None:
+    result = {"type": "function_call_output", "call_id": "a", "output": "rain"}
+    for more in ({}, {"instructions": "Be brief."}):
+        body = {"input": [*HELLO, result], **more}
+        answer = http.post("/v1/responses", json=body, headers={"authorization": "Bearer one"})
+        assert answer.status_code == 400, answer.text
+        error = answer.json()["error"]
+        assert error["param"] == "input"
+        assert error["message"].startswith("input[1] is the result of a tool"), error
+
+
 @pytest.mark.parametrize(
     ("path", "fields"),
     [
@@ -298,6 +309,8 @@ def test_items_become_the_messages_of_a_chat() -> None:
     assert messages[0]["content"] == "Be brief.\n\nUse tools."
     assert messages[2]["reasoning_content"] == "Hm."
     assert [call["id"] for call in messages[2]["tool_calls"]] == ["a", "b"]
+    sent_as = [m.pop("sent_as") for m in messages]
+    assert sent_as == ["instructions", *(f"input[{i}]" for i in (1, 2, 5, 6))]
     assert messages[3] == {"role": "tool", "tool_call_id": "a", "content": "rain"}
     assert messages[4] == {"role": "assistant", "content": "It rains."}
 

@@ -274,6 +274,15 @@ def test_unknown_routes_and_methods(http: httpx.Client) -> None:
     assert http.get("/nothing").json()["error"]["message"]
 
 
+def test_whatever_can_be_got_has_a_head(http: httpx.Client, server: Server) -> None:
+    root = server.url.removesuffix("/v1")
+    for path in ("/v1/models", "/health", "/metrics", "/openapi.json"):
+        whole, head = (call(root + path) for call in (http.get, http.head))
+        assert (whole.status_code, head.status_code, head.content) == (200, 200, b"")
+        assert head.headers["content-type"] == whole.headers["content-type"]
+    assert http.head("/chat/completions").status_code == 405
+
+
 def test_harmless_and_unknown_fields_are_accepted(client: OpenAI) -> None:
     body = {"metadata": None, "user": "u", "store": True, "zzz": 1, "tools": [], "stop": None}
     answer = client.chat.completions.create(
