@@ -273,7 +273,10 @@ def _lark_of_schema(schema: dict[str, Any], any_whitespace: bool) -> str:
         "coerce_one_of": False,
         "lenient": False,
     }
-    return f"%json {json.dumps({**schema, 'x-guidance': options})}"
+    try:
+        return f"%json {json.dumps({**schema, 'x-guidance': options})}"
+    except RecursionError:
+        raise _refused("a schema is nested too deeply") from None
 
 
 def checked_tags(guided: GuidedDecodingParams) -> dict[str, Any]:

@@ -153,7 +153,7 @@ def _tags(use: ToolUse, form: GuidedDecodingParams | None) -> GuidedDecodingPara
         "structures": [*tag["structures"], *structures],
         "triggers": [*tag["triggers"], CALL],
     }
-    return GuidedDecodingParams(structural_tag=json.dumps(tag))
+    return GuidedDecodingParams(structural_tag=tag)
 
 
 def check_history(messages: Sequence[Mapping[str, Any]]) -> None:

@@ -603,6 +603,19 @@ def test_an_answer_is_calls_or_of_the_form_beside_tools(
     assert constraint_for(unbound, form, plain) is form
 
 
+@pytest.mark.parametrize("kind", ["json", "structural_tag"])
+def test_a_form_of_any_depth_beside_tools_is_taken_or_refused(kind: str, plain: Tokenizer) -> None:
+    use = tool_use([tool()], None, None)
+    for depth in range(700, 1000, 3):  # around the depth that Python's own stack has
+        schema = '{"not":' * depth + "{}" + "}" * depth
+        tag = f'{{"structures": [{{"begin": "a", "schema": {schema}}}], "triggers": ["a"]}}'
+        form = GuidedDecodingParams(**{kind: schema if kind == "json" else tag})
+        try:
+            constraint_for(use, form, plain)
+        except RequestError as error:
+            assert "deep" in str(error) or "recursion" in str(error), error
+
+
 def test_calls_are_tags_beside_the_tags_of_a_request(plain: Tokenizer) -> None:
     own = {"begin": "<a>", "schema": CITY, "end": "</a>"}
     asked = {"structures": [own], "triggers": ["<a"]}
