@@ -19,6 +19,8 @@ Event = dict[str, Any]
 
 _PART = {"message": "output_text", "reasoning": "reasoning_text"}  # of an item's content
 _CUT = {"length": "max_output_tokens", "content_filter": "content_filter"}
+# The kinds of errors that are the request's own; all others are the server's.
+_CODE = {"invalid_request_error": "invalid_prompt", "rate_limit_error": "rate_limit_exceeded"}
 
 
 def new_id(prefix: str) -> str:
@@ -153,7 +155,8 @@ class ResponseWriter:
         status = "completed"
         if self.error is not None:
             status = "failed"
-            response["error"] = {"code": "server_error", "message": self.error["message"]}
+            code = _CODE.get(self.error["type"], "server_error")
+            response["error"] = {"code": code, "message": self.error["message"]}
         elif self.reason == "abort":
             status = "cancelled"
         elif self.reason in _CUT:

@@ -21,6 +21,7 @@ from fastdeploy.config import EngineConfig, ServerConfig
 from fastdeploy.errors import RequestError
 from fastdeploy.server import response_store
 from fastdeploy.server.engine import Answer, Piece
+from fastdeploy.server.reply import error_body
 from fastdeploy.server.response_events import ResponseWriter
 from fastdeploy.server.response_items import as_items, as_messages
 from fastdeploy.server.response_store import ResponseStore, Stored
@@ -375,6 +376,25 @@ def test_the_last_token_before_a_call_keeps_its_log_probability() -> None:
     assert [item["type"] for item in last["output"]] == ["message", "function_call"]
     (part,) = last["output"][0]["content"]
     assert [one["token"] for one in part["logprobs"]] == ["Look", ".\n"]
+
+
+@pytest.mark.parametrize(
+    ("status", "code"),
+    [(400, "invalid_prompt"), (429, "rate_limit_exceeded"), (500, "server_error")],
+)
+def test_a_response_that_has_failed_says_whose_fault_it_was(status: int, code: str) -> None:
+    async def events() -> list[Any]:
+        async def chunks() -> AsyncIterator[dict[str, Any]]:
+            yield error_body("gone", status)
+
+        return [event async for event in writer.events(chunks())]
+
+    base = {"id": "resp_1", "object": "response", "created_at": 0, "model": "m", "output": []}
+    base |= {"parallel_tool_calls": True, "tool_choice": "auto", "tools": [], "background": False}
+    writer = ResponseWriter(base)
+    last = EVENTS.validate_python(asyncio.run(events())[-1])
+    assert last.type == "response.failed"
+    assert (last.response.error.code, last.response.error.message) == (code, "gone")
 
 
 def test_the_store_forgets_the_oldest_that_have_ended(monkeypatch) -> None:
