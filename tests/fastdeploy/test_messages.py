@@ -131,11 +131,15 @@ MISTAKES: list[tuple[dict[str, Any], str, str]] = [
     (block("document"), "messages", "'document'"),
     (block("redacted_thinking", "assistant", data=""), "messages", "'redacted_thinking'"),
     (block("text"), "messages", "messages[0].content[0].text is missing"),
-    (block("tool_result", tool_use_id="a"), "messages", "messages[0].content[0] is the result"),
+    (
+        block("tool_result", tool_use_id="a"),
+        "messages",
+        "messages[0].content[0] is the result of a tool, but no assistant message with tool_calls",
+    ),
     (
         {"system": "x", "messages": [*HELLO, *block("tool_result", tool_use_id="a")["messages"]]},
         "messages",
-        f"messages[{len(HELLO)}].content[0] is the result",
+        f"messages[{len(HELLO)}].content[0] is the result of a tool",
     ),
     ({"system": [{"type": "image"}]}, "system", "'image'"),
     ({"tools": [{"type": "web_search_20250305", "name": "w"}]}, "tools", "none of its own"),
