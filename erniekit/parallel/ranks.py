@@ -12,6 +12,7 @@ Rank 0 alone writes files and talks. Nobody waits longer than `ddp_timeout` seco
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import logging
 import os
@@ -161,6 +162,8 @@ def joined(parallel: Parallel, device: str, way_on: str = "the same command") ->
     if size == 1:
         yield ALONE
         return
+    if not faulthandler.is_enabled():
+        faulthandler.enable()  # a crash in native code tells where its rank was
     patience = timedelta(seconds=parallel.ddp_timeout)
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))

@@ -113,6 +113,7 @@ def test_stalled_rank_is_named(long_run: list[str]) -> None:
     [
         ("time.sleep(1000)", "rank 1 is still at step 3, in unlucky (unlucky.py:9)"),
         ("raise ValueError('no luck')", "rank 1 stopped by ValueError: no luck"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", 'unlucky.py", line 9 in unlucky'),
     ],
 )
 def test_rank_that_fails_or_sleeps_is_named(
