@@ -54,8 +54,8 @@ def main() -> None:
             subprocess.run(make, cwd=ROOT, check=True)
         train(folder, args.steps)
         results = {side: measured(folder, name) for side, name in SIDES.items()}
+    report(results, args.steps)  # before the plot, which is a change of what is committed
     draw(results)
-    report(results, args.steps)
 
 
 def words(folder: Path, name: str) -> list[str]:
