@@ -153,7 +153,7 @@ class Service:
         field, params.guided_decoding = body.form() or ("tools", None)
         pictures = None
         if isinstance(body, ChatRequest):
-            order = await self._order(body, params, processor)
+            order = await self._order(body, params, processor, field)
             prompts, params, reading = [order.prompt], order.params, order.reading
             pictures = order.pictures
         else:
@@ -185,10 +185,14 @@ class Service:
         return reply_kind(body, answer, context)
 
     async def _order(
-        self, body: ChatRequest, params: SamplingParams, processor: Processor | None = None
+        self,
+        body: ChatRequest,
+        params: SamplingParams,
+        processor: Processor | None = None,
+        form_field: str = "tools",
     ) -> ChatOrder:
-        """A chat as the engine takes it; its pictures are read in a thread, by the server's
-        processor if no other is given.
+        """A chat as the engine takes it, in the form in `params`, for which `form_field` asks; its
+        pictures are read in a thread, by the server's processor if no other is given.
         """
         make = partial(
             chat_order,
@@ -197,6 +201,7 @@ class Service:
             self.loaded,
             self.syntax,
             trusts=self.config.trust_request_chat_template,
+            form_field=form_field,
         )
         processor = processor or self.pictures.processor
         if processor is None or not pictures_of(body.messages or ()):

@@ -47,10 +47,12 @@ def chat_order(
     syntax: Syntax,
     *,
     trusts: bool,
+    form_field: str = "tools",
     processor: Processor | None = None,
 ) -> ChatOrder:
-    """`syntax` is that of the model; `trusts`: a request may bring its own template. `processor`
-    reads its pictures, which takes a while: call it in a thread if there are any.
+    """`syntax` is that of the model; `trusts`: a request may bring its own template. The form in
+    `params` is the one that the field `form_field` asks for. `processor` reads the pictures, which
+    takes a while: call it in a thread if there are any.
 
     Raises RequestError, ChatError naming the message at fault, or MediaError naming the part.
     """
@@ -67,11 +69,10 @@ def chat_order(
     prompt = found.token_ids if isinstance(found, Inputs) else found
     wanted = Syntax(syntax.thoughts, bool(use.tools))
     in_thought = wanted.begins_in_thought(language.tokenizer.decode(prompt[-_TAIL:]))
-    field, asked = body.form() or ("tools", None)
-    with told_of(field):
+    with told_of(form_field):
         form = constraint_for(
             use,
-            asked,
+            params.guided_decoding,
             language.tokenizer,
             follows_thought=in_thought,
             any_whitespace=not language.config.guided_decoding_disable_any_whitespace,
