@@ -73,6 +73,18 @@ class Adapters:
             )
         return self.by_name[name]
 
+    def check_held(self, adapter: Adapter) -> None:
+        """Raise RequestError if an adapter was unloaded, and no request had it any more: then it
+        is no longer on the other ranks.
+        """
+        if adapter not in {*self.by_name.values(), *self.leaving}:
+            raise RequestError(
+                "the adapter was unloaded after this call and before its first output was asked "
+                "for; load it, and call again",
+                param="lora",
+                status=404,
+            )
+
     def read(self, folder: str | Path) -> Slices:
         """The adapter in a folder, ready for `add`. Raises ConfigError, CheckpointError."""
         self._check_enabled()

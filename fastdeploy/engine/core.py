@@ -113,6 +113,8 @@ class Engine:
         if request_id in self.requests:
             raise RequestError(f"there is a request {request_id!r} already; choose another id")
         layout = self.check(prompt, params)
+        if adapter is not None:
+            self.adapters.check_held(adapter)
         seed = order.seed if params.seed is None else params.seed
         order = replace(
             order,

@@ -122,6 +122,24 @@ def test_adapters_come_and_go_while_a_text_is_written(
     assert tokens_of(llm, "b")[0] == expected(wrapped[0])
 
 
+def test_a_stream_that_is_not_begun_does_not_keep_its_adapter(
+    llm: LLM, adapters: Path, wrapped: list[ErnieModel]
+) -> None:
+    llm.load_lora("a", str(adapters / "one"))
+    begun = llm.generate(PROMPT, GREEDY, stream=True, lora="a")
+    tokens = next(begun)[0].outputs[0].token_ids
+    waiting = [llm.generate(PROMPT, GREEDY, stream=True, lora="a") for _ in range(2)]
+    llm.unload_lora("a")
+    assert len(next(waiting[0])[0].outputs[0].token_ids) == 1, "another stream still has it"
+    waiting[0].close()
+    for (piece,) in begun:
+        tokens += piece.outputs[0].token_ids if piece is not None else []
+    with pytest.raises(RequestError, match="was unloaded after this call"):
+        next(waiting[1])
+    llm.load_lora("a", str(adapters / "two"))
+    assert tokens == expected(wrapped[0]) and tokens_of(llm, "a")[0] == expected(wrapped[1])
+
+
 def test_one_name_or_one_for_each_prompt(llm: LLM, adapters: Path) -> None:
     llm.load_lora("a", str(adapters / "one"))
     both = llm.generate([PROMPT, PROMPT], GREEDY, lora=[None, "a"])
