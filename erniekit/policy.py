@@ -212,7 +212,10 @@ def policy(
         parts["policy_loss"], parts["clip_share"] = clipped_loss(values_N, n, objective)
         value = value + parts["policy_loss"]
     if objective.has_reference:
-        parts["kl"] = (n["weight_N"] * kl_k3(values_N, n["reference_N"])).sum()
+        # What has no weight, as the answers of given pairs, counts as unchanged: far from the
+        # reference its estimate is infinite, and 0 times that is not a number.
+        reference_N = torch.where(n["weight_N"] > 0, n["reference_N"], values_N.detach())
+        parts["kl"] = (n["weight_N"] * kl_k3(values_N, reference_N)).sum()
         value = value + objective.kl_coef * parts["kl"]
     if objective.mu and len(n["pairs_Q2"]):
         num_answers = int(n["counts_G"].sum())

@@ -142,6 +142,26 @@ def test_loss_and_gradients_are_those_of_transformers(
             assert 0 < parts["clip_share"] < 1, "one side of the clip is not looked at"
 
 
+def test_answers_of_given_pairs_have_no_part_in_the_divergence() -> None:
+    """However far the policy has left the reference in one of them: there e^d has no float32."""
+    model, sampled, given = model_of("tiny-dense"), made_groups(), made_groups()[:2]
+    for group in given:
+        group.is_sampled = False
+        group.numbers["reference_N"] = np.full(group.num_labels, 95.0, np.float32)
+    found = []
+    for pairs in ([], given):
+        model.zero_grad()
+        (batch,) = groups.round_batches(
+            sampled, pairs, [0.0] * len(TOLD), Cut(1, 1, 1, False), start=0, end=4, seed=1
+        )
+        flat = to_device(batch, model.device)
+        assert isinstance(flat, Flat)
+        loss = policy(model, flat, objective=Objective("ppo", kl_coef=0.1), chunk_size=5)
+        loss.total.backward()
+        found.append([float(loss.value), *(float(p.grad.norm()) for p in model.parameters())])
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
 def test_a_group_costs_its_prompt_once_and_gives_what_separate_rows_give() -> None:
     model = model_of("tiny-dense")
     made = made_groups()
