@@ -22,6 +22,7 @@ from ernie import kernels
 from ernie.kernels.reference import MOMENT_BLOCK
 from ernie.settings import ConfigError
 from erniekit.config import Optimisation
+from erniekit.reward_model import HEAD as REWARD_HEAD
 
 _LAYER = re.compile(r"\blayers\.(\d+)\.")
 _TOWER_BLOCK = re.compile(r"^vision_model\.blocks\.(\d+)\.")
@@ -278,19 +279,29 @@ class AdamW8bit(AdamW):
         kernels.adamw_8bit_step(weights, gradient, *moments, update, self._short(name))
 
 
+_BY_ADAMW = (
+    *("embed_tokens.weight", "lm_head.weight", REWARD_HEAD, *_GATES),
+    *("lora_A", "lora_B", MAGNITUDE),
+)
+
+
+def is_matrix(name: str, num_dims: int) -> bool:
+    """Whether Muon takes a parameter for a matrix; the others it leaves to AdamW."""
+    return num_dims > 1 and not name.endswith(_BY_ADAMW)
+
+
 class Muon(AdamW):
     """Matrices move along the orthogonal factor of their averaged gradient; the rest by AdamW.
 
-    The rest is vectors, embedding, head and adapters. A matrix remembers one moment (float32) and
-    its steps are scaled to the usual size of AdamW's, so one learning rate serves both. A stack of
-    experts is taken expert by expert.
+    The rest is vectors, embedding, heads, routers and adapters. A matrix remembers one moment
+    (float32) and its steps are scaled to the usual size of AdamW's, so one learning rate serves
+    both. A stack of experts is taken expert by expert.
 
     Source: Jordan et al., "Muon", 2024; Liu et al., arXiv:2502.16982 (step size, decay).
     """
 
     def _is_matrix(self, name: str) -> bool:
-        others = ("embed_tokens.weight", "lm_head.weight", "lora_A", "lora_B", MAGNITUDE)
-        return self.parameters[name].dim() > 1 and not name.endswith(others)
+        return is_matrix(name, self.parameters[name].dim())
 
     def _new_moments(self, name: str) -> dict[str, Tensor]:
         if not self._is_matrix(name):

@@ -42,6 +42,7 @@ from erniekit.config import Optimisation, Run
 from erniekit.config.model import TOWER
 from erniekit.lora import projections
 from erniekit.lora_targets import chosen
+from erniekit.optim import is_matrix
 from erniekit.parallel.replicated import owners_of
 from erniekit.reward_model import HEAD, add_reward_head, base_of
 
@@ -198,8 +199,8 @@ def sizes_of(config: ErnieConfig, run: Run, device: str, degrees: Degrees = Degr
         if name.startswith("model.mtp."):
             trained = trained and bool(run.model.num_nextn_predict_layers)
         apart = name in VOCABULARY
-        is_matrix = p.dim() > 1 and not apart
-        _add(sizes, name, p.numel(), width, trained, apart, is_matrix, run, degrees)
+        by_muon = is_matrix(name, p.dim())
+        _add(sizes, name, p.numel(), width, trained, apart, by_muon, run, degrees)
     for name in chosen(weights, run.model.lora_target_modules) if run.is_lora else ():
         *stack, out_size, in_size = weights[name].shape
         counts = [run.model.lora_rank * in_size, run.model.lora_rank * out_size]
@@ -252,7 +253,7 @@ def _add(
     width: float,
     trained: bool,
     float32_sum: bool,
-    is_matrix: bool,
+    by_muon: bool,
     run: Run,
     degrees: Degrees,
 ) -> None:
@@ -275,7 +276,7 @@ def _add(
     is_long = float32_sum or (o.amp_master_grad and not is_short)
     if float32_sum or not o.optimizer_in_backward:  # else a gradient is gone when it is complete
         sizes.sums[layer] += count * (4 if is_long else 2)
-    state = [*_moment_bytes(o, count, is_matrix), count * original]
+    state = [*_moment_bytes(o, count, by_muon), count * original]
     sizes.state[layer] += sum(state)
     sizes.visiting = max(sizes.visiting, sum(state))
     sizes.pinned += sum(1 << (size - 1).bit_length() for size in state if size)
@@ -284,13 +285,13 @@ def _add(
     sizes.largest[layer] = max(sizes.largest[layer], count)
 
 
-def _moment_bytes(o: Optimisation, count: int, is_matrix: bool) -> tuple[int, ...]:
+def _moment_bytes(o: Optimisation, count: int, by_muon: bool) -> tuple[int, ...]:
     """Of each tensor that the optimizer remembers of a weight of `count` elements, besides its
     original.
     """
     if o.optim == "adamw_8bit":
         return count, count, 2 * 4 * math.ceil(count / MOMENT_BLOCK)
-    if o.optim == "muon" and is_matrix:
+    if o.optim == "muon" and by_muon:
         return (4 * count,)
     return (count * (2 if o.use_lowprecision_moment else 4),) * 2
 

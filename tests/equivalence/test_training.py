@@ -305,6 +305,22 @@ def test_muon_equals_torch() -> None:
         assert gap < 0.03, f"{n}: steps differ by {gap:.4f} of their length"
 
 
+def test_muon_leaves_vocabulary_heads_and_routers_to_adamw() -> None:
+    by_adamw = ["model.embed_tokens", "lm_head", "score"]
+    by_adamw += [f"model.layers.1.mlp.{gate}" for gate in ("gate", "vision_gate")]
+    by_muon = ["model.layers.1.self_attn.q_proj", "model.layers.1.mlp.shared_experts.gate_proj"]
+    shapes = {f"{name}.weight": (3, 8) for name in by_adamw + by_muon}
+    start, gradients = ({n: torch.randn(s) for n, s in shapes.items()} for _ in range(2))
+    moved = {}
+    for optim in ("muon", "adamw"):
+        o = Optimisation(optim=optim, weight_decay=0.1, use_lowprecision_moment=False)
+        own = {n: torch.nn.Parameter(t.clone()) for n, t in start.items()}
+        OPTIMIZERS[optim](own, treatments(own, o, num_layers=2), o, seed=0).step(gradients, 0.1, 1)
+        moved[optim] = own
+    alike = {n for n in shapes if torch.equal(moved["muon"][n], moved["adamw"][n])}
+    assert alike == {f"{name}.weight" for name in by_adamw}
+
+
 def test_orthogonal_factor_has_the_singular_vectors_of_its_matrix() -> None:
     torch.manual_seed(0)
     stack = torch.randn(3, 24, 10)
