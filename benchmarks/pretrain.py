@@ -54,7 +54,8 @@ def main() -> None:
             subprocess.run(make, cwd=ROOT, check=True)
         train(folder, args.steps)
         results = {side: measured(folder, name) for side, name in SIDES.items()}
-    report(results, args.steps)  # before the plot, which is a change of what is committed
+        data = {part: counts(folder / part) for part in ("train", "held-out")}
+    report(results, args.steps, data)  # before the plot, which is a change of what is committed
     draw(results)
 
 
@@ -89,6 +90,16 @@ def train(folder: Path, steps: int) -> None:
     statuses = [run.wait() for run in runs]
     if any(statuses):
         raise SystemExit(f"a run ended with an error; see {folder}/moe.log and dense.log")
+
+
+def counts(folder: Path) -> dict[str, dict[str, int]]:
+    """Documents and bytes of their text, by language."""
+    found = {}
+    for language in LANGUAGES:
+        with (folder / f"{language}.jsonl").open(encoding="utf-8") as lines:
+            sizes = [len(json.loads(line)["text"].encode()) for line in lines]
+        found[language] = {"documents": len(sizes), "bytes": sum(sizes)}
+    return found
 
 
 def measured(folder: Path, name: str) -> Record:
@@ -174,7 +185,7 @@ def draw(results: dict[str, Record]) -> None:
     figure.savefig(PLOT, metadata={"Date": None})
 
 
-def report(results: dict[str, Record], steps: int) -> None:
+def report(results: dict[str, Record], steps: int, data: Record) -> None:
     more = {
         "busiest expert, last 50 steps, over the mean": _busiest,
         "experts without a token for 20 steps, at most and at the end": _dead,
@@ -190,7 +201,8 @@ def report(results: dict[str, Record], steps: int) -> None:
         details.append([prompt, *(" / ".join(text.split("\n")).replace("|", "") for text in texts)])
     write_record(
         "pretrain", QUESTION, f"python benchmarks/pretrain.py --steps {steps}",
-        {"steps": steps, "configs": "examples/configs/tiny/pt", "temperature": 0.8, "top_p": 0.9},
+        {"steps": steps, "configs": "examples/configs/tiny/pt", "temperature": 0.8, "top_p": 0.9,
+         "corpus": "examples/pretrain_corpus.py", "data": data},
         results, table, reading, details,
     )  # fmt: skip
 

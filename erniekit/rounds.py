@@ -313,7 +313,7 @@ class Rounds:
             float(np.mean([s.is_right for s in scored])),
             float(np.mean([len(answer.token_ids) for answer in answers])),
             float(np.mean([answer.is_cut for answer in answers])),
-            -float(np.mean(log_probs)),  # of drawn tokens: an estimate without bias
+            -float(np.mean(log_probs)),  # without bias if drawn at temperature 1 from all tokens
             len(dropped) / (len(kept) + len(dropped)),
         ]
 
