@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +42,7 @@ def tiny(tmp_path_factory):
             has_vision = TINY[name].vision_config is not None
             (vl_folder if has_vision else sentencepiece_folder)(path)
             tokenizer = Tokenizer.from_folder(path)
-            marks = vl_marks(tokenizer) if has_vision else {}
+            marks: dict[str, Any] = vl_marks(tokenizer) if has_vision else {}
             config = dataclasses.replace(TINY[name], vocab_size=tokenizer.vocab_size, **marks)
             model = ernie.ErnieModel(config, dtype=torch.float32)
             model.init_weights(seed=1)
@@ -49,6 +51,16 @@ def tiny(tmp_path_factory):
         return path
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def grouped(tiny, tmp_path_factory) -> Path:
+    """A folder with "tiny-moe" that takes 4 of its 8 experts, which can be grouped by that."""
+    path = tmp_path_factory.mktemp("grouped") / "tiny-moe"
+    shutil.copytree(tiny("tiny-moe"), path)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"moe_k": 4}))
+    return path
 
 
 @pytest.fixture(scope="session")
