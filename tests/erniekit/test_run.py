@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import ernie
 from ernie.models import TINY
@@ -114,6 +115,36 @@ def test_adapter_files_have_the_names_that_peft_expects() -> None:
     assert config["r"] == 3 and config["lora_alpha"] == 6
     projections = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
     assert config["target_modules"] == projections
+
+
+@pytest.mark.parametrize(
+    ("without", "plus", "scale"),
+    [
+        ({}, {"lora_plus_scale": 6}, 6),
+        ({"rslora": True}, {"rslora_plus": True, "lora_alpha": 16}, 4),
+    ],
+)
+def test_lora_plus_moves_b_matrices_so_much_further_and_nothing_else(
+    without: dict, plus: dict, scale: int, words, tmp_path: Path
+) -> None:
+    """In AdamW's first step, which is the learning rate in size: B, and the magnitudes of DoRA. The
+    short name of rsLoRA with it is rsLoRA in all else, whatever alpha is given.
+    """
+    more = {
+        "max_steps": 1, "learning_rate": 1e-3, "lr_scheduler_type": "constant", "use_dora": True,
+        "adam_epsilon": 1e-20, "evaluation_strategy": "no", "num_answers": 0,
+    }  # fmt: skip
+    found = []
+    for name, keys in (("without", without), ("plus", plus)):
+        assert main(["train", *words(output_dir=tmp_path / name, **more, **keys)]) == 0
+        found.append(load_file(tmp_path / name / lora_files.ADAPTER_FILE))
+    for name, tensor in found[0].items():
+        factor = scale if "lora_B" in name else 1
+        torch.testing.assert_close(found[1][name], factor * tensor, rtol=1e-5, atol=0)
+        if "lora_B" in name:
+            assert float(tensor.abs().max()) == pytest.approx(1e-3, rel=1e-3), name
+    files = [tmp_path / name / lora_files.ADAPTER_CONFIG for name in ("without", "plus")]
+    assert files[0].read_text() == files[1].read_text()
 
 
 def test_an_adapter_of_another_model_is_refused(words, tiny, tmp_path: Path, capsys) -> None:
