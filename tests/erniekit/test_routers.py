@@ -19,6 +19,7 @@ from ernie.model import ErnieModel
 from ernie.models import TINY
 from ernie.moe import balance, dispatch
 from ernie.moe.router import Router, Routing, within_capacity
+from ernie.mtp import MTP
 from ernie.settings import ConfigError
 from erniekit import losses, routing
 from erniekit.build import frozen
@@ -127,18 +128,20 @@ def test_padding_says_nothing_about_routers(name: str, tmp_path: Path) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-def test_multi_token_loss_of_packed_documents_equals_loops() -> None:
-    """Position by position: from its hidden state and the next token, the one after; only within
-    its document. Shares embedding, norm and head with the main model; depth 1.
+@pytest.mark.parametrize("num_depths", [1, 2])
+def test_multi_token_loss_of_packed_documents_equals_loops(num_depths: int) -> None:
+    """Position by position: from its hidden state and the next token, the one after; at the next
+    depth from what came out and the token after; only within its document, and as the mean over the
+    depths. Shares embedding, norm and head with the main model.
     """
-    model = ErnieModel(TINY["tiny-moe"], dtype=torch.float32)
+    config = replace(TINY["tiny-moe"], num_nextn_predict_layers=num_depths)
+    model = ErnieModel(config, dtype=torch.float32)
     model.init_weights(seed=2)
     lengths = [7, 1, 12, 2]
     batch = batch_of([min(n, 50) for n in lengths])
-    batch.token_ids_T.clamp_(max=TINY["tiny-moe"].vocab_size - 1)
-    batch.labels_T.clamp_(max=TINY["tiny-moe"].vocab_size - 1)
+    batch.token_ids_T.clamp_(max=config.vocab_size - 1)
+    batch.labels_T.clamp_(max=config.vocab_size - 1)
     batch.labels_T[3] = UNTRAINED
-    block = model.model.mtp[0]
     total = torch.zeros(())
     start = 0
     for n in lengths:
@@ -146,17 +149,18 @@ def test_multi_token_loss_of_packed_documents_equals_loops() -> None:
         ids, labels = batch.token_ids_T[part], batch.labels_T[part]
         bounds, positions = torch.tensor([0, n], dtype=torch.int32), torch.arange(n)
         hidden = model.hidden(ids, positions, packed_causal(bounds))
-        # What follows the last input is not known here, and it predicts nothing.
-        following = torch.cat((ids[1:], ids[:1]))
-        embedded = block.emb_norm(model.model.embed_tokens(following))
-        both = torch.cat((embedded, block.hidden_norm(hidden)), dim=-1)
-        out, _ = block.block(
-            block.linear_proj(both), model.rotary(positions), packed_causal(bounds)
-        )
-        logits = model.head(out)
-        for t in range(n - 1):
-            if int(labels[t + 1]) != UNTRAINED:
-                total = total - logits[t].log_softmax(-1)[labels[t + 1]]
+        for depth, block in enumerate(model.model.mtp, 1):
+            assert isinstance(block, MTP)
+            # What follows the last inputs is not known here, and they predict nothing.
+            embedded = block.emb_norm(model.model.embed_tokens(ids.roll(-depth)))
+            both = torch.cat((embedded, block.hidden_norm(hidden)), dim=-1)
+            hidden, _ = block.block(
+                block.linear_proj(both), model.rotary(positions), packed_causal(bounds)
+            )
+            logits = model.head(hidden)
+            for t in range(n - depth):
+                if int(labels[t + depth]) != UNTRAINED:
+                    total = total - logits[t].log_softmax(-1)[labels[t + depth]] / num_depths
         start += n
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     want = torch.autograd.grad(0.3 * total, list(named.values()), allow_unused=True)
@@ -221,14 +225,17 @@ def run(words: list[str], output: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize(
-    ("update", "step_size"), [("decoupled", 0.5), ("decoupled_lr", 0.5 * 1e-2)]
+    ("update", "step_size", "num_groups"),
+    [("decoupled", 0.5, 1), ("decoupled_lr", 0.5 * 1e-2, 1), ("decoupled", 0.5, 4)],
 )
 def test_a_step_moves_routers_by_the_decoupled_gradient(
-    update: str, step_size: float, words, tmp_path: Path
+    update: str, step_size: float, num_groups: int, words, grouped: Path, tmp_path: Path
 ) -> None:
     """W of AdamW alone, minus the step times the gradient there; nothing else moves."""
-    without = run(words(), tmp_path / "without")
-    more = {"moe_orthogonal_loss_lambda": 0.5, "moe_orthogonal_update": update}
+    usual = {"model_name_or_path": grouped} if num_groups > 1 else {}
+    without = run(words(**usual), tmp_path / "without")
+    more = usual | {"moe_orthogonal_loss_lambda": 0.5, "moe_orthogonal_update": update}
+    more |= {"moe_group_orthogonal_loss": num_groups > 1}
     if update == "decoupled_lr":  # by its other name
         del more["moe_orthogonal_update"]
         more["use_ortho_loss_callback"] = "true"
@@ -238,7 +245,7 @@ def test_a_step_moves_routers_by_the_decoupled_gradient(
             assert torch.equal(updated[name], weight), name
             continue
         weight = weight.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(balance.orthogonal_loss(weight), weight)
+        (gradient,) = torch.autograd.grad(balance.orthogonal_loss(weight, num_groups), weight)
         moved = updated[name] - weight
         gap = (
             (moved + step_size * gradient).abs().max() / (step_size * gradient.abs().max())
