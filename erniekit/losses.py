@@ -379,6 +379,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         num_right: Tensor | None = None,
         weights_N: Tensor | None = None,
     ) -> Tensor:
+        assert chunk_size > 0, f"chunks of {chunk_size} tokens: the settings are not resolved"
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         total = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         grad_ND = torch.empty_like(hidden_ND) if wants_hidden else None

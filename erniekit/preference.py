@@ -192,6 +192,7 @@ class ChunkedLogProbs(torch.autograd.Function):
         chunk_size: int,
         into: Tensor | None = None,
     ):
+        assert chunk_size > 0, f"chunks of {chunk_size} tokens: the settings are not resolved"
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         values_N = torch.empty(len(hidden_ND), dtype=torch.float32, device=hidden_ND.device)
         grad_ND = torch.empty_like(hidden_ND) if wants_hidden and not wants_weight else None
