@@ -56,16 +56,16 @@ class Reporter:
     def _open(self, step: int) -> None:
         run, num_steps = self.run, self.num_steps
         self.sinks = sinks.open_sinks(run, max(step, 0))
+        starts = about.read(run.output).get("starts", []) if step >= 0 else []
+        self.starts = [*starts, about.start(max(step, 0), "train", run.words)]
+        self._write_about()  # before the first record: by it the folder is known as that of a run
         self.metrics = Metrics(run.output)
         self.answers = Metrics(run.output, story.ANSWERS_FILE)
         for records in (self.metrics, self.answers):
             records.rewind(step)
-        starts = about.read(run.output).get("starts", []) if step >= 0 else []
-        self.starts = [*starts, about.start(max(step, 0), "train", run.words)]
         has_bar = sys.stderr.isatty() and not run.reporting.disable_tqdm
         self.bar = Bar(max(step, 0), num_steps) if has_bar and step < num_steps else None
         self.has_lines = not (self.bar and sys.stdout.isatty())
-        self._write_about()
 
     def tell(self, record: dict[str, Any]) -> None:
         """Show a step: a line every `logging_steps`, the bar at every one."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from erniekit import checkpoint, inputs, lora_files, serve
 from erniekit.cli import main
 from erniekit.config import run_from
 from erniekit.inputs import refuse_changes
+from erniekit.metrics import Metrics
 from tests.erniekit.conftest import preferences, write_lines
 from tests.erniekit.test_resume import curve, words
 
@@ -335,3 +337,15 @@ def test_large_files_are_sampled(tmp_path: Path, monkeypatch) -> None:
     for place in range(32):
         file.write_bytes(content[:place] + b"\xff" + content[place + 1 : 32])
         assert inputs._digest(file) != before
+
+
+def test_a_run_that_was_ended_before_its_first_record_is_known_again(
+    tiny, data: Path, tmp_path: Path, monkeypatch
+) -> None:
+    arguments = short(tiny("tiny-dense"), data, tmp_path / "run", max_steps=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "rewind", lambda self, step: sys.exit(9))
+        with pytest.raises(SystemExit):
+            main(arguments)
+    assert (tmp_path / "run/metrics.jsonl").exists()
+    assert main(arguments) == 0
