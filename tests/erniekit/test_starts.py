@@ -343,8 +343,14 @@ def test_a_run_that_was_ended_before_its_first_record_is_known_again(
     tiny, data: Path, tmp_path: Path, monkeypatch
 ) -> None:
     arguments = short(tiny("tiny-dense"), data, tmp_path / "run", max_steps=1)
+    rewind = Metrics.rewind
+
+    def ended(self: Metrics, step: int) -> None:
+        rewind(self, step)
+        sys.exit(9)
+
     with monkeypatch.context() as patch:
-        patch.setattr(Metrics, "rewind", lambda self, step: sys.exit(9))
+        patch.setattr(Metrics, "rewind", ended)
         with pytest.raises(SystemExit):
             main(arguments)
     assert (tmp_path / "run/metrics.jsonl").exists()
