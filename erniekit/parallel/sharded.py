@@ -149,8 +149,8 @@ class Sharded:
         """
         found = {}
         for name, tensor in tensors.items():
-            whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if self.ranks.is_first:
+            whole = _gathered(tensor) if isinstance(tensor, DTensor) else tensor
+            if whole is not None and self.ranks.is_first:
                 found[name] = whole.detach().cpu()
         return found
 
@@ -168,6 +168,27 @@ class Sharded:
     def _home(self, key: str) -> Tensor | None:
         """The parameter of `<parameter>.<part of its state>`."""
         return self.trained.get(key.rpartition(".")[0])
+
+
+@torch.no_grad()
+def _gathered(tensor: DTensor) -> Tensor | None:
+    """On rank 0 the whole of a tensor that is cut along its first dimension.
+
+    Not by `full_tensor`: only rank 0 needs the whole, and only its copy of the model has to send.
+    Nor does gloo survive that exchange for ever: its two threads write the name of what each ended
+    last into one string without a lock (torch 2.13, `ProcessGroupGloo::runLoop`), and names of more
+    than 15 letters, as that exchange has, lie on the heap and can be freed twice.
+    """
+    group = tensor.device_mesh.get_group("shard")
+    members = dist.get_process_group_ranks(group)
+    if members[0] != 0:
+        return None
+    rows, local = tensor.shape[0], tensor.to_local()
+    padded = local.new_zeros(-(-rows // len(members)), *tensor.shape[1:])  # FSDP2 cuts so
+    padded[: len(local)] = local
+    parts = [torch.empty_like(padded) for _ in members] if dist.get_rank() == 0 else None
+    dist.gather(padded, parts, group=group, group_dst=0)
+    return torch.cat(parts)[:rows] if parts is not None else None
 
 
 def _as_part_of(parameter: Tensor | None, part: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ went.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import sys
@@ -151,7 +152,21 @@ class Watch:
 
 
 def _place() -> str:
-    """Where the main thread is: the innermost function outside of torch, or `WAITS`."""
+    """Where the main thread is: the innermost function outside of torch, or `WAITS`.
+
+    Nothing is collected meanwhile: a finalizer would let that thread run on while CPython (3.11)
+    reads its frames.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return _innermost()
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _innermost() -> str:
     frame = sys._current_frames().get(threading.main_thread().ident or 0)
     while frame is not None:
         path = frame.f_code.co_filename.replace(os.sep, "/")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import os
 import signal
 import subprocess
@@ -244,3 +245,17 @@ def test_slow_rank_is_found_by_its_step(monkeypatch) -> None:
     finally:
         for one in watches:
             one.close()
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_nothing_is_collected_while_frames_are_read(monkeypatch, collects: bool) -> None:
+    within = []
+    monkeypatch.setattr(watch, "_innermost", lambda: within.append(gc.isenabled()) or "here")
+    was = gc.isenabled()
+    (gc.enable if collects else gc.disable)()
+    try:
+        assert watch._place() == "here"
+        assert within == [False]
+        assert gc.isenabled() is collects
+    finally:
+        (gc.enable if was else gc.disable)()
