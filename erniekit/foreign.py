@@ -29,6 +29,11 @@ WITHOUT_EFFECT: dict[str, str] = {
     "save_rng_states": "always saved",
     "save_tokenizer": "always saved",
     "logging_strategy": "logging_steps decides; metrics.jsonl has every step",
+    "logging_first_step": "logging_steps decides; metrics.jsonl has every step",
+    "log_global_grad_norm": "every step has the norm of all gradients",
+    "enable_global_training_logs": "every step has the numbers of all processes",
+    "global_logging_interval": "every step has the numbers of all processes",
+    "record_optimizer_stat": "metrics.jsonl has what is recorded",
     # PaddlePaddle's kernels and precision machinery
     "use_flash_attention": "ernie.kernels picks",
     "use_flash_attn_with_mask": "ernie.kernels picks",
@@ -100,6 +105,9 @@ WITHOUT_EFFECT: dict[str, str] = {
     "pp_need_data": "one process",
     "pp_need_data_degree": "one process",
     "disable_pipeline_warmup": "one process",
+    "enable_mtp_magic_send": "one process",
+    "fuse_sequence_parallel_allreduce": "one process",
+    "tensor_fusion": "one process",
     # PaddlePaddle's checkpoint formats
     "unified_checkpoint": "one checkpoint format",
     "unified_checkpoint_config": "one checkpoint format",
@@ -118,6 +126,7 @@ WITHOUT_EFFECT: dict[str, str] = {
     "output_signal_dir": "Baidu's cluster",
     "args_output_to_local": "run.yaml has them",
     "hf_hub_id": "nothing is uploaded",
+    "run_name": "output_dir names a run",
     "mergekit_task_config": "unused by ERNIEKit too",
     # leftovers of other stages and of ERNIEKit itself
     "num_comparisons": "unused by ERNIEKit too",
@@ -128,10 +137,13 @@ WITHOUT_EFFECT: dict[str, str] = {
     "offset_alpha": "every pair differs by a score of 1, whose logarithm is 0",
     "num_of_gpus": "nothing is estimated from it",
     "global_batch_size": "batch_size x gradient_accumulation_steps",
-    "lr_scheduler": "lr_scheduler_type decides",
     "sft_benchmark": "metrics.jsonl has the speed of every step",
     "from_scratch": "continue_training decides",
     "rope_3d": "the model's config.json decides",
+    "vision_config": "the model's config.json decides",
+    "max_position_embeddings": "the model's config.json decides",
+    "bos_token_id": "the tokenizer decides",
+    "eos_token_id": "the tokenizer decides",
     "metrics_port": "metrics are served on port",
     "engine_worker_queue_port": "the server has one port",
     "use_warmup": "the server decides",
@@ -144,6 +156,8 @@ WITHOUT_EFFECT: dict[str, str] = {
     "apply_online_actscale_step": "scales are those of the values at hand",
     "actscale_moving_rate": "scales are those of the values at hand",
     "fp8_format_type": "gradients have scales of their own, and the finer format",
+    "fp8_force_clear_state": "nothing is kept between steps",
+    "enable_fp8_quantize_analysis": "metrics.jsonl has what is recorded",
 }
 
 # Key -> values that mean "off". Empty strings, none and lists thereof are always off.
@@ -164,7 +178,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "refined_recompute": (),
     "use_global_causal_attn": (False,),
     "use_template": (True,),
-    "dataset_type": ("iterable",),
+    "dataset_type": ("iterable", "pretrain"),
     "offline_dataset_path": (),
     "truncation_strategy": ("left",),
     "moe_dropout_prob": (0,),
@@ -180,6 +194,16 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "ignore_save_lr_and_optim": (False,),
     "ignore_load_lr_and_optim": (False,),
     "dpo_benchmark": (False,),
+    "reshard_save_then_exit": (False,),
+    "load_args_from_api": (False,),
+    "dataloader_drop_last": (False,),
+    "data_filelist": (),
+    "data_weights": (),
+    "tokenizer": (),
+    "tokenizer_name": (),
+    "corpus_name": (),
+    "prompt_dir": ("./",),
+    "sft_shift_by_one": (False,),
     "quant_weight_grad": (False,),
     "use_fp8": (False,),
     "vision_model_name_or_path": (),
@@ -205,6 +229,7 @@ RENAMED = {
     "zcc_save_ema_coef": "ema_decay",
     "enable_zero_cost_checkpoint": "use_async_save",
     "target_modules": "lora_target_modules",  # PEFT's
+    "lr_scheduler": "lr_scheduler_type",  # in its pre-training and its training on pictures
 }
 
 # Keys of ERNIEKit's that `renamed` turns into values of others.
@@ -263,6 +288,8 @@ def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     for theirs, ours in RENAMED.items():
         if theirs in result:
             given = result.pop(theirs)
+            if given is None:
+                continue
             if ours in result and as_word(result[ours]).lower() != as_word(given).lower():
                 raise ConfigError(f"{theirs} and {ours} are one setting; give {ours}")
             result[ours] = given

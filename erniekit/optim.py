@@ -52,8 +52,8 @@ def learning_rate_at(step: int, num_steps: int, o: Optimisation) -> float:
     if kind == "polynomial":
         return o.lr_end + (peak - o.lr_end) * (1 - progress) ** o.power
     assert kind == "wsd", kind
-    steady_steps = int(steady) if steady else int(0.9 * num_steps) - warmup
-    return _decayed(step - warmup - steady_steps, num_steps - warmup - steady_steps, o)
+    until = max(int(steady) if steady else int(0.9 * num_steps), warmup)
+    return _decayed(step - until, num_steps - until, o)
 
 
 def _decayed(step: int, num_steps: int, o: Optimisation) -> float:
@@ -107,10 +107,12 @@ def treatments(
 
 
 def _layer_factor(name: str, num_layers: int, bound: float) -> float:
-    """`bound` at the embedding, 1 at the head, linear over the layers between."""
+    """`bound` at the embedding and the lowest layer, 1 at the head, linear over the layers between,
+    two from the uppermost to the head. Source: ERNIEKit's optimizers of SFT and DPO.
+    """
     layer = _LAYER.search(name)
-    depth = int(layer[1]) + 1 if layer else 0 if "embed_tokens" in name else num_layers + 1
-    return bound + (1 - bound) * depth / (num_layers + 1)
+    depth = int(layer[1]) if layer else 0 if "embed_tokens" in name else num_layers + 2
+    return bound + (1 - bound) * depth / (num_layers + 2)
 
 
 def _tower_factor(name: str, num_blocks: int, o: Optimisation) -> float:

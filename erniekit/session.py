@@ -183,7 +183,7 @@ def _parts(session: Session) -> Parts:
         batches_per_step=run.training.gradient_accumulation_steps,
         epoch_size=session.train_stream.epoch_size,
         training=run.training,
-        bias_step=0.0 if run.is_lora else run.model.moe_use_aux_free_update_coef,
+        bias_step=run.bias_step,
         orthogonal=_orthogonal(run),
         ranks=session.ranks,
         after_update=partial(form.after_update, session.trained),

@@ -73,6 +73,14 @@ class Run:
         return self.model.fine_tuning == "LoRA"
 
     @property
+    def bias_step(self) -> float:
+        """By how much the routing bias moves after a step."""
+        given = self.model.moe_use_aux_free_update_coef
+        if self.is_lora:
+            return 0.0
+        return given if given is not None else 0.001 if self.stage.balances_load else 0.0
+
+    @property
     def adds_to_base(self) -> bool:
         """Whether adapters add to their base, so that the base is the model without them."""
         return self.is_lora and not (self.model.use_dora or self.model.pissa)

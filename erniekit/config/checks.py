@@ -81,7 +81,7 @@ def _check_schedule(run: Run) -> None:
     if schedule not in SCHEDULES or (steady and not (schedule == "wsd" and steady.isdigit())):
         raise ConfigError(
             f"lr_scheduler_type={o.lr_scheduler_type!r} is not known; use one of "
-            f"{', '.join(SCHEDULES)}, or wsd:<steady steps>"
+            f"{', '.join(SCHEDULES)}, or wsd:<step>"
         )
     if o.min_lr > o.learning_rate:
         raise ConfigError(

@@ -77,9 +77,10 @@ class Preferences:
     ref_model_update_steps: int = option(
         -1, "Every so many steps the model becomes its own reference; -1: never.", least=1, also=-1
     )
-    max_prompt_len: int = option(
-        2048,
-        "Tokens of a prompt; a longer one loses its oldest turns. At most max_seq_len - 10.",
+    max_prompt_len: int | None = option(
+        None,
+        "Tokens of a prompt; a longer one loses its oldest turns. At most, and none: "
+        "max_seq_len - 10.",
         least=1,
     )
     mask_out_eos_token: bool = option(True, "The token that ends an answer has no loss.")

@@ -149,9 +149,10 @@ class Model:
         "Weight of the router's z-loss (full training; not part of the reported loss).",
         least=0,
     )
-    moe_use_aux_free_update_coef: float = option(
-        0.001,
-        "Step of the routing bias towards even load after each optimizer step (full only).",
+    moe_use_aux_free_update_coef: float | None = option(
+        None,
+        "Step of the routing bias towards even load after each optimizer step (full only). none: "
+        "0.001 in the stages PT and VL-SFT, else 0.",
         least=0,
     )
     num_nextn_predict_layers: int = option(

@@ -36,6 +36,7 @@ class Stage:
     reads_pictures: bool = False  # where the model does
     needs_pictures: bool = False  # only models that read pictures
     has_reward_head: bool = False
+    balances_load: bool = False  # of experts, by the routing bias, unless the settings say more
     has_rollouts: bool = False  # learns from rounds of the model's own answers
 
     @property
@@ -97,8 +98,13 @@ STAGES: dict[str, Stage] = {
         reads_pictures=True,
         has_reward_head=True,
     ),
-    "PT": Stage(recipe="erniekit.recipes.pretrain", sample="document"),
-    "VL-SFT": Stage(recipe="erniekit.recipes.sft", reads_pictures=True, needs_pictures=True),
+    "PT": Stage(recipe="erniekit.recipes.pretrain", sample="document", balances_load=True),
+    "VL-SFT": Stage(
+        recipe="erniekit.recipes.sft",
+        reads_pictures=True,
+        needs_pictures=True,
+        balances_load=True,
+    ),
     "OCR-VL-SFT": Stage(recipe=None),
 }  # fmt: skip
 TRAINABLE = tuple(name for name, stage in STAGES.items() if stage.recipe)

@@ -120,7 +120,7 @@ class Optimisation:
     lr_scheduler_type: str = option(
         "linear",
         "Shape after warm-up: linear, cosine, constant, constant_with_warmup, polynomial, or "
-        "wsd:<steady steps> (wsd alone: steady for 0.9 of the steps).",
+        "wsd:<step until which it is steady> (wsd alone: 0.9 of the steps). Also lr_scheduler.",
     )
     decay_function: str = option(
         "half_life", "Decay of wsd: half_life or 1-sqrt.", choices=("half_life", "1-sqrt")

@@ -27,6 +27,7 @@ from erniekit.data.preference import PairEncoder
 def encoder_of(run: Run, tokenizer: Tokenizer, template: ChatTemplate) -> Encoder:
     """What reads the records of a stage with a template: pairs, judged answers, or dialogues."""
     data, p = run.data, run.preferences
+    room = data.max_seq_len - 10  # for a prompt
     reader = _reader_of(run)
     if run.stage.sample == "pair":
         is_scored = run.stage.has_reward_head
@@ -34,7 +35,7 @@ def encoder_of(run: Run, tokenizer: Tokenizer, template: ChatTemplate) -> Encode
             tokenizer,
             template,
             data.max_seq_len,
-            max_prompt_tokens=min(p.max_prompt_len, data.max_seq_len - 10),
+            max_prompt_tokens=min(p.max_prompt_len or room, room),
             masks_end=p.mask_out_eos_token and not is_scored,
             reads_end=is_scored,
             reader=reader,

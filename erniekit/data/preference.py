@@ -245,7 +245,7 @@ class PairEncoder(Encoder):
 
     def _what_is_too_long(self, sample: PairSample) -> str:
         if (length := sample.chosen + 1) > self.max_prompt_tokens:
-            limit = f"max_prompt_len allows {self.max_prompt_tokens}"
+            limit = f"max_seq_len and max_prompt_len allow {self.max_prompt_tokens}"
             return f"the last turn of its prompt has {length} tokens; {limit}"
         if len(sample) > self.max_tokens:
             limit = f"max_seq_len is {self.max_tokens}"

@@ -186,8 +186,24 @@ def test_example_keys_are_read_as_they_are_meant() -> None:
 
 
 def test_keys_of_preferences_are_without_effect_elsewhere() -> None:
-    assert run_from({"beta": 0.3, "max_prompt_len": 2048}).without_effect == ("beta",)
+    told = run_from({"beta": 0.3, "max_prompt_len": 2048}).without_effect
+    assert sorted(told) == ["beta", "max_prompt_len"]
     assert run_from({"beta": 0.3, "stage": "DPO"}).without_effect == ()
+
+
+def test_the_schedule_has_two_names() -> None:
+    given = {"lr_scheduler": "wsd:603000", "decay_function": "1-sqrt", "warmup_steps": 2000}
+    run = run_from(given)
+    assert run.optimisation.lr_scheduler_type == "wsd:603000" and run.without_effect == ()
+    assert run_from({"lr_scheduler": None, "lr_scheduler_type": "cosine"}).without_effect == ()
+    with pytest.raises(ConfigError, match="are one setting; give lr_scheduler_type"):
+        run_from({"lr_scheduler": "cosine", "lr_scheduler_type": "linear"})
+
+
+def test_documents_by_their_ids_are_named_as_in_erniekit() -> None:
+    """The fields of its `run_pt_8k_offline_data.yaml` that say what is read."""
+    given = {"stage": "PT", "dataset_type": "pretrain", "input_dir": "1.0 a", "split": "998,2"}
+    assert run_from(given).data.input_dir == "1.0 a"
 
 
 def test_what_is_named_instead_of_a_key_is_a_setting() -> None:
@@ -477,8 +493,8 @@ def test_unknown_commands_are_refused_with_a_suggestion(capsys) -> None:
         ({"lr_scheduler_type": "constant"}, {0: 1, 5: 1, 99: 1}),
         ({"lr_scheduler_type": "constant_with_warmup"}, {0: 0, 5: 0.5, 99: 1}),
         ({"lr_scheduler_type": "polynomial", "power": 2, "lr_end": 0}, {10: 1, 55: 0.25, 100: 0}),
-        ({"lr_scheduler_type": "wsd:50", "min_lr": 0.2}, {5: 0.5, 10: 1, 60: 1, 100: 0.2}),
-        ({"lr_scheduler_type": "wsd:50", "decay_function": "1-sqrt"}, {60: 1, 70: 0.5, 100: 0}),
+        ({"lr_scheduler_type": "wsd:50", "min_lr": 0.2}, {5: 0.5, 10: 1, 50: 1, 100: 0.2}),
+        ({"lr_scheduler_type": "wsd:50", "decay_function": "1-sqrt"}, {50: 1, 68: 0.4, 100: 0}),
         ({"lr_scheduler_type": "wsd"}, {50: 1, 90: 1, 100: 0}),
         ({"lr_scheduler_type": "linear", "decay_steps": 60}, {35: 0.5, 60: 0, 99: 0}),
     ],
@@ -502,7 +518,7 @@ def test_treatments_know_vectors_layers_routers_and_lora() -> None:
     o = Optimisation(weight_decay=0.1, layerwise_lr_decay_bound=0.4, moe_gate_lr_ratio=0.5)
     found = treatments(parameters, o, num_layers=2, lora_plus_scale=4.0)
     assert [t.weight_decay for t in found.values()] == [0.1, 0.0, 0.1, 0.1, 0.1]
-    expected = [0.4, 0.6, 0.5 * 0.8, 4 * 0.8, 1.0]
+    expected = [0.4, 0.4, 0.5 * 0.55, 4 * 0.55, 1.0]
     assert [t.factor for t in found.values()] == pytest.approx(expected)
 
 

@@ -71,6 +71,7 @@ KINDS = {
         {
             "fine_tuning": "Full",
             "num_nextn_predict_layers": 1,
+            "moe_use_aux_free_update_coef": 0.001,
             "moe_orthogonal_loss_lambda": 0.05,
             "moe_orthogonal_update": "decoupled",
         },

@@ -11,9 +11,10 @@ import pytest
 
 from ernie.chat import UNTRAINED, ChatTemplate
 from ernie.tokenizer import Tokenizer
-from erniekit.config import Data
+from erniekit.config import Data, run_from
 from erniekit.data.batch import batch_of
 from erniekit.data.dialogue import Dialogue, Encoder
+from erniekit.data.encoders import encoder_of
 from erniekit.data.pack import Cursor
 from erniekit.data.preference import Pair, PairEncoder, PairSample, read_pair
 from erniekit.data.sources import DataError
@@ -190,6 +191,15 @@ def test_a_long_prompt_loses_its_oldest_turns_and_no_answer_is_cut(name: str, en
     assert sample == encoder().sample(shorter)
     with pytest.raises(DataError, match="max_seq_len is 20" if name == "max_tokens" else "max_pro"):
         encoder(**{name: 20 if name == "max_tokens" else 4}).sample(pair)
+
+
+@pytest.mark.parametrize(("given", "room"), [(None, 8182), (2048, 2048), (9000, 8182)])
+def test_a_prompt_has_the_row_but_for_ten_tokens_unless_told(given, room: int, tiny) -> None:
+    values = {"stage": "DPO", "max_seq_len": 8192, "max_prompt_len": given}
+    run = run_from(values | {"model_name_or_path": str(tiny("tiny-dense"))})
+    tokenizer = Tokenizer.from_folder(tiny("tiny-dense"))
+    template = ChatTemplate.for_folder(tiny("tiny-dense"), tokenizer)
+    assert encoder_of(run, tokenizer, template).max_prompt_tokens == room
 
 
 def test_equal_pairs_have_equal_keys_and_swapped_ones_do_not(encoder) -> None:

@@ -287,6 +287,23 @@ def test_the_routing_bias_moves_once_a_step_by_the_load_of_the_window(
         torch.testing.assert_close(bias[0], torch.tensor(want))
 
 
+@pytest.mark.parametrize(
+    ("given", "step"),
+    [
+        ({"stage": "PT"}, 0.001),
+        ({"stage": "VL-SFT"}, 0.001),
+        ({"stage": "SFT"}, 0),
+        ({"stage": "DPO"}, 0),
+        ({"stage": "SFT", "moe_use_aux_free_update_coef": 0.01}, 0.01),
+        ({"stage": "PT", "moe_use_aux_free_update_coef": 0}, 0),
+        ({"stage": "PT", "fine_tuning": "LoRA"}, 0),
+    ],
+)
+def test_fine_tuning_leaves_the_routing_bias_unless_told(given: dict, step: float) -> None:
+    """As ERNIEKit does: its trainers of text have no such update."""
+    assert run_from({"fine_tuning": "Full"} | given).bias_step == step
+
+
 def test_the_gate_has_a_learning_rate_of_its_own(words, tmp_path: Path) -> None:
     """AdamW's first step is the learning rate in size, for weights with a gradient."""
     start = dict(ernie.load(run_from(dict(w.split("=") for w in words())).model.model_name_or_path,
