@@ -129,6 +129,7 @@ def round_batches(
             step = [groups[i] for i in own]
             step_pairs = [pairs[i] for i in given]
             weights = _weights(step + step_pairs, by_answer=cut.by_answer)
+            has_pairs = any(group.pair is not None for group in step + step_pairs)
             parts = _dealt(np.arange(len(step)), cut.batches_per_step)
             more = _dealt(np.arange(len(step_pairs)), cut.batches_per_step)
             for part, extra in zip(parts, more):
@@ -136,7 +137,8 @@ def round_batches(
                 chosen = [*part.tolist(), *(len(step) + extra).tolist()]
                 members = [(step + step_pairs)[i] for i in chosen]
                 at = Cursor(end) if number == last else Cursor(start, 0, number)
-                yield _batch(members, [weights[i] for i in chosen], told, at)
+                own_weights = [weights[i] for i in chosen]
+                yield _batch(members, own_weights, told, at, has_pairs=has_pairs)
 
 
 def _dealt(order: np.ndarray, count: int) -> list[np.ndarray]:
@@ -167,8 +169,14 @@ def _batch(
     weights: Sequence[tuple[np.ndarray, float]],
     told: Sequence[float],
     cursor: Cursor,
+    *,
+    has_pairs: bool = False,
 ) -> Batch:
-    """Groups laid one after the other."""
+    """Groups laid one after the other.
+
+    Of a step that `has_pairs` every batch has one, so that all ranks have the same numbers to tell:
+    where no group has a pair, an answer is compared with itself, without weight.
+    """
     labels_T = np.concatenate([np.asarray(g.labels, np.int64) for g in groups])
     lengths = np.concatenate([np.diff(g.bounds) for g in groups])
     cu_seqlens_S1 = np.concatenate(([0], lengths.cumsum())).astype(np.int32)
@@ -180,6 +188,8 @@ def _batch(
         if g.pair is not None
     ]
     pair_weights = [w for g, (_, w) in zip(groups, weights) if g.pair is not None]
+    if has_pairs and not pairs:
+        pairs, pair_weights = [(0, 0)], [0.0]
     answer_N = answer_of_label(*map(torch.from_numpy, (labels_T, cu_seqlens_S1, counts_G)))
     return Batch(
         np.concatenate([np.asarray(g.token_ids, np.int64) for g in groups]),

@@ -15,9 +15,10 @@ from typing import Any
 from ernie.chat import ChatTemplate
 from ernie.chat.lock import template_hash, tokenizer_hash
 from ernie.checkpoint.hub import resolve
-from ernie.settings import ConfigError
+from ernie.settings import ConfigError, field_types
 from ernie.tokenizer import Tokenizer
 from erniekit.config import Run
+from erniekit.config.methods import Preferences
 from erniekit.data import tasks
 
 _STRETCH = 1 << 20
@@ -107,8 +108,16 @@ def _evaluation(run: Run) -> dict[str, Any] | None:
         "tasks": [spec for kind, spec, _ in files if kind == tasks.KIND],
         "weights": [weight > 0 for _, _, weight in files],
         "most": max(limit, 0) * size,  # rows or prompts; 0: all
-        **{key: settings[key] for key in _EVALUATED_KEYS},
+        **{key: settings[key] for key in (*_EVALUATED_KEYS, *_judging_keys(run))},
     }
+
+
+def _judging_keys(run: Run) -> list[str]:
+    """Settings by which answers are judged, besides the data: of another scale with others."""
+    if run.stage.has_rollouts:
+        return ["reward", "reward_weights", "reward_model", "answer_pattern",
+                "max_completion_length"]  # fmt: skip
+    return sorted(run.stage.settings & field_types(Preferences).keys() - {"ref_model_update_steps"})
 
 
 def _paths(files: list[tuple[str, str, float]]) -> list[Path]:

@@ -278,9 +278,12 @@ class Tally:
 
     def of_all(self, ranks: Ranks) -> Tally:
         """What the batches of all ranks add up to."""
-        totals = iter(ranks.all_reduce([*self.sums.values(), *self.loads, *self.entropies]))
-        sums = dict(zip(self.sums, totals))
-        return Tally(sums, [next(totals) for _ in self.loads], list(totals))
+        names = sorted(self.sums)  # the same on all ranks, whichever came first
+        found = [self.sums[name] for name in names]
+        totals = iter(ranks.all_reduce([*found, *self.loads, *self.entropies]))
+        sums = dict(zip(names, totals))
+        loads = [next(totals) for _ in self.loads]
+        return Tally({name: sums[name] for name in self.sums}, loads, list(totals))
 
 
 def _added(sums: list[Tensor], more: list[Tensor]) -> list[Tensor]:

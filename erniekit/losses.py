@@ -91,7 +91,9 @@ def next_token(
     trained = {}
     if terms.multi_token:
         weighted = scale * terms.multi_token / len(model.model.mtp)
-        trained["mtp_loss"] = _multi_token(model, batch, hidden_TD, weighted, chunk_size, gradients)
+        trained["mtp_loss"] = _multi_token(
+            model, batch, hidden_TD, weighted, chunk_size, gradients, weights_T
+        )
     loss = with_terms(
         model, value, {}, routings, terms, share, trained=trained, num_padding=batch.num_padding
     )
@@ -255,10 +257,12 @@ def _multi_token(
     scale: float,
     chunk_size: int,
     gradients: Gradients | None,
+    weights_T: Tensor | None,
 ) -> Tensor:
     """Loss of the token after next, summed over the prediction depths.
 
-    A position takes part where the token after next belongs to its own segment and is trained.
+    A position takes part where the token after next belongs to its own segment and is trained;
+    `weights_T` are alike within a segment.
     """
     losses = []
     token_ids_T, labels_T = batch.token_ids_T, batch.labels_T
@@ -270,7 +274,11 @@ def _multi_token(
         hidden_TD = model.hidden_after_next(
             token_ids_T, hidden_TD, batch.positions_T, attend, depth=depth
         )
-        losses.append(_head_loss(model, hidden_TD, labels_T, scale, chunk_size, gradients))
+        losses.append(
+            _head_loss(
+                model, hidden_TD, labels_T, scale, chunk_size, gradients, weights_T=weights_T
+            )
+        )
     return torch.stack(losses).sum()
 
 

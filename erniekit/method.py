@@ -53,6 +53,7 @@ class Method:
     reference: References | None = None
     source: BatchSource | None = None  # in the place of the training stream's own batches
     count_steps: Callable[[], int] | None = None
+    num_left_out: Callable[[], int] | None = None  # of an evaluation that reads no batches
     metric: str = "eval_loss"  # by which the best checkpoint is best, unless the run names one
 
     def metric_of(self, run: Run) -> str:

@@ -171,6 +171,8 @@ class Rewards:
             if not found:
                 return 0.0
             answer = found[-1][1] if self.pattern.groups else found[-1][0]
+            if answer is None:  # found by a branch without the group
+                return 0.0
         return rule(record, answer.strip())
 
 

@@ -15,10 +15,12 @@ not on its neighbours.
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import shutil
 import tempfile
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -44,6 +46,7 @@ from erniekit.parallel.ranks import ALONE, Ranks
 
 WEIGHTS_FOLDER = "rollout_weights"
 TIMEOUT_S = 600.0
+RETRY_S = (0.5, 2.0)  # after a lost connection: all requests can be asked again
 # Said, for a server takes what is not said from the model's generation_config.json.
 NO_PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
@@ -77,7 +80,7 @@ class Own:
         assert model.tokenizer is not None
         adapter = None
         stops = sorted(stop_ids(model.tokenizer))
-        if self.run.generates_apart:
+        if self.run.generates_apart and has_adapters(model):  # not so of a merged one
             if self.base is None:
                 self.base = fuse(read_model(self.run, self.device))
             adapter, model = self._adapter(model), self.base
@@ -172,8 +175,9 @@ class Served:
         self._post("/v1/resume")
 
     def _answer(self, job: dict[str, Any]) -> Answer:
+        answer = self._post("/v1/completions", job)
         try:
-            [choice] = self._post("/v1/completions", job)["choices"]
+            [choice] = answer["choices"]
             ids = [int(i) for i in choice["completion_token_ids"]]
             log_probs = [float(value) for value in choice["logprobs"]["token_logprobs"]]
         except (KeyError, TypeError, ValueError) as error:
@@ -195,24 +199,34 @@ class Served:
         )
         if key := os.environ.get("FD_API_KEY") or os.environ.get("OPENAI_API_KEY"):
             request.add_unredirected_header("Authorization", f"Bearer {key.split(',')[0]}")
-        try:
-            with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
-                return json.loads(answer.read())
-        except urllib.error.HTTPError as error:
-            told = error.read().decode("utf-8", "replace")[:300]
-            hint = ""
-            if error.code == 404 and "/v1/" in path and "completions" not in path:
-                hint = "; start it with --enable-control-api"
-            if error.code == 401:
-                hint = "; give one of its keys in FD_API_KEY (else OPENAI_API_KEY is sent)"
-            raise ConfigError(
-                f"rollout_server {self.address}{path} refused ({error.code}): {told}{hint}"
-            ) from None
-        except (urllib.error.URLError, OSError) as error:
-            raise ConfigError(
-                f"no server answers at rollout_server={self.address} ({error}); start one: "
-                "fastdeploy serve FOLDER --enable-control-api --enable-logprob"
-            ) from None
+        waits = iter(RETRY_S)
+        while True:
+            try:
+                with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
+                    return json.loads(answer.read())
+            except urllib.error.HTTPError as error:
+                told = error.read().decode("utf-8", "replace")[:300]
+                hint = ""
+                if error.code == 404 and "/v1/" in path and "completions" not in path:
+                    hint = "; start it with --enable-control-api"
+                if error.code == 401:
+                    hint = "; give one of its keys in FD_API_KEY (else OPENAI_API_KEY is sent)"
+                raise ConfigError(
+                    f"rollout_server {self.address}{path} refused ({error.code}): {told}{hint}"
+                ) from None
+            except (OSError, http.client.HTTPException) as error:
+                wait = None if isinstance(error, TimeoutError) else next(waits, None)
+                if wait is None:
+                    raise ConfigError(
+                        f"no server answers at rollout_server={self.address} ({error}); start "
+                        "one: fastdeploy serve FOLDER --enable-control-api --enable-logprob"
+                    ) from None
+                time.sleep(wait)
+            except ValueError:
+                raise ConfigError(
+                    f"rollout_server {self.address}{path} answered what is not JSON; it must be a "
+                    "fastdeploy server"
+                ) from None
 
 
 @torch.no_grad()

@@ -105,13 +105,16 @@ class Saver:
 
     def _copied(self, tensors: Mapping[str, Tensor]) -> Tensors:
         """The tensors as they are now, in host memory that the next copy uses again."""
-        if self._copies.keys() != tensors.keys():
-            self._copies = {
-                name: torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda)
-                for name, t in tensors.items()
-            }
+        copies = self._copies
+        for name in copies.keys() - tensors.keys():
+            del copies[name]
         for name, tensor in tensors.items():
-            self._copies[name].copy_(tensor.detach(), non_blocking=True)
+            copy = copies.get(name)
+            if copy is None or (copy.shape, copy.dtype) != (tensor.shape, tensor.dtype):
+                copies.pop(name, None)  # not both at once
+                pinned = tensor.is_cuda
+                copies[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=pinned)
+            copies[name].copy_(tensor.detach(), non_blocking=True)
         if any(tensor.is_cuda for tensor in tensors.values()):
             torch.cuda.synchronize()
-        return self._copies
+        return {name: copies[name] for name in tensors}

@@ -122,8 +122,11 @@ def go_through(session: Session) -> bool:
             try:
                 with contextlib.closing(batches):
                     train(_parts(session), batches, session.progress, after_step)
-            except DataError:  # between two steps, and on all ranks alike
-                if session.unsaved is not None:
+            except (DataError, ConfigError) as error:
+                # Between two steps. Bad data is seen by all ranks alike; a server or a reward that
+                # fails may fail one of them, and a save needs all.
+                is_of_all = isinstance(error, DataError) or session.ranks.size == 1
+                if session.unsaved is not None and is_of_all:
                     _save(session, saver, session.unsaved)
                 raise
     except TooManySkipped as error:
@@ -330,7 +333,8 @@ def evaluated(session: Session) -> list[tuple[float, Path]]:
     if names := [folder.name for folder in others if folder.name not in session.told_apart]:
         session.told_apart |= {*names}
         log.warning(
-            "%s evaluated on other records than the newest checkpoint: not compared with it",
+            "%s evaluated on other records, or by other settings, than the newest checkpoint: not "
+            "compared with it",
             f"{listed(names, 'and')} {'were' if len(names) > 1 else 'was'}",
         )
     return found

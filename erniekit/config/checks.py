@@ -208,6 +208,12 @@ def _check_adapters(run: Run) -> None:
 
 def _check_preferences(run: Run) -> None:
     p, data = run.preferences, run.data
+    if run.model.cpu_products != "float32" and not run.stage.has_reward_head:
+        raise ConfigError(
+            f"cpu_products={run.model.cpu_products} is for passes with gradients: policy and "
+            f"reference, which stage={run.model.stage} compares, would be computed differently; "
+            "leave it out"
+        )
     if p.reference_free and p.ref_model_update_steps > 0:
         raise ConfigError(
             f"ref_model_update_steps={p.ref_model_update_steps} updates a reference that "

@@ -108,7 +108,7 @@ def _on_data(run: Run, method: Method, model: ernie.ErnieModel, what: str | Path
     """Loss and accuracy on the evaluation data, and how near the model's own answers come."""
     held_out = stream(run, "eval")
     values = method.evaluate(model, eval_batches(run, held_out))
-    num_left_out = held_out.faults.total
+    num_left_out = method.num_left_out() if method.num_left_out else held_out.faults.total
     log.info("evaluated %s", what)
     log.info("%s", eval_line(values, 0).replace("eval at step 0", "eval"))
     num_answers = run.reporting.num_answers if run.stage.has_answers else 0

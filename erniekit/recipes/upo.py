@@ -86,15 +86,21 @@ def method(run: Run, device: str, *, is_kept: bool = True, ranks: Ranks = ALONE)
         chunk_size=run.model.loss_subbatch_seqlen,
     )
     own, source, count_steps = Own(run, device), None, None
-    evaluate = partial(
-        evaluate_rewards, run=run, held_out=cache(lambda: _held_out(run, own, rewards, ranks))
-    )
+    held_out = cache(lambda: _held_out(run, own, rewards, ranks))
+    evaluate = partial(evaluate_rewards, run=run, held_out=held_out)
     if run.data.train_dataset_path:
         sampler = Served(run, device, ranks) if p.rollout_server else own
         prompts = stream(run, "train")
         source = Rounds(run, device, sampler, rewards, prompts, _pairs(run), ranks)
         count_steps = partial(_num_steps, run, prompts)
-    return Method(loss, evaluate, source=source, metric="eval_reward", count_steps=count_steps)
+    return Method(
+        loss,
+        evaluate,
+        source=source,
+        metric="eval_reward",
+        count_steps=count_steps,
+        num_left_out=lambda: held_out()[0].stream.faults.total,
+    )
 
 
 def _scorer(run: Run, device: str) -> Scorer | None:

@@ -338,6 +338,10 @@ def test_tables_of_keys_do_not_overlap() -> None:
         (["stage=VL-SFT", "sharding=stage3"], "sharding=stage3 needs all ranks to use the same"),
         (["visual_ld=-1"], "visual_ld=-1 is too small; give 0 or more"),
         (["stage=DPO", "loss_type=hing"], "use one of sigmoid, hinge, ipo"),
+        (
+            ["stage=DPO", "cpu_products=bfloat16"],
+            "which stage=DPO compares, would be compute",
+        ),
         (["stage=DPO", "beta=0"], "beta=0 is too small; give more than 0"),
         (
             ["stage=DPO", "label_smoothing=0.5"],

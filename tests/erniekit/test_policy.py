@@ -142,6 +142,40 @@ def test_loss_and_gradients_are_those_of_transformers(
             assert 0 < parts["clip_share"] < 1, "one side of the clip is not looked at"
 
 
+def test_batches_without_a_pair_tell_the_numbers_of_pairs_as_the_others_do() -> None:
+    """Ranks add their numbers up in one exchange; a step in which no group has a pair has none."""
+    model, objective = model_of("tiny-dense"), Objective("ppo", mu=0.5)
+    told = [0.0] * len(TOLD)
+
+    def losses_of(num_pairs: int, num_batches: int) -> list:
+        made = made_groups()
+        for group in made[num_pairs:]:
+            group.pair = None
+        cut = Cut(1, 1, num_batches, False)
+        batches = groups.round_batches(made, [], told, cut, start=0, end=4, seed=1)
+        flats = [to_device(batch, model.device) for batch in batches]
+        return [policy(model, flat, objective=objective) for flat in flats]
+
+    (whole,), parts = losses_of(1, 1), losses_of(1, 4)
+    assert [[*loss.parts] for loss in parts] == 4 * [[*whole.parts]]
+    for name in ("pair_loss", "pair_margin", "pair_accuracy"):
+        values = [float(loss.parts[name]) for loss in parts]
+        assert sum(values) == pytest.approx(float(whole.parts[name]), rel=1e-5)
+        assert sum(value != 0 for value in values) == (whole.parts[name] != 0)
+    assert whole.parts["pair_loss"] > 0
+    gradients = {n: torch.zeros_like(p) for n, p in model.named_parameters()}
+    for loss in parts:
+        model.zero_grad()
+        loss.total.backward()
+        for name, parameter in model.named_parameters():
+            gradients[name] += parameter.grad
+    model.zero_grad()
+    whole.total.backward()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-6)
+    assert all("pair_loss" not in loss.parts for loss in losses_of(0, 4))
+
+
 def test_answers_of_given_pairs_have_no_part_in_the_divergence() -> None:
     """However far the policy has left the reference in one of them: there e^d has no float32."""
     model, sampled, given = model_of("tiny-dense"), made_groups(), made_groups()[:2]

@@ -48,6 +48,9 @@ def test_a_pattern_says_where_the_answer_stands() -> None:
         for text in ("4", "<answer>5</answer>", "no: <answer>5</answer> <answer> 4 </answer>")
     }
     assert list(scores.values()) == [0, 0.25, 1.25]
+    either = r"<answer>(.*?)</answer>|#### *(\S+)"  # the second branch leaves the first group out
+    assert [score(text, record, reward=("exact",), answer_pattern=either)
+            for text in ("#### 4", "#### 5 <answer>4</answer>")] == [0, 1]  # fmt: skip
 
 
 def test_tasks_score_their_own_answers_and_are_the_same_again() -> None:

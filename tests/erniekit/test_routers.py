@@ -174,6 +174,29 @@ def test_multi_token_loss_of_packed_documents_equals_loops(num_depths: int) -> N
             assert gap < 1e-3, f"{name} is off by {gap:.2e}, relative to the largest"
 
 
+def test_balance_of_tokens_reaches_the_tokens_after_next() -> None:
+    """With a budget of twice the trained tokens, half of the gradient: of both losses."""
+    model = ErnieModel(replace(TINY["tiny-moe"], num_nextn_predict_layers=1), dtype=torch.float32)
+    model.init_weights(seed=2)
+    batch = batch_of([7, 12])
+    batch.token_ids_T.clamp_(max=model.config.vocab_size - 1)
+    batch.labels_T.clamp_(max=model.config.vocab_size - 1)
+    plain = losses.next_token(model, batch, scale=1.0, terms=losses.Terms(multi_token=0.3))
+    half = losses.next_token(
+        model, batch, scale=1.0, balance_factor=0.5,
+        terms=losses.Terms(multi_token=0.3, balance="budget"),
+    )  # fmt: skip
+    assert float(half.parts["mtp_loss"]) == float(plain.parts["mtp_loss"]) > 0
+    named = [p for name, p in model.named_parameters() if ".mtp" in name and p.requires_grad]
+    whole, got = (
+        torch.autograd.grad(loss.total, named, allow_unused=True) for loss in (plain, half)
+    )
+    assert sum(g is not None for g in whole) > 5
+    for a, b in zip(got, whole, strict=True):
+        if b is not None:
+            torch.testing.assert_close(a, b / 2, rtol=1e-5, atol=1e-8)
+
+
 # --- updates beside the optimizer ---
 
 

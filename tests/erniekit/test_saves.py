@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from ernie.settings import ConfigError
-from erniekit import checkpoint, serve, session
+from erniekit import checkpoint, inputs, serve, session
 from erniekit.cli import main
 from erniekit.config import run_from
 from erniekit.saver import Saver
@@ -145,6 +145,30 @@ def test_a_copy_is_written_while_the_tensors_change_and_one_at_a_time(
     saver.settle(wait=True)
     assert saved[1:] == [tmp_path / "checkpoint-2"]
     assert [t.tolist() for t in seen] == [[0, 0, 0], [1, 1, 1]]
+
+
+def test_tensors_of_other_names_and_sizes_are_copied_too(tmp_path: Path) -> None:
+    """As the batches of a round that is not over: the memory of the others is used again."""
+    seen: list[dict[str, list]] = []
+    places: list[int] = []
+
+    def write(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+        seen.append({name: tensor.tolist() for name, tensor in tensors.items()})
+        places.append(tensors["weight"].data_ptr())
+        (folder / "file").write_text("whole")
+
+    saver = Saver(tmp_path, write, lambda folder: None, is_async=True)
+    given = [
+        {"weight": torch.tensor([1.0]), "batch": torch.arange(3)},
+        {"weight": torch.tensor([2.0]), "batch": torch.arange(5)},
+        {"batch": torch.arange(2), "weight": torch.tensor([3.0]), "more": torch.ones(1)},
+        {"weight": torch.tensor([4.0])},
+    ]
+    for step, tensors in enumerate(given, 1):
+        saver.save(step, tensors, {})
+    saver.settle(wait=True)
+    assert seen == [{name: t.tolist() for name, t in tensors.items()} for tensors in given]
+    assert len({*places}) == 1
 
 
 def test_the_writers_error_comes_up_where_the_training_next_asks(tmp_path: Path) -> None:
@@ -296,6 +320,28 @@ def test_the_best_is_one_of_those_evaluated_on_the_same(
         load_file(folder / "adapter_model.safetensors") for folder in (output, output / best)
     )
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "stays"),
+    [
+        ("UPO", {"reward": "number", "reward_weights": "2", "answer_pattern": "x",
+                 "max_completion_length": 9},
+         {"upo_mu": 0.1, "beta": 0.5, "learning_rate": 1e-3}),
+        ("DPO", {"beta": 0.5, "loss_type": "ipo", "mask_out_eos_token": False},
+         {"ref_model_update_steps": 3, "desirable_weight": 2.0, "reward": "exact"}),
+        ("SFT", {"max_seq_len": 64}, {"beta": 0.5, "learning_rate": 1e-3}),
+    ],
+)  # fmt: skip
+def test_evaluations_by_other_settings_are_not_of_the_same(
+    stage: str, changes: dict, stays: dict, data: Path
+) -> None:
+    values = {"stage": stage, "eval_dataset_path": str(data / "eval.jsonl")}
+    values |= {"evaluation_strategy": "steps", "eval_steps": 2, "train_dataset_path": "x.jsonl"}
+    of = [inputs._evaluation(run_from(values | more)) for more in ({}, stays)]
+    assert of[0] == of[1]
+    for key, value in changes.items():
+        assert inputs._evaluation(run_from(values | {key: value})) != of[0], key
 
 
 def test_checkpoints_that_do_not_say_what_they_were_evaluated_on_are_compared_alone(

@@ -11,12 +11,14 @@ import torch
 
 import ernie
 from ernie.attention import packed_causal
+from ernie.chat import stop_ids
 from ernie.model import ErnieModel
-from ernie.rollout import Sampling
+from ernie.rollout import Sampling, rollout
 from ernie.settings import ConfigError
-from erniekit.build import build_model
+from erniekit import samplers
+from erniekit.build import build_model, read_model
 from erniekit.config import Run, resolved, run_from
-from erniekit.samplers import NO_PENALTIES, Served
+from erniekit.samplers import NO_PENALTIES, Own, Served, merged
 from fastdeploy.sampling import _RECOMMENDED
 
 IDS = [5, 6, 7, 8, 9, 10, 11]
@@ -81,6 +83,71 @@ def test_a_server_is_given_what_the_policy_computes(
     assert gap < (0.06 if "moe" in name else 0.01), f"off by {gap}"
     untrained = distance(hidden(ernie.load(tiny(name), dtype=torch.float32)), hidden(model))
     assert untrained > 5 * gap, f"{untrained} is what it was before training: this shows nothing"
+
+
+def test_a_merged_model_answers_by_itself_and_not_by_the_base_of_the_run(
+    tiny, tmp_path: Path
+) -> None:
+    run = run_of(tiny("tiny-dense"), tmp_path / "out")
+    whole, sampling = merged(trained(run), "cpu"), Sampling(12, temperature=0.0)
+    base = read_model(run, "cpu")
+    found, wanted, others = (
+        rollout(model, [IDS], [[0]], sampling, stop_ids=sorted(stop_ids(base.tokenizer)))
+        if sampler is None
+        else sampler(model, [IDS], [[0]], sampling)
+        for model, sampler in ((whole, Own(run, "cpu")), (whole, None), (base, None))
+    )
+    assert found[0][0].token_ids == wanted[0][0].token_ids != others[0][0].token_ids
+
+
+def test_what_a_server_says_of_a_prompt_is_told(tiny, tmp_path: Path, monkeypatch) -> None:
+    def post(self: Served, path: str, body: dict | None = None) -> dict:
+        raise ConfigError("rollout_server refused (400): the prompt is too long")
+
+    monkeypatch.setattr(Served, "_post", post)
+    with pytest.raises(ConfigError, match="the prompt is too long"):
+        Served(run_of(tiny("tiny-dense"), tmp_path / "out"), "cpu")._answer({})
+    monkeypatch.setattr(Served, "_post", lambda *_: {"choices": [{"text": "no ids"}]})
+    with pytest.raises(ConfigError, match="without token ids and log-probabilities"):
+        Served(run_of(tiny("tiny-dense"), tmp_path / "out"), "cpu")._answer({})
+
+
+class Dropping(BaseHTTPRequestHandler):
+    """Closes the first connections without a word."""
+
+    def do_POST(self) -> None:
+        self.server.asked += 1  # type: ignore[attr-defined]
+        if self.server.asked > self.server.dropped:  # type: ignore[attr-defined]
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("dropped", [1, 9])
+def test_a_lost_connection_is_tried_again_and_then_told(
+    dropped: int, tiny, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(samplers, "RETRY_S", (0.0, 0.0))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Dropping)
+    server.asked, server.dropped = 0, dropped  # type: ignore[attr-defined]
+    thread = Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    served = Served(run_of(tiny("tiny-dense"), tmp_path / "out", rollout_server=address), "cpu")
+    try:
+        if dropped == 1:
+            assert served._post("/v1/pause") == {}
+        else:
+            with pytest.raises(ConfigError, match="no server answers at rollout_server"):
+                served._post("/v1/pause")
+        assert server.asked == min(dropped + 1, 3)  # type: ignore[attr-defined]
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()
 
 
 class Refusing(BaseHTTPRequestHandler):

@@ -35,6 +35,8 @@ KINDS = {
         "tiny-moe",
         {"fine_tuning": "LoRA", "policy_loss": "gspo", "dynamic_sampling": True, "kl_coef": 0.05},
     ),
+    # So few answers differ by so much that one rank has a pair in a step, and the other has none.
+    "few": ("tiny-dense", {"fine_tuning": "LoRA", "pair_min_gap": 0.25, "kl_coef": 0.05}),
 }
 
 

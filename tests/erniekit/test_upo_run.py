@@ -57,6 +57,25 @@ def words(tiny, tmp_path: Path):
     return make
 
 
+def test_a_reward_that_fails_costs_no_step_that_was_done(words, tmp_path: Path, capsys) -> None:
+    text = "calls = []\ndef once(record, answer):\n    calls.append(1)\n"
+    text += "    assert len(calls) < 40, 'out of order'\n    return len(calls) % 3\n"
+    (tmp_path / "mine.py").write_text(text)
+    more = {"reward": f"{tmp_path}/mine.py:once", "save_strategy": "steps", "save_steps": 500}
+    assert main(["train", *words(**more)]) == 2
+    assert "out of order" in capsys.readouterr().err
+    steps = records(tmp_path / "out")[-1]["step"]
+    assert [step for step, _ in checkpoint.checkpoints(tmp_path / "out")] == [steps] != [0]
+
+
+def test_prompts_that_are_left_out_of_an_evaluation_are_counted(words, tmp_path: Path) -> None:
+    long = {"src": ["What is it? " * 60], "tgt": ["It."]}
+    write_lines(tmp_path / "eval.jsonl", [*dialogues(6, salt="about "), long])
+    assert main(["eval", *words(max_bad_data_share=0.5)]) == 0
+    told = json.loads((tmp_path / "out/eval_results.json").read_text())
+    assert (told["num_left_out"], told["eval_prompts"]) == (1, 6)
+
+
 @pytest.mark.parametrize(
     ("name", "more"),
     [
