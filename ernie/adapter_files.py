@@ -75,6 +75,7 @@ READ |= {"use_dora", "target_parameters"}
 HARMLESS = {"task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode"}
 HARMLESS |= {"lora_dropout", "peft_version", "megatron_core", "runtime_config"}
 HARMLESS |= {"qalora_group_size"}  # means something with use_qalora only
+HARMLESS |= {"eva_config"}  # how such a pair began, which left the base as it was
 # Other ways to begin move part of the base model into the adapter, as "pissa" does.
 BEGINNINGS = (True, False, None, "gaussian", "orthogonal", "eva", "pissa")
 

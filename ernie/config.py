@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -226,7 +227,8 @@ class ErnieConfig:
         if isinstance(raw.get("text_config"), Mapping):
             raw = from_nested(raw, origin)
         _unpack_rope(raw, origin)
-        for key, only in _ONLY.items():
+        reads_pictures = isinstance(raw.get("vision_config"), Mapping)
+        for key, only in (_ONLY | (_ONLY_WITH_PICTURES if reads_pictures else {})).items():
             if raw.get(key, only) not in (only, None):
                 raise ConfigError(f"{origin}: {key}={raw[key]} is not supported; use {only}")
         names = {f.name for f in dataclasses.fields(cls)} - {"extra"}
@@ -245,6 +247,8 @@ class ErnieConfig:
         if isinstance(given.get("vision_config"), Mapping):
             given["vision_config"] = VisionConfig.from_dict(given["vision_config"], origin)
             given = MARKERS | given
+        if not raw.get("quantization_config"):  # as some tools say that there is none
+            raw.pop("quantization_config", None)
         return cls(**given, extra={k: v for k, v in raw.items() if k not in names})
 
     @classmethod
@@ -262,7 +266,11 @@ class ErnieConfig:
             ) from None
         if not isinstance(raw, dict):
             raise ConfigError(f"{path} holds a {type(raw).__name__}; it must hold an object")
-        return cls.from_dict(raw, str(path))
+        config = cls.from_dict(raw, str(path))
+        stated = raw.get("text_config") or raw
+        if isinstance(stated, Mapping) and stated.get("head_dim") is None:
+            config = dataclasses.replace(config, head_dim=_stored_head_dim(config, Path(folder)))
+        return config
 
     def to_dict(self) -> dict[str, Any]:
         """The mapping to write as `config.json`: the published keys, MoE and vision ones only where
@@ -300,13 +308,32 @@ class ErnieConfig:
         return to_nested(self.to_dict(), [self.is_moe_layer(i) for i in layers])
 
 
+def _stored_head_dim(config: ErnieConfig, folder: Path) -> int:
+    """What the weights in a folder say, of whichever layout; where they say nothing, as it is."""
+    from ernie.checkpoint.folder import CheckpointError, read_folder
+
+    heads, both = config.num_attention_heads, 2 * config.num_key_value_heads
+    try:
+        tensors = read_folder(folder)
+    except CheckpointError:  # told by who loads them
+        return config.head_dim
+    for name, stored in tensors.items():
+        for leaf, num_heads in (("q_proj", heads), ("qkv_proj", heads + both)):
+            if name.endswith(f"layers.0.self_attn.{leaf}.weight"):
+                return math.prod(stored.shape) // config.hidden_size // num_heads
+    return config.head_dim
+
+
 # Keys that would mean another network, and the value that the family has.
 _ONLY = {
     "compression_ratio": 1.0,
     "moe_group_experts": False,
-    "moe_use_hard_gate": True,
     "moe_use_token_type_bias": False,
     "mm_vocab_size": 0,
+}
+# Keys that say nothing of a model of text, where ERNIEKit writes its defaults of them.
+_ONLY_WITH_PICTURES = {
+    "moe_use_hard_gate": True,
     "spatial_conv_size": 2,
     "temporal_conv_size": 2,
     "use_temporal_conv": True,

@@ -58,7 +58,8 @@ def write_folder(
     `copy_files` puts further files into the folder it is given. All is written to a hidden folder
     and synced first, then renamed, `config.json` last and after the old one is gone: at every
     moment the folder holds the old checkpoint, the new one, or none that could be loaded. Weight
-    files of an earlier save are removed.
+    files of an earlier save are removed, and where a tokenizer comes along, all that travelled with
+    the one before.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +78,7 @@ def write_folder(
             copy_files(hidden)
         for name, text in texts.items():
             (hidden / name).write_text(text, encoding="utf-8")
-        for file in hidden.iterdir():
+        for file in _files(hidden):
             _sync(file)
         _commit(folder, hidden)
 
@@ -149,11 +150,23 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def _files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
 def _commit(folder: Path, hidden: Path) -> None:
-    names = [file.name for file in hidden.iterdir()]
+    from ernie.tokenizer import FILES
+
+    names = [file.relative_to(hidden) for file in _files(hidden)]
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
-    for old in [*folder.glob("model*.safetensors"), folder / INDEX]:
-        old.unlink(missing_ok=True)
-    for name in sorted(names, key="config.json".__eq__):
+    old = [*folder.glob("model*.safetensors"), folder / INDEX]
+    if any(name.name in ("tokenizer.json", "tokenizer.model") for name in names):
+        old += [path for pattern in FILES for path in folder.glob(pattern)]  # of another tokenizer
+    for path in old:
+        path.unlink(missing_ok=True)
+    for name in sorted(names, key=Path("config.json").__eq__):
         os.replace(hidden / name, folder / name)
-    _sync(folder)  # makes the renames durable
+    for name in {folder, *((folder / name).parent for name in names)}:
+        _sync(name)  # makes the renames durable

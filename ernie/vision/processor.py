@@ -36,8 +36,9 @@ MAX_SOURCE_PIXELS = 48 << 20  # 50 megapixels: at 8 bytes each, Pillow then need
 MAX_RATIO = 200
 _ORIENTATION = 0x0112  # of EXIF
 _MAX_SCANS = 100  # of a progressive JPEG: each costs a pass over all pixels, and a few bytes
-# Formats whose readers start programs, read other files, or only know a header.
-_REFUSED_FORMATS = {"EPS", "WMF", "FPX", "MIC", "BUFR", "GRIB", "HDF5", "MPEG"}
+# Formats whose readers start programs, read other files, only know a header, or decode the picture
+# within (ICO, ICNS) before they tell its size.
+_REFUSED_FORMATS = {"EPS", "WMF", "FPX", "MIC", "BUFR", "GRIB", "HDF5", "MPEG", "ICO", "ICNS"}
 # What Pillow's readers raise on bytes that are not what they claim to be.
 _BROKEN = (
     OSError,

@@ -183,6 +183,14 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
 }
 
 
+def test_how_a_pair_began_is_no_reason_to_refuse_it(saved: Saved, tmp_path: Path) -> None:
+    """As PEFT writes it of EVA, which leaves the base as it was."""
+    tensors, config = saved["tiny-dense"]
+    begun = {"init_lora_weights": "eva", "eva_config": {"rho": 2.0, "tau": 0.99}}
+    path = helpers_lora.write(tmp_path / "eva", tensors, config | begun)
+    assert read_adapter(path, TINY["tiny-dense"], max_rank=64).rank
+
+
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_does_not_fit_is_refused_by_name(case: str, saved: Saved, tmp_path: Path) -> None:
     name, edit, message = REFUSED[case]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,6 +23,7 @@ from ernie.checkpoint.layouts import LAYOUTS, PADDLE, PT_VL, layouts_of
 from ernie.checkpoint.writer import write_file
 from ernie.model import ErnieModel
 from ernie.models import MODELS, TINY
+from ernie.tokenizer import Tokenizer
 from tests.helpers import hf_dense, hf_logits, hf_moe, hf_vl, saved, some_ids
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -307,6 +309,45 @@ def test_saving_over_another_checkpoint_leaves_nothing_of_it(tmp_path):
     ernie.save(small, tmp_path)
     assert {f.name for f in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
     assert torch.equal(ernie.load(tmp_path, torch.float32).logits([1, 2]), small.logits([1, 2]))
+
+
+@pytest.mark.parametrize("layout", ["pt", "paddle"])
+def test_the_size_of_a_head_is_taken_from_the_weights_where_nothing_says_it(layout, tmp_path):
+    model = random_model("tiny-dense", 23, head_dim=24)
+    ernie.save(model, tmp_path, layout=layout)
+    path = tmp_path / "config.json"
+    raw = json.loads(path.read_text())
+    assert raw.pop("head_dim") != raw["hidden_size"] // raw["num_attention_heads"]
+    path.write_text(json.dumps(raw))
+    again = ernie.load(tmp_path, torch.float32)
+    assert again.config.head_dim == 24
+    assert torch.equal(again.logits([1, 2]), model.logits([1, 2]))
+
+
+@pytest.mark.parametrize("value", [None, {}])
+def test_a_folder_that_says_it_is_not_quantised_is_not(value, tmp_path):
+    ernie.save(random_model("tiny-dense", 23), tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": value}))
+    assert "quantization_config" not in ernie.load(tmp_path).config.extra
+
+
+def test_saving_again_beside_named_templates_replaces_all_that_travels(folders, tmp_path):
+    """`a` has a folder of templates, and files of another kind of tokenizer lie there before."""
+    source = Path(shutil.copytree(folders("sentencepiece"), tmp_path / "source"))
+    more = source / "additional_chat_templates"
+    more.mkdir()
+    (more / "tool_use.jinja").write_text("first")
+    model, target = random_model("tiny-dense", 27, vocab_size=600), tmp_path / "a"
+    for text in ("first", "second"):
+        (more / "tool_use.jinja").write_text(text)
+        model.tokenizer = Tokenizer.from_folder(source)
+        ernie.save(model, target)
+        assert (target / "additional_chat_templates/tool_use.jinja").read_text() == text
+        assert len(ernie.load(target).tokenizer.files) == len(model.tokenizer.files)
+        for name in ("tokenizer.json", "generation_config.json"):
+            assert not (target / name).exists() or name in {f.name for f in source.iterdir()}
+            (target / name).write_text("{}")  # of another model
 
 
 def test_interrupted_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):

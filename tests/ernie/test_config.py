@@ -100,6 +100,15 @@ def test_wrong_multimodal_configs_are_refused_in_one_sentence(change: dict, word
         ErnieConfig.from_dict(raw)
 
 
+def test_what_is_of_pictures_is_not_asked_of_a_model_of_text() -> None:
+    """ERNIEKit writes its defaults of these keys beside full training of models of text."""
+    text = TINY["tiny-moe"].to_dict()
+    for key, value in {"moe_use_hard_gate": False, "use_temporal_conv": False}.items():
+        assert ErnieConfig.from_dict(text | {key: value}).extra[key] is value
+        with pytest.raises(ConfigError, match=f"{key}=False is not supported; use True"):
+            ErnieConfig.from_dict(PUBLISHED_VL | {key: value})
+
+
 # Keys and values of ERNIE-4.5-VL-28B-A3B-PT, with what says nothing about the network.
 PUBLISHED_TOWER = {
     "attn_implementation": "eager", "attn_sep": True, "depth": 32, "embed_dim": 1280,
