@@ -123,7 +123,8 @@ class Upcycle:
 def run_import_gguf(words: Sequence[str]) -> int:
     from ernie.checkpoint.gguf import import_gguf
 
-    source, target, options, place = _read(words, ImportGguf)
+    given, target, options, place = _read(words, ImportGguf)
+    source = Path(given)
     with written("import-gguf", target, [source], overwrite=place.overwrite) as folder:
         import_gguf(source, folder, **dataclasses.asdict(options))
     log.info("imported %s into %s", source, target)
@@ -136,9 +137,9 @@ def run_export_gguf(words: Sequence[str]) -> int:
 
     source, target, options, place = _read(words, ExportGguf)
     if not target.is_dir():
-        check_target("export-gguf", target, [source], overwrite=place.overwrite)
-    refuse_head(resolve(str(source)), "gguf")
-    export_gguf(str(source), target, **dataclasses.asdict(options))
+        check_target("export-gguf", target, [Path(source)], overwrite=place.overwrite)
+    refuse_head(resolve(source), "gguf")
+    export_gguf(source, target, **dataclasses.asdict(options))
     log.info("exported %s as %s", source, target)
     return 0
 
@@ -147,7 +148,8 @@ def run_upcycle(words: Sequence[str]) -> int:
     from ernie.checkpoint.upcycle import upcycle
     from erniekit.reward_model import copy_head
 
-    source, target, options, place = _read(words, Upcycle)
+    given, target, options, place = _read(words, Upcycle)
+    source = resolve(given)
     with written("upcycle", target, [source], overwrite=place.overwrite) as folder:
         copy_head(source, folder)
         upcycle(source, folder, **dataclasses.asdict(options))
@@ -166,7 +168,8 @@ def run_quantize(words: Sequence[str]) -> int:
     from ernie.checkpoint.quantized import write_quantized
     from erniekit.reward_model import copy_head
 
-    source, target, options, place = _read(words, Quantize)
+    given, target, options, place = _read(words, Quantize)
+    source = resolve(given)
     with written("quantize", target, [source], overwrite=place.overwrite) as folder:
         copy_head(source, folder)
         write_quantized(source, folder, **dataclasses.asdict(options))
@@ -174,11 +177,11 @@ def run_quantize(words: Sequence[str]) -> int:
     return 0
 
 
-def _read(words: Sequence[str], kind: type) -> tuple[Path, Path, Any, Target]:
-    """Two paths and `key=value` words."""
+def _read(words: Sequence[str], kind: type) -> tuple[str, Path, Any, Target]:
+    """What to read, where to write, and `key=value` words."""
     paths = [word for word in words if "=" not in word]
     if len(paths) != 2:
         raise ConfigError(f"{len(paths)} paths were given; give what to read and where to write")
     given = read_overrides([word for word in words if "=" in word])
     options, place = fill([kind, Target], given, "the command line")
-    return Path(paths[0]), Path(paths[1]), options, place
+    return paths[0], Path(paths[1]), options, place

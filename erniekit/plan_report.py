@@ -27,6 +27,7 @@ from ernie.settings import ConfigError, as_word
 from erniekit import checkpoint, config, memory
 from erniekit.build import config_of
 from erniekit.config import Run, resolved, run_from
+from erniekit.config.checks import validate
 from erniekit.config.model import AUTO, COMPUTE_TYPES
 from erniekit.config.stages import TRAINABLE
 from erniekit.fit import fitted, limit_of, memory_for
@@ -257,7 +258,11 @@ def changes_that_fit(run: Run, device: str, degrees: Degrees, limit: int) -> lis
                     continue  # two values of one
                 if any(change.settings.items() <= settings.items() for change in found):
                     continue  # more than what already fits
-                changed = fitted(_changed(run, settings, device), device, degrees)
+                try:
+                    validate(changed := _changed(run, settings, device))
+                except ConfigError:  # it would be refused
+                    continue
+                changed = fitted(changed, device, degrees)
                 planned = plan(changed, device, degrees)
                 is_less = all(
                     planned.peak < other.plan.peak or settings.keys() != other.settings.keys()

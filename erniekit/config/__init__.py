@@ -159,7 +159,8 @@ def read_values(words: Sequence[str]) -> tuple[dict[str, Any], str]:
         values = read_yaml(origin)
     given = read_overrides(_undashed(words))
     foreign.refuse_unknown(given, _OWN, "the command line")
-    return values | given, origin
+    # Each under the names of here, so that a word stands above the file whatever it is called.
+    return foreign.renamed(values) | foreign.renamed(given), origin
 
 
 def run_from(values: Mapping[str, Any], origin: str = "the settings") -> Run:

@@ -67,6 +67,12 @@ def _follows(*schedules: str) -> Callable[[Run], bool]:
     return lambda run: run.optimisation.lr_scheduler_type.partition(":")[0] in schedules
 
 
+def _draws_by_weight(run: Run) -> bool:
+    """Or leaves files out: of files that are each read once a weight says nothing else."""
+    data = run.data
+    return data.mix_strategy != "concat" or 0 in data.train_dataset_prob
+
+
 def _counts_epochs(run: Run) -> bool:
     training = run.training
     every = {training.save_strategy, training.evaluation_strategy if _evaluates(run) else "no"}
@@ -93,6 +99,12 @@ ONLY_WHERE: tuple[tuple[Callable[[Run], bool], tuple[str, ...]], ...] = (
     (_counts_epochs, ("num_train_epochs",)),
     (lambda run: run.training.max_grad_spike > 0, ("grad_spike_window",)),
     (lambda run: run.data.dataloader_num_workers > 0, ("prefetch_factor",)),
+    (lambda run: run.data.mix_strategy == "random", ("num_samples_each_epoch",)),
+    (lambda run: bool(run.data.text_dataset_path), ("modality_ratio",)),
+    (lambda run: run.data.input_dir is not None, ("split",)),
+    (lambda run: run.data.packing, ("greedy_intokens",)),
+    (lambda run: run.stage.sample == "document" and run.data.packing, ("truncate_packing",)),
+    (_draws_by_weight, ("train_dataset_prob",)),
     (lambda run: not _follows("constant")(run), ("warmup_steps", "warmup_ratio")),
     (lambda run: not run.optimisation.warmup_steps, ("warmup_ratio",)),
     (_follows("linear", "cosine", "wsd"), ("min_lr",)),

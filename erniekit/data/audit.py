@@ -76,7 +76,12 @@ def run_data(run: Run) -> int:
         from erniekit.data import offline
 
         folder = _made(Path(run.audit.dataset_output_dir))
-        return offline.write(streams, folder, run.audit.preprocessing_num_workers)
+        return offline.write(
+            streams,
+            folder,
+            run.audit.preprocessing_num_workers,
+            overwrite=run.training.overwrite_output_dir,
+        )
     folder = _made(run.output / FOLDER)
     splits = [
         Split(name, s, Faults(s.faults.max_share, s.faults.size), run.stage.has_rollouts)

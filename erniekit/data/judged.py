@@ -18,7 +18,9 @@ part of a row, and is cut where it is too long.
 
 from __future__ import annotations
 
+import copy
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -189,10 +191,11 @@ class JudgedEncoder(Encoder):
         """The samples of a record with their `other`, from the records (and formats) after it."""
         (sample,) = samples
         assert isinstance(sample, JudgedSample)
-        prompt = sample.prompt
+        prompt, neighbour = sample.prompt, copy.copy(self)
+        neighbour.counts = Counter()  # each is counted where it is read for itself
         for record, kind in following:
             try:
-                (other,) = self.read(record, kind)
+                (other,) = neighbour.read(record, kind)
             except DataError:  # told where it is read for itself
                 continue
             assert isinstance(other, JudgedSample)

@@ -50,22 +50,29 @@ class Mix:
 
     def draws(self, start: int = 0) -> Iterator[tuple[int, int]]:
         """(source, index) from position `start` on, epoch after epoch, without end."""
-        position = 0
+        position, begun = 0, dict.fromkeys(self.drawn, 0)
         for epoch in count():
-            for block in self._epoch(epoch):
+            for block in self._epoch(epoch, begun):
                 skipped = min(max(start - position, 0), len(block))
                 position += len(block)
                 yield from ((int(s), int(i)) for s, i in block[skipped:])
 
-    def _epoch(self, epoch: int) -> Iterator[np.ndarray]:
-        """Blocks of int64 `(n, 2)`: source and index."""
+    def _epoch(self, epoch: int, begun: dict[int, int] | None = None) -> Iterator[np.ndarray]:
+        """Blocks of int64 `(n, 2)`: source and index.
+
+        In files that are not shuffled an epoch of draws goes on where the one before has ended, so
+        that one of fewer draws than records does not read the same ones again: `begun` has these
+        places, and gets the new ones.
+        """
         if self.strategy == "concat":
             pairs = [np.stack((np.full(self.sizes[s], s), np.arange(self.sizes[s])), 1)
                      for s in self.drawn]  # fmt: skip
             everything = np.concatenate(pairs)
             yield everything[self._order(len(everything), epoch, 0, 0)]
             return
-        passes = {s: _Passes(self, s, epoch) for s in self.drawn}
+        goes_on = self.strategy == "random" and not self.shuffle
+        starts = begun if begun and goes_on else dict.fromkeys(self.drawn, 0)
+        passes = {s: _Passes(self, s, epoch, starts[s]) for s in self.drawn}
         rng, left = np.random.default_rng((self.seed, epoch)), self.limit
         while left > 0:
             sources = rng.choice(len(self.sizes), size=_BLOCK, p=self.probs)
@@ -79,6 +86,7 @@ class Mix:
             for s, stream in passes.items():
                 mine = sources == s
                 block[mine, 1] = stream.take(int(mine.sum()))
+                starts[s] = stream.place
             yield block
 
     def _end_of_interleaving(self, sources: np.ndarray, passes: dict[int, _Passes]) -> int:
@@ -102,17 +110,22 @@ class Mix:
 
 
 class _Passes:
-    """The records of one file, pass after pass, within one epoch."""
+    """The records of one file, pass after pass, within one epoch, from the place `start` on."""
 
-    def __init__(self, mix: Mix, source: int, epoch: int) -> None:
+    def __init__(self, mix: Mix, source: int, epoch: int, start: int) -> None:
         self.mix, self.source, self.epoch = mix, source, epoch
-        self.taken, self.number = 0, 0
+        self.start, self.taken, self.number = start, 0, 0
         self.order = mix._order(mix.sizes[source], epoch, source, 0)
+
+    @property
+    def place(self) -> int:
+        """The next record, in the order of the pass that it belongs to."""
+        return (self.start + self.taken) % len(self.order)
 
     def take(self, n: int) -> np.ndarray:
         size, parts = len(self.order), []
         while n > 0:
-            offset = self.taken - self.number * size
+            offset = self.start + self.taken - self.number * size
             if offset == size:
                 self.number += 1
                 self.order = self.mix._order(size, self.epoch, self.source, self.number)

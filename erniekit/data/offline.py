@@ -45,13 +45,23 @@ def read_documents(stream: Stream, number: int, start: int) -> Documents:
     return found
 
 
-def write(streams: Mapping[str, Stream], folder: Path, num_workers: int | None) -> int:
+def write(
+    streams: Mapping[str, Stream], folder: Path, num_workers: int | None, *, overwrite: bool
+) -> int:
     """Write the files of some streams; returns 0. Raises ConfigError, or DataError as training."""
     names = _names(streams)
+    for name in names.values():
+        there = [path for end in ("bin", "idx") if (path := folder / f"{name}.{end}").exists()]
+        if there and not overwrite:
+            raise ConfigError(
+                f"{there[0]} is there already; give another dataset_output_dir, or "
+                "overwrite_output_dir=true"
+            )
     with Chunks(streams, num_workers) as chunks:
         for split, stream in streams.items():
             told = []
             faults = Faults(stream.faults.max_share, sum(map(len, stream.sources)))
+            weights = [weight for _, _, weight in stream.data.files(split)]
             for number, source in enumerate(stream.sources):
                 prefix = folder / names[split, number]
                 vocab_size = stream.encoder.tokenizer.vocab_size
@@ -65,7 +75,7 @@ def write(streams: Mapping[str, Stream], folder: Path, num_workers: int | None) 
                     "%s: %s documents, %s tokens in %s.bin and .idx",
                     source.path, f"{len(writer.sizes):,}", f"{sum(writer.sizes):,}", prefix,
                 )  # fmt: skip
-                told.append(f"1 {prefix}")
+                told.append(f"{weights[number]:g} {prefix}")
             faults.judge(at_end=True)
             log.info("%s: input_dir: %s", split, " ".join(told))
     return 0

@@ -51,7 +51,7 @@ def _message(turn: Any, where: str) -> dict[str, Any]:
         raise DataError(
             f"{where}.value is {kind_of(value)}; expected a string", at=f"{where}.value"
         )
-    label = {"label": turn["label"]} if "label" in turn else {}
+    label = {key: turn[key] for key in ("label", "weight") if key in turn}
     if speaker == "function_call":
         return {**_calls(value, where), **label}
     return {"role": ROLES[speaker], "content": value, **label}

@@ -170,7 +170,7 @@ class Text:
 
     def __getitem__(self, index: int) -> dict[str, str]:
         try:
-            return {"text": self._stretch(index).decode("utf-8")}
+            return {"text": self._stretch(index).decode("utf-8").replace("\r\n", "\n")}
         except UnicodeDecodeError as error:
             raise DataError(
                 f"not UTF-8 text (byte {self.bounds[index] + error.start} of the file); save the "

@@ -136,6 +136,13 @@ class Stream:
         other.faults = Faults(self.faults.max_share, self.faults.size, is_silent=True)
         return other
 
+    def shuffled(self) -> Stream:
+        """The same records in an order of chance, with the same counts and faults."""
+        other = copy.copy(self)
+        other.mix = copy.copy(self.mix)
+        other.mix.shuffle = True
+        return other
+
     def samples(self, start: Cursor, end: int | None = None) -> Iterator[Drawn]:
         """Samples of the records from `start` on, up to position `end` (without end if None).
 

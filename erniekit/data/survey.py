@@ -61,6 +61,8 @@ def survey(stream: Stream, max_records: int) -> Survey:
     """
     epoch_size = stream.epoch_size
     num_read = min(epoch_size, max_records)
+    if num_read < epoch_size:  # records of everywhere, whatever the order of training is
+        stream = stream.shuffled()
     digests: set[bytes] = set()
     num_samples = num_tokens = num_trained = 0
 

@@ -191,6 +191,22 @@ def test_keys_of_preferences_are_without_effect_elsewhere() -> None:
     assert run_from({"beta": 0.3, "stage": "DPO"}).without_effect == ()
 
 
+@pytest.mark.parametrize(
+    ("text", "words", "key", "value"),
+    [
+        ("packing: true", ["one_sample_in_one_seq=true"], "packing", False),
+        ("one_sample_in_one_seq: true", ["packing=true"], "packing", True),
+        ("tensorwise_offload_optimizer: true", ["offload_optim=false"], "offload_optim", False),
+        ("max_seq_len: 99", ["pad_to_max_seqlen=4096"], "max_seq_len", 4096),
+        ("use_async_save: false", ["unified_checkpoint_config=async_save"], "use_async_save", True),
+        ("zcc_save_ema_coef: 0.9", ["ema_decay=0.5"], "ema_decay", 0.5),
+    ],
+)
+def test_a_word_stands_above_the_file_by_whatever_name(text, words, key, value, tmp_path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    assert read_run([str(tmp_path / "run.yaml"), *words]).flat()[key] == value
+
+
 def test_the_schedule_has_two_names() -> None:
     given = {"lr_scheduler": "wsd:603000", "decay_function": "1-sqrt", "warmup_steps": 2000}
     run = run_from(given)
@@ -242,6 +258,10 @@ IDLE = [
     ({"max_steps": 3}, {"num_train_epochs": 2}, {}),
     ({"max_steps": 3}, {"num_train_epochs": 2}, {"max_steps": 3, "save_strategy": "epoch"}),
     ({}, {"prefetch_factor": 9}, {"dataloader_num_workers": 1}),
+    ({"mix_strategy": "concat"}, {"num_samples_each_epoch": 9, "train_dataset_prob": [2.0]}, {}),
+    ({}, {"split": [1.0, 2.0]}, {"stage": "PT", "input_dir": "1 a"}),
+    ({"packing": False}, {"greedy_intokens": False}, {}),
+    ({}, {"truncate_packing": False}, {"stage": "PT"}),
     ({"lr_scheduler_type": "constant"}, {"warmup_steps": 3, "min_lr": 1e-9, "decay_steps": 9}, {}),
     ({"warmup_steps": 3}, {"warmup_ratio": 0.1}, {}),
     ({}, {"num_cycles": 1}, {"lr_scheduler_type": "cosine"}),

@@ -37,6 +37,16 @@ def scorers(tiny, tmp_path: Path) -> list[Path]:
     return [scored(tiny("tiny-dense"), tmp_path / f"scorer{seed}", seed) for seed in (1, 2)]
 
 
+@pytest.mark.parametrize("verb", ["quantize", "upcycle"])
+def test_a_name_on_the_hub_stands_for_its_folder(
+    verb: str, model: Path, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("ernie.checkpoint.hub._fetch", lambda name: model)
+    more = ["num_shared_experts=1"] if verb == "upcycle" else []
+    assert main([verb, "baidu/ERNIE-4.5-0.3B-PT", str(tmp_path / "made"), *more]) == 0
+    assert (tmp_path / "made/config.json").is_file()
+
+
 def test_a_result_replaces_its_like_and_nothing_else_unasked(
     model: Path, tmp_path: Path, capsys
 ) -> None:

@@ -232,6 +232,15 @@ def test_the_weight_of_an_answer_is_its_label(encoder) -> None:
         for more in ({"label": 0}, {"weight": 0}, {"weight": 0, "label": 0}, {}, {"weight": 1})
     ]
     assert labels[0] == labels[1] == labels[2] != labels[3] == labels[4]
+
+    def turns(**of_first: object) -> dict:
+        found = [{"from": f, "value": f"It is {i}."} for i, f in enumerate(("human", "gpt") * 2)]
+        found[1] |= of_first
+        return {"conversations": found}
+
+    for more, wanted in (({"weight": 0}, 0), ({"label": 0}, 0), ({}, 3), ({"weight": 1}, 3)):
+        dialogue = read_dialogue(turns(**more), "sharegpt")
+        assert encoder().samples(dialogue)[0].labels == labels[wanted], more
     for more, told in (
         ({"weight": 0, "label": 1}, "has the label 1 and the weight 0; give one"),
         ({"weight": 0.5}, r"messages\[1\].label is 0.5; expected 0 or 1"),
@@ -273,6 +282,16 @@ def test_one_answer_per_sample_splits_turns(encoder) -> None:
     assert len(samples) == 2
 
 
+def test_the_rows_of_a_sorted_file_are_not_those_of_its_beginning(encoder, tmp_path) -> None:
+    short = [{"src": ["a"], "tgt": ["b"]}] * 300
+    long = [{"src": ["a " * 60], "tgt": ["b " * 60]}] * 300
+    path = write_lines(tmp_path / "a.jsonl", [*short, *long])
+    data = Data(train_dataset_path=(str(path),), max_seq_len=256, random_shuffle=False)
+    read = [survey(Stream(data, "train", encoder(256), seed=0), most) for most in (100, 600)]
+    assert (read[0].num_records, read[1].num_records) == (100, 600)
+    assert read[0].num_rows == pytest.approx(read[1].num_rows, rel=0.25)
+
+
 def test_broken_lines_are_named_and_too_many_end_the_run(encoder, tmp_path, caplog) -> None:
     lines = [json.dumps(r) for r in dialogues(100)]
     lines[40] = '{"src": ["a'
@@ -309,6 +328,18 @@ def test_concat_takes_everything_once_and_shuffles_anew() -> None:
     assert epochs[:13] != epochs[13:]
     ordered = Mix([3], [1.0], strategy="concat", shuffle=False)
     assert [i for _, i in islice(ordered.draws(), 6)] == [0, 1, 2, 0, 1, 2]
+
+
+def test_short_epochs_of_files_in_their_order_go_on_and_do_not_begin_again() -> None:
+    mix = Mix([100], [1.0], shuffle=False, limit=30)
+    assert [i for _, i in islice(mix.draws(), 120)] == [i % 100 for i in range(120)]
+    two = Mix([50, 50], [0.9, 0.1], shuffle=False, seed=3)
+    draws = list(islice(two.draws(), 500))
+    for source in (0, 1):
+        own = [i for s, i in draws if s == source]
+        assert own == [i % 50 for i in range(len(own))]
+    assert len([1 for s, _ in draws if s == 1]) > 30
+    assert list(islice(two.draws(333), 100)) == draws[333:433]
 
 
 def test_interleaving_ends_with_the_first_or_the_last_file() -> None:

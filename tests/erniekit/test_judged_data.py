@@ -135,6 +135,17 @@ def test_the_other_answer_is_that_of_the_next_other_prompt(encoder, tmp_path: Pa
     assert len({sample.key for sample in found}) == 4
 
 
+def test_what_is_cut_is_counted_where_it_is_read_for_itself(encoder, tmp_path: Path) -> None:
+    """Not also by the record before, whose answer it stands beside."""
+    old = {"src": ["What? " * 30, "And so?"], "tgt": ["That."], "response": "Yes.", "label": True}
+    lines = [old | {"src": [*old["src"][:1], f"And {i}?"]} for i in range(6)]
+    path = write_lines(tmp_path / "judged.jsonl", lines)
+    stream = Stream(Data(train_dataset_path=(str(path),)), "train", encoder(64), seed=0)
+    for index in range(6):
+        stream.read(0, index)
+    assert stream.encoder.counts["dialogues cut"] == stream.encoder.counts["turns dropped"] == 6
+
+
 def test_the_other_answer_is_cut_to_fit_and_takes_no_place_in_a_row(
     encoder, tmp_path: Path
 ) -> None:

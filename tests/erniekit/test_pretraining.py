@@ -136,6 +136,9 @@ def test_plain_text_is_cut_at_line_ends_and_nothing_is_lost(tmp_path: Path, monk
             number = int(source.where(i).rpartition(":")[2])
             assert number == 1 + "".join(parts[:i]).count("\n") == source.number(i)
             assert source.index_of(number) == i
+    (tmp_path / "windows.txt").write_bytes(text.replace("\n", "\r\n").encode())
+    source = open_source(tmp_path / "windows.txt")
+    assert "".join(source[i]["text"] for i in range(len(source))) == text
     (tmp_path / "blank.txt").write_text(" \n\n")
     with pytest.raises(ConfigError, match="holds no text"):
         open_source(tmp_path / "blank.txt")
@@ -328,6 +331,11 @@ def test_token_ids_train_as_their_text(words, corpus: Path, tmp_path: Path, caps
     folder = tmp_path / "ids"
     assert main(["data", *words(dataset_output_dir=folder)]) == 0
     assert f"input_dir: 1 {folder}/train" in capsys.readouterr().out
+    assert main(["data", *words(dataset_output_dir=folder)]) == 2  # they may be another program's
+    assert "train.bin is there already; give another" in capsys.readouterr().err
+    again = {"dataset_output_dir": folder, "overwrite_output_dir": True, "train_dataset_prob": 0.5}
+    assert main(["data", *words(**again)]) == 0
+    assert f"input_dir: 0.5 {folder}/train" in capsys.readouterr().out
     more = {"random_shuffle": False, "evaluation_strategy": "no", "save_strategy": "no",
             "max_steps": 5, "mix_strategy": "concat"}  # fmt: skip
     no_files = {"train_dataset_path": None, "eval_dataset_path": None}
