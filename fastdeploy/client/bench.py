@@ -313,7 +313,7 @@ def summary(
     for name in metrics:
         values = [x for t in good for x in (t.itl if name == "itl" else [getattr(t, name)])]
         result |= _spread(f"{name}_ms", [1000 * value for value in values], percentiles)
-    result |= _spread("s_decode", [1 / t.tpot for t in good if t.num_new > 1], percentiles)
+    result |= _spread("s_decode", [1 / t.tpot for t in good if t.tpot > 0], percentiles)
     for name, attribute in (
         ("input_len", "num_cached"),
         ("s_input_len", "num_prompt"),

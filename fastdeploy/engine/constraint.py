@@ -133,9 +133,11 @@ class Constraint:
                     return End(count, "complete")
         return None
 
-    def pay(self, seconds: float) -> None:
-        """Take what its work has cost off the balance."""
-        self.balance_s = min(self.balance_s - seconds + REFILL_S, self.most_s)
+    def pay(self, seconds: float, num_masks: int = 1) -> None:
+        """Take what its work has cost off the balance; for each mask some comes back, so that
+        drafts, which have masks of their own, are no reason to run out of it.
+        """
+        self.balance_s = min(self.balance_s - seconds + num_masks * REFILL_S, self.most_s)
 
     def _return_to(self, num_output: int) -> None:
         """Forget tokens that it was moved on by and that did not become known: their step has
@@ -173,7 +175,7 @@ class Held:
     forced: Sequence[int | None]
     rows: slice
 
-    def pay(self, result: Result | None) -> None:
+    def pay(self, result: Result | None, num_masks: int = 1) -> None:
         """Pay for its work; None: the work was left behind, and the answer ends with its next
         token.
         """
@@ -181,7 +183,7 @@ class Held:
             self.constraint.is_left = True
             self.request.end = End(self.request.num_output + 1, "error", TOO_SLOW)
         else:
-            self.constraint.pay(result.seconds)
+            self.constraint.pay(result.seconds, num_masks)
 
 
 class Filled:
@@ -213,7 +215,7 @@ class Filled:
         """Make tokens that no mask allows impossible, in place."""
         kept: list[int] = []
         for one, result in zip(self.held, self.filling.wait()):
-            one.pay(result)
+            one.pay(result, one.rows.stop - one.rows.start)
             if result is not None:  # else a thread may go on writing to them
                 kept += range(one.rows.start, one.rows.stop)
         device, vocab_size = logits_RV.device, logits_RV.shape[-1]

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -159,7 +158,8 @@ class DecodeGraphs:
         self.shapes = sorted(shapes, key=lambda shape: (shape[1], shape[0]))
         self.padding = padding
         self.replays: dict[Shape, Callable[[], Result]] = {}
-        self._smallest = cache(self._find)
+        # Not `functools.cache` of a method, which would keep this alive, and with it the model.
+        self.shape_by_size: dict[Shape, Shape | None] = {}
 
     def record_all(self) -> None:
         """Record every shape, the largest first: the smaller ones fit into its memory."""
@@ -173,7 +173,10 @@ class DecodeGraphs:
         is_plain = batch.adapters is None and batch.modality_T is None and batch.after_T is None
         if not is_plain or len(batch.token_ids_T) != len(batch.rows_R):
             return None
-        return self._smallest(len(batch.lens_S), len(batch.token_ids_T))
+        size = len(batch.lens_S), len(batch.token_ids_T)
+        if size not in self.shape_by_size:
+            self.shape_by_size[size] = self._find(*size)
+        return self.shape_by_size[size]
 
     def _find(self, num_texts: int, num_tokens: int) -> Shape | None:
         for size, rows in self.shapes:

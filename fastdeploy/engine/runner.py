@@ -135,6 +135,7 @@ def record_steps(runner: Runner, config: EngineConfig) -> None:
     """Have decode steps run as recordings, where there are some. They hold the addresses of weights
     and cache: where these move, there are new ones.
     """
+    runner._choose_kernels()  # another engine of this process may have chosen others
     speculation = config.speculation
     most_tokens = 1 + (speculation.num_speculative_tokens if speculation else 0)
     most, device = (config.max_num_seqs, most_tokens), runner.model.device

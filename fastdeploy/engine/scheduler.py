@@ -29,8 +29,9 @@ from fastdeploy.engine.blocks import BlockManager
 from fastdeploy.engine.request import Request, Status
 
 # Log-probabilities of a prompt need logits at each of its positions: a vocabulary of floats a
-# token.
+# token. So many of one prompt in a step, and of all.
 MAX_SCORED_TOKENS = 128
+MAX_SCORED_IN_STEP = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +98,7 @@ class Scheduler:
         self.num_draft_tokens = 0
         self.num_accepted_tokens = 0  # of these, became known
         self.refused: tuple[Request, int] | None = None  # with the number of free blocks there were
+        self.num_scored = 0  # tokens of this step that may be of prompts to be scored
 
     @property
     def has_work(self) -> bool:
@@ -111,7 +113,7 @@ class Scheduler:
         """Decide the next step. Every request in it has its blocks when this returns."""
         for request in self.running:
             self.blocks.shrink(request.table, request.num_computed)
-        schedule = Schedule()
+        schedule, self.num_scored = Schedule(), 0
         budget = self.max_num_batched_tokens
         num_preempted = self.num_preemptions
 
@@ -173,6 +175,8 @@ class Scheduler:
             self.running.remove(request)
         elif request.status is Status.WAITING:
             self.waiting.remove(request)
+        if self.refused and self.refused[0] is request:
+            self.refused = None
         request.status = Status.FINISHED
 
     def preempt_all(self) -> None:
@@ -193,8 +197,11 @@ class Scheduler:
 
     def _num_wanted(self, request: Request, most: int) -> int:
         if request.num_to_score > 0:
-            most = min(most, MAX_SCORED_TOKENS)
-        return min(request.num_known - request.num_computed, most)
+            room = max(MAX_SCORED_IN_STEP - self.num_scored, 1)  # a running one takes one anyway
+            most = min(most, MAX_SCORED_TOKENS, room)
+        num_tokens = min(request.num_known - request.num_computed, most)
+        self.num_scored += num_tokens if request.num_to_score > 0 else 0
+        return num_tokens
 
     def _make_room(self, request: Request, num_tokens: int) -> bool:
         """Preempt from the back until the table can hold `num_tokens`; False if `request` had to
@@ -227,6 +234,8 @@ class Scheduler:
         """
         if self.refused == (request, self.blocks.num_free):
             return 0  # nothing has changed: do not search a long text for hits in every step
+        if request.num_to_score > 0 and self.num_scored >= MAX_SCORED_IN_STEP:
+            return 0
         needs_all = request.num_to_score > 0 or request.params.pooling == "mean"
         found = self.blocks.find(() if needs_all else request.key_ids, request.cache_root)
         num_cached = len(found.blocks) * self.blocks.block_size
@@ -238,6 +247,7 @@ class Scheduler:
             self.refused = (request, self.blocks.num_free)
             return 0
         self.blocks.adopt(found)
+        self.refused = None  # nor its pictures kept
         request.table = found
         request.num_computed = num_cached
         request.seat = self.seats.pop()

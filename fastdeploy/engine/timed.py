@@ -72,8 +72,9 @@ class Running(Generic[T]):
                 self.working.result(self._remaining_s())
                 return self.results
             except TimeoutError:
-                if self.working.done():
-                    raise  # a job's own
+                if self.working.done():  # a job's own error, or all have just ended
+                    self.working.result()
+                    return self.results
             with self.lock:
                 if self.at == len(self.jobs) or self._remaining_s() > 0:
                     continue

@@ -43,12 +43,13 @@ def add_about(app: FastAPI, service: Service) -> None:
     @app.get("/load")
     async def load() -> Response:
         stats = service.engine.stats()
+        num_taken = stats.num_blocks - stats.num_free_blocks
         return JSONResponse(
             {
                 "server_load": len(service.engine.answers),
                 "num_requests_running": stats.num_running,
                 "num_requests_waiting": stats.num_waiting,
-                "cache_usage": 1 - stats.num_free_blocks / stats.num_blocks,
+                "cache_usage": num_taken / max(stats.num_blocks, 1),  # 0 while it loads
             }
         )
 

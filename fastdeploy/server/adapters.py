@@ -6,6 +6,7 @@ A folder that a client names has to lie under `lora_root`, also behind links.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
@@ -59,7 +60,7 @@ def folder_under(root: str | None, path: str) -> Path:
     return folder
 
 
-def folder_by_name(config: ServerConfig, model_name: str, *, enabled: bool) -> dict[str, str]:
+def folder_by_name(config: ServerConfig, names: Sequence[str], *, enabled: bool) -> dict[str, str]:
     """What `lora_modules` lists; the engine reads it. Raises ConfigError."""
     folders: dict[str, str] = {}
     for entry in config.lora_modules or ():
@@ -70,13 +71,14 @@ def folder_by_name(config: ServerConfig, model_name: str, *, enabled: bool) -> d
             raise ConfigError("lora_modules needs enable_lora; start with --enable-lora")
         if name in folders:
             raise ConfigError(f"lora_modules names {name!r} twice; choose another name")
-        check_is_not_the_model(name, model_name)
+        check_is_not_the_model(name, names)
         folders[name] = folder
     return folders
 
 
-def check_is_not_the_model(name: str, model_name: str) -> None:
-    if name in (model_name, "default"):
+def check_is_not_the_model(name: str, names: Sequence[str]) -> None:
+    """Raise RequestError for one of the `names` of the model."""
+    if name in (*names, "default"):
         raise RequestError(
             f"{name!r} is the model itself; choose another name for the adapter", param="lora_name"
         )

@@ -89,7 +89,7 @@ class Service:
         self.metrics = Metrics(engine_config, has_vision=bool(self.reads))
         self.observer = Observer(config, self.metrics)
         enabled = engine_config.enable_lora
-        folders = adapters.folder_by_name(config, self.name, enabled=enabled)
+        folders = adapters.folder_by_name(config, self.names, enabled=enabled)
         for name, its_folder in folders.items():
             self.loaded.check_training(its_folder, f"the adapter {name!r}")
         self.engine = ServerEngine(
@@ -278,7 +278,7 @@ class Service:
 
     async def load_adapter(self, request: Request) -> Response:
         body = validated(adapters.LoadRequest, read_json(await self.read(request)))
-        adapters.check_is_not_the_model(body.lora_name, self.name)
+        adapters.check_is_not_the_model(body.lora_name, self.names)
         await adapters.load(self.engine, body, self.config.lora_root)
         return JSONResponse(self._card(body.lora_name, parent=self.name))
 

@@ -93,8 +93,15 @@ class Connection(H11Protocol):
         """Nothing: any client may ask for HTTP/2 or a web socket, and is answered as it is."""
 
     def _watch_headers(self) -> None:
-        """Time runs while a request has begun, or is awaited for the first time."""
-        if self.conn.their_state is not h11.IDLE:
+        """Time runs while a request has begun, or is awaited for the first time, and while the rest
+        of one comes in that has been answered.
+        """
+        cycle = self.cycle
+        is_over = cycle is not None and cycle.response_complete
+        if is_over and self.conn.their_state is h11.SEND_BODY:  # the rest of a body nobody reads
+            if self.patience is None:
+                self.patience = self.loop.call_later(LINGER_S, self.transport.close)
+        elif self.conn.their_state is not h11.IDLE:
             self._stop_watching()
         elif self.patience is None:
             self.patience = self.loop.call_later(HEADERS_S, self.transport.close)

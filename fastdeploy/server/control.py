@@ -7,8 +7,8 @@ route does. FastDeploy's order is kept: pause; sleep, wakeup or update_weights; 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Awaitable, Callable
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -39,8 +39,13 @@ def add_control(
     async def pause(request: Request) -> Response:
         mode = _options(request, {"mode": ("abort", "keep")}).get("mode", "abort")
         async with lock:
+            was = engine.paused
             engine.paused = True  # from now on nothing is submitted behind the command
-            await engine.command("pause", mode=mode)
+            try:
+                await engine.command("pause", mode=mode)
+            except RequestError:
+                engine.paused = was
+                raise
         return await state()
 
     @app.post("/v1/resume")
@@ -114,6 +119,6 @@ def _folder(body: bytes, home: str) -> str:
     if values:
         name = min(values)[:64]
         raise RequestError(f"unknown field {name!r}; send path", param=name)
-    if not isinstance(path, str) or not Path(path).is_dir():
+    if not isinstance(path, str) or not os.path.isdir(path):  # never an error
         raise RequestError("path is not a folder of the server; give one", param="path")
     return path

@@ -88,6 +88,9 @@ class WrongKeys:
         return max(level - (self.clock() - at) * WRONG_KEYS_PER_MINUTE / 60, 0)
 
 
+ENDINGS = ("/cancel", "/abort_requests")  # of paths: what ends work is never refused a place
+
+
 class Gate:
     """Lets a request in or answers it, before any route has seen it.
 
@@ -115,7 +118,8 @@ class Gate:
         try:
             tenant = self._tenant(scope)
             scope.setdefault("state", {})["tenant"] = tenant
-            with self.limits.place_of(tenant if scope["method"] == "POST" else None):
+            takes_on = scope["method"] == "POST" and not scope["path"].endswith(ENDINGS)
+            with self.limits.place_of(tenant if takes_on else None):
                 await self.app(scope, receive, send)
         except RequestError as error:  # the routes' own are answered further in
             headers = {}

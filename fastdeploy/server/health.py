@@ -23,7 +23,8 @@ def add_health(app: FastAPI, engine: ServerEngine) -> None:
     @app.get("/health")
     @app.api_route("/ping", methods=["GET", "POST"])
     async def ready() -> Response:
-        if engine.is_alive and not engine.draining:
+        if engine.is_alive and not engine.draining and not engine.paused:
             return JSONResponse({"status": "ready"})
-        body = {"status": "unavailable", "reason": engine.state}
+        reason = "paused" if engine.is_alive and engine.paused else engine.state
+        body = {"status": "unavailable", "reason": reason}
         return JSONResponse(body, 503, headers={"retry-after": "1"})

@@ -12,8 +12,8 @@ import json
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -108,23 +108,50 @@ class Limits:
     def place_of(self, key: str | None) -> Iterator[None]:
         """Count one request of a key while it lasts. Raises RequestError if it has too many."""
         most = self.config.max_concurrency_per_key
-        if most is None or key is None:
-            yield
-            return
-        num = self.num_by_key.get(key, 0)
-        if num >= most:
+        num = self.num_by_key.get(key, 0) if key is not None else 0
+        if most is not None and num >= most:
             raise RequestError(
                 f"{num} requests of this key are in work, as many as max_concurrency_per_key "
                 "allows; try again later",
                 status=429,
             )
-        self.num_by_key[key] = num + 1
+        with self.counted(key):
+            yield
+
+    @contextlib.contextmanager
+    def counted(self, key: str | None) -> Iterator[None]:
+        """Count what goes on for a key after the request that has begun it, while it lasts."""
+        if key is None:
+            yield
+            return
+        self.num_by_key[key] = self.num_by_key.get(key, 0) + 1
         try:
             yield
         finally:
             self.num_by_key[key] -= 1
             if not self.num_by_key[key]:
                 del self.num_by_key[key]
+
+
+async def within(
+    chunks: AsyncIterator[dict[str, Any]], seconds: float
+) -> AsyncIterator[dict[str, Any]]:
+    """The chunks of a reply that no request waits for; after `seconds` an error ends them."""
+    end = asyncio.get_running_loop().time() + seconds
+    while True:
+        try:
+            left = end - asyncio.get_running_loop().time()
+            chunk = await asyncio.wait_for(anext(chunks), left)
+        except StopAsyncIteration:
+            return
+        except TimeoutError:
+            yield error_body(_too_long(seconds), 504)
+            return
+        yield chunk
+
+
+def _too_long(seconds: float) -> str:
+    return f"the request took longer than timeout={seconds:g} seconds; ask for less"
 
 
 class Deadline:
@@ -151,8 +178,7 @@ class Deadline:
         except TimeoutError:
             if not limit.expired():
                 raise
-            text = f"the request took longer than timeout={self.seconds:g} seconds; ask for less"
-            body = error_at(scope["path"], error_body(text, 504))
+            body = error_at(scope["path"], error_body(_too_long(self.seconds), 504))
             if kind is None:
                 await JSONResponse(body, 504)(scope, receive, send)
             elif kind.startswith(b"text/event-stream"):

@@ -83,12 +83,17 @@ class MessageWriter:
             self.message["usage"] = usage_of(chunk["usage"])
         for choice in chunk.get("choices", ()):
             delta = choice["delta"]
+            calls = delta.get("tool_calls") or ()
+            for call in calls:
+                if "id" not in call:  # the rest of one, before what follows it
+                    yield from self._call(call)
             if delta.get("reasoning_content"):
                 yield from self._text("thinking", delta["reasoning_content"])
             if delta.get("content"):
                 yield from self._text("text", delta["content"])
-            for call in delta.get("tool_calls") or ():
-                yield from self._call(call)
+            for call in calls:
+                if "id" in call:
+                    yield from self._call(call)
             if choice["finish_reason"] is not None:
                 self._stop(choice["finish_reason"], choice.get("stop_reason"))
 

@@ -370,7 +370,7 @@ def _refuse_constant(name: str) -> None:
 
 
 def _token_id(text: str) -> int:
-    if not text.isascii() or not text.isdigit():
+    if not text.isascii() or not text.isdigit() or len(text) > 18:
         raise RequestError(
             f"logit_bias has the key {text[:64]!r}; keys are token ids", param="logit_bias"
         )

@@ -160,6 +160,8 @@ class Reply(ABC):
         count, prompt = self.body.prompt_logprobs, choice // self.context.n
         if count is None:
             return {}
+        if prompt not in self.prompt_logprobs:  # aborted before its first token
+            return {"prompt_logprobs": None}
         if prompt not in self.described:
             self.described[prompt] = [
                 entry and {token: asdict(value) for token, value in narrowed(entry, count).items()}

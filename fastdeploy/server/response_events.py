@@ -59,13 +59,18 @@ class ResponseWriter:
             self.reason = choice["finish_reason"] or self.reason
             delta = choice["delta"]
             logprobs = (choice.get("logprobs") or {}).get("content") or []
+            calls = delta.get("tool_calls") or ()
+            for call in calls:
+                if "id" not in call:  # the rest of one, before what follows it
+                    yield from self._call(call)
             if delta.get("reasoning_content"):
                 yield from self._text("reasoning", delta["reasoning_content"], [])
             goes_on = self.item is not None and self.item["type"] == "message"
             if delta.get("content") or (logprobs and (goes_on or not delta.get("tool_calls"))):
                 yield from self._text("message", delta.get("content") or "", logprobs)
-            for call in delta.get("tool_calls") or ():
-                yield from self._call(call)
+            for call in calls:
+                if "id" in call:
+                    yield from self._call(call)
 
     def _text(self, kind: str, text: str, logprobs: list[dict[str, Any]]) -> Iterator[Event]:
         """More text of the answer, or of its thoughts."""

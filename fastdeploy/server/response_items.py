@@ -72,7 +72,7 @@ def as_messages(
 def _add(messages: list[Message], item: Item, where: str, reads: Collection[str]) -> None:
     num_before, kind = len(messages), item["type"]
     if kind == "message":
-        role = {"developer": "system"}.get(item.get("role", ""), item.get("role"))
+        role = "system" if item.get("role") == "developer" else item.get("role")
         if role not in ("system", "user", "assistant"):
             raise _error(f"{where} has the role {role!r}; use user, assistant, system or developer")
         given = item.get("content")

@@ -11,6 +11,7 @@ import json
 import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,8 +26,10 @@ Item = dict[str, Any]
 class Job:
     """A response that is written in the background: its events so far, and who waits for more."""
 
-    def __init__(self, answer: Answer) -> None:
-        self.answer = answer
+    def __init__(self, answer: Answer, place: AbstractContextManager[None]) -> None:
+        """`place` is held while it is written, from now on."""
+        self.answer, self.place = answer, ExitStack()
+        self.place.enter_context(place)
         self.events: list[dict[str, Any]] = []
         self.is_done = False
         self.changed = asyncio.Event()  # one for each change: set, and replaced by the next
@@ -58,6 +61,7 @@ class Job:
                 self._wake()
         finally:
             self.answer.close()
+            self.place.close()
             self.is_done = True
             self._wake()
 

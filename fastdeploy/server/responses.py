@@ -15,6 +15,7 @@ from fastapi.responses import JSONResponse, Response
 
 from fastdeploy.errors import RequestError
 from fastdeploy.server.chat import ChatReply
+from fastdeploy.server.limits import within
 from fastdeploy.server.parts import told_as_sent
 from fastdeploy.server.protocol import ChatRequest, read_json, validated
 from fastdeploy.server.reply import Reply
@@ -51,10 +52,14 @@ def add_responses(app: FastAPI, service: Service) -> None:
         response = empty_response(body, service)
         reply = await _begun(request, chat, body, service)
         reply.answer.id = response["id"]
-        events = ResponseWriter(response).events(reply.events())
+        chunks = reply.events()
+        if body.background and service.config.timeout:
+            chunks = within(chunks, service.config.timeout)
+        events = ResponseWriter(response).events(chunks)
         stored = Stored(response, items)
         if body.background:
-            stored.job = Job(reply.answer)
+            place = service.limits.counted(request.state.tenant)
+            stored.job = Job(reply.answer, place)
             store.put(owner, stored)
             stored.job.start(_and_then(events, store, owner, stored))
             if body.stream:

@@ -86,6 +86,8 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         connection: Connection | None = scope.get("state", {}).get("connection")
+        if scope["method"] == "HEAD":  # has no body, which only ASGI's `send` knows
+            connection = None
         cutting = asyncio.create_task(self._cut(connection))
         try:
             await while_connected(receive, self._send(send, connection))

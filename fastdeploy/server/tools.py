@@ -167,9 +167,16 @@ def check_history(messages: Sequence[Mapping[str, Any]]) -> None:
         if message.get("role") == "assistant":
             calls = calls if isinstance(calls, list) else []
             called = bool(calls)
-            ids = {c.get("id") for c in calls if isinstance(c, Mapping)}
+            names = [call.get("id") for call in calls if isinstance(call, Mapping)]
+            if not all(isinstance(name, str | None) for name in names):
+                raise RequestError(
+                    f"messages[{i}].tool_calls has an id that is no string", param="messages"
+                )
+            ids = {*names}
         elif message.get("role") == "tool":
             answers = message.get("tool_call_id")
+            if not isinstance(answers, str | None):
+                raise RequestError(f"messages[{i}].tool_call_id is no string", param="messages")
             if not called:
                 raise RequestError(
                     f"messages[{i}] is the result of a tool, but no assistant message with "

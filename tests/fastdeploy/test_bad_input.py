@@ -133,11 +133,26 @@ def test_a_body_of_a_gibibyte_is_refused_unread(live: Server) -> None:
         ([{"role": "user", "content": "x"}, {"role": "tool", "content": "x"}], "messages[1]"),
         ([{"role": "user", "content": 5}], "messages[0]"),
         ([{"content": "x"}], "messages[0]"),
+        ([{"role": "assistant", "tool_calls": [{"id": ["a"]}]}], "messages[0]"),
+        (
+            [
+                {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f"}}]},
+                {"role": "tool", "tool_call_id": ["a"], "content": "x"},
+            ],
+            "messages[1].tool_call_id",
+        ),
     ],
 )
 def test_a_wrong_message_is_named(http: TestClient, messages: list[Any], place: str) -> None:
     error = error_of(http.post(CHAT, json=says(*messages)))
     assert error["param"] == "messages" and place in error["message"], error
+
+
+def test_a_role_that_is_no_text_and_a_token_of_many_digits_are_refused(http: TestClient) -> None:
+    item = {"role": ["user"], "content": "x"}
+    assert "input[0]" in error_of(http.post("/v1/responses", json={"input": [item]}))["message"]
+    body = {"prompt": "x", "logit_bias": {"9" * 5000: 1}}
+    assert error_of(http.post(TEXT, json=body))["param"] == "logit_bias"
 
 
 # 4: odd characters

@@ -60,6 +60,12 @@ def test_figures_follow_their_definitions() -> None:
     assert {name: round(found[name], 9) for name in expected} == expected
 
 
+def test_tokens_that_came_all_at_once_have_no_rate() -> None:
+    """An answer and its end in one event, or two events in one piece of the network."""
+    found = summary([Timing(0.0, ttft=0.3, e2el=0.3, num_new=2)], 1.0, ["tpot"], [50.0])
+    assert found["mean_tpot_ms"] == 0 and "mean_s_decode" not in found
+
+
 def test_times_of_a_server_with_known_ones_are_found() -> None:
     upstream = Upstream()
     upstream.script = [0.2, {"content": "a"}, 0.1, {"content": "b"}, 0.1, {"content": "c"}]

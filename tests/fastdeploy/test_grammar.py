@@ -22,6 +22,7 @@ from ernie.model import ErnieModel
 from ernie.models import TINY
 from ernie.settings import ConfigError
 from fastdeploy import LLM, GuidedDecodingParams, SamplingParams
+from fastdeploy.engine.constraint import Constraint
 from fastdeploy.engine.grammar import Grammars, expansion_of
 from fastdeploy.engine.timed import Job, TimedThread
 from fastdeploy.errors import RequestError
@@ -353,11 +354,35 @@ def test_a_job_that_takes_too_long_is_left_behind_and_the_others_are_done() -> N
     assert [one.value for one in thread.begin([Job(lambda: 5, 60.0)]).wait()] == [5]
     assert results[1] is None  # what it said too late is not heard
 
+    ends = thread.begin([Job(lambda: 6, 60.0)])
+    ends.working.result()
+    with pytest.MonkeyPatch.context() as patched:  # it ends just when the time is over
+        result, errors = ends.working.result, [TimeoutError()]
+
+        def late(timeout: float | None = None) -> None:
+            if errors:
+                raise errors.pop()
+            return result(timeout)
+
+        patched.setattr(ends.working, "result", late)
+        assert [one and one.value for one in ends.wait()] == [6]
+
     def fails() -> None:
         raise TimeoutError("its own")
 
     with pytest.raises(TimeoutError, match="its own"):
         thread.begin([Job(fails, 60.0)]).wait()
+
+
+@pytest.mark.parametrize("num_drafts", [0, 5])
+def test_drafts_cost_a_form_no_more_of_its_time_than_their_masks(num_drafts: int) -> None:
+    constraint = Constraint(None, [], most_s=0.25)  # type: ignore[arg-type]
+    for _ in range(1000):
+        constraint.pay(0.008 * (1 + num_drafts), 1 + num_drafts)
+    assert constraint.balance_s == 0.25
+    for _ in range(30):
+        constraint.pay(0.03 * (1 + num_drafts), 1 + num_drafts)
+    assert constraint.balance_s < 0
 
 
 REFUSED = [

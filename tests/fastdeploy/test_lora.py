@@ -221,6 +221,14 @@ def test_paths_outside_the_root_are_refused(
     assert answer.json()["error"]["param"] == "lora_path"
 
 
+def test_an_adapter_has_none_of_the_names_of_the_model(folder: Path, adapters: Path) -> None:
+    with client(folder, lora_root=str(adapters), served_model_name=["a", "b"]) as session:
+        for name in ("a", "b", "default"):
+            body = {"lora_name": name, "lora_path": "one"}
+            answer = session.post("/v1/load_lora_adapter", json=body)
+            assert answer.status_code == 400 and "is the model itself" in answer.text
+
+
 def test_without_a_root_or_a_key_nothing_is_loaded(folder: Path, adapters: Path) -> None:
     body = {"lora_name": "a", "lora_path": str(adapters / "one")}
     with client(folder, api_key=["secret"]) as session:

@@ -201,6 +201,22 @@ def written(chunks: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str
     return writer.message, asyncio.run(all_events())
 
 
+def test_the_rest_of_a_call_comes_before_the_text_that_follows_it() -> None:
+    """In one piece, where a stop string had held both back."""
+    message, events = written(
+        [
+            chunk(tool_calls=[call(0, '{"x": 1', id="a", name="f")]),
+            chunk(content="Done", tool_calls=[call(0, "}")]),
+            chunk(reason="tool_calls"),
+        ]
+    )
+    assert message["content"] == [
+        {"type": "tool_use", "id": "a", "name": "f", "input": {"x": 1}},
+        {"type": "text", "text": "Done"},
+    ]
+    assert put_together(events) == message
+
+
 def test_thoughts_text_and_calls_are_blocks_of_their_own() -> None:
     message, events = written(
         [

@@ -6,6 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import openai
@@ -21,10 +22,13 @@ from fastdeploy.config import EngineConfig, ServerConfig
 from fastdeploy.errors import RequestError
 from fastdeploy.server import response_store
 from fastdeploy.server.engine import Answer, Piece
+from fastdeploy.server.limits import within
 from fastdeploy.server.reply import error_body
 from fastdeploy.server.response_events import ResponseWriter
 from fastdeploy.server.response_items import as_items, as_messages
 from fastdeploy.server.response_store import ResponseStore, Stored
+from fastdeploy.server.responses import Follower
+from fastdeploy.server.stream import EventStream
 
 EVENTS: TypeAdapter[Any] = TypeAdapter(ResponseStreamEvent)
 HELLO: list[Any] = [{"role": "user", "content": "Hello!"}]
@@ -376,6 +380,81 @@ def test_the_last_token_before_a_call_keeps_its_log_probability() -> None:
     assert [item["type"] for item in last["output"]] == ["message", "function_call"]
     (part,) = last["output"][0]["content"]
     assert [one["token"] for one in part["logprobs"]] == ["Look", ".\n"]
+
+
+def test_the_rest_of_a_call_comes_before_the_text_that_follows_it() -> None:
+    begun = {"index": 0, "id": "a", "function": {"name": "f", "arguments": '{"x": 1'}}
+    rest = {"index": 0, "function": {"arguments": "}"}}
+
+    async def events() -> list[Any]:
+        async def chunks() -> AsyncIterator[dict[str, Any]]:
+            for delta in ({"tool_calls": [begun]}, {"content": "Done", "tool_calls": [rest]}):
+                yield {"choices": [{"delta": delta, "finish_reason": None}]}
+
+        return [event async for event in writer.events(chunks())]
+
+    writer = ResponseWriter({"output": [], "background": False})
+    call, message = asyncio.run(events())[-1]["response"]["output"]
+    assert (call["arguments"], call["status"]) == ('{"x": 1}', "completed")
+    assert message["content"][0]["text"] == "Done"
+
+
+def test_a_response_in_the_background_has_its_key_and_its_time(folder: Path) -> None:
+    """After its request is over, too."""
+    config = EngineConfig(model=str(folder), max_model_len=500, block_size=8, dtype="float32")
+    server = ServerConfig(api_key=["one", "two"], max_concurrency_per_key=1, timeout=3)
+    with app_client(config, server) as session:
+        one, two = (
+            OpenAI(base_url="http://testserver/v1", api_key=k, http_client=session, max_retries=0)
+            for k in ("one", "two")
+        )
+        endless = {"input": "Hello", "background": True, "extra_body": {"ignore_eos": True}}
+        running = create(one, **endless)
+        with pytest.raises(openai.RateLimitError, match="requests of this key are in work"):
+            create(one, input="Hello", max_output_tokens=1)
+        create(two, input="Hello", max_output_tokens=1)
+        one.responses.cancel(running.id)
+        create(one, input="Hello", max_output_tokens=1)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD"])
+def test_a_stream_whose_head_is_asked_for_goes_no_way_of_its_own(method: str) -> None:
+    """What is written past ASGI would be read as the answer to the next request."""
+    past: list[bytes] = []
+    connection = SimpleNamespace(send_more=lambda data: past.append(data) or True)
+
+    async def events() -> AsyncIterator[dict[str, Any]]:
+        for n in range(3):
+            yield {"n": n}
+
+    async def receive() -> dict[str, Any]:
+        await asyncio.sleep(60)
+        return {}
+
+    async def send(message: dict[str, Any]) -> None:
+        pass
+
+    scope = {"type": "http", "method": method, "state": {"connection": connection}}
+    asyncio.run(EventStream(events(), Follower())(scope, receive, send))
+    assert len(past) == (2 if method == "GET" else 0)
+
+
+@pytest.mark.parametrize("seconds", [0.05, 60.0])
+def test_chunks_that_take_too_long_end_with_an_error(seconds: float) -> None:
+    async def chunks() -> AsyncIterator[dict[str, Any]]:
+        yield {"n": 1}
+        await asyncio.sleep(0.2)
+        yield {"n": 2}
+
+    async def found() -> list[Any]:
+        return [chunk async for chunk in within(chunks(), seconds)]
+
+    first, last = asyncio.run(found())
+    assert first == {"n": 1}
+    if seconds > 1:
+        assert last == {"n": 2}
+    else:
+        assert "longer than timeout=0.05" in last["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -168,6 +168,40 @@ def test_prompt_scores_limit_the_part_and_skip_the_cache() -> None:
     assert (part.start, part.num_tokens, part.num_logits) == (0, 30, 30)
 
 
+def test_scored_prompts_share_the_logits_of_a_step(monkeypatch) -> None:
+    monkeypatch.setattr("fastdeploy.engine.scheduler.MAX_SCORED_TOKENS", 8)
+    monkeypatch.setattr("fastdeploy.engine.scheduler.MAX_SCORED_IN_STEP", 20)
+    scheduler = make(num_blocks=100, max_num_seqs=6, max_num_batched_tokens=1000)
+    for name in "abcde":
+        scheduler.add(request(name, 30, prompt_logprobs=0))
+    scheduler.add(request("plain", 30))
+    ended: set[str] = set()
+    for number in range(60):
+        schedule, _ = step(scheduler)
+        scored = [part for part in schedule.parts if part.request.id != "plain"]
+        assert max((part.num_logits for part in scored), default=0) <= 8
+        # Those that run go on by a token each, whatever the others take.
+        assert sum(part.num_logits for part in scored) <= 20 + len(scored), number
+        ended |= {part.request.id for part in schedule.parts if part.request.finish_reason()}
+        if not scheduler.has_work:
+            break
+    assert ended == {*"abcde", "plain"}
+
+
+def test_a_request_that_had_to_wait_is_not_remembered_for_ever() -> None:
+    scheduler = make(num_blocks=10, max_num_batched_tokens=100)
+    for name, length in (("a", 20), ("big", list(range(50, 82)))):
+        scheduler.add(request(name, length))
+    step(scheduler)
+    assert scheduler.refused is not None and scheduler.refused[0].id == "big"
+    scheduler.finish(scheduler.refused[0])
+    assert scheduler.refused is None
+    scheduler.add(request("again", list(range(50, 82))))
+    while scheduler.has_work:
+        step(scheduler)
+    assert scheduler.refused is None
+
+
 def test_lower_priorities_are_admitted_first_and_equal_ones_as_they_came() -> None:
     scheduler = make(max_num_seqs=1, max_num_batched_tokens=100)
     for i, priority in enumerate([0, 1, 0, -2, 1, -2]):

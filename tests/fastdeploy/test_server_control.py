@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import threading
 import time
@@ -72,11 +73,14 @@ def test_pause_sleep_wakeup_resume(session: TestClient) -> None:
         assert send(session, "pause") == {"is_paused": True, "is_sleeping": False}
         refused = session.post("/v1/completions", json=BODY)
         assert refused.status_code == 503 and "paused" in refused.text
+        unready = session.get("/ready")
+        assert (unready.status_code, unready.json()["reason"]) == (503, "paused")
         assert send(session, f"sleep?{tags}&level={level}")["is_sleeping"]
         assert session.post("/v1/resume").status_code == 409
         assert send(session, f"wakeup?{tags}") == {"is_paused": True, "is_sleeping": False}
         assert send(session, "resume") == {"is_paused": False, "is_sleeping": False}
         assert session.get("/v1/is_paused").json()["is_paused"] is False
+        assert session.get("/ready").status_code == 200
         assert text(session) == before
 
 
@@ -151,6 +155,28 @@ def test_what_waits_without_a_first_token_is_aborted_too(session: TestClient) ->
     assert "abort" in {choice["finish_reason"] for choice in done[0]["choices"]}
     assert metric(session, 'request_success_total{reason="abort"}') > 1
     assert text(session)
+
+
+def test_prompts_that_were_aborted_before_they_were_scored_have_no_scores(folder: Path) -> None:
+    config = dataclasses.replace(engine_config(folder), enable_logprob=True)
+    with app_client(config, ServerConfig(enable_control_api=True)) as session:
+        done: list[Any] = []
+        body = BODY | {"prompt": [[9, 8, 7]] * 64, "max_tokens": 400, "prompt_logprobs": 0}
+        listener = threading.Thread(
+            target=lambda: done.append(session.post("/v1/completions", json=body))
+        )
+        listener.start()
+        wait_until(lambda: metric(session, "num_requests_waiting") > 0)
+        send(session, "pause")
+        listener.join(timeout=30)
+        assert done[0].status_code == 200, done[0].text
+        scores = [choice["prompt_logprobs"] for choice in done[0].json()["choices"]]
+        assert len(scores) == 64 and scores[0] and scores[-1] is None
+
+
+def test_a_path_that_no_system_has_is_refused(session: TestClient) -> None:
+    answer = session.post("/v1/update_weights", json={"path": "a" * 5000})
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == "path"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -53,6 +54,9 @@ def session(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             "the engine is loading the model",
         )
         assert client.post("/v1/completions", json=BODY).status_code == 503
+        assert client.get("/load").json()["cache_usage"] == 0
+        assert client.post("/v1/pause").status_code == 503, "there is nothing to pause"
+        assert client.get("/v1/is_paused").json()["is_paused"] is False
         wait_until(lambda: client.get("/ready").status_code == 200)
         yield client
         process = child_of(client)
@@ -215,6 +219,21 @@ def test_a_request_that_does_not_become_whole_is_ended(
         except (ConnectionResetError, BrokenPipeError):
             pass
     assert answer.startswith(begins) and bool(answer) == bool(begins), answer
+
+
+def test_the_rest_of_a_body_that_has_its_answer_is_not_waited_for(
+    address: tuple[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first byte after an answer ends the time in which the next request is waited for."""
+    monkeypatch.setattr(connection, "LINGER_S", 0.2)
+    with socket.create_connection(address, timeout=20) as client:
+        client.sendall(b"GET /live HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n")
+        answer = client.recv(65536)
+        while b"live" not in answer.partition(b"\r\n\r\n")[2]:
+            answer += client.recv(65536)
+        client.sendall(b"x")
+        with contextlib.suppress(ConnectionResetError):
+            assert client.recv(65536) == b""
 
 
 def announced(num_bytes: int) -> bytes:
