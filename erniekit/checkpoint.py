@@ -132,18 +132,25 @@ def evaluated(
         try:
             state = json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
             value = float(state["evaluation"][metric])
-            on = state.get("inputs", {}).get("evaluation")
+            on, settings = state.get("inputs", {}).get("evaluation"), state.get("settings", {})
         except KeyError:
             continue
         except (OSError, ValueError, TypeError):
             log.warning("SKIPPED the damaged checkpoint %s: %s", folder, what_is_wrong(folder))
             continue
-        found.append((value, folder, on))
+        found.append((value, folder, on, settings))
     newest = found[-1][2] if found else None
+
+    def is_alike(on: dict[str, Any] | None, settings: dict[str, Any]) -> bool:
+        if newest is None or on is None:
+            return newest == on
+        told = settings | on  # what an older version did not tell of it, its settings do
+        return all(key in told and told[key] == value for key, value in newest.items())
+
     alike = [
-        (value, folder) for value, folder, on in found if on == newest and math.isfinite(value)
+        (value, folder) for value, folder, *of in found if is_alike(*of) and math.isfinite(value)
     ]
-    others = [folder for _, folder, on in found if on != newest]
+    others = [folder for _, folder, *of in found if not is_alike(*of)]
     return sorted(alike, key=lambda pair: pair[0], reverse=greater_is_better), others
 
 

@@ -288,19 +288,19 @@ def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     for theirs, ours in RENAMED.items():
         if theirs in result:
             given = result.pop(theirs)
-            if given is None:
+            if given in (None, ""):
                 continue
             if ours in result and as_word(result[ours]).lower() != as_word(given).lower():
                 raise ConfigError(f"{theirs} and {ours} are one setting; give {ours}")
             result[ours] = given
     given = result.pop("unified_checkpoint_config", None) or ()
     words = given.split() if isinstance(given, str) else list(given)
-    if _is_on(result, "use_ortho_loss_callback"):
-        result.setdefault("moe_orthogonal_update", "decoupled_lr")
-    if _is_on(result, "one_sample_in_one_seq"):
-        result.setdefault("packing", False)
-    if _is_on(result, "tensorwise_offload_optimizer"):  # a second way to do the same
-        result["offload_optim"] = True
+    if (is_on := _says(result, "use_ortho_loss_callback")) is not None:
+        result.setdefault("moe_orthogonal_update", "decoupled_lr" if is_on else "loss")
+    if (is_on := _says(result, "one_sample_in_one_seq")) is not None:
+        result.setdefault("packing", not is_on)
+    if (is_on := _says(result, "tensorwise_offload_optimizer")) is not None:
+        result["offload_optim"] = is_on or result.get("offload_optim", False)  # two ways to it
     if size := result.pop("pad_to_max_seqlen", None):
         result.setdefault("max_seq_len", size)
     if "async_save" in words:
@@ -309,10 +309,12 @@ def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
     return result | ({"unified_checkpoint_config": " ".join(words)} if words else {})
 
 
-def _is_on(values: dict[str, Any], key: str) -> bool:
-    """Whether a key says yes, which is taken out; ConfigError for what is no yes and no no."""
+def _says(values: dict[str, Any], key: str) -> bool | None:
+    """Yes or no, as a key says that is taken out, None where it says nothing; ConfigError for what
+    is neither.
+    """
     given = values.pop(key, None)
-    return given not in (None, "") and coerce(given, bool, key)
+    return None if given in (None, "") else bool(coerce(given, bool, key))
 
 
 def refuse_unknown(keys: Collection[str], own: Collection[str], origin: str) -> None:

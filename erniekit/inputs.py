@@ -91,7 +91,7 @@ def _base(run: Run) -> list[Any] | None:
 
 # What records and rows of an evaluation follow from, besides its files.
 _EVALUATED_KEYS = (
-    "eval_dataset_type", "split", "max_seq_len", "max_prompt_len", "packing", "split_multi_turn",
+    "eval_dataset_type", "split", "max_seq_len", "packing", "split_multi_turn",
     "num_samples_each_epoch",
 )  # fmt: skip
 

@@ -107,8 +107,8 @@ def treatments(
 
 
 def _layer_factor(name: str, num_layers: int, bound: float) -> float:
-    """`bound` at the embedding and the lowest layer, 1 at the head, linear over the layers between,
-    two from the uppermost to the head. Source: ERNIEKit's optimizers of SFT and DPO.
+    """`bound` at the embedding and the lowest layer, 1 at the head, linear between, with three
+    steps from the uppermost layer to the head. Source: ERNIEKit's optimizers of SFT and DPO.
     """
     layer = _LAYER.search(name)
     depth = int(layer[1]) if layer else 0 if "embed_tokens" in name else num_layers + 2

@@ -45,8 +45,11 @@ from erniekit.config import Run
 from erniekit.parallel.ranks import ALONE, Ranks
 
 WEIGHTS_FOLDER = "rollout_weights"
+COMPLETIONS = "/v1/completions"
 TIMEOUT_S = 600.0
-RETRY_S = (0.5, 2.0)  # after a lost connection: all requests can be asked again
+# After a lost connection control can be asked again. Answers are not: a server that has begun anew
+# would give those of the weights it was started with.
+RETRY_S = (0.5, 2.0)
 # Said, for a server takes what is not said from the model's generation_config.json.
 NO_PENALTIES = {"repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
@@ -175,7 +178,7 @@ class Served:
         self._post("/v1/resume")
 
     def _answer(self, job: dict[str, Any]) -> Answer:
-        answer = self._post("/v1/completions", job)
+        answer = self._post(COMPLETIONS, job)
         try:
             [choice] = answer["choices"]
             ids = [int(i) for i in choice["completion_token_ids"]]
@@ -199,7 +202,7 @@ class Served:
         )
         if key := os.environ.get("FD_API_KEY") or os.environ.get("OPENAI_API_KEY"):
             request.add_unredirected_header("Authorization", f"Bearer {key.split(',')[0]}")
-        waits = iter(RETRY_S)
+        waits = iter(() if path == COMPLETIONS else RETRY_S)
         while True:
             try:
                 with urllib.request.urlopen(request, timeout=TIMEOUT_S) as answer:
@@ -215,7 +218,8 @@ class Served:
                     f"rollout_server {self.address}{path} refused ({error.code}): {told}{hint}"
                 ) from None
             except (OSError, http.client.HTTPException) as error:
-                wait = None if isinstance(error, TimeoutError) else next(waits, None)
+                cause = getattr(error, "reason", error)
+                wait = None if isinstance(cause, TimeoutError) else next(waits, None)
                 if wait is None:
                     raise ConfigError(
                         f"no server answers at rollout_server={self.address} ({error}); start "

@@ -122,9 +122,9 @@ def go_through(session: Session) -> bool:
             try:
                 with contextlib.closing(batches):
                     train(_parts(session), batches, session.progress, after_step)
-            except (DataError, ConfigError) as error:
-                # Between two steps. Bad data is seen by all ranks alike; a server or a reward that
-                # fails may fail one of them, and a save needs all.
+            except (DataError, RoundError) as error:
+                # Between two steps. Bad data is seen by all ranks alike; a round may fail in one of
+                # them, and a save needs all.
                 is_of_all = isinstance(error, DataError) or session.ranks.size == 1
                 if session.unsaved is not None and is_of_all:
                     _save(session, saver, session.unsaved)
@@ -153,11 +153,22 @@ def _is_stopped(session: Session) -> bool:
     return session.signals.caught or (last is not None and session.progress.step >= last)
 
 
+class RoundError(ConfigError):
+    """What ended a round of answers, before the next step: a reward or a server that has failed."""
+
+
+def _told(batches: Generator[Batch, None, None]) -> Generator[Batch, None, None]:
+    try:
+        yield from batches
+    except ConfigError as error:
+        raise RoundError(str(error)) from error
+
+
 def _batches(session: Session) -> Generator[Batch, None, None]:
     """Those of training, from the place in the data on: made by the model, or read ahead."""
     run, source = session.run, session.method.source
     if source is not None:
-        return source.batches(session.model, session.progress, session.num_steps)
+        return _told(source.batches(session.model, session.progress, session.num_steps))
     accumulated = run.training.gradient_accumulation_steps * session.ranks.size
     return prefetched(
         session.train_stream.batches(run.training.batch_size, session.progress.cursor),

@@ -159,7 +159,7 @@ def _commit(folder: Path, hidden: Path) -> None:
 
     names = [file.relative_to(hidden) for file in _files(hidden)]
     for name in names:
-        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").unlink(missing_ok=True)
     old = [*folder.glob("model*.safetensors"), folder / INDEX]
     if any(name.name in ("tokenizer.json", "tokenizer.model") for name in names):

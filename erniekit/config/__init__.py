@@ -160,7 +160,8 @@ def read_values(words: Sequence[str]) -> tuple[dict[str, Any], str]:
     given = read_overrides(_undashed(words))
     foreign.refuse_unknown(given, _OWN, "the command line")
     # Each under the names of here, so that a word stands above the file whatever it is called.
-    return foreign.renamed(values) | foreign.renamed(given), origin
+    of_file = {key: value for key, value in values.items() if key not in given}
+    return foreign.renamed(of_file) | foreign.renamed(given), origin
 
 
 def run_from(values: Mapping[str, Any], origin: str = "the settings") -> Run:

@@ -208,11 +208,13 @@ def _check_adapters(run: Run) -> None:
 
 def _check_preferences(run: Run) -> None:
     p, data = run.preferences, run.data
-    if run.model.cpu_products != "float32" and not run.stage.has_reward_head:
+    is_free = p.reference_free or ("loss_type" in run.stage.settings and not p.loss.uses_reference)
+    compares = run.stage.has_rollouts or (run.stage.sums_log_probs and not is_free)
+    if run.model.cpu_products != "float32" and compares:
         raise ConfigError(
             f"cpu_products={run.model.cpu_products} is for passes with gradients: policy and "
             f"reference, which stage={run.model.stage} compares, would be computed differently; "
-            "leave it out"
+            "give cpu_products: float32"
         )
     if p.reference_free and p.ref_model_update_steps > 0:
         raise ConfigError(

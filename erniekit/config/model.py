@@ -67,8 +67,8 @@ class Model:
     cpu_products: str = option(
         "float32",
         "Products of a CPU run: float32, or bfloat16 with float32 sums, faster on processors with "
-        "AVX512-BF16 or AMX and refused on others, and in DPO, KTO and UPO. Experts multiply in "
-        "float32.",
+        "AVX512-BF16 or AMX and refused on others, and where a reference is compared with. Experts "
+        "multiply in float32.",
         choices=("float32", "bfloat16"),
     )
     continue_training: bool = option(

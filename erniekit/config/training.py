@@ -179,7 +179,8 @@ class Optimisation:
     )
     layerwise_lr_decay_bound: float = option(
         1.0,
-        "Learning rate factor of the lowest layer, rising linearly to 1 at the top.",
+        "Learning rate factor of the embedding and the lowest layer, rising linearly with the "
+        "layers; 1 at the head, which is three steps above the uppermost one.",
         least=0,
         most=1,
     )

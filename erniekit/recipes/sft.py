@@ -27,6 +27,7 @@ from ernie.settings import ConfigError, listed
 from erniekit import checkpoint, losses, memory
 from erniekit.build import check_layers, config_of, num_groups
 from erniekit.config import Data, Pictures, Run, changed, resolved
+from erniekit.config.stages import STAGES
 from erniekit.data.batch import Batch
 from erniekit.data.sources import DataError
 from erniekit.data.stream import Stream, stream
@@ -322,7 +323,8 @@ def _num_steps(run: Run, train_stream: Stream, eval_stream: Stream | None, ranks
 def _length_of(settings: dict[str, Any], num_ranks: int) -> dict[str, Any]:
     """What the number of steps follows from: settings, and rows of a step."""
     rows = settings["batch_size"] * settings["gradient_accumulation_steps"] * num_ranks
-    return {key: settings.get(key) for key in _LENGTH_KEYS} | {"rows": rows}
+    keys = _LENGTH_KEYS - ({"max_prompt_len"} - STAGES[settings["stage"]].settings)
+    return {key: settings.get(key) for key in keys} | {"rows": rows}
 
 
 def _tell(source: Stream, found: Survey) -> None:

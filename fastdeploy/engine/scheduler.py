@@ -29,7 +29,7 @@ from fastdeploy.engine.blocks import BlockManager
 from fastdeploy.engine.request import Request, Status
 
 # Log-probabilities of a prompt need logits at each of its positions: a vocabulary of floats a
-# token. So many of one prompt in a step, and of all.
+# token. So many of one prompt in a step, and of all, but for one of each that finds no room.
 MAX_SCORED_TOKENS = 128
 MAX_SCORED_IN_STEP = 512
 
@@ -197,7 +197,7 @@ class Scheduler:
 
     def _num_wanted(self, request: Request, most: int) -> int:
         if request.num_to_score > 0:
-            room = max(MAX_SCORED_IN_STEP - self.num_scored, 1)  # a running one takes one anyway
+            room = max(MAX_SCORED_IN_STEP - self.num_scored, 1)  # and nobody waits for the rest
             most = min(most, MAX_SCORED_TOKENS, room)
         num_tokens = min(request.num_known - request.num_computed, most)
         self.num_scored += num_tokens if request.num_to_score > 0 else 0
@@ -234,8 +234,6 @@ class Scheduler:
         """
         if self.refused == (request, self.blocks.num_free):
             return 0  # nothing has changed: do not search a long text for hits in every step
-        if request.num_to_score > 0 and self.num_scored >= MAX_SCORED_IN_STEP:
-            return 0
         needs_all = request.num_to_score > 0 or request.params.pooling == "mean"
         found = self.blocks.find(() if needs_all else request.key_ids, request.cache_root)
         num_cached = len(found.blocks) * self.blocks.block_size

@@ -18,6 +18,7 @@ import math
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from urllib.parse import parse_qsl, urlsplit
 
 from fastapi import FastAPI
@@ -34,6 +35,7 @@ from fastdeploy.server.reply import error_body
 
 WRONG_KEYS_PER_MINUTE = 30  # of one address
 MAX_ADDRESSES = 4096  # that are remembered for a wrong key
+ENDINGS = ("/cancel", "/abort_requests")  # of paths: what ends work is never refused a place
 IN_QUERY = frozenset({"api_key", "api-key", "apikey", "access_token", "authorization", "token"})
 
 
@@ -88,9 +90,6 @@ class WrongKeys:
         return max(level - (self.clock() - at) * WRONG_KEYS_PER_MINUTE / 60, 0)
 
 
-ENDINGS = ("/cancel", "/abort_requests")  # of paths: what ends work is never refused a place
-
-
 class Gate:
     """Lets a request in or answers it, before any route has seen it.
 
@@ -119,7 +118,9 @@ class Gate:
             tenant = self._tenant(scope)
             scope.setdefault("state", {})["tenant"] = tenant
             takes_on = scope["method"] == "POST" and not scope["path"].endswith(ENDINGS)
-            with self.limits.place_of(tenant if takes_on else None):
+            with ExitStack() as place:  # which a route may take along, see `Job`
+                place.enter_context(self.limits.place_of(tenant if takes_on else None))
+                scope["state"]["place"] = place
                 await self.app(scope, receive, send)
         except RequestError as error:  # the routes' own are answered further in
             headers = {}

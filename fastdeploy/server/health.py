@@ -1,7 +1,8 @@
 """`/live`, `/ready`, `/health`, `/ping`: for whoever decides where requests go. They need no key.
 
 live    this process answers: there is no reason to restart it
-ready   a request would be served now; health and ping, FastDeploy's names, say the same
+ready   a request would be served now: not so while the engine is paused
+health  the engine works, paused or not; ping is the same
 """
 
 from __future__ import annotations
@@ -20,11 +21,17 @@ def add_health(app: FastAPI, engine: ServerEngine) -> None:
         return JSONResponse({"status": "live"})
 
     @app.get("/ready")
+    async def ready() -> Response:
+        return state(is_paused=engine.is_alive and engine.paused)
+
     @app.get("/health")
     @app.api_route("/ping", methods=["GET", "POST"])
-    async def ready() -> Response:
-        if engine.is_alive and not engine.draining and not engine.paused:
+    async def health() -> Response:
+        return state(is_paused=False)
+
+    def state(*, is_paused: bool) -> Response:
+        if engine.is_alive and not engine.draining and not is_paused:
             return JSONResponse({"status": "ready"})
-        reason = "paused" if engine.is_alive and engine.paused else engine.state
+        reason = "paused" if is_paused else engine.state
         body = {"status": "unavailable", "reason": reason}
         return JSONResponse(body, 503, headers={"retry-after": "1"})

@@ -108,23 +108,17 @@ class Limits:
     def place_of(self, key: str | None) -> Iterator[None]:
         """Count one request of a key while it lasts. Raises RequestError if it has too many."""
         most = self.config.max_concurrency_per_key
-        num = self.num_by_key.get(key, 0) if key is not None else 0
-        if most is not None and num >= most:
+        if most is None or key is None:
+            yield
+            return
+        num = self.num_by_key.get(key, 0)
+        if num >= most:
             raise RequestError(
                 f"{num} requests of this key are in work, as many as max_concurrency_per_key "
                 "allows; try again later",
                 status=429,
             )
-        with self.counted(key):
-            yield
-
-    @contextlib.contextmanager
-    def counted(self, key: str | None) -> Iterator[None]:
-        """Count what goes on for a key after the request that has begun it, while it lasts."""
-        if key is None:
-            yield
-            return
-        self.num_by_key[key] = self.num_by_key.get(key, 0) + 1
+        self.num_by_key[key] = num + 1
         try:
             yield
         finally:

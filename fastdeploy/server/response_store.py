@@ -11,7 +11,7 @@ import json
 import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,10 +26,9 @@ Item = dict[str, Any]
 class Job:
     """A response that is written in the background: its events so far, and who waits for more."""
 
-    def __init__(self, answer: Answer, place: AbstractContextManager[None]) -> None:
-        """`place` is held while it is written, from now on."""
-        self.answer, self.place = answer, ExitStack()
-        self.place.enter_context(place)
+    def __init__(self, answer: Answer, place: ExitStack) -> None:
+        """`place` is that of its key, and held while it is written."""
+        self.answer, self.place = answer, place
         self.events: list[dict[str, Any]] = []
         self.is_done = False
         self.changed = asyncio.Event()  # one for each change: set, and replaced by the next

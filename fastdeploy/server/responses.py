@@ -58,8 +58,7 @@ def add_responses(app: FastAPI, service: Service) -> None:
         events = ResponseWriter(response).events(chunks)
         stored = Stored(response, items)
         if body.background:
-            place = service.limits.counted(request.state.tenant)
-            stored.job = Job(reply.answer, place)
+            stored.job = Job(reply.answer, request.state.place.pop_all())
             store.put(owner, stored)
             stored.job.start(_and_then(events, store, owner, stored))
             if body.stream:

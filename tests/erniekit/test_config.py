@@ -200,6 +200,28 @@ def test_keys_of_preferences_are_without_effect_elsewhere() -> None:
         ("max_seq_len: 99", ["pad_to_max_seqlen=4096"], "max_seq_len", 4096),
         ("use_async_save: false", ["unified_checkpoint_config=async_save"], "use_async_save", True),
         ("zcc_save_ema_coef: 0.9", ["ema_decay=0.5"], "ema_decay", 0.5),
+        (
+            "tensorwise_offload_optimizer: true",
+            ["tensorwise_offload_optimizer=false"],
+            "offload_optim",
+            False,
+        ),
+        ("offload_optim: true", ["tensorwise_offload_optimizer=false"], "offload_optim", False),
+        ("one_sample_in_one_seq: true", ["one_sample_in_one_seq=false"], "packing", True),
+        ("packing: false", ["one_sample_in_one_seq=false"], "packing", True),
+        (
+            "use_ortho_loss_callback: true",
+            ["use_ortho_loss_callback=false"],
+            "moe_orthogonal_update",
+            "loss",
+        ),
+        (
+            "unified_checkpoint_config: async_save",
+            ["unified_checkpoint_config="],
+            "use_async_save",
+            False,
+        ),
+        ("lr_scheduler: ''\nlr_scheduler_type: cosine", [], "lr_scheduler_type", "cosine"),
     ],
 )
 def test_a_word_stands_above_the_file_by_whatever_name(text, words, key, value, tmp_path) -> None:
@@ -214,6 +236,12 @@ def test_the_schedule_has_two_names() -> None:
     assert run_from({"lr_scheduler": None, "lr_scheduler_type": "cosine"}).without_effect == ()
     with pytest.raises(ConfigError, match="are one setting; give lr_scheduler_type"):
         run_from({"lr_scheduler": "cosine", "lr_scheduler_type": "linear"})
+
+
+@pytest.mark.parametrize("more", [{"stage": "SFT"}, {"stage": "RM"}, {"reference_free": True},
+                                  {"loss_type": "orpo"}])  # fmt: skip
+def test_products_of_training_may_differ_where_nothing_else_is_compared(more: dict) -> None:
+    assert run_from({"stage": "DPO", "cpu_products": "bfloat16"} | more).model.cpu_products
 
 
 def test_documents_by_their_ids_are_named_as_in_erniekit() -> None:
@@ -362,6 +390,7 @@ def test_tables_of_keys_do_not_overlap() -> None:
             ["stage=DPO", "cpu_products=bfloat16"],
             "which stage=DPO compares, would be compute",
         ),
+        (["stage=UPO", "cpu_products=bfloat16"], "give cpu_products: float32"),
         (["stage=DPO", "beta=0"], "beta=0 is too small; give more than 0"),
         (
             ["stage=DPO", "label_smoothing=0.5"],

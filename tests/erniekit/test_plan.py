@@ -313,12 +313,14 @@ def test_each_suggested_change_fits_when_it_is_planned_itself(settings, limit, e
 )
 def test_no_change_is_suggested_that_would_be_refused(settings: dict) -> None:
     values = {"model_name_or_path": RELEASED, "max_seq_len": 2048, "fine_tuning": "Full"} | settings
-    run = planned(**values)
+    run, num_found = planned(**values), 0
     for share in (0.8, 0.5, 0.2):
         limit = int(share * plan(run, "cpu").peak)
         for change in plan_report.changes_that_fit(run, "cpu", Degrees(), limit):
             own = fitted(planned(**{**values, **change.settings}), "cpu", Degrees())
             assert plan(own, "cpu").peak == change.plan.peak <= limit, change.settings
+            num_found += 1
+    assert num_found
 
 
 def test_ranks_divide_the_weights_and_the_note_says_what_cannot_run(capsys) -> None:

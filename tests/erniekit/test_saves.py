@@ -322,6 +322,24 @@ def test_the_best_is_one_of_those_evaluated_on_the_same(
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
+def test_what_an_older_version_did_not_tell_of_an_evaluation_its_settings_do(
+    tmp_path: Path,
+) -> None:
+    def add(step: int, loss: float, on: dict, **settings: object) -> None:
+        state = {"evaluation": {"eval_loss": loss}, "inputs": {"evaluation": on}}
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / checkpoint.STATE_FILE).write_text(json.dumps(state | {"settings": settings}))
+
+    add(1, 1.0, {"most": 0, "max_prompt_len": 2048}, beta=0.1)
+    add(2, 0.5, {"most": 0}, beta=0.5)
+    add(3, 0.4, {"most": 9}, beta=0.1)
+    add(4, 2.0, {"most": 0, "beta": 0.1}, beta=0.1)
+    found, others = checkpoint.evaluated(tmp_path, "eval_loss", greater_is_better=False)
+    assert [folder.name for _, folder in found] == ["checkpoint-1", "checkpoint-4"]
+    assert [folder.name for folder in others] == ["checkpoint-2", "checkpoint-3"]
+
+
 @pytest.mark.parametrize(
     ("stage", "changes", "stays"),
     [

@@ -144,6 +144,10 @@ def test_a_lost_connection_is_tried_again_and_then_told(
             with pytest.raises(ConfigError, match="no server answers at rollout_server"):
                 served._post("/v1/pause")
         assert server.asked == min(dropped + 1, 3)  # type: ignore[attr-defined]
+        server.asked = 0  # type: ignore[attr-defined]
+        with pytest.raises(ConfigError, match="no server answers at rollout_server"):
+            served._answer({})  # which a server begun anew would answer by other weights
+        assert server.asked == 1  # type: ignore[attr-defined]
     finally:
         server.shutdown()
         server.server_close()

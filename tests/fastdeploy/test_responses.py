@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,7 @@ from typing import Any
 
 import openai
 import pytest
-from helpers_server import app_client
+from helpers_server import app_client, wait_until
 from openai import OpenAI
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import TypeAdapter
@@ -19,6 +20,7 @@ from starlette.testclient import TestClient
 
 from fastdeploy import LLM
 from fastdeploy.config import EngineConfig, ServerConfig
+from fastdeploy.engine.core import Engine
 from fastdeploy.errors import RequestError
 from fastdeploy.server import response_store
 from fastdeploy.server.engine import Answer, Piece
@@ -400,10 +402,12 @@ def test_the_rest_of_a_call_comes_before_the_text_that_follows_it() -> None:
 
 
 def test_a_response_in_the_background_has_its_key_and_its_time(folder: Path) -> None:
-    """After its request is over, too."""
+    """After its request is over, too, and while its stream is."""
     config = EngineConfig(model=str(folder), max_model_len=500, block_size=8, dtype="float32")
-    server = ServerConfig(api_key=["one", "two"], max_concurrency_per_key=1, timeout=3)
-    with app_client(config, server) as session:
+    server = ServerConfig(api_key=["one", "two"], max_concurrency_per_key=1, timeout=1)
+    with app_client(config, server) as session, pytest.MonkeyPatch.context() as patched:
+        step = Engine.step
+        patched.setattr(Engine, "step", lambda engine: time.sleep(0.02) or step(engine))
         one, two = (
             OpenAI(base_url="http://testserver/v1", api_key=k, http_client=session, max_retries=0)
             for k in ("one", "two")
@@ -414,6 +418,10 @@ def test_a_response_in_the_background_has_its_key_and_its_time(folder: Path) -> 
             create(one, input="Hello", max_output_tokens=1)
         create(two, input="Hello", max_output_tokens=1)
         one.responses.cancel(running.id)
+        with pytest.raises(openai.APIError, match="timeout=1"):  # one place is enough for both
+            list(create(one, **endless, stream=True))
+        slow = create(one, **endless)
+        wait_until(lambda: one.responses.retrieve(slow.id).status == "failed")
         create(one, input="Hello", max_output_tokens=1)
 
 

@@ -75,6 +75,7 @@ def test_pause_sleep_wakeup_resume(session: TestClient) -> None:
         assert refused.status_code == 503 and "paused" in refused.text
         unready = session.get("/ready")
         assert (unready.status_code, unready.json()["reason"]) == (503, "paused")
+        assert session.get("/health").status_code == session.post("/ping").status_code == 200
         assert send(session, f"sleep?{tags}&level={level}")["is_sleeping"]
         assert session.post("/v1/resume").status_code == 409
         assert send(session, f"wakeup?{tags}") == {"is_paused": True, "is_sleeping": False}
