@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -266,11 +265,7 @@ class ErnieConfig:
             ) from None
         if not isinstance(raw, dict):
             raise ConfigError(f"{path} holds a {type(raw).__name__}; it must hold an object")
-        config = cls.from_dict(raw, str(path))
-        stated = raw.get("text_config") or raw
-        if isinstance(stated, Mapping) and stated.get("head_dim") is None:
-            config = dataclasses.replace(config, head_dim=_stored_head_dim(config, Path(folder)))
-        return config
+        return cls.from_dict(raw, str(path))
 
     def to_dict(self) -> dict[str, Any]:
         """The mapping to write as `config.json`: the published keys, MoE and vision ones only where
@@ -306,22 +301,6 @@ class ErnieConfig:
         """`to_dict` of a multimodal model, as transformers 5 writes it."""
         layers = range(self.num_hidden_layers)
         return to_nested(self.to_dict(), [self.is_moe_layer(i) for i in layers])
-
-
-def _stored_head_dim(config: ErnieConfig, folder: Path) -> int:
-    """What the weights in a folder say, of whichever layout; where they say nothing, as it is."""
-    from ernie.checkpoint.folder import CheckpointError, read_folder
-
-    heads, both = config.num_attention_heads, 2 * config.num_key_value_heads
-    try:
-        tensors = read_folder(folder)
-    except CheckpointError:  # told by who loads them
-        return config.head_dim
-    for name, stored in tensors.items():
-        for leaf, num_heads in (("q_proj", heads), ("qkv_proj", heads + both)):
-            if name.endswith(f"layers.0.self_attn.{leaf}.weight"):
-                return math.prod(stored.shape) // config.hidden_size // num_heads
-    return config.head_dim
 
 
 # Keys that would mean another network, and the value that the family has.

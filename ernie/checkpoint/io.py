@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -83,6 +84,7 @@ def open_weights(
         raise CheckpointError(f"{folder} is quantised; give the model that it was made from")
     tokenizer = _tokenizer(folder, config)
     config, tensors = _agree_on_mtp(config, read_folder(folder))
+    config = _agree_on_heads(folder, config, tensors)
     model = ErnieModel(config, dtype=dtype or stored_dtype(tensors), device="meta")
     model.tokenizer, model.generation_config = tokenizer, _generation_config(folder)
     template = dict(model.named_parameters())
@@ -207,6 +209,25 @@ def _agree_on_mtp(
         )
         tensors = {name: stored for name, stored in tensors.items() if name not in block}
     return config, tensors
+
+
+def _agree_on_heads(
+    folder: Path, config: ErnieConfig, tensors: Mapping[str, Stored]
+) -> ErnieConfig:
+    """Some config.json leave out head_dim where it is not hidden_size / num_attention_heads: then
+    the projections say it, in whichever layout.
+    """
+    raw = json.loads((folder / "config.json").read_bytes())
+    nested = raw.get("text_config")
+    if (nested if isinstance(nested, dict) else raw).get("head_dim") is not None:
+        return config
+    heads, both = config.num_attention_heads, 2 * config.num_key_value_heads
+    for name, stored in tensors.items():
+        for leaf, num_heads in (("q_proj", heads), ("qkv_proj", heads + both)):
+            if name.endswith(f"layers.0.self_attn.{leaf}.weight"):
+                size = math.prod(stored.shape) // config.hidden_size // num_heads
+                return dataclasses.replace(config, head_dim=size)
+    return config
 
 
 def stored_dtype(tensors: Mapping[str, Stored]) -> torch.dtype:

@@ -245,7 +245,6 @@ class Scheduler:
             self.refused = (request, self.blocks.num_free)
             return 0
         self.blocks.adopt(found)
-        self.refused = None  # nor its pictures kept
         request.table = found
         request.num_computed = num_cached
         request.seat = self.seats.pop()

@@ -102,7 +102,8 @@ def test_a_killed_engine_comes_back_with_its_adapters_and_its_pause(session: Tes
     process = child_of(session)
     process.kill()
     wait_until(lambda: child_of(session) is not process)
-    wait_until(lambda: session.get("/ready").status_code == 200)
+    wait_until(lambda: session.get("/health").status_code == 200)
+    assert session.get("/ready").json()["reason"] == "paused"
     assert "paused" in answer(session).text
     assert session.post("/v1/resume").json() == {"is_paused": False, "is_sleeping": False}
     assert answer(session).json()["choices"] == plain["choices"]
