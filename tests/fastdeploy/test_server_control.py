@@ -168,6 +168,7 @@ def test_prompts_that_were_aborted_before_they_were_scored_have_no_scores(folder
         )
         listener.start()
         wait_until(lambda: metric(session, "num_requests_waiting") > 0)
+        wait_until(lambda: metric(session, "generation_tokens_total") > 0)  # of the first
         send(session, "pause")
         listener.join(timeout=30)
         assert done[0].status_code == 200, done[0].text
