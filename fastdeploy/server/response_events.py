@@ -66,7 +66,7 @@ class ResponseWriter:
             if delta.get("reasoning_content"):
                 yield from self._text("reasoning", delta["reasoning_content"], [])
             goes_on = self.item is not None and self.item["type"] == "message"
-            if delta.get("content") or (logprobs and (goes_on or not delta.get("tool_calls"))):
+            if delta.get("content") or (logprobs and (goes_on or not calls)):
                 yield from self._text("message", delta.get("content") or "", logprobs)
             for call in calls:
                 if "id" in call:
