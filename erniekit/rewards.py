@@ -3,9 +3,11 @@ function of the user's.
 
 A reward is a function of a record and the text of an answer. The record is that of the data file,
 with `messages` (the prompt's), `answer` (what is right: that key of the file's record, else the
-last answer of its dialogue) and whatever else stands in the file. `REWARDS` is the table of rules;
-the names model and path/to/file.py:function stand for what is outside it. Code is loaded from the
-file that the settings name, and from nowhere else.
+last answer of its dialogue, without its thought) and whatever else stands in the file. `REWARDS`
+is the table of rules; the names model and path/to/file.py:function stand for what is outside it.
+What a rule needs of a record is asked when the record is read (`judged`), so that one that it could
+not judge is left out like other records that cannot be used. Code is loaded from the file that the
+settings name, and from nowhere else.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any
 from ernie.settings import ConfigError, did_you_mean
 from erniekit.config import Policy
 from erniekit.data import tasks
+from erniekit.data.sources import DataError
 
 Record = Mapping[str, Any]
 Reward = Callable[[Record, str], float]
@@ -32,6 +35,7 @@ Scorer = Callable[[Sequence[Sequence[int]]], list[float]]
 # A sign directly after a digit or a dot is that of a range, as in 10-12.
 _NUMBER = re.compile(r"(?:(?<![\d.])[-+])?(?:\d[\d,]*(?:\.\d+)?|\.\d+)")
 _MINUS = "\u2212"  # as models of formulas write it
+_END_OF_THOUGHT = "</think>"
 
 
 def exact(record: Record, answer: str) -> float:
@@ -41,27 +45,17 @@ def exact(record: Record, answer: str) -> float:
 
 def number(record: Record, answer: str) -> float:
     """1 if the last number of the answer is that of the record's."""
-    found, wanted = _last_number(answer), _last_number(str(record["answer"]))
-    if wanted is None:
-        raise ConfigError(f"reward=number, but {record['answer']!r} has no number; use exact")
-    return float(found == wanted)
+    found = _last_number(answer)
+    return float(found is not None and found == _last_number(str(record["answer"])))
 
 
 def regex(record: Record, answer: str) -> float:
     """1 if the record's `pattern` describes the whole answer."""
-    pattern = record.get("pattern")
-    if not isinstance(pattern, str):
-        raise ConfigError("reward=regex, but a record has no pattern; give each one a pattern")
-    return float(re.fullmatch(pattern, answer, re.DOTALL) is not None)
+    return float(re.fullmatch(record["pattern"], answer, re.DOTALL) is not None)
 
 
 def reasoning_gym(record: Record, answer: str) -> float:
     """What the package gives, 0 to 1; some tasks give a little for an answer that is near."""
-    if "entry" not in record:
-        raise ConfigError(
-            "reward=reasoning_gym is for tasks of that package; use train_dataset_type: "
-            "reasoning_gym, or another reward"
-        )
     return tasks.score(record["task"], answer, record["entry"])
 
 
@@ -71,6 +65,56 @@ REWARDS: dict[str, Reward] = {
     "regex": regex,
     "reasoning_gym": reasoning_gym,
 }
+
+
+def judged(record: Record, messages: Sequence[Record], names: Sequence[str]) -> dict[str, Any]:
+    """A file's record as rewards read it, with its dialogue's prompt and the answer held right.
+
+    Raises DataError for one that the rewards of these names cannot judge.
+    """
+    *prompt, last = messages
+    answer = after_thought(str(last.get("content") or ""))
+    whole = {"answer": answer, **record, "messages": prompt}
+    _check(whole, names)
+    return whole
+
+
+def _check(record: Record, names: Sequence[str]) -> None:
+    for name in names:
+        rule = record.get("reward") if name == "record" else name
+        if name == "record" and not (isinstance(rule, str) and rule in REWARDS):
+            raise DataError(
+                f"with reward=record it must name its own, one of {', '.join(REWARDS)}; it has "
+                f"reward={rule!r}; or give reward: exact, for all"
+            )
+        if rule == "exact" and not str(record["answer"]).strip():
+            raise DataError("reward=exact, and its answer is empty; give it one")
+        if rule == "number" and _last_number(str(record["answer"])) is None:
+            raise DataError(
+                f"reward=number, and its answer has no number; that is {record['answer']!r}, for "
+                "which there is exact"
+            )
+        if rule == "regex":
+            _check_pattern(record.get("pattern"))
+        if rule == "reasoning_gym" and "entry" not in record:
+            raise DataError(
+                "reward=reasoning_gym is for tasks of that package; use train_dataset_type: "
+                "reasoning_gym, or another reward"
+            )
+
+
+def _check_pattern(pattern: object) -> None:
+    if not isinstance(pattern, str):
+        raise DataError("reward=regex, and it has no pattern; give each record one")
+    try:
+        re.compile(pattern, re.DOTALL)
+    except re.error as error:
+        raise DataError(f"its pattern is not a regular expression; {pattern!r}: {error}") from None
+
+
+def after_thought(text: str) -> str:
+    """An answer without the thought before it; all of it where no thought has ended."""
+    return text.rpartition(_END_OF_THOUGHT)[2].strip()
 
 
 @dataclass(frozen=True)
@@ -144,7 +188,7 @@ class Rewards:
                 raise ConfigError("reward=format needs answer_pattern: what answers look like")
             return lambda record, answer: float(self.pattern.search(answer) is not None)
         if name == "record":
-            return lambda record, answer: self._by_record(record, answer)
+            return lambda record, answer: self._ruled(REWARDS[record["reward"]], record, answer)
         if name in REWARDS:
             return lambda record, answer: self._ruled(REWARDS[name], record, answer)
         if ".py:" in name:
@@ -155,25 +199,23 @@ class Rewards:
             f"{', '.join(known)}, or path/to/file.py:function"
         )
 
-    def _by_record(self, record: Record, answer: str) -> float:
-        name = record.get("reward")
-        if name not in REWARDS:
-            raise ConfigError(
-                f"a record has reward={name!r}; with reward=record each must name one of "
-                f"{', '.join(REWARDS)}; or give reward: exact, for all"
-            )
-        return self._ruled(REWARDS[name], record, answer)
-
     def _ruled(self, rule: Reward, record: Record, answer: str) -> float:
-        """A rule looks at what `answer_pattern` finds, where it is found last."""
-        if self.extracts:
-            found = list(self.pattern.finditer(answer))
-            if not found:
-                return 0.0
-            answer = found[-1][1] if self.pattern.groups else found[-1][0]
-            if answer is None:  # found by a branch without the group
-                return 0.0
-        return rule(record, answer.strip())
+        """A rule looks at what `answer_pattern` finds last, or without it at what follows the
+        thought. The record's answer is read alike, if the pattern is found in it.
+        """
+        if not self.extracts:
+            return rule(record, after_thought(answer))
+        found, wanted = self._found(answer), self._found(str(record.get("answer", "")))
+        if found is None:
+            return 0.0
+        return rule(record if wanted is None else {**record, "answer": wanted}, found)
+
+    def _found(self, text: str) -> str | None:
+        found = list(self.pattern.finditer(text))
+        if not found:
+            return None
+        text = found[-1][1] if self.pattern.groups else found[-1][0]
+        return None if text is None else text.strip()  # None: a branch without the group
 
 
 def function_of(name: str) -> Reward:

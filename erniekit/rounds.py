@@ -49,7 +49,7 @@ from erniekit.loop import Progress
 from erniekit.lora import pairs as lora_pairs
 from erniekit.metrics import Metrics
 from erniekit.parallel.ranks import ALONE, Ranks
-from erniekit.rewards import Rewards, Scored
+from erniekit.rewards import Rewards, Scored, judged
 from erniekit.samplers import Sampler
 from erniekit.seeds import seed_of
 
@@ -103,14 +103,14 @@ def _from_values(task: Task, values: list[Any]) -> Answered:
 
 
 def task_of(stream: Stream, source: int, index: int, max_prompt_tokens: int) -> Task:
-    """The task in a record of a split; raises DataError for one that cannot be used."""
+    """The task in a record of a split; raises DataError for one that cannot be asked or judged."""
     encoder, records = stream.encoder, stream.sources[source]
     record = records[index]
     dialogue = encoder.dialogue(record, stream.kinds[source])
-    *messages, last = dialogue.messages
+    whole = judged(record, dialogue.messages, stream.rewards)
     extra = {"tools": dialogue.tools} if dialogue.tools else {}
     try:
-        ids = encoder.template.encode(encoder.tokenizer, messages, **extra).token_ids
+        ids = encoder.template.encode(encoder.tokenizer, whole["messages"], **extra).token_ids
     except ChatError as error:
         raise DataError(str(error)) from None
     if len(ids) > max_prompt_tokens:
@@ -118,7 +118,6 @@ def task_of(stream: Stream, source: int, index: int, max_prompt_tokens: int) -> 
             f"its prompt has {len(ids)} tokens; max_seq_len less max_completion_length allows "
             f"{max_prompt_tokens}"
         )
-    whole = {"answer": str(last.get("content") or ""), **record, "messages": messages}
     return Task(records.where(index), source, whole, list(ids))
 
 
@@ -195,13 +194,14 @@ class Rounds:
             if records is not None:
                 records.write({"step": step + 1, **told_of(answered), "is_kept": is_kept})
         told = self._numbers(kept, dropped)
-        # Every batch needs a group: one without a difference has advantages of 0.
+        # Every batch needs a group: one that is left out has advantages of 0, and no pair.
         missing = max(self.cut.steps_per_pass * self.cut.batches_per_step - len(kept), 0)
-        used = kept + dropped[:missing]
-        found = self._groups(used, self._advantages(kept + dropped))
+        advantages = self._advantages(kept + dropped)[: len(kept)]
+        nothing = [[0.0] * self.run.policy.num_generations] * missing
+        found = self._groups(kept + dropped[:missing], advantages + nothing)
         pairs = [groups.given_group(pair) for pair in self._given(number)]
         if self.pair_stream is None and self.run.policy.upo_mu:
-            for group, answered in zip(found, used):
+            for group, answered in zip(found, kept):
                 gap = self.run.policy.pair_min_gap
                 group.pair = groups.best_and_worst(answered.rewards, gap)
         self._ask(model, found, pairs)
@@ -470,28 +470,36 @@ def _without_adapters(model: ErnieModel) -> Iterator[None]:
 
 
 class _Place:
-    """Where in the stream of prompts a round goes on; in a curriculum, in the file of its phase."""
+    """Where in the stream of prompts a round goes on; in a curriculum, in files of its phase."""
 
     def __init__(self, rounds: Rounds, progress: Progress, num_steps: int) -> None:
         run = rounds.run
         self.stream, self.position = rounds.stream, progress.cursor.position
-        self.mix, self.source = rounds.stream.mix, None
+        self.mix, self.first_source = rounds.stream.mix, 0
         self.room = run.data.max_seq_len - run.policy.max_completion_length
         if shares := run.policy.curriculum_shares:
             step, before = progress.step, progress.step - rounds.cut.num_steps
-            self.source = phase_of(step, num_steps, shares)
-            if step and phase_of(before, num_steps, shares) != self.source:
+            phase, sizes = phase_of(step, num_steps, shares), run.policy.phase_sizes
+            if step and phase_of(before, num_steps, shares) != phase:
                 self.position = 0
-            size, seed = len(rounds.stream.sources[self.source]), run.training.seed
-            shuffle = run.data.random_shuffle
-            self.mix = Mix([size], [1.0], strategy="concat", shuffle=shuffle, seed=seed)
+            self.first_source = sum(sizes[:phase])
+            files = slice(self.first_source, self.first_source + sizes[phase])
+            is_mixed = sizes[phase] > 1
+            self.mix = Mix(
+                self.mix.sizes[files],
+                self.mix.weights[files] if is_mixed else [1.0],
+                strategy=run.data.mix_strategy if is_mixed else "concat",
+                shuffle=run.data.random_shuffle,
+                limit=run.data.num_samples_each_epoch,
+                seed=run.training.seed,
+            )
 
     def tasks(self) -> Iterator[tuple[int, Task]]:
         """Usable tasks from here on, each with its place."""
         stream, faults, num_idle = self.stream, self.stream.faults, 0
         for source, index in self.mix.draws(self.position):
             self.position += 1
-            source = source if self.source is None else self.source
+            source += self.first_source
             faults.read += 1
             try:
                 task = task_of(stream, source, index, self.room)
@@ -506,7 +514,7 @@ class _Place:
 
 
 def phase_of(step: int, num_steps: int, shares: Sequence[float]) -> int:
-    """Number of the training file of a step, counted from 0, by the shares of the steps."""
+    """Number of the phase of a step, counted from 0, by the shares of the steps."""
     ends = np.cumsum(shares) / np.sum(shares) * num_steps
     return min(int(np.searchsorted(ends, step, side="right")), len(shares) - 1)
 

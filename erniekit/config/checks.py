@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING
 
 from ernie.quant.scheme import FROZEN
@@ -261,11 +262,23 @@ def _check_policy(run: Run) -> None:
             f"prompts_per_round={p.prompts_per_round} cannot be cut into {steps} batches "
             "(num_mini_batches x gradient_accumulation_steps); give more prompts"
         )
-    shares, files = p.curriculum_shares, len(data.train_dataset_path)
-    if shares and (len(shares) != files or min(shares) <= 0):
+    files, sizes = len(data.train_dataset_path), p.curriculum_files
+    if sizes and sum(sizes) != files:
         raise ConfigError(
-            f"curriculum_shares={list(shares)} must be a share above 0 for each of the {files} "
-            "training files"
+            f"curriculum_files={list(sizes)} must count each of the {files} training files once; "
+            f"it counts {sum(sizes)}"
+        )
+    for end, size in zip(itertools.accumulate(sizes), sizes):
+        if size > 1 and not any(data.train_dataset_prob[end - size : end]):
+            raise ConfigError(
+                f"train_dataset_prob={list(data.train_dataset_prob)} leaves nothing of files "
+                f"{end - size + 1} to {end}, a phase of curriculum_files; give one a weight above 0"
+            )
+    shares, phases = p.curriculum_shares, len(sizes) or files
+    if shares and (len(shares) != phases or min(shares) <= 0):
+        raise ConfigError(
+            f"curriculum_shares={list(shares)} must be a share above 0 for each of the {phases} "
+            f"{'phases of curriculum_files' if sizes else 'training files'}"
         )
     if data.max_seq_len <= p.max_completion_length:
         raise ConfigError(

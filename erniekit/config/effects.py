@@ -143,8 +143,9 @@ ONLY_WHERE: tuple[tuple[Callable[[Run], bool], tuple[str, ...]], ...] = (
     ),
     (lambda run: run.policy.dynamic_sampling, ("min_reward_std", "max_refills")),
     (lambda run: not run.stage.has_rollouts, ("packing",)),
+    (lambda run: bool(run.policy.curriculum_shares), ("curriculum_files",)),
     (
-        lambda run: not (run.stage.has_rollouts and run.policy.curriculum_shares),
+        lambda run: not run.stage.has_rollouts or max(run.policy.phase_sizes, default=2) > 1,
         ("train_dataset_prob", "mix_strategy"),
     ),
     (

@@ -192,8 +192,18 @@ class Policy:
         0, "Draws of further prompts in place of those left out, in a round, at most.", least=0
     )
     curriculum_shares: tuple[float, ...] = option(
-        (), "Share of the steps for each training file, one file after another; none: all mixed."
+        (), "Share of the steps for each phase, one after another; none: all files mixed."
     )
+    curriculum_files: tuple[int, ...] = option(
+        (),
+        "Training files of each phase, in their order, which are mixed; none: one each.",
+        least=1,
+    )
+
+    @property
+    def phase_sizes(self) -> tuple[int, ...]:
+        """Training files of each phase of a curriculum; nothing where there is none."""
+        return self.curriculum_files or (1,) * len(self.curriculum_shares)
 
     @property
     def has_reference(self) -> bool:

@@ -38,6 +38,7 @@ class Mix:
     ) -> None:
         total = sum(weights)
         self.sizes = tuple(sizes)
+        self.weights = tuple(weights)
         self.probs = np.array([w / total for w in weights])
         self.drawn = [s for s, w in enumerate(weights) if w > 0]
         self.strategy, self.shuffle, self.seed = strategy, shuffle, seed

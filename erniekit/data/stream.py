@@ -35,6 +35,7 @@ from erniekit.data.pack import START, Cursor, Drawn, Row, pack
 from erniekit.data.pictures import Beside
 from erniekit.data.sources import DataError, Source, open_source
 from erniekit.data.text import TextEncoder
+from erniekit.rewards import judged
 
 log = logging.getLogger("erniekit")
 
@@ -120,6 +121,7 @@ class Stream:
         )
         num_records = sum(len(self.sources[number]) for number in self.mix.drawn)
         self.faults = Faults(data.max_bad_data_share, num_records)
+        self.rewards: tuple[str, ...] = ()  # that must be able to judge each record
         self.on_read: Callable[[Sample], None] | None = None  # is given each sample, before rows
 
     @cached_property
@@ -184,7 +186,10 @@ class Stream:
 
     def read(self, source: int, index: int) -> list[Sample]:
         """The samples of a record of a file; raises DataError for one that cannot be used."""
-        samples = self.encoder.read(self.sources[source][index], self.kinds[source])
+        record, kind = self.sources[source][index], self.kinds[source]
+        samples = self.encoder.read(record, kind)
+        if self.rewards:
+            judged(record, self.encoder.dialogue(record, kind).messages, self.rewards)
         if isinstance(self.encoder, JudgedEncoder):
             samples = self.encoder.completed(samples, self._following(source, index))
         return samples
@@ -251,4 +256,6 @@ def stream(run: Run, split: str, tokenizer: Tokenizer | None = None) -> Stream:
         encoder = TextEncoder(tokenizer, run.data.max_seq_len)
     else:
         encoder = encoder_of(run, tokenizer, template_of(run, folder, tokenizer))
-    return Stream(run.data, split, encoder, seed=run.training.seed)
+    found = Stream(run.data, split, encoder, seed=run.training.seed)
+    found.rewards = run.policy.reward if run.stage.has_rollouts else ()
+    return found

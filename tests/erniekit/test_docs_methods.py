@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from erniekit.config import run_from
 from erniekit.config.checks import FREEZE_WORDS
 from erniekit.config.methods import LOSS_TYPES
 from erniekit.config.stages import TRAINABLE
+from erniekit.rewards import Rewards, judged
 
 ROOT = Path(__file__).parents[2]
 PAGES = {"sft": "SFT", "dpo": "DPO", "kto": "KTO", "rm": "RM", "vl": "VL-SFT", "upo": "UPO"}
@@ -48,6 +50,18 @@ def test_settings_are_a_run_and_every_key_that_is_named_exists(page: str) -> Non
         | {"needle_haystack"}
     )
     assert named <= known, named - known
+
+
+def test_the_records_of_the_page_about_rewards_are_right_by_its_own_reward() -> None:
+    (block,) = re.findall(r"^```yaml\n(.*?)^```$", text_of("upo"), re.M | re.S)
+    run = run_from(yaml.safe_load(block))
+    records = [json.loads(line) for line in (ROOT / run.data.train_dataset_path[0]).open()]
+    rewards = Rewards(run.policy)
+    for i, record in enumerate(records):
+        whole = judged(record, record["messages"], run.policy.reward)
+        texts = [record["messages"][-1]["content"], "Something else."]
+        found = rewards([whole] * 2, texts, [[]] * 2, [str(i)] * 2)
+        assert [scored.reward for scored in found] == [1, 0]
 
 
 def test_the_page_about_training_links_every_method() -> None:

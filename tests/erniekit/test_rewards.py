@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from erniekit.config import Policy
 from erniekit.data import tasks
 from erniekit.data.sources import DataError
 from erniekit.data.tasks import Tasks
-from erniekit.rewards import Rewards
+from erniekit.rewards import Rewards, judged
 
 
 def score(text: str, record: dict, **settings) -> float:
@@ -32,6 +33,9 @@ def score(text: str, record: dict, **settings) -> float:
         ("number", {"answer": "12"}, "from 10.-12", "from 10, -12"),
         ("number", {"answer": ".5"}, "1-.5", "1 + -.5"),
         ("regex", {"answer": "", "pattern": r"[ab]+"}, "abba", "abbac"),
+        ("exact", {"answer": "Yes."}, "<think>\nNo?\n</think>\n\nYes.", "<think>\nYes."),
+        ("number", {"answer": "7"}, "3 + 4, so\n</think>\n\nIt is 7.", "7</think>It is seven."),
+        ("regex", {"answer": "", "pattern": r"[ab]+"}, "<think>c</think>ab", "ab</think>c"),
     ],
 )
 def test_rules_tell_right_from_wrong(rule, record, right, wrong) -> None:
@@ -51,6 +55,27 @@ def test_a_pattern_says_where_the_answer_stands() -> None:
     either = r"<answer>(.*?)</answer>|#### *(\S+)"  # the second branch leaves the first group out
     assert [score(text, record, reward=("exact",), answer_pattern=either)
             for text in ("#### 4", "#### 5 <answer>4</answer>")] == [0, 1]  # fmt: skip
+
+
+def test_the_record_is_read_by_the_pattern_like_the_answer() -> None:
+    """Where it is found in it: records hold the bare answer, or one with its derivation."""
+    settings = {"reward": ("exact",), "answer_pattern": r"#### *(\S+)"}
+    for held_right in ("4", "2 + 2 is 4\n#### 4"):
+        for text, wanted in (("so #### 4", 1), ("2 + 2 is 4\n#### 5", 0), ("4", 0)):
+            assert score(text, {"answer": held_right}, **settings) == wanted
+
+
+def test_what_is_right_is_the_last_answer_without_its_thought_or_the_records_own() -> None:
+    messages = [
+        {"role": "user", "content": "6 days after Monday?"},
+        {"role": "assistant", "content": "<think>\n6 < 7.\n</think>\n\nIt is a Sunday."},
+    ]
+    record = {"messages": messages, "size": 3}
+    found = judged(record, messages, ("exact",))
+    assert found == {"answer": "It is a Sunday.", "size": 3, "messages": messages[:1]}
+    assert judged(record | {"answer": "Sunday"}, messages, ("exact",))["answer"] == "Sunday"
+    with pytest.raises(DataError, match=r"its answer has no number; that is 'It is a Sunday\.'"):
+        judged(record, messages, ("number",))
 
 
 def test_tasks_score_their_own_answers_and_are_the_same_again() -> None:
@@ -130,16 +155,34 @@ def test_a_model_scores_dialogues_and_the_first_reward_says_what_is_right() -> N
         ({"reward": ("model",)}, {}, "needs reward_model"),
         ({"reward": ("format",)}, {}, "needs answer_pattern"),
         ({"answer_pattern": "("}, {}, "is not a regular expression"),
-        ({}, {"answer": "1"}, "a record has reward=None"),
-        ({"reward": ("regex",)}, {"answer": "1"}, "has no pattern"),
-        ({"reward": ("number",)}, {"answer": "one"}, "'one' has no number"),
-        ({"reward": ("reasoning_gym",)}, {"answer": "1"}, "train_dataset_type: reasoning_gym"),
     ],
 )
 def test_what_cannot_score_is_refused_in_a_sentence(settings, record, told) -> None:
-    with pytest.raises((ConfigError, DataError)) as caught:
+    with pytest.raises(ConfigError) as caught:
         score("1", record, **settings)
     assert told in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rule", "record", "told"),
+    [
+        ("record", {"answer": "1"}, "it has reward=None"),
+        ("record", {"answer": "1", "reward": "regex"}, "has no pattern"),
+        ("regex", {"answer": "1"}, "has no pattern"),
+        ("regex", {"answer": "1", "pattern": "("}, "its pattern is not a regular expression"),
+        ("number", {"answer": "one"}, "its answer has no number; that is 'one'"),
+        ("exact", {"answer": " "}, "its answer is empty"),
+        ("reasoning_gym", {"answer": "1"}, "train_dataset_type: reasoning_gym"),
+    ],
+)
+def test_a_record_that_no_rule_can_judge_is_told_of_before_it_is_asked(rule, record, told) -> None:
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+    with pytest.raises(DataError) as caught:
+        judged(record, messages, (rule,))
+    assert told in str(caught.value)
+    with pytest.raises(DataError, match=re.escape(told)):  # as one of several
+        judged(record | {"entry": {}} if rule != "reasoning_gym" else record, messages,
+               ("format", rule))  # fmt: skip
 
 
 def test_tasks_that_are_not_there_are_refused() -> None:

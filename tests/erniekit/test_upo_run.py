@@ -254,6 +254,37 @@ def test_prompts_without_a_difference_are_left_out_and_counted(words, tmp_path: 
     assert len(rollouts) == 2 * 2 * 4 and not any(r["is_kept"] for r in rollouts)
 
 
+@pytest.mark.parametrize("mu", [0, 1])
+def test_prompts_with_too_small_a_difference_teach_nothing(mu: int, words, tmp_path: Path) -> None:
+    """Nor do their pairs, where a round has no others and a step must hold something."""
+    more = {"max_steps": 1, "min_reward_std": 10, "kl_coef": 0, "upo_mu": mu}
+    assert main(["train", *words(**more)]) == 0
+    [record] = records(tmp_path / "out")
+    assert record["dropped_share"] == 1
+    assert record["grad_norm"] == 0 and record["policy_loss"] == 0
+    rollouts = [json.loads(line) for line in (tmp_path / "out/rollouts.jsonl").open()]
+    assert any(len(set(r["rewards"])) > 1 for r in rollouts)
+
+
+def test_records_that_no_rule_can_judge_are_left_out_and_told_of(
+    words, tmp_path: Path, capsys
+) -> None:
+    good = [{"src": [f"{i} + 1?"], "tgt": [str(i + 1)]} for i in range(9)]
+    bad = {"src": ["One and one?"], "tgt": ["Two."]}
+    write_lines(tmp_path / "train.jsonl", [*good, bad])
+    more = {"reward": "number", "max_bad_data_share": 0.2}
+    told = "train.jsonl:10: reward=number, and its answer has no number; that is 'Two.'"
+    assert main(["train", *words(max_steps=3, **more)]) == 0
+    seen = capsys.readouterr()
+    assert told in seen.out + seen.err
+    rollouts = [json.loads(line) for line in (tmp_path / "out/rollouts.jsonl").open()]
+    assert len(rollouts) == 12 and all(r["question"] != bad["src"][0] for r in rollouts)
+    assert main(["data", *words(**more)]) == 0
+    seen = capsys.readouterr()
+    assert told in seen.out + seen.err
+    assert main(["data", *words(reward="number", max_bad_data_share=0)]) == 2
+
+
 def test_normalised_rewards_divide_by_the_deviation_of_all_answers(words, tmp_path: Path) -> None:
     """Of those to prompts that are left out too: here prompts of an even number, all worth 5."""
     text = FUNCTION.replace(
@@ -319,6 +350,26 @@ def test_a_curriculum_takes_one_file_after_another(words, tmp_path: Path) -> Non
     assert ["hard" in r["question"] for r in rollouts] == [False] * 4 + [True] * 8
 
 
+def test_a_phase_of_a_curriculum_may_mix_files(words, tmp_path: Path) -> None:
+    """By their weights; a file of one phase is not met in another."""
+    names = ("logic", "maths", "code", "rest")
+    for name in names:
+        write_lines(tmp_path / f"{name}.jsonl", dialogues(30, salt=f"{name} "))
+    more = {
+        "train_dataset_path": ",".join(str(tmp_path / f"{name}.jsonl") for name in names),
+        "train_dataset_type": ",".join(["erniekit"] * 4), "train_dataset_prob": "0,3,1,0",
+        "curriculum_files": "1,2,1", "curriculum_shares": "1,2,1",
+    }  # fmt: skip
+    assert (
+        main(["train", *words(max_steps=4, prompts_per_round=16, num_generations=2, **more)]) == 0
+    )
+    rollouts = [json.loads(line) for line in (tmp_path / "out/rollouts.jsonl").open()]
+    found = [[name for name in names if name in r["question"]] for r in rollouts]
+    assert found[:16] == [["logic"]] * 16 and found[48:] == [["rest"]] * 16
+    middle = [name for [name] in found[16:48]]
+    assert set(middle) == {"maths", "code"} and middle.count("maths") > middle.count("code")
+
+
 def test_without_max_steps_every_prompt_is_asked_once(words, tmp_path: Path) -> None:
     assert main(["train", *words(max_steps=-1, num_mini_batches=2, prompts_per_round=10)]) == 0
     assert [r["step"] for r in records(tmp_path / "out")] == list(range(1, 7))
@@ -347,6 +398,8 @@ def test_more_epochs_are_more_steps(words, tmp_path: Path, capsys) -> None:
         ({"max_completion_length": 128}, "leaves no room for a prompt"),
         ({"reward": "exact,format"}, "one weight for each reward"),
         ({"curriculum_shares": "1,1"}, "for each of the 1 training files"),
+        ({"curriculum_shares": "1", "curriculum_files": "2"}, "each of the 1 training files once"),
+        ({"curriculum_shares": "1,1", "curriculum_files": "1"}, "1 phases of curriculum_files"),
         ({"rollout_server": "http://127.0.0.1:9"}, "no server answers at rollout_server"),
         ({"reward": "model", "reward_model": "somewhere"}, "somewhere"),
     ],
