@@ -158,5 +158,6 @@ def _checked_call(where: str, call: Any) -> dict[str, Any]:
 def written_differently(i: int) -> str:
     return (
         f"the answer messages[{i}] is written differently once the dialogue goes on, so it cannot "
-        f"be trained in place; make messages[:{i + 1}] a sample of its own (chat.one_answer_each)"
+        f"be trained in place; make messages[:{i + 1}] a sample of its own (one_answer_each here, "
+        "split_multi_turn in a run)"
     )

@@ -3,18 +3,19 @@
     erniekit  {"src": [question, ...], "tgt": [answer, ...], "system"?, "label"?: [0/1, ...]}
     alpaca    {"instruction", "input"?, "output", "history"?: [[question, answer], ...], "system"?}
     messages  {"messages": [{"role", "content", "label"?, "tool_calls"?}, ...], "system"?, "tools"?}
+    chatml    the same; each trained answer is a sample of its own, as in ERNIEKit
     sharegpt  {"conversations": [{"from", "value"}, ...], "system"?, "tools"?}
 
 Each becomes chat messages, and `ernie.chat` writes both these and a server's prompts, so that what
 is trained is what is served. `system` is the first message; one that is blank is left out, and a
 question or an answer that is blank is a fault. A dialogue that is longer than a row loses its
 *oldest whole turns* (the system message stays); one whose last turn does not fit is left out.
-Nothing is cut inside a turn. `chatml` is another name of `messages`. Whatever cannot be used raises
-`DataError`.
+Nothing is cut inside a turn. Whatever cannot be used raises `DataError`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -86,6 +87,7 @@ class CutAway(DataError):
 class Dialogue:
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None = None
+    is_split: bool = False  # each trained answer is a sample of its own
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,8 @@ def read_dialogue(record: Any, kind: str) -> Dialogue:
     """The dialogue in a record of a format; raises DataError for one that cannot be used."""
     if not isinstance(record, dict):
         raise DataError(f"{kind_of(record)}; expected an object")
-    return checked_dialogue(record, written(record, kind))
+    dialogue = checked_dialogue(record, written(record, kind))
+    return dataclasses.replace(dialogue, is_split=kind == "chatml")
 
 
 def written(record: Mapping[str, Any], kind: str) -> Written:
@@ -349,12 +352,15 @@ class Encoder:
 
     def parts(self, dialogue: Dialogue) -> list[list[dict[str, Any]]]:
         """The messages of each sample, before anything is cut."""
-        if not self.one_answer_per_sample:
+        if not self.splits(dialogue):
             return [dialogue.messages]
         parts = one_answer_each(dialogue.messages)
         if not parts:
             raise DataError("no answer with label 1; nothing to train on")
         return parts
+
+    def splits(self, dialogue: Dialogue) -> bool:
+        return self.one_answer_per_sample or dialogue.is_split
 
     def fitted(self, messages: list[dict[str, Any]], tools: Any = None) -> Sample:
         """One sample of messages, cut to fit; raises DataError where nothing is left to train."""

@@ -35,10 +35,10 @@ def num_tokens(encoder: Encoder, source: Source, index: int, kind: str) -> int:
 
 def num_left_out(encoder: Encoder, record: Any, kind: str) -> int:
     """Tokens behind the last trained answer, of which one sample per answer has none."""
-    if not encoder.one_answer_per_sample:
+    if not encoder.one_answer_per_sample and kind != "chatml":
         return 0
-    (dialogue,) = encoder.dialogues(record, kind)
-    if dialogue.messages[-1].get("label", 1):
+    dialogue = encoder.dialogues(record, kind)[0]
+    if not encoder.splits(dialogue) or dialogue.messages[-1].get("label", 1):
         return 0
     shorter = Dialogue(encoder.parts(dialogue)[-1], dialogue.tools)
     return max(_num_tokens(encoder, [dialogue]) - _num_tokens(encoder, [shorter]), 0)

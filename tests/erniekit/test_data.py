@@ -24,6 +24,7 @@ from erniekit.data.pack import START, Cursor, Drawn, pack
 from erniekit.data.sources import DataError, open_source
 from erniekit.data.stream import Stream
 from erniekit.data.survey import survey
+from erniekit.data.wholes import num_left_out
 from tests.erniekit.conftest import dialogues, write_lines
 
 
@@ -280,6 +281,21 @@ def test_one_answer_per_sample_splits_turns(encoder) -> None:
     record = {"src": ["a", "b", "c"], "tgt": ["d", "e", "f"], "label": [1, 0, 1]}
     samples = encoder(one_answer_per_sample=True).samples(read_dialogue(record, "erniekit"))
     assert len(samples) == 2
+
+
+def test_each_answer_of_chatml_is_a_sample_of_its_own(encoder) -> None:
+    """As in ERNIEKit, where `messages` is one sample; what stands behind the last is left out."""
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d")]
+    messages = [{"role": role, "content": text} for role, text in turns]
+    record, plain = {"messages": messages}, encoder()
+    splitting = encoder(one_answer_per_sample=True)
+    assert len(plain.read(record, "messages")) == 1
+    assert plain.read(record, "chatml") == splitting.read(record, "messages")
+    assert num_left_out(plain, record, "chatml") == num_left_out(plain, record, "messages") == 0
+    messages[-1]["label"] = 0
+    left_out = num_left_out(plain, record, "chatml")
+    assert left_out == num_left_out(splitting, record, "messages") > 0
+    assert len(plain.read(record, "chatml")) == 1
 
 
 def test_the_rows_of_a_sorted_file_are_not_those_of_its_beginning(encoder, tmp_path) -> None:
