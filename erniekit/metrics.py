@@ -6,7 +6,8 @@ A record has: step, loss, learning_rate, grad_norm, tokens_per_second, num_token
 num_trained_tokens (of this step), total_tokens, seconds, epoch, peak_memory_gib; accuracy (share of
 the trained tokens that the model held the likeliest); `skipped` and `skipped_because` where the
 step was;
-`moe_max_over_mean` and the rest of `erniekit.routing`, and the router's losses, for experts;
+`moe_max_over_mean` and the rest of `erniekit.routing`, and the router's losses, for experts (in the
+line `moe max/mean ...`, and of a multimodal model's second bank `vision max/mean ...`);
 eval_loss, eval_ppl, eval_accuracy and eval_tokens where the model was evaluated after it (of plain
 text eval_bits_per_byte too). Step 0 is the evaluation before training.
 
@@ -78,56 +79,79 @@ def _finite(record: dict[str, Any]) -> dict[str, Any]:
 def line(record: dict[str, Any], num_steps: int) -> str:
     """The log line of a step."""
     width = max(len(str(num_steps)), 5)
-    parts = [
-        f"step {record['step']:0{width}d}/{num_steps:0{width}d}",
-        f"loss {record['loss']:.4f}",
-        f"lr {record['learning_rate']:.1e}",
-        f"grad {record['grad_norm']:.2f}",
-        f"{record['seconds'] * 1000:,.0f} ms",
-        f"{record['tokens_per_second']:,.0f} tok/s",
-        f"{record['peak_memory_gib']:.1f} GiB",
-    ]
-    if "rewards_accuracy" in record:
-        parts[2:2] = _judged(record, "", 0)
-    if "reward" in record:
-        parts[2:2] = [
-            f"reward {record['reward']:.4f}",
-            f"right {100 * record['right']:.0f} %",
-            *([f"kl {record['kl']:.4f}"] if "kl" in record else []),
-            f"entropy {record['entropy']:.2f}",
-            f"length {record['length']:.0f}",
-        ]
-    if "moe_max_over_mean" in record:
-        told = f"moe max/mean {record['moe_max_over_mean']:.2f}"
-        if "moe_entropy" in record:
-            told += f" entropy {record['moe_entropy']:.2f}"
-        if record.get("moe_dead_experts"):
-            told += f" dead {record['moe_dead_experts']}"
-        parts.append(told)
-    if record.get("skipped"):
-        parts.append(f"SKIPPED: {record.get('skipped_because', 'not finite')}")
-    return " | ".join(parts)
+    head = f"step {record['step']:0{width}d}/{num_steps:0{width}d}"
+    return " | ".join([head, *told(record).values()])
 
 
-def _judged(values: dict[str, Any], prefix: str, digits: int) -> list[str]:
+def told(record: dict[str, Any], *, is_short: bool = False) -> dict[str, str]:
+    """What the line of a step says, in its order: `report.bar` takes the parts it has room for.
+
+    Short ones leave out the routers' entropy, and why the step was skipped.
+    """
+    return {
+        "loss": f"loss {record['loss']:.4f}",
+        **(_judged(record, "", 0) if "rewards_accuracy" in record else {}),
+        **(_rewarded(record) if "reward" in record else {}),
+        "lr": f"lr {record['learning_rate']:.1e}",
+        "grad": f"grad {record['grad_norm']:.2f}",
+        "time": f"{record['seconds'] * 1000:,.0f} ms",
+        "speed": f"{record['tokens_per_second']:,.0f} tok/s",
+        "memory": f"{record['peak_memory_gib']:.1f} GiB",
+        **_routed(record, "moe", "moe_", is_short),
+        **_routed(record, "vision", "moe_vision_", is_short),
+        **(_skipped(record, is_short) if record.get("skipped") else {}),
+    }
+
+
+def _judged(values: dict[str, Any], prefix: str, digits: int) -> dict[str, str]:
     """Of judged answers; a step with answers of one kind only has no margin."""
     margin = values.get(f"{prefix}rewards_margin")
-    right = f"right {100 * values[f'{prefix}rewards_accuracy']:.{digits}f} %"
-    return [right] if margin is None else [f"margin {margin:.4f}", right]
+    right = {"right": f"right {100 * values[f'{prefix}rewards_accuracy']:.{digits}f} %"}
+    return right if margin is None else {"margin": f"margin {margin:.4f}"} | right
+
+
+def _rewarded(record: dict[str, Any]) -> dict[str, str]:
+    """Of rollouts."""
+    return {
+        "reward": f"reward {record['reward']:.4f}",
+        "right": f"right {100 * record['right']:.0f} %",
+        **({"kl": f"kl {record['kl']:.4f}"} if "kl" in record else {}),
+        "entropy": f"entropy {record['entropy']:.2f}",
+        "length": f"length {record['length']:.0f}",
+    }
+
+
+def _routed(record: dict[str, Any], bank: str, prefix: str, is_short: bool) -> dict[str, str]:
+    """Of the routers of a bank of experts; dead experts only where there are any."""
+    if f"{prefix}max_over_mean" not in record:
+        return {}
+    # In short, behind the same of text, the name alone is clear.
+    name = bank if is_short and bank == "vision" else f"{bank} max/mean"
+    words = f"{name} {record[f'{prefix}max_over_mean']:.2f}"
+    if f"{prefix}entropy" in record and not is_short:
+        words += f" entropy {record[f'{prefix}entropy']:.2f}"
+    if record.get(f"{prefix}dead_experts"):
+        words += f" dead {record[f'{prefix}dead_experts']}"
+    return {bank: words}
+
+
+def _skipped(record: dict[str, Any], is_short: bool) -> dict[str, str]:
+    why = "" if is_short else f": {record.get('skipped_because', 'not finite')}"
+    return {"skipped": f"SKIPPED{why}"}
 
 
 def eval_line(values: dict[str, float], step: int) -> str:
     if "eval_reward" in values:
-        told = [
+        parts = [
             f"right {100 * values['eval_right']:.1f} %",
             f"length {values['eval_length']:.1f}",
             f"{values['eval_prompts']:,} prompts",
         ]
         head = f"eval at step {step} | reward {values['eval_reward']:.4f}"
-        return " | ".join([head, *told, f"{values['eval_seconds']:.1f} s"])
+        return " | ".join([head, *parts, f"{values['eval_seconds']:.1f} s"])
     if "eval_rewards_accuracy" in values:
         unit = "pairs" if "eval_pairs" in values else "answers"
-        parts = [*_judged(values, "eval_", 1), f"{values[f'eval_{unit}']:,} {unit}"]
+        parts = [*_judged(values, "eval_", 1).values(), f"{values[f'eval_{unit}']:,} {unit}"]
     else:
         parts = [
             f"ppl {values['eval_ppl']:.2f}",

@@ -1,18 +1,26 @@
 """A progress bar with the time that is left, on stderr where that is a terminal.
 
-    [########------------]  400/1000 | loss 2.1034 | 812 ms | 8:07 left
+    [########------------]  400/1000 | loss 2.1034 | 812 ms | moe max/mean 1.34 | 8:07 left
 
-Log lines of the project go above it.
+Its numbers are parts of the step's line, as many as the terminal has room for: it never wraps. Log
+lines of the project go above it.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from typing import Any, TextIO
 
-_WIDTH = 20
+from erniekit import metrics
+
+# Parts of the line, of which the first is the last that a narrow terminal does without.
+_SHOWN = ("loss", "left", "skipped", "reward", "moe", "right", "margin", "vision", "time")
+_WIDTH = 20  # of the drawn bar, which has the room that the numbers leave
+_LEAST_WIDTH = 5
+_USUAL_COLUMNS = 80
 _CLEAR = "\r\x1b[K"
 
 
@@ -21,6 +29,31 @@ def duration(seconds: float) -> str:
     minutes, s = divmod(round(max(seconds, 0)), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02d}:{s:02d}" if hours else f"{m}:{s:02d}"
+
+
+def fitted(step: int, total: int, parts: dict[str, str], room: int) -> str:
+    """The text of a bar in at most `room` columns, with those of `parts` that fit in them."""
+    head = f"{step:{len(str(total))}d}/{total}"
+    kept, left = set(), room - len(head)
+    for name in (name for name in _SHOWN if name in parts):
+        size = len(f" | {parts[name]}")
+        if size > left:
+            break
+        kept.add(name)
+        left -= size
+    text = " | ".join([head, *(part for name, part in parts.items() if name in kept)])
+    width = min(left - len("[] "), _WIDTH)
+    filled = "#" * (width * step // total)
+    drawn = f"[{filled:-<{width}}] " if width >= _LEAST_WIDTH else ""
+    return (drawn + text)[: max(room, 0)]
+
+
+def _columns(out: TextIO) -> int:
+    """Of the terminal, which may change its size; the usual ones where it does not tell."""
+    try:
+        return os.get_terminal_size(out.fileno()).columns or _USUAL_COLUMNS
+    except OSError:  # no terminal
+        return _USUAL_COLUMNS
 
 
 class Bar:
@@ -40,13 +73,9 @@ class Bar:
         """Show a step. Time left is that of all steps so far, evaluations and saves included."""
         step, total, now = record["step"], self.num_steps, time.monotonic()
         self.begun = now - record["seconds"] if self.begun is None else self.begun
-        filled = "#" * (_WIDTH * step // total)
         left = (now - self.begun) / max(step - self.first, 1) * (total - step)
-        text = (
-            f"[{filled:-<{_WIDTH}}] {step:{len(str(total))}d}/{total} | loss {record['loss']:.4f} "
-            f"| {record['seconds'] * 1000:,.0f} ms | {duration(left)} left"
-        )
-        self._show(_CLEAR + text)
+        parts = metrics.told(record, is_short=True) | {"left": f"{duration(left)} left"}
+        self._show(_CLEAR + fitted(step, total, parts, _columns(self.out) - 1))
 
     def close(self) -> None:
         self._show(_CLEAR)

@@ -208,27 +208,35 @@ def _figure(story: Story, title: str, wanted: list[tuple[str, str, str]]) -> str
 
 
 def _experts(story: Story) -> str:
-    """Heat maps of the load: busiest expert by layer, and the experts of the most uneven layers."""
-    found = [r for r in story.steps if _are_loads(r.get("moe_loads"))]
-    shape = [len(layer) for layer in found[-1]["moe_loads"]] if found else []
-    found = [r for r in found if [len(layer) for layer in r["moe_loads"]] == shape]
+    """Heat maps of the load, of both banks where a model has experts for vision too."""
+    seen = _bank(story, "moe_vision_loads", "Vision experts", "vision experts")
+    return _bank(story, "moe_loads", "Text experts" if seen else "Experts", "experts") + seen
+
+
+def _bank(story: Story, key: str, heading: str, name: str) -> str:
+    """Busiest expert by layer, and the experts of the most uneven layers; "" without loads.
+
+    Steps without a token for the bank, as of text alone for vision, say nothing of its balance.
+    """
+    found = [r for r in story.steps if _are_loads(r.get(key)) and any(map(any, r[key]))]
+    shape = [len(layer) for layer in found[-1][key]] if found else []
+    found = [r for r in found if [len(layer) for layer in r[key]] == shape]
     if not found:
         return ""
     shown = heat.thinned(found)
     steps = [record["step"] for record in shown]
     # By layer, expert and column: load over the mean of the layer at that step.
     ratios = [
-        [[r["moe_loads"][n][e] * size / max(sum(r["moe_loads"][n]), 1) for r in shown]
-         for e in range(size)]
+        [[r[key][n][e] * size / max(sum(r[key][n]), 1) for r in shown] for e in range(size)]
         for n, size in enumerate(shape)
-    ]  # fmt: skip
+    ]
     busiest = [[max(column) for column in zip(*layer)] for layer in ratios]
     order = sorted(range(len(shape)), key=lambda n: -busiest[n][-1])[:_MOST_MAPS]
-    maps = [("Busiest expert of each layer", "layer of experts", busiest)] * (len(shape) > 1)
-    maps += [(f"Layer of experts {n}", "expert", ratios[n]) for n in order]
+    maps = [("Busiest expert of each layer", f"layer of {name}", busiest)] * (len(shape) > 1)
+    maps += [(f"Layer of {name} {n}", "expert", ratios[n]) for n in order]
     figures = "".join(
-        f"<figure><figcaption><h3>{title}</h3></figcaption>{heat.heat(rows, steps, name)}</figure>"
-        for title, name, rows in maps
+        f"<figure><figcaption><h3>{title}</h3></figcaption>{heat.heat(rows, steps, row)}</figure>"
+        for title, row, rows in maps
     )
     legend = "".join(f'<span class="l{i}">{text(name)}</span>' for i, name in enumerate(heat.NAMES))
     left = (
@@ -236,7 +244,7 @@ def _experts(story: Story) -> str:
     )
     told = f"Load of an expert over the mean of its layer, at single steps{left}."
     return (
-        f'<section><h2>Experts</h2><p>{told}</p><p class="levels">{legend}</p>'
+        f'<section><h2>{heading}</h2><p>{told}</p><p class="levels">{legend}</p>'
         f'<div class="maps">{figures}</div></section>'
     )
 

@@ -6,7 +6,10 @@ import io
 import json
 import logging
 import math
+import os
+import pty
 import re
+import termios
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -18,7 +21,8 @@ from ernie.generate import generate
 from ernie.settings import ConfigError
 from erniekit.cli import main
 from erniekit.config import run_from, to_yaml
-from erniekit.report import plots, story
+from erniekit.metrics import line
+from erniekit.report import heat, plots, story
 from erniekit.report.bar import Bar, duration
 from erniekit.report.plots import Line, plot, smoothed, thinned
 from erniekit.report.scores import scores
@@ -335,9 +339,9 @@ def test_bar_tells_the_time_that_is_left_and_makes_room_for_lines(monkeypatch) -
     clock = iter([103.0, 130.0])
     monkeypatch.setattr("erniekit.report.bar.time.monotonic", lambda: next(clock))
     bar = Bar(10, 40, out)
-    bar.update({"step": 11, "loss": 2.5, "seconds": 3.0})
+    bar.update(step(11, loss=2.5, seconds=3.0))
     assert out.getvalue().endswith("| 1:27 left")
-    bar.update({"step": 20, "loss": 2.5, "seconds": 3.0})
+    bar.update(step(20, loss=2.5, seconds=3.0))
     assert out.getvalue().endswith(
         "[##########----------] 20/40 | loss 2.5000 | 3,000 ms | 1:00 left"
     )
@@ -346,6 +350,120 @@ def test_bar_tells_the_time_that_is_left_and_makes_room_for_lines(monkeypatch) -
     bar.close()
     assert not handler.filters
     assert duration(3723.4) == "1:02:03"
+
+
+MOE = {"moe_max_over_mean": 1.34, "moe_entropy": 0.87, "moe_dead_experts": 2}
+VISION = {
+    "moe_vision_max_over_mean": 2.1, "moe_vision_entropy": 0.55, "moe_vision_dead_experts": 0,
+}  # fmt: skip
+PAIRS = {"rewards_accuracy": 0.75, "rewards_margin": -0.1234}
+ROLLOUTS = {"reward": 0.5312, "right": 0.25, "kl": 0.01, "entropy": 1.5, "length": 321.0}
+
+
+def drawn(columns: int, record: dict, num_steps: int = 1000) -> str:
+    """What a bar writes to a terminal of so many columns."""
+    ours, theirs = pty.openpty()
+    termios.tcsetwinsize(theirs, (24, columns))
+    with open(theirs, "w") as out, open(ours, "rb") as screen:
+        Bar(record["step"] - 1, num_steps, out).update(record)
+        return os.read(screen.fileno(), 4096).decode().removeprefix("\r\x1b[K")
+
+
+@pytest.mark.parametrize(
+    ("more", "narrow", "wide"),
+    [
+        ({}, "loss 2.1034 | 812 ms", "loss 2.1034 | 812 ms"),
+        (
+            MOE,
+            "loss 2.1034 | 812 ms | moe max/mean 1.34 dead 2",
+            "loss 2.1034 | 812 ms | moe max/mean 1.34 dead 2",
+        ),
+        (
+            MOE | VISION,
+            "loss 2.1034 | moe max/mean 1.34 dead 2 | vision 2.10",
+            "loss 2.1034 | 812 ms | moe max/mean 1.34 dead 2 | vision 2.10",
+        ),
+        (
+            MOE | VISION | {"moe_dead_experts": 0, "moe_vision_dead_experts": 3},
+            "loss 2.1034 | moe max/mean 1.34 | vision 2.10 dead 3",
+            "loss 2.1034 | 812 ms | moe max/mean 1.34 | vision 2.10 dead 3",
+        ),
+        (
+            MOE | PAIRS,
+            "loss 2.1034 | right 75 % | moe max/mean 1.34 dead 2",
+            "loss 2.1034 | margin -0.1234 | right 75 % | 812 ms | moe max/mean 1.34 dead 2",
+        ),
+        (
+            MOE | ROLLOUTS,
+            "loss 2.1034 | reward 0.5312 | moe max/mean 1.34 dead 2",
+            "loss 2.1034 | reward 0.5312 | right 25 % | 812 ms | moe max/mean 1.34 dead 2",
+        ),
+        (
+            {"skipped": True, "skipped_because": "of a spike"},
+            "loss 2.1034 | 812 ms | SKIPPED",
+            "loss 2.1034 | 812 ms | SKIPPED",
+        ),
+    ],
+)
+def test_bar_has_the_parts_of_the_line_that_there_is_room_for(more, narrow, wide) -> None:
+    record = step(400, loss=2.1034, seconds=0.812, **more)
+    for columns, wanted in ((80, narrow), (120, wide)):
+        text = drawn(columns, record)
+        assert text.partition("400/1000 | ")[2] == f"{wanted} | 8:07 left", f"{columns} columns"
+    told = re.sub(" entropy 0...|(?<=vision) max/mean", "", line(record, 1000))
+    assert all(part in told for part in wide.split(" | ")), "what the bar says, the line does too"
+
+
+def test_bar_never_wraps_and_drops_the_least_first() -> None:
+    record = step(123456, loss=2.1034, seconds=1234.5, skipped=True, **MOE, **VISION, **PAIRS)
+    order, seen = [], set()
+    for columns in (*range(1, 200), 1000):
+        text = drawn(columns, record, 1_000_000)
+        assert len(text) < columns, f"{len(text)} in {columns} columns"
+        parts = {re.sub(r"^[\d,:]+ | .*", "", part) for part in text.split(" | ")[1:]}
+        assert seen <= parts, f"{columns} columns lack {seen - parts}, which fewer have"
+        order += sorted(parts - seen)
+        seen = parts
+    assert order == ["loss", "left", "SKIPPED", "moe", "right", "margin", "vision", "ms"]
+    assert len(re.search(r"\[(.*)\]", text)[1]) == 20
+    text = drawn(0, step(400, loss=2.1034))
+    assert text.startswith("[####"), "one that tells no size has 80"
+
+
+def test_the_line_has_both_banks_of_experts_as_the_page_of_pictures_says() -> None:
+    told = line(step(1, **MOE, **VISION), 10).split(" | ")[-2:]
+    page = (Path(__file__).parents[2] / "docs/methods/vl.md").read_text("utf-8")
+    assert f"`{' | '.join(told)}`" in page
+    assert line(step(1, **MOE), 10).endswith("GiB | moe max/mean 1.34 entropy 0.87 dead 2")
+
+
+def test_the_page_has_heat_maps_of_both_banks(tmp_path: Path) -> None:
+    """What is drawn of the vision experts is theirs; a step of text alone has no column there."""
+    text_loads, vision_loads = [[3, 1], [2, 2]], [[4, 0, 0, 0], [1, 1, 1, 1]]
+    both = {"moe_loads": text_loads, "moe_vision_loads": vision_loads}
+    records = [
+        step(1, **both),
+        step(2, **both | {"moe_vision_loads": [[0] * 4] * 2}),
+        step(3, **both),
+    ]
+    page = page_of(write_run(tmp_path / "both", records))
+    _, text, vision = re.split("<h2>(?:Text|Vision) experts</h2>", page)
+    vision = vision.partition("</section>")[0]
+
+    def levels(loads: list[int], columns: int) -> str:
+        mean = sum(loads) / len(loads)
+        return " ".join(str(heat.level(n / mean)) * columns for n in loads)
+
+    maps = re.findall('data-levels="([^"]*)"', text)
+    assert maps[1:] == [levels(loads, 3) for loads in text_loads]
+    maps = re.findall('data-levels="([^"]*)"', vision)
+    assert maps[0] == "77 44", "the busiest of each layer"
+    assert maps[1:] == [levels(loads, 2) for loads in vision_loads]
+    assert "<h3>Layer of vision experts 0</h3>" in vision
+
+    records = [step(1, moe_loads=text_loads)]
+    page = page_of(write_run(tmp_path / "text", records))
+    assert "<h2>Experts</h2>" in page and "ision experts" not in page
 
 
 def test_loss_without_a_number_is_not_drawn_as_one(tmp_path: Path) -> None:
