@@ -203,7 +203,8 @@ class Policy:
     @property
     def phase_sizes(self) -> tuple[int, ...]:
         """Training files of each phase of a curriculum; nothing where there is none."""
-        return self.curriculum_files or (1,) * len(self.curriculum_shares)
+        shares = self.curriculum_shares
+        return (self.curriculum_files or (1,) * len(shares)) if shares else ()
 
     @property
     def has_reference(self) -> bool:

@@ -15,11 +15,10 @@ Nothing is cut inside a turn. Whatever cannot be used raises `DataError`.
 
 from __future__ import annotations
 
-import dataclasses
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -104,7 +103,7 @@ def read_dialogue(record: Any, kind: str) -> Dialogue:
     if not isinstance(record, dict):
         raise DataError(f"{kind_of(record)}; expected an object")
     dialogue = checked_dialogue(record, written(record, kind))
-    return dataclasses.replace(dialogue, is_split=kind == "chatml")
+    return replace(dialogue, is_split=kind == "chatml")
 
 
 def written(record: Mapping[str, Any], kind: str) -> Written:

@@ -187,9 +187,12 @@ class Stream:
     def read(self, source: int, index: int) -> list[Sample]:
         """The samples of a record of a file; raises DataError for one that cannot be used."""
         record, kind = self.sources[source][index], self.kinds[source]
-        samples = self.encoder.read(record, kind)
         if self.rewards:
-            judged(record, self.encoder.dialogue(record, kind).messages, self.rewards)
+            dialogue = self.encoder.dialogue(record, kind)
+            samples = self.encoder.samples(dialogue)
+            judged(record, dialogue.messages, self.rewards)
+            return samples
+        samples = self.encoder.read(record, kind)
         if isinstance(self.encoder, JudgedEncoder):
             samples = self.encoder.completed(samples, self._following(source, index))
         return samples
